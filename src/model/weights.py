@@ -1,0 +1,135 @@
+"""Weights files: reading them without running code, their sizes, and whether they fit a model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from src.config import ModelConfig
+
+Weights = dict[str, Tensor]
+IDLE_IN_LAYER_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # files may lack them (rwkv7.md, section 1)
+FOREIGN_PREFIXES = ("_forward_module.", "module.", "_orig_mod.")  # what DeepSpeed, DDP and torch.compile put before names
+
+
+def read_weights(path: str | Path) -> Weights:
+    """The tensors of a .pth (or .safetensors) file by name, on the CPU, without executing anything that the file may contain.
+
+    Raises ValueError with the path and what to do when the file is missing, cut, not a weights file, or not safe to open.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such weights file; check the path (--load_model, --proj_dir)")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            loaded = load_file(path)
+        else:
+            loaded = _torch_load(path)
+    except Exception as error:  # torch raises half a dozen types here; all mean that the file is not usable
+        reason = str(error).split("\n")[0]
+        unsafe = "Unsupported global" in str(error) or "weights_only" in str(error).lower()
+        if unsafe:
+            raise ValueError(
+                f"{path}: holds more than plain tensors and was not opened, because opening it could run code ({reason}); "
+                "expected a state dict saved by torch.save"
+            ) from error
+        raise ValueError(
+            f"{path}: cut short or not a weights file ({reason}); copy or download it again, or delete it"
+        ) from error
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise ValueError(f"{path}: not a state dict (a mapping from parameter names to tensors)")
+    return {_plain_name(name): tensor for name, tensor in loaded.items()}
+
+
+def _torch_load(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)  # a file of torch < 1.6 can't be mapped
+
+
+def _plain_name(name: str) -> str:
+    for prefix in FOREIGN_PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def config_from_weights(weights: Weights, source: str, kernel: str = "auto") -> ModelConfig:
+    """The model that a state dict belongs to. Raises ValueError when it is no RWKV-7 model's."""
+    needed = ("emb.weight", "head.weight", "blocks.0.att.r_k", "blocks.0.att.w1", "blocks.0.ffn.key.weight")
+    lacking = [name for name in needed if name not in weights]
+    if lacking:
+        some = ", ".join(list(weights)[:3])
+        raise ValueError(f"{source}: not RWKV-7 weights: {lacking[0]} is missing (the file begins with {some})")
+    layers = {int(m.group(1)) for m in (re.match(r"blocks\.(\d+)\.", name) for name in weights) if m}
+    if layers != set(range(len(layers))):
+        raise ValueError(f"{source}: blocks {sorted(set(range(max(layers))) - layers)} are missing")
+    vocab_size, n_embd = weights["emb.weight"].shape
+    value_residual = next((weights[f"blocks.{i}.att.v1"] for i in (1, 0) if f"blocks.{i}.att.v1" in weights), None)
+    return ModelConfig(
+        n_layer=len(layers),
+        n_embd=n_embd,
+        vocab_size=vocab_size,
+        head_size=weights["blocks.0.att.r_k"].shape[1],
+        dim_ffn=weights["blocks.0.ffn.key.weight"].shape[0],
+        d_decay_lora=weights["blocks.0.att.w1"].shape[1],
+        d_aaa_lora=weights["blocks.0.att.a1"].shape[1],
+        d_mv_lora=0 if value_residual is None else value_residual.shape[1],
+        d_gate_lora=weights["blocks.0.att.g1"].shape[1],
+        kernel=kernel,
+    )
+
+
+def fit_weights(weights: Weights, model: nn.Module, source: str, partial: bool = False) -> Weights:
+    """`weights` completed and checked for `model`: the same names and shapes, all there.
+
+    Layer 0's idle v0, v1, v2 are made up where a file lacks them. With `partial`, parameters that the file lacks keep the
+    model's values. Raises ValueError with the first names that don't fit and the sizes that would.
+    """
+    wanted = model.state_dict()
+    fitted = dict(weights)
+    for name in IDLE_IN_LAYER_0:
+        if name in wanted and (name not in fitted or fitted[name].shape != wanted[name].shape):
+            like = weights["emb.weight"] if "emb.weight" in weights else wanted[name]
+            fitted[name] = torch.zeros(wanted[name].shape, dtype=like.dtype)
+    # a released file may carry w0 and the like as [C]; only the number of values matters, as it does to every reader
+    for name, tensor in fitted.items():
+        if name in wanted and tensor.shape != wanted[name].shape and tensor.squeeze().shape == wanted[name].squeeze().shape:
+            fitted[name] = tensor.reshape(wanted[name].shape)
+    missing = [name for name in wanted if name not in fitted]
+    if partial:
+        fitted.update({name: wanted[name] for name in missing})
+        missing = []
+    foreign = [name for name in fitted if name not in wanted]
+    misfits = [
+        f"{name} is {list(fitted[name].shape)}, expected {list(wanted[name].shape)}"
+        for name in wanted
+        if name in fitted and fitted[name].shape != wanted[name].shape
+    ]
+    misfits += [f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in foreign]
+    if misfits:
+        raise ValueError(
+            f"{source}: these weights don't fit the model: {'; '.join(misfits[:3])}"
+            + (f"; and {len(misfits) - 3} more" if len(misfits) > 3 else "")
+            + f".\n{_size_that_would_fit(weights, source)}"
+        )
+    return {name: fitted[name] for name in wanted}
+
+
+def _size_that_would_fit(weights: Weights, source: str) -> str:
+    try:
+        own = config_from_weights(weights, source)
+    except (ValueError, KeyError, IndexError) as error:
+        return f"They are not a whole RWKV-7 model: {error}"
+    return (
+        f"They would fit --n_layer {own.n_layer} --n_embd {own.n_embd} --vocab_size {own.vocab_size} --head_size {own.head_size}"
+        f" --dim_ffn {own.dim_ffn} --d_decay_lora {own.d_decay_lora} --d_aaa_lora {own.d_aaa_lora}"
+        f" --d_mv_lora {own.d_mv_lora} --d_gate_lora {own.d_gate_lora}"
+    )

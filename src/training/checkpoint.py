@@ -1,0 +1,132 @@
+"""The files of a run in --proj_dir, and what a start continues from (rwkv7.md, sections 6 and 7).
+
+`rwkv-init.pth`, `rwkv-N.pth` and `rwkv-final.pth` are plain state dicts. `run.json` remembers the settings and the hash of
+the weights that the run started from: other weights there mean another run, and the old one is put aside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from src.files import write_whole
+
+INIT, FINAL, LOG, METRICS, RUN = "rwkv-init.pth", "rwkv-final.pth", "train_log.txt", "metrics.csv", "run.json"
+
+
+def numbered(proj_dir: Path) -> dict[int, Path]:
+    """The rwkv-N.pth files by N."""
+    found = {int(m.group(1)): path for path in proj_dir.glob("rwkv-*.pth") if (m := re.fullmatch(r"rwkv-(\d+)\.pth", path.name))}
+    return dict(sorted(found.items()))
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """The model's state dict under `path`, whole or not at all.
+
+    Tried twice; then OSError (disk full, folder gone, no permission) with the path and what still stands, so that the run
+    fails visibly instead of training on without being saved.
+    """
+    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items()}
+    for last_try in (False, True):
+        try:
+            with write_whole(path) as file:
+                torch.save(weights, file)
+            return
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            if last_try:
+                raise OSError(
+                    f"{path} could not be written ({str(error).splitlines()[0]}). The weights saved before are whole; "
+                    "free some space or mend the folder and run the same command again: it continues from them"
+                ) from error
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a start continues from: `weights` (None: draw new ones) at `step`; `fresh` when step 0 of a new run."""
+
+    weights: Path | None
+    mini_epoch: int  # the first one to be trained
+    complete: bool = False
+
+    @property
+    def fresh(self) -> bool:
+        return self.mini_epoch == 0
+
+
+def find_start(proj_dir: Path, stage: int, load_model: str, epoch_begin: int = 0) -> Start:
+    """In this order: complete; the highest rwkv-N.pth; rwkv-init.pth (stages 2, 3) or --load_model; new weights (stage 0).
+
+    Raises ValueError when a stage that continues finds nothing to continue.
+    """
+    if (proj_dir / FINAL).exists():
+        return Start(proj_dir / FINAL, 0, complete=True)
+    weights = numbered(proj_dir)
+    if weights:
+        n, path = list(weights.items())[-1]
+        return Start(path, n + 1)
+    origin = origin_weights(proj_dir, stage, load_model)
+    if origin is None and stage >= 2:
+        raise ValueError(
+            f"--train_stage {stage} continues what is in --proj_dir, but {proj_dir} holds no rwkv-init.pth and no rwkv-N.pth; "
+            "write the initial weights first (--train_stage 1), or start from a file with --load_model"
+        )
+    return Start(origin, epoch_begin)
+
+
+def origin_weights(proj_dir: Path, stage: int, load_model: str) -> Path | None:
+    """The weights that a run in this folder starts from at step 0; None: new ones are drawn."""
+    if load_model:
+        return Path(load_model)
+    init = proj_dir / INIT
+    return init if stage >= 2 and init.exists() else None
+
+
+def read_run(proj_dir: Path) -> dict[str, Any]:
+    """What run.json remembers; empty when there is none. Raises ValueError when it can't be read."""
+    path = proj_dir / RUN
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: can't be read ({error}); delete it to go on without what it remembers") from error
+
+
+def write_run(proj_dir: Path, remembered: dict[str, Any]) -> None:
+    with write_whole(proj_dir / RUN, "w") as file:
+        json.dump(remembered, file, indent=1)
+        file.write("\n")
+
+
+def fingerprint(path: Path | None) -> dict[str, Any]:
+    """What tells weights apart: SHA-256 of the file (None: drawn anew)."""
+    if path is None:
+        return {"sha256": "", "path": ""}
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"sha256": digest.hexdigest(), "path": str(path)}
+
+
+def put_aside(proj_dir: Path) -> Path | None:
+    """Move the files of an earlier run to `previous-{k}/`; nothing is deleted. None when there was nothing to move."""
+    members = [*numbered(proj_dir).values()]
+    members += [proj_dir / name for name in (FINAL, LOG, METRICS, RUN, "loss.png", "resume") if (proj_dir / name).exists()]
+    if not members:
+        return None
+    k = 1
+    while (proj_dir / f"previous-{k}").exists():
+        k += 1
+    aside = proj_dir / f"previous-{k}"
+    aside.mkdir()
+    for member in members:
+        member.rename(aside / member.name)
+    return aside

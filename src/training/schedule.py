@@ -1,0 +1,82 @@
+"""When things happen in a run, as pure functions: learning rate by step, length in steps, bounds of mini-epochs.
+
+Steps are counted from 0 at the very first step of the whole run, whatever was stopped and continued in between.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from src.config import MINI_EPOCH_SAMPLES
+
+RENEWED_WARMUP_STEPS = 10  # the least warm-up of a fresh optimizer on trained weights
+
+
+def learning_rate(
+    step: int,
+    *,
+    lr_init: float,
+    lr_final: float,
+    warmup_steps: int,
+    exit_tokens: int,
+    tokens_per_step: int,
+    restarted_at: int = 0,
+) -> float:
+    """The learning rate of step `step`, before a parameter group's own scale (rwkv7.md, section 3).
+
+    1. progress = (tokens(step) - tokens(warmup)) / (exit_tokens - tokens(warmup)), within 0 and 1
+    2. lr = lr_init * ((0.5 + f/2) + (0.5 - f/2) cos(pi * progress)), f = lr_final / lr_init
+    3. times 0.01 + 0.99 s / warmup_steps during the first `warmup_steps` steps s since `restarted_at`, the step at
+       which a fresh optimizer began (0 in a run that was never continued from weights alone).
+    """
+    warmup_tokens = warmup_steps * tokens_per_step
+    progress = (step * tokens_per_step - warmup_tokens) / max(1, exit_tokens - warmup_tokens)
+    progress = min(1.0, max(0.0, progress))
+    f = lr_final / lr_init
+    lr = lr_init * ((0.5 + f / 2) + (0.5 - f / 2) * math.cos(math.pi * progress))
+    warming = warmup_steps if restarted_at == 0 else max(RENEWED_WARMUP_STEPS, warmup_steps)
+    since = step - restarted_at
+    return lr * (0.01 + 0.99 * since / warming) if 0 <= since < warming else lr
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run is and where its mini-epochs end (rwkv7.md, section 7).
+
+    A mini-epoch is a unit of samples: 40320, or `epoch_steps` global batches. Mini-epoch N ends with the first step whose samples
+    reach (N + 1) units, so any batch size works; the last one may be partial.
+    """
+
+    exit_tokens: int
+    ctx_len: int
+    global_batch: int
+    epoch_steps: int = 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.ctx_len * self.global_batch
+
+    @property
+    def steps(self) -> int:
+        return -(-self.exit_tokens // self.tokens_per_step)
+
+    @property
+    def unit(self) -> int:
+        return self.epoch_steps * self.global_batch if self.epoch_steps else MINI_EPOCH_SAMPLES
+
+    def mini_epoch(self, step: int) -> int:
+        """The mini-epoch that `step` ends or lies in."""
+        before, after = self._units(step), self._units(step + 1)
+        return after - 1 if after > before else after
+
+    def ends_mini_epoch(self, step: int) -> bool:
+        """Whether `step` is the last of a mini-epoch; the run's last step always is."""
+        return self._units(step + 1) > self._units(step) or step == self.steps - 1
+
+    def _units(self, steps: int) -> int:
+        return steps * self.global_batch // self.unit
+
+    def step_after(self, mini_epoch: int) -> int:
+        """The first step that follows mini-epoch N: where a run goes on that has rwkv-N.pth. At most `steps`."""
+        return min(self.steps, -(-(mini_epoch + 1) * self.unit // self.global_batch))
