@@ -1,0 +1,63 @@
+"""Conversations to text by a tokenizer's own chat template, written in Jinja as Hugging Face tokenizers carry it."""
+
+import json
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}` marks what the assistant writes; for rendering it is a plain block."""
+
+    tags = {"generation"}  # noqa: RUF012, the name that Jinja reads
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+class ChatTemplate:
+    """`source` with the variables of `specials` (bos_token, eos_token, ...), compiled once.
+
+    ValueError when the source is no template. The sandbox keeps a template from touching more than its messages.
+    """
+
+    def __init__(self, source: str, specials: dict[str, str]) -> None:
+        self.source = source
+        self._specials = specials
+        world = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        )
+        world.filters["tojson"] = _to_json
+        world.globals["raise_exception"] = _refuse
+        world.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            self._compiled = world.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the tokenizer's chat template can't be read: {error}") from error
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """The conversation as text, ready for the answer when `add_generation_prompt` and the template knows of it."""
+        try:
+            return self._compiled.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self._specials
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    # Jinja's own tojson escapes <, > and & for HTML, which would put other tokens in.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

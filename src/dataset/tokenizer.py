@@ -1,0 +1,185 @@
+"""Tokenizers behind one small interface: the RWKV World vocabulary, and any Hugging Face tokenizer folder.
+
+A folder is read with `tokenizers` and `jinja2` alone: importing `transformers` takes seconds, this takes milliseconds.
+"""
+
+import ast
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .chat_template import ChatTemplate, Message
+
+WORLD_VOCAB_SIZE = 65536  # rows of the published models; the vocabulary itself ends at id 65529
+
+
+class Tokenizer:
+    """Text to token ids and back. Made by `load_tokenizer`.
+
+    name           "world", or the folder that it was read from
+    vocab_size     ids are below it; the `--vocab_size` of a model for this tokenizer
+    chat_template  how conversations become text, or None
+    eos_ids        ids after which generation ends (0 ends every document)
+    """
+
+    name: str
+    vocab_size: int
+    eos_ids: tuple[int, ...] = (0,)
+    chat_template: ChatTemplate | None = None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, nothing added. ValueError for text that is no valid Unicode (lone surrogates)."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """The UTF-8 bytes of `ids`; a character may be cut at either end. Ids that mean nothing give U+FFFD."""
+        raise NotImplementedError
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def apply_chat_template(self, messages: list[Message], add_generation_prompt: bool = False) -> list[int]:
+        """Ids of a conversation. ValueError when the tokenizer has no template or the template refuses it."""
+        if self.chat_template is None:
+            raise ValueError(f"--tokenizer {self.name} has no chat template; give a folder whose tokenizer has one.")
+        return self.encode(self.chat_template.render(messages, add_generation_prompt))
+
+
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
+
+
+class WorldTokenizer(Tokenizer):
+    """RWKV's trie tokenizer (greedy longest match over bytes), through the Rust package pyrwkv-tokenizer."""
+
+    name = "world"
+    vocab_size = WORLD_VOCAB_SIZE
+
+    def __init__(self) -> None:
+        try:
+            from pyrwkv_tokenizer import RWKVTokenizer
+        except ImportError as error:
+            raise ValueError("--tokenizer world needs a package: pip install pyrwkv-tokenizer") from error
+        self._rust = RWKVTokenizer()
+
+    def encode(self, text: str) -> list[int]:
+        return self._rust.encode(text)
+
+    @cached_property
+    def _entries(self) -> list[bytes]:
+        """Bytes of each id. The package's own decoder can't give half a character and panics beyond the vocabulary."""
+        entries = [_UNKNOWN] * self.vocab_size
+        entries[0] = b""  # the end of a document has no text
+        with open(self._rust.vocab_filepath, encoding="utf-8") as lines:
+            for line in lines:  # "230 '\xe5' 1": id, Python literal, length in bytes
+                number, rest = line.split(" ", 1)
+                entry = ast.literal_eval(rest[: rest.rindex(" ")])
+                entries[int(number)] = entry.encode() if isinstance(entry, str) else entry
+        return entries
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return b"".join(map(self._entries.__getitem__, ids))
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in byte-level BPE: itself where visible in Latin-1, else 256, 257, ..."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+class FolderTokenizer(Tokenizer):
+    """A Hugging Face tokenizer folder: tokenizer.json, tokenizer_config.json and, in some, chat_template.jinja."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        import tokenizers
+
+        folder = Path(folder)
+        self.name = str(folder)
+        model, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        if not model.is_file():
+            raise ValueError(
+                f"--tokenizer {folder}: there is no tokenizer.json in it. Name a Hugging Face tokenizer folder, or "
+                f"`world`. (A folder with a slow tokenizer: save it once with transformers' AutoTokenizer.)"
+            )
+        try:
+            self._rust = tokenizers.Tokenizer.from_file(str(model))
+        except Exception as error:  # the package raises nothing narrower
+            raise ValueError(f"--tokenizer {folder}: tokenizer.json can't be read: {error}") from error
+        self._rust.no_truncation()
+        self._rust.no_padding()
+        config = _read_json(config_file) if config_file.is_file() else {}
+        self.vocab_size = self._rust.get_vocab_size(with_added_tokens=True)
+        self._specials = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "unk_token")}
+        end = self._special_id("eos_token")
+        self.eos_ids = tuple(sorted({0} | ({end} if end is not None else set())))
+        template = folder / "chat_template.jinja"
+        source = template.read_text(encoding="utf-8") if template.is_file() else _default_template(config)
+        if source is not None:
+            self.chat_template = ChatTemplate(source, {k: v for k, v in self._specials.items() if v is not None})
+
+    def _special_id(self, name: str) -> int | None:
+        token = self._specials[name]
+        if token is None:
+            return None
+        number = self._rust.token_to_id(token)
+        if number is None:
+            raise ValueError(f"--tokenizer {self.name}: its {name} {token!r} is not in its vocabulary.")
+        return number
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return self._rust.encode(text, add_special_tokens=False).ids
+        except TypeError as error:  # all that the package says of a lone surrogate
+            raise ValueError("text with lone surrogates is not valid Unicode") from error
+
+    @cached_property
+    def _entries(self) -> list[bytes] | None:
+        """Bytes of each id, or None for a tokenizer whose tokens don't stand for bytes one by one."""
+        from tokenizers import decoders
+
+        if not isinstance(self._rust.decoder, decoders.ByteLevel):
+            return None
+        alphabet = _byte_level_alphabet()
+        added = self._rust.get_added_tokens_decoder()
+        entries = [_UNKNOWN] * self.vocab_size
+        for token, number in self._rust.get_vocab(with_added_tokens=True).items():
+            entries[number] = token.encode() if number in added else bytes(alphabet[c] for c in token)
+        return entries
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        if self._entries is None:
+            return self._rust.decode(ids, skip_special_tokens=False).encode()
+        return b"".join(self._entries[i] if i < self.vocab_size else _UNKNOWN for i in ids)
+
+
+def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer that `--tokenizer` names: "world", or a Hugging Face tokenizer folder.
+
+    ValueError when there is none or it can't be read. A folder that is called `world` is reached as `./world`.
+    """
+    if str(name_or_folder) == "world":
+        return WorldTokenizer()
+    return FolderTokenizer(name_or_folder)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def _token_text(entry: Any) -> str | None:
+    """A special token in a config is a string, or an object that has it as `content`."""
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
+def _default_template(config: dict[str, Any]) -> str | None:
+    """Several templates may be listed as [{"name": ..., "template": ...}]; the one called "default" is for chatting."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return template
