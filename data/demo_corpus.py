@@ -1,0 +1,144 @@
+"""Builds the demo data without a download: the sources of this Python's standard library, and a tokenizer for them.
+
+Writes demo_tokenizer/ (a Hugging Face tokenizer folder: byte-level BPE, 6400 entries, ChatML), demo.bin/.idx and, with
+about a tenth of the files, demo-heldout.bin/.idx. What is there and whole is kept: run again, it does nothing.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+import tokenize
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from tqdm import tqdm
+
+from src.dataset import BinIdxWriter, MMapIndexedDataset
+from src.dataset.tokenizer import Tokenizer, load_tokenizer
+
+VOCAB_SIZE = 6400
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
+NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+AT_LEAST_BYTES = 4_000_000  # a whole library has about 12 MB; Debian's python3-minimal has 3
+
+# ChatML; the marks tell what the assistant writes, which is what fine-tuning counts.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def library_sources(library: Path) -> dict[str, str]:
+    """The text of each source file by its path in the library, in order of the paths; tests and add-ons left out."""
+    sources = {}
+    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()):
+        name = path.relative_to(library)
+        if NOT_THE_LIBRARY.isdisjoint(name.parts):
+            with tokenize.open(path) as file:  # minds a file's coding line
+                sources[name.as_posix()] = file.read()
+    total = sum(map(len, sources.values()))
+    if total < AT_LEAST_BYTES:
+        raise ValueError(
+            f"{library} holds {total} bytes of Python sources, the demo needs {AT_LEAST_BYTES} of the standard library's "
+            f"or more. This Python ({sys.executable}) has its library packed or only in part: install the full one "
+            f"(Debian: apt install python3 libpython3-stdlib), or run with another Python."
+        )
+    return {name: text for name, text in sources.items() if text.strip()}
+
+
+def is_held_out(name: str) -> bool:
+    """About one name in ten, the same ones everywhere."""
+    return hashlib.blake2b(name.encode(), digest_size=8).digest()[0] < 26
+
+
+def train_tokenizer(texts: list[str], folder: Path) -> None:
+    from tokenizers import Tokenizer as Rust
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    rust = Rust(models.BPE())
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIALS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=sys.stderr.isatty(),
+    )
+    rust.train_from_iterator(texts, trainer)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 32768,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    # tokenizer.json comes last and whole: where it stands, the folder is complete.
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    part = folder / "tokenizer.json.part"
+    rust.save(str(part))
+    part.replace(folder / "tokenizer.json")
+
+
+def write_documents(texts: list[str], tokenizer: Tokenizer, prefix: Path) -> None:
+    bar = tqdm(total=sum(map(len, texts)), desc=f"{prefix.name}.bin", unit="B", unit_scale=True)
+    with BinIdxWriter(prefix, np.uint16) as out, bar:
+        for start in range(0, len(texts), 32):  # enough at once to busy the cores
+            some = texts[start : start + 32]
+            for ids in tokenizer.encode_batch(some):
+                out.add_document([*ids, 0])
+            bar.update(sum(map(len, some)))
+
+
+def is_whole(prefix: Path) -> bool:
+    try:
+        return MMapIndexedDataset(prefix).n_tokens > 0
+    except ValueError:
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder (this one)")
+    args = parser.parse_args()
+    folder, train, heldout = args.out / "demo_tokenizer", args.out / "demo", args.out / "demo-heldout"
+    try:
+        if (folder / "tokenizer.json").is_file() and is_whole(train) and is_whole(heldout):
+            print(f"The demo data is there: {os.path.relpath(train)}.bin/.idx, {heldout.name}.bin/.idx, {folder.name}/")
+            return
+        sources = library_sources(Path(sysconfig.get_path("stdlib")))
+        parts = {
+            train: [text for name, text in sources.items() if not is_held_out(name)],
+            heldout: [text for name, text in sources.items() if is_held_out(name)],
+        }
+        megabytes = sum(len(text) for text in sources.values()) / 1e6
+        print(f"Python {sys.version.split()[0]}'s standard library: {len(sources)} files, {megabytes:.1f} MB")
+        if not (folder / "tokenizer.json").is_file():
+            print(f"Training a tokenizer of {VOCAB_SIZE} entries on it ...", flush=True)
+            train_tokenizer(parts[train], folder)
+        tokenizer = load_tokenizer(folder)
+        for prefix, texts in parts.items():
+            write_documents(texts, tokenizer, prefix)
+    except ValueError as error:
+        parser.error(str(error))
+    for prefix in parts:
+        data = MMapIndexedDataset(prefix)
+        print(f"{os.path.relpath(data.bin_path)}: {len(data)} documents, {data.n_tokens} tokens")
+
+
+if __name__ == "__main__":
+    main()
