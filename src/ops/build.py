@@ -1,0 +1,274 @@
+"""The native library: built by ninja on first use, kept in a cache, loaded once per process.
+
+The cache (~/.cache/rwkv7-native, under XDG_CACHE_HOME where that is set) has one folder per key. The key is a hash of everything that the
+binary depends on: sources, flags, compiler, processor features, torch. So a changed source, another machine on the same home directory or another torch gets its own binary, and a
+reinstall finds the old one. A build happens in a private folder and is renamed into place when whole.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+SOURCE_FOLDER = Path(__file__).resolve().parents[2] / "cuda"
+CPU_SOURCES = ("wkv7.cpp", "wkv7_cpu.cpp")
+HEADERS = ("wkv7_cpu.h", "vec.h")
+LIBRARY = "librwkv7_native.so"
+STABLE_ABI = "0x020a000000000000"  # torch 2.10: the oldest whose headers have all that we use
+
+# Options per instruction set: the machine's own, or a fixed one (to measure and test what other machines run).
+INSTRUCTION_SETS = {
+    "native": (),
+    "avx512": ("-march=x86-64-v4",),
+    "avx2": ("-march=x86-64-v3",),
+    "baseline": ("-march=x86-64",),
+}
+
+
+class BuildError(RuntimeError):
+    """The native library can't be had; the message has the compiler's words and what to do."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is compiled and how. `commands` maps a source's suffix to its compile command up to `-c SOURCE -o OBJECT`."""
+
+    compiler: str
+    sources: tuple[Path, ...]
+    headers: tuple[Path, ...]
+    commands: dict[str, tuple[str, ...]]
+    link: tuple[str, ...]
+    identity: tuple[str, ...] = field(default=())  # versions of the tools, features of the processor
+
+    def key(self) -> str:
+        """A hash of everything that the binary depends on (paths of the installation don't count)."""
+        digest = hashlib.sha256()
+        torch_folder = str(Path(torch.__file__).parent)
+        for file in (*self.sources, *self.headers):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+        words = [word for suffix, command in sorted(self.commands.items()) for word in (suffix, *command)]
+        for word in (*words, *self.link, *self.identity):
+            digest.update(word.replace(torch_folder, "TORCH").encode() + b"\0")
+        return digest.hexdigest()[:32]
+
+
+_loaded: Path | None = None
+
+
+def load_native(instruction_set: str = "native") -> None:
+    """Builds the native library unless the cache has it, and registers its ops (`torch.ops.rwkv7`). Does nothing the second time.
+
+    Raises BuildError, with a message that a person can act on, when it can't be built or loaded.
+    """
+    global _loaded
+    if _loaded is not None:
+        return
+    recipe = cpu_recipe(instruction_set)
+    path = build(recipe)
+    try:
+        torch.ops.load_library(path)
+    except OSError as first:  # a damaged file (a full disk, a crash): once more from the start
+        shutil.rmtree(path.parent, ignore_errors=True)
+        path = build(recipe)
+        try:
+            torch.ops.load_library(path)
+        except OSError as second:
+            raise BuildError(f"the native library was built but can't be loaded: {second}") from first
+    _loaded = path
+
+
+def cpu_recipe(instruction_set: str = "native") -> Recipe:
+    """The recipe of the CPU ops for this machine (or for a named instruction set)."""
+    compiler = find_compiler()
+    torch_folder = Path(torch.__file__).parent
+    machine = INSTRUCTION_SETS[instruction_set]
+    if instruction_set == "native":
+        machine = ("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ("-mcpu=native",)
+    flags = (
+        "-std=c++17", "-O3", *machine, "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wall",
+        f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-isystem", str(torch_folder / "include"),
+    )  # fmt: skip
+    return Recipe(
+        compiler=compiler,
+        sources=tuple(SOURCE_FOLDER / name for name in CPU_SOURCES),
+        headers=tuple(SOURCE_FOLDER / name for name in HEADERS),
+        commands={".cpp": (compiler, *flags)},
+        link=(compiler, "-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"),
+        identity=(_version_of(compiler), platform.machine(), _processor_features(), torch.__version__, sys.platform),
+    )
+
+
+def find_compiler() -> str:
+    """The C++ compiler: $CXX, or the first of c++, g++, clang++ on the PATH."""
+    wanted = os.environ.get("CXX", "")
+    if wanted:
+        found = shutil.which(wanted)
+        if found is None:
+            raise BuildError(
+                f"CXX is set to {wanted!r}, which is not there; unset CXX or name an installed C++ compiler"
+            )
+        return found
+    for name in ("c++", "g++", "clang++"):
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    raise BuildError(
+        "no C++ compiler (looked for c++, g++, clang++). Install one: `sudo apt install g++` (Debian, Ubuntu), "
+        "`sudo dnf install gcc-c++` (Fedora), `xcode-select --install` (macOS), `conda install cxx-compiler` (conda)"
+    )
+
+
+def find_ninja() -> str:
+    """ninja from the Python package of that name, or from the PATH."""
+    spec = importlib.util.find_spec("ninja")
+    if spec is not None:
+        import ninja
+
+        packaged = shutil.which("ninja", path=ninja.BIN_DIR)
+        if packaged is not None:
+            return packaged
+    found = shutil.which("ninja")
+    if found is None:
+        raise BuildError("ninja is not installed: `pip install ninja`")
+    return found
+
+
+def cache_folder() -> Path:
+    """Where built libraries stay: $XDG_CACHE_HOME/rwkv7-native, by default ~/.cache/rwkv7-native."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if root else Path.home() / ".cache") / "rwkv7-native"
+
+
+def build(recipe: Recipe, cache: Path | None = None) -> Path:
+    """The library of `recipe`: from the cache, or built now. A cache that can't be written is replaced by a temporary folder, with a warning."""
+    cache = cache_folder() if cache is None else cache
+    final = cache / recipe.key() / LIBRARY
+    if final.is_file():
+        return final
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _lock(cache / "lock"):
+            if not final.is_file():  # another process may have built it while we waited
+                _build_into(recipe, final)
+    except OSError as error:
+        folder = Path(tempfile.mkdtemp(prefix="rwkv7-native-"))
+        warnings.warn(
+            f"the build cache {cache} can't be written ({error}); building in {folder}, for this process only. "
+            "Set XDG_CACHE_HOME to a folder that can be written to keep the build.",
+            stacklevel=2,
+        )
+        final = folder / recipe.key() / LIBRARY
+        try:
+            _build_into(recipe, final)
+        except OSError as second:
+            raise BuildError(
+                f"nowhere to build: neither {cache} ({error}) nor {folder} ({second}) can be written"
+            ) from second
+    return final
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One builder at a time. The kernel frees the lock when its holder dies; where a file system has no locks, both build, harmlessly."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            yield
+            return
+        yield
+
+
+def _build_into(recipe: Recipe, final: Path) -> None:
+    final.parent.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="build-", dir=final.parent.parent))
+    try:
+        _compile(recipe, work)
+        whole = work / "whole"
+        whole.mkdir()
+        os.rename(work / LIBRARY, whole / LIBRARY)
+        try:
+            os.rename(whole, final.parent)
+        except OSError:
+            if not final.is_file():  # not just another process that was first
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _compile(recipe: Recipe, work: Path) -> None:
+    (work / "build.ninja").write_text(_ninja_file(recipe), encoding="utf-8")
+    ninja = [find_ninja(), "-C", str(work)]
+    # Messages in English, so that they can be searched for; TMPDIR on the cache's disk is not needed: compilers use pipes.
+    environment = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(
+        ninja, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+    )
+    if done.returncode == 0:
+        return
+    words = done.stdout.strip()[-6000:]
+    if "No space left on device" in words:
+        raise OSError(28, "No space left on device")
+    if done.returncode == -signal.SIGKILL or any(
+        sign in words for sign in ("Killed", "virtual memory exhausted", "out of memory")
+    ):
+        advice = "The compiler ran out of memory: it needs about 500 MB; close something, or add swap, and start again."
+    else:
+        advice = f"Check that {recipe.compiler} can compile C++17 (g++ 9 or clang 11 and later), or name another compiler in CXX."
+    raise BuildError(f"the native library could not be built. {advice} The compiler's words:\n{words}")
+
+
+def _ninja_file(recipe: Recipe) -> str:
+    def escape(word: str) -> str:
+        return word.replace("$", "$$")
+
+    def shell(words: tuple[str, ...]) -> str:
+        return " ".join("'" + escape(word).replace("'", "'\\''") + "'" for word in words)
+
+    def path(file: Path) -> str:
+        return escape(str(file)).replace(" ", "$ ").replace(":", "$:")
+
+    lines = ["ninja_required_version = 1.3"]
+    for suffix, command in recipe.commands.items():
+        lines += [f"rule compile_{suffix[1:]}", f"  command = {shell(command)} -c $in -o $out"]
+    lines += ["rule link", f"  command = {shell(recipe.link[:1])} $in {shell(recipe.link[1:])} -o $out"]
+    objects = [f"{source.name}.o" for source in recipe.sources]
+    for source, name in zip(recipe.sources, objects, strict=True):
+        lines.append(f"build {name}: compile_{source.suffix[1:]} {path(source)}")
+    lines += [f"build {LIBRARY}: link {' '.join(objects)}", f"default {LIBRARY}", ""]
+    return "\n".join(lines)
+
+
+def _version_of(compiler: str) -> str:
+    try:
+        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the compiler {compiler} does not run: {error}") from error
+    if done.returncode != 0:
+        raise BuildError(
+            f"the compiler {compiler} does not run (exit {done.returncode}):\n{(done.stdout + done.stderr).strip()}"
+        )
+    return done.stdout
+
+
+def _processor_features() -> str:
+    """What -march=native depends on: the model and feature flags of the processor."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor()
+    wanted = ("flags", "Features", "model name", "cpu family", "model", "CPU implementer", "CPU part")
+    return "\n".join(sorted({line for line in text.splitlines() if line.split(":")[0].strip() in wanted}))

@@ -1,0 +1,78 @@
+"""Each op in plain PyTorch: read top to bottom, this is RWKV-7's mathematics. Slow, exact, differentiable by autograd."""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+L2WRAP = 1e-4
+
+
+def wkv7_decay(w: Tensor) -> Tensor:
+    """decay = exp(-exp(-1/2) sigmoid(w)), always above 0.545; fp32 (float64 for float64 input)."""
+    return torch.exp(-math.exp(-0.5) * torch.sigmoid(_accumulate(w)))
+
+
+def wkv7_reference(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-7's recurrence, per head, with S of shape (N_value, N_key):
+
+        S_t = S_{t-1} diag(decay_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T
+        y_t = S_t r_t
+
+    Contract: `src.ops.wkv7.wkv7`.
+    """
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        ys, states = [], []
+        for document, (begin, end) in enumerate(pairwise(bounds)):
+            start = None if state is None else state[document : document + 1]
+            inputs = [x[:, begin:end] for x in (r, w, k, v, a, b)]
+            y, final = wkv7_reference(*inputs, state=start)
+            ys.append(y)
+            states.append(final)
+        return torch.cat(ys, 1), torch.cat(states)
+
+    dtype = r.dtype
+    decay = wkv7_decay(w)
+    r, k, v, a, b = (_accumulate(x) for x in (r, k, v, a, b))
+    B, T, H, N = r.shape
+    S = r.new_zeros(B, H, N, N) if state is None else state.clone()
+    ys = []
+    for t in range(T):
+        sa = S @ a[:, t, :, :, None]
+        S = S * decay[:, t, :, None, :] + sa * b[:, t, :, None, :] + v[:, t, :, :, None] * k[:, t, :, None, :]
+        ys.append(S @ r[:, t, :, :, None])
+    if not ys:  # a document without tokens
+        return r.new_empty(B, 0, H, N, dtype=dtype), S
+    return torch.stack(ys, 1).squeeze(-1).to(dtype), S
+
+
+def cross_entropy_l2wrap_reference(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """Mean cross entropy over the tokens that count, plus a term of value zero whose gradient is L2Wrap's:
+    (1e-4 / count) * z on each counting token's largest logit z.
+    """
+    logits = _accumulate(logits).flatten(0, -2)
+    targets = targets.flatten()
+    counts = targets != ignore_index
+    count = counts.sum().clamp(min=1)
+    nll = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum") / count
+    largest = (
+        logits.amax(-1, keepdim=True) if logits.shape[0] == 0 else logits.gather(-1, logits.argmax(-1, keepdim=True))
+    )
+    half_square = 0.5 * (largest.squeeze(-1) ** 2 * counts).sum() * (L2WRAP / count)
+    return nll + (half_square - half_square.detach())
+
+
+def _accumulate(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
