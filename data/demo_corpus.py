@@ -41,20 +41,22 @@ CHAT_TEMPLATE = (
 
 def library_sources(library: Path) -> dict[str, str]:
     """The text of each source file by its path in the library, in order of the paths; tests and add-ons left out."""
-    sources = {}
+    names: dict[str, str] = {}  # by text: of equal files the first one counts, or a held-out file might be trained on
     for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()):
         name = path.relative_to(library)
         if NOT_THE_LIBRARY.isdisjoint(name.parts):
             with tokenize.open(path) as file:  # minds a file's coding line
-                sources[name.as_posix()] = file.read()
-    total = sum(map(len, sources.values()))
+                text = file.read()
+            if text.strip():
+                names.setdefault(text, name.as_posix())
+    total = sum(map(len, names))
     if total < AT_LEAST_BYTES:
         raise ValueError(
-            f"{library} holds {total} bytes of Python sources, the demo needs {AT_LEAST_BYTES} of the standard library's "
-            f"or more. This Python ({sys.executable}) has its library packed or only in part: install the full one "
+            f"{library} holds {total} bytes of Python sources, the demo needs {AT_LEAST_BYTES} or more of the standard "
+            f"library's. This Python ({sys.executable}) has it packed or only in part: install the full library "
             f"(Debian: apt install python3 libpython3-stdlib), or run with another Python."
         )
-    return {name: text for name, text in sources.items() if text.strip()}
+    return {name: text for text, name in names.items()}
 
 
 def is_held_out(name: str) -> bool:
@@ -132,7 +134,8 @@ def main() -> None:
             train_tokenizer(parts[train], folder)
         tokenizer = load_tokenizer(folder)
         for prefix, texts in parts.items():
-            write_documents(texts, tokenizer, prefix)
+            if not is_whole(prefix):
+                write_documents(texts, tokenizer, prefix)
     except ValueError as error:
         parser.error(str(error))
     for prefix in parts:

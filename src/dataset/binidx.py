@@ -12,17 +12,19 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+
+from src.files import write_whole
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _INTEGERS = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _FLOATS = {6: "float64", 7: "float32"}
 _CODES = {np.dtype(kind): code for code, kind in _INTEGERS.items()}
-_CHECKED_AT_ONCE = 1 << 20  # items whose pointers are checked together: a few MB of memory however many there are
+_ITEMS_AT_ONCE = 1 << 20  # bounds the memory for index arrays to some MB, however many items there are
 
 
 def file_prefix(path: str | os.PathLike[str]) -> Path:
@@ -89,8 +91,8 @@ class MMapIndexedDataset:
     def _check_layout(self) -> int:
         """The number of tokens, once it is sure that items follow each other without gaps and end where .bin ends."""
         end = 0  # bytes
-        for start in range(0, len(self.sizes), _CHECKED_AT_ONCE):
-            n_bytes = self.sizes[start : start + _CHECKED_AT_ONCE].astype(np.int64) * self.dtype.itemsize
+        for start in range(0, len(self.sizes), _ITEMS_AT_ONCE):
+            n_bytes = self.sizes[start : start + _ITEMS_AT_ONCE].astype(np.int64) * self.dtype.itemsize
             if n_bytes.min() < 0:
                 raise self._fault(f"item {start + int(n_bytes.argmin())} has a negative size")
             ends = end + np.cumsum(n_bytes)
@@ -101,8 +103,8 @@ class MMapIndexedDataset:
         n_bounds = len(self.doc_idx)
         if n_bounds == 0 or self.doc_idx[0] != 0 or self.doc_idx[-1] != len(self.sizes):
             raise self._fault("its document bounds do not run from the first to the last item")
-        for start in range(0, n_bounds - 1, _CHECKED_AT_ONCE):
-            if (np.diff(self.doc_idx[start : start + _CHECKED_AT_ONCE + 1]) < 0).any():
+        for start in range(0, n_bounds - 1, _ITEMS_AT_ONCE):
+            if (np.diff(self.doc_idx[start : start + _ITEMS_AT_ONCE + 1]) < 0).any():
                 raise self._fault("its document bounds do not ascend")
         length = self.bin_path.stat().st_size
         if length != end:
@@ -142,7 +144,7 @@ class BinIdxWriter:
         with BinIdxWriter("data/x", np.uint16) as out:
             out.add_document([17, 4, 0])
 
-    Until then it is `X.bin.part` / `X.idx.part`; an error inside the block removes these. Document ends (token 0) are
+    Until then it is `X.bin.part`; an error inside the block removes it. Document ends (token 0) are
     the caller's. An earlier pair of the name stays until the new one is complete: its index is taken away first, and
     the new index comes last, so that no moment shows a pair that doesn't fit.
     """
@@ -154,12 +156,13 @@ class BinIdxWriter:
             raise ValueError(f"{self.dtype} is no token type; use one of {', '.join(map(str, _CODES))}.")
         self.n_tokens = 0
         self.n_documents = 0
-        self._parts = [with_ending(self.prefix, ending) for ending in (".bin.part", ".sizes.part", ".idx.part")]
+        self._bin_part = with_ending(self.prefix, ".bin.part")
+        self._sizes_part = with_ending(self.prefix, ".sizes.part")
 
     def __enter__(self) -> "BinIdxWriter":
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin: BinaryIO = self._parts[0].open("wb")
-        self._sizes: BinaryIO = self._parts[1].open("wb")  # on disk: a hundred million documents are no list
+        self._bin: BinaryIO = self._bin_part.open("wb")
+        self._sizes: BinaryIO = self._sizes_part.open("wb")  # on disk: a hundred million documents are no list
         return self
 
     def add_document(self, ids: Sequence[int] | npt.NDArray[Any]) -> None:
@@ -183,51 +186,31 @@ class BinIdxWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            _close_synced(self._bin)
-            self._sizes.close()
+            with self._bin, self._sizes:
+                self._bin.flush()
+                os.fsync(self._bin.fileno())
             if kind is None:
-                self._write_index()
-                final_bin, final_idx = with_ending(self.prefix, ".bin"), with_ending(self.prefix, ".idx")
-                final_idx.unlink(missing_ok=True)
-                self._parts[0].replace(final_bin)
-                self._parts[2].replace(final_idx)
-                _sync_folder(self.prefix.parent)
+                bin_path, idx_path = with_ending(self.prefix, ".bin"), with_ending(self.prefix, ".idx")
+                with write_whole(idx_path) as idx:
+                    self._write_index(idx)
+                    idx_path.unlink(missing_ok=True)
+                    self._bin_part.replace(bin_path)
         finally:
-            for part in self._parts:
-                part.unlink(missing_ok=True)
+            self._bin_part.unlink(missing_ok=True)
+            self._sizes_part.unlink(missing_ok=True)
 
-    def _write_index(self) -> None:
+    def _write_index(self, idx: IO[bytes]) -> None:
         n = self.n_documents
-        sizes = _map(self._parts[1], np.int32, 0, n)
-        blocks = range(0, n, _CHECKED_AT_ONCE)
-        with self._parts[2].open("wb") as idx:
-            idx.write(_HEADER.pack(_MAGIC, 1, _CODES[self.dtype], n, n + 1))
-            for start in blocks:
-                idx.write(sizes[start : start + _CHECKED_AT_ONCE].tobytes())
-            end = 0
-            for start in blocks:
-                n_bytes = sizes[start : start + _CHECKED_AT_ONCE].astype(np.int64) * self.dtype.itemsize
-                ends = end + np.cumsum(n_bytes)
-                idx.write((ends - n_bytes).astype("<i8").tobytes())
-                end = int(ends[-1])
-            for start in range(0, n + 1, _CHECKED_AT_ONCE):
-                idx.write(np.arange(start, min(n + 1, start + _CHECKED_AT_ONCE), dtype="<i8").tobytes())
-            _sync(idx)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _close_synced(file: BinaryIO) -> None:
-    with file:
-        _sync(file)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sizes = _map(self._sizes_part, np.int32, 0, n)
+        blocks = range(0, n, _ITEMS_AT_ONCE)
+        idx.write(_HEADER.pack(_MAGIC, 1, _CODES[self.dtype], n, n + 1))
+        for start in blocks:
+            idx.write(sizes[start : start + _ITEMS_AT_ONCE].tobytes())
+        end = 0
+        for start in blocks:
+            n_bytes = sizes[start : start + _ITEMS_AT_ONCE].astype(np.int64) * self.dtype.itemsize
+            ends = end + np.cumsum(n_bytes)
+            idx.write((ends - n_bytes).astype("<i8").tobytes())
+            end = int(ends[-1])
+        for start in range(0, n + 1, _ITEMS_AT_ONCE):
+            idx.write(np.arange(start, min(n + 1, start + _ITEMS_AT_ONCE), dtype="<i8").tobytes())

@@ -1,0 +1,48 @@
+"""Small tokenizer folders for the tests, trained on the spot, with chat templates of the shapes that are in use."""
+
+import json
+from pathlib import Path
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# MiniMind's shape: a default system turn, and the user's turn writes the header of the answer.
+USER_OPENS = (
+    "{% set first = messages[0] %}{{ '<|im_start|>system\\n' }}"
+    "{{ first.content if first.role == 'system' else 'Be of help' }}{{ '<|im_end|>\\n' }}"
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '<|im_start|>user\\n' + m.content + '<|im_end|>\\n<|im_start|>assistant\\n' }}"
+    "{% elif m.role == 'assistant' %}{{ m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {"chatml": CHATML, "marked": MARKED, "user_opens": USER_OPENS}
+
+_TEXT = "def answer(question): return 'the answer' # what is it? It is the string, the list and the number of all. "
+
+
+def make_tokenizer(folder: Path, template: str | None = CHATML) -> Path:
+    """A byte-level BPE in a Hugging Face folder: `<|endoftext|>` 0, `<|im_start|>` 1, `<|im_end|>` 2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    rust = Tokenizer(models.BPE())
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    rust.train_from_iterator([_TEXT], trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    rust.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    if template is not None:
+        config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder

@@ -1,0 +1,78 @@
+"""The demo data: built from this Python's own library, once, the same every time."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from src.dataset import MMapIndexedDataset
+from src.dataset.tokenizer import load_tokenizer
+
+SCRIPT = Path(__file__).resolve().parent.parent / "data" / "demo_corpus.py"
+
+
+def build(out: Path, *python_flags: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, *python_flags, SCRIPT, "--out", out], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    done = build(folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_documents_are_sources_and_end_with_token_0(demo: Path) -> None:
+    tokenizer = load_tokenizer(demo / "demo_tokenizer")
+    texts = {}
+    for name in ("demo", "demo-heldout"):
+        data = MMapIndexedDataset(demo / name)
+        assert all(data[i][-1] == 0 and 0 not in data[i][:-1] for i in range(len(data)))
+        texts[name] = {tokenizer.decode(data[i][:-1].tolist()) for i in range(len(data))}
+    assert texts["demo"].isdisjoint(texts["demo-heldout"])
+    everything = "".join(texts["demo"] | texts["demo-heldout"])
+    assert "def dedent(text)" in everything
+    assert len(texts["demo-heldout"]) / sum(map(len, texts.values())) == pytest.approx(0.1, abs=0.03)
+    assert MMapIndexedDataset(demo / "demo").n_tokens > 1_000_000
+
+
+def test_the_tokenizer_is_an_ordinary_folder(demo: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = load_tokenizer(demo / "demo_tokenizer")
+    theirs = transformers.AutoTokenizer.from_pretrained(demo / "demo_tokenizer")
+    assert ours.vocab_size == len(theirs) == 6400
+    assert theirs.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
+    talk = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    encoded = theirs.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
+    assert ours.apply_chat_template(talk) == encoded["input_ids"]
+    answer = [i for i, counts in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if counts]
+    assert ours.decode(answer) == "That.<|im_end|>"
+
+
+def test_a_second_run_does_nothing_and_a_lost_file_comes_back(demo: Path) -> None:
+    def state() -> dict[str, int]:
+        return {str(file): file.stat().st_mtime_ns for file in demo.rglob("*") if file.is_file()}
+
+    before, content = state(), (demo / "demo-heldout.bin").read_bytes()
+    again = build(demo)
+    assert again.returncode == 0
+    assert "is there" in again.stdout
+    assert state() == before
+    (demo / "demo-heldout.bin").write_bytes(content[:-10])
+    tokenizer = (demo / "demo_tokenizer" / "tokenizer.json").stat().st_mtime_ns
+    assert build(demo).returncode == 0
+    assert (demo / "demo-heldout.bin").read_bytes() == content
+    assert (demo / "demo_tokenizer" / "tokenizer.json").stat().st_mtime_ns == tokenizer
+
+
+def test_a_partial_library_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sys.path.insert(0, str(SCRIPT.parent))
+    import demo_corpus
+
+    (tmp_path / "os.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match="only in part"):
+        demo_corpus.library_sources(tmp_path)
+    with pytest.raises(ValueError, match="only in part"):
+        demo_corpus.library_sources(tmp_path / "python311.zip")

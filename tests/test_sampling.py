@@ -1,0 +1,97 @@
+"""The data order: published primes, every slot once, the same samples on any number of processes."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.dataset import magic_prime, sample_offset
+from src.dataset.sampling import check_magic_prime, is_prime, sample_number
+
+PUBLISHED = {
+    "minipile": (1498226207, 512, 2926181),
+    "pretrain_hq": (441795307, 512, 862811),
+    "sft_512": (1843253579, 512, 3600053),
+    "sft_1024": (1430197426, 1024, 1396673),
+    "sft_2048": (2398644915, 2048, 1171199),
+}
+
+
+@pytest.mark.parametrize(("tokens", "ctx_len", "prime"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_primes(tokens: int, ctx_len: int, prime: int) -> None:
+    assert magic_prime(tokens, ctx_len) == prime
+    check_magic_prime(prime, tokens, ctx_len)
+
+
+def test_is_prime_agrees_with_the_sieve() -> None:
+    sieve = [n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1)) for n in range(5000)]
+    assert [is_prime(n) for n in range(5000)] == sieve
+
+
+@pytest.mark.parametrize("n", [3215031751, 3825123056546413051, 2152302898747])  # strong pseudoprimes to many bases
+def test_is_prime_is_not_fooled(n: int) -> None:
+    assert not is_prime(n)
+
+
+@given(slots=st.integers(3, 3000), ctx_len=st.integers(1, 64), extra=st.integers(0, 63))
+def test_every_slot_once_and_inside_the_data(slots: int, ctx_len: int, extra: int) -> None:
+    tokens = slots * ctx_len + extra % ctx_len
+    prime = magic_prime(tokens, ctx_len)
+    assert prime % 3 == 2
+    assert is_prime(prime)
+    assert not any(is_prime(p) for p in range(prime + 1, slots) if p % 3 == 2)
+    offsets = [sample_offset(n, prime, ctx_len) for n in range(prime)]
+    assert sorted(offsets) == [slot * ctx_len for slot in range(prime)]
+    assert max(offsets) + ctx_len + 1 <= tokens
+    assert sample_offset(prime, prime, ctx_len) == offsets[0], "the second pass has the order of the first"
+
+
+def test_no_overflow_past_two_to_the_63() -> None:
+    prime, n = 2926181, 2_100_000_000
+    factor = int(prime * (math.sqrt(5) - 1) / 2)
+    assert (n + 1) ** 3 > 1 << 63
+    assert sample_offset(n, prime, 512) == (factor * (n + 1) ** 3 % prime) * 512
+
+
+@given(micro_bsz=st.integers(1, 6), world=st.integers(1, 8), accumulate=st.integers(1, 4), first=st.integers(0, 10**12))
+def test_a_step_reads_the_same_samples_on_any_number_of_ranks(
+    micro_bsz: int, world: int, accumulate: int, first: int
+) -> None:
+    per_rank = micro_bsz * accumulate
+    for step in range(3):
+        read = [
+            sample_number(step * per_rank + i, first, rank, world) for rank in range(world) for i in range(per_rank)
+        ]
+        start = first + step * per_rank * world
+        assert sorted(read) == list(range(start, start + per_rank * world))
+
+
+def test_the_formula_of_accumulated_micro_batches() -> None:
+    m, world, accumulate = 3, 4, 2
+    for s, k, j, r in [(0, 0, 0, 0), (5, 1, 2, 3), (7, 0, 1, 2)]:
+        local = (s * accumulate + k) * m + j
+        assert sample_number(local, 0, r, world) == (s * accumulate + k) * m * world + j * world + r
+
+
+@pytest.mark.parametrize(
+    ("prime", "reason"),
+    [(2926180, "not a prime"), (2926177, "leaves 1"), (3600053, "beyond the end"), (862811, "too small")],
+)
+def test_a_wrong_prime_is_refused_with_the_right_one(prime: int, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"--magic_prime {prime} .*{reason}.*--magic_prime 2926181"):
+        check_magic_prime(prime, 1498226207, 512)
+
+
+@settings(max_examples=30)
+@given(ctx_len=st.integers(1, 512), tokens=st.integers(0, 1535))
+def test_too_little_data_names_what_would_do(ctx_len: int, tokens: int) -> None:
+    if tokens >= 3 * ctx_len:
+        check_magic_prime(magic_prime(tokens, ctx_len), tokens, ctx_len)
+        return
+    with pytest.raises(ValueError, match=f"at least {3 * ctx_len} are needed"):
+        magic_prime(tokens, ctx_len)
+
+
+def test_a_nearly_best_prime_is_accepted() -> None:
+    check_magic_prime(2700023, 1498226207, 512)

@@ -1,0 +1,119 @@
+"""Tokenizers: text comes back, half characters too, and a folder gives what transformers gives."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.dataset.tokenizer import Tokenizer, load_tokenizer
+from tests.chat_models import TEMPLATES, make_tokenizer
+
+TALK = [
+    {"role": "user", "content": "what is <it>? 世界 & more"},
+    {"role": "assistant", "content": "the 'answer' <|im_end|> 🙂"},
+    {"role": "user", "content": ""},
+    {"role": "assistant", "content": "  spaced\n"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module", params=["world", "folder"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    if request.param == "folder":
+        return load_tokenizer(request.getfixturevalue("folder"))
+    pytest.importorskip("pyrwkv_tokenizer")
+    return load_tokenizer("world")
+
+
+@settings(deadline=None)  # the first call reads the vocabulary
+@given(text=st.text())
+def test_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_batch([text, ""]) == [ids, []]
+    assert all(0 < i < tokenizer.vocab_size for i in ids), "0 is the end of a document, text never holds it"
+    assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == text.encode(), "also when a token is half a character"
+
+
+def test_ids_that_mean_nothing_do_not_break_the_decoder(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode([tokenizer.vocab_size - 1, 0, 300])
+    assert tokenizer.decode([]) == ""
+
+
+def test_lone_surrogates_are_a_value_error(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="surrogates"):
+        tokenizer.encode("\ud800")
+
+
+def test_world_is_the_published_vocabulary() -> None:
+    pytest.importorskip("pyrwkv_tokenizer")
+    world = load_tokenizer("world")
+    assert world.encode("Today is a beautiful day. 今天是美好的一天。") == [
+        *[33520, 4600, 332, 59219, 21509, 47, 33],
+        *[10381, 11639, 13091, 15597, 11685, 14734, 10250, 11639, 10080],
+    ]
+    assert (world.name, world.vocab_size, world.eos_ids, world.chat_template) == ("world", 65536, (0,), None)
+    assert world.decode([0]) == ""
+    with pytest.raises(ValueError, match="no chat template"):
+        world.apply_chat_template(TALK)
+
+
+def test_a_folder_in_our_words(folder: Path) -> None:
+    ours = load_tokenizer(folder)
+    assert (ours.name, ours.vocab_size, ours.eos_ids) == (str(folder), 314, (0, 2))
+    assert ours.decode([0, 1, 2]) == "<|endoftext|><|im_start|><|im_end|>"
+
+
+@pytest.mark.parametrize("shape", TEMPLATES)
+def test_conversations_are_rendered_as_by_transformers(tmp_path: Path, shape: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = make_tokenizer(tmp_path, TEMPLATES[shape])
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert len(theirs) == ours.vocab_size
+    for talk in (TALK, TALK[:1], [{"role": "system", "content": "S"}, *TALK]):
+        for generation in (False, True):
+            text = theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=generation)
+            assert ours.apply_chat_template(talk, generation) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_a_template_in_its_own_file_and_the_list_form(tmp_path: Path) -> None:
+    folder = make_tokenizer(tmp_path, None)
+    assert load_tokenizer(folder).chat_template is None
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    template = load_tokenizer(folder).chat_template
+    assert template is not None
+    assert template.render(TALK) == "D"
+    (folder / "chat_template.jinja").write_text("{{ eos_token }}{{ messages | tojson }}")
+    template = load_tokenizer(folder).chat_template
+    assert template is not None
+    assert template.render(TALK) == "<|im_end|>" + json.dumps(TALK, ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [("{% for %}", "can't be read"), ("{{ raise_exception('no system turn') }}", "no system turn")],
+)
+def test_a_template_that_fails_says_why(tmp_path: Path, template: str, words: str) -> None:
+    make_tokenizer(tmp_path, template)
+    with pytest.raises(ValueError, match=words):
+        load_tokenizer(tmp_path).apply_chat_template(TALK)
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no tokenizer\.json in it.*world"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json can't be read"):
+        load_tokenizer(tmp_path)
+    make_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(ValueError, match="eos_token '</s>' is not in its vocabulary"):
+        load_tokenizer(tmp_path)
