@@ -51,8 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     topics = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
     for field in dataclasses.fields(RunConfig):
         kind = type(field.default)
-        choices = "" if not field.metadata["choices"] else " (" + " | ".join(filter(None, field.metadata["choices"])) + ")"
-        shown = f' [{field.default if field.default != "" else "none"}]'.replace("%", "%%")
+        choices = (
+            "" if not field.metadata["choices"] else " (" + " | ".join(filter(None, field.metadata["choices"])) + ")"
+        )
+        shown = f" [{field.default if field.default != '' else 'none'}]".replace("%", "%%")
         topics[field.metadata["group"]].add_argument(
             f"--{field.name}",
             type=kind,

@@ -137,13 +137,17 @@ class RunConfig:
     load_partial: int = flag(
         0, "run", "1: parameters that the weights file lacks stay as initialised", at_least=0, below=2
     )
-    random_seed: int = flag(-1, "run", "seed of everything drawn; -1: another one each time (it is printed)", at_least=-1)
+    random_seed: int = flag(
+        -1, "run", "seed of everything drawn; -1: another one each time (it is printed)", at_least=-1
+    )
 
     # data
     data_file: str = flag("", "data", "binidx data, as X, X.bin or X.idx")
     data_type: str = flag("binidx", "data", "binidx: pretraining windows", ("binidx",))
     tokenizer: str = flag("", "data", 'tokenizer of the data: "world" or a Hugging Face folder; kept with the run')
-    vocab_size: int = flag(0, "data", "rows of the embedding; 0: from the tokenizer, the weights or the data", at_least=0)
+    vocab_size: int = flag(
+        0, "data", "rows of the embedding; 0: from the tokenizer, the weights or the data", at_least=0
+    )
     ctx_len: int = flag(1024, "data", "tokens per sample", at_least=1)
     magic_prime: int = flag(0, "data", "prime of the sampling order; 0: worked out from the data", at_least=0)
     val_data_file: str = flag("", "data", "held-out binidx; its loss is shown when the run ends")

@@ -12,7 +12,11 @@ from src.config import ModelConfig
 
 Weights = dict[str, Tensor]
 IDLE_IN_LAYER_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # files may lack them (rwkv7.md, section 1)
-FOREIGN_PREFIXES = ("_forward_module.", "module.", "_orig_mod.")  # what DeepSpeed, DDP and torch.compile put before names
+FOREIGN_PREFIXES = (
+    "_forward_module.",
+    "module.",
+    "_orig_mod.",
+)  # what DeepSpeed, DDP and torch.compile put before names
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -101,7 +105,11 @@ def fit_weights(weights: Weights, model: nn.Module, source: str, partial: bool =
             fitted[name] = torch.zeros(wanted[name].shape, dtype=like.dtype)
     # a released file may carry w0 and the like as [C]; only the number of values matters, as it does to every reader
     for name, tensor in fitted.items():
-        if name in wanted and tensor.shape != wanted[name].shape and tensor.squeeze().shape == wanted[name].squeeze().shape:
+        if (
+            name in wanted
+            and tensor.shape != wanted[name].shape
+            and tensor.squeeze().shape == wanted[name].squeeze().shape
+        ):
             fitted[name] = tensor.reshape(wanted[name].shape)
     missing = [name for name in wanted if name not in fitted]
     if partial:

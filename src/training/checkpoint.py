@@ -23,7 +23,11 @@ INIT, FINAL, LOG, METRICS, RUN = "rwkv-init.pth", "rwkv-final.pth", "train_log.t
 
 def numbered(proj_dir: Path) -> dict[int, Path]:
     """The rwkv-N.pth files by N."""
-    found = {int(m.group(1)): path for path in proj_dir.glob("rwkv-*.pth") if (m := re.fullmatch(r"rwkv-(\d+)\.pth", path.name))}
+    found = {
+        int(m.group(1)): path
+        for path in proj_dir.glob("rwkv-*.pth")
+        if (m := re.fullmatch(r"rwkv-(\d+)\.pth", path.name))
+    }
     return dict(sorted(found.items()))
 
 
@@ -119,7 +123,9 @@ def fingerprint(path: Path | None) -> dict[str, Any]:
 def put_aside(proj_dir: Path) -> Path | None:
     """Move the files of an earlier run to `previous-{k}/`; nothing is deleted. None when there was nothing to move."""
     members = [*numbered(proj_dir).values()]
-    members += [proj_dir / name for name in (FINAL, LOG, METRICS, RUN, "loss.png", "resume") if (proj_dir / name).exists()]
+    members += [
+        proj_dir / name for name in (FINAL, LOG, METRICS, RUN, "loss.png", "resume") if (proj_dir / name).exists()
+    ]
     if not members:
         return None
     k = 1

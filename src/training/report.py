@@ -180,16 +180,16 @@ class ProgressLine:
         self.length, self.smooth = length, math.nan
         self._last_plain = time.perf_counter()
         self._bar = (
-            tqdm(total=length.steps, initial=first_step, unit="step", dynamic_ncols=True, bar_format=_BAR) if live else None
+            tqdm(total=length.steps, initial=first_step, unit="step", dynamic_ncols=True, bar_format=_BAR)
+            if live
+            else None
         )
 
     def step(self, report: StepReport) -> None:
         first = math.isnan(self.smooth)
         self.smooth = report.loss if first else SMOOTHING * self.smooth + (1 - SMOOTHING) * report.loss
         left = (self.length.steps - 1 - report.step) * self.length.tokens_per_step / report.tokens_per_second
-        words = (
-            f"loss {self.smooth:.4f}, {report.tokens_per_second:,.0f} tokens/s, lr {report.lr:.2e}, left {_duration(left)}"
-        )
+        words = f"loss {self.smooth:.4f}, {report.tokens_per_second:,.0f} tokens/s, lr {report.lr:.2e}, left {_duration(left)}"
         if self._bar is not None:
             self._bar.set_postfix_str(words, refresh=False)
             self._bar.update(report.step + 1 - self._bar.n)

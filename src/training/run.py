@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_only
@@ -21,26 +20,21 @@ from src.config import ModelConfig, RunConfig
 from src.dataset.binidx import MMapIndexedDataset
 from src.dataset.pretrain import PretrainDataset
 from src.dataset.sampling import check_magic_prime, magic_prime
-from src.dataset.tokenizer import load_tokenizer
 from src.inference.evaluate import heldout_loss
 from src.model import RWKV7
-from src.model.weights import config_from_weights, fit_weights, read_weights
+from src.model.weights import fit_weights, read_weights
 from src.ops.wkv7 import describe_kernel
 from src.training import checkpoint, plot
 from src.training.callbacks import SaveWeights, SetLearningRate, StopOnSignal
 from src.training.checkpoint import Start
 from src.training.module import TrainingModule
 from src.training.report import Dashboard, MetricsFile, ProgressLine, Reporter, Sink, TrainLog
+from src.training.say import say, say_error
 from src.training.schedule import RunLength, learning_rate
+from src.training.start import build_model, check_ids, find_vocab_size, put_aside_other_run
 from src.training.strategy import Hardware, choose_hardware
 
-SAMPLED_WINDOWS = 256  # of the data, whose ids are compared with vocab_size before the start; every batch is checked later
 STOPPED_EXIT_CODE = 130  # what shells report for Ctrl-C
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 def run(config: RunConfig, notes: list[str]) -> int:
@@ -51,7 +45,9 @@ def run(config: RunConfig, notes: list[str]) -> int:
         for note in (*notes, *hardware.notes):
             say(f"note: {note}")
         proj_dir = _writable_folder(config.proj_dir)
-        return _write_init(config, hardware, proj_dir) if config.train_stage == 1 else _train(config, hardware, proj_dir)
+        return (
+            _write_init(config, hardware, proj_dir) if config.train_stage == 1 else _train(config, hardware, proj_dir)
+        )
     except ValueError as error:
         if not _is_for_users(error):
             raise
@@ -63,10 +59,6 @@ def run(config: RunConfig, notes: list[str]) -> int:
     except KeyboardInterrupt:
         say_error("stopped at once; the same command continues from the newest saved weights")
         return STOPPED_EXIT_CODE
-
-
-def say_error(text: str) -> None:
-    print(f"train.py: {text}", file=sys.stderr, flush=True)
 
 
 def _is_for_users(error: ValueError) -> bool:
@@ -82,7 +74,7 @@ def _is_for_users(error: ValueError) -> bool:
 
 def _write_init(config: RunConfig, hardware: Hardware, proj_dir: Path) -> int:
     target = proj_dir / checkpoint.INIT
-    model_config = config.model_config(_vocab_size(config, None))
+    model_config = config.model_config(find_vocab_size(config, None))
     if target.exists():
         with torch.device("meta"):
             like = RWKV7(model_config)
@@ -112,7 +104,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path) -> int:
     length = RunLength(config.my_exit_tokens or data.n_tokens, config.ctx_len, global_batch, config.epoch_steps)
 
     if rank_zero_only.rank == 0:
-        _notice_new_run(config, proj_dir)
+        put_aside_other_run(config, proj_dir)
     start = checkpoint.find_start(proj_dir, config.train_stage, config.load_model, config.epoch_begin)
     if start.complete:
         say(_words_for_complete(proj_dir))
@@ -120,8 +112,8 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path) -> int:
     first_step = 0 if start.mini_epoch == 0 else length.step_after(start.mini_epoch - 1)
 
     seed = _seed(config)
-    model = _build_model(config, hardware, start)
-    _check_ids(data, model.config.vocab_size, config)
+    model = build_model(config, hardware, start)
+    check_ids(data, model.config.vocab_size, config)
     settings = _settings(config, model.config, hardware, length, prime, seed)
     say(_summary(config, model, hardware, data, length, prime, start, first_step))
     _remember(config, proj_dir, settings)
@@ -134,7 +126,9 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path) -> int:
     if stop.received:
         if rank_zero_only.rank == 0:
             _picture(proj_dir)
-        say("stopped; the same command continues from the newest saved weights (or from the start, if none are saved yet)")
+        say(
+            "stopped; the same command continues from the newest saved weights (or from the start, if none are saved yet)"
+        )
         return STOPPED_EXIT_CODE
     if rank_zero_only.rank == 0:
         picture = _picture(proj_dir)
@@ -158,7 +152,7 @@ def _fit(
     first_step: int,
     settings: dict[str, Any],
 ) -> StopOnSignal:
-    samples = (length.steps - first_step) * length.global_batch
+    samples = (length.steps - first_step) * length.global_batch // hardware.world_size  # of one rank
 
     def make_dataset(rank: int, world_size: int) -> PretrainDataset:
         return PretrainDataset(
@@ -236,77 +230,11 @@ def _sinks(
         try:
             logger = WandbLogger(project=config.wandb, name=proj_dir.name, save_dir=str(proj_dir), config=settings)
         except ModuleNotFoundError as error:
-            raise ValueError(f"--wandb {config.wandb}: the package wandb is missing; pip install wandb, or leave the flag out") from error
+            raise ValueError(
+                f"--wandb {config.wandb}: the package wandb is missing; pip install wandb, or leave the flag out"
+            ) from error
         sinks.append(Dashboard(logger, config.weight_decay, length.tokens_per_step))
     return sinks
-
-
-# ---- what a run starts from -------------------------------------------------------------------------------------------------
-
-
-def _notice_new_run(config: RunConfig, proj_dir: Path) -> None:
-    """The swap that people do by hand: other initial weights in an old folder begin a new run; the old one is put aside."""
-    remembered = checkpoint.read_run(proj_dir).get("origin")
-    origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
-    if origin is not None and not origin.is_file():
-        if checkpoint.numbered(proj_dir) or (proj_dir / checkpoint.FINAL).exists():
-            return  # the run goes on from its own files
-        raise ValueError(f"--load_model {origin}: no such file")
-    if remembered is None or origin is None and not remembered["sha256"]:
-        return
-    now = checkpoint.fingerprint(origin)
-    if origin is not None and now["sha256"] != remembered["sha256"]:
-        aside = checkpoint.put_aside(proj_dir)
-        say(f"{origin} is not what the run in {proj_dir} started from: this is a new run. The earlier one is now in {aside}")
-
-
-def _build_model(config: RunConfig, hardware: Hardware, start: Start) -> RWKV7:
-    if start.weights is None:
-        return RWKV7(config.model_config(_vocab_size(config, None))).to(hardware.dtype)
-    weights = read_weights(start.weights)
-    model_config = config.model_config(_vocab_size(config, weights))
-    if config.load_partial:
-        model = RWKV7(model_config)
-    else:
-        with torch.device("meta"):
-            model = RWKV7(model_config)
-    fitted = fit_weights(weights, model, source=str(start.weights), partial=bool(config.load_partial))
-    # cloned: the file is mapped into memory, and the run must not depend on it staying there
-    model.load_state_dict({name: t.to(hardware.dtype, copy=True) for name, t in fitted.items()}, assign=True)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in IDLE)
-    return model
-
-
-IDLE = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
-
-
-def _vocab_size(config: RunConfig, weights: dict[str, torch.Tensor] | None) -> int:
-    """--vocab_size, else the tokenizer's, else that of the weights, else what the data needs."""
-    if config.vocab_size:
-        return config.vocab_size
-    if config.tokenizer:
-        return load_tokenizer(config.tokenizer).vocab_size
-    if weights is not None:
-        return config_from_weights(weights, source="the weights").vocab_size
-    if not config.data_file:
-        raise ValueError("--vocab_size 0: can't be worked out without --tokenizer or --data_file; give one of the three")
-    tokens = MMapIndexedDataset(config.data_file).tokens
-    largest = max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
-    say(f"note: --vocab_size {largest + 1}: the largest id in {config.data_file} is {largest}")
-    return largest + 1
-
-
-def _check_ids(data: MMapIndexedDataset, vocab_size: int, config: RunConfig) -> None:
-    starts = np.linspace(0, max(0, data.n_tokens - config.ctx_len), SAMPLED_WINDOWS).astype(np.int64)
-    for at in starts:
-        window = data.tokens[at : at + config.ctx_len]
-        largest = int(window.max())
-        if largest >= vocab_size:
-            raise ValueError(
-                f"--data_file {config.data_file}: token id {largest} near position {at:,} doesn't fit --vocab_size {vocab_size}; "
-                "the data was made with another tokenizer: give its --vocab_size, or make the data anew"
-            )
 
 
 def _seed(config: RunConfig) -> int:
@@ -324,6 +252,7 @@ def _settings(
     return {
         **dataclasses.asdict(config),
         **dataclasses.asdict(model_config),
+        "grad_cp": config.grad_cp,
         "magic_prime": prime,
         "my_exit_tokens": length.exit_tokens,
         "precision": hardware.precision,
@@ -358,7 +287,7 @@ def _summary(
     start: Start,
     first_step: int,
 ) -> str:
-    device = torch.device("cuda" if hardware.accelerator == "gpu" else "cpu")
+    device = "cuda" if hardware.accelerator == "gpu" else "cpu"
     where = torch.cuda.get_device_name() if hardware.accelerator == "gpu" else f"CPU, {torch.get_num_threads()} threads"
     begins = "new weights" if start.weights is None else str(start.weights)
     if first_step:
@@ -380,7 +309,7 @@ def _words_for_complete(proj_dir: Path) -> str:
     final = proj_dir / checkpoint.FINAL
     return (
         f"the run in {proj_dir} is complete: {final}\n"
-        f"  use it:      python -m src.inference.generate {proj_dir} --prompt \"...\"\n"
+        f'  use it:      python -m src.inference.generate {proj_dir} --prompt "..."\n'
         f"  go on:       a new folder that starts from it: --proj_dir NEW --train_stage 0 --load_model {final}\n"
         f"  start over:  move or delete {final} and {proj_dir}/rwkv-[0-9]*.pth (rwkv-init.pth stays), and run the command again"
     )
@@ -402,7 +331,9 @@ def _writable_folder(name: str) -> Path:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"--proj_dir {name}: can't be written ({error.strerror or error}); choose a folder of yours") from error
+        raise ValueError(
+            f"--proj_dir {name}: can't be written ({error.strerror or error}); choose a folder of yours"
+        ) from error
     return folder
 
 
@@ -412,5 +343,3 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     warnings.filterwarnings("ignore", module="lightning_fabric")
-
-

@@ -50,7 +50,9 @@ def choose_hardware(config: RunConfig) -> Hardware:
     else:
         devices = int(config.devices)
         if accelerator == "gpu" and devices > torch.cuda.device_count():
-            raise ValueError(f"--devices {devices}: expected at most {torch.cuda.device_count()}, the GPUs that torch sees")
+            raise ValueError(
+                f"--devices {devices}: expected at most {torch.cuda.device_count()}, the GPUs that torch sees"
+            )
     precision = config.precision or ("bf16" if accelerator == "gpu" else "fp32")
     if precision == "fp16":
         notes.append("--precision fp16 overflows easily; bf16 is what RWKV-7 is trained in")

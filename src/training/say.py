@@ -1,0 +1,16 @@
+"""What train.py says: once, whatever the number of processes; mistakes on stderr."""
+
+from __future__ import annotations
+
+import sys
+
+from pytorch_lightning.utilities import rank_zero_only
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def say_error(text: str) -> None:
+    print(f"train.py: {text}", file=sys.stderr, flush=True)

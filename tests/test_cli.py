@@ -1,0 +1,117 @@
+"""The flags: frozen names and defaults, words about mistakes, the habits of existing scripts."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from src.cli import HARMLESS_TRAINER_FLAGS, parse
+from src.config import RunConfig
+
+ROOT = Path(__file__).parents[1]
+DATA = ["--data_file", "x"]
+
+# the public interface: existing scripts pass these (rwkv7.md, section 6); a change here breaks them
+FLAGS = """
+accelerator accumulate_grad_batches adam_eps beta1 beta2 compile ctx_len d_aaa_lora d_decay_lora d_gate_lora d_mv_lora
+data_file data_type devices dim_att dim_ffn ds_bucket_mb enable_progress_bar epoch_begin epoch_count epoch_save epoch_steps
+grad_clip grad_cp head_chunk head_size kernel load_model load_partial lr_final lr_init magic_prime micro_bsz my_exit_tokens
+my_testing n_embd n_layer num_nodes precision proj_dir random_seed strategy tokenizer train_stage val_data_file
+vocab_size wandb warmup_steps weight_decay
+""".split()
+DEFAULTS = {
+    "load_model": "", "wandb": "", "proj_dir": "out", "random_seed": -1, "data_type": "binidx", "vocab_size": 0,
+    "ctx_len": 1024, "epoch_save": 5, "micro_bsz": 12, "n_layer": 6, "n_embd": 512, "lr_init": 6e-4, "lr_final": 1e-5,
+    "warmup_steps": -1, "beta1": 0.9, "beta2": 0.99, "adam_eps": 1e-18, "grad_cp": 0, "weight_decay": 0.0, "grad_clip": 1.0,
+    "train_stage": 0, "head_size": 64, "head_chunk": 0, "load_partial": 0, "magic_prime": 0, "my_testing": "x070",
+    "my_exit_tokens": 0, "accelerator": "auto", "devices": "1", "strategy": "auto",
+}  # fmt: skip
+EXISTING_SCRIPT = """
+--load_model 0 --wandb "" --proj_dir out/L12-D768-x070 --my_testing x070 --ctx_len 512 --train_stage 3 --epoch_count 999999
+--epoch_begin 0 --data_file data/minipile --my_exit_tokens 1498226207 --magic_prime 2926181 --num_nodes 1 --micro_bsz 16
+--n_layer 12 --n_embd 768 --lr_init 6e-4 --lr_final 6e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-18
+--data_type binidx --vocab_size 65536 --weight_decay 0.001 --epoch_save 10 --head_size 64 --accelerator gpu --devices 1
+--precision bf16 --strategy deepspeed_stage_2 --grad_cp 1 --enable_progress_bar True --ds_bucket_mb 2 --kernel @rwkv3
+"""
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as exit_:
+        parse(list(argv))
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_flags_are_frozen():
+    assert sorted(field.name for field in dataclasses.fields(RunConfig)) == sorted(FLAGS)
+    config, _ = parse(DATA)
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+
+
+def test_help_explains_every_flag_without_loading_torch():
+    show = "import sys, train; sys.argv = ['train.py', '--help']\ntry: train.main()\nfinally: assert 'torch' not in sys.modules"
+    shown = subprocess.run([sys.executable, "-c", show], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert set(re.findall(r"^  --(\w+)", shown.stdout, flags=re.M)) == set(FLAGS)
+
+
+def test_existing_script_is_understood():
+    config, notes = parse(EXISTING_SCRIPT.replace('""', "").replace("--wandb ", "").split())
+    assert (config.load_model, config.kernel, config.strategy) == ("", "auto", "deepspeed_stage_2")
+    assert (config.n_layer, config.lr_final, config.magic_prime) == (12, 6e-5, 2926181)
+    assert [note for note in notes if "epoch_count" in note]
+
+
+def test_empty_values_as_scripts_pass_them():
+    config, _ = parse([*DATA, "--wandb", "", "--kernel", "", "--load_model", ""])
+    assert (config.wandb, config.kernel, config.load_model) == ("", "auto", "")
+
+
+def test_unknown_flag_names_the_nearest(capsys):
+    assert "--ctx_len" in refused(capsys, *DATA, "--ctxlen", "5")
+
+
+def test_a_prefix_is_not_a_flag(capsys):
+    assert "--micro_bsz" in refused(capsys, *DATA, "--micro", "5")
+
+
+@pytest.mark.parametrize("name", ["gpus", "logger", "num_sanity_val_steps"])
+def test_old_trainer_flags_that_change_nothing_are_noted(name):
+    assert name in HARMLESS_TRAINER_FLAGS
+    _, notes = parse([*DATA, f"--{name}", "1"])
+    assert name in notes[0]
+
+
+def test_old_trainer_flags_that_would_change_the_run_are_refused(capsys):
+    assert "--grad_clip" in refused(capsys, *DATA, "--gradient_clip_val", "1")
+    assert "--my_exit_tokens" in refused(capsys, *DATA, "--max_steps=5")
+
+
+def test_all_faults_at_once(capsys):
+    words = refused(
+        capsys, "--n_layer", "0", "--beta1", "1.5", "--lr_final", "1", "--precision", "int8", "--nonsense", "1"
+    )
+    for name in ("n_layer", "beta1", "lr_final", "precision", "nonsense", "data_file"):
+        assert f"--{name}" in words
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--dim_att", "256", "--n_embd", "512"],
+        ["--devices", "many"],
+        ["--lr_init", "nan"],
+        ["stray"],
+        ["--lr_init", "x"],
+    ],
+)
+def test_impossible_values_are_refused(capsys, argv):
+    assert refused(capsys, *DATA, *argv)
+
+
+def test_value_that_looks_like_a_flag_is_kept_with_equals():
+    config, _ = parse([*DATA, "--random_seed=-1"])
+    assert config.random_seed == -1

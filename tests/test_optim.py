@@ -1,0 +1,132 @@
+"""The optimizer: AdamW's mathematics, fp32 masters, clipping, steps with gradients that are not finite."""
+
+import copy
+
+import pytest
+import torch
+
+from src.model import RWKV7, ModelConfig
+from src.training.optim import MasterAdamW, parameter_groups
+
+SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-18, "grad_clip": 0.5}
+
+
+def small_model(dtype=torch.float32):
+    torch.manual_seed(0)
+    return RWKV7(ModelConfig(2, 64, 20, head_size=32)).to(dtype)
+
+
+def build(model, **changed):
+    optimizer = MasterAdamW(parameter_groups(model, weight_decay=0.1), **{**SETTINGS, **changed})
+    for group in optimizer.param_groups:
+        group["lr"] *= group["lr_scale"]
+    return optimizer
+
+
+def set_gradients(model, seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype) if p.requires_grad else None
+
+
+def test_groups_are_those_of_the_table():
+    groups = parameter_groups(small_model(), weight_decay=0.1)
+    by_rule = {(g["lr_scale"], g["weight_decay"]): g["names"] for g in groups}
+    assert by_rule.keys() == {(2.0, 0.0), (1.0, 0.1), (1.0, 0.0)}
+    assert by_rule[2.0, 0.0] == ["blocks.0.att.w0", "blocks.1.att.w0"]
+    assert "emb.weight" in by_rule[1.0, 0.1]
+    assert "blocks.0.att.w1" in by_rule[1.0, 0.0]
+    assert not [n for g in groups for n in g["names"] if n.startswith("blocks.0.att.v") and n[-1] in "012"]
+
+
+def test_three_steps_against_the_formula_in_float64():
+    model = small_model()
+    optimizer = build(model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    theta = {n: p.detach().double() for n, p in model.named_parameters() if p.requires_grad}
+    m = {n: torch.zeros_like(t) for n, t in theta.items()}
+    v = {n: torch.zeros_like(t) for n, t in theta.items()}
+    for step in (1, 2, 3):
+        set_gradients(model, seed=step)
+        grads = {n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad}
+        norm = torch.sqrt(sum(g.square().sum() for g in grads.values()))
+        clip = min(1.0, 0.5 / (norm.item() + 1e-6))
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                n, lr = names[id(p)], group["lr"]
+                g = grads[n] * clip
+                m[n] = 0.9 * m[n] + 0.1 * g
+                v[n] = 0.99 * v[n] + 0.01 * g * g
+                theta[n] *= 1 - lr * group["weight_decay"]
+                theta[n] -= lr * (m[n] / (1 - 0.9**step)) / (torch.sqrt(v[n] / (1 - 0.99**step)) + 1e-18)
+        optimizer.step()
+        assert optimizer.grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.detach().double(), theta[n], atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_keeps_small_updates_in_the_master():
+    """Steps far below bf16's resolution are lost without an fp32 master, and add up with one."""
+    model = small_model(torch.bfloat16)
+    before = model.head.weight.detach().clone()
+    optimizer = build(model, lr=1e-5)
+    for _ in range(300):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        optimizer.step()
+    moved = (before - model.head.weight.detach()).float()
+    assert moved.mean().item() == pytest.approx(300 * 1e-5, rel=0.05)
+    assert all(master.dtype == torch.float32 for master in optimizer.masters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(dtype, poison):
+    model = small_model(dtype)
+    optimizer = build(model)
+    set_gradients(model, seed=1)
+    optimizer.step()
+    before = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    set_gradients(model, seed=2)
+    model.head.weight.grad[0, 0] = poison
+    optimizer.step()
+    assert optimizer.skipped_steps.item() == 1
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[0][name])
+    for i, moments in optimizer.state_dict()["adam"]["state"].items():
+        for key, tensor in moments.items():
+            assert torch.equal(tensor, before[1]["adam"]["state"][i][key]), key
+
+
+def test_loss_scale_is_taken_out_and_adapts():
+    plain, scaled = small_model(), small_model()
+    one, two = build(plain), build(scaled, scale_loss=True)
+    set_gradients(plain, seed=1)
+    set_gradients(scaled, seed=1, scale=two.loss_scale.item())
+    one.step()
+    two.step()
+    for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    before = two.loss_scale.item()
+    scaled.head.weight.grad.fill_(float("inf"))
+    two.step()
+    assert two.loss_scale.item() == before / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_continuing_from_the_state_dict_gives_equal_bits(dtype):
+    straight = small_model(dtype)
+    optimizer = build(straight)
+    for seed in (1, 2):
+        set_gradients(straight, seed)
+        optimizer.step()
+    continued = small_model(dtype)
+    continued.load_state_dict(straight.state_dict())
+    other = build(continued)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for model, own in ((straight, optimizer), (continued, other)):
+        set_gradients(model, seed=3)
+        own.step()
+    for a, b in zip(straight.parameters(), continued.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,89 @@
+"""Learning rate by step and the bounds of mini-epochs, against the published run and by their definitions."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.training.schedule import RunLength, learning_rate
+
+# rwkv7.md section 3: mini-epoch -> lr at its last step
+PUBLISHED = {
+    0: "0.00059975", 1: "0.00059899", 2: "0.00059773", 3: "0.00059597", 4: "0.00059371", 5: "0.00059096",
+    6: "0.00058771", 7: "0.00058399", 8: "0.00057978", 9: "0.00057511", 10: "0.00056999", 11: "0.00056441",
+}  # fmt: skip
+MINIPILE = RunLength(exit_tokens=1_498_226_207, ctx_len=512, global_batch=16)
+
+
+def minipile_lr(step, **changed):
+    settings = {
+        "lr_init": 6e-4,
+        "lr_final": 6e-5,
+        "warmup_steps": 10,
+        "exit_tokens": MINIPILE.exit_tokens,
+        "tokens_per_step": MINIPILE.tokens_per_step,
+    }
+    return learning_rate(step, **{**settings, **changed})
+
+
+def test_published_learning_rates_to_the_last_digit():
+    ends = [step for step in range(2520 * 12) if MINIPILE.ends_mini_epoch(step)]
+    assert len(ends) == 12
+    assert {MINIPILE.mini_epoch(s): f"{minipile_lr(s):.8f}" for s in ends} == PUBLISHED
+
+
+def test_shape_of_the_schedule():
+    assert minipile_lr(0) == pytest.approx(6e-6)  # 1 % at the first step of the warm-up
+    assert minipile_lr(5) == pytest.approx(6e-4 * (0.01 + 0.99 * 0.5))
+    assert minipile_lr(10) == pytest.approx(6e-4)
+    assert minipile_lr(MINIPILE.steps) == pytest.approx(6e-5)
+    assert minipile_lr(10 * MINIPILE.steps) == pytest.approx(6e-5)
+    values = [minipile_lr(s) for s in range(10, MINIPILE.steps, 997)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_no_warmup_starts_at_lr_init():
+    assert minipile_lr(0, warmup_steps=0) == 6e-4
+
+
+def test_continuing_from_weights_warms_up_again_while_the_cosine_goes_on():
+    at = 5000
+    plain, renewed = minipile_lr, lambda s: minipile_lr(s, restarted_at=at)
+    assert renewed(at) == pytest.approx(0.01 * plain(at))
+    assert renewed(at + 5) == pytest.approx((0.01 + 0.99 * 0.5) * plain(at + 5))
+    assert renewed(at + 10) == plain(at + 10)
+    no_warmup = minipile_lr(at, warmup_steps=0, restarted_at=at)
+    assert no_warmup == pytest.approx(0.01 * minipile_lr(at, warmup_steps=0))  # at least 10 steps all the same
+
+
+def test_a_run_no_longer_than_its_warmup_is_defined():
+    for step in range(12):
+        assert math.isfinite(minipile_lr(step, exit_tokens=MINIPILE.tokens_per_step * 10))
+
+
+def test_published_run_has_2520_steps_a_mini_epoch():
+    assert MINIPILE.unit == 40320
+    assert MINIPILE.step_after(0) == 2520
+    assert MINIPILE.steps == math.ceil(1_498_226_207 / (512 * 16))
+
+
+@given(
+    exit_tokens=st.integers(1, 10**6),
+    ctx_len=st.integers(1, 64),
+    global_batch=st.integers(1, 300),
+    epoch_steps=st.integers(0, 50),
+)
+def test_mini_epochs_cover_a_run_of_any_size(exit_tokens, ctx_len, global_batch, epoch_steps):
+    length = RunLength(exit_tokens, ctx_len, global_batch, epoch_steps)
+    assert (length.steps - 1) * length.tokens_per_step < exit_tokens <= length.steps * length.tokens_per_step
+    assert length.ends_mini_epoch(length.steps - 1)
+    last = length.mini_epoch(length.steps - 1)
+    for n in {0, last // 2, last}:
+        after = length.step_after(n)
+        assert after == length.steps or after * global_batch >= (n + 1) * length.unit
+        assert (after - 1) * global_batch < (n + 1) * length.unit
+        if after < length.steps:
+            assert length.ends_mini_epoch(after - 1)
+            assert length.mini_epoch(after - 1) >= n
+            assert length.mini_epoch(after) > n or length.unit < global_batch

@@ -1,0 +1,264 @@
+"""Runs of train.py: from nothing to weights, cut and continued, wrong input refused. Real files, real fits, tiny sizes."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src.cli import parse
+from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
+from src.dataset.pretrain import PretrainDataset
+from src.dataset.sampling import magic_prime
+from src.model import RWKV7
+from src.ops.loss import cross_entropy_l2wrap
+from src.training.run import run
+
+ROOT = Path(__file__).parents[1]
+CTX, VOCAB = 16, 64
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """6,000 tokens of a language that can be learned: each document counts upwards from a random number."""
+    prefix = tmp_path_factory.mktemp("data") / "count"
+    numbers = np.random.default_rng(0)
+    with BinIdxWriter(prefix, np.uint16) as writer:
+        for _ in range(200):
+            first = int(numbers.integers(1, 30))
+            writer.add_document([first + i for i in range(29)] + [0])
+    return prefix
+
+
+def flags(proj_dir, data, **changed):
+    settings = {
+        "proj_dir": proj_dir, "data_file": data, "vocab_size": VOCAB, "ctx_len": CTX, "micro_bsz": 4, "n_layer": 2,
+        "n_embd": 32, "head_size": 16, "lr_init": 3e-3, "lr_final": 3e-4, "my_exit_tokens": CTX * 4 * 40, "epoch_steps": 10,
+        "epoch_save": 2, "random_seed": 7, "accelerator": "cpu", **changed,
+    }  # fmt: skip
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def train(proj_dir, data, **changed):
+    return run(*parse(flags(proj_dir, data, **changed)))
+
+
+def train_process(argv, **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "train.py", *argv],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
+    )  # fmt: skip
+
+
+def metrics(proj_dir):
+    with open(proj_dir / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(proj_dir):
+    return [float(row["loss"]) for row in metrics(proj_dir)]
+
+
+def log_lines(proj_dir):
+    return [line.split() for line in (proj_dir / "train_log.txt").read_text().splitlines() if re.match(r"\d+ \d", line)]
+
+
+def test_end_to_end_then_complete(tmp_path, data):
+    out = tmp_path / "run"
+    init = train_process(flags(out, data, train_stage=1))
+    words, _ = init.communicate(timeout=120)
+    assert init.returncode == 0, words
+    assert torch.load(out / "rwkv-init.pth")["emb.weight"].dtype == torch.bfloat16
+    trained = train_process(flags(out, data, train_stage=3, load_model="0"))
+    words, _ = trained.communicate(timeout=120)
+    assert trained.returncode == 0, words
+    saved = sorted(path.name for path in out.glob("*.pth"))
+    assert saved == ["rwkv-0.pth", "rwkv-2.pth", "rwkv-3.pth", "rwkv-final.pth", "rwkv-init.pth"]
+    assert (out / "loss.png").stat().st_size > 10_000
+    lines = log_lines(out)
+    assert [int(line[0]) for line in lines] == [0, 1, 2, 3]
+    for n, line in enumerate(lines):
+        mean = np.mean(losses(out)[10 * n : 10 * n + 10])
+        assert float(line[1]) == pytest.approx(mean, abs=2e-6)
+        assert float(line[2]) == pytest.approx(np.exp(mean), rel=1e-3)
+        assert re.fullmatch(r"0\.\d{8}", line[3])
+        assert line[6] == str(n)
+    assert "NEW RUN" in (out / "train_log.txt").read_text()
+    assert float(lines[-1][1]) < float(lines[0][1]) - 0.5  # it learns
+
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert train(out, data, train_stage=3) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_stopped_and_continued_at_the_right_place(tmp_path, data, capfd):
+    out = tmp_path / "run"
+    assert train(out, data, train_stage=1) == 0
+    long = {"train_stage": 2, "my_exit_tokens": CTX * 4 * 600, "epoch_steps": 20, "epoch_save": 2}
+    process = train_process(flags(out, data, **long))
+    deadline = time.monotonic() + 100
+    while not (out / "rwkv-2.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    words, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, words
+    assert "same command continues" in words
+    assert not (out / "rwkv-final.pth").exists()
+    newest = max(int(m.group(1)) for p in out.glob("*.pth") if (m := re.fullmatch(r"rwkv-(\d+)\.pth", p.name)))
+    start = (newest + 1) * 20
+    weights = RWKV7.from_checkpoint(out / f"rwkv-{newest}.pth")
+
+    assert train(out, data, **long) == 0
+    assert f"rwkv-{newest}.pth, at step {start}" in capfd.readouterr().out
+    assert [int(row["step"]) for row in metrics(out)] == list(range(600))
+    assert [int(line[0]) for line in log_lines(out)] == list(range(30))
+    # the first loss after the restart is that of the saved weights on exactly the samples of that step
+    prime = magic_prime(MMapIndexedDataset(data).n_tokens, CTX)
+    dataset = PretrainDataset(data, CTX, prime, start * 4, 4, 4, 0, 1, VOCAB)
+    tokens, targets = (torch.stack(parts) for parts in zip(*(dataset[j] for j in range(4)), strict=True))
+    with torch.no_grad():
+        expected = cross_entropy_l2wrap(weights(tokens)[0], targets).item()
+    assert losses(out)[start] == pytest.approx(expected, abs=1e-5)
+    rates = [float(row["lr"]) for row in metrics(out)]
+    assert rates[start] == pytest.approx(0.01 * rates[start - 1], rel=0.02)  # renewed warm-up
+    assert rates[start + 10] < rates[start - 1]  # the cosine went on
+
+
+def test_one_seed_gives_equal_losses(tmp_path, data):
+    for name in ("one", "two"):
+        assert train(tmp_path / name, data) == 0
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert train(tmp_path / "other", data, random_seed=8) == 0
+    assert losses(tmp_path / "one") != losses(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"grad_cp": 1},
+        {"head_chunk": 24},
+        {"micro_bsz": 2, "accumulate_grad_batches": 2},
+        {"kernel": "reference"},
+        {"strategy": "deepspeed_stage_2"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_settings_that_change_no_mathematics(tmp_path, data, changed):
+    short = {"my_exit_tokens": CTX * 4 * 12}
+    assert train(tmp_path / "plain", data, **short) == 0
+    assert train(tmp_path / "changed", data, **short, **changed) == 0
+    assert losses(tmp_path / "changed") == pytest.approx(losses(tmp_path / "plain"), abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("tf32", torch.float32)]
+)
+def test_precisions(tmp_path, data, precision, dtype):
+    assert train(tmp_path / "run", data, precision=precision) == 0
+    assert torch.load(tmp_path / "run" / "rwkv-final.pth")["blocks.0.att.key.weight"].dtype == dtype
+    values = losses(tmp_path / "run")
+    assert values[-1] < values[0] - 0.3
+
+
+def test_weight_swap_begins_a_new_run_and_keeps_the_old_one(tmp_path, data):
+    out = tmp_path / "run"
+    train(out, data, train_stage=1)
+    assert train(out, data, train_stage=3) == 0
+    earlier = losses(out)
+    (out / "rwkv-final.pth").rename(out / "rwkv-init.pth")
+    assert train(out, data, train_stage=3) == 0
+    assert (out / "previous-1" / "rwkv-3.pth").exists()
+    assert losses(out / "previous-1") == earlier
+    assert losses(out)[0] < earlier[0] - 0.5  # it began from trained weights, at step 0
+    assert len(losses(out)) == len(earlier)
+    assert train(out, data, train_stage=3) == 0  # complete, nothing moved
+    assert not (out / "previous-2").exists()
+
+
+def test_starting_over_after_removing_the_weights(tmp_path, data):
+    out = tmp_path / "run"
+    train(out, data, train_stage=1)
+    assert train(out, data, train_stage=3) == 0
+    first = losses(out)
+    for path in out.glob("rwkv-*.pth"):
+        if path.name != "rwkv-init.pth":
+            path.unlink()
+    assert train(out, data, train_stage=3) == 0
+    assert losses(out) == first
+
+
+def test_load_model_in_stage_0_and_partial(tmp_path, data):
+    assert train(tmp_path / "base", data) == 0
+    base = tmp_path / "base" / "rwkv-final.pth"
+    assert train(tmp_path / "tuned", data, load_model=base) == 0
+    assert losses(tmp_path / "tuned")[0] < losses(tmp_path / "base")[0] - 0.5
+    weights = torch.load(base)
+    del weights["blocks.1.ffn.x_k"]
+    torch.save(weights, tmp_path / "part.pth")
+    assert train(tmp_path / "part", data, load_model=tmp_path / "part.pth") == 2
+    assert train(tmp_path / "part", data, load_model=tmp_path / "part.pth", load_partial=1) == 0
+
+
+def test_stage_1_never_overwrites(tmp_path, data):
+    assert train(tmp_path, data, train_stage=1) == 0
+    before = (tmp_path / "rwkv-init.pth").read_bytes()
+    assert train(tmp_path, data, train_stage=1, random_seed=99) == 0
+    assert (tmp_path / "rwkv-init.pth").read_bytes() == before
+    assert train(tmp_path, data, train_stage=1, n_layer=3) == 2
+
+
+def test_vocabulary_and_length_are_worked_out(tmp_path, data):
+    assert train(tmp_path, data, vocab_size=0, my_exit_tokens=0, epoch_steps=0) == 0
+    remembered = json.loads((tmp_path / "run.json").read_text())["settings"]
+    assert remembered["vocab_size"] == 58  # ids run from 0 to 57
+    assert remembered["my_exit_tokens"] == 6000
+    assert [int(line[0]) for line in log_lines(tmp_path)] == [0]  # one partial mini-epoch
+
+
+WRONG = {
+    "data missing": ({"data_file": "nowhere/data"}, "nowhere/data"),
+    "ids beyond the vocabulary": ({"vocab_size": 20}, "--vocab_size"),
+    "data shorter than a window": ({"ctx_len": 8000}, "8000"),
+    "composite prime": ({"magic_prime": 374}, "371|367|365|359|353"),
+    "width no multiple of the head": ({"n_embd": 40}, "--n_embd"),
+    "nothing to continue": ({"train_stage": 3}, "--train_stage"),
+    "weights missing": ({"load_model": "no.pth"}, "no.pth"),
+    "no GPU": ({"accelerator": "gpu"}, "--accelerator"),
+    "several DeepSpeed processes": ({"strategy": "deepspeed_stage_3", "devices": 2}, "--strategy"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_gets_one_message_and_code_2(tmp_path, data, capfd, name):
+    changed, words = WRONG[name]
+    if name == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert train(tmp_path / "run", data, **changed) == 2
+    captured = capfd.readouterr()
+    assert re.search(words, captured.err)
+    assert "Traceback" not in captured.err
+    assert not list((tmp_path / "run").glob("rwkv-*"))
+
+
+def test_foreign_weights_name_the_sizes_that_fit(tmp_path, data, capfd):
+    assert train(tmp_path / "base", data, my_exit_tokens=64) == 0
+    final = tmp_path / "base" / "rwkv-final.pth"
+    assert train(tmp_path / "run", data, load_model=final, n_layer=3) == 2
+    words = capfd.readouterr().err
+    assert "blocks.2" in words
+    assert "--n_layer 2 --n_embd 32 --vocab_size 64" in words
+
+
+def test_folder_without_permission(tmp_path, data, capfd):
+    (tmp_path / "file").write_text("")
+    assert train(tmp_path / "file" / "run", data) == 2
+    assert "--proj_dir" in capfd.readouterr().err
