@@ -42,6 +42,26 @@ class TimeMix(nn.Module):
     stands alone. Its own v0, v1, v2 exist for the file format, do nothing and are never trained.
     """
 
+    x_r: Tensor  # [1, 1, C]: the six mixes with the token before
+    x_w: Tensor
+    x_k: Tensor
+    x_v: Tensor
+    x_a: Tensor
+    x_g: Tensor
+    w0: Tensor  # [1, 1, C]; w1 [C, D], w2 [D, C]: raw decay
+    w1: Tensor
+    w2: Tensor
+    a0: Tensor  # in-context learning rate
+    a1: Tensor
+    a2: Tensor
+    v0: Tensor  # how much of layer 0's values
+    v1: Tensor
+    v2: Tensor
+    g1: Tensor  # gate
+    g2: Tensor
+    k_k: Tensor  # [1, 1, C]
+    k_a: Tensor
+
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         self.layer, self.n_head, self.head_size, self.kernel = layer, config.n_head, config.head_size, config.kernel

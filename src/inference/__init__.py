@@ -1,0 +1,1 @@
+"""Weights become answers: decoding, sampling, chat, evaluation, export."""

@@ -1,0 +1,171 @@
+"""How well a model predicts text that it was not trained on.
+
+    python -m src.inference.evaluate MODEL --data held-out[.bin | .txt | .jsonl]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from src.dataset.binidx import MMapIndexedDataset
+from src.dataset.tokenizer import Tokenizer
+from src.inference.load import add_model_arguments, find_tokenizer, find_weights, load_model
+from src.model import RWKV7
+
+LOGIT_ROWS = 1024  # rows of logits that exist at once
+
+Tokens = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """`loss`: mean cross entropy in nats over `tokens` predicted tokens."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def bits_per_byte(self, n_bytes: int) -> float:
+        """For text whose predicted part is `n_bytes` long: comparable between tokenizers."""
+        return self.loss * self.tokens / (math.log(2) * n_bytes) if n_bytes else math.nan
+
+
+def windows(n_tokens: int, ctx_len: int, max_windows: int | None = None) -> Iterator[slice]:
+    """ctx_len + 1 tokens each, without a gap (a window's last token is the next one's first), or `max_windows` of these evenly spaced.
+
+    A remainder shorter than that is left out, unless it is all there is. ValueError for less than two tokens.
+    """
+    if n_tokens < 2:
+        raise ValueError(f"--data has {n_tokens} tokens; expected at least 2, one to read and one to predict")
+    ctx_len = min(ctx_len, n_tokens - 1)
+    count = (n_tokens - 1) // ctx_len
+    chosen = count if max_windows is None else min(count, max_windows)
+    for i in range(chosen):
+        start = i * count // chosen * ctx_len
+        yield slice(start, start + ctx_len + 1)
+
+
+def heldout_loss(
+    model: RWKV7,
+    data: MMapIndexedDataset | Tokens,
+    ctx_len: int,
+    max_windows: int | None = None,
+    micro_bsz: int = 8,
+) -> HeldOutLoss:
+    """Mean loss over independent windows of `data` (binidx, or a flat array of ids): always the same ones, without gradient.
+
+    Each window starts from an empty state, as in training. ValueError for ids that the model doesn't have.
+    """
+    tokens = data.tokens if isinstance(data, MMapIndexedDataset) else data
+    chosen = list(windows(len(tokens), ctx_len, max_windows))
+    total, count = 0.0, 0
+    for first in range(0, len(chosen), micro_bsz):
+        batch = np.stack([tokens[window] for window in chosen[first : first + micro_bsz]]).astype(np.int64)
+        if batch.min() < 0 or batch.max() >= model.config.vocab_size:
+            wrong = batch.min() if batch.min() < 0 else batch.max()
+            raise ValueError(f"--data has token id {wrong}, the model {model.config.vocab_size} rows: it was made with another tokenizer")
+        total += _summed_loss(model, torch.from_numpy(batch))
+        count += batch.shape[0] * (batch.shape[1] - 1)
+    return HeldOutLoss(total / count, count)
+
+
+@torch.no_grad()
+def _summed_loss(model: RWKV7, batch: Tensor) -> float:
+    """Cross entropy of batch[:, 1:] given what stands before, summed; batch int64 [B, T+1]."""
+    batch = batch.to(model.emb.weight.device)
+    hidden, _ = model.hidden(batch[:, :-1])
+    rows, targets = hidden.flatten(0, 1).split(LOGIT_ROWS), batch[:, 1:].flatten().split(LOGIT_ROWS)
+    parts = [F.cross_entropy(model.head(x).float(), y, reduction="sum") for x, y in zip(rows, targets, strict=True)]
+    return float(torch.stack(parts).double().sum())
+
+
+def read_text(path: Path, tokenizer: Tokenizer) -> Tokens:
+    """The ids of a text file: a .jsonl of {"text": ...} lines is a document a line, anything else is one document; each ends with 0."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--data {path}: can't be read as UTF-8 text ({error})") from error
+    documents = [record["text"] for record in read_jsonl(path, "text")] if path.suffix == ".jsonl" else [text]
+    return np.array([token for document in documents for token in (*tokenizer.encode(document), 0)], dtype=np.int64)
+
+
+def read_jsonl(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """The records of a jsonl file, each with `key`. ValueError names the line that is wrong."""
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            if not isinstance(record, dict) or not isinstance(record.get(key), str):
+                raise ValueError(f'{path}, line {number}: expected {{"{key}": "..."}}')
+            yield record
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m src.inference.evaluate", description=__doc__.split("\n")[0])
+    add_model_arguments(parser)
+    parser.add_argument("--data", required=True, help="held-out binidx (X, X.bin), text (.txt, .py, ...) or .jsonl of {\"text\": ...}")
+    parser.add_argument("--ctx_len", type=int, default=512, help="tokens that a window is read with [%(default)s]")
+    parser.add_argument("--max_windows", type=int, default=None, help="evenly spaced; default: all")
+    parser.add_argument("--micro_bsz", type=int, default=8, help="windows at once [%(default)s]")
+    options = parser.parse_args(argv)
+    try:
+        for name in ("ctx_len", "max_windows", "micro_bsz"):
+            if getattr(options, name) is not None and getattr(options, name) < 1:
+                raise ValueError(f"--{name} {getattr(options, name)}: expected at least 1")
+        print(_report(options))
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> str:
+    weights = find_weights(options.model)
+    model = load_model(weights, options.dtype, options.device)
+    path, vocab_size = Path(options.data), model.config.vocab_size
+    is_binidx = path.suffix in (".bin", ".idx") or not path.is_file()
+    tokenizer: Tokenizer | None = None
+    try:
+        tokenizer = find_tokenizer(weights, vocab_size, options.tokenizer)
+    except ValueError:
+        if options.tokenizer or not is_binidx:
+            raise
+    if is_binidx:
+        tokens: Tokens = MMapIndexedDataset(path).tokens
+    else:
+        assert tokenizer is not None
+        tokens = read_text(path, tokenizer)
+    result = heldout_loss(model, tokens, options.ctx_len, options.max_windows, options.micro_bsz)
+    if tokenizer is None:
+        bits = "(bits per byte: needs --tokenizer)"
+    else:
+        n_bytes = sum(_bytes(tokens[w][1:], tokenizer) for w in windows(len(tokens), options.ctx_len, options.max_windows))
+        bits = f"bits per byte {result.bits_per_byte(n_bytes):.4f}"
+    return f"{weights} on {options.data}: loss {result.loss:.4f}, perplexity {result.perplexity:.4f}, {bits}, {result.tokens:,} tokens"
+
+
+def _bytes(ids: Tokens, tokenizer: Tokenizer) -> int:
+    return len(tokenizer.decode_bytes(ids[ids != 0].tolist()))  # 0 ends a document and is no text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Continue a text: `generate` gives token after token, `generate_batch` continues many prompts at once.
+
+    python -m src.inference.generate MODEL --prompt "def "
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Collection, Iterator, Sequence
+
+from torch import Tensor
+
+from src.inference.characters import CharacterStream
+from src.inference.decoder import Decoder
+from src.inference.load import add_model_arguments, find_tokenizer, find_weights, load_model
+from src.inference.sampling import Sampler, Sampling
+from src.model import RWKV7
+
+
+def generate(
+    model: RWKV7 | Decoder,
+    tokens: Sequence[int] | Tensor,
+    max_new_tokens: int,
+    temperature: float = Sampling.temperature,
+    top_p: float = Sampling.top_p,
+    top_k: int = Sampling.top_k,
+    seed: int | None = None,
+    stop_ids: Collection[int] = (),
+    presence_penalty: float = Sampling.presence_penalty,
+    frequency_penalty: float = Sampling.frequency_penalty,
+    penalty_decay: float = Sampling.penalty_decay,
+    uncounted_ids: Collection[int] = (),
+) -> Iterator[int]:
+    """The tokens that follow `tokens`, one after another, at most `max_new_tokens`; ends before a token of `stop_ids`.
+
+    A Decoder (of one sequence) is continued from where it is: each token is fed to it when the next one is asked for, so after the
+    last one all have been, and after a break all but the one in hand. The settings are those of `Sampling`.
+    ValueError for an empty prompt, ids outside the vocabulary, and settings out of range.
+    """
+    sampling = Sampling(temperature, top_p, top_k, presence_penalty, frequency_penalty, penalty_decay)
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    prompt = tokens.flatten().tolist() if isinstance(tokens, Tensor) else list(tokens)
+    sampler = Sampler(sampling, seed, uncounted_ids)
+    logits = decoder.prefill([prompt])
+    return _continue(decoder, logits, sampler, max_new_tokens, frozenset(stop_ids))
+
+
+def _continue(
+    decoder: Decoder, logits: Tensor, sampler: Sampler, max_new_tokens: int, stop_ids: frozenset[int]
+) -> Iterator[int]:
+    for _ in range(max_new_tokens):
+        token = sampler(logits[0])
+        if token in stop_ids:
+            return
+        yield token
+        logits = decoder.step([token])
+
+
+def generate_batch(
+    model: RWKV7,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    seed: int | None = None,
+    stop_ids: Collection[int] = (),
+    uncounted_ids: Collection[int] = (),
+) -> list[list[int]]:
+    """What follows each prompt, of whatever lengths, decoded together: every weight is read once for all of them.
+
+    Prompt i draws with seed + i, so its answer is that of `generate` with this seed. ValueError as there.
+    """
+    decoder = Decoder(model, batch=len(prompts))
+    samplers = [Sampler(sampling, None if seed is None else seed + i, uncounted_ids) for i in range(len(prompts))]
+    answers: list[list[int]] = [[] for _ in prompts]
+    running = list(range(len(prompts)))  # running[row]: the prompt in that row of the decoder; -1: ended, its row runs along idle
+    logits = decoder.prefill(prompts)
+    for count in range(1, max_new_tokens + 1):
+        fed = [0] * len(running)
+        for row, prompt in enumerate(running):
+            if prompt < 0:
+                continue
+            fed[row] = samplers[prompt](logits[row])
+            if fed[row] in stop_ids:
+                running[row] = -1
+            else:
+                answers[prompt].append(fed[row])
+        alive = [row for row, prompt in enumerate(running) if prompt >= 0]
+        if not alive or count == max_new_tokens:
+            break
+        if 2 * len(alive) <= len(running):  # not at every end: a captured graph is made anew for each size
+            decoder.keep(alive)
+            running, fed = [running[row] for row in alive], [fed[row] for row in alive]
+        logits = decoder.step(fed)
+    return answers
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0: always the likeliest [%(default)s]")
+    parser.add_argument("--top_p", type=float, default=Sampling.top_p, help="1: off [%(default)s]")
+    parser.add_argument("--top_k", type=int, default=Sampling.top_k, help="0: off [%(default)s]")
+    for name in ("presence_penalty", "frequency_penalty", "penalty_decay"):
+        parser.add_argument(f"--{name}", type=float, default=getattr(Sampling, name), help="[%(default)s]")
+    parser.add_argument("--seed", type=int, default=None, help="the same seed gives the same text")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m src.inference.generate", description="Continue a text with a trained model.")
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", default="", help="text to continue; empty: a new document")
+    parser.add_argument("--length", type=int, default=200, help="tokens to write at most [%(default)s]")
+    add_sampling_arguments(parser)
+    options = parser.parse_args(argv)
+    try:
+        weights = find_weights(options.model)
+        model = load_model(weights, options.dtype, options.device)
+        tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer)
+        tokens = generate(
+            model,
+            tokenizer.encode(options.prompt) or [0],
+            options.length,
+            options.temperature,
+            options.top_p,
+            options.top_k,
+            options.seed,
+            tokenizer.eos_ids,
+            options.presence_penalty,
+            options.frequency_penalty,
+            options.penalty_decay,
+        )
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    stream = CharacterStream(tokenizer)
+    _show(options.prompt)
+    try:
+        for token in tokens:
+            _show(stream.feed(token))
+        _show(stream.finish() + "\n")
+    except KeyboardInterrupt:
+        _show("\n")
+        return 130
+    return 0
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

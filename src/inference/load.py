@@ -1,0 +1,90 @@
+"""What MODEL means on a command line: a weights file or a run's folder, and the tokenizer that belongs to it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from src.dataset.tokenizer import WORLD_VOCAB_SIZE, Tokenizer, load_tokenizer
+from src.model import RWKV7
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def find_weights(model: str | Path) -> Path:
+    """The weights file that `model` names: itself, or in a run's folder rwkv-final.pth, else the highest rwkv-N.pth, else
+    rwkv-init.pth. ValueError when there is none."""
+    model = Path(model)
+    if model.is_file():
+        return model
+    if not model.is_dir():
+        raise ValueError(f"MODEL {model}: no such file or folder; expected a .pth file or a run's folder (--proj_dir)")
+    for path in _weights_of_run(model):
+        return path
+    raise ValueError(f"MODEL {model}: the folder holds no rwkv-final.pth, rwkv-N.pth or rwkv-init.pth; name the weights file itself")
+
+
+def _weights_of_run(folder: Path) -> Iterator[Path]:
+    """A run's weights, the furthest trained first."""
+    numbered = [(int(m.group(1)), path) for path in folder.glob("rwkv-*.pth") if (m := re.fullmatch(r"rwkv-(\d+)\.pth", path.name))]
+    candidates = [folder / "rwkv-final.pth", *(path for _, path in sorted(numbered, reverse=True)), folder / "rwkv-init.pth"]
+    return (path for path in candidates if path.is_file())
+
+
+def find_tokenizer(weights: Path, vocab_size: int, given: str = "") -> Tokenizer:
+    """The tokenizer of `weights`: the one `given`, else what the run recorded beside them, else World for a vocabulary of its size.
+
+    ValueError when it can't be known, or when it has more entries than the model has rows.
+    """
+    tokenizer = load_tokenizer(given or _recorded_tokenizer(weights.parent) or _by_size(weights, vocab_size))
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} entries, {weights} only {vocab_size} rows: they don't belong "
+            "together; give the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def _recorded_tokenizer(folder: Path) -> str:
+    record = folder / "run.json"
+    try:
+        recorded = json.loads(record.read_text(encoding="utf-8")).get("tokenizer", "") if record.is_file() else ""
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{record}: can't be read ({error}); mend it, or give --tokenizer") from error
+    if recorded == "world":
+        return recorded
+    copy = folder / "tokenizer"  # what the run recorded may have moved since; its own copy goes with the weights
+    return str(copy) if copy.is_dir() else recorded
+
+
+def _by_size(weights: Path, vocab_size: int) -> str:
+    if vocab_size != WORLD_VOCAB_SIZE:
+        raise ValueError(f"--tokenizer: {weights} doesn't say which; expected world or a Hugging Face tokenizer folder")
+    return "world"
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, tokenizer: bool = True) -> None:
+    """MODEL and how to load it: the same words for every program here."""
+    parser.add_argument("model", metavar="MODEL", help="weights (.pth, .safetensors) or a run's folder")
+    if tokenizer:
+        parser.add_argument("--tokenizer", default="", help='"world" or a Hugging Face folder; default: what the run recorded')
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: fp32 on a CPU, bf16 on a GPU")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+
+
+def load_model(weights: Path, dtype: str | None = None, device: str | None = None) -> RWKV7:
+    """The model in `weights`, for inference. ValueError when the file or the device is not usable."""
+    device = device or default_device()
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: PyTorch sees no GPU; leave the flag out to use the CPU")
+    chosen = DTYPES[dtype or ("fp32" if device == "cpu" else "bf16")]
+    return RWKV7.from_checkpoint(weights, dtype=chosen, device=device).eval().requires_grad_(False)

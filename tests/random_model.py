@@ -1,0 +1,16 @@
+"""A model in which no parameter is trivial: what is initialised to zero would hide mistakes."""
+
+import torch
+
+from src.model import RWKV7, ModelConfig
+
+
+def random_model(seed: int = 0, **sizes: int) -> RWKV7:
+    """fp32, on the CPU, without gradients; every parameter has noise of its own scale on top of its initial value."""
+    config = ModelConfig(**({"n_layer": 3, "n_embd": 128, "vocab_size": 97} | sizes))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = RWKV7(config).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.squeeze().dim() < 2 else 0.5 * parameter.shape[-1] ** -0.5))
+    return model

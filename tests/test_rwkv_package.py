@@ -1,0 +1,57 @@
+"""Our weights in the PyPI package `rwkv`, the users' reference: the same logits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from random_model import random_model
+
+from src.inference.load import find_weights, load_model
+from src.model import RWKV7
+
+pytest.importorskip("rwkv")
+
+TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 8, 96, 0, 0, 11]
+PACKAGE = """
+import sys, torch
+from rwkv.model import RWKV
+weights, out, tokens = sys.argv[1], sys.argv[2], list(map(int, sys.argv[3].split()))
+model = RWKV(model=weights.removesuffix(".pth"), strategy="cpu fp32")
+whole, state = model.forward(tokens, None, full_output=True)
+one, _ = model.forward([tokens[0]], state)
+torch.save({"whole": whole, "one": one}, out)
+"""
+
+
+def logits_of_package(weights: Path, out: Path) -> dict[str, torch.Tensor]:
+    """Of every token of TOKENS as one sequence, and of its first token once more after them."""
+    environment = os.environ | {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PACKAGE, str(weights), str(out), " ".join(map(str, TOKENS))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return torch.load(out, weights_only=True)
+
+
+def our_logits(model: RWKV7) -> dict[str, torch.Tensor]:
+    whole, state = model(torch.tensor([TOKENS]))
+    one, _ = model(torch.tensor([TOKENS[:1]]), state)
+    return {"whole": whole[0], "one": one[0, 0]}
+
+
+@pytest.mark.parametrize("layer_0_residual", [True, False], ids=["as-we-write", "without-layer-0-v0-v1-v2"])
+def test_logits_are_those_of_the_package(tmp_path: Path, layer_0_residual: bool) -> None:
+    model = random_model(seed=1, n_layer=3, n_embd=192, vocab_size=97, d_decay_lora=64, d_mv_lora=32, d_gate_lora=128)
+    weights = tmp_path / "rwkv-final.pth"
+    torch.save(model.state_dict(), weights)
+    theirs = logits_of_package(weights, tmp_path / "logits.pt")
+    if not layer_0_residual:  # the package itself needs them; we don't
+        idle = [f"blocks.0.att.v{i}" for i in range(3)]
+        torch.save({name: tensor for name, tensor in model.state_dict().items() if name not in idle}, weights)
+    ours = our_logits(load_model(find_weights(tmp_path), "fp32", "cpu"))
+    for name in ("whole", "one"):
+        assert theirs[name].isfinite().all()
+        assert theirs[name].std() > 0.3, "logits that say nothing would prove nothing"
+        torch.testing.assert_close(ours[name], theirs[name].view_as(ours[name]), rtol=0, atol=1e-4)
