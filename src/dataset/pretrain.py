@@ -1,13 +1,14 @@
 """Pretraining samples: windows of ctx_len + 1 tokens from a flat token file, in the order of `sampling`."""
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from .binidx import MMapIndexedDataset
-from .sampling import check_magic_prime, sample_number, sample_offset
+from .sampling import check_magic_prime, sample_number, sample_offset, skip_holes
 
 
 class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -17,6 +18,7 @@ class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     prime         the magic prime of this data and ctx_len (`magic_prime(tokens, ctx_len)`)
     first_sample  number of the run's sample at which this start begins, over all ranks
     n_samples     how many samples this rank reads: its length, a multiple of `micro_bsz`
+    holes         samples left out for good, (first, count): the later ones move up
     vocab_size    every id must be below it; otherwise a ValueError names the id and where it stands
 
     Nothing changes after construction: any item can be read at any time, in any process.
@@ -33,6 +35,7 @@ class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         rank: int,
         world_size: int,
         vocab_size: int,
+        holes: Sequence[tuple[int, int]] = (),
     ) -> None:
         assert 0 <= rank < world_size
         assert n_samples % micro_bsz == 0, "a rank reads whole micro batches"
@@ -45,6 +48,7 @@ class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self.rank = rank
         self.world_size = world_size
         self.vocab_size = vocab_size
+        self.holes = tuple(holes)
 
     def __len__(self) -> int:
         return self.n_samples
@@ -52,7 +56,7 @@ class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         if not 0 <= index < self.n_samples:
             raise IndexError(f"sample {index} of {self.n_samples}")
-        n = sample_number(index, self.first_sample, self.rank, self.world_size)
+        n = skip_holes(sample_number(index, self.first_sample, self.rank, self.world_size), self.holes)
         offset = sample_offset(n, self.prime, self.ctx_len)
         window = self.data.tokens[offset : offset + self.ctx_len + 1].astype(np.int64)
         if window.max() >= self.vocab_size or window.min() < 0:

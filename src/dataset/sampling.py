@@ -7,6 +7,7 @@ Where P mod 3 = 2, cubing permutes 0 .. P-1, so P samples in a row read P differ
 """
 
 import math
+from collections.abc import Sequence
 
 # With these bases the Miller-Rabin test makes no mistake below 3.3e24 (Sorenson and Webster, 2015).
 _WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
@@ -90,3 +91,12 @@ def sample_number(local_index: int, first_sample: int, rank: int, world_size: in
     A are: the samples of one step are the same on any number of ranks.
     """
     return first_sample + local_index * world_size + rank
+
+
+def skip_holes(n: int, holes: Sequence[tuple[int, int]]) -> int:
+    """The n-th sample of a run that leaves out some for good: `holes` are (first sample, count), sorted, without overlap."""
+    for first, count in holes:
+        if n < first:
+            break
+        n += count
+    return n
