@@ -1,0 +1,56 @@
+#!/bin/sh
+# Pretrains an RWKV-7 model, set-up included, and shows what it learned. Stop it with Ctrl-C; the same command continues.
+#
+#   sh demo-training-run.sh             the demo: a small model on the sources of Python's standard library, ten minutes on two CPU cores
+#   sh demo-training-run.sh minipile    the published run: L12-D768, 1.5 G tokens, for a GPU
+#   sh demo-training-run.sh mini        the 34.2 M model L8-D512 on MiniMind's pretrain_hq (or a DATA_FILE of yours), for a GPU
+#
+# Every setting is a default that the environment overrides; those of model and data stand in demo-training-prepare.sh. Further
+# flags are passed on to train.py:
+#   N_LAYER=4 M_BSZ=16 sh demo-training-run.sh demo --random_seed 1
+
+# shellcheck source=demo-training-prepare.sh
+. "$(dirname "$0")/demo-training-prepare.sh" # from here on "$@" are flags of train.py
+
+case $SETTING in
+demo)
+    M_BSZ=${M_BSZ:-8} CTX_LEN=${CTX_LEN:-256} MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-0} MAGIC_PRIME=${MAGIC_PRIME:-0}
+    LR_INIT=${LR_INIT:-3e-3} LR_FINAL=${LR_FINAL:-3e-4} WARMUP_STEPS=${WARMUP_STEPS:-20} WEIGHT_DECAY=${WEIGHT_DECAY:-0.001}
+    EPOCH_STEPS=${EPOCH_STEPS:-150} EPOCH_SAVE=${EPOCH_SAVE:-1} GRAD_CP=${GRAD_CP:-0}
+    VAL_DATA_FILE=${VAL_DATA_FILE:-data/demo-heldout} PROMPT=${PROMPT:-def }
+    ;;
+minipile) # rwkv7.md, section 3
+    M_BSZ=${M_BSZ:-16} CTX_LEN=${CTX_LEN:-512} MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-1498226207} MAGIC_PRIME=${MAGIC_PRIME:-2926181}
+    LR_INIT=${LR_INIT:-6e-4} LR_FINAL=${LR_FINAL:-6e-5} WARMUP_STEPS=${WARMUP_STEPS:-10} WEIGHT_DECAY=${WEIGHT_DECAY:-0.001}
+    EPOCH_STEPS=${EPOCH_STEPS:-0} EPOCH_SAVE=${EPOCH_SAVE:-10} GRAD_CP=${GRAD_CP:-0}
+    VAL_DATA_FILE=${VAL_DATA_FILE:-} PROMPT=${PROMPT:-The }
+    ;;
+mini)
+    M_BSZ=${M_BSZ:-16} CTX_LEN=${CTX_LEN:-512} MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-0} MAGIC_PRIME=${MAGIC_PRIME:-0}
+    LR_INIT=${LR_INIT:-6e-4} LR_FINAL=${LR_FINAL:-2e-5} WARMUP_STEPS=${WARMUP_STEPS:-10} WEIGHT_DECAY=${WEIGHT_DECAY:-0.001}
+    EPOCH_STEPS=${EPOCH_STEPS:-0} EPOCH_SAVE=${EPOCH_SAVE:-5} GRAD_CP=${GRAD_CP:-0}
+    VAL_DATA_FILE=${VAL_DATA_FILE:-} PROMPT=${PROMPT:-}
+    ;;
+esac
+GPU_PER_NODE=${GPU_PER_NODE:-1} # processes on this machine
+STRATEGY=${STRATEGY:-auto}
+WANDB=${WANDB:-}
+
+was_complete=0
+if [ -f "$PROJ_DIR/rwkv-final.pth" ]; then was_complete=1; fi
+
+"$python" train.py --load_model 0 --train_stage 3 --wandb "$WANDB" \
+    --ctx_len "$CTX_LEN" --micro_bsz "$M_BSZ" --my_exit_tokens "$MY_EXIT_TOKENS" --magic_prime "$MAGIC_PRIME" \
+    --lr_init "$LR_INIT" --lr_final "$LR_FINAL" --warmup_steps "$WARMUP_STEPS" --beta1 0.9 --beta2 0.99 --adam_eps 1e-18 \
+    --weight_decay "$WEIGHT_DECAY" --epoch_steps "$EPOCH_STEPS" --epoch_save "$EPOCH_SAVE" --grad_cp "$GRAD_CP" \
+    --devices "$GPU_PER_NODE" --strategy "$STRATEGY" "$@"
+
+if [ "$python" = .venv/bin/python ]; then say "To type commands yourself: . .venv/bin/activate"; fi
+if [ $was_complete = 1 ]; then exit; fi
+
+if [ -n "$VAL_DATA_FILE" ]; then
+    say "" "Loss on text that it was not trained on:"
+    "$python" -m src.inference.evaluate "$PROJ_DIR" --data "$VAL_DATA_FILE" --ctx_len "$CTX_LEN"
+fi
+say "" "What it writes after \"$PROMPT\":"
+"$python" -m src.inference.generate "$PROJ_DIR" --prompt "$PROMPT" --seed 1
