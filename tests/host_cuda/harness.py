@@ -1,0 +1,172 @@
+"""Runs cuda/*.cu on a CPU: builds them with g++ against host_cuda.h and calls their entry points on torch tensors.
+
+Outputs are filled with NaN beforehand and stand between sentinel bands, so that an element that no thread wrote, or one
+beyond the end, is seen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA = ROOT / "cuda"
+HERE = ROOT / "tests" / "host_cuda"
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-pthread",
+    "-I",
+    str(HERE),
+    "-I",
+    str(CUDA),
+]
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "random again": (2, 2)}
+BAND = 64  # sentinel elements on each side of an output
+SENTINEL = 12345.0
+
+Tensors = dict[str, torch.Tensor]
+
+
+def shared_folder(tmp_path_factory) -> Path:
+    """Where builds go: one folder for all workers of a parallel test run, gone with pytest's other temporary files."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def build(folder: Path, source: Path, *extra: str, shared: bool = True) -> Path:
+    """Compiles `source` into `folder` once, however many test processes ask for it."""
+    sources = [source, *sorted(CUDA.glob("*.cu*")), *sorted(HERE.glob("*.h"))]
+    words = b"".join(path.read_bytes() for path in sources) + repr(extra).encode()
+    out = folder / f"{source.stem}-{hashlib.sha256(words).hexdigest()[:16]}{'.so' if shared else ''}"
+    with open(folder / f"{source.stem}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            beside = out.with_suffix(".building")
+            kind = ["-shared", "-fPIC", "-ftls-model=initial-exec"] if shared else []
+            cxx = compiler()
+            assert cxx is not None
+            command = [cxx, "-x", "c++", *FLAGS, *kind, *extra, str(source), "-o", str(beside)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr[-4000:]
+            beside.rename(out)
+    return out
+
+
+class Guarded:
+    """Outputs that start as NaN, each between two sentinel bands."""
+
+    def __init__(self) -> None:
+        self.whole: list[torch.Tensor] = []
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        count = int(torch.Size(shape).numel())
+        whole = torch.full((count + 2 * BAND,), float("nan"), dtype=dtype)
+        whole[:BAND] = SENTINEL
+        whole[count + BAND :] = SENTINEL
+        self.whole.append(whole)
+        return whole[BAND : count + BAND].view(shape)
+
+    def check(self) -> None:
+        for whole in self.whole:
+            edge = torch.cat([whole[:BAND], whole[-BAND:]])
+            assert (edge == torch.tensor(SENTINEL, dtype=whole.dtype)).all(), "wrote outside of an output"
+
+
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    if tensor is None:
+        return ctypes.c_void_p(0)
+    assert tensor.is_contiguous()
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+class HostLibrary:
+    """A shared library made of a .cu file, and the questions that one asks of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.host_cuda_last_fault.restype = ctypes.c_char_p
+
+    def order(self, name: str) -> None:
+        self.library.host_cuda_order(*ORDERS[name])
+
+    def call(self, entry: str, *arguments: object) -> None:
+        """Calls an entry point; a fault found by the host (race-prone collective, deadlock, ...) is an AssertionError."""
+        given = [ctypes.c_int64(x) if isinstance(x, int) and abs(x) >= 2**31 else x for x in arguments]
+        code = getattr(self.library, entry)(*given)
+        fault = self.library.host_cuda_last_fault().decode()
+        assert code == 0, fault or f"{entry} returned {code}"
+
+    def take_counts(self) -> dict[str, int]:
+        """What the launches since the last call have done, summed over blocks."""
+        five = (ctypes.c_long * 5)()
+        self.library.host_cuda_take_counts(five)
+        return dict(
+            zip(("block_barriers", "warp_barriers", "shuffles", "matrix_loads", "matrix_products"), five, strict=True)
+        )
+
+
+class Wkv7:
+    """One of the two kernels, called as the op calls it: forward(...) then backward(...), on CPU tensors."""
+
+    def __init__(self, host: HostLibrary, kernel: str) -> None:
+        self.host, self.kernel = host, kernel
+
+    def sizes(self, x: Tensors) -> tuple[int, int, int, int, int]:
+        batch, length, heads, head_size = x["r"].shape
+        documents = batch if x.get("cu_seqlens") is None else x["cu_seqlens"].numel() - 1
+        return batch, length, heads, head_size, documents
+
+    def forward(self, x: Tensors, save: bool = True) -> Tensors:
+        batch, length, heads, head_size, documents = self.sizes(x)
+        out = Guarded()
+        y = out.empty(x["r"].shape, x["r"].dtype)
+        final_state = out.empty((documents, heads, head_size, head_size), torch.float32)
+        state_bytes = getattr(self.host.library, f"wkv7_{self.kernel}_saved_state_bytes")
+        state_bytes.restype = ctypes.c_int64
+        sa_bytes = getattr(self.host.library, f"wkv7_{self.kernel}_saved_sa_bytes")
+        sa_bytes.restype = ctypes.c_int64
+        tokens = ctypes.c_int64(batch * length)
+        saved_state = saved_sa = None
+        if save:
+            saved_state = out.empty((state_bytes(head_size, documents, tokens, heads) // 4,), torch.float32)
+            saved_sa = out.empty((sa_bytes(head_size, documents, tokens, heads) // 4,), torch.float32)
+        inputs = [pointer(x[name]) for name in "rwkvab"]
+        self.host.call(
+            f"wkv7_{self.kernel}_forward", DTYPES[x["r"].dtype], head_size, documents, ctypes.c_int64(length), heads, *inputs,
+            pointer(x.get("state")), pointer(x.get("cu_seqlens")), pointer(y), pointer(final_state), pointer(saved_state),
+            pointer(saved_sa), ctypes.c_int64(0),
+        )  # fmt: skip
+        out.check()
+        return {"y": y, "final_state": final_state, "saved_state": saved_state, "saved_sa": saved_sa}
+
+    def backward(self, x: Tensors, saved: Tensors, dy: torch.Tensor, dfinal_state: torch.Tensor | None) -> Tensors:
+        _, length, heads, head_size, documents = self.sizes(x)
+        out = Guarded()
+        grads = {f"d{name}": out.empty(x["r"].shape, x["r"].dtype) for name in "rwkvab"}
+        grads["dstate"] = out.empty((documents, heads, head_size, head_size), torch.float32)
+        inputs = [pointer(x[name]) for name in "rwkvab"]
+        self.host.call(
+            f"wkv7_{self.kernel}_backward", DTYPES[x["r"].dtype], head_size, documents, ctypes.c_int64(length), heads, pointer(dy),
+            pointer(dfinal_state), *inputs, pointer(x.get("cu_seqlens")), pointer(saved["saved_state"]), pointer(saved["saved_sa"]),
+            *(pointer(g) for g in grads.values()), ctypes.c_int64(0),
+        )  # fmt: skip
+        out.check()
+        return grads

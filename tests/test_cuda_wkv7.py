@@ -1,0 +1,87 @@
+"""The CUDA kernels of wkv7, executed on a CPU: against float64, in every lane order, without a read or write out of place."""
+
+import pytest
+import torch
+from host_cuda.harness import CUDA, ORDERS, HostLibrary, Wkv7, build, compiler, shared_folder
+from host_cuda.problems import answer, error, incoming, problem
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+EXACT = {FP32: 1e-6, BF16: 2.2e-3, FP16: 4e-4}  # rounding of the outputs is most of the last two
+SHAPES = [
+    pytest.param({}, id="whole"),
+    pytest.param({"state": True}, id="state"),
+    pytest.param({"cu_seqlens": [0, 5, 5, 22, 37], "state": True}, id="packed, one empty"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices of 64 x 64 gain nothing from more, and other test processes run beside
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory):
+    return Wkv7(HostLibrary(build(shared_folder(tmp_path_factory), CUDA / "wkv7_recurrent.cu")), "recurrent")
+
+
+def outcome(kernel, x, with_final=True):
+    """Every output and gradient of a kernel, and their errors against float64."""
+    dy, dfinal_state = incoming(x)
+    if not with_final:
+        dfinal_state = None
+    saved = kernel.forward(x)
+    got = {"y": saved["y"], "final_state": saved["final_state"], **kernel.backward(x, saved, dy, dfinal_state)}
+    true = answer(x, dy, dfinal_state)
+    return got, {name: error(got[name], true[name]) for name in true}
+
+
+def assert_within(errors, bound):
+    worst = {name: f"{value:.2e}" for name, value in errors.items() if not value <= bound.get(name, bound["all"])}
+    assert not worst, f"beyond {bound}: {worst}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("head_size", [32, 64, 128])
+def test_recurrent_is_exact(recurrent, head_size, dtype, shape):
+    batch = 1 if "cu_seqlens" in shape else 2
+    _, errors = outcome(recurrent, problem(batch, 37, 1 if head_size == 128 else 2, head_size, dtype, **shape))
+    bound = EXACT[dtype]
+    assert_within(errors, {"all": bound, "final_state": 1e-6, "dstate": 1e-6})
+
+
+@pytest.mark.parametrize("kind", ["usual", "fast", "slow", "correlated"])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 200])
+def test_recurrent_at_any_length_and_decay(recurrent, length, kind):
+    _, errors = outcome(recurrent, problem(1, length, 1, 64, FP32, kind=kind, state=True), with_final=False)
+    assert_within(errors, {"all": 3e-6})
+
+
+@pytest.mark.parametrize("head_size", [32, 64, 128])
+def test_recurrent_gives_equal_bits_in_every_lane_order(recurrent, head_size):
+    x = problem(1, 19, 2, head_size, BF16, cu_seqlens=[0, 18, 19], state=True)
+    runs = []
+    for order in ORDERS:
+        recurrent.host.order(order)
+        runs.append(outcome(recurrent, x)[0])
+    recurrent.host.order("forward")
+    for name, first in runs[0].items():
+        assert first.isfinite().all(), name
+        assert all(torch.equal(run[name], first) for run in runs), name
+
+
+def test_recurrent_without_saving_gives_the_same(recurrent):
+    x = problem(2, 20, 1, 64, BF16)
+    kept, lean = recurrent.forward(x), recurrent.forward(x, save=False)
+    assert torch.equal(kept["y"], lean["y"])
+    assert torch.equal(kept["final_state"], lean["final_state"])
+
+
+def test_a_head_size_without_kernel_is_refused(recurrent):
+    with pytest.raises(AssertionError, match="-1"):
+        recurrent.forward(problem(1, 4, 1, 48, FP32))
