@@ -37,3 +37,28 @@ class CharacterStream:
         rest = self._tokenizer.decode_bytes(self._shown + self._waiting)[len(before) :]
         self._waiting = []
         return self._utf8.decode(rest, final=True)
+
+
+class UntilText:
+    """Passes text on until `end` appears in it: `feed(piece)` gives what is surely before it. An empty `end` never appears."""
+
+    def __init__(self, end: str) -> None:
+        self._end, self._held = end, ""
+        self.reached = False
+
+    def feed(self, piece: str) -> str:
+        if self.reached or not self._end:
+            return "" if self.reached else piece
+        text = self._held + piece
+        before, found, _ = text.partition(self._end)
+        if found:
+            self.reached, self._held = True, ""
+            return before
+        held = next(n for n in range(min(len(text), len(self._end) - 1), -1, -1) if text.endswith(self._end[:n]))
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def finish(self) -> str:
+        """What was held back because `end` might have begun there."""
+        held, self._held = self._held, ""
+        return held

@@ -181,8 +181,8 @@ class Decoder:
         x = block.ln2(x)
         xx = state.ffn_shift - x
         state.ffn_shift.copy_(x)
-        k = _product(torch.addcmul(x, xx, ffn.x_k.view(-1)), ffn.key.weight).relu_().square_()
-        return _product(k, ffn.value.weight)
+        k = _product(torch.addcmul(x, xx, ffn.x_k.view(-1)), ffn.key.weight).relu_()
+        return _product(k.mul_(k), ffn.value.weight)
 
 
 class _Graph:

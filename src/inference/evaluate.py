@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.dataset.binidx import MMapIndexedDataset
+from src.dataset.binidx import MMapIndexedDataset, with_ending
 from src.dataset.tokenizer import Tokenizer
 from src.inference.load import add_model_arguments, find_tokenizer, find_weights, load_model
 from src.model import RWKV7
@@ -142,7 +142,9 @@ def _report(options: argparse.Namespace) -> str:
     weights = find_weights(options.model)
     model = load_model(weights, options.dtype, options.device)
     path, vocab_size = Path(options.data), model.config.vocab_size
-    is_binidx = path.suffix in (".bin", ".idx") or not path.is_file()
+    is_binidx = path.suffix in (".bin", ".idx") or with_ending(path, ".bin").is_file()
+    if not is_binidx and not path.is_file():
+        raise ValueError(f"--data {path}: no such file; expected binidx data (X, X.bin), a text file or a .jsonl of texts")
     tokenizer: Tokenizer | None = None
     try:
         tokenizer = find_tokenizer(weights, vocab_size, options.tokenizer)

@@ -13,6 +13,7 @@ import torch
 from src.dataset.tokenizer import WORLD_VOCAB_SIZE, Tokenizer, load_tokenizer
 from src.model import RWKV7
 
+_MODEL_HELP = "weights (.pth, .safetensors) or a run's folder"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -72,11 +73,21 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, tokenizer: bool = True) -> None:
+def newest_weights(out: Path) -> Path:
+    """The trained weights that were written last in the runs under `out`. ValueError when there are none."""
+    found = [path for path in out.glob("**/rwkv-*.pth") if path.name != "rwkv-init.pth"]
+    if not found:
+        raise ValueError(f"MODEL: missing, and there are no trained weights under {out}/; name a .pth file or a run's folder")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """MODEL and how to load it: the same words for every program here."""
-    parser.add_argument("model", metavar="MODEL", help="weights (.pth, .safetensors) or a run's folder")
-    if tokenizer:
-        parser.add_argument("--tokenizer", default="", help='"world" or a Hugging Face folder; default: what the run recorded')
+    if optional:
+        parser.add_argument("model", metavar="MODEL", nargs="?", default="", help=f"{_MODEL_HELP}; default: the newest under out/")
+    else:
+        parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("--tokenizer", default="", help='"world" or a Hugging Face folder; default: what the run recorded')
     parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
 
