@@ -1,0 +1,80 @@
+"""The tables of the README that come from the code: `python tests/readme_tables.py` writes them, test_readme.py compares.
+
+A table stands between `<!-- NAME: made by tests/readme_tables.py -->` and `<!-- end -->`.
+"""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from src.config import GROUPS, ModelConfig, RunConfig
+from src.model import RWKV7
+from src.model.init import row_of
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = [path for path in (ROOT / "README.md", ROOT / "README_CN.md") if path.exists()]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def flags() -> str:
+    """Every flag of train.py by topic."""
+    rows = []
+    for key, title in GROUPS.items():
+        rows.append([f"**{title}**", "", ""])
+        for field in dataclasses.fields(RunConfig):
+            if field.metadata["group"] == key:
+                default = "none" if field.default == "" else str(field.default)
+                choices = " \\| ".join(f"`{choice}`" for choice in field.metadata["choices"] if choice)
+                meaning = field.metadata["help"] + (f" ({choices})" if choices else "")
+                rows.append([f"`--{field.name}`", f"`{default}`", meaning.replace("\\|", "|")])
+    return table(["flag", "default", "meaning"], rows)
+
+
+def weights() -> str:
+    """The parameters of the released 1.5B model; blocks 0 and 1 stand for all, as the others are like block 1."""
+    config = ModelConfig(
+        n_layer=24, n_embd=2048, vocab_size=65536, d_decay_lora=96, d_aaa_lora=96, d_mv_lora=64, d_gate_lora=256
+    )
+    with torch.device("meta"):
+        model = RWKV7(config)
+    rows = []
+    for name, parameter in model.named_parameters():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if block and block[1] != "0":
+            continue  # every block has the parameters of block 0, except ln0
+        shown = name if block is None or ".ln0." in name else name.replace("blocks.0.", "blocks.i.")
+        row = row_of(name)
+        training = ", ".join(words for words, so in (("decay", row.decay), (f"lr x{row.lr_scale:g}", row.lr_scale != 1)) if so)
+        rows.append([f"`{shown}`", " x ".join(map(str, parameter.shape)), training, row.text])
+    return table(["name", "shape", "decay or lr x2", "initial value"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"flags": flags, "weights": weights}
+
+
+def section(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- {name}: made by tests/readme_tables.py -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    for path in READMES:
+        text = path.read_text(encoding="utf-8")
+        for name, make in TABLES.items():
+            made = make()
+            text = section(name).sub(lambda found, made=made: found[1] + made + found[3], text)
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote the tables of {path.name}")
+
+
+if __name__ == "__main__":
+    main()
