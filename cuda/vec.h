@@ -29,7 +29,7 @@ typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Uint __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Ushort __attribute__((vector_size(2 * kLanes)));
 
-inline Float splat(float x) { return Float{} + x; }
+inline Float splat(float x) { return x - Float{}; }  // x - 0 is x, -0 included: the compiler leaves a broadcast
 
 template <class V>
 inline V load_as(const void* p) {

@@ -7,7 +7,7 @@
 namespace wkv7_cpu {
 
 // Tokens between two states that forward keeps for backward. src/ops/wkv7.py has the same number for its fake tensors.
-constexpr int64_t kSegment = 64;
+constexpr int64_t kSegment = 32;
 
 enum class Dtype { f32, bf16, f16 };
 

@@ -37,8 +37,8 @@ def wkv7_reference(
         ys, states = [], []
         for document, (begin, end) in enumerate(pairwise(bounds)):
             start = None if state is None else state[document : document + 1]
-            inputs = [x[:, begin:end] for x in (r, w, k, v, a, b)]
-            y, final = wkv7_reference(*inputs, state=start)
+            one = (slice(None), slice(begin, end))
+            y, final = wkv7_reference(r[one], w[one], k[one], v[one], a[one], b[one], start)
             ys.append(y)
             states.append(final)
         return torch.cat(ys, 1), torch.cat(states)
@@ -65,7 +65,7 @@ def cross_entropy_l2wrap_reference(logits: Tensor, targets: Tensor, ignore_index
     logits = _accumulate(logits).flatten(0, -2)
     targets = targets.flatten()
     counts = targets != ignore_index
-    count = counts.sum().clamp(min=1)
+    count = counts.sum().clamp(min=1).to(logits.dtype)
     nll = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum") / count
     largest = (
         logits.amax(-1, keepdim=True) if logits.shape[0] == 0 else logits.gather(-1, logits.argmax(-1, keepdim=True))

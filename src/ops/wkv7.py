@@ -14,7 +14,7 @@ from src.ops import build
 from src.ops.reference import wkv7_reference
 
 KERNELS = ("auto", "recurrent", "chunked", "reference")
-CPU_SEGMENT = 64  # tokens between two kept states; kSegment in cuda/wkv7_cpu.h
+CPU_SEGMENT = 32  # tokens between two kept states; kSegment in cuda/wkv7_cpu.h
 
 _registered = False
 _warned: set[str] = set()
