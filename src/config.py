@@ -137,6 +137,19 @@ class RunConfig:
     load_partial: int = flag(
         0, "run", "1: parameters that the weights file lacks stay as initialised", at_least=0, below=2
     )
+    restart: int = flag(
+        0, "run", "1: begin again from the initial weights; what is there moves to previous-k/", at_least=0, below=2
+    )
+    save_minutes: float = flag(
+        15.0, "run", "minutes between two saves of the full state, besides those at saved mini-epochs", at_least=0
+    )
+    keep_resume: int = flag(2, "run", "full states that are kept", at_least=1)
+    time_limit: float = flag(
+        0.0, "run", "minutes until the machine is taken away: save and stop in time; 0: none", at_least=0
+    )
+    max_bad_steps: int = flag(
+        3, "run", "after so many steps in a row without a finite gradient, go back and skip their samples", at_least=1
+    )
     random_seed: int = flag(
         -1, "run", "seed of everything drawn; -1: another one each time (it is printed)", at_least=-1
     )

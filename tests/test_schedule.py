@@ -13,7 +13,7 @@ PUBLISHED = {
     0: "0.00059975", 1: "0.00059899", 2: "0.00059773", 3: "0.00059597", 4: "0.00059371", 5: "0.00059096",
     6: "0.00058771", 7: "0.00058399", 8: "0.00057978", 9: "0.00057511", 10: "0.00056999", 11: "0.00056441",
 }  # fmt: skip
-MINIPILE = RunLength(exit_tokens=1_498_226_207, ctx_len=512, global_batch=16)
+MINIPILE = RunLength.of(exit_tokens=1_498_226_207, ctx_len=512, global_batch=16)
 
 
 def minipile_lr(step, **changed):
@@ -75,7 +75,7 @@ def test_published_run_has_2520_steps_a_mini_epoch():
     epoch_steps=st.integers(0, 50),
 )
 def test_mini_epochs_cover_a_run_of_any_size(exit_tokens, ctx_len, global_batch, epoch_steps):
-    length = RunLength(exit_tokens, ctx_len, global_batch, epoch_steps)
+    length = RunLength.of(exit_tokens, ctx_len, global_batch, epoch_steps)
     assert (length.steps - 1) * length.tokens_per_step < exit_tokens <= length.steps * length.tokens_per_step
     assert length.ends_mini_epoch(length.steps - 1)
     last = length.mini_epoch(length.steps - 1)
@@ -87,3 +87,24 @@ def test_mini_epochs_cover_a_run_of_any_size(exit_tokens, ctx_len, global_batch,
             assert length.ends_mini_epoch(after - 1)
             assert length.mini_epoch(after - 1) >= n
             assert length.mini_epoch(after) > n or length.unit < global_batch
+
+
+@given(
+    batches=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 40)), min_size=1, max_size=5),
+    exit_tokens=st.integers(1, 20_000),
+)
+def test_a_batch_that_changes_on_the_way_loses_and_repeats_no_sample(batches, exit_tokens):
+    """The same run continued again and again with other global batches, as when the number of processes changes."""
+    length = RunLength.of(exit_tokens, 8, 4, epoch_steps=7)
+    step, samples, ended = 0, 0, []
+    for global_batch, steps in [*batches, (16, 10**9)]:
+        length = RunLength(exit_tokens, 8, global_batch, length.unit, step, samples)
+        for _ in range(min(steps, length.steps - step)):
+            assert length.samples(step) == samples
+            if length.ends_mini_epoch(step):
+                ended.append(length.mini_epoch(step))
+            step, samples = step + 1, samples + global_batch
+    assert step == length.steps
+    assert (samples - length.global_batch) * 8 < exit_tokens + 20 * 8
+    assert samples * 8 >= exit_tokens
+    assert ended == sorted(set(ended))

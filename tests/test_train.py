@@ -4,10 +4,9 @@ import csv
 import json
 import os
 import re
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -100,27 +99,23 @@ def test_end_to_end_then_complete(tmp_path, data):
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
-def test_stopped_and_continued_at_the_right_place(tmp_path, data, capfd):
+def test_weights_alone_continue_at_the_right_place(tmp_path, data, capfd):
+    """Without the full state (an old folder, or only the .pth files copied) the newest rwkv-N.pth is taken."""
+    whole = {"my_exit_tokens": CTX * 4 * 100, "epoch_steps": 20, "epoch_save": 2}
     out = tmp_path / "run"
-    assert train(out, data, train_stage=1) == 0
-    long = {"train_stage": 2, "my_exit_tokens": CTX * 4 * 600, "epoch_steps": 20, "epoch_save": 2}
-    process = train_process(flags(out, data, **long))
-    deadline = time.monotonic() + 100
-    while not (out / "rwkv-2.pth").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    words, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, words
-    assert "same command continues" in words
-    assert not (out / "rwkv-final.pth").exists()
-    newest = max(int(m.group(1)) for p in out.glob("*.pth") if (m := re.fullmatch(r"rwkv-(\d+)\.pth", p.name)))
-    start = (newest + 1) * 20
-    weights = RWKV7.from_checkpoint(out / f"rwkv-{newest}.pth")
+    assert train(out, data, **whole) == 0
+    for name in ("rwkv-4.pth", "rwkv-final.pth"):
+        (out / name).unlink()
+    shutil.rmtree(out / "resume")
+    start = 3 * 20
+    weights = RWKV7.from_checkpoint(out / "rwkv-2.pth")
+    before = losses(out)
 
-    assert train(out, data, **long) == 0
-    assert f"rwkv-{newest}.pth, at step {start}" in capfd.readouterr().out
-    assert [int(row["step"]) for row in metrics(out)] == list(range(600))
-    assert [int(line[0]) for line in log_lines(out)] == list(range(30))
+    assert train(out, data, **whole) == 0
+    assert f"rwkv-2.pth, at step {start}" in capfd.readouterr().out
+    assert [int(row["step"]) for row in metrics(out)] == list(range(100))
+    assert [int(line[0]) for line in log_lines(out)] == list(range(5))
+    assert losses(out)[: start + 1] == before[: start + 1]
     # the first loss after the restart is that of the saved weights on exactly the samples of that step
     prime = magic_prime(MMapIndexedDataset(data).n_tokens, CTX)
     dataset = PretrainDataset(data, CTX, prime, start * 4, 4, 4, 0, 1, VOCAB)
@@ -184,7 +179,7 @@ def test_weight_swap_begins_a_new_run_and_keeps_the_old_one(tmp_path, data):
     assert not (out / "previous-2").exists()
 
 
-def test_starting_over_after_removing_the_weights(tmp_path, data):
+def test_starting_over_after_removing_the_weights_asks_for_restart(tmp_path, data, capfd):
     out = tmp_path / "run"
     train(out, data, train_stage=1)
     assert train(out, data, train_stage=3) == 0
@@ -192,8 +187,11 @@ def test_starting_over_after_removing_the_weights(tmp_path, data):
     for path in out.glob("rwkv-*.pth"):
         if path.name != "rwkv-init.pth":
             path.unlink()
-    assert train(out, data, train_stage=3) == 0
+    assert train(out, data, train_stage=3) == 2
+    assert "--restart 1" in capfd.readouterr().err
+    assert train(out, data, train_stage=3, restart=1) == 0
     assert losses(out) == first
+    assert (out / "previous-1" / "resume").is_dir()
 
 
 def test_load_model_in_stage_0_and_partial(tmp_path, data):

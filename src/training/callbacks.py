@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -11,12 +14,18 @@ from typing import Any
 import pytorch_lightning as pl
 
 from src.training.checkpoint import FINAL, save_weights
+from src.training.full_state import counters, gather_full_state, scatter_full_state
 from src.training.module import TrainingModule
+from src.training.report import MiniEpochReport, Reporter, StepReport
+from src.training.resume import LoadedState, Position, StateWriter
+from src.training.say import say
 from src.training.schedule import RunLength
+
+TIME_LIMIT_MARGIN = 30.0  # seconds kept for the last save beyond what the slowest one took
 
 
 class SetLearningRate(pl.Callback):
-    """Before each step, every group's lr = learning_rate(step) * its lr_scale."""
+    """Before each step, every group's lr = learning_rate_at(step) * its lr_scale."""
 
     def __init__(self, learning_rate_at: Callable[[int], float], first_step: int) -> None:
         self.learning_rate_at, self.first_step = learning_rate_at, first_step
@@ -29,38 +38,131 @@ class SetLearningRate(pl.Callback):
             group["lr"] = lr * group["lr_scale"]
 
 
-class SaveWeights(pl.Callback):
-    """rwkv-N.pth after mini-epochs with N mod epoch_save = 0 and the last; rwkv-final.pth after the last step."""
+class AfterStep(pl.Callback):
+    """For duties after an optimizer step: hides the micro steps between."""
 
-    def __init__(self, length: RunLength, first_step: int, epoch_save: int, proj_dir: Path) -> None:
-        self.length, self.first_step, self.epoch_save, self.proj_dir = length, first_step, epoch_save, proj_dir
-        self._seen = 0
+    def __init__(self, first_step: int) -> None:
+        self.first_step, self._seen = first_step, 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._seen or not trainer.is_global_zero:
-            return  # a micro step, or another rank's duty
-        self._seen = trainer.global_step
-        step = self.first_step + trainer.global_step - 1
-        if not self.length.ends_mini_epoch(step):
-            return
-        assert isinstance(pl_module, TrainingModule)
-        mini_epoch, last = self.length.mini_epoch(step), step == self.length.steps - 1
-        if last or mini_epoch % self.epoch_save == 0:
-            save_weights(pl_module.model, self.proj_dir / f"rwkv-{mini_epoch}.pth")
-        if last:
-            save_weights(pl_module.model, self.proj_dir / FINAL)
+        if trainer.global_step > self._seen:
+            self._seen = trainer.global_step
+            assert isinstance(pl_module, TrainingModule)
+            self.after_step(trainer, pl_module, self.first_step + trainer.global_step - 1)
+
+    def after_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        raise NotImplementedError
 
 
-class StopOnSignal(pl.Callback):
-    """Ctrl-C and SIGTERM end the run cleanly after the step that is under way; a second one at once."""
+class SaveWeights(AfterStep):
+    """rwkv-N.pth after mini-epochs with N mod epoch_save = 0 and the last; rwkv-final.pth after the last step."""
 
-    def __init__(self) -> None:
-        self.received = 0
+    def __init__(self, length: RunLength, first_step: int, epoch_save: int, proj_dir: Path) -> None:
+        super().__init__(first_step)
+        self.length, self.epoch_save, self.proj_dir = length, epoch_save, proj_dir
+
+    def saves_at(self, step: int) -> bool:
+        last = step == self.length.steps - 1
+        return last or (self.length.ends_mini_epoch(step) and self.length.mini_epoch(step) % self.epoch_save == 0)
+
+    def after_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        if self.saves_at(step) and trainer.is_global_zero:
+            save_weights(module.model, self.proj_dir / f"rwkv-{self.length.mini_epoch(step)}.pth")
+
+
+class KeepState(AfterStep):
+    """The full state of the run: restored at the start, saved when the clock, a mini-epoch's weights or a stop asks for it.
+
+    rwkv-final.pth comes after the last state, so that a run that is complete is complete in every part.
+    """
+
+    def __init__(
+        self,
+        *,
+        writer: StateWriter,
+        loaded: LoadedState | None,
+        position: Position,
+        length: RunLength,
+        reporter: Reporter,
+        weights: SaveWeights,
+        settings: dict[str, Any],
+        save_minutes: float,
+    ) -> None:
+        super().__init__(position.step)
+        self.writer, self.loaded, self.position, self.length = writer, loaded, position, length
+        self.reporter, self.weights, self.settings = reporter, weights, settings
+        self.save_seconds = save_minutes * 60
+        self.saved_at = time.monotonic()
+        self.saved_step = position.step if loaded is not None else -1
+        self.slowest_save = 0.0
+
+    def due(self) -> bool:
+        """A wish for the Reporter: has the clock run out on this rank?"""
+        return self.save_seconds > 0 and time.monotonic() - self.saved_at >= self.save_seconds
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.loaded is not None:
+            scatter_full_state(trainer, pl_module, self.loaded.tensors(), self.loaded.counters)
+
+    def after_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        self.writer.check()
+        agreed = self.reporter.agreed
+        if "save" in agreed or "stop" in agreed or self.weights.saves_at(step):
+            self._save(trainer, module, step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.writer.wait()
+        if self.first_step + trainer.global_step >= self.length.steps and trainer.is_global_zero:
+            assert isinstance(pl_module, TrainingModule)
+            save_weights(pl_module.model, self.weights.proj_dir / FINAL)
+
+    def _save(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        begin = time.monotonic()
+        self.reporter.read_waiting()
+        now = Position(
+            step=step + 1,
+            samples=self.length.samples(step + 1),
+            unit=self.length.unit,
+            restarted_at=self.position.restarted_at,
+            mini_epoch_losses=list(self.reporter.mini_epoch_losses),
+            holes=self.position.holes,
+            rollbacks=self.position.rollbacks,
+        )
+        tensors = gather_full_state(trainer, module)
+        if trainer.is_global_zero:
+            trained = ((f"{name}/{kind}", tensor) for name, kinds in tensors for kind, tensor in kinds.items())
+            idle = ((f"{name}/idle", p) for name, p in module.model.named_parameters() if not p.requires_grad)
+            self.writer.write(now, self.settings, counters(trainer, module), itertools.chain(trained, idle))
+        else:
+            for _ in tensors:  # every rank takes part in gathering
+                pass
+        self.saved_at, self.saved_step = time.monotonic(), step + 1
+        self.slowest_save = max(self.slowest_save, self.saved_at - begin)
+
+
+class StopInTime(AfterStep):
+    """Ctrl-C, SIGTERM and the time limit end the run after the step under way, with its state saved; a second Ctrl-C at once."""
+
+    def __init__(self, first_step: int, time_limit_minutes: float) -> None:
+        super().__init__(first_step)
+        self.received = 0  # the signal
+        self.out_of_time = False
+        self._ends_at = time.monotonic() + time_limit_minutes * 60 if time_limit_minutes else math.inf
+        self._longest_step, self._step_began = 0.0, math.inf
         self._before: dict[int, Any] = {}
+        self.reporter: Reporter
+        self.keeper: KeepState
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def wish(self) -> bool:
+        """A wish for the Reporter: does this rank have to stop?"""
+        needed = TIME_LIMIT_MARGIN + 2 * self._longest_step + 2 * self.keeper.slowest_save
+        self.out_of_time = time.monotonic() + needed >= self._ends_at
+        return bool(self.received) or self.out_of_time
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # not earlier: Lightning installs a SIGTERM handler of its own, which would end the run without a word
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._receive)
 
@@ -69,13 +171,50 @@ class StopOnSignal(pl.Callback):
             raise KeyboardInterrupt
         self.received = number
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self.received:
+    def after_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        now = time.monotonic()
+        self._longest_step = max(self._longest_step, now - self._step_began)
+        self._step_began = now
+        if "stop" in self.reporter.agreed or "rollback" in self.reporter.agreed:
             trainer.should_stop = True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+class WatchBadSteps:
+    """A sink that counts steps left out because their loss or gradient was not finite; `too_many` is set when to go back.
+
+    With loss scaling (fp16) an overflow of the gradient alone is how the scale is found, and doesn't count.
+    """
+
+    def __init__(self, limit: int, scale_loss: bool) -> None:
+        self.limit, self.scale_loss = limit, scale_loss
+        self.total, self.first_in_row, self.in_row = 0, 0, 0
+        self.too_many: range | None = None  # the steps in a row that were too many
+
+    def step(self, report: StepReport) -> None:
+        if math.isfinite(report.loss) and (self.scale_loss or math.isfinite(report.grad_norm)):
+            self.in_row = 0
+            return
+        self.first_in_row = report.step if self.in_row == 0 else self.first_in_row
+        self.in_row += 1
+        self.total += 1
+        say(
+            f"step {report.step + 1}: loss {report.loss:g}, gradient norm {report.grad_norm:g}: the step was left out "
+            f"({self.in_row} in a row, {self.total} in all)"
+        )
+        if self.in_row >= self.limit:
+            self.too_many = range(self.first_in_row, report.step + 1)
+
+    def wish(self) -> bool:
+        """A wish for the Reporter: is it time to go back to the last good state?"""
+        return self.too_many is not None
+
+    def mini_epoch(self, report: MiniEpochReport) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -6,17 +6,15 @@ the weights that the run started from: other weights there mean another run, and
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from src.files import write_whole
+from src.files import sha256_of, write_whole
 
 INIT, FINAL, LOG, METRICS, RUN = "rwkv-init.pth", "rwkv-final.pth", "train_log.txt", "metrics.csv", "run.json"
 
@@ -51,39 +49,6 @@ def save_weights(model: nn.Module, path: Path) -> None:
                 ) from error
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a start continues from: `weights` (None: draw new ones) at `step`; `fresh` when step 0 of a new run."""
-
-    weights: Path | None
-    mini_epoch: int  # the first one to be trained
-    complete: bool = False
-
-    @property
-    def fresh(self) -> bool:
-        return self.mini_epoch == 0
-
-
-def find_start(proj_dir: Path, stage: int, load_model: str, epoch_begin: int = 0) -> Start:
-    """In this order: complete; the highest rwkv-N.pth; rwkv-init.pth (stages 2, 3) or --load_model; new weights (stage 0).
-
-    Raises ValueError when a stage that continues finds nothing to continue.
-    """
-    if (proj_dir / FINAL).exists():
-        return Start(proj_dir / FINAL, 0, complete=True)
-    weights = numbered(proj_dir)
-    if weights:
-        n, path = list(weights.items())[-1]
-        return Start(path, n + 1)
-    origin = origin_weights(proj_dir, stage, load_model)
-    if origin is None and stage >= 2:
-        raise ValueError(
-            f"--train_stage {stage} continues what is in --proj_dir, but {proj_dir} holds no rwkv-init.pth and no rwkv-N.pth; "
-            "write the initial weights first (--train_stage 1), or start from a file with --load_model"
-        )
-    return Start(origin, epoch_begin)
-
-
 def origin_weights(proj_dir: Path, stage: int, load_model: str) -> Path | None:
     """The weights that a run in this folder starts from at step 0; None: new ones are drawn."""
     if load_model:
@@ -113,11 +78,7 @@ def fingerprint(path: Path | None) -> dict[str, Any]:
     """What tells weights apart: SHA-256 of the file (None: drawn anew)."""
     if path is None:
         return {"sha256": "", "path": ""}
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"sha256": digest.hexdigest(), "path": str(path)}
+    return {"sha256": sha256_of(path), "path": str(path)}
 
 
 def put_aside(proj_dir: Path) -> Path | None:

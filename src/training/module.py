@@ -45,6 +45,11 @@ class TrainingModule(pl.LightningModule):
         )
         return self.optimizer
 
+    @property
+    def grad_norm(self) -> Tensor:
+        """Global gradient norm of the last step before clipping; not finite when that step was left out."""
+        return self.optimizer.grad_norm
+
     def train_dataloader(self) -> DataLoader:
         dataset: Dataset = self.make_dataset(self.trainer.global_rank, self.trainer.world_size)
         on_gpu = self.hardware.accelerator == "gpu"

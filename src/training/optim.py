@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from src.model.init import row_of
 
-LOSS_SCALE_START = 2.0**16  # fp16 only; halved at an overflow, doubled after this many good steps:
+LOSS_SCALE_POWER = 16  # fp16 only: 2^16 at first; halved at an overflow, doubled after this many good steps:
 LOSS_SCALE_GROWTH_STEPS = 1000
 
 
@@ -61,15 +61,15 @@ class MasterAdamW(torch.optim.Optimizer):
         self.parameters = [p for group in self.param_groups for p in group["params"]]
         device = self.parameters[0].device
         self.masters = [p if p.dtype == torch.float32 else _master(p) for p in self.parameters]
-        master_of = dict(zip(self.parameters, self.masters, strict=True))
+        self._master_of = dict(zip(self.parameters, self.masters, strict=True))
         self._adam = torch.optim.AdamW(
-            [{**group, "params": [master_of[p] for p in group["params"]]} for group in self.param_groups],
+            [{**group, "params": [self._master_of[p] for p in group["params"]]} for group in self.param_groups],
             fused=True,
         )
         self.grad_norm = torch.zeros((), device=device)
         self.skipped_steps = torch.zeros((), device=device)
         self.scale_loss = scale_loss
-        self.loss_scale = torch.full((), LOSS_SCALE_START if scale_loss else 1.0, device=device)
+        self.loss_scale = torch.full((), 2.0**LOSS_SCALE_POWER if scale_loss else 1.0, device=device)
         self._good_steps = torch.zeros((), device=device)
 
     @torch.no_grad()
@@ -110,28 +110,35 @@ class MasterAdamW(torch.optim.Optimizer):
         self._good_steps = self._good_steps * (1 - grow)
         self.loss_scale = (self.loss_scale * (1 - 0.5 * found_inf) * (1 + grow)).clamp(min=1.0)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Moments, step counts and masters: with the weights, all that a continued run needs."""
+    def master_of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The fp32 copy that is optimized; the parameter itself in an fp32 model."""
+        return self._master_of[parameter]
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Adam's state of a parameter: `exp_avg`, `exp_avg_sq` [shape of the parameter] and `step`, all fp32; zeros before the first step."""
+        master = self._master_of[parameter]
+        state = self._adam.state[master]
+        if not state:
+            state["step"] = torch.zeros((), device=master.device)
+            state["exp_avg"] = torch.zeros_like(master)
+            state["exp_avg_sq"] = torch.zeros_like(master)
+        return state
+
+    def counters(self) -> dict[str, float]:
+        """The numbers that belong to no parameter: with masters and moments, all that a continued run needs."""
         return {
-            "adam": self._adam.state_dict(),
-            "masters": [m for p, m in zip(self.parameters, self.masters, strict=True) if p is not m],
-            "skipped_steps": self.skipped_steps,
-            "loss_scale": self.loss_scale,
-            "good_steps": self._good_steps,
+            "adam_steps": self.moments(self.parameters[0])["step"].item(),
+            "skipped_steps": self.skipped_steps.item(),
+            "loss_scale": self.loss_scale.item(),
+            "good_steps": self._good_steps.item(),
         }
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        low = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
-        assert len(low) == len(state_dict["masters"]), "the optimizer state belongs to another model or precision"
-        self._adam.load_state_dict(state_dict["adam"])
-        for (parameter, master), kept in zip(low, state_dict["masters"], strict=True):
-            master.copy_(kept)
-            parameter.copy_(master)
-        device = self.skipped_steps.device
-        self.skipped_steps = state_dict["skipped_steps"].to(device)
-        self.loss_scale = state_dict["loss_scale"].to(device)
-        self._good_steps = state_dict["good_steps"].to(device)
+    def load_counters(self, counters: dict[str, float]) -> None:
+        for parameter in self.parameters:
+            self.moments(parameter)["step"].fill_(counters["adam_steps"])
+        self.skipped_steps.fill_(counters["skipped_steps"])
+        self.loss_scale.fill_(counters["loss_scale"])
+        self._good_steps.fill_(counters["good_steps"])
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -59,14 +61,26 @@ class Sink(Protocol):
 
 
 class Reporter(pl.Callback):
-    """Collects step results and hands them on. On ranks other than 0 it takes part in the averaging and hands on nothing."""
+    """Collects step results and hands them on; on ranks other than 0 to nobody.
 
-    def __init__(self, length: RunLength, first_step: int, sinks: list[Sink]) -> None:
-        self.length, self.sinks = length, sinks
+    What the ranks must agree on travels with the losses: `wishes` are asked after each step on every rank, and `agreed` holds the
+    names of those that any rank had, at the same step on all of them (a step late when there are several).
+    """
+
+    def __init__(
+        self,
+        length: RunLength,
+        first_step: int,
+        sinks: list[Sink],
+        losses_before: list[float],
+        wishes: dict[str, Callable[[], bool]],
+    ) -> None:
+        self.length, self.sinks, self.wishes = length, sinks, wishes
         self.next_step = first_step
+        self.agreed: set[str] = set()
+        self.mini_epoch_losses = list(losses_before)  # of the steps since the last mini-epoch's end
         self._micro: list[Tensor] = []
-        self._waiting: tuple[int, Tensor, float] | None = None  # step, (loss, grad norm), lr
-        self._losses: list[float] = []  # of the mini-epoch so far
+        self._waiting: tuple[int, Tensor, float] | None = None  # step, (loss, wishes..., grad norm), lr
         self._times: deque[float] = deque(maxlen=SPEED_WINDOW_STEPS + 1)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -81,17 +95,22 @@ class Reporter(pl.Callback):
             return
         loss = torch.stack(self._micro).mean()
         self._micro = []
+        wanted = [float(wish()) for wish in self.wishes.values()]
+        values = torch.cat([loss.float().unsqueeze(0), torch.tensor(wanted, device=loss.device)])
         if trainer.world_size > 1:
-            loss = trainer.strategy.reduce(loss, reduce_op="mean")
-        self._read_waiting()
-        lr = pl_module.optimizer.param_groups[0]["lr"] / pl_module.optimizer.param_groups[0]["lr_scale"]
-        self._waiting = (self.next_step, torch.stack([loss, pl_module.optimizer.grad_norm]), lr)
+            values = trainer.strategy.reduce(values, reduce_op="mean")
+        self.read_waiting()
+        group = trainer.optimizers[0].param_groups[0]
+        values = torch.cat([values, pl_module.grad_norm.to(values).reshape(1)])
+        self._waiting = (self.next_step, values, group["lr"] / group["lr_scale"])
+        if trainer.world_size == 1:
+            self.agreed = {name for name, wish in zip(self.wishes, wanted, strict=True) if wish}
         if self.length.ends_mini_epoch(self.next_step):
-            self._read_waiting()
+            self.read_waiting()
         self.next_step += 1
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._read_waiting()
+        self.read_waiting()
         for sink in self.sinks:
             sink.close()
 
@@ -99,21 +118,24 @@ class Reporter(pl.Callback):
         for sink in self.sinks:
             sink.close()
 
-    def _read_waiting(self) -> None:
+    def read_waiting(self) -> None:
+        """Read the newest step's results now, waiting for the device if it must be."""
         if self._waiting is None:
             return
         step, values, lr = self._waiting
         self._waiting = None
-        loss, grad_norm = values.tolist()
+        loss, *wanted, grad_norm = values.tolist()
+        self.agreed = {name for name, wish in zip(self.wishes, wanted, strict=True) if wish}
         self._times.append(time.perf_counter())
         speed = (len(self._times) - 1) * self.length.tokens_per_step / max(1e-9, self._times[-1] - self._times[0])
-        report = StepReport(step, (step + 1) * self.length.tokens_per_step, loss, lr, grad_norm, speed)
-        self._losses.append(loss)
+        report = StepReport(step, self.length.tokens(step + 1), loss, lr, grad_norm, speed)
+        if math.isfinite(loss):
+            self.mini_epoch_losses.append(loss)
         for sink in self.sinks:
             sink.step(report)
         if self.length.ends_mini_epoch(step):
-            mean = sum(self._losses) / len(self._losses)
-            self._losses = []
+            mean = sum(self.mini_epoch_losses) / len(self.mini_epoch_losses) if self.mini_epoch_losses else math.nan
+            self.mini_epoch_losses = []
             for sink in self.sinks:
                 sink.mini_epoch(MiniEpochReport(self.length.mini_epoch(step), mean, report))
 
@@ -136,7 +158,7 @@ class TrainLog:
 
     def mini_epoch(self, report: MiniEpochReport) -> None:
         now, lr = datetime.now(), report.last.lr
-        perplexity = math.exp(min(report.loss, 700.0))
+        perplexity = math.exp(min(report.loss, 700.0)) if math.isfinite(report.loss) else math.nan
         self._append(f"{report.mini_epoch} {report.loss:.6f} {perplexity:.4f} {lr:.8f} {now} {self.count}\n")
         self.count += 1
 
@@ -153,21 +175,29 @@ def _is_mini_epoch_line(line: str) -> bool:
 
 
 class MetricsFile:
-    """metrics.csv: a row per step, for plots and comparisons. Rows of steps that are trained again are dropped first."""
+    """metrics.csv: a row per step, for plots and comparisons. Rows of steps that are trained again are dropped first.
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    `lost_seconds` is the training time of the dropped rows. Each row is handed to the system at once, so that a run that was
+    killed has told how far it came.
+    """
+
+    def __init__(self, path: Path, first_step: int, tokens_per_step: int) -> None:
+        self.lost_seconds = 0.0
         if path.exists():
-            _keep_lines(path, lambda line: not line[:1].isdigit() or int(line.split(",")[0]) < first_step)
+            dropped = _keep_lines(path, lambda line: not line[:1].isdigit() or int(line.split(",")[0]) < first_step)
+            speeds = [float(line.rsplit(",", 1)[1]) for line in dropped if line.endswith("\n")]
+            self.lost_seconds = sum(tokens_per_step / speed for speed in speeds if speed > 0)
         self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
         self._writer = csv.writer(self._file)
         if self._file.tell() == 0:
-            self._writer.writerow([field.name for field in fields(StepReport)])
+            self._writer.writerow([column.name for column in fields(StepReport)])
 
     def step(self, report: StepReport) -> None:
         self._writer.writerow([f"{value:.9g}" for value in astuple(report)])
+        self._file.flush()
 
     def mini_epoch(self, report: MiniEpochReport) -> None:
-        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -219,8 +249,8 @@ def _duration(seconds: float) -> str:
 class Dashboard:
     """Weights & Biases, under the names that existing RWKV dashboards plot."""
 
-    def __init__(self, logger: Any, weight_decay: float, tokens_per_step: int) -> None:
-        self.logger, self.weight_decay, self.tokens_per_step = logger, weight_decay, tokens_per_step
+    def __init__(self, logger: Any, weight_decay: float) -> None:
+        self.logger, self.weight_decay = logger, weight_decay
 
     def step(self, report: StepReport) -> None:
         shown = {
@@ -240,9 +270,11 @@ class Dashboard:
         self.logger.finalize("finished")
 
 
-def _keep_lines(path: Path, wanted: Any) -> None:
+def _keep_lines(path: Path, wanted: Callable[[str], bool]) -> list[str]:
+    """Drop the other lines, and a last one that was cut by a crash; the dropped ones."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and wanted(line)]
-    if kept != lines:
+    keeps = [line.endswith("\n") and wanted(line) for line in lines]
+    if not all(keeps):
         with write_whole(path, "w") as file:
-            file.writelines(kept)
+            file.writelines(line for line, keep in zip(lines, keeps, strict=True) if keep)
+    return [line for line, keep in zip(lines, keeps, strict=True) if not keep]

@@ -14,16 +14,18 @@ RENEWED_WARMUP_STEPS = 10  # the least warm-up of a fresh optimizer on trained w
 
 
 def learning_rate(
-    step: int,
+    step: float,
     *,
     lr_init: float,
     lr_final: float,
     warmup_steps: int,
     exit_tokens: int,
     tokens_per_step: int,
-    restarted_at: int = 0,
+    restarted_at: float = 0,
 ) -> float:
     """The learning rate of step `step`, before a parameter group's own scale (rwkv7.md, section 3).
+
+    `step` is the tokens trained on before it, divided by `tokens_per_step`; it may be a fraction where a run's batch changed.
 
     1. progress = (tokens(step) - tokens(warmup)) / (exit_tokens - tokens(warmup)), within 0 and 1
     2. lr = lr_init * ((0.5 + f/2) + (0.5 - f/2) cos(pi * progress)), f = lr_final / lr_init
@@ -46,12 +48,22 @@ class RunLength:
 
     A mini-epoch is a unit of samples: 40320, or `epoch_steps` global batches. Mini-epoch N ends with the first step whose samples
     reach (N + 1) units, so any batch size works; the last one may be partial.
+
+    A run that continues with another global batch (more processes, say) keeps its samples, tokens and mini-epochs: it has taken
+    `steps_before` steps and read `samples_before` samples, and `unit` is what it was.
     """
 
     exit_tokens: int
     ctx_len: int
     global_batch: int
-    epoch_steps: int = 0
+    unit: int
+    steps_before: int = 0
+    samples_before: int = 0
+
+    @classmethod
+    def of(cls, exit_tokens: int, ctx_len: int, global_batch: int, epoch_steps: int = 0) -> RunLength:
+        """That of a run from its beginning."""
+        return cls(exit_tokens, ctx_len, global_batch, epoch_steps * global_batch or MINI_EPOCH_SAMPLES)
 
     @property
     def tokens_per_step(self) -> int:
@@ -59,11 +71,17 @@ class RunLength:
 
     @property
     def steps(self) -> int:
-        return -(-self.exit_tokens // self.tokens_per_step)
+        """The number of the run's steps, those before included."""
+        samples = -(-self.exit_tokens // self.ctx_len) - self.samples_before
+        return self.steps_before + max(0, -(-samples // self.global_batch))
 
-    @property
-    def unit(self) -> int:
-        return self.epoch_steps * self.global_batch if self.epoch_steps else MINI_EPOCH_SAMPLES
+    def samples(self, step: int) -> int:
+        """The samples read before `step`: the number of its first sample."""
+        return self.samples_before + (step - self.steps_before) * self.global_batch
+
+    def tokens(self, step: int) -> int:
+        """The tokens trained on before `step`."""
+        return self.samples(step) * self.ctx_len
 
     def mini_epoch(self, step: int) -> int:
         """The mini-epoch that `step` ends or lies in."""
@@ -75,8 +93,9 @@ class RunLength:
         return self._units(step + 1) > self._units(step) or step == self.steps - 1
 
     def _units(self, steps: int) -> int:
-        return steps * self.global_batch // self.unit
+        return self.samples(steps) // self.unit
 
     def step_after(self, mini_epoch: int) -> int:
         """The first step that follows mini-epoch N: where a run goes on that has rwkv-N.pth. At most `steps`."""
-        return min(self.steps, -(-(mini_epoch + 1) * self.unit // self.global_batch))
+        samples = (mini_epoch + 1) * self.unit - self.samples_before
+        return min(self.steps, self.steps_before + max(0, -(-samples // self.global_batch)))

@@ -1,8 +1,11 @@
-"""What a run starts from: whose folder it is, the model with its first weights, a vocabulary that fits the data."""
+"""What a run starts from: whose folder it is, where it continues, the model with its weights, a vocabulary that fits the data."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,48 +16,162 @@ from src.dataset.tokenizer import load_tokenizer
 from src.model import RWKV7
 from src.model.weights import IDLE_IN_LAYER_0, Weights, config_from_weights, fit_weights, read_weights
 from src.training import checkpoint
-from src.training.checkpoint import Start
+from src.training.resume import LoadedState, Position, newest_good, states
 from src.training.say import say
+from src.training.schedule import RunLength
 from src.training.strategy import Hardware
 
 # windows of the data whose ids are compared with vocab_size before the start; every batch is checked later
 SAMPLED_WINDOWS = 256
+# settings that can't change within a run without changing its meaning: another model, other data, another order
+FIXED_SETTINGS = (
+    *(
+        "n_layer",
+        "n_embd",
+        "vocab_size",
+        "head_size",
+        "dim_ffn",
+        "d_decay_lora",
+        "d_aaa_lora",
+        "d_mv_lora",
+        "d_gate_lora",
+    ),
+    *("data_type", "data", "tokenizer", "ctx_len", "magic_prime"),
+)
+# settings that say how and where to compute, or are worked out, and need no word when they change
+FREE_SETTINGS = (
+    *(
+        "proj_dir",
+        "train_stage",
+        "load_model",
+        "load_partial",
+        "restart",
+        "random_seed",
+        "data_file",
+        "devices",
+        "num_nodes",
+    ),
+    *("accelerator", "enable_progress_bar", "wandb", "global_batch", "epoch_begin", "epoch_count", "save_minutes"),
+    *("keep_resume", "time_limit", "kernel", "compile", "grad_cp", "head_chunk", "strategy", "ds_bucket_mb"),
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a start continues from: the full state `loaded`, else `weights` (None: draw new ones), at `position`."""
+
+    position: Position
+    length: RunLength
+    weights: Path | None = None
+    loaded: LoadedState | None = None
+
+    @property
+    def first_mini_epoch(self) -> int:
+        return self.length.mini_epoch(self.position.step) if self.position.step else 0
 
 
 def put_aside_other_run(config: RunConfig, proj_dir: Path) -> None:
-    """The swap that people do by hand: other initial weights in an old folder begin a new run; the old one is put aside."""
-    remembered = checkpoint.read_run(proj_dir).get("origin")
+    """Begin anew where that is meant: with --restart, or when the initial weights are other ones than the run in the folder
+    started from (the swap that people do by hand). The earlier run is put aside, nothing is deleted."""
     origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
+    going_on = checkpoint.numbered(proj_dir) or states(proj_dir) or (proj_dir / checkpoint.FINAL).exists()
     if origin is not None and not origin.is_file():
-        if checkpoint.numbered(proj_dir) or (proj_dir / checkpoint.FINAL).exists():
+        if going_on:
             return  # the run goes on from its own files
         raise ValueError(f"--load_model {origin}: no such file")
-    if remembered is None or (origin is None and not remembered["sha256"]):
+    if config.restart:
+        if aside := checkpoint.put_aside(proj_dir):
+            say(f"--restart: the earlier run is now in {aside}")
         return
-    now = checkpoint.fingerprint(origin)
-    if origin is not None and now["sha256"] != remembered["sha256"]:
+    remembered = checkpoint.read_run(proj_dir).get("origin")
+    if remembered is None or origin is None:
+        return
+    if checkpoint.fingerprint(origin)["sha256"] != remembered["sha256"]:
         aside = checkpoint.put_aside(proj_dir)
         say(
-            f"{origin} is not what the run in {proj_dir} started from: this is a new run. The earlier one is now in {aside}"
+            f"{origin} is not what the run in {proj_dir} started from: a new run begins. The earlier one is now in {aside}"
         )
 
 
+def find_start(config: RunConfig, proj_dir: Path, length: RunLength) -> Start:
+    """In this order: the newest whole state; the highest rwkv-N.pth; rwkv-init.pth or --load_model; new weights (stage 0).
+
+    `length` is that of a run from its beginning with these settings. Raises ValueError when a stage that continues finds nothing,
+    and when the weights were removed but a state is there (nobody can know what is meant).
+    """
+    loaded, complaints = newest_good(proj_dir)
+    for complaint in complaints:
+        say(f"WARNING: {complaint}")
+    numbered = checkpoint.numbered(proj_dir)
+    if loaded is not None:
+        position = loaded.position
+        if position.samples >= position.unit and not numbered:
+            raise ValueError(
+                f"the weights rwkv-N.pth of the run in {proj_dir} were removed, but its full state at step {position.step} is there "
+                "and would go on. To begin again from the initial weights, add --restart 1 (the state moves to previous-1/); to "
+                "go on, put the newest rwkv-N.pth back"
+            )
+        continued = RunLength(
+            length.exit_tokens, length.ctx_len, length.global_batch, position.unit, position.step, position.samples
+        )
+        return Start(position, continued, loaded=loaded)
+    if numbered:
+        n, path = list(numbered.items())[-1]
+        step = length.step_after(n)
+        return Start(Position(step, length.samples(step), length.unit, restarted_at=step), length, weights=path)
+    origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
+    if origin is None and config.train_stage >= 2:
+        raise ValueError(
+            f"--train_stage {config.train_stage} continues what is in --proj_dir, but {proj_dir} holds no rwkv-init.pth and no "
+            "rwkv-N.pth; write the initial weights first (--train_stage 1), or start from a file with --load_model"
+        )
+    step = length.step_after(config.epoch_begin - 1) if config.epoch_begin else 0
+    return Start(Position(step, length.samples(step), length.unit, restarted_at=step), length, weights=origin)
+
+
+def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path) -> None:
+    """Say what changed since the last start. Raises ValueError when that would make it another run."""
+    changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
+    fixed = [f"--{name} was {old}, is {new}" for name, (old, new) in changed.items() if name in FIXED_SETTINGS]
+    if fixed:
+        raise ValueError(
+            f"{'; '.join(fixed)}: that would be another run than the one in {proj_dir}. Give it a folder of its own (--proj_dir), "
+            "with --load_model if it should start from these weights; or put the setting back"
+        )
+    for name, (old, new) in changed.items():
+        if name not in FREE_SETTINGS:
+            say(f"note: --{name} was {old} at the last start, is {new} now")
+
+
 def build_model(config: RunConfig, hardware: Hardware, start: Start) -> RWKV7:
-    if start.weights is None:
+    """The model in the run's precision, with the weights to start from. Raises ValueError when a file doesn't fit."""
+    if start.loaded is not None:
+        weights = dict(_weights_of_state(start.loaded, hardware.dtype))
+        source = str(start.loaded.folder)
+    elif start.weights is not None:
+        weights, source = read_weights(start.weights), str(start.weights)
+    else:
         return RWKV7(config.model_config(find_vocab_size(config, None))).to(hardware.dtype)
-    weights = read_weights(start.weights)
     model_config = config.model_config(find_vocab_size(config, weights))
     if config.load_partial:
         model = RWKV7(model_config)
     else:
         with torch.device("meta"):
             model = RWKV7(model_config)
-    fitted = fit_weights(weights, model, source=str(start.weights), partial=bool(config.load_partial))
-    # cloned: the file is mapped into memory, and the run must not depend on it staying there
+    fitted = fit_weights(weights, model, source, partial=bool(config.load_partial))
+    # copied: a file is mapped into memory, and the run must not depend on it staying there
     model.load_state_dict({name: t.to(hardware.dtype, copy=True) for name, t in fitted.items()}, assign=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in IDLE_IN_LAYER_0)
     return model
+
+
+def _weights_of_state(loaded: LoadedState, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for shard in loaded.tensors():
+        for key, tensor in shard.items():
+            name, kind = key.rsplit("/", 1)
+            if kind in ("master", "idle"):
+                yield name, tensor.to(dtype)
 
 
 def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:
@@ -76,10 +193,10 @@ def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:
 
 
 def check_ids(data: MMapIndexedDataset, vocab_size: int, config: RunConfig) -> None:
+    """Raises ValueError when a sampled window of the data holds an id that the model doesn't know."""
     starts = np.linspace(0, max(0, data.n_tokens - config.ctx_len), SAMPLED_WINDOWS).astype(np.int64)
     for at in starts:
-        window = data.tokens[at : at + config.ctx_len]
-        largest = int(window.max())
+        largest = int(data.tokens[at : at + config.ctx_len].max())
         if largest >= vocab_size:
             raise ValueError(
                 f"--data_file {config.data_file}: token id {largest} near position {at:,} doesn't fit --vocab_size {vocab_size}; "

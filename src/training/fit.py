@@ -1,0 +1,220 @@
+"""The fit itself: callbacks and Trainer put together, and what is done when steps go wrong."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_only
+
+from src.config import RunConfig
+from src.dataset.pretrain import PretrainDataset
+from src.dataset.sampling import sample_offset, skip_holes
+from src.model import RWKV7
+from src.training import checkpoint
+from src.training.callbacks import KeepState, SaveWeights, SetLearningRate, StopInTime, WatchBadSteps
+from src.training.module import TrainingModule
+from src.training.report import Dashboard, MetricsFile, ProgressLine, Reporter, Sink, TrainLog
+from src.training.resume import StateWriter
+from src.training.say import say
+from src.training.schedule import RunLength, learning_rate
+from src.training.start import Start, build_model, find_start
+from src.training.strategy import Hardware
+
+TIME_LIMIT_EXIT_CODE = 124  # what `timeout` gives; Ctrl-C and SIGTERM give 128 + the signal's number
+
+
+@dataclass(frozen=True)
+class End:
+    """How a fit ended: `stopped` says why before the last step ('' when it is done); `bad_steps` were too many in a row."""
+
+    stopped: str = ""
+    exit_code: int = 0
+    bad_steps: range | None = None
+
+
+def fit_whatever_comes(
+    config: RunConfig,
+    hardware: Hardware,
+    proj_dir: Path,
+    model: RWKV7,
+    prime: int,
+    start: Start,
+    settings: dict[str, Any],
+) -> End:
+    """Fit to the end; after too many bad steps, once more from the last good state without their samples."""
+    went_back_to = -1
+    while True:
+        end = _fit(config, hardware, proj_dir, model, prime, start, settings)
+        if end.bad_steps is None:
+            return end
+        samples = range(start.length.samples(end.bad_steps.start), start.length.samples(end.bad_steps.stop))
+        bad = sorted(skip_holes(n, start.position.holes) for n in samples)
+        again = find_start(
+            config,
+            proj_dir,
+            RunLength.of(start.length.exit_tokens, config.ctx_len, start.length.global_batch, config.epoch_steps),
+        )
+        where = f"steps {end.bad_steps.start + 1} to {end.bad_steps.stop} (samples {bad[0]} to {bad[-1]} of the order, magic prime {prime})"
+        if again.position.step <= went_back_to:
+            raise FloatingPointError(
+                f"the loss or gradient was not finite again, at {where}, after going back to step {again.position.step} once. Nothing of "
+                f"it reached the weights. Look at these samples (first token {sample_offset(bad[0], prime, config.ctx_len):,} of "
+                f"{config.data_file}), lower --lr_init, or use --precision fp32 to find the cause"
+            )
+        went_back_to = again.position.step
+        say(f"{where} gave no finite gradient: going back to the state of step {went_back_to}, without their samples")
+        position = replace(
+            again.position, holes=_with_holes(again.position.holes, bad), rollbacks=again.position.rollbacks + 1
+        )
+        start = replace(again, position=position)
+        model.load_state_dict(build_model(config, hardware, start).state_dict())
+
+
+def _with_holes(holes: list[tuple[int, int]], samples: list[int]) -> list[tuple[int, int]]:
+    """`holes` and `samples` together, as sorted runs (first, count)."""
+    runs: list[tuple[int, int]] = []
+    for n in sorted({*samples, *(first + i for first, count in holes for i in range(count))}):
+        if runs and n == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((n, 1))
+    return runs
+
+
+def _fit(
+    config: RunConfig,
+    hardware: Hardware,
+    proj_dir: Path,
+    model: RWKV7,
+    prime: int,
+    start: Start,
+    settings: dict[str, Any],
+) -> End:
+    """One Lightning fit from `start` to the end of the run, or until something stops it."""
+    length, position = start.length, start.position
+    if position.step >= length.steps:  # stopped between its last step and its last file
+        if rank_zero_only.rank == 0:
+            checkpoint.save_weights(model, proj_dir / checkpoint.FINAL)
+        return End()
+    samples = (length.steps - position.step) * length.global_batch // hardware.world_size  # of one rank
+
+    def make_dataset(rank: int, world_size: int) -> PretrainDataset:
+        return PretrainDataset(
+            config.data_file,
+            ctx_len=config.ctx_len,
+            prime=prime,
+            first_sample=position.samples,
+            n_samples=samples,
+            micro_bsz=config.micro_bsz,
+            rank=rank,
+            world_size=world_size,
+            vocab_size=model.config.vocab_size,
+            holes=position.holes,
+        )
+
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    bad_steps = WatchBadSteps(config.max_bad_steps, scale_loss=hardware.precision == "fp16")
+    stop = StopInTime(position.step, config.time_limit)
+    shown = _sinks(config, proj_dir, start, settings) if rank_zero_only.rank == 0 else []
+    wishes = {"stop": stop.wish, "rollback": bad_steps.wish}
+    reporter = Reporter(length, position.step, [*shown, bad_steps], position.mini_epoch_losses, wishes)
+    weights = SaveWeights(length, position.step, config.epoch_save, proj_dir)
+    keeper = KeepState(
+        writer=StateWriter(proj_dir, config.keep_resume),
+        loaded=start.loaded,
+        position=position,
+        length=length,
+        reporter=reporter,
+        weights=weights,
+        settings=settings,
+        save_minutes=config.save_minutes,
+    )
+    wishes["save"] = keeper.due
+    stop.reporter, stop.keeper = reporter, keeper
+    trainer = pl.Trainer(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        num_nodes=hardware.num_nodes,
+        strategy=hardware.strategy,
+        precision="32-true",  # ours: parameters have their dtype already, the optimizer keeps fp32 masters
+        max_epochs=1,
+        max_steps=length.steps - position.step,
+        accumulate_grad_batches=config.accumulate_grad_batches,
+        callbacks=[SetLearningRate(_schedule(config, start), position.step), reporter, weights, keeper, stop],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        default_root_dir=proj_dir,
+    )
+    trainer.fit(TrainingModule(model, config, hardware, make_dataset))
+    if "rollback" in reporter.agreed:
+        return End(bad_steps=bad_steps.too_many)
+    if "stop" in reporter.agreed and reporter.next_step < length.steps:
+        if stop.out_of_time:
+            return End("--time_limit is near", TIME_LIMIT_EXIT_CODE)
+        number = stop.received or signal.SIGTERM
+        return End(f"{signal.Signals(number).name} received", 128 + number)
+    return End()
+
+
+def _schedule(config: RunConfig, start: Start) -> Callable[[int], float]:
+    length = start.length
+
+    def at(step: int) -> float:
+        return learning_rate(
+            length.tokens(step) / length.tokens_per_step,
+            lr_init=config.lr_init,
+            lr_final=config.lr_final,
+            warmup_steps=max(0, config.warmup_steps),
+            exit_tokens=length.exit_tokens,
+            tokens_per_step=length.tokens_per_step,
+            restarted_at=start.position.restarted_at,
+        )
+
+    return at
+
+
+def _sinks(config: RunConfig, proj_dir: Path, start: Start, settings: dict[str, Any]) -> list[Sink]:
+    live = config.enable_progress_bar.lower() in ("true", "1") and sys.stdout.isatty()
+    length, first_step = start.length, start.position.step
+    metrics = MetricsFile(proj_dir / checkpoint.METRICS, first_step, length.tokens_per_step)
+    if metrics.lost_seconds:
+        say(f"{'lost':>12}  {metrics.lost_seconds:.0f} s of training after that are done again")
+    sinks: list[Sink] = [
+        TrainLog(proj_dir / checkpoint.LOG, start.first_mini_epoch, settings),
+        metrics,
+        ProgressLine(length, first_step, live),
+    ]
+    if config.wandb:
+        from pytorch_lightning.loggers import WandbLogger
+
+        remembered = checkpoint.read_run(proj_dir)
+        identity = remembered.setdefault("wandb_id", secrets.token_hex(4))
+        checkpoint.write_run(proj_dir, remembered)
+        try:
+            logger = WandbLogger(
+                project=config.wandb,
+                name=proj_dir.name,
+                id=identity,
+                resume="allow",
+                save_dir=str(proj_dir),
+                config=settings,
+            )
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"--wandb {config.wandb}: the package wandb is missing; pip install wandb, or leave the flag out"
+            ) from error
+        sinks.append(Dashboard(logger, config.weight_decay))
+    return sinks

@@ -1,0 +1,274 @@
+"""Runs that can't be lost: exact continuation, damaged states, signals, bad steps."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_train import CTX, ROOT, data, flags, log_lines, losses, metrics, train  # noqa: F401 (data is a fixture)
+
+from src.dataset.binidx import BinIdxWriter
+from src.files import sha256_of
+from src.training import fit
+from src.training.resume import DamagedState, newest_good, states, verify
+
+STEPS = 60
+RUN = {"my_exit_tokens": CTX * 4 * STEPS, "epoch_steps": 20, "epoch_save": 1}
+
+
+class Killed(BaseException):
+    """Stands for a process that is gone: nothing of ours catches it."""
+
+
+def train_until(step, out, data, monkeypatch, **changed):  # noqa: F811
+    """Train, and die like a killed process before `step` is taken."""
+    original = fit.SetLearningRate.on_train_batch_start
+
+    def dying(self, trainer, module, batch, batch_idx):
+        if self.first_step + trainer.global_step == step:
+            raise Killed
+        original(self, trainer, module, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit.SetLearningRate, "on_train_batch_start", dying)
+        with pytest.raises(Killed):
+            train(out, data, **changed)
+    for thread in threading.enumerate():  # a process that dies takes its writer along; here it may still be at work
+        if thread.name == "state-writer":
+            thread.join()
+
+
+def final(out):
+    return torch.load(out / "rwkv-final.pth")
+
+
+def assert_same_run(one, two):
+    assert losses(one) == losses(two)
+    assert [line[:4] for line in log_lines(one)] == [line[:4] for line in log_lines(two)]
+    a, b = final(one), final(two)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):  # noqa: F811
+    """The run that nothing happens to, in fp32 and in bf16."""
+    runs = {}
+    for precision in ("fp32", "bf16"):
+        runs[precision] = tmp_path_factory.mktemp(precision) / "run"
+        assert train(runs[precision], data, precision=precision, **RUN) == 0
+    return runs
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("deaths", [[25], [3, 20, 41, 59]], ids=str)
+def test_continued_runs_are_the_uninterrupted_run(tmp_path, data, whole, monkeypatch, precision, deaths):  # noqa: F811
+    out = tmp_path / "run"
+    for step in deaths:
+        train_until(step, out, data, monkeypatch, precision=precision, save_minutes=1e-6, **RUN)
+    assert train(out, data, precision=precision, **RUN) == 0
+    assert [int(row["step"]) for row in metrics(out)] == list(range(STEPS))
+    assert_same_run(out, whole[precision])
+
+
+def test_the_comparison_notices_a_lost_moment(tmp_path, data, whole, monkeypatch):  # noqa: F811
+    out = tmp_path / "run"
+    train_until(25, out, data, monkeypatch, save_minutes=1e-6, **RUN)
+    folder = states(out)[0]
+    file = next(folder.glob("tensors-*.safetensors"))
+    tensors = load_file(file)
+    tensors["blocks.1.ffn.key.weight/exp_avg"].zero_()
+    save_file(tensors, file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert train(out, data, **RUN) == 0
+    assert losses(out) != losses(whole["fp32"])
+
+
+DAMAGES = {
+    "cut": lambda f: f.write_bytes(f.read_bytes()[:-100]),
+    "flipped": lambda f: f.write_bytes(f.read_bytes()[:-50] + bytes([f.read_bytes()[-50] ^ 1]) + f.read_bytes()[-49:]),
+    "emptied": lambda f: f.write_bytes(b""),
+    "removed": lambda f: f.unlink(),
+}
+
+
+@pytest.mark.parametrize("victim", ["tensors-0000.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_named_and_the_one_before_is_taken(tmp_path, data, whole, capfd, damage, victim, monkeypatch):  # noqa: F811
+    if damage == "flipped" and victim == "manifest.json":
+        pytest.skip("a flipped bit of the manifest is one of the checks of the other files")
+    out = tmp_path / "run"
+    train_until(45, out, data, monkeypatch, save_minutes=0, **RUN)
+    newest, before = states(out)
+    assert (newest.name, before.name) == ("step-00000040", "step-00000020")
+    DAMAGES[damage](newest / victim)
+    with pytest.raises(DamagedState):
+        verify(newest)
+    capfd.readouterr()
+    assert train(out, data, **RUN) == 0
+    words = capfd.readouterr().out
+    assert "step-00000040 is damaged" in words
+    assert victim in words
+    assert "step-00000020" in words
+    assert_same_run(out, whole["fp32"])
+
+
+def test_only_the_last_states_are_kept_and_leftovers_are_swept(tmp_path, data, monkeypatch):  # noqa: F811
+    out = tmp_path / "run"
+    (out / "resume" / ".step-00000007.1.tmp").mkdir(parents=True)
+    assert train(out, data, keep_resume=3, save_minutes=1e-6, **RUN) == 0
+    assert [int(path.name[5:]) for path in states(out)] == [60, 59, 58]
+    assert sorted(p.name for p in (out / "resume").iterdir()) == sorted(p.name for p in states(out))
+    for folder in states(out):
+        verify(folder)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_stop(tmp_path, data, whole, number, code):  # noqa: F811
+    out = tmp_path / "run"
+    argv = flags(out, data, save_minutes=0, **{**RUN, "epoch_steps": 1000, "my_exit_tokens": CTX * 4 * 3000})
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not ((out / "metrics.csv").exists() and len(metrics(out)) > 5):
+        time.sleep(0.05)
+    process.send_signal(number)
+    words, _ = process.communicate(timeout=60)
+    assert process.returncode == code, words
+    assert "same command continues" in words
+    state, complaints = newest_good(out)
+    assert not complaints
+    assert state.position.step == len(metrics(out)) > 5
+
+
+def test_time_limit_saves_and_stops_in_time(tmp_path, data, capfd):  # noqa: F811
+    begin = time.monotonic()
+    long = {**RUN, "my_exit_tokens": CTX * 4 * 100_000}
+    assert train(tmp_path / "run", data, time_limit=0.55, **long) == 124  # 33 s, of which 30 are kept for the last save
+    assert time.monotonic() - begin < 33
+    assert "--time_limit" in capfd.readouterr().out
+    assert states(tmp_path / "run")
+
+
+def test_what_a_changed_setting_means(tmp_path, data, monkeypatch, capfd):  # noqa: F811
+    out = tmp_path / "run"
+    train_until(25, out, data, monkeypatch, **RUN)
+    capfd.readouterr()
+    for changed in ({"ctx_len": 8}, {"n_layer": 3}, {"magic_prime": 353}):
+        assert train(out, data, **{**RUN, **changed}) == 2
+        words = capfd.readouterr().err
+        assert f"--{next(iter(changed))}" in words or "don't fit" in words
+        assert "Traceback" not in words
+    assert train(out, data, weight_decay=0.01, **RUN) == 0
+    assert "--weight_decay was 0.0 at the last start, is 0.01 now" in capfd.readouterr().out
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path, data, monkeypatch, capfd):  # noqa: F811
+    copy = tmp_path / "count"
+    for end in (".bin", ".idx"):
+        shutil.copy(f"{data}{end}", f"{copy}{end}")
+    train_until(25, tmp_path / "run", copy, monkeypatch, **RUN)
+    with BinIdxWriter(copy, np.uint16) as writer:
+        for _ in range(200):
+            writer.add_document([*range(1, 30), 0])
+    assert train(tmp_path / "run", copy, **RUN) == 2
+    assert "--data was" in capfd.readouterr().err
+
+
+def test_a_failed_save_stops_the_run_and_leaves_the_earlier_states_whole(tmp_path, data, monkeypatch, capfd):  # noqa: F811
+    out = tmp_path / "run"
+    train_until(25, out, data, monkeypatch, **RUN)
+    before = {path: path.read_bytes() for path in states(out)[0].iterdir()}
+    from src.training import resume
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "_write_twice", full)
+        assert train(out, data, **RUN) == 1
+    assert "No space left" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in states(out)[0].iterdir()} == before
+    assert train(out, data, **RUN) == 0
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Gradients of chosen samples become NaN, whenever those are read."""
+    from src.training.module import TrainingModule
+
+    original = TrainingModule.training_step
+    poison = set()
+
+    def step(self, batch, batch_idx):
+        out = original(self, batch, batch_idx)
+        keys = {tuple(row.tolist()) for row in batch[0]}
+        if keys & poison:
+            out["loss"] = out["loss"] * float("nan")
+        return out
+
+    monkeypatch.setattr(TrainingModule, "training_step", step)
+    return poison
+
+
+def rows_of_step(data, step):  # noqa: F811
+    from src.dataset.pretrain import PretrainDataset
+    from src.dataset.sampling import magic_prime
+
+    dataset = PretrainDataset(data, CTX, magic_prime(6000, CTX), step * 4, 4, 4, 0, 1, 64)
+    return [tuple(dataset[j][0].tolist()) for j in range(4)]
+
+
+def test_one_bad_step_is_left_out_and_the_run_goes_on(tmp_path, data, poisoned, capfd):  # noqa: F811
+    poisoned.add(rows_of_step(data, 30)[1])
+    assert train(tmp_path / "run", data, **RUN) == 0
+    words = capfd.readouterr().out
+    assert "step 31: " in words
+    assert "left out" in words
+    assert all(torch.isfinite(tensor).all() for tensor in final(tmp_path / "run").values())
+
+
+def test_too_many_bad_steps_go_back_once_and_skip_their_samples(tmp_path, data, poisoned, capfd):  # noqa: F811
+    for step in (30, 31, 32):
+        poisoned.add(rows_of_step(data, step)[2])
+    out = tmp_path / "run"
+    assert train(out, data, **RUN) == 0
+    words = capfd.readouterr().out
+    assert "going back to the state of step 20" in words
+    assert [int(row["step"]) for row in metrics(out)] == list(range(STEPS))
+    assert all(np.isfinite(losses(out)))
+    state, _ = newest_good(out)
+    (first, count), *rest = state.position.holes
+    assert not rest
+    assert first == 30 * 4
+    assert count >= 3 * 4
+
+
+def test_bad_steps_everywhere_stop_the_run_with_a_report(tmp_path, data, monkeypatch, capfd):  # noqa: F811
+    from src.training.module import TrainingModule
+
+    original = TrainingModule.training_step
+
+    def step(self, batch, batch_idx):
+        out = original(self, batch, batch_idx)
+        if self.trainer.global_step >= 5:
+            out["loss"] = out["loss"] * float("nan")
+        return out
+
+    monkeypatch.setattr(TrainingModule, "training_step", step)
+    assert train(tmp_path / "run", data, **RUN) == 1
+    words = capfd.readouterr().err
+    assert "not finite again" in words
+    assert "magic prime" in words
