@@ -15,6 +15,7 @@ import torch
 
 from src.cli import parse
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
+from src.dataset.lock import only_one
 from src.dataset.pretrain import PretrainDataset
 from src.dataset.sampling import magic_prime
 from src.model import RWKV7
@@ -260,3 +261,10 @@ def test_folder_without_permission(tmp_path, data, capfd):
     (tmp_path / "file").write_text("")
     assert train(tmp_path / "file" / "run", data) == 2
     assert "--proj_dir" in capfd.readouterr().err
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, data, capfd):
+    with only_one(tmp_path / ".lock", wait=False):
+        assert train(tmp_path, data) == 2
+    assert "another run" in capfd.readouterr().err
+    assert not (tmp_path / "train_log.txt").exists()

@@ -6,6 +6,8 @@ import logging
 import secrets
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from src.config import RunConfig
 from src.dataset.binidx import MMapIndexedDataset
+from src.dataset.lock import only_one
 from src.dataset.sampling import check_magic_prime, magic_prime
 from src.inference.evaluate import heldout_loss
 from src.model import RWKV7
@@ -45,9 +48,9 @@ def run(config: RunConfig, notes: list[str]) -> int:
         for note in (*notes, *hardware.notes):
             say(f"note: {note}")
         proj_dir = _writable_folder(config.proj_dir)
-        return (
-            _write_init(config, hardware, proj_dir) if config.train_stage == 1 else _train(config, hardware, proj_dir)
-        )
+        with _alone_in(proj_dir):
+            carry_out = _write_init if config.train_stage == 1 else _train
+            return carry_out(config, hardware, proj_dir)
     except ValueError as error:
         if not _is_for_users(error):
             raise
@@ -170,6 +173,22 @@ def _writable_folder(name: str) -> Path:
             f"--proj_dir {name}: can't be written ({error.strerror or error}); choose a folder of yours"
         ) from error
     return folder
+
+
+@contextmanager
+def _alone_in(proj_dir: Path) -> Iterator[None]:
+    """Two runs in one folder would overwrite each other's weights: the second is refused."""
+    if rank_zero_only.rank != 0:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(only_one(proj_dir / ".lock", wait=False))
+        except BlockingIOError:
+            raise ValueError(
+                f"--proj_dir {proj_dir}: another run is at work in this folder; wait for it or stop it, or choose another folder"
+            ) from None
+        yield
 
 
 def _quiet_libraries() -> None:
