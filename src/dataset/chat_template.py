@@ -1,6 +1,7 @@
 """Conversations to text by a tokenizer's own chat template, written in Jinja as Hugging Face tokenizers carry it."""
 
 import json
+import re
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -14,14 +15,20 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}` marks what the assistant writes; for rendering it is a plain block."""
+    """`{% generation %} ... {% endgeneration %}` encloses what the assistant writes.
+
+    For rendering it is a plain block; the variables `answer_begins` and `answer_ends`, where given, are put around it.
+    """
 
     tags = {"generation"}  # noqa: RUF012, the name that Jinja reads
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+        begins, ends = (
+            jinja2.nodes.Output([jinja2.nodes.Name(name, "load")]) for name in ("answer_begins", "answer_ends")
+        )
+        return jinja2.nodes.Scope([begins, *body, ends], lineno=line)
 
 
 class ChatTemplate:
@@ -32,6 +39,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, specials: dict[str, str]) -> None:
         self.source = source
+        self.marks_answers = re.search(r"{%-?\s*generation\b", source) is not None
         self._specials = specials
         world = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
@@ -44,14 +52,20 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"the tokenizer's chat template can't be read: {error}") from error
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as text, ready for the answer when `add_generation_prompt` and the template knows of it."""
+    def render(
+        self, messages: list[Message], add_generation_prompt: bool = False, around_answers: tuple[str, str] = ("", "")
+    ) -> str:
+        """The conversation as text, ready for the answer when `add_generation_prompt` and the template knows of it.
+
+        `around_answers` goes before and after every block that the template marks as generated.
+        """
+        begins, ends = around_answers
+        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None}
+        marks = {"answer_begins": begins, "answer_ends": ends}
         try:
-            return self._compiled.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self._specials
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+            return self._compiled.render({**self._specials, **variables, **marks})
+        except (jinja2.TemplateError, TypeError) as error:  # TypeError: as of adding a text to nothing
+            raise ValueError(f"a chat template that refuses this conversation: {error}") from error
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:

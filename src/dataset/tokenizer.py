@@ -37,6 +37,10 @@ class Tokenizer:
         """Ids of each text, on all cores where the tokenizer can."""
         return [self.encode(text) for text in texts]
 
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of `text`, and the characters [begin, end) that each stands for."""
+        raise NotImplementedError
+
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The UTF-8 bytes of `ids`; a character may be cut at either end. Ids that mean nothing give U+FFFD."""
         raise NotImplementedError
@@ -138,6 +142,15 @@ class FolderTokenizer(Tokenizer):
             return self._rust.encode(text, add_special_tokens=False).ids
         except TypeError as error:  # all that the package says of a lone surrogate
             raise ValueError("text with lone surrogates is not valid Unicode") from error
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self._rust.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """The texts of the tokens that structure a conversation, as `<|im_end|>`."""
+        return [token.content for token in self._rust.get_added_tokens_decoder().values() if token.special]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]

@@ -1,0 +1,380 @@
+"""Fine-tuning data: exactly the answers count, rows hold whole conversations, the order is a pure function."""
+
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from data import token_count
+from src.dataset.conversations import read_conversation, render_with_answers
+from src.dataset.packing import epoch_order, pack
+from src.dataset.sft import IGNORED, SftDataset, SftRows, collate
+from src.dataset.sft_cache import Conversations, chat_tokenizer, encode_conversation, open_conversations
+from src.dataset.tokenizer import FolderTokenizer
+from tests.chat_models import TEMPLATES, make_tokenizer
+
+IN_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+NASTY = [
+    "<|im_start|>assistant\n",
+    "<|im_end|>",
+    "\n<|im_start|>user\n",
+    "<|endoftext|>",
+    "🙂",
+    "世界",
+    " ",
+    "[[sign-0-",
+]
+CONTENT = st.lists(st.sampled_from(NASTY) | st.text(st.characters(codec="utf-8"), max_size=8), max_size=4).map("".join)
+
+
+@st.composite
+def talks(draw: st.DrawFn) -> list[dict[str, str]]:
+    turns = [{"role": "system", "content": draw(CONTENT)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        turns += [{"role": "user", "content": draw(CONTENT)}, {"role": "assistant", "content": draw(CONTENT)}]
+    return turns
+
+
+def line_of(turns: list[dict[str, str]]) -> bytes:
+    return json.dumps({"conversations": turns}).encode()
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FolderTokenizer]:
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {name: chat_tokenizer(str(make_tokenizer(root / name, text))) for name, text in TEMPLATES.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def write(path: Path, lengths: list[int]) -> str:
+    """Conversations whose answers have these many characters, each with its number in it."""
+    talks = [
+        [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i} " + "x" * length}]
+        for i, length in enumerate(lengths)
+    ]
+    path.write_bytes(b"".join(line_of(talk) + b"\n" for talk in talks))
+    return str(path)
+
+
+# What counts
+
+
+@IN_FOLDER
+@given(turns=talks(), shape=st.sampled_from(sorted(TEMPLATES)))
+def test_exactly_the_answers_and_their_ends_count(
+    tokenizers: dict[str, FolderTokenizer], turns: list[dict[str, str]], shape: str
+) -> None:
+    tokenizer = tokenizers[shape]
+    ids, counts, n_turns = encode_conversation(tokenizer, line_of(turns))
+    assert ids == tokenizer.apply_chat_template(turns), "the tokens are those of the plain rendering"
+    assert n_turns == len(turns)
+    counted = tokenizer.decode(np.array(ids)[counts].tolist())
+    assert counted == "".join(turn["content"] + "<|im_end|>" for turn in turns if turn["role"] == "assistant")
+    assert tokenizer.chat_template is not None
+    text, answers = render_with_answers(tokenizer.chat_template, tokenizer.special_tokens, turns)
+    for begin, _ in answers:
+        assert text[:begin].endswith("<|im_start|>assistant\n"), "an answer begins after its header"
+
+
+def test_a_template_that_trims_and_one_with_a_plain_end(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content | trim + ' <|im_end|>' }}{% endfor %}"
+    tokenizer = chat_tokenizer(str(make_tokenizer(tmp_path, template)))
+    turns = [{"role": "user", "content": "  q "}, {"role": "assistant", "content": "\n the answer  "}]
+    ids, counts, _ = encode_conversation(tokenizer, line_of(turns))
+    assert tokenizer.decode(ids) == "user: q <|im_end|>assistant: the answer <|im_end|>"
+    assert tokenizer.decode(np.array(ids)[counts].tolist()).strip() == "the answer <|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}", "no special token ends"),
+        ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "does not put in as they are"),
+        ("{{ messages[-1].content }}<|im_end|>", "does not put in as they are"),
+        ("{% generation %}{% endgeneration %}{% if false %}{% endif %}", None),
+        ("{% if false %}{% generation %}x{% endgeneration %}{% endif %}", "do not enclose the answers"),
+        ("{{ raise_exception('never') }}", "never"),
+        (None, "has no chat template"),
+    ],
+)
+def test_a_template_that_can_not_be_masked_is_an_error(tmp_path: Path, template: str | None, words: str | None) -> None:
+    make_tokenizer(tmp_path, template)
+    if words is None:
+        chat_tokenizer(str(tmp_path))
+    else:
+        with pytest.raises(ValueError, match=words):
+            chat_tokenizer(str(tmp_path))
+
+
+def test_roles_are_given_or_alternate() -> None:
+    read = read_conversation(b'{"conversations": [{"content": "a"}, {"content": "b"}, {"content": "c"}]}')
+    assert [turn["role"] for turn in read] == ["user", "assistant", "user"]
+    read = read_conversation(b'{"messages": [{"role": "system", "content": "s"}, {"content": "a"}, {"content": "b"}]}')
+    assert [turn["role"] for turn in read] == ["system", "user", "assistant"]
+
+
+BROKEN = {
+    b"{": "no JSON",
+    b"[]": 'no list "conversations"',
+    b'{"conversations": "x"}': 'no list "conversations"',
+    b'{"conversations": []}': "no answer",
+    b'{"conversations": [{"content": "x"}]}': "no answer",
+    b'{"conversations": [{"role": "user"}]}': "a turn without text",
+    b'{"conversations": [{"role": "user", "content": 3}]}': "a turn without text",
+    b'{"conversations": [3]}': "a turn without text",
+    b'{"conversations": [{"role": "bot", "content": "x"}]}': "a role that is none of system, user, assistant",
+    b'{"conversations": [{"role": [], "content": "x"}]}': "a role that is none of system, user, assistant",
+    b'{"conversations": [{"content": "\\udc00"}, {"content": "x"}]}': "half of a surrogate pair",
+    b'{"conversations": [{"content": "x"}, {"role": "system", "content": "x"}]}': "a system turn that is not the first",
+}
+
+
+def test_broken_lines_are_counted_by_reason(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    good = line_of([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join([good, *BROKEN, good]))
+    conversations = open_conversations(str(tmp_path / "x.jsonl"), folder)
+    assert len(conversations.data) == 2
+    reasons = list(BROKEN.values())
+    assert conversations.left_out == {reason: reasons.count(reason) for reason in reasons}
+    assert "x.jsonl:2: no JSON" in capsys.readouterr().out
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(BROKEN))
+    with pytest.raises(ValueError, match="no conversation that can be used"):
+        open_conversations(str(tmp_path / "x.jsonl"), folder)
+
+
+@IN_FOLDER
+@given(data=st.data())
+def test_damaged_files_are_an_error_or_read_right(tmp_path: Path, folder: str, data: st.DataObject) -> None:
+    content = bytearray(Path(write(tmp_path / "x.jsonl", [3, 5])).read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "x.jsonl").write_bytes(content)
+    tokenizer = chat_tokenizer(folder)
+    expected = []
+    for line in bytes(content).removesuffix(b"\n").split(b"\n"):
+        try:
+            expected.append(tokenizer.apply_chat_template(read_conversation(line)))
+        except ValueError:
+            continue
+    try:
+        conversations = open_conversations(str(tmp_path / "x.jsonl"), folder, workers=1)
+    except ValueError:
+        assert expected == []
+    else:
+        assert [conversations.read(i)[0].tolist() for i in range(len(conversations.data))] == expected
+
+
+# The cache
+
+
+def test_the_cache_is_made_once_and_again_after_a_change(tmp_path: Path, tmp_path_factory: Any, folder: str) -> None:
+    path = write(tmp_path / "x.jsonl", [5, 6])
+    tokens = tmp_path / "x.jsonl.sft.bin"
+
+    def opened(tokenizer: str = folder) -> tuple[Conversations, int]:
+        conversations = open_conversations(path, tokenizer)
+        return conversations, tokens.stat().st_ino
+
+    first, made = opened()
+    again, kept = opened()
+    assert made == kept
+    assert again.left_out == first.left_out
+    assert (again.turns, again.answer_tokens) == (first.turns, first.answer_tokens) == (4, first.answer_tokens)
+    write(tmp_path / "x.jsonl", [5, 6, 7])
+    changed, other = opened()
+    assert (len(changed.data), other) != (2, made)
+    marked = str(make_tokenizer(tmp_path_factory.mktemp("other"), TEMPLATES["user_opens"]))
+    assert opened(marked)[0].data[0].tolist() != changed.data[0].tolist()
+    tokens.write_bytes(tokens.read_bytes()[:-4])
+    assert len(opened(marked)[0].data) == 3, "a cut cache is made again"
+
+
+def test_a_cache_does_not_depend_on_the_workers(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.dataset.text_input.PIECE_BYTES", 500)
+    path = write(tmp_path / "x.jsonl", list(range(60)))
+    alone = open_conversations(path, folder, workers=1)
+    coded = alone.data.tokens.copy()
+    os.utime(path, (1, 1))
+    assert np.array_equal(open_conversations(path, folder, workers=3).data.tokens, coded)
+
+
+# Packing
+
+
+@IN_FOLDER
+@given(data=st.data(), capacity=st.integers(1, 40), seed=st.integers(0, 5))
+def test_packing_holds_each_once_within_the_capacity(data: st.DataObject, capacity: int, seed: int) -> None:
+    lengths = np.array(data.draw(st.lists(st.integers(1, capacity), max_size=60)), np.int64)
+    rows = pack(lengths, capacity, seed)
+    assert sorted(rows.members) == list(range(len(lengths)))
+    sums = [int(lengths[rows.row(i)].sum()) for i in range(len(rows))]
+    assert all(0 < total <= capacity for total in sums)
+    assert len(rows) <= max(1, 2 * lengths.sum() / capacity), "no two rows can be half empty"
+    again = pack(lengths, capacity, seed)
+    assert np.array_equal(rows.members, again.members)
+    assert np.array_equal(rows.bounds, again.bounds)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "median", "spread"),
+    [(512, 60, 0.8), (512, 200, 0.7), (512, 300, 1.0), (1024, 300, 0.7), (2048, 450, 0.5), (2048, 800, 0.8)],
+)
+def test_rows_are_well_filled_on_real_length_mixes(capacity: int, median: float, spread: float) -> None:
+    drawn = np.random.default_rng(0).lognormal(np.log(median), spread, 20_000)
+    lengths = np.clip(drawn.astype(np.int64), 1, capacity)
+    rows = pack(lengths, capacity, 0)
+    assert lengths.sum() / (len(rows) * capacity) > 0.95
+
+
+def test_epochs_are_permutations_that_differ() -> None:
+    orders = [epoch_order(1000, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(1000)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+# Rows and samples
+
+
+@pytest.fixture
+def conversations(tmp_path: Path, folder: str) -> Conversations:
+    lengths = np.random.default_rng(1).integers(0, 50, 40).tolist()
+    return open_conversations(write(tmp_path / "x.jsonl", lengths), folder)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_hold_every_conversation_whole(conversations: Conversations, packing: bool) -> None:
+    rows = SftRows(conversations, 128, packing=packing)
+    found = []
+    for number in range(len(rows)):
+        inputs, targets, bounds = rows.row(number)
+        assert bounds.tolist() == sorted(set(bounds.tolist()))
+        assert (bounds[0], bounds[-1], bounds.dtype) == (0, 128, torch.int32)
+        for begin, end in pairwise(bounds):
+            if (inputs[begin:end] == 0).all():  # padding
+                assert (targets[begin:end] == IGNORED).all()
+                assert end == 128
+                continue
+            found.append((inputs[begin:end].tolist(), targets[begin:end].tolist()))
+    expected = []
+    for i in range(len(conversations.data)):
+        ids, counts = conversations.read(i)
+        expected.append((ids[:-1].tolist(), np.where(counts, ids, IGNORED)[1:].tolist()))
+    assert sorted(found) == sorted(expected)
+    assert rows.filled == pytest.approx(sum(len(inputs) for inputs, _ in expected) / (128 * len(rows)))
+    assert packing == (len(rows) < len(expected) / 2)
+
+
+def test_any_number_of_ranks_and_a_restart_read_the_same_rows(conversations: Conversations) -> None:
+    rows = SftRows(conversations, 128, seed=3)
+    total = 3 * len(rows)
+    alone = [row.inputs.tolist() for row in SftDataset(rows, 0, total, 0, 1)]
+    for epoch in range(3):
+        mine = alone[epoch * len(rows) : (epoch + 1) * len(rows)]
+        assert sorted(mine) == sorted(rows.row(i).inputs.tolist() for i in range(len(rows)))
+    assert alone[: len(rows)] != alone[len(rows) : 2 * len(rows)]
+    start = 5
+    ranks = [SftDataset(rows, start, (total - start) // 2, rank, 2) for rank in range(2)]
+    together = [row.inputs.tolist() for pair in zip(*ranks, strict=True) for row in pair]
+    assert together == alone[start : start + len(together)]
+    with pytest.raises(IndexError):
+        ranks[0][len(ranks[0])]
+
+
+def test_a_batch_is_one_row_with_joint_bounds(conversations: Conversations) -> None:
+    rows = SftRows(conversations, 128)
+    one, two = rows.sample(0), rows.sample(1)
+    batch = next(iter(DataLoader(SftDataset(rows, 0, 2, 0, 1), batch_size=2, collate_fn=collate)))
+    assert batch.inputs.tolist() == [one.inputs.tolist() + two.inputs.tolist()]
+    assert batch.targets.tolist() == [one.targets.tolist() + two.targets.tolist()]
+    assert batch.cu_seqlens.tolist() == one.cu_seqlens.tolist() + [128 + end for end in two.cu_seqlens.tolist()[1:]]
+    assert batch.cu_seqlens.dtype == torch.int32
+
+
+def test_what_becomes_of_too_long_conversations(tmp_path: Path, folder: str) -> None:
+    conversations = open_conversations(write(tmp_path / "x.jsonl", [4, 500, 4, 600]), folder)
+    cut = SftRows(conversations, 128)
+    assert (cut.n_cut, cut.n_dropped) == (2, 0)
+    longest = [cut.row(i) for i in range(len(cut)) if len(cut.row(i).cu_seqlens) == 2]
+    assert len(longest) == 2
+    assert all(row.targets[-1] != IGNORED for row in longest)
+    dropped = SftRows(conversations, 128, truncate="drop")
+    assert (dropped.n_cut, dropped.n_dropped, len(dropped)) == (0, 2, 1)
+    with pytest.raises(ValueError, match=r"--ctx_len 128: 2 of 4 conversations are longer, the first is number 1"):
+        SftRows(conversations, 128, truncate="error")
+    header = len(conversations.read(0)[0]) - 1 - int(conversations.read(0)[1].sum())
+    with pytest.raises(ValueError, match="no conversation has an answer within it"):
+        SftRows(conversations, header - 8)
+
+
+def test_every_position_counts_when_asked(conversations: Conversations) -> None:
+    rows = SftRows(conversations, 128, packing=False, count_all=True)
+    for number in range(len(rows)):
+        inputs, targets, _ = rows.row(number)
+        assert torch.equal(targets[:-1], inputs[1:])
+        assert targets[-1] == 0
+
+
+def test_loss_and_gradients_of_a_packed_row_are_the_weighted_mean(conversations: Conversations) -> None:
+    from src.model import RWKV7, ModelConfig
+    from src.ops.loss import cross_entropy_l2wrap
+
+    torch.manual_seed(0)
+    model = RWKV7(ModelConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=512, kernel="reference")).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+    def loss_and_gradients(inputs: torch.Tensor, targets: torch.Tensor, bounds: torch.Tensor | None) -> Any:
+        model.zero_grad()
+        loss = cross_entropy_l2wrap(model(inputs, cu_seqlens=bounds)[0], targets)
+        loss.backward()
+        return loss.detach(), [p.grad.clone() if p.grad is not None else None for p in model.parameters()]
+
+    batch = collate([SftRows(conversations, 64).row(0), SftRows(conversations, 64).row(1)])
+    packed, packed_gradients = loss_and_gradients(*batch)
+    mean, total = torch.zeros((), dtype=packed.dtype), int((batch.targets != IGNORED).sum())
+    means = [torch.zeros_like(p) for p in model.parameters()]
+    bounds = batch.cu_seqlens.tolist()
+    for begin, end in pairwise(bounds):
+        targets = batch.targets[:, begin:end]
+        weight = int((targets != IGNORED).sum()) / total
+        if weight:
+            loss, gradients = loss_and_gradients(batch.inputs[:, begin:end], targets, None)
+            mean += weight * loss
+            for sum_, gradient in zip(means, gradients, strict=True):
+                if gradient is not None:
+                    sum_ += weight * gradient
+    torch.testing.assert_close(packed, mean, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(packed_gradients, means, strict=True):
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_token_count_tells_and_shows(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "x.jsonl", [4, 40, 4, 300])
+    token_count.main([path, "128", "--tokenizer", folder, "--preview", "1"])
+    told = capsys.readouterr().out
+    conversations = open_conversations(path, folder)
+    assert (
+        f"conversations   4 (lines left out: none)\nturns           8, 2.00 a conversation\ntokens          {conversations.data.n_tokens},"
+        in told
+    )
+    assert "longer than 128  1, 25.0 %" in told
+    rows = SftRows(conversations, 128)
+    assert told.endswith(f"--my_exit_tokens {128 * len(rows)} --ctx_len 128\n")
+    assert f"{token_count.COUNTS}1 {'x' * 40}<|im_end|>{token_count.RESET}" in told
+    with pytest.raises(SystemExit):
+        token_count.main([path, "128", "--tokenizer", folder, "--preview", "4"])
+    assert "--preview 4: the file has the conversations 0 to 3" in capsys.readouterr().err
