@@ -5,12 +5,9 @@ about a tenth of the files, demo-heldout.bin/.idx. What is there and whole is ke
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
-import sysconfig
-import tokenize
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,12 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from src.dataset import BinIdxWriter, MMapIndexedDataset
+from src.dataset.standard_library import is_held_out, library_sources
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB_SIZE = 6400
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
-NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-AT_LEAST_BYTES = 4_000_000  # a whole library has about 12 MB; Debian's python3-minimal has 3
 
 # ChatML; the marks tell what the assistant writes, which is what fine-tuning counts.
 CHAT_TEMPLATE = (
@@ -37,31 +33,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-
-def library_sources(library: Path) -> dict[str, str]:
-    """The text of each source file by its path in the library, in order of the paths; tests and add-ons left out."""
-    names: dict[str, str] = {}  # by text: of equal files the first one counts, or a held-out file might be trained on
-    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()):
-        name = path.relative_to(library)
-        if NOT_THE_LIBRARY.isdisjoint(name.parts):
-            with tokenize.open(path) as file:  # minds a file's coding line
-                text = file.read()
-            if text.strip():
-                names.setdefault(text, name.as_posix())
-    total = sum(map(len, names))
-    if total < AT_LEAST_BYTES:
-        raise ValueError(
-            f"{library} holds {total} bytes of Python sources, the demo needs {AT_LEAST_BYTES} or more of the standard "
-            f"library's. This Python ({sys.executable}) has it packed or only in part: install the full library "
-            f"(Debian: apt install python3 libpython3-stdlib), or run with another Python."
-        )
-    return {name: text for text, name in names.items()}
-
-
-def is_held_out(name: str) -> bool:
-    """About one name in ten, the same ones everywhere."""
-    return hashlib.blake2b(name.encode(), digest_size=8).digest()[0] < 26
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> None:
@@ -122,7 +93,7 @@ def main() -> None:
         if (folder / "tokenizer.json").is_file() and is_whole(train) and is_whole(heldout):
             print(f"The demo data is there: {os.path.relpath(train)}.bin/.idx, {heldout.name}.bin/.idx, {folder.name}/")
             return
-        sources = library_sources(Path(sysconfig.get_path("stdlib")))
+        sources = library_sources()
         parts = {
             train: [text for name, text in sources.items() if not is_held_out(name)],
             heldout: [text for name, text in sources.items() if is_held_out(name)],

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from src.dataset import MMapIndexedDataset
+from src.dataset.standard_library import library_sources
 from src.dataset.tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "demo_corpus.py"
@@ -67,12 +68,15 @@ def test_a_second_run_does_nothing_and_a_lost_file_comes_back(demo: Path) -> Non
     assert (demo / "demo_tokenizer" / "tokenizer.json").stat().st_mtime_ns == tokenizer
 
 
-def test_a_partial_library_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sys.path.insert(0, str(SCRIPT.parent))
-    import demo_corpus
-
+def test_a_partial_library_is_told(tmp_path: Path) -> None:
     (tmp_path / "os.py").write_text("x = 1\n")
-    with pytest.raises(ValueError, match="only in part"):
-        demo_corpus.library_sources(tmp_path)
-    with pytest.raises(ValueError, match="only in part"):
-        demo_corpus.library_sources(tmp_path / "python311.zip")
+    for library in (tmp_path, tmp_path / "python311.zip"):
+        with pytest.raises(ValueError, match="only in part"):
+            library_sources(library)
+
+
+def test_each_text_once_and_no_tests(tmp_path: Path) -> None:
+    sources = library_sources()
+    assert len(set(sources.values())) == len(sources)
+    assert "textwrap.py" in sources
+    assert not [name for name in sources if "/test/" in name or "site-packages" in name]

@@ -8,7 +8,7 @@ import pytest
 from data import inspect_data
 from src.dataset import BinIdxWriter
 from src.dataset.tokenizer import load_tokenizer
-from tests.chat_models import make_tokenizer
+from chat_models import make_tokenizer
 
 
 def test_numbers_and_windows(

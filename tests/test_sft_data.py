@@ -19,7 +19,7 @@ from src.dataset.packing import epoch_order, pack
 from src.dataset.sft import IGNORED, SftDataset, SftRows, collate
 from src.dataset.sft_cache import Conversations, chat_tokenizer, encode_conversation, open_conversations
 from src.dataset.tokenizer import FolderTokenizer
-from tests.chat_models import TEMPLATES, make_tokenizer
+from chat_models import TEMPLATES, make_tokenizer
 
 IN_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 NASTY = [

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
-from tests.chat_models import TEMPLATES, make_tokenizer
+from chat_models import TEMPLATES, make_tokenizer
 
 TALK = [
     {"role": "user", "content": "what is <it>? 世界 & more"},

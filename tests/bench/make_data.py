@@ -12,15 +12,14 @@ import random
 import resource
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from data.demo_corpus import library_sources
 from src.dataset import MMapIndexedDataset
+from src.dataset.standard_library import library_sources
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.dataset.workers import usable_cores
 
@@ -31,7 +30,7 @@ def write_corpus(path: Path, megabytes: float) -> list[str]:
     """Documents of some 40 lines each, of very different lengths; returns some of them."""
     draw = random.Random(0)
     documents = []
-    for text in library_sources(Path(sysconfig.get_path("stdlib"))).values():
+    for text in library_sources().values():
         lines = text.splitlines(keepends=True)
         while lines:
             count = int(draw.lognormvariate(3.3, 1)) + 1
