@@ -1,6 +1,7 @@
 """How well a model predicts text that it was not trained on.
 
-    python -m src.inference.evaluate MODEL --data held-out[.bin | .txt | .jsonl]
+    python -m src.inference.evaluate MODEL --data held-out[.bin | .txt | .jsonl]      loss, perplexity, bits per byte
+    python -m src.inference.evaluate MODEL --last_word lambada.jsonl                  how often the last word is foreseen
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,8 @@ from torch import Tensor
 from src.dataset.binidx import MMapIndexedDataset, with_ending
 from src.dataset.tokenizer import Tokenizer
 from src.inference.load import add_model_arguments, find_tokenizer, find_weights, load_model
+from src.inference.scoring import LOGIT_ROWS, score_continuations
 from src.model import RWKV7
-
-LOGIT_ROWS = 1024  # rows of logits that exist at once
 
 Tokens = npt.NDArray[Any]
 
@@ -120,10 +120,38 @@ def read_jsonl(path: Path, key: str) -> Iterator[dict[str, Any]]:
             yield record
 
 
+@dataclass(frozen=True)
+class LastWords:
+    """`accuracy`: share of texts whose last word is what the model would write; `perplexity` of these words, per word."""
+
+    accuracy: float
+    perplexity: float
+    texts: int
+
+
+def last_words(model: RWKV7, tokenizer: Tokenizer, texts: Iterable[str]) -> LastWords:
+    """Whether greedy decoding writes each text's last word after the rest of it (LAMBADA). ValueError for a text of one word."""
+    pairs = []
+    for text in texts:
+        context, _, word = text.rstrip().rpartition(" ")
+        if not context or not word:
+            raise ValueError(f"--last_word: {text!r} has no word before its last one")
+        pairs.append(([0, *tokenizer.encode(context)], tokenizer.encode(" " + word)))
+    if not pairs:
+        raise ValueError("--last_word: there are no texts in it")
+    scores = score_continuations(model, pairs)
+    mean = sum(score.log_probability for score in scores) / len(scores)
+    return LastWords(sum(score.greedy for score in scores) / len(scores), math.exp(min(-mean, 700.0)), len(scores))
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m src.inference.evaluate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m src.inference.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_model_arguments(parser)
-    parser.add_argument("--data", required=True, help="held-out binidx (X, X.bin), text (.txt, .py, ...) or .jsonl of {\"text\": ...}")
+    judged = parser.add_mutually_exclusive_group(required=True)
+    judged.add_argument("--last_word", help='.jsonl of {"text": ...}: is the last word foreseen (LAMBADA)')
+    judged.add_argument("--data", help="held-out binidx (X, X.bin), text (.txt, .py, ...) or .jsonl of {\"text\": ...}")
     parser.add_argument("--ctx_len", type=int, default=512, help="tokens that a window is read with [%(default)s]")
     parser.add_argument("--max_windows", type=int, default=None, help="evenly spaced; default: all")
     parser.add_argument("--micro_bsz", type=int, default=8, help="windows at once [%(default)s]")
@@ -132,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("ctx_len", "max_windows", "micro_bsz"):
             if getattr(options, name) is not None and getattr(options, name) < 1:
                 raise ValueError(f"--{name} {getattr(options, name)}: expected at least 1")
-        print(_report(options))
+        print(_last_word_report(options) if options.last_word else _report(options))
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     return 0
@@ -163,6 +191,16 @@ def _report(options: argparse.Namespace) -> str:
         n_bytes = sum(_bytes(tokens[w][1:], tokenizer) for w in windows(len(tokens), options.ctx_len, options.max_windows))
         bits = f"bits per byte {result.bits_per_byte(n_bytes):.4f}"
     return f"{weights} on {options.data}: loss {result.loss:.4f}, perplexity {result.perplexity:.4f}, {bits}, {result.tokens:,} tokens"
+
+
+def _last_word_report(options: argparse.Namespace) -> str:
+    weights, path = find_weights(options.model), Path(options.last_word)
+    if not path.is_file():
+        raise ValueError(f'--last_word {path}: no such file; expected a .jsonl of {{"text": ...}}')
+    model = load_model(weights, options.dtype, options.device)
+    tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer)
+    result = last_words(model, tokenizer, (record["text"] for record in read_jsonl(path, "text")))
+    return f"{weights} on {path}: accuracy {result.accuracy:.4f}, perplexity {result.perplexity:.4f}, {result.texts:,} texts"
 
 
 def _bytes(ids: Tokens, tokenizer: Tokenizer) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from torch import Tensor
 
@@ -65,10 +65,12 @@ def generate_batch(
     seed: int | None = None,
     stop_ids: Collection[int] = (),
     uncounted_ids: Collection[int] = (),
+    ended: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """What follows each prompt, of whatever lengths, decoded together: every weight is read once for all of them.
 
-    Prompt i draws with seed + i, so its answer is that of `generate` with this seed. ValueError as there.
+    Prompt i draws with seed + i, so its answer is that of `generate` with this seed. `ended(answer)`, asked after each token,
+    ends an answer with that token. ValueError as there.
     """
     decoder = Decoder(model, batch=len(prompts))
     samplers = [Sampler(sampling, None if seed is None else seed + i, uncounted_ids) for i in range(len(prompts))]
@@ -85,6 +87,8 @@ def generate_batch(
                 running[row] = -1
             else:
                 answers[prompt].append(fed[row])
+                if ended is not None and ended(answers[prompt]):
+                    running[row] = -1
         alive = [row for row, prompt in enumerate(running) if prompt >= 0]
         if not alive or count == max_new_tokens:
             break

@@ -11,17 +11,18 @@ from pathlib import Path
 import torch
 
 from src.dataset.tokenizer import WORLD_VOCAB_SIZE, Tokenizer, load_tokenizer
+from src.inference.fla import is_fla_folder, read_fla
 from src.model import RWKV7
 
-_MODEL_HELP = "weights (.pth, .safetensors) or a run's folder"
+MODEL_HELP = "weights (.pth, .safetensors), a run's folder, or a Hugging Face folder in flash-linear-attention's layout"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def find_weights(model: str | Path) -> Path:
-    """The weights file that `model` names: itself, or in a run's folder rwkv-final.pth, else the highest rwkv-N.pth, else
-    rwkv-init.pth. ValueError when there is none."""
+    """What `model` names: itself where it is a weights file or a Hugging Face folder; in a run's folder rwkv-final.pth, else the
+    highest rwkv-N.pth, else rwkv-init.pth. ValueError when there is none."""
     model = Path(model)
-    if model.is_file():
+    if model.is_file() or is_fla_folder(model):
         return model
     if not model.is_dir():
         raise ValueError(f"MODEL {model}: no such file or folder; expected a .pth file or a run's folder (--proj_dir)")
@@ -42,13 +43,18 @@ def find_tokenizer(weights: Path, vocab_size: int, given: str = "") -> Tokenizer
 
     ValueError when it can't be known, or when it has more entries than the model has rows.
     """
-    tokenizer = load_tokenizer(given or _recorded_tokenizer(weights.parent) or _by_size(weights, vocab_size))
+    recorded = _tokenizer_within(weights) if weights.is_dir() else _recorded_tokenizer(weights.parent)
+    tokenizer = load_tokenizer(given or recorded or _by_size(weights, vocab_size))
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} entries, {weights} only {vocab_size} rows: they don't belong "
             "together; give the tokenizer that the model was trained with"
         )
     return tokenizer
+
+
+def _tokenizer_within(folder: Path) -> str:
+    return str(folder) if (folder / "tokenizer.json").is_file() else ""
 
 
 def _recorded_tokenizer(folder: Path) -> str:
@@ -84,18 +90,25 @@ def newest_weights(out: Path) -> Path:
 def add_model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """MODEL and how to load it: the same words for every program here."""
     if optional:
-        parser.add_argument("model", metavar="MODEL", nargs="?", default="", help=f"{_MODEL_HELP}; default: the newest under out/")
+        parser.add_argument("model", metavar="MODEL", nargs="?", default="", help=f"{MODEL_HELP}; default: the newest under out/")
     else:
-        parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+        parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--tokenizer", default="", help='"world" or a Hugging Face folder; default: what the run recorded')
     parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
 
 
 def load_model(weights: Path, dtype: str | None = None, device: str | None = None) -> RWKV7:
-    """The model in `weights`, for inference. ValueError when the file or the device is not usable."""
+    """The model in `weights` (from `find_weights`), for inference. dtype "as is": that of the file.
+
+    ValueError when the weights or the device are not usable.
+    """
     device = device or default_device()
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch sees no GPU; leave the flag out to use the CPU")
-    chosen = DTYPES[dtype or ("fp32" if device == "cpu" else "bf16")]
-    return RWKV7.from_checkpoint(weights, dtype=chosen, device=device).eval().requires_grad_(False)
+    chosen = None if dtype == "as is" else DTYPES[dtype or ("fp32" if device == "cpu" else "bf16")]
+    if weights.is_dir():
+        model = RWKV7.from_weights(read_fla(weights), str(weights), chosen, device)
+    else:
+        model = RWKV7.from_checkpoint(weights, chosen, device)
+    return model.eval().requires_grad_(False)

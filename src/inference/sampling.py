@@ -87,9 +87,9 @@ class Sampler:
     def __call__(self, logits: Tensor) -> int:
         """The next token for logits [V] of any device and dtype. ValueError when they are not numbers."""
         logits = logits.detach().to("cpu", torch.float32)  # the same draws on every device
-        ids, p = probabilities(self._penalised(logits), self.sampling)
-        if not bool(p.isfinite().all()):
+        if not bool(logits.isfinite().all()):
             raise ValueError("the model's logits are not finite: the weights are damaged, or --dtype is too narrow for them")
+        ids, p = probabilities(self._penalised(logits), self.sampling)
         token = int(ids[torch.multinomial(p, 1, generator=self._random)])
         self._remember(token)
         return token

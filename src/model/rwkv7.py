@@ -18,7 +18,7 @@ from src.config import ModelConfig
 from src.model.init import initialise
 from src.model.layers import LAYER_NORM_EPS, Block
 from src.model.state import State
-from src.model.weights import config_from_weights, fit_weights, read_weights
+from src.model.weights import Weights, config_from_weights, fit_weights, read_weights
 
 
 class RWKV7(nn.Module):
@@ -72,11 +72,21 @@ class RWKV7(nn.Module):
 
         `dtype` None keeps that of the file. Raises ValueError when the file can't be read or holds no RWKV-7 weights.
         """
-        weights = read_weights(path)
-        config = config_from_weights(weights, source=str(path), kernel=kernel)
+        return cls.from_weights(read_weights(path), str(path), dtype, device, kernel)
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: Weights,
+        source: str,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        kernel: str = "auto",
+    ) -> RWKV7:
+        """The model that a state dict describes; `source` names it in errors. ValueError when it is no RWKV-7 model's."""
+        config = config_from_weights(weights, source, kernel=kernel)
         with torch.device("meta"):
             model = cls(config)
-        weights = fit_weights(weights, model, source=str(path))
-        placed = {name: tensor.to(device=device, dtype=dtype or tensor.dtype) for name, tensor in weights.items()}
-        model.load_state_dict(placed, assign=True)
+        fitted = fit_weights(weights, model, source)
+        model.load_state_dict({n: t.to(device=device, dtype=dtype or t.dtype) for n, t in fitted.items()}, assign=True)
         return model

@@ -1,0 +1,211 @@
+"""Evaluation agrees with the plain definition of each figure."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from chat_models import make_tokenizer
+from random_model import random_model
+
+from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
+from src.dataset.tokenizer import load_tokenizer
+from src.inference.evaluate import heldout_loss, last_words, main, windows
+from src.inference.generate import generate
+from src.inference.harness import Answers, harness_model
+from src.inference.scoring import score_continuations
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(n_layer=2, vocab_size=400)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def data(tmp_path):
+    with BinIdxWriter(tmp_path / "held-out", np.uint16) as writer:
+        for n in range(5):
+            writer.add_document([(i * 37 + n) % 400 for i in range(61)] + [0])
+    return MMapIndexedDataset(tmp_path / "held-out")
+
+
+def plain_log_p(model, tokens, first):
+    """log p of tokens[first:], each after all before it, in float64."""
+    logits, _ = model(torch.tensor([tokens]))
+    log_p = torch.log_softmax(logits[0].double(), -1)
+    return [float(log_p[i - 1, tokens[i]]) for i in range(first, len(tokens))]
+
+
+# ---- held-out loss ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "ctx_len"), [(310, 32), (33, 32), (20, 32), (2, 1), (1000, 1)])
+def test_windows_cover_the_data_without_predicting_anything_twice(n, ctx_len):
+    slices = list(windows(n, ctx_len))
+    predicted = [i for w in slices for i in range(w.start + 1, w.stop)]
+    assert predicted == list(range(1, len(predicted) + 1))
+    assert n - 1 - len(predicted) < ctx_len
+    assert slices[-1].stop <= n
+
+
+def test_some_windows_are_evenly_spaced():
+    chosen = [w.start for w in windows(100_001, 100, max_windows=8)]
+    assert chosen == [i * 12500 for i in range(8)]
+    assert list(windows(301, 100, max_windows=8)) == list(windows(301, 100))
+
+
+def test_heldout_loss_is_the_mean_over_independent_windows(model, data):
+    result = heldout_loss(model, data, ctx_len=48, micro_bsz=4)
+    losses = [-p for w in windows(data.n_tokens, 48) for p in plain_log_p(model, data.tokens[w].tolist(), 1)]
+    assert result.tokens == len(losses)
+    assert result.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+    assert result == heldout_loss(model, data, ctx_len=48, micro_bsz=4)
+    assert heldout_loss(model, data, 48, micro_bsz=1).loss == pytest.approx(result.loss, rel=1e-6)
+    assert heldout_loss(model, data, 48, max_windows=2).tokens == 96
+
+
+def test_bits_per_byte_are_those_of_a_uniform_guess(model, tokenizer):
+    """A model without any preference needs log2 V bits a token."""
+    uniform = random_model(n_layer=1, vocab_size=400)
+    uniform.head.weight.zero_()
+    text = tokenizer.encode("def answer(question): return 'the answer'" * 9)
+    result = heldout_loss(uniform, np.array(text), ctx_len=len(text) - 1)
+    n_bytes = len(tokenizer.decode_bytes(text[1:]))
+    assert result.bits_per_byte(n_bytes) == pytest.approx(math.log2(400) * (len(text) - 1) / n_bytes, rel=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "words"), [([3], "at least 2"), ([1, 400, 2], "token id 400")])
+def test_unusable_data_is_explained(model, tokens, words):
+    with pytest.raises(ValueError, match=words):
+        heldout_loss(model, np.array(tokens), 8)
+
+
+# ---- continuations ----------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_each_pair_alone(model, monkeypatch):
+    monkeypatch.setattr("src.inference.scoring.TOKENS_AT_ONCE", 60)
+    monkeypatch.setattr("src.inference.scoring.LOGIT_ROWS", 7)
+    pairs = [([(i * n) % 400 for i in range(1, n)], [(i * n + 1) % 400 for i in range(n % 5 + 1)]) for n in range(2, 24)]
+    context = [5, 6, 7]
+    pairs.append((context, list(generate(model, context, 4, temperature=0))))
+    scores = score_continuations(model, pairs)
+    for (before, after), score in zip(pairs, scores, strict=True):
+        assert score.log_probability == pytest.approx(sum(plain_log_p(model, before + after, len(before))), rel=1e-4)
+        assert score.greedy == (list(generate(model, before, len(after), temperature=0)) == after)
+    assert scores[-1].greedy
+
+
+def test_last_words(model, tokenizer):
+    context = "what is the answer"
+    ids = [0, *tokenizer.encode(context)]
+    texts = [f"{context} string", f"{context} list\n"]
+    result = last_words(model, tokenizer, texts)
+    log_p = [sum(plain_log_p(model, ids + tokenizer.encode(w), len(ids))) for w in (" string", " list")]
+    assert result.texts == 2
+    assert result.perplexity == pytest.approx(math.exp(-sum(log_p) / 2), rel=1e-4)
+    assert 0 <= result.accuracy <= 1
+    with pytest.raises(ValueError, match="no word before"):
+        last_words(model, tokenizer, ["alone"])
+
+
+# ---- the harness ------------------------------------------------------------------------------------------------------------------
+
+
+class Request:
+    def __init__(self, *args):
+        self.args = args
+
+
+def test_answers_to_the_harness(model, tokenizer):
+    answers = Answers(model, tokenizer)
+    scored = answers.loglikelihood([Request("what is ", "the answer"), Request("", "def")])
+    ids = [0, *tokenizer.encode("what is")]
+    assert scored[0][0] == pytest.approx(sum(plain_log_p(model, ids + tokenizer.encode(" the answer"), len(ids))), rel=1e-4)
+    assert isinstance(scored[1][1], bool)
+    text = "def answer(question): return"
+    whole = [0, *tokenizer.encode(text)]
+    assert answers.loglikelihood_rolling([Request(text)])[0] == pytest.approx(sum(plain_log_p(model, whole, 1)), rel=1e-4)
+    free, short = answers.generate_until([Request("def ", {"until": [], "max_gen_toks": 9}), Request("def ", {"until": ["e"], "max_gen_toks": 9})])
+    assert short == free.partition("e")[0]
+
+
+def test_a_local_task_runs_in_the_harness(model, tokenizer, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed", exc_type=ImportError)
+    from lm_eval.tasks import TaskManager
+
+    rows = [{"question": f"{n} what is", "choices": ["the answer", "the string"], "label": n % 2} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "tiny_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{label}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    found = lm_eval.simple_evaluate(
+        harness_model(model, tokenizer), tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
+    )
+    expected = 0
+    for row in rows:
+        ids = [0, *tokenizer.encode(row["question"])]
+        log_p = [sum(plain_log_p(model, ids + tokenizer.encode(" " + c), len(ids))) for c in row["choices"]]
+        expected += int(log_p.index(max(log_p)) == row["label"])
+    assert found["results"]["tiny_choice"]["acc,none"] == pytest.approx(expected / 6)
+
+
+# ---- the command line -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "rwkv-final.pth")
+    make_tokenizer(folder / "tokenizer")
+    return folder
+
+
+def test_reports_on_binidx_and_text_and_last_words(run, data, tokenizer, tmp_path, capsys):
+    result = heldout_loss(random_model(n_layer=2, vocab_size=400), data, 32)
+    assert main([str(run), "--data", str(data.prefix), "--ctx_len", "32", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert f"loss {result.loss:.4f}, perplexity {result.perplexity:.4f}, bits per byte" in said
+    assert f"{result.tokens:,} tokens" in said
+
+    texts = ["what is the answer", "def return the string"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert main([str(run), "--data", str(tmp_path / "texts.jsonl"), "--device", "cpu"]) == 0
+    tokens = [i for text in texts for i in [*tokenizer.encode(text), 0]]
+    assert f"{len(tokens) - 1} tokens" in capsys.readouterr().out
+    assert main([str(run), "--last_word", str(tmp_path / "texts.jsonl"), "--device", "cpu"]) == 0
+    assert "2 texts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data", "nowhere"], "--data nowhere: no such file"),
+        (["--data", "{bad}"], "line 2: not JSON"),
+        (["--last_word", "{bad}"], "line 2: not JSON"),
+        (["--data", "{bad}", "--ctx_len", "0"], "--ctx_len 0"),
+    ],
+)
+def test_mistakes_are_explained(run, tmp_path, capsys, flags, words):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a fine one"}\n{"text": \n')
+    with pytest.raises(SystemExit) as stopped:
+        main([str(run), "--device", "cpu", *(flag.format(bad=bad) for flag in flags)])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err

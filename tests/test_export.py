@@ -1,0 +1,165 @@
+"""Every format holds the same model: names mapped both ways, logits equal after reading back."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from chat_models import make_tokenizer
+from random_model import random_model
+
+from src.inference.export import export, main
+from src.inference.fla import fla_name, from_fla, our_name, to_fla
+from src.inference.load import find_tokenizer, find_weights, load_model
+from src.model.weights import IDLE_IN_LAYER_0, fit_weights, read_weights
+
+TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 8, 96, 0, 0, 11]
+RELEASED = {  # low-rank sizes of released models: they don't follow the formula
+    "0.1B": {"d_decay_lora": 64, "d_aaa_lora": 64, "d_mv_lora": 32, "d_gate_lora": 128},
+    "2.9B": {"d_decay_lora": 96, "d_aaa_lora": 96, "d_mv_lora": 64, "d_gate_lora": 320},
+    "13.3B": {"d_decay_lora": 192, "d_aaa_lora": 192, "d_mv_lora": 128, "d_gate_lora": 384},
+}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    model = random_model(n_layer=3, d_decay_lora=32, d_gate_lora=64)
+    torch.save(model.state_dict(), tmp_path / "rwkv-final.pth")
+    make_tokenizer(tmp_path / "tokenizer")
+    return tmp_path / "rwkv-final.pth"
+
+
+def logits(path):
+    return load_model(find_weights(path), "fp32", "cpu")(torch.tensor([TOKENS]))[0]
+
+
+@pytest.mark.parametrize("name", ["out.pth", "out.safetensors", "out"])
+@pytest.mark.parametrize("dtype", [None, "bf16", "fp16"])
+def test_what_is_exported_is_the_model_and_comes_back_as_it_was(weights, tmp_path, capsys, name, dtype):
+    out, back = tmp_path / "sub" / name, tmp_path / "back.pth"
+    assert main([str(weights), str(out), *(["--dtype", dtype] if dtype else [])]) == 0
+    said = capsys.readouterr().out
+    assert "read back: logits differ by 0.0e+00" in said
+    rounded = load_model(weights, dtype or "fp32", "cpu").float()(torch.tensor([TOKENS]))[0]
+    torch.testing.assert_close(logits(out), rounded, rtol=0, atol=1e-5)
+    assert main([str(out), str(back)]) == 0
+    original = read_weights(weights)
+    for key, tensor in read_weights(back).items():
+        if key not in IDLE_IN_LAYER_0 or name != "out":
+            assert torch.equal(tensor, original[key].to(tensor.dtype)), key
+
+
+def test_a_hugging_face_folder_brings_its_tokenizer(weights, tmp_path):
+    folder = tmp_path / "hf"
+    assert main([str(weights), str(folder)]) == 0
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["RWKV7ForCausalLM"]
+    assert config["eos_token_id"] == 2
+    assert find_tokenizer(find_weights(folder), 400).name == str(folder)
+
+
+def test_names_are_mapped_both_ways(weights):
+    names = [name for name in read_weights(weights) if name not in IDLE_IN_LAYER_0]
+    theirs = [fla_name(name) for name in names]
+    assert len(set(theirs)) == len(names)
+    assert [our_name(name) for name in theirs] == names
+    with pytest.raises(ValueError, match="no such parameter"):
+        our_name("model.layers.0.attn.q_proj.weight")
+
+
+def test_fla_tensors_are_what_its_layers_compute_with(weights):
+    """The second layer's time mix, written with fla's modules' conventions: linear layers, biases, lerp."""
+    model = load_model(weights, "fp32", "cpu")
+    tensors = {n: t.double() for n, t in to_fla(model.state_dict()).items()}
+    x = torch.randn(1, 1, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    v_first = torch.randn(1, 1, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    p = {n.removeprefix("model.layers.1.attn."): t for n, t in tensors.items() if n.startswith("model.layers.1.attn.")}
+
+    def lora(kind, value, activation):
+        inner = activation(F.linear(value, p[f"{kind}_lora.lora.0.weight"]))
+        return F.linear(inner, p[f"{kind}_lora.lora.2.weight"], p.get(f"{kind}_lora.lora.2.bias"))
+
+    def heads(value):
+        return value.view(2, 64)
+
+    mixed = {c: x + (0 - x) * p[f"x_{c}"] for c in "rwkvag"}
+    r, k, v = (F.linear(mixed[c], p[f"{c}_proj.weight"]) for c in "rkv")
+    v = torch.lerp(v, v_first, lora("v", mixed["v"], lambda t: t).sigmoid())
+    a = lora("a", mixed["a"], lambda t: t).sigmoid()
+    g = F.linear(F.linear(mixed["g"], p["g_lora.lora.0.weight"]).sigmoid(), p["g_lora.lora.2.weight"])
+    k = k.addcmul(k * (a - 1), p["k_a"])
+    y = (heads(r) * heads(k)).sum(-1, keepdim=True) * heads(v)  # the first token: the state is v k^T
+    y = F.group_norm(y.reshape(1, 128), 2, p["g_norm.weight"], p["g_norm.bias"], eps=64 * 1e-5)
+    y = y + ((heads(r) * heads(k) * p["r_k"]).sum(-1, keepdim=True) * heads(v)).reshape(1, 128)
+    expected = F.linear(y.view(1, 1, 128) * g, p["o_proj.weight"])
+    found, *_ = model.blocks[1].att(x.float(), v_first.float())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    assert "w_lora.lora.2.bias" in p
+    assert p["w_lora.lora.0.weight"].shape == (32, 128)
+
+
+def test_folders_with_stacked_mixes_and_several_files_are_read(weights, tmp_path):
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "hf"
+    export(weights, folder, "fla", None)
+    tensors = to_fla(read_weights(weights))
+    for layer in range(3):
+        mixes = [tensors.pop(f"model.layers.{layer}.attn.x_{c}") for c in "rwkvag"]
+        tensors[f"model.layers.{layer}.attn.x_x"] = torch.cat(mixes).view(6, -1)
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    for part, chosen in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in chosen}, folder / f"model-0000{part + 1}-of-00002.safetensors")
+    torch.testing.assert_close(logits(folder), logits(weights), rtol=0, atol=1e-5)
+    assert from_fla(tensors).keys() == read_weights(weights).keys() - set(IDLE_IN_LAYER_0)
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_files_of_released_models_are_read(tmp_path, size):
+    """Their low-rank sizes, their dtype, and layer 0's idle parameters of other sizes or absent."""
+    sizes = RELEASED[size]
+    model = random_model(n_layer=2, n_embd=192, vocab_size=65, **sizes)
+    released = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    for name in ("v1", "v2"):
+        released[f"blocks.0.att.{name}"] = torch.zeros(1)
+    del released["blocks.0.att.v0"]
+    torch.save(released, tmp_path / "RWKV-x070.pth")
+    read = load_model(tmp_path / "RWKV-x070.pth", "fp32", "cpu")
+    for field, value in sizes.items():
+        assert getattr(read.config, field) == value
+    expected = model.bfloat16().float()(torch.tensor([TOKENS[:5]]).remainder(65))[0]
+    torch.testing.assert_close(read(torch.tensor([TOKENS[:5]]).remainder(65))[0], expected, rtol=0, atol=1e-5)
+    base = random_model(n_layer=2, n_embd=192, vocab_size=65, **sizes)  # as a base for fine-tuning: the run's model takes it whole
+    assert fit_weights(read_weights(tmp_path / "RWKV-x070.pth"), base, "released").keys() == base.state_dict().keys()
+
+
+def test_heads_that_the_layout_cannot_express_are_refused_before_anything_is_written(tmp_path):
+    torch.save(random_model(n_embd=96, head_size=32).state_dict(), tmp_path / "small.pth")
+    with pytest.raises(ValueError, match="heads of 64 only"):
+        export(tmp_path / "small.pth", tmp_path / "hf", "fla", None)
+    assert not (tmp_path / "hf").exists()
+    assert export(tmp_path / "small.pth", tmp_path / "small.safetensors", "safetensors", None).written == 0
+
+
+@pytest.mark.parametrize(
+    ("out", "words"), [("{model}", "is MODEL itself"), ("x.gguf", "expected an ending"), ("{file}/x.pth", "Not a directory|exists")]
+)
+def test_mistakes_are_explained(weights, capsys, out, words):
+    file = weights.parent / "file"
+    file.write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(weights), out.format(model=weights, file=file)])
+    assert stopped.value.code in (1, 2)
+    said = capsys.readouterr().err
+    assert any(word in said for word in words.split("|")), said
+
+
+def test_a_damaged_folder_is_explained(weights, tmp_path):
+    folder = tmp_path / "hf"
+    export(weights, folder, "fla", None)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: math.floor(len(whole) / 2)])
+    with pytest.raises(ValueError, match=r"model\.safetensors: cut short"):
+        load_model(folder, "fp32", "cpu")

@@ -1,0 +1,385 @@
+"""Decoding is the training forward, token by token; sampling follows the exact probabilities; text comes in whole characters."""
+
+import gc
+import json
+import math
+import os
+import resource
+
+import pytest
+import torch
+from chat_models import make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_model import random_model
+
+from src.dataset.tokenizer import Tokenizer, load_tokenizer
+from src.inference.characters import CharacterStream, UntilText
+from src.inference.decoder import PREFILL_TOKENS, Decoder
+from src.inference.generate import generate, generate_batch, main
+from src.inference.load import find_tokenizer, find_weights, newest_weights
+from src.inference.sampling import Sampler, Sampling, probabilities
+
+TOKENS = [t * 31 % 97 for t in range(40)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_tokenizer("world")
+
+
+# ---- the decoder is the model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", [1, 7, 39])
+@pytest.mark.parametrize("sizes", [{}, {"n_layer": 1}, {"n_embd": 96, "head_size": 32}, {"d_decay_lora": 16, "d_gate_lora": 48}])
+def test_steps_after_a_prompt_give_the_logits_of_the_whole_sequence(split, sizes):
+    model = random_model(**sizes)
+    whole, state = model(torch.tensor([TOKENS]))
+    decoder = Decoder(model)
+    logits = [decoder.prefill([TOKENS[:split]]), *(decoder.step([token]) for token in TOKENS[split:])]
+    torch.testing.assert_close(torch.cat(logits), whole[0, split - 1 :], rtol=0, atol=1e-5)
+    for mine, theirs in zip(decoder.state.layers, state.layers, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_longer_than_is_read_at_once(model):
+    prompt = [t * 7 % 97 for t in range(2 * PREFILL_TOKENS + 5)]
+    whole, _ = model(torch.tensor([prompt]))
+    torch.testing.assert_close(Decoder(model).prefill([prompt]), whole[:, -1], rtol=0, atol=1e-5)
+
+
+def test_prompts_of_different_lengths_are_read_and_continued_as_each_alone(model):
+    prompts = [TOKENS[:1], TOKENS, TOKENS[3:17]]
+    together = Decoder(model, batch=3)
+    logits = [together.prefill(prompts), together.step([5, 6, 7]), together.prefill([[1], [2, 3], [4, 5, 6]])]
+    for row, prompt in enumerate(prompts):
+        alone = Decoder(model)
+        expected = [alone.prefill([prompt]), alone.step([5 + row]), alone.prefill([[[1], [2, 3], [4, 5, 6]][row]])]
+        for a, b in zip(logits, expected, strict=True):
+            torch.testing.assert_close(a[row], b[0], rtol=0, atol=2e-5)
+
+
+def test_a_state_is_a_copy_that_can_be_gone_back_to(model):
+    decoder = Decoder(model)
+    decoder.prefill([TOKENS])
+    kept = decoder.state
+    first = decoder.step([3])
+    decoder.step([4])
+    decoder.state = kept
+    assert torch.equal(decoder.step([3]), first)
+    decoder.reset()
+    assert torch.equal(decoder.prefill([TOKENS]), Decoder(model).prefill([TOKENS]))
+
+
+def test_bf16_decodes_near_its_own_training_forward():
+    model = random_model().bfloat16()
+    whole, _ = model(torch.tensor([TOKENS]))
+    decoder = Decoder(model)
+    logits = [decoder.prefill([TOKENS[:8]]), *(decoder.step([token]) for token in TOKENS[8:])]
+    difference = (torch.cat(logits) - whole[0, 7:]).float()
+    exact, _ = random_model()(torch.tensor([TOKENS]))
+    assert difference.norm() < 2 * (whole - exact).float().norm()
+
+
+# ---- generate ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_takes_the_likeliest_token_each_time(model):
+    text = TOKENS[:5]
+    for token in generate(model, text, 12, temperature=0):
+        logits, _ = model(torch.tensor([text]))
+        assert token == int(logits[0, -1].argmax())
+        text = [*text, token]
+    assert len(text) == 17
+
+
+def test_seeds_stop_ids_and_lengths(model):
+    written = list(generate(model, torch.tensor(TOKENS), 20, top_p=1, seed=3))
+    assert written == list(generate(model, TOKENS, 20, top_p=1, seed=3))
+    assert written != list(generate(model, TOKENS, 20, top_p=1, seed=4))
+    stop = written[11]
+    assert list(generate(model, TOKENS, 20, top_p=1, seed=3, stop_ids=[stop])) == written[: written.index(stop)]
+    assert list(generate(model, TOKENS, 0)) == []
+
+
+def test_a_batch_writes_what_each_prompt_alone_would(model):
+    prompts = [TOKENS[:1], TOKENS, TOKENS[3:9], TOKENS[20:24], [0]]
+    sampling = Sampling(top_p=0.95, presence_penalty=0.3, frequency_penalty=0.3)
+    alone = [
+        list(generate(model, p, 25, 1.0, 0.95, seed=5 + i, stop_ids=range(8), presence_penalty=0.3, frequency_penalty=0.3))
+        for i, p in enumerate(prompts)
+    ]
+    assert len({len(answer) for answer in alone}) > 2, "answers of one length would not test how they end"
+    assert generate_batch(model, prompts, 25, sampling, seed=5, stop_ids=range(8)) == alone
+    cut = generate_batch(model, prompts, 25, sampling, seed=5, stop_ids=range(8), ended=lambda answer: len(answer) == 3)
+    assert cut == [answer[:3] for answer in alone]
+
+
+def test_a_decoder_has_read_all_that_was_written_when_the_iterator_ends(model):
+    decoder = Decoder(model)
+    written = list(generate(decoder, TOKENS, 6, seed=1))
+    after = Decoder(model)
+    after.prefill([TOKENS + written])
+    torch.testing.assert_close(decoder.step([1]), after.step([1]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("tokens", [[], [97], [-1]])
+def test_a_prompt_that_is_none_is_refused(model, tokens):
+    with pytest.raises(ValueError, match="empty|another tokenizer"):
+        generate(model, tokens, 5)
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_100_000_decoded_tokens():
+    model = random_model(n_layer=1, n_embd=64, vocab_size=16, d_decay_lora=8, d_aaa_lora=8, d_gate_lora=8)
+    stream = generate(model, [1], 100_000, seed=0, presence_penalty=0.1)
+    for _ in range(5_000):
+        next(stream)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert sum(1 for _ in stream) == 95_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KB
+
+
+def test_a_step_leaves_no_tensor_behind(model):
+    decoder = Decoder(model)
+    decoder.prefill([TOKENS])
+
+    def tensors() -> int:
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    decoder.step([1])
+    before = tensors()
+    for token in range(50):
+        decoder.step([token])
+    assert tensors() == before
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------------------------------
+
+
+def by_definition(logits: torch.Tensor, s: Sampling) -> torch.Tensor:
+    """Probabilities over the whole vocabulary, in float64 and in plain words."""
+    p = torch.softmax(logits.double(), 0)
+    order = sorted(range(len(p)), key=lambda i: -float(p[i]))
+    kept, mass = [], 0.0
+    for i in order:
+        if mass < s.top_p or not kept:
+            kept.append(i)
+        mass += float(p[i])
+    if s.top_k:
+        kept = kept[: s.top_k]
+    if s.temperature == 0:
+        kept = kept[:1]
+    out = torch.zeros_like(p)
+    out[kept] = p[kept] ** (1 / s.temperature) if s.temperature else 1.0
+    return out / out.sum()
+
+
+SETTINGS = [
+    Sampling(1.0, 1.0),
+    Sampling(0.7, 1.0),
+    Sampling(1.5, 0.8),
+    Sampling(1.0, 0.0),
+    Sampling(0.0, 0.9),
+    Sampling(1.0, 1.0, top_k=3),
+    Sampling(0.6, 0.9, top_k=4),
+]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_probabilities_are_those_of_the_definition(sampling):
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1)) * 2
+    ids, p = probabilities(logits, sampling)
+    found = torch.zeros(50, dtype=torch.float64).index_add(0, ids, p.double())
+    torch.testing.assert_close(found, by_definition(logits, sampling), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("sampling", [SETTINGS[0], SETTINGS[2], SETTINGS[-1]], ids=str)
+def test_draws_have_these_frequencies(sampling):
+    """Chi-squared over 4,000 draws with a fixed seed, at a level of 1e-4."""
+    from scipy.stats import chisquare
+
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(2)) * 1.5
+    sampler, draws = Sampler(sampling, seed=0), 4_000
+    counts = torch.bincount(torch.tensor([sampler(logits) for _ in range(draws)]), minlength=12)
+    expected = by_definition(logits, sampling) * draws
+    possible = expected > 0
+    assert int(counts[~possible].sum()) == 0
+    if int(possible.sum()) > 1:
+        assert chisquare(counts[possible].numpy(), expected[possible].numpy()).pvalue > 1e-4
+
+
+def test_a_low_temperature_does_not_underflow():
+    ids, p = probabilities(torch.linspace(-30, 30, 1000), Sampling(1e-4, 1.0))
+    assert float(p.sum()) == pytest.approx(1)
+    assert int(ids[p.argmax()]) == 999
+
+
+def test_penalties_grow_with_use_and_fade_with_the_decay():
+    sampling = Sampling(0.0, presence_penalty=0.5, frequency_penalty=0.25, penalty_decay=0.996)
+    sampler = Sampler(sampling, uncounted_ids=[2])
+    counts: dict[int, float] = {}
+    base = torch.tensor([1.0, 0.9, 0.8, 0.0])
+    for _ in range(60):
+        penalised = base.clone()
+        for token, count in counts.items():
+            penalised[token] -= 0.5 + 0.25 * count
+        expected = int(penalised.argmax())
+        assert sampler(base) == expected
+        counts = {token: count * 0.996 for token, count in counts.items()}
+        counts[expected] = counts.get(expected, 0.0) + (expected != 2)
+    assert counts[2] == 0.0
+    assert {0, 1, 2} <= set(counts)
+
+
+def test_logits_that_are_not_numbers_are_an_error():
+    with pytest.raises(ValueError, match="not finite"):
+        Sampler(Sampling())(torch.tensor([0.0, math.nan]))
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 1.5}, {"top_k": -1}, {"penalty_decay": 2}, {"presence_penalty": math.nan}])
+def test_a_setting_out_of_range_is_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+# ---- whole characters ---------------------------------------------------------------------------------------------------------------
+
+
+class Bytes(Tokenizer):
+    """Ids are bytes."""
+
+    name, vocab_size = "bytes", 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return bytes(ids)
+
+
+def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    characters = CharacterStream(tokenizer)
+    return [*(characters.feed(i) for i in ids), characters.finish()]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 255), max_size=40))
+def test_random_bytes_never_break_the_stream(ids):
+    pieces = stream(Bytes(), ids)
+    assert "".join(pieces) == bytes(ids).decode("utf-8", errors="replace")
+    for piece in pieces:
+        piece.encode("utf-8")
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=20))
+def test_text_comes_in_whole_characters(text):
+    pieces = stream(Bytes(), list(text.encode()))
+    assert "".join(pieces) == text
+    assert all(len(piece) <= 1 or piece.count("\ufffd") for piece in pieces)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(st.integers(0, 299), max_size=30))
+def test_random_tokens_of_a_folder_tokenizer(tokenizer, ids):
+    ids = [i % tokenizer.vocab_size for i in ids]
+    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@settings(max_examples=50, deadline=None)
+@given(ids=st.lists(st.integers(0, 65535), max_size=30))
+def test_random_tokens_of_the_world_tokenizer(world, ids):
+    assert "".join(stream(world, ids)) == world.decode(ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(pieces=st.lists(st.text("ab\n", max_size=3), max_size=8), end=st.sampled_from(["", "\n\n", "aba", "b"]))
+def test_text_until_an_end_is_the_text_before_it(pieces, end):
+    until = UntilText(end)
+    shown = "".join([*map(until.feed, pieces), until.finish()])
+    whole = "".join(pieces)
+    assert shown == (whole.partition(end)[0] if end else whole)
+    assert until.reached == bool(end and end in whole)
+
+
+# ---- the command line -------------------------------------------------------------------------------------------------------------
+
+
+def make_run(folder, vocab_size=400):
+    folder.mkdir(parents=True)
+    torch.save(random_model(vocab_size=vocab_size).state_dict(), folder / "rwkv-final.pth")
+    make_tokenizer(folder / "tokenizer")
+    (folder / "run.json").write_text(json.dumps({"tokenizer": "a folder that is gone"}))
+    return folder
+
+
+def test_generate_continues_a_prompt_with_the_runs_own_tokenizer(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    flags = [str(run), "--prompt", "def ", "--length", "12", "--device", "cpu", "--seed", "1"]
+    assert main(flags) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("def ")
+    assert main([*flags, "--temperature", "1.0"]) == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["nowhere"], "nowhere: no such file"),
+        (["{run}", "--temperature", "-2"], "temperature -2"),
+        (["{run}", "--tokenizer", "world"], "don't belong together"),
+        (["{empty}"], "holds no rwkv-final.pth"),
+        (["{run}", "--device", "cuda"], "sees no GPU"),
+    ],
+)
+def test_mistakes_are_explained(tmp_path, capsys, flags, words):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "empty").mkdir()
+    run = make_run(tmp_path / "run")
+    with pytest.raises(SystemExit) as stopped:
+        main([flag.format(run=run, empty=tmp_path / "empty") for flag in flags])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_furthest_weights_of_a_run_are_taken(tmp_path):
+    for name in ("rwkv-init.pth", "rwkv-2.pth", "rwkv-10.pth", "rwkv-final.pth", "other.pth"):
+        (tmp_path / name).touch()
+    for name in ("rwkv-final.pth", "rwkv-10.pth", "rwkv-2.pth", "rwkv-init.pth"):
+        assert find_weights(tmp_path).name == name
+        (tmp_path / name).unlink()
+    assert find_weights(tmp_path / "other.pth").name == "other.pth"
+
+
+def test_the_newest_weights_under_out(tmp_path):
+    with pytest.raises(ValueError, match="no trained weights"):
+        newest_weights(tmp_path)
+    for age, name in enumerate(["b/rwkv-final.pth", "a/rwkv-3.pth", "a/rwkv-init.pth"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1e9 + age, 1e9 + age))
+    assert newest_weights(tmp_path) == tmp_path / "a/rwkv-3.pth"
+
+
+def test_a_models_tokenizer(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert find_tokenizer(run / "rwkv-final.pth", 400).name == str(run / "tokenizer")
+    bare = tmp_path / "bare.pth"
+    assert find_tokenizer(bare, 65536).name == "world"
+    with pytest.raises(ValueError, match="doesn't say which"):
+        find_tokenizer(bare, 400)
