@@ -245,7 +245,7 @@ def _ninja_file(recipe: Recipe) -> str:
     for suffix, command in recipe.commands.items():
         lines += [f"rule compile_{suffix[1:]}", f"  command = {shell(command)} -c $in -o $out"]
     lines += ["rule link", f"  command = {shell(recipe.link[:1])} $in {shell(recipe.link[1:])} -o $out"]
-    objects = [f"{source.name}.o" for source in recipe.sources]
+    objects = [f"{number}-{source.stem}.o".replace(" ", "-") for number, source in enumerate(recipe.sources)]
     for source, name in zip(recipe.sources, objects, strict=True):
         lines.append(f"build {name}: compile_{source.suffix[1:]} {path(source)}")
     lines += [f"build {LIBRARY}: link {' '.join(objects)}", f"default {LIBRARY}", ""]

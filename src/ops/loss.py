@@ -7,7 +7,8 @@ Sums and softmax are computed in fp32 (float64 for float64), whatever the logits
 Plain formula: `src.ops.reference.cross_entropy_l2wrap_reference`.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,19 +59,38 @@ def _counting(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tenso
     return counts, counts.sum().clamp(min=1), targets.masked_fill(~counts, 0)
 
 
-def _negative_log_likelihood(logits: Tensor, safe_targets: Tensor) -> tuple[Tensor, Tensor]:
-    """logsumexp(z) - z[target] and logsumexp(z), per row."""
-    log_total = torch.logsumexp(logits, -1)
-    return log_total - logits.gather(-1, safe_targets[:, None]).squeeze(-1), log_total
+def _parts(tensor: Tensor, rows: int) -> Iterator[slice]:
+    return (slice(start, start + rows) for start in range(0, tensor.shape[0], max(rows, 1)))
 
 
-def _gradient(logits: Tensor, log_total: Tensor, safe_targets: Tensor, scale: Tensor) -> Tensor:
-    """scale * (softmax(z) - onehot(target) + 1e-4 z at the largest z), row by row; scale [rows] is 0 for ignored rows."""
+class _Softmax(NamedTuple):
+    """The softmax of some rows, not yet divided by its sum, and what loss and gradient need of it."""
+
+    exps: Tensor  # [rows, V] exp(z - largest)
+    total: Tensor  # [rows] sum of exps
+    largest: Tensor  # [rows, 1]
+    where: Tensor  # [rows, 1]
+
+
+def _softmax(logits: Tensor) -> _Softmax:
     largest, where = logits.max(-1, keepdim=True)
-    scale = scale[:, None]
-    grad = torch.exp(logits - log_total[:, None]).mul_(scale)
-    grad.scatter_add_(-1, safe_targets[:, None], -scale)
-    return grad.scatter_add_(-1, where, largest * scale * L2WRAP)
+    exps = (logits - largest).exp_()
+    return _Softmax(exps, exps.sum(-1), largest, where)
+
+
+def _negative_log_likelihood(softmax: _Softmax, logits: Tensor, safe_targets: Tensor) -> Tensor:
+    """-log softmax(z)[target] per row; the target's logit is taken from z, as its exponential may have underflowed."""
+    return softmax.total.log() - (logits.gather(-1, safe_targets[:, None]) - softmax.largest).squeeze(-1)
+
+
+def _gradient(softmax: _Softmax, safe_targets: Tensor, scale: Tensor) -> Tensor:
+    """scale * (softmax(z) - onehot(target) + 1e-4 z at the largest z), row by row, in place of the exponentials.
+
+    scale [rows] is 0 for ignored rows.
+    """
+    grad = softmax.exps.mul_((scale / softmax.total)[:, None])
+    grad.scatter_add_(-1, safe_targets[:, None], -scale[:, None])
+    return grad.scatter_add_(-1, softmax.where, softmax.largest * scale[:, None] * L2WRAP)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -79,29 +99,22 @@ class _CrossEntropy(torch.autograd.Function):
         counts, count, safe_targets = _counting(targets, ignore_index)
         dtype = _accumulation_dtype(logits.dtype)
         rows = logits.shape[0] if logits.dtype == dtype else ROWS
-        nll, log_total = [], []
-        for start in range(0, logits.shape[0], max(rows, 1)):
-            part = slice(start, start + rows)
-            one_nll, one_total = _negative_log_likelihood(logits[part].to(dtype), safe_targets[part])
-            nll.append(one_nll)
-            log_total.append(one_total)
-        if not nll:
-            return logits.new_zeros((), dtype=dtype)
-        ctx.save_for_backward(logits, torch.cat(log_total), safe_targets, counts / count.to(dtype))
-        return torch.where(counts, torch.cat(nll), 0).sum() / count
+        total = logits.new_zeros((), dtype=dtype)
+        for part in _parts(logits, rows):
+            z = logits[part].to(dtype)
+            total += torch.where(counts[part], _negative_log_likelihood(_softmax(z), z, safe_targets[part]), 0).sum()
+        ctx.save_for_backward(logits, safe_targets, counts / count.to(dtype))
+        return total / count
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, None, None]:
-        if not ctx.saved_tensors:
-            return None, None, None
-        logits, log_total, safe_targets, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        logits, safe_targets, weight = ctx.saved_tensors
         scale = weight * grad_loss
-        if logits.dtype == log_total.dtype:
-            return _gradient(logits, log_total, safe_targets, scale), None, None
+        if logits.dtype == scale.dtype:
+            return _gradient(_softmax(logits), safe_targets, scale), None, None
         grad = torch.empty_like(logits)
-        for start in range(0, logits.shape[0], ROWS):
-            part = slice(start, start + ROWS)
-            grad[part] = _gradient(logits[part].to(log_total.dtype), log_total[part], safe_targets[part], scale[part])
+        for part in _parts(logits, ROWS):
+            grad[part] = _gradient(_softmax(logits[part].to(scale.dtype)), safe_targets[part], scale[part])
         return grad, None, None
 
 
@@ -120,15 +133,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=dtype)
         grad_hidden = torch.empty_like(hidden) if want_grad and ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if want_grad and ctx.needs_input_grad[1] else None
-        for start in range(0, hidden.shape[0], chunk):
-            part = slice(start, start + chunk)
+        for part in _parts(hidden, chunk):
             logits = (hidden[part] @ weight.t()).to(dtype)
-            nll, log_total = _negative_log_likelihood(logits, safe_targets[part])
-            total += torch.where(counts[part], nll, 0).sum()
+            softmax = _softmax(logits)
+            total += torch.where(counts[part], _negative_log_likelihood(softmax, logits, safe_targets[part]), 0).sum()
+            del logits
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad_logits = _gradient(logits, log_total, safe_targets[part], counts[part].to(dtype)).to(hidden.dtype)
-            del logits
+            grad_logits = _gradient(softmax, safe_targets[part], counts[part].to(dtype)).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:

@@ -97,7 +97,6 @@ def _check(
             )
 
 
-@torch.compiler.assume_constant_result
 def _why_not_native(device: str, dtype: torch.dtype, head_size: int, kernel: str) -> str:
     """Why the native op can't serve ('' when it can). Builds and loads it on the first call."""
     if device != "cpu":
@@ -113,6 +112,10 @@ def _why_not_native(device: str, dtype: torch.dtype, head_size: int, kernel: str
     except build.BuildError as error:
         return str(error)
     return ""
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler (seconds) where nobody compiles.
+_why_not_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _warn_once(reason: str) -> None:

@@ -1,0 +1,233 @@
+"""The lazy build: the cache serves only what fits, survives races and damage, and failures say what to do.
+
+A tiny C++ source stands for the library: what is tested is the building, not what is built.
+"""
+
+import ctypes
+import os
+import stat
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from src.ops import build
+from src.ops.build import BuildError, Recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    source = tmp_path / "a source.cpp"
+    source.write_text('#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n')
+    (tmp_path / "answer.h").write_text("#define ANSWER 42\n")
+    compiler = build.find_compiler()
+    return Recipe(
+        compiler=compiler,
+        sources=(source,),
+        headers=(tmp_path / "answer.h",),
+        commands={".cpp": (compiler, "-O0", "-fPIC", '-DNOTE="a $word"')},
+        link=(compiler, "-shared"),
+        identity=("this machine",),
+    )
+
+
+def built(recipe, cache):
+    return build.build(recipe, cache)
+
+
+def test_builds_once_and_serves_from_the_cache(recipe, tmp_path, monkeypatch):
+    library = built(recipe, tmp_path / "cache")
+    assert ctypes.CDLL(str(library)).answer() == 42
+    monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("built again"))
+    assert built(recipe, tmp_path / "cache") == library
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == sorted([recipe.key(), "lock"])  # nothing left over
+
+
+def test_key_follows_everything_the_binary_depends_on(recipe):
+    keys = {recipe.key()}
+    changes = [
+        {"commands": {".cpp": (recipe.compiler, "-O1", "-fPIC")}},
+        {"link": (recipe.compiler, "-shared", "-lm")},
+        {"identity": ("another machine",)},
+    ]
+    keys.update(replace(recipe, **change).key() for change in changes)
+    recipe.headers[0].write_text("#define ANSWER 43\n")
+    keys.add(recipe.key())
+    recipe.sources[0].write_text("// changed\n")
+    keys.add(recipe.key())
+    assert len(keys) == 2 + len(changes) + 1
+
+
+def test_key_of_the_library_follows_processor_compiler_and_torch(monkeypatch):
+    keys = {build.cpu_recipe().key(), build.cpu_recipe("baseline").key()}
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_processor_features", lambda: "avx9000")
+        keys.add(build.cpu_recipe().key())
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_version_of", lambda _: "g++ 99")
+        keys.add(build.cpu_recipe().key())
+    with monkeypatch.context() as patch:
+        patch.setattr(build.torch, "__version__", "9.9")
+        keys.add(build.cpu_recipe().key())
+    assert len(keys) == 5
+    assert build.cpu_recipe().key() in keys  # and is the same whenever asked
+
+
+def test_changed_source_gives_a_new_library(recipe, tmp_path):
+    first = built(recipe, tmp_path / "cache")
+    recipe.headers[0].write_text("#define ANSWER 43\n")
+    second = built(recipe, tmp_path / "cache")
+    assert [ctypes.CDLL(str(p)).answer() for p in (first, second)] == [42, 43]
+
+
+def test_two_at_once_do_not_break_each_other(recipe, tmp_path):
+    script = (
+        "import ctypes, pathlib, sys; from src.ops import build; from src.ops.build import Recipe\n"
+        f"r = {recipe!r}\n"
+        f"print(ctypes.CDLL(str(build.build(r, pathlib.Path({str(tmp_path / 'cache')!r})))).answer())"
+    ).replace("PosixPath", "pathlib.PosixPath")
+    command = [sys.executable, "-c", script]
+    both = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    for process in both:
+        out, err = process.communicate(timeout=120)
+        assert (out.strip(), process.returncode) == ("42", 0), err
+
+
+def test_without_locks_two_builders_still_agree(recipe, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(build.fcntl, "flock", no_locks)
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(built(recipe, tmp_path / "cache"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(results)) == 1
+    assert len(results) == 3
+
+
+def test_a_lock_file_that_someone_left_is_not_waited_for(recipe, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "lock").write_text("left over")
+    built(recipe, tmp_path / "cache")
+
+
+def test_a_damaged_library_is_built_again(tmp_path, monkeypatch, recipe):
+    loads = []
+
+    def load(path):
+        loads.append(Path(path).stat().st_size)
+        ctypes.CDLL(str(path))
+
+    monkeypatch.setattr(build, "cpu_recipe", lambda _: recipe)
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(build, "_loaded", None)
+    monkeypatch.setattr(build.torch.ops, "load_library", load)
+    built(recipe, tmp_path / "cache").write_bytes(b"")
+    build.load_native()
+    assert loads[0] == 0
+    assert loads[1] > 0
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_with_a_word(recipe, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.warns(UserWarning, match="can't be written"):
+        library = built(recipe, tmp_path / "file" / "cache")
+    assert ctypes.CDLL(str(library)).answer() == 42
+
+
+def test_a_full_disk_is_replaced_with_a_word(recipe, tmp_path, monkeypatch):
+    real = build._compile
+
+    def full(recipe, work):
+        if work.is_relative_to(tmp_path / "cache"):
+            raise OSError(28, "No space left on device")
+        real(recipe, work)
+
+    monkeypatch.setattr(build, "_compile", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        built(recipe, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("build-*"))
+
+
+def fake_compiler(tmp_path, script):
+    path = tmp_path / "fake-cxx"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_the_compilers_words_are_shown(recipe, tmp_path):
+    recipe.sources[0].write_text("this is not C++\n")
+    with pytest.raises(BuildError, match=r"(?s)compiler's words:.*a source.cpp"):
+        built(recipe, tmp_path / "cache")
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["lock"]
+
+
+def test_a_compiler_killed_for_memory_says_so(recipe, tmp_path):
+    compiler = fake_compiler(tmp_path, "echo 'c++: fatal error: Killed signal terminated program cc1plus' >&2; exit 1")
+    with pytest.raises(BuildError, match="out of memory"):
+        built(replace(recipe, commands={".cpp": (compiler,)}), tmp_path / "cache")
+
+
+def test_no_compiler_says_what_to_install(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(BuildError, match=r"apt install g\+\+"):
+        build.cpu_recipe()
+
+
+def test_a_broken_compiler_says_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, "echo 'wrong architecture' >&2; exit 3"))
+    with pytest.raises(BuildError, match=r"(?s)exit 3.*wrong architecture"):
+        build.cpu_recipe()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BuildError, match="CXX is set to 'no-such-compiler'"):
+        build.cpu_recipe()
+
+
+def test_cache_folder_follows_xdg(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_folder() == tmp_path / "rwkv7-native"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert build.cache_folder().parent.name == ".cache"
+
+
+def test_importing_builds_and_reads_nothing(tmp_path):
+    script = (
+        "import torch, subprocess, os\n"
+        "def refuse(*a, **k): raise SystemExit('a process was started')\n"
+        "subprocess.Popen = subprocess.run = os.system = refuse\n"
+        "class Watched(dict):\n"
+        "    def __getitem__(self, *a): raise SystemExit(f'the environment was read: {a}')\n"
+        "    get = __contains__ = __getitem__\n"
+        "os.environ = Watched(os.environ)\n"
+        "import src.ops, src.ops.build, src.ops.reference\n"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", ["avx2", "baseline"])
+def test_other_instruction_sets_compute_the_same(instruction_set):
+    script = (
+        "import torch; from src.ops import build, wkv7; from src.ops.reference import wkv7_reference\n"
+        f"build.load_native({instruction_set!r}); torch.manual_seed(0)\n"
+        "x = [(0.3 * torch.randn(2, 70, 2, 48)).requires_grad_() for _ in range(6)]\n"
+        "a, b = (torch.autograd.grad(f(*x)[0].square().sum(), x) for f in (wkv7, wkv7_reference))\n"
+        "assert all((p - q).norm() < 1e-5 * q.norm() for p, q in zip(a, b))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
