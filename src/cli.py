@@ -87,6 +87,8 @@ def _judge_unknown(unknown: list[str], known: list[str]) -> tuple[list[str], lis
         if not word.startswith("--"):
             continue  # the value of the flag before it, which has been judged
         name = word[2:].split("=")[0]
+        if name == "local_rank":
+            continue  # launchers of several processes add it
         if name in HARMLESS_TRAINER_FLAGS:
             notes.append(f"--{name}: a flag of Lightning 1.9's Trainer that changes nothing here; leave it out")
         elif name in REPLACED_TRAINER_FLAGS:

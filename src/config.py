@@ -155,14 +155,34 @@ class RunConfig:
     )
 
     # data
-    data_file: str = flag("", "data", "binidx data, as X, X.bin or X.idx")
-    data_type: str = flag("binidx", "data", "binidx: pretraining windows", ("binidx",))
+    data_file: str = flag("", "data", "binidx data, as X, X.bin or X.idx; for sft a jsonl of conversations")
+    data_type: str = flag(
+        "binidx",
+        "data",
+        "binidx: pretraining on token files; sft: fine-tuning on conversations (jsonl)",
+        ("binidx", "sft"),
+    )
     tokenizer: str = flag("", "data", 'tokenizer of the data: "world" or a Hugging Face folder; kept with the run')
     vocab_size: int = flag(
         0, "data", "rows of the embedding; 0: from the tokenizer, the weights or the data", at_least=0
     )
     ctx_len: int = flag(1024, "data", "tokens per sample", at_least=1)
     magic_prime: int = flag(0, "data", "prime of the sampling order; 0: worked out from the data", at_least=0)
+    sft_loss: str = flag(
+        "answers",
+        "data",
+        "sft: what counts; all: prompts and padding too, as some published runs did",
+        ("answers", "all"),
+    )
+    packing: int = flag(
+        1, "data", "sft: 1: conversations share rows of ctx_len; 0: one a row, padded", at_least=0, below=2
+    )
+    truncate: str = flag(
+        "end",
+        "data",
+        "sft: a conversation longer than ctx_len: cut its end, drop it, or stop",
+        ("end", "drop", "error"),
+    )
     val_data_file: str = flag("", "data", "held-out binidx; its loss is shown when the run ends")
 
     # model
@@ -180,7 +200,10 @@ class RunConfig:
     # length, batch, learning rate
     micro_bsz: int = flag(12, "length", "samples per device and micro step", at_least=1)
     accumulate_grad_batches: int = flag(1, "length", "micro steps per optimizer step", at_least=1)
-    my_exit_tokens: int = flag(0, "length", "tokens to train on; the cosine ends there; 0: all tokens once", at_least=0)
+    my_exit_tokens: int = flag(
+        0, "length", "tokens (positions) to train on; the cosine ends there; 0: --epochs times the data", at_least=0
+    )
+    epochs: float = flag(1.0, "length", "passes over the data, where --my_exit_tokens is not given", at_least=0)
     epoch_steps: int = flag(
         0, "length", f"optimizer steps per mini-epoch; 0: {MINI_EPOCH_SAMPLES} samples, whatever the batch", at_least=0
     )
@@ -242,6 +265,12 @@ class RunConfig:
             )
         if self.lr_init == 0 and self.train_stage != 1:
             found.append("--lr_init 0: nothing would be learned; expected more than 0, for example 6e-4")
+        if self.data_type == "sft" and not self.tokenizer:
+            found.append(
+                "--tokenizer: missing; --data_type sft needs the folder of the model's tokenizer, with its chat template"
+            )
+        if self.epochs == 0 and not self.my_exit_tokens:
+            found.append("--epochs 0: nothing would be trained; expected more than 0, or --my_exit_tokens")
         if self.train_stage != 1 and not self.data_file:
             found.append("--data_file: missing; expected binidx data, which data/make_data.py makes from a jsonl")
         if self.epoch_begin and not self.load_model:

@@ -7,6 +7,7 @@
 Row `index` of epoch `e` is a pure function of (seed, e, index): like pretraining, a run can be cut and continued anywhere.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .packing import Indices, Packing, epoch_order, one_each, pack
-from .sampling import sample_number
+from .sampling import sample_number, skip_holes
 from .sft_cache import Conversations
 
 IGNORED = -100  # a target that doesn't count
@@ -132,15 +133,25 @@ class SftDataset(Dataset[SftBatch]):
 
     first_sample  number of the run's row at which this start begins, over all ranks
     n_samples     how many rows this rank reads: its length, a multiple of the micro batch
+    holes         rows left out for good, (first, count): the later ones move up
     """
 
-    def __init__(self, rows: SftRows, first_sample: int, n_samples: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        rows: SftRows,
+        first_sample: int,
+        n_samples: int,
+        rank: int,
+        world_size: int,
+        holes: Sequence[tuple[int, int]] = (),
+    ) -> None:
         assert 0 <= rank < world_size
         self.rows = rows
         self.first_sample = first_sample
         self.n_samples = n_samples
         self.rank = rank
         self.world_size = world_size
+        self.holes = tuple(holes)
 
     def __len__(self) -> int:
         return self.n_samples
@@ -148,4 +159,5 @@ class SftDataset(Dataset[SftBatch]):
     def __getitem__(self, index: int) -> SftBatch:
         if not 0 <= index < self.n_samples:
             raise IndexError(f"row {index} of {self.n_samples}")
-        return self.rows.sample(sample_number(index, self.first_sample, self.rank, self.world_size))
+        n = sample_number(index, self.first_sample, self.rank, self.world_size)
+        return self.rows.sample(skip_holes(n, self.holes))

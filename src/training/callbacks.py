@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import signal
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from src.training.checkpoint import FINAL, save_weights
-from src.training.full_state import counters, gather_full_state, scatter_full_state
+from src.training.full_state import counters, gather_full_state, gather_weights, scatter_full_state
 from src.training.module import TrainingModule
 from src.training.report import MiniEpochReport, Reporter, StepReport
 from src.training.resume import LoadedState, Position, StateWriter
@@ -68,8 +67,15 @@ class SaveWeights(AfterStep):
         return last or (self.length.ends_mini_epoch(step) and self.length.mini_epoch(step) % self.epoch_save == 0)
 
     def after_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
-        if self.saves_at(step) and trainer.is_global_zero:
-            save_weights(module.model, self.proj_dir / f"rwkv-{self.length.mini_epoch(step)}.pth")
+        if self.saves_at(step):
+            write_weights(trainer, module, self.proj_dir / f"rwkv-{self.length.mini_epoch(step)}.pth")
+
+
+def write_weights(trainer: pl.Trainer, module: TrainingModule, path: Path) -> None:
+    """The model's plain weights. Every rank takes part: under ZeRO's stage 3 each has a part of them."""
+    weights = gather_weights(module.model, trainer.global_rank)
+    if weights is not None:
+        save_weights(weights, path)
 
 
 class KeepState(AfterStep):
@@ -114,9 +120,9 @@ class KeepState(AfterStep):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.writer.wait()
-        if self.first_step + trainer.global_step >= self.length.steps and trainer.is_global_zero:
+        if self.first_step + trainer.global_step >= self.length.steps:
             assert isinstance(pl_module, TrainingModule)
-            save_weights(pl_module.model, self.weights.proj_dir / FINAL)
+            write_weights(trainer, pl_module, self.weights.proj_dir / FINAL)
 
     def _save(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         begin = time.monotonic()
@@ -130,11 +136,10 @@ class KeepState(AfterStep):
             holes=self.position.holes,
             rollbacks=self.position.rollbacks,
         )
-        tensors = gather_full_state(trainer, module)
+        parameters = gather_full_state(trainer, module)
+        tensors = ((f"{name}/{kind}", tensor) for name, kinds in parameters for kind, tensor in kinds.items())
         if trainer.is_global_zero:
-            trained = ((f"{name}/{kind}", tensor) for name, kinds in tensors for kind, tensor in kinds.items())
-            idle = ((f"{name}/idle", p) for name, p in module.model.named_parameters() if not p.requires_grad)
-            self.writer.write(now, self.settings, counters(trainer, module), itertools.chain(trained, idle))
+            self.writer.write(now, self.settings, counters(trainer, module), tensors)
         else:
             for _ in tensors:  # every rank takes part in gathering
                 pass

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from src.files import sha256_of, write_whole
 
@@ -29,13 +29,13 @@ def numbered(proj_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """The model's state dict under `path`, whole or not at all.
+def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """A state dict under `path`, whole or not at all.
 
     Tried twice; then OSError (disk full, folder gone, no permission) with the path and what still stands, so that the run
     fails visibly instead of training on without being saved.
     """
-    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
     for last_try in (False, True):
         try:
             with write_whole(path) as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ from typing import Any
 import torch
 
 from src.config import ModelConfig, RunConfig
-from src.dataset.binidx import MMapIndexedDataset
 from src.files import sha256_of
 from src.model import RWKV7
 from src.ops.wkv7 import describe_kernel
 from src.training import checkpoint
+from src.training.data import Samples
 from src.training.schedule import RunLength
 from src.training.start import Start
 from src.training.strategy import Hardware
@@ -26,8 +25,7 @@ def settings_of(
     model_config: ModelConfig,
     hardware: Hardware,
     length: RunLength,
-    data: MMapIndexedDataset,
-    prime: int,
+    samples: Samples,
     seed: int,
 ) -> dict[str, Any]:
     """Every setting with its real value: what the log's header, run.json and the saved states hold."""
@@ -35,14 +33,14 @@ def settings_of(
         **dataclasses.asdict(config),
         **dataclasses.asdict(model_config),
         "grad_cp": config.grad_cp,
-        "magic_prime": prime,
+        "magic_prime": samples.prime,
         "my_exit_tokens": length.exit_tokens,
         "precision": hardware.precision,
         "accelerator": hardware.accelerator,
         "random_seed": seed,
         "global_batch": length.global_batch,
         "tokenizer": _tokenizer_identity(config.tokenizer),
-        "data": _data_identity(data),
+        "data": samples.identity,
     }
 
 
@@ -52,18 +50,11 @@ def _tokenizer_identity(tokenizer: str) -> str:
     return f"{Path(tokenizer).name} {sha256_of(file)[:16]}" if tokenizer and file.is_file() else tokenizer
 
 
-def _data_identity(data: MMapIndexedDataset) -> str:
-    """The same for the same tokens, wherever the file lies: their number, and a hash of the first and last million."""
-    ends = hashlib.sha256(data.tokens[:1_000_000].tobytes() + data.tokens[-1_000_000:].tobytes())
-    return f"{data.n_tokens} tokens {ends.hexdigest()[:16]}"
-
-
 def summary(
     config: RunConfig,
     model: RWKV7,
     hardware: Hardware,
-    data: MMapIndexedDataset,
-    prime: int,
+    samples: Samples,
     start: Start,
 ) -> str:
     """What is about to happen, a line for each thing."""
@@ -78,7 +69,7 @@ def summary(
         begins += f", at step {step:,}, {length.tokens(step):,} tokens, with a fresh optimizer"
     rows = {
         "model": f"{model.config.title}, {parameter_count(model):,} parameters, vocabulary {model.config.vocab_size:,}",
-        "data": f"{config.data_file}, {data.n_tokens:,} tokens, magic prime {prime:,}",
+        "data": samples.words,
         "run": f"{length.steps:,} steps of {length.global_batch} x {config.ctx_len} tokens, {length.exit_tokens:,} in all",
         "lr": f"{config.lr_init:g} to {config.lr_final:g}",
         "where": f"{where}, {hardware.world_size} process{'es' * (hardware.world_size > 1)}, {hardware.precision}",

@@ -7,25 +7,29 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_only
+from torch.utils.data import Dataset
 
 from src.config import RunConfig
-from src.dataset.pretrain import PretrainDataset
-from src.dataset.sampling import sample_offset, skip_holes
+from src.dataset.sampling import skip_holes
 from src.model import RWKV7
 from src.training import checkpoint
 from src.training.callbacks import KeepState, SaveWeights, SetLearningRate, StopInTime, WatchBadSteps
+from src.training.data import Samples
 from src.training.module import TrainingModule
+from src.training.parts import Values
+from src.training.processes import OneProcess
 from src.training.report import Dashboard, MetricsFile, ProgressLine, Reporter, Sink, TrainLog
 from src.training.resume import StateWriter
 from src.training.say import say
 from src.training.schedule import RunLength, learning_rate
 from src.training.start import Start, build_model, find_start
-from src.training.strategy import Hardware
+from src.training.strategy import Hardware, lightning_strategy
 
 TIME_LIMIT_EXIT_CODE = 124  # what `timeout` gives; Ctrl-C and SIGTERM give 128 + the signal's number
 
@@ -44,29 +48,27 @@ def fit_whatever_comes(
     hardware: Hardware,
     proj_dir: Path,
     model: RWKV7,
-    prime: int,
+    values: Callable[[], Values],
+    samples: Samples,
     start: Start,
     settings: dict[str, Any],
+    company: OneProcess,
 ) -> End:
     """Fit to the end; after too many bad steps, once more from the last good state without their samples."""
     went_back_to = -1
     while True:
-        end = _fit(config, hardware, proj_dir, model, prime, start, settings)
+        end = _fit(config, hardware, proj_dir, model, values, samples, start, settings, company)
         if end.bad_steps is None:
             return end
-        samples = range(start.length.samples(end.bad_steps.start), start.length.samples(end.bad_steps.stop))
-        bad = sorted(skip_holes(n, start.position.holes) for n in samples)
-        again = find_start(
-            config,
-            proj_dir,
-            RunLength.of(start.length.exit_tokens, config.ctx_len, start.length.global_batch, config.epoch_steps),
-        )
-        where = f"steps {end.bad_steps.start + 1} to {end.bad_steps.stop} (samples {bad[0]} to {bad[-1]} of the order, magic prime {prime})"
+        numbers = range(start.length.samples(end.bad_steps.start), start.length.samples(end.bad_steps.stop))
+        bad = sorted(skip_holes(n, start.position.holes) for n in numbers)
+        length = RunLength.of(start.length.exit_tokens, config.ctx_len, start.length.global_batch, config.epoch_steps)
+        again = company.decide(partial(find_start, config, proj_dir, length))
+        where = f"steps {end.bad_steps.start + 1} to {end.bad_steps.stop} (samples {bad[0]} to {bad[-1]}, the first is at {samples.place(bad[0])})"
         if again.position.step <= went_back_to:
             raise FloatingPointError(
-                f"the loss or gradient was not finite again, at {where}, after going back to step {again.position.step} once. Nothing of "
-                f"it reached the weights. Look at these samples (first token {sample_offset(bad[0], prime, config.ctx_len):,} of "
-                f"{config.data_file}), lower --lr_init, or use --precision fp32 to find the cause"
+                f"the loss or gradient was not finite again, at {where}, after going back to step {again.position.step} once. "
+                "Nothing of it reached the weights. Look at these samples, lower --lr_init, or use --precision fp32 to find the cause"
             )
         went_back_to = again.position.step
         say(f"{where} gave no finite gradient: going back to the state of step {went_back_to}, without their samples")
@@ -74,7 +76,7 @@ def fit_whatever_comes(
             again.position, holes=_with_holes(again.position.holes, bad), rollbacks=again.position.rollbacks + 1
         )
         start = replace(again, position=position)
-        model.load_state_dict(build_model(config, hardware, start).state_dict())
+        model, values = build_model(config, hardware, start, company)
 
 
 def _with_holes(holes: list[tuple[int, int]], samples: list[int]) -> list[tuple[int, int]]:
@@ -93,31 +95,23 @@ def _fit(
     hardware: Hardware,
     proj_dir: Path,
     model: RWKV7,
-    prime: int,
+    values: Callable[[], Values],
+    samples: Samples,
     start: Start,
     settings: dict[str, Any],
+    company: OneProcess,
 ) -> End:
     """One Lightning fit from `start` to the end of the run, or until something stops it."""
     length, position = start.length, start.position
     if position.step >= length.steps:  # stopped between its last step and its last file
         if rank_zero_only.rank == 0:
-            checkpoint.save_weights(model, proj_dir / checkpoint.FINAL)
+            weights_now = {name: tensor.to(hardware.dtype) for name, tensor in values()}
+            checkpoint.save_weights(weights_now, proj_dir / checkpoint.FINAL)
         return End()
-    samples = (length.steps - position.step) * length.global_batch // hardware.world_size  # of one rank
+    count = (length.steps - position.step) * length.global_batch // hardware.world_size  # samples of one rank
 
-    def make_dataset(rank: int, world_size: int) -> PretrainDataset:
-        return PretrainDataset(
-            config.data_file,
-            ctx_len=config.ctx_len,
-            prime=prime,
-            first_sample=position.samples,
-            n_samples=samples,
-            micro_bsz=config.micro_bsz,
-            rank=rank,
-            world_size=world_size,
-            vocab_size=model.config.vocab_size,
-            holes=position.holes,
-        )
+    def make_dataset(rank: int, world_size: int) -> Dataset:
+        return samples.dataset(position.samples, count, rank, world_size, position.holes, model.config.vocab_size)
 
     if config.compile:
         for block in model.blocks:
@@ -144,7 +138,7 @@ def _fit(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
-        strategy=hardware.strategy,
+        strategy=lightning_strategy(config, hardware, company),
         precision="32-true",  # ours: parameters have their dtype already, the optimizer keeps fp32 masters
         max_epochs=1,
         max_steps=length.steps - position.step,
@@ -158,7 +152,8 @@ def _fit(
         num_sanity_val_steps=0,
         default_root_dir=proj_dir,
     )
-    trainer.fit(TrainingModule(model, config, hardware, make_dataset))
+    in_parts = values if hardware.model_in_parts else None
+    trainer.fit(TrainingModule(model, config, hardware, make_dataset, samples.collate, in_parts))
     if "rollback" in reporter.agreed:
         return End(bad_steps=bad_steps.too_many)
     if "stop" in reporter.agreed and reporter.next_step < length.steps:

@@ -2,47 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from src.config import RunConfig
 from src.model import RWKV7
 from src.ops.loss import cross_entropy_l2wrap, linear_cross_entropy_l2wrap
 from src.training.optim import MasterAdamW, parameter_groups
-from src.training.strategy import Hardware
+from src.training.parts import Values, partition
+from src.training.strategy import Hardware, engine_settings
+from src.training.zero import EngineAdamW
+
+
+class HeadLoss(nn.Module):
+    """The last step, hidden [B, T, C] to loss, as a module of its own: that is what ZeRO's stage 3 gathers parameters around.
+
+    It uses the model's head without owning it, so that the head's weight has one name.
+    """
+
+    def __init__(self, head: nn.Linear, chunk: int) -> None:
+        super().__init__()
+        self.head, self.chunk = (head,), chunk
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        (head,) = self.head
+        if self.chunk:
+            return linear_cross_entropy_l2wrap(hidden, head.weight, targets, self.chunk)
+        return cross_entropy_l2wrap(head(hidden), targets)
 
 
 class TrainingModule(pl.LightningModule):
-    """Wraps an RWKV7. `make_dataset(rank, world_size)` gives the samples that a process reads, from the run's position on."""
+    """Wraps an RWKV7. `make_dataset(rank, world_size)` gives the samples that a process reads, from the run's position on.
 
-    def __init__(self, model: RWKV7, config: RunConfig, hardware: Hardware, make_dataset: Any) -> None:
+    A model that no process holds whole (ZeRO stage 3) comes on the meta device, with `values` to build it from.
+    """
+
+    def __init__(
+        self,
+        model: RWKV7,
+        config: RunConfig,
+        hardware: Hardware,
+        make_dataset: Any,
+        collate: Callable[[list[Any]], Any] | None = None,
+        values: Callable[[], Values] | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.config, self.hardware, self.make_dataset = model, config, hardware, make_dataset
-        self.optimizer: MasterAdamW
+        self.collate = collate
+        self.values = values
+        self.head_loss = HeadLoss(model.head, config.head_chunk)
+        self.optimizer: MasterAdamW | EngineAdamW
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        tokens, targets = batch
-        hidden, _ = self.model.hidden(tokens)
-        if self.config.head_chunk:
-            loss = linear_cross_entropy_l2wrap(hidden, self.model.head.weight, targets, self.config.head_chunk)
-        else:
-            loss = cross_entropy_l2wrap(self.model.head(hidden), targets)
+    def configure_model(self) -> None:
+        if self.values is not None:
+            settings = engine_settings(self.config, self.hardware)
+            partition(self.model, self.values(), settings, self.hardware.accelerator, self.hardware.dtype)
+            self.values = None
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
+        tokens, targets, *packed = batch  # packed rows bring the bounds of their documents
+        hidden, _ = self.model.hidden(tokens, cu_seqlens=packed[0] if packed else None)
+        loss = self.head_loss(hidden, targets)
         return {"loss": loss * self.optimizer.loss_scale, "plain_loss": loss.detach()}
 
-    def configure_optimizers(self) -> MasterAdamW:
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         c = self.config
-        self.optimizer = MasterAdamW(
-            parameter_groups(self.model, c.weight_decay),
-            lr=c.lr_init,
-            betas=(c.beta1, c.beta2),
-            eps=c.adam_eps,
-            grad_clip=c.grad_clip,
-            scale_loss=self.hardware.precision == "fp16",
-        )
+        groups = parameter_groups(self.model, c.weight_decay)
+        adam: dict[str, Any] = {
+            "lr": c.lr_init,
+            "betas": (c.beta1, c.beta2),
+            "eps": c.adam_eps,
+            "grad_clip": c.grad_clip,
+        }
+        if self.hardware.strategy == "deepspeed":
+            self.optimizer = EngineAdamW(groups, **adam)
+        else:
+            self.optimizer = MasterAdamW(groups, **adam, scale_loss=self.hardware.precision == "fp16")
         return self.optimizer
 
     @property
@@ -58,6 +98,7 @@ class TrainingModule(pl.LightningModule):
             dataset,
             batch_size=self.config.micro_bsz,
             shuffle=False,
+            collate_fn=self.collate,
             num_workers=1 if on_gpu else 0,
             persistent_workers=on_gpu,
             prefetch_factor=8 if on_gpu else None,

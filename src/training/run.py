@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,18 @@ from pytorch_lightning.utilities import rank_zero_only
 from src.config import RunConfig
 from src.dataset.binidx import MMapIndexedDataset
 from src.dataset.lock import only_one
-from src.dataset.sampling import check_magic_prime, magic_prime
 from src.inference.evaluate import heldout_loss
 from src.model import RWKV7
 from src.model.weights import fit_weights, read_weights
 from src.training import checkpoint, plot
+from src.training.data import open_samples
 from src.training.describe import parameter_count, settings_of, summary, words_for_complete
 from src.training.fit import fit_whatever_comes
+from src.training.processes import OneProcess, join
 from src.training.say import say, say_error
 from src.training.schedule import RunLength
 from src.training.start import (
     build_model,
-    check_ids,
     compare_settings,
     find_start,
     find_vocab_size,
@@ -43,25 +44,45 @@ INTERRUPTED_EXIT_CODE = 130  # what shells report for Ctrl-C
 def run(config: RunConfig, notes: list[str]) -> int:
     """Carry out `train.py` with these settings. The exit code: 0 done, 1 a failure, 2 a mistake in the call, 130 stopped."""
     _quiet_libraries()
+    company = OneProcess()
     try:
         hardware = choose_hardware(config)
+        if config.train_stage == 1:
+            hardware = replace(hardware, devices=1, num_nodes=1)  # one process writes; of a launcher's, the first
+            if rank_zero_only.rank != 0:
+                return 0
+        else:
+            company = join(hardware.devices, hardware.num_nodes, hardware.accelerator)
         for note in (*notes, *hardware.notes):
             say(f"note: {note}")
         proj_dir = _writable_folder(config.proj_dir)
         with _alone_in(proj_dir):
-            carry_out = _write_init if config.train_stage == 1 else _train
-            return carry_out(config, hardware, proj_dir)
+            if config.train_stage == 1:
+                return _write_init(config, hardware, proj_dir)
+            code = _train(config, hardware, proj_dir, company)
+        company.leave()
+        return code
     except ValueError as error:
         if not _is_for_users(error):
+            company.explain(error)
             raise
-        say_error(str(error))
-        return 2
+        return _fail(company, str(error), 2)
     except (OSError, FloatingPointError) as error:
-        say_error(str(error))
-        return 1
+        return _fail(company, str(error), 1)
     except KeyboardInterrupt:
-        say_error("stopped at once; the same command continues from the newest saved state or weights")
+        if company.rank == 0:
+            say_error("stopped at once; the same command continues from the newest saved state or weights")
         return INTERRUPTED_EXIT_CODE
+    except Exception as error:
+        company.explain(error)
+        raise
+
+
+def _fail(company: OneProcess, message: str, code: int) -> int:
+    if company.has_to_say(message):
+        say_error(message)
+        company.end_all(message)
+    return code
 
 
 def _is_for_users(error: ValueError) -> bool:
@@ -86,7 +107,7 @@ def _write_init(config: RunConfig, hardware: Hardware, proj_dir: Path) -> int:
         return 0
     seed = _seed(config)
     model = RWKV7(model_config).to(_init_dtype(config))
-    checkpoint.save_weights(model, target)
+    checkpoint.save_weights(model.state_dict(), target)
     say(f"wrote {target}: {model_config.title}, {parameter_count(model):,} parameters, seed {seed}")
     return 0
 
@@ -98,40 +119,41 @@ def _init_dtype(config: RunConfig) -> torch.dtype:
 # ---- training ---------------------------------------------------------------------------------------------------------------
 
 
-def _train(config: RunConfig, hardware: Hardware, proj_dir: Path) -> int:
-    data = MMapIndexedDataset(config.data_file)
-    prime = config.magic_prime or magic_prime(data.n_tokens, config.ctx_len)
-    check_magic_prime(prime, data.n_tokens, config.ctx_len)
+def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OneProcess) -> int:
+    samples = open_samples(config)
+    if config.data_type == "sft" and config.magic_prime:
+        say("note: --magic_prime has no meaning for --data_type sft, whose order is a shuffle for each epoch")
     held_out = MMapIndexedDataset(config.val_data_file) if config.val_data_file else None
     global_batch = config.micro_bsz * config.accumulate_grad_batches * hardware.world_size
-    exit_tokens = config.my_exit_tokens or data.n_tokens
+    exit_tokens = config.my_exit_tokens or max(1, round(config.epochs * samples.once))
     length = RunLength.of(exit_tokens, config.ctx_len, global_batch, config.epoch_steps)
 
-    if rank_zero_only.rank == 0:
-        put_aside_other_run(config, proj_dir)
-    if (proj_dir / checkpoint.FINAL).exists():
+    company.decide(lambda: put_aside_other_run(config, proj_dir))
+    if company.decide((proj_dir / checkpoint.FINAL).exists):
         say(words_for_complete(proj_dir))
         return 0
-    seed = _seed(config)
-    start = find_start(config, proj_dir, length)
-    model = build_model(config, hardware, start)
-    check_ids(data, model.config.vocab_size, config)
-    settings = settings_of(config, model.config, hardware, length, data, prime, seed)
+    seed = company.decide(lambda: _seed(config))
+    start = company.decide(lambda: find_start(config, proj_dir, length))
+    model, values = build_model(config, hardware, start, company)
+    samples.check_ids(model.config.vocab_size)
+    settings = settings_of(config, model.config, hardware, length, samples, seed)
     if start.position.step:
-        compare_settings(checkpoint.read_run(proj_dir).get("settings", {}), settings, proj_dir)
-    say(summary(config, model, hardware, data, prime, start))
+        company.decide(lambda: compare_settings(checkpoint.read_run(proj_dir).get("settings", {}), settings, proj_dir))
+    say(summary(config, model, hardware, samples, start))
     _remember(config, proj_dir, settings)
 
-    end = fit_whatever_comes(config, hardware, proj_dir, model, prime, start, settings)
-    if rank_zero_only.rank == 0:
-        picture = _picture(proj_dir)
+    end = fit_whatever_comes(config, hardware, proj_dir, model, values, samples, start, settings, company)
+    if company.rank != 0:
+        return end.exit_code
+    picture = _picture(proj_dir)
     if end.stopped:
         say(f"stopped: {end.stopped}; its state is saved, the same command continues from there")
         return end.exit_code
     say(f"done: {proj_dir / checkpoint.FINAL}, {proj_dir / checkpoint.LOG}, {proj_dir / picture.name}")
-    if held_out is not None and rank_zero_only.rank == 0:
-        model.eval()
-        result = heldout_loss(model, held_out, config.ctx_len, max_windows=512, micro_bsz=config.micro_bsz)
+    if held_out is not None:
+        where = "cpu" if hardware.accelerator == "cpu" or hardware.model_in_parts else "cuda"
+        trained = RWKV7.from_checkpoint(proj_dir / checkpoint.FINAL, device=where, kernel=config.kernel)
+        result = heldout_loss(trained, held_out, config.ctx_len, max_windows=512, micro_bsz=config.micro_bsz)
         say(f"held-out loss {result.loss:.4f} over {result.tokens:,} tokens of {config.val_data_file}")
     return 0
 

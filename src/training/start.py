@@ -1,28 +1,27 @@
-"""What a run starts from: whose folder it is, where it continues, the model with its weights, a vocabulary that fits the data."""
+"""What a run starts from: whose folder it is, where it continues, the model with its weights and vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from src.config import RunConfig
-from src.dataset.binidx import MMapIndexedDataset
 from src.dataset.tokenizer import load_tokenizer
 from src.model import RWKV7
 from src.model.weights import IDLE_IN_LAYER_0, Weights, config_from_weights, fit_weights, read_weights
 from src.training import checkpoint
+from src.training.data import open_samples
+from src.training.parts import Values, fresh_values
+from src.training.processes import OneProcess
 from src.training.resume import LoadedState, Position, newest_good, states
 from src.training.say import say
 from src.training.schedule import RunLength
 from src.training.strategy import Hardware
 
-# windows of the data whose ids are compared with vocab_size before the start; every batch is checked later
-SAMPLED_WINDOWS = 256
 # settings that can't change within a run without changing its meaning: another model, other data, another order
 FIXED_SETTINGS = (
     *(
@@ -36,7 +35,7 @@ FIXED_SETTINGS = (
         "d_mv_lora",
         "d_gate_lora",
     ),
-    *("data_type", "data", "tokenizer", "ctx_len", "magic_prime"),
+    *("data_type", "data", "tokenizer", "ctx_len", "magic_prime", "sft_loss", "packing", "truncate"),
 )
 # settings that say how and where to compute, or are worked out, and need no word when they change
 FREE_SETTINGS = (
@@ -51,7 +50,16 @@ FREE_SETTINGS = (
         "devices",
         "num_nodes",
     ),
-    *("accelerator", "enable_progress_bar", "wandb", "global_batch", "epoch_begin", "epoch_count", "save_minutes"),
+    *(
+        "accelerator",
+        "enable_progress_bar",
+        "wandb",
+        "global_batch",
+        "epoch_begin",
+        "epoch_count",
+        "save_minutes",
+        "epochs",
+    ),
     *("keep_resume", "time_limit", "kernel", "compile", "grad_cp", "head_chunk", "strategy", "ds_bucket_mb"),
 )
 
@@ -143,35 +151,51 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path
             say(f"note: --{name} was {old} at the last start, is {new} now")
 
 
-def build_model(config: RunConfig, hardware: Hardware, start: Start) -> RWKV7:
-    """The model in the run's precision, with the weights to start from. Raises ValueError when a file doesn't fit."""
-    if start.loaded is not None:
-        weights = dict(_weights_of_state(start.loaded, hardware.dtype))
-        source = str(start.loaded.folder)
-    elif start.weights is not None:
-        weights, source = read_weights(start.weights), str(start.weights)
-    else:
-        return RWKV7(config.model_config(find_vocab_size(config, None))).to(hardware.dtype)
-    model_config = config.model_config(find_vocab_size(config, weights))
-    if config.load_partial:
-        model = RWKV7(model_config)
-    else:
-        with torch.device("meta"):
-            model = RWKV7(model_config)
-    fitted = fit_weights(weights, model, source, partial=bool(config.load_partial))
-    # copied: a file is mapped into memory, and the run must not depend on it staying there
-    model.load_state_dict({name: t.to(hardware.dtype, copy=True) for name, t in fitted.items()}, assign=True)
+def build_model(
+    config: RunConfig, hardware: Hardware, start: Start, company: OneProcess
+) -> tuple[RWKV7, Callable[[], Values]]:
+    """The model in the run's precision and the values to start from. Raises ValueError when a file doesn't fit.
+
+    Rank 0's model holds them already; other ranks' numbers are left open, they come from rank 0 when the strategy is set up. A model
+    that no process holds whole is on the meta device, and rank 0's values build it.
+    """
+    weights = None
+    if start.weights is not None and company.rank == 0:
+        weights = read_weights(start.weights)
+    sizes = company.decide(lambda: config.model_config(find_vocab_size(config, weights)))
+    with torch.device("meta"):
+        model = RWKV7(sizes)
+    if company.rank == 0 and weights is not None:
+        weights = fit_weights(weights, model, str(start.weights), partial=bool(config.load_partial))
+
+    def values() -> Values:
+        if start.loaded is not None:
+            yield from _values_of_state(start.loaded)
+        elif weights is None:
+            yield from fresh_values(sizes)
+        else:
+            yield from ((name, tensor) for name, tensor in weights.items() if not tensor.is_meta)
+            if any(tensor.is_meta for tensor in weights.values()):  # --load_partial: what the file lacks
+                yield from ((name, tensor) for name, tensor in fresh_values(sizes) if weights[name].is_meta)
+
+    if not hardware.model_in_parts:
+        if company.rank == 0:
+            # copied: a file is mapped into memory, and the run must not depend on it staying there
+            placed = {name: tensor.to(hardware.dtype, copy=True) for name, tensor in values()}
+            model.load_state_dict(placed, assign=True)
+        else:
+            model = model.to(hardware.dtype).to_empty(device="cpu")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in IDLE_IN_LAYER_0)
-    return model
+    return model, values
 
 
-def _weights_of_state(loaded: LoadedState, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _values_of_state(loaded: LoadedState) -> Values:
     for shard in loaded.tensors():
         for key, tensor in shard.items():
             name, kind = key.rsplit("/", 1)
             if kind in ("master", "idle"):
-                yield name, tensor.to(dtype)
+                yield name, tensor
 
 
 def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:
@@ -186,19 +210,6 @@ def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:
         raise ValueError(
             "--vocab_size 0: can't be worked out without --tokenizer or --data_file; give one of the three"
         )
-    tokens = MMapIndexedDataset(config.data_file).tokens
-    largest = max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
+    largest = open_samples(config).largest_id()
     say(f"note: --vocab_size {largest + 1}: the largest id in {config.data_file} is {largest}")
     return largest + 1
-
-
-def check_ids(data: MMapIndexedDataset, vocab_size: int, config: RunConfig) -> None:
-    """Raises ValueError when a sampled window of the data holds an id that the model doesn't know."""
-    starts = np.linspace(0, max(0, data.n_tokens - config.ctx_len), SAMPLED_WINDOWS).astype(np.int64)
-    for at in starts:
-        largest = int(data.tokens[at : at + config.ctx_len].max())
-        if largest >= vocab_size:
-            raise ValueError(
-                f"--data_file {config.data_file}: token id {largest} near position {at:,} doesn't fit --vocab_size {vocab_size}; "
-                "the data was made with another tokenizer: give its --vocab_size, or make the data anew"
-            )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from src.config import RunConfig
+from src.training import zero
+from src.training.processes import OneProcess, place_from_launcher
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -20,7 +23,9 @@ class Hardware:
     devices: int  # processes on this machine
     num_nodes: int
     precision: str
-    strategy: Any  # for Lightning's Trainer
+    strategy: str  # plain (one process) | ddp | deepspeed
+    stage: int = 0  # of ZeRO, under deepspeed
+    offload: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -31,6 +36,11 @@ class Hardware:
     @property
     def world_size(self) -> int:
         return self.devices * self.num_nodes
+
+    @property
+    def model_in_parts(self) -> bool:
+        """No process holds the whole model: it is built parameter by parameter when the processes are there."""
+        return self.strategy == "deepspeed" and self.stage == 3
 
 
 def choose_hardware(config: RunConfig) -> Hardware:
@@ -45,31 +55,71 @@ def choose_hardware(config: RunConfig) -> Hardware:
         raise ValueError(f"--accelerator gpu: no GPU can be used: {why}, or train with --accelerator cpu")
     accelerator = "gpu" if config.accelerator == "gpu" or (config.accelerator == "auto" and cuda) else "cpu"
     notes = []
-    if config.devices == "auto":
-        devices = torch.cuda.device_count() if accelerator == "gpu" else 1
-    else:
-        devices = int(config.devices)
-        if accelerator == "gpu" and devices > torch.cuda.device_count():
-            raise ValueError(
-                f"--devices {devices}: expected at most {torch.cuda.device_count()}, the GPUs that torch sees"
-            )
+    devices, num_nodes = _processes(config, accelerator)
+    if accelerator == "gpu" and devices > torch.cuda.device_count():
+        raise ValueError(f"--devices {devices}: expected at most {torch.cuda.device_count()}, the GPUs that torch sees")
     precision = config.precision or ("bf16" if accelerator == "gpu" else "fp32")
     if precision == "fp16":
         notes.append("--precision fp16 overflows easily; bf16 is what RWKV-7 is trained in")
     if precision == "bf16" and accelerator == "cpu" and not config.precision:
         notes.append("bf16 on a CPU is slower than fp32 on most machines")
+    strategy, stage, offload = _sharing(config, devices * num_nodes, accelerator, notes)
+    return Hardware(accelerator, devices, num_nodes, precision, strategy, stage, offload, tuple(notes))
 
-    processes = devices * config.num_nodes
-    strategy: Any = "auto"
-    if config.strategy.startswith("deepspeed"):
-        if processes > 1:
-            raise ValueError(
-                f"--strategy {config.strategy} with {processes} processes: DeepSpeed is not built in yet; use --strategy ddp"
-            )
+
+def _processes(config: RunConfig, accelerator: str) -> tuple[int, int]:
+    """Processes per machine, and machines: as the launcher says where there is one."""
+    if place := place_from_launcher(os.environ):
+        devices, num_nodes = place.local_size, place.size // place.local_size
+        for flag, given, found in (
+            ("devices", config.devices, devices),
+            ("num_nodes", str(config.num_nodes), num_nodes),
+        ):
+            if given not in ("1", "auto", str(found)):
+                raise ValueError(
+                    f"--{flag} {given}: the launcher started {found}; leave the flag out, or start as many ({place.size} "
+                    "processes in all)"
+                )
+        return devices, num_nodes
+    if config.devices == "auto":
+        return (torch.cuda.device_count() if accelerator == "gpu" else 1), config.num_nodes
+    return int(config.devices), config.num_nodes
+
+
+def _sharing(config: RunConfig, processes: int, accelerator: str, notes: list[str]) -> tuple[str, int, bool]:
+    """plain | ddp | deepspeed, ZeRO stage, offload. ZeRO cuts state into as many parts as there are processes, so one process needs
+    it only to keep state in the CPU's memory instead of the GPU's."""
+    if not config.strategy.startswith("deepspeed"):
+        return ("ddp" if processes > 1 else "plain"), 0, False
+    stage, offload = int(config.strategy[len("deepspeed_stage_")]), config.strategy.endswith("_offload")
+    if processes == 1 and not (offload and accelerator == "gpu"):
         notes.append(f"--strategy {config.strategy}: one process needs no DeepSpeed; the plain strategy is used")
-    elif processes > 1:
-        from pytorch_lightning.strategies import DDPStrategy
+        return "plain", 0, False
+    if not zero.is_installed():
+        raise ValueError(
+            f"--strategy {config.strategy}: the package deepspeed is missing; install it (DS_BUILD_OPS=0 pip install deepspeed) or "
+            "use --strategy ddp"
+        )
+    return "deepspeed", stage, offload
 
-        backend = "nccl" if accelerator == "gpu" else "gloo"
-        strategy = DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
-    return Hardware(accelerator, devices, config.num_nodes, precision, strategy, tuple(notes))
+
+def engine_settings(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
+    """DeepSpeed's configuration for this run."""
+    return zero.engine_settings(
+        hardware.stage, hardware.offload, hardware.accelerator, hardware.dtype, config.micro_bsz, config.ds_bucket_mb
+    )
+
+
+def lightning_strategy(config: RunConfig, hardware: Hardware, company: OneProcess) -> Any:
+    """For Lightning's Trainer, with every process there already."""
+    if hardware.strategy == "plain":
+        return "auto"
+    if hardware.strategy == "deepspeed":
+        return zero.ZeroStrategy(engine_settings(config, hardware), hardware.accelerator, company)
+    from pytorch_lightning.strategies import DDPStrategy
+
+    return DDPStrategy(
+        cluster_environment=company.environment,
+        process_group_backend="nccl" if hardware.accelerator == "gpu" else "gloo",
+        gradient_as_bucket_view=True,
+    )

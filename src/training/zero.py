@@ -1,0 +1,285 @@
+"""DeepSpeed's ZeRO under Lightning: the real engine on GPUs and on CPU processes, with this project's optimizer inside.
+
+The engine partitions and communicates; what an optimizer step is (lr of the groups, clipping, decay, leaving out a step) stays in
+`EngineAdamW`, so that it means the same as everywhere. DeepSpeed is imported when the first engine is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+
+from src.training.optim import LOSS_SCALE_GROWTH_STEPS, LOSS_SCALE_POWER
+from src.training.processes import OneProcess
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("deepspeed") is not None
+
+
+def import_deepspeed(accelerator: str) -> Any:
+    """The package, told where it is to compute: it looks once, at its first import."""
+    if accelerator == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    # an extension for messages between CPU processes that gloo replaces; building it takes two minutes
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def engine_settings(
+    stage: int, offload: bool, accelerator: str, dtype: torch.dtype, micro_bsz: int, bucket_mb: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration. Clipping and the judgement of gradients are off in it: `EngineAdamW` does both on the device."""
+    on_gpu = accelerator == "gpu"
+    bucket = bucket_mb * 1_000_000
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": on_gpu,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    settings = {
+        "train_micro_batch_size_per_gpu": micro_bsz,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,
+    }
+    if dtype == torch.bfloat16:
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": False}
+    if dtype == torch.float16:
+        settings["fp16"] = {
+            "enabled": True,
+            "loss_scale": 0,
+            "initial_scale_power": LOSS_SCALE_POWER,
+            "loss_scale_window": LOSS_SCALE_GROWTH_STEPS,
+            "hysteresis": 1,
+            "min_loss_scale": 1,
+        }
+    return settings
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """Lightning's DeepSpeedStrategy on GPUs and on CPU processes, which Lightning refuses. Its model is a DeepSpeedEngine."""
+
+    def __init__(self, settings: dict[str, Any], accelerator: str, company: OneProcess) -> None:
+        self.deepspeed = import_deepspeed(accelerator)
+        super().__init__(
+            config=settings,
+            cluster_environment=company.environment,
+            precision_plugin=EnginePrecision("32-true"),
+            process_group_backend="nccl" if accelerator == "gpu" else "gloo",
+        )
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        """CPU devices get the index that DeepSpeed wants every device to have."""
+        self._parallel_devices = devices and [
+            torch.device("cpu", i) if device.type == "cpu" else device for i, device in enumerate(devices)
+        ]
+
+    def setup_environment(self) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup_device(self.root_device)
+        self.setup_distributed()
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        yield  # `partition` takes the place of Lightning's way to build a model in parts
+
+    def init_deepspeed(self) -> None:
+        module = self.lightning_module
+        assert module is not None
+        super().init_deepspeed()
+        if self.zero_stage_3:  # the chunked loss reads the head's weight without calling the head
+            self.deepspeed.zero.register_external_parameter(module.head_loss, module.model.head.weight)
+        zero = self.deepspeed_engine.optimizer
+        if isinstance(module.optimizer, EngineAdamW):
+            module.optimizer.follow(self.deepspeed_engine)
+            if zero.dtype != torch.float16:
+                _never_wait_for_the_norm(zero)
+
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        ends_step = self.deepspeed_engine.is_gradient_accumulation_boundary()
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        inner = self.deepspeed_engine.optimizer.optimizer
+        if ends_step and isinstance(inner, EngineAdamW):
+            inner.count_step()
+        return result
+
+
+class EnginePrecision(DeepSpeedPrecision):
+    """Leaves dtypes alone (the model has its own already) and divides by the accumulated micro steps once, not twice."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+    def backward(self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        assert model.trainer is not None
+        model.trainer.strategy.deepspeed_engine.backward(tensor, scale_wrt_gas=False)  # type: ignore[union-attr]
+
+
+def _never_wait_for_the_norm(zero: Any) -> None:
+    """The engine reads each step's gradient norm back to the host to see whether it is finite. `EngineAdamW` knows that on the
+    device, so the engine's question is answered without looking. Where another DeepSpeed asks differently it waits, no more."""
+    asking = importlib.import_module(type(zero).__module__)
+    if hasattr(asking, "is_invalid_grad_norm"):
+        asking.is_invalid_grad_norm = lambda norm: False  # type: ignore[attr-defined]
+
+
+class EngineAdamW(torch.optim.AdamW):
+    """AdamW inside a ZeRO engine: the mathematics of `MasterAdamW` on this process's fp32 part of the weights.
+
+    The engine calls `step` group by group with flattened parameters, after it has found the global gradient norm. Clipping and the
+    decision to leave a step out (norm not finite) are taken from that norm on the device, as AdamW's `grad_scale` and `found_inf`.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float, grad_clip: float
+    ) -> None:
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        self.grad_clip = grad_clip
+        self.device = groups[0]["params"][0].device
+        self.loss_scale = torch.ones((), device=self.device)  # fp16: the engine scales by itself
+        self._skipped = torch.zeros((), device=self.device)
+        self._engine: Any = None
+
+    def follow(self, engine: Any) -> None:
+        """Take gradient norms from this engine's ZeRO optimizer."""
+        self._engine = engine
+
+    @property
+    def zero(self) -> Any:
+        """The ZeRO optimizer around this one."""
+        return self._engine.optimizer
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Global gradient norm of the last step before clipping; infinite when that step was left out."""
+        norm = getattr(self.zero, "_global_grad_norm", None)
+        return torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=self.device)
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps were left out: those left out here, and those that the engine (fp16) never brought here."""
+        return self._skipped + self._engine.skipped_steps
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        assert closure is None, "the engine has run backward already"
+        norm = self.grad_norm
+        clip = self.grad_clip / (norm + 1e-6) if self.grad_clip else torch.ones_like(norm)
+        where = next(p.device for group in self.param_groups for p in group["params"])  # the CPU when offloaded
+        self.grad_scale = (1.0 / clip.clamp(max=1.0)).to(where)
+        self.found_inf = (~torch.isfinite(norm)).float().to(where)
+        return super().step()
+
+    def count_step(self) -> None:
+        """At the end of a step of all groups."""
+        if self.zero.dtype != torch.float16:
+            self._skipped += ~torch.isfinite(self.grad_norm)
+
+    # ---- the state by parameter, of which this process holds a part -----------------------------------------------------------
+
+    def part_of(self, parameter: nn.Parameter) -> Part | None:
+        """Where this process's part of a parameter is; None when it holds none of it."""
+        zero = self.zero
+        if hasattr(parameter, "ds_id"):  # stage 3: every parameter in equal parts, the last one padded
+            group, offset, count = zero.grad_position[zero.get_param_id(parameter)]
+            start = count * dist.get_rank()
+            count = min(count, parameter.ds_numel - start)
+            return Part(zero.fp32_partitioned_groups_flat[group], offset, start, count) if count > 0 else None
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # stages 1, 2: a group in equal parts
+        if mapping is None:
+            return None
+        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        inside, own = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+        return Part(flat, inside.start, own.start, own.numel)
+
+    def tensor_of(self, part: Part, kind: str) -> Tensor:
+        """The part of `master`, `exp_avg` or `exp_avg_sq` [count], fp32; zeros before the first step."""
+        whole = part.flat if kind == "master" else self._moments(part.flat)[kind]
+        return whole.detach().narrow(0, part.offset, part.count)
+
+    def _moments(self, flat: nn.Parameter) -> dict[str, Tensor]:
+        state = self.state[flat]
+        if not state:
+            state["step"] = torch.zeros((), device=flat.device)
+            state["exp_avg"] = torch.zeros_like(flat)
+            state["exp_avg_sq"] = torch.zeros_like(flat)
+        return state
+
+    def _flats(self) -> list[nn.Parameter]:
+        zero = self.zero
+        return zero.fp32_partitioned_groups_flat if _is_stage_3(zero) else zero.single_partition_of_fp32_groups
+
+    def counters(self) -> dict[str, float]:
+        """The numbers that belong to no parameter, the same as `MasterAdamW`'s."""
+        scaler = self.zero.loss_scaler
+        return {
+            "adam_steps": self._moments(self._flats()[0])["step"].item(),
+            "skipped_steps": self.skipped_steps.item(),
+            "loss_scale": float(scaler.cur_scale),
+            "good_steps": float(getattr(scaler, "cur_iter", 0) - getattr(scaler, "last_overflow_iter", 0)),
+        }
+
+    def load_counters(self, counters: dict[str, float]) -> None:
+        for flat in self._flats():
+            self._moments(flat)["step"].fill_(counters["adam_steps"])
+        self._skipped.fill_(counters["skipped_steps"])
+        scaler = self.zero.loss_scaler
+        if hasattr(scaler, "last_overflow_iter"):  # fp16
+            scaler.cur_scale = counters["loss_scale"]
+            scaler.last_overflow_iter = scaler.cur_iter - int(counters["good_steps"])
+
+    @torch.no_grad()
+    def round_masters_into_parameters(self) -> None:
+        """After masters were set from outside: the model's own copies, in its dtype, follow. Every rank takes part."""
+        zero = self.zero
+        if not _is_stage_3(zero):
+            zero.update_lp_params()
+            return
+        for i in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(i)
+        if zero.persistent_parameters:  # small ones that every process keeps whole
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+@dataclass(frozen=True)
+class Part:
+    """`count` values of a parameter from `start` on, which this process keeps in `flat` from `offset` on."""
+
+    flat: nn.Parameter
+    offset: int
+    start: int
+    count: int
+
+
+def _is_stage_3(zero: Any) -> bool:
+    return hasattr(zero, "fp32_partitioned_groups_flat")

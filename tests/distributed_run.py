@@ -1,0 +1,156 @@
+"""Fits of a tiny model in several processes, without files of a run around them: what tests/test_distributed.py starts.
+
+    python -m tests.distributed_run OUT SCENARIO.json
+
+SCENARIO.json: {"processes": 2, "fits": {name: {flags of train.py, "optimizer": "sgd" | "adam", "steps": n, "poison": step}}}. Each fit
+leaves OUT/name.pt: losses, gradient norms, weights, the full state, what engine it was.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import Dataset
+
+from src.config import RunConfig
+from src.model import RWKV7
+from src.training.callbacks import SetLearningRate
+from src.training.full_state import counters, gather_full_state, gather_weights, scatter_full_state
+from src.training.module import TrainingModule
+from src.training.parts import fresh_values
+from src.training.processes import join
+from src.training.strategy import choose_hardware, lightning_strategy
+
+CTX, VOCAB = 16, 64
+
+
+class Numbers(Dataset):
+    """Samples of one step are the same whatever the number of processes; sample n of the run is drawn from seed n."""
+
+    def __init__(self, first_step, steps, rank, world_size, config, poison):
+        self.first_step, self.steps, self.rank, self.world_size, self.config = (
+            first_step,
+            steps,
+            rank,
+            world_size,
+            config,
+        )
+        self.poison = poison
+
+    def __len__(self):
+        return self.steps * self.config.accumulate_grad_batches * self.config.micro_bsz
+
+    def __getitem__(self, i):
+        micro_step, j = divmod(i, self.config.micro_bsz)
+        micro_step += self.first_step * self.config.accumulate_grad_batches
+        n = (micro_step * self.config.micro_bsz + j) * self.world_size + self.rank
+        tokens = torch.randint(0, VOCAB - 1, (CTX + 1,), generator=torch.Generator().manual_seed(n)).cumsum(0) % VOCAB
+        return tokens[:-1], tokens[1:]
+
+
+class PlainSGD(torch.optim.SGD):
+    """No clipping, no moments that hide a wrong scale of the gradient."""
+
+    loss_scale = 1.0
+    grad_norm = torch.zeros(())
+    skipped_steps = torch.zeros(())
+
+
+class Fit(TrainingModule):
+    def __init__(self, *args, optimizer, poison, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kind, self.poison, self.losses, self.norms, self.lrs = optimizer, poison, [], [], []
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        if self.kind == "sgd":
+            self.optimizer = PlainSGD(optimizer.param_groups, lr=self.config.lr_init)
+        return self.optimizer
+
+    def training_step(self, batch, batch_idx):
+        step = batch_idx // self.config.accumulate_grad_batches
+        out = super().training_step(batch, batch_idx)
+        if step == self.poison and self.trainer.global_rank == self.trainer.world_size - 1:
+            out["loss"] = out["loss"] * float("nan")  # on one process only
+        return out
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        loss = self.trainer.strategy.reduce(outputs["plain_loss"], reduce_op="mean").item()
+        self.losses.append(loss)
+        self.norms.append(float(self.optimizer.grad_norm))
+        self.lrs.append([group["lr"] for group in self.trainer.optimizers[0].param_groups])
+
+
+def fit(company, name, scenario, out):
+    scenario = dict(scenario)
+    optimizer, steps = scenario.pop("optimizer", "adam"), scenario.pop("steps", 4)
+    poison, first_step = scenario.pop("poison", -1), scenario.pop("first_step", 0)
+    load, init_seed = scenario.pop("load", None), scenario.pop("init_seed", 5)
+    flags = {
+        "n_layer": 2, "n_embd": 32, "head_size": 16, "vocab_size": VOCAB, "ctx_len": CTX, "micro_bsz": 2, "accelerator": "cpu",
+        "precision": "fp32", "lr_init": 1e-2, "lr_final": 1e-3, "weight_decay": 0.1, "kernel": "reference", **scenario,
+    }  # fmt: skip
+    config = RunConfig(**flags)
+    hardware = choose_hardware(config)
+    values = None
+    torch.manual_seed(init_seed)
+    if hardware.model_in_parts:
+        with torch.device("meta"):
+            model = RWKV7(config.model_config(VOCAB))
+
+        def values():
+            torch.manual_seed(init_seed)
+            return fresh_values(config.model_config(VOCAB))
+    else:
+        model = RWKV7(config.model_config(VOCAB)).to(hardware.dtype)
+    module = Fit(
+        model, config, hardware, lambda rank, size: Numbers(first_step, steps, rank, size, config, poison), values,
+        optimizer=optimizer, poison=poison,
+    )  # fmt: skip
+    strategy = lightning_strategy(config, hardware, company)
+
+    class Restore(pl.Callback):
+        def on_train_start(self, trainer, module):
+            if load:
+                kept = torch.load(out / f"{load}.pt")
+                shards = [{f"{name}/{kind}": t for name, kinds in kept["state"].items() for kind, t in kinds.items()}]
+                scatter_full_state(trainer, module, shards if company.rank == 0 else [], kept["counters"])
+
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=hardware.devices, num_nodes=hardware.num_nodes, strategy=strategy, precision="32-true",
+        max_epochs=1, max_steps=steps, accumulate_grad_batches=config.accumulate_grad_batches, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        callbacks=[Restore(), SetLearningRate(lambda step: config.lr_init / (1 + step), first_step)],
+    )  # fmt: skip
+    trainer.fit(module)
+    result = {"losses": module.losses, "norms": module.norms, "lrs": module.lrs}
+    result["engine"] = type(trainer.strategy.model).__name__
+    if result["engine"] == "DeepSpeedEngine":
+        result["stage"] = trainer.strategy.model.zero_optimization_stage()
+    result["weights"] = gather_weights(module.model, company.rank)
+    result["held"] = sum(p.numel() for p in module.model.parameters())
+    if optimizer == "adam":
+        result["state"] = {
+            name: {kind: t.clone().cpu() for kind, t in kinds.items()}
+            for name, kinds in gather_full_state(trainer, module)
+        }
+        result["counters"] = counters(trainer, module)
+    if company.rank == 0:
+        torch.save(result, out / f"{name}.pt")
+
+
+def main():
+    out, scenario = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    company = join(scenario["processes"], 1, "cpu")
+    import logging
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for name, one in scenario["fits"].items():
+        fit(company, name, {"devices": str(scenario["processes"]), **one}, out)
+    company.leave()
+
+
+if __name__ == "__main__":
+    main()
