@@ -143,7 +143,12 @@ def prompt_reader(history: Path) -> Callable[[], str]:
         event.current_buffer.insert_text("\n")
 
     session: PromptSession[str] = PromptSession(
-        "> ", multiline=True, key_bindings=keys, history=FileHistory(str(history)), prompt_continuation="  "
+        "> ",
+        multiline=True,
+        key_bindings=keys,
+        history=FileHistory(str(history)),
+        prompt_continuation="  ",
+        reserve_space_for_menu=0,
     )
     return session.prompt
 

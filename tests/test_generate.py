@@ -137,7 +137,7 @@ def test_a_decoder_has_read_all_that_was_written_when_the_iterator_ends(model):
 
 @pytest.mark.parametrize("tokens", [[], [97], [-1]])
 def test_a_prompt_that_is_none_is_refused(model, tokens):
-    with pytest.raises(ValueError, match="empty|another tokenizer"):
+    with pytest.raises(ValueError, match=r"empty|another tokenizer"):
         generate(model, tokens, 5)
 
 

@@ -6,6 +6,7 @@ Each round measures the copy bandwidth, the package, ours, and the bandwidth aga
 ratios within a round, because machines are shared. Rounds whose two bandwidths differ by more than a quarter are dropped, medians are shown.
 """
 
+# ruff: noqa: E402 (the package reads its settings from the environment when it is imported)
 import argparse
 import os
 import statistics
