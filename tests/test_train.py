@@ -125,7 +125,7 @@ def test_weights_alone_continue_at_the_right_place(tmp_path, data, capfd):
         expected = cross_entropy_l2wrap(weights(tokens)[0], targets).item()
     assert losses(out)[start] == pytest.approx(expected, abs=1e-5)
     rates = [float(row["lr"]) for row in metrics(out)]
-    assert rates[start] == pytest.approx(0.01 * rates[start - 1], rel=0.02)  # renewed warm-up
+    assert rates[start] == pytest.approx(0.01 * rates[start - 1], rel=0.1)  # renewed warm-up
     assert rates[start + 10] < rates[start - 1]  # the cosine went on
 
 

@@ -17,9 +17,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 
 from src.config import RunConfig
-from src.dataset.binidx import MMapIndexedDataset
 from src.dataset.lock import only_one
-from src.inference.evaluate import heldout_loss
 from src.model import RWKV7
 from src.model.weights import fit_weights, read_weights
 from src.training import checkpoint, plot
@@ -37,6 +35,7 @@ from src.training.start import (
     put_aside_other_run,
 )
 from src.training.strategy import Hardware, choose_hardware
+from src.training.validate import check_held_out, validation_loss
 
 INTERRUPTED_EXIT_CODE = 130  # what shells report for Ctrl-C
 
@@ -123,7 +122,8 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
     samples = open_samples(config)
     if config.data_type == "sft" and config.magic_prime:
         say("note: --magic_prime has no meaning for --data_type sft, whose order is a shuffle for each epoch")
-    held_out = MMapIndexedDataset(config.val_data_file) if config.val_data_file else None
+    if config.val_data_file:
+        check_held_out(config)
     global_batch = config.micro_bsz * config.accumulate_grad_batches * hardware.world_size
     exit_tokens = config.my_exit_tokens or max(1, round(config.epochs * samples.once))
     length = RunLength.of(exit_tokens, config.ctx_len, global_batch, config.epoch_steps)
@@ -150,10 +150,10 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
         say(f"stopped: {end.stopped}; its state is saved, the same command continues from there")
         return end.exit_code
     say(f"done: {proj_dir / checkpoint.FINAL}, {proj_dir / checkpoint.LOG}, {proj_dir / picture.name}")
-    if held_out is not None:
+    if config.val_data_file:
         where = "cpu" if hardware.accelerator == "cpu" or hardware.model_in_parts else "cuda"
         trained = RWKV7.from_checkpoint(proj_dir / checkpoint.FINAL, device=where, kernel=config.kernel)
-        result = heldout_loss(trained, held_out, config.ctx_len, max_windows=512, micro_bsz=config.micro_bsz)
+        result = validation_loss(trained, config)
         say(f"held-out loss {result.loss:.4f} over {result.tokens:,} tokens of {config.val_data_file}")
     return 0
 
