@@ -55,13 +55,16 @@ def tokenise(piece: Piece, tokenizer_name: str, field: str) -> Tokenised:
     tokenizer = load_once(tokenizer_name)
     dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
     parts, sizes, ordinals, digests, faults = [], [], [], [], []
+    texts: dict[int, str] = {}
     for index, text in read_documents(piece, field):
         if isinstance(text, Broken):
-            faults.append(text)
-            continue
-        data, ids = text.encode(), tokenizer.encode(text)
+            faults.append((index, text))
+        else:
+            texts[index] = text
+    for (index, text), ids in zip(texts.items(), tokenizer.encode_batch(list(texts.values())), strict=True):
+        data = text.encode()
         if tokenizer.decode_bytes(ids) != data:
-            faults.append(broken(piece, index, "tokens that do not give the text back", text))
+            faults.append((index, broken(piece, index, "tokens that do not give the text back", text)))
             continue
         ids.append(0)
         parts.append(np.array(ids, dtype).tobytes())
@@ -73,7 +76,7 @@ def tokenise(piece: Piece, tokenizer_name: str, field: str) -> Tokenised:
         np.array(sizes, np.int32),
         np.array(ordinals, np.uint64),
         np.array(digests, np.uint64),
-        faults,
+        [fault for _, fault in sorted(faults)],
         piece.end,
     )
 

@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from chat_models import make_tokenizer
 
 from data import inspect_data
 from src.dataset import BinIdxWriter
 from src.dataset.tokenizer import load_tokenizer
-from chat_models import make_tokenizer
 
 
 def test_numbers_and_windows(

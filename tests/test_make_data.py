@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from chat_models import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from data import make_data
 from src.dataset import MMapIndexedDataset, external_shuffle, text_input
 from src.dataset.lock import only_one
 from src.dataset.tokenizer import load_tokenizer
-from chat_models import make_tokenizer
 
 SCRIPT = Path(make_data.__file__)
 PROPERTY = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chat_models import TEMPLATES, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -19,7 +20,6 @@ from src.dataset.packing import epoch_order, pack
 from src.dataset.sft import IGNORED, SftDataset, SftRows, collate
 from src.dataset.sft_cache import Conversations, chat_tokenizer, encode_conversation, open_conversations
 from src.dataset.tokenizer import FolderTokenizer
-from chat_models import TEMPLATES, make_tokenizer
 
 IN_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 NASTY = [

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from chat_models import TEMPLATES, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.dataset.tokenizer import Tokenizer, load_tokenizer
-from chat_models import TEMPLATES, make_tokenizer
+from src.dataset.tokenizer import FolderTokenizer, Tokenizer, load_tokenizer
 
 TALK = [
     {"role": "user", "content": "what is <it>? 世界 & more"},
@@ -117,3 +117,25 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     with pytest.raises(ValueError, match="eos_token '</s>' is not in its vocabulary"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("lower_case", [False, True], ids=["exact", "changes the text"])
+def test_tokens_of_marked_characters(tmp_path: Path, lower_case: bool) -> None:
+    from tokenizers import Tokenizer as Rust
+    from tokenizers import normalizers
+
+    folder = make_tokenizer(tmp_path)
+    if lower_case:
+        rust = Rust.from_file(str(folder / "tokenizer.json"))
+        rust.normalizer = normalizers.Lowercase()
+        rust.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, FolderTokenizer)
+    text = "a 🙂<|im_end|>The 世界<|im_end|>x 世 the answer"
+    begin = text.index("The")
+    spans = [(begin, text.index("x ")), (text.index("the"), len(text))]
+    ids, marked = tokenizer.encode_marked(text, spans)
+    assert ids == tokenizer.encode(text)
+    heard = tokenizer.decode([i for i, is_marked in zip(ids, marked, strict=True) if is_marked])
+    expected = "The 世界<|im_end|> the answer"  # the token " the" begins before the mark and belongs to it
+    assert heard == (expected.lower() if lower_case else expected)

@@ -12,9 +12,17 @@ def only_one(path: Path, wait: bool) -> Iterator[None]:
     import fcntl  # where it doesn't exist (Windows), reading data must still work
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    while True:
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if not _stands_under(path, file.fileno()):  # its last holder has deleted it in the meantime
+                continue
+            yield
+            return
+
+
+def _stands_under(path: Path, descriptor: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(descriptor)
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

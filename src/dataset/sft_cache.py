@@ -72,11 +72,7 @@ def encode_conversation(tokenizer: FolderTokenizer, line: bytes) -> tuple[list[i
     assert tokenizer.chat_template is not None
     messages = read_conversation(line)
     text, answers = render_with_answers(tokenizer.chat_template, tokenizer.special_tokens, messages)
-    ids, places = tokenizer.encode_with_places(text)
-    begins, ends = np.array(places, np.int64).reshape(-1, 2).T
-    counts = np.zeros(len(ids), np.bool_)
-    for begin, end in answers:
-        counts |= (begins < end) & (begin < ends)  # also a token that begins in the header, as the space of " The"
+    ids, counts = tokenizer.encode_marked(text, answers)
     if not counts[1:].any():  # the first token is never a target
         raise ValueError("no answer")
     return ids, counts, len(messages)

@@ -10,6 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from .chat_template import ChatTemplate, Message
 
 WORLD_VOCAB_SIZE = 65536  # rows of the published models; the vocabulary itself ends at id 65529
@@ -36,10 +39,6 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, on all cores where the tokenizer can."""
         return [self.encode(text) for text in texts]
-
-    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of `text`, and the characters [begin, end) that each stands for."""
-        raise NotImplementedError
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The UTF-8 bytes of `ids`; a character may be cut at either end. Ids that mean nothing give U+FFFD."""
@@ -143,9 +142,21 @@ class FolderTokenizer(Tokenizer):
         except TypeError as error:  # all that the package says of a lone surrogate
             raise ValueError("text with lone surrogates is not valid Unicode") from error
 
-    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoding = self._rust.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+    def encode_marked(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], npt.NDArray[np.bool_]]:
+        """Ids of `text`, and which of them hold something of its characters [begin, end) in `spans`."""
+        ids = self.encode_batch([text])[0]
+        data = text.encode()
+        if self._entries is not None and self.decode_bytes(ids) == data:
+            ends = np.cumsum(self._lengths[ids])
+            begins = ends - self._lengths[ids]
+            if len(data) != len(text):
+                spans = [(len(text[:begin].encode()), len(text[:end].encode())) for begin, end in spans]
+        else:  # a tokenizer that changes the text; what it says of places is exact enough, but slow
+            begins, ends = np.array(self._rust.encode(text, add_special_tokens=False).offsets).reshape(-1, 2).T
+        marked = np.zeros(len(ids), np.bool_)
+        for begin, end in spans:
+            marked |= (begins < end) & (begin < ends)
+        return ids, marked
 
     @cached_property
     def special_tokens(self) -> list[str]:
@@ -168,6 +179,10 @@ class FolderTokenizer(Tokenizer):
         for token, number in self._rust.get_vocab(with_added_tokens=True).items():
             entries[number] = token.encode() if number in added else bytes(alphabet[c] for c in token)
         return entries
+
+    @cached_property
+    def _lengths(self) -> npt.NDArray[np.int64]:
+        return np.array([len(entry) for entry in self._entries or ()])
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         if self._entries is None:

@@ -22,7 +22,8 @@ def usable_cores() -> int:
 
 
 def _prepare() -> None:
-    """In a new worker: leaves Ctrl-C to the main process, and ends when that one is killed."""
+    """In a new worker: leaves Ctrl-C to the main process, ends when that one is killed, and keeps to one thread."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the only way to tell it to the package `tokenizers`
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,0 +1,37 @@
+"""The lock lets one process in at a time, also when its file is deleted by the one who leaves."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from src.dataset.lock import only_one
+
+
+def count_up(lock: Path, counter: Path, times: int) -> None:
+    for _ in range(times):
+        with only_one(lock, wait=True):
+            counter.write_text(str(int(counter.read_text()) + 1))
+            lock.unlink()
+
+
+def test_no_two_at_once(tmp_path: Path) -> None:
+    lock, counter = tmp_path / "lock", tmp_path / "counter"
+    counter.write_text("0")
+    spawned = [
+        multiprocessing.get_context("fork").Process(target=count_up, args=(lock, counter, 100)) for _ in range(3)
+    ]
+    for process in spawned:
+        process.start()
+    for process in spawned:
+        process.join(60)
+        assert process.exitcode == 0
+    assert counter.read_text() == "300"
+
+
+def test_without_waiting(tmp_path: Path) -> None:
+    lock = tmp_path / "new" / "lock"
+    with only_one(lock, wait=False), pytest.raises(BlockingIOError), only_one(lock, wait=False):
+        pass
+    with only_one(lock, wait=False):
+        pass
