@@ -1,0 +1,106 @@
+"""Speed of wkv7 on a CPU: microseconds per token-head, forward + backward as called from PyTorch, beside the reference.
+
+    python tests/bench/wkv7.py [--batch 4] [--tokens 512] [--heads 8] [--head-size 64] [--dtype float32] [--instruction-set avx2]
+
+Machines are shared, so every repetition is paired with the rate of matrix products measured just before and after it; one whose two
+rates differ by over 25 % is dropped. Medians are printed. us x GFLOP/s hardly depends on what else the machine does.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from src.ops import build, wkv7
+
+
+def product_rate(tokens: int = 2048, width: int = 512) -> float:
+    """GFLOP/s of one of a training step's matrix products, [tokens, C] x [C, 4C]."""
+    x, weight = torch.randn(tokens, width), torch.randn(width, 4 * width)
+    start = time.perf_counter()
+    for _ in range(4):
+        x @ weight
+    return 4 * 2 * tokens * width * 4 * width / (time.perf_counter() - start) / 1e9
+
+
+def problem(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+    r, w, k, v, dy = (torch.randn(shape) for _ in range(5))
+    kk = torch.nn.functional.normalize(torch.randn(shape), dim=-1)
+    inputs = [r, w - 2, 0.3 * k, v, -kk, kk * torch.rand(shape)]
+    return [x.to(dtype).requires_grad_() for x in inputs], dy.to(dtype)
+
+
+def measure(
+    shape: tuple[int, ...], dtype: torch.dtype, kernel: str, repetitions: int
+) -> list[tuple[float, float, float]]:
+    """(forward us, backward us, GFLOP/s) per token-head and repetition."""
+    inputs, dy = problem(shape, dtype)
+    token_heads = shape[0] * shape[1] * shape[2]
+    kept = []
+    for repetition in range(repetitions + 3):  # three to warm up: fresh memory is dear
+        before = product_rate()
+        times = [time.perf_counter()]
+        y, _ = wkv7(*inputs, kernel=kernel)
+        times.append(time.perf_counter())
+        torch.autograd.grad(y, inputs, dy)
+        times.append(time.perf_counter())
+        after = product_rate()
+        if repetition >= 3 and max(before, after) < 1.25 * min(before, after):
+            forward, backward = (1e6 * (b - a) / token_heads for a, b in pairwise(times))
+            kept.append((forward, backward, (before + after) / 2))
+    return kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-size", type=int, default=64)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--instruction-set", default="native", choices=list(build.INSTRUCTION_SETS))
+    parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument(
+        "--reference", type=int, default=1, metavar="N", help="repetitions of the reference (0: leave it out)"
+    )
+    args = parser.parse_args()
+    shape, dtype = (args.batch, args.tokens, args.heads, args.head_size), getattr(torch, args.dtype)
+    build.load_native(args.instruction_set)
+    print(
+        f"B, T, H, N = {shape}, {args.dtype}, {torch.get_num_threads()} threads, instruction set {args.instruction_set}"
+    )
+
+    native = measure(shape, dtype, "recurrent", args.repetitions)
+    if not native:
+        raise SystemExit(
+            "the machine is too restless: every repetition had product rates that differ by over 25 %; run again"
+        )
+    forward, backward, rate = (statistics.median(column) for column in zip(*native, strict=True))
+    paired = statistics.median((f + b) * g for f, b, g in native)
+    print(
+        f"native     forward {forward:7.3f}  backward {backward:7.3f}  both {forward + backward:7.3f} us per token-head"
+    )
+    print(
+        f"           product rate {rate:.0f} GFLOP/s, us x GFLOP/s {paired:.0f}, {len(native)} of {args.repetitions} repetitions kept"
+    )
+    if args.reference:
+        inputs, dy = problem(shape, dtype)
+        before = product_rate()
+        start = time.perf_counter()
+        for _ in range(args.reference):
+            torch.autograd.grad(wkv7(*inputs, kernel="reference")[0], inputs, dy)
+        reference = 1e6 * (time.perf_counter() - start) / args.reference / (args.batch * args.tokens * args.heads)
+        reference_rate = (before + product_rate()) / 2
+        print(
+            f"reference  both {reference:.1f} us per token-head at {reference_rate:.0f} GFLOP/s: {reference * reference_rate / paired:.0f} times the native time (paired)"
+        )
+
+
+if __name__ == "__main__":
+    main()
