@@ -27,6 +27,7 @@ def read_weights(path: str | Path) -> Weights:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such weights file; check the path (--load_model, --proj_dir)")
+    loaded: object
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

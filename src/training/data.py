@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +28,7 @@ class Samples(Protocol):
     once: int  # positions of one pass over the data
     identity: str  # the same for the same data, wherever the file lies
     words: str  # for the summary
-    collate: Callable[[list[Any]], Any] | None  # None: stacked as they are
+    collate: Any  # how a list of samples becomes a batch; None: stacked as they are
 
     def dataset(self, first: int, count: int, rank: int, world_size: int, holes: Holes, vocab_size: int) -> Dataset:
         """The `count` samples of one rank, from the run's sample `first` on, without those in `holes`."""

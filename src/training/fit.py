@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import Dataset
 
 from src.config import RunConfig
@@ -26,7 +25,7 @@ from src.training.parts import Values
 from src.training.processes import OneProcess
 from src.training.report import Dashboard, MetricsFile, ProgressLine, Reporter, Sink, TrainLog
 from src.training.resume import StateWriter
-from src.training.say import say
+from src.training.say import is_first, say
 from src.training.schedule import RunLength, learning_rate
 from src.training.start import Start, build_model, find_start
 from src.training.strategy import Hardware, lightning_strategy
@@ -104,7 +103,7 @@ def _fit(
     """One Lightning fit from `start` to the end of the run, or until something stops it."""
     length, position = start.length, start.position
     if position.step >= length.steps:  # stopped between its last step and its last file
-        if rank_zero_only.rank == 0:
+        if is_first():
             weights_now = {name: tensor.to(hardware.dtype) for name, tensor in values()}
             checkpoint.save_weights(weights_now, proj_dir / checkpoint.FINAL)
         return End()
@@ -118,7 +117,7 @@ def _fit(
             block.compile()
     bad_steps = WatchBadSteps(config.max_bad_steps, scale_loss=hardware.precision == "fp16")
     stop = StopInTime(position.step, config.time_limit)
-    shown = _sinks(config, proj_dir, start, settings) if rank_zero_only.rank == 0 else []
+    shown = _sinks(config, proj_dir, start, settings) if is_first() else []
     wishes = {"stop": stop.wish, "rollback": bad_steps.wish}
     reporter = Reporter(length, position.step, [*shown, bad_steps], position.mini_epoch_losses, wishes)
     weights = SaveWeights(length, position.step, config.epoch_save, proj_dir)

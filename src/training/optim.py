@@ -89,8 +89,8 @@ class MasterAdamW(torch.optim.Optimizer):
         clip = self.grad_clip / (self.grad_norm + 1e-6) if self.grad_clip else torch.ones_like(self.grad_norm)
         # The fused AdamW divides gradients by grad_scale and leaves everything as it is where found_inf is 1, inside its one
         # pass over memory; GradScaler hands it the same two attributes.
-        self._adam.grad_scale = self.loss_scale / clip.clamp(max=1.0)
-        self._adam.found_inf = found_inf
+        self._adam.grad_scale = self.loss_scale / clip.clamp(max=1.0)  # type: ignore[attr-defined]
+        self._adam.found_inf = found_inf  # type: ignore[attr-defined]
         for own, inner in zip(self.param_groups, self._adam.param_groups, strict=True):
             inner["lr"] = own["lr"]
         self._adam.step()

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_only
 
 from src.config import RunConfig
 from src.dataset.lock import only_one
@@ -25,7 +24,7 @@ from src.training.data import open_samples
 from src.training.describe import parameter_count, settings_of, summary, words_for_complete
 from src.training.fit import fit_whatever_comes
 from src.training.processes import OneProcess, join
-from src.training.say import say, say_error
+from src.training.say import is_first, say, say_error
 from src.training.schedule import RunLength
 from src.training.start import (
     build_model,
@@ -48,7 +47,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
         hardware = choose_hardware(config)
         if config.train_stage == 1:
             hardware = replace(hardware, devices=1, num_nodes=1)  # one process writes; of a launcher's, the first
-            if rank_zero_only.rank != 0:
+            if not is_first():
                 return 0
         else:
             company = join(hardware.devices, hardware.num_nodes, hardware.accelerator)
@@ -165,7 +164,7 @@ def _seed(config: RunConfig) -> int:
 
 
 def _remember(config: RunConfig, proj_dir: Path, settings: dict[str, Any]) -> None:
-    if rank_zero_only.rank != 0:
+    if not is_first():
         return
     remembered = checkpoint.read_run(proj_dir)
     if "origin" not in remembered:
@@ -200,7 +199,7 @@ def _writable_folder(name: str) -> Path:
 @contextmanager
 def _alone_in(proj_dir: Path) -> Iterator[None]:
     """Two runs in one folder would overwrite each other's weights: the second is refused."""
-    if rank_zero_only.rank != 0:
+    if not is_first():
         yield
         return
     with ExitStack() as stack:

@@ -7,6 +7,11 @@ import sys
 from pytorch_lightning.utilities import rank_zero_only
 
 
+def is_first() -> bool:
+    """Whether this is the process that speaks and writes the files (global rank 0)."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 @rank_zero_only
 def say(text: str) -> None:
     print(text, flush=True)
