@@ -253,9 +253,14 @@ def conversations(tmp_path: Path, folder: str) -> Conversations:
     return open_conversations(write(tmp_path / "x.jsonl", lengths), folder)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_rows_hold_every_conversation_whole(conversations: Conversations, packing: bool) -> None:
-    rows = SftRows(conversations, 128, packing=packing)
+def as_trained(conversations: Conversations) -> list[tuple[list[int], list[int]]]:
+    """Inputs and targets of each conversation alone."""
+    read = [conversations.read(i) for i in range(len(conversations.data))]
+    return [(ids[:-1].tolist(), np.where(counts, ids, IGNORED)[1:].tolist()) for ids, counts in read]
+
+
+def test_rows_hold_every_conversation_whole(conversations: Conversations) -> None:
+    rows = SftRows(conversations, 128)
     found = []
     for number in range(len(rows)):
         inputs, targets, bounds = rows.row(number)
@@ -265,15 +270,23 @@ def test_rows_hold_every_conversation_whole(conversations: Conversations, packin
             if (inputs[begin:end] == 0).all():  # padding
                 assert (targets[begin:end] == IGNORED).all()
                 assert end == 128
-                continue
-            found.append((inputs[begin:end].tolist(), targets[begin:end].tolist()))
-    expected = []
-    for i in range(len(conversations.data)):
-        ids, counts = conversations.read(i)
-        expected.append((ids[:-1].tolist(), np.where(counts, ids, IGNORED)[1:].tolist()))
+            else:
+                found.append((inputs[begin:end].tolist(), targets[begin:end].tolist()))
+    expected = as_trained(conversations)
     assert sorted(found) == sorted(expected)
     assert rows.filled == pytest.approx(sum(len(inputs) for inputs, _ in expected) / (128 * len(rows)))
-    assert packing == (len(rows) < len(expected) / 2)
+    assert len(rows) < len(expected) / 2
+
+
+def test_without_packing_each_has_a_row(conversations: Conversations) -> None:
+    rows = SftRows(conversations, 128, packing=False)
+    assert len(rows) == len(conversations.data)
+    for number, (inputs, targets) in enumerate(as_trained(conversations)):
+        padding = 128 - len(inputs)
+        row = rows.row(number)
+        assert row.inputs.tolist() == inputs + [0] * padding
+        assert row.targets.tolist() == targets + [IGNORED] * padding
+        assert row.cu_seqlens.tolist() == [0, 128]
 
 
 def test_any_number_of_ranks_and_a_restart_read_the_same_rows(conversations: Conversations) -> None:
@@ -324,6 +337,9 @@ def test_every_position_counts_when_asked(conversations: Conversations) -> None:
         inputs, targets, _ = rows.row(number)
         assert torch.equal(targets[:-1], inputs[1:])
         assert targets[-1] == 0
+    short = SftRows(conversations, 16, packing=False, count_all=True)
+    assert len(short) == len(conversations.data), "none is left out for want of an answer"
+    assert torch.equal(short.row(3).targets[:-1], short.row(3).inputs[1:])
 
 
 def test_loss_and_gradients_of_a_packed_row_are_the_weighted_mean(conversations: Conversations) -> None:

@@ -2,7 +2,7 @@
 
     row      inputs  [T]   conversation | conversation | ... | padding
              targets [T]   the next token where the assistant wrote it, else -100
-             cu_seqlens [D + 1]   0, the end of each conversation, T
+             cu_seqlens [D + 1]   0, the end of each conversation, T (without packing 0, T)
 
 Row `index` of epoch `e` is a pure function of (seed, e, index): like pretraining, a run can be cut and continued anywhere.
 """
@@ -66,6 +66,7 @@ class SftRows:
     ) -> None:
         self.conversations = conversations
         self.ctx_len = ctx_len
+        self.packing = packing
         self.count_all = count_all
         self.seed = seed
         positions = conversations.data.sizes.astype(np.int64) - (0 if count_all else 1)
@@ -76,8 +77,8 @@ class SftRows:
                 f"--ctx_len {ctx_len}: {int(too_long.sum())} of {len(positions)} conversations are longer, the first is "
                 f"number {first} with {positions[first]}. Raise --ctx_len, or choose --truncate end or drop."
             )
-        kept = ~too_long
-        if truncate == "end":
+        kept = np.ones_like(too_long) if count_all and truncate == "end" else ~too_long
+        if truncate == "end" and not count_all:
             for index in np.flatnonzero(too_long).tolist():  # the others have an answer, or they would not be there
                 kept[index] = (conversations.data[index][1 : ctx_len + 1] >= 0).any()
         used = np.flatnonzero(kept)
@@ -123,7 +124,12 @@ class SftRows:
             inputs[begin:end] = ids[:length]
             targets[begin:end] = following[1 : length + 1]
             ends.append(end)
-        if ends[-1] < self.ctx_len:
+        if not self.packing:
+            ends = [
+                0,
+                self.ctx_len,
+            ]  # padding follows its conversation, as in the runs that --packing 0 is compared with
+        elif ends[-1] < self.ctx_len:
             ends.append(self.ctx_len)
         return SftBatch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(ends, dtype=torch.int32))
 
