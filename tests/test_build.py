@@ -131,11 +131,28 @@ def test_a_damaged_library_is_built_again(tmp_path, monkeypatch, recipe):
     monkeypatch.setattr(build, "cpu_recipe", lambda _: recipe)
     monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(build, "_loaded", None)
+    monkeypatch.setattr(build, "_failure", None)
     monkeypatch.setattr(build.torch.ops, "load_library", load)
     built(recipe, tmp_path / "cache").write_bytes(b"")
     build.load_native()
     assert loads[0] == 0
     assert loads[1] > 0
+
+
+def test_a_failed_build_is_not_tried_again_at_every_call(monkeypatch):
+    tries = []
+
+    def fail(_):
+        tries.append(1)
+        raise BuildError("no compiler")
+
+    monkeypatch.setattr(build, "cpu_recipe", fail)
+    monkeypatch.setattr(build, "_loaded", None)
+    monkeypatch.setattr(build, "_failure", None)
+    for _ in range(3):
+        with pytest.raises(BuildError, match="no compiler"):
+            build.load_native()
+    assert len(tries) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_replaced_with_a_word(recipe, tmp_path):

@@ -1,6 +1,7 @@
-"""The functions that must be fast: `wkv7` and the loss, each with a plain PyTorch reference beside it."""
+"""The functions that must be fast: `wkv7`, the loss and the channel mix's activation, each with a plain PyTorch form beside it."""
 
 from src.ops.loss import cross_entropy_l2wrap, linear_cross_entropy_l2wrap
+from src.ops.relu_squared import relu_squared
 from src.ops.wkv7 import wkv7
 
-__all__ = ["cross_entropy_l2wrap", "linear_cross_entropy_l2wrap", "wkv7"]
+__all__ = ["cross_entropy_l2wrap", "linear_cross_entropy_l2wrap", "relu_squared", "wkv7"]

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 SOURCE_FOLDER = Path(__file__).resolve().parents[2] / "cuda"
-CPU_SOURCES = ("wkv7.cpp", "wkv7_cpu.cpp")
+CPU_SOURCES = ("wkv7.cpp", "wkv7_cpu.cpp", "relu_squared.cpp")
 HEADERS = ("wkv7_cpu.h", "vec.h")
 LIBRARY = "librwkv7_native.so"
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: the oldest whose headers have all that we use
@@ -66,6 +66,7 @@ class Recipe:
 
 
 _loaded: Path | None = None
+_failure: BuildError | None = None  # a build that failed once in this process isn't tried again at every call
 
 
 def load_native(instruction_set: str = "native") -> None:
@@ -73,10 +74,19 @@ def load_native(instruction_set: str = "native") -> None:
 
     Raises BuildError, with a message that a person can act on, when it can't be built or loaded.
     """
-    global _loaded
+    global _loaded, _failure
     if _loaded is not None:
         return
-    recipe = cpu_recipe(instruction_set)
+    if _failure is not None:
+        raise _failure
+    try:
+        _loaded = _build_and_load(cpu_recipe(instruction_set))
+    except BuildError as error:
+        _failure = error
+        raise
+
+
+def _build_and_load(recipe: Recipe) -> Path:
     path = build(recipe)
     try:
         torch.ops.load_library(path)
@@ -87,7 +97,7 @@ def load_native(instruction_set: str = "native") -> None:
             torch.ops.load_library(path)
         except OSError as second:
             raise BuildError(f"the native library was built but can't be loaded: {second}") from first
-    _loaded = path
+    return path
 
 
 def cpu_recipe(instruction_set: str = "native") -> Recipe:

@@ -74,5 +74,10 @@ def cross_entropy_l2wrap_reference(logits: Tensor, targets: Tensor, ignore_index
     return nll + (half_square - half_square.detach())
 
 
+def relu_squared_reference(x: Tensor) -> Tensor:
+    """max(x, 0)^2."""
+    return torch.relu(x).square()
+
+
 def _accumulate(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
