@@ -106,7 +106,7 @@ def fit(company, name, scenario, out):
     else:
         model = RWKV7(config.model_config(VOCAB)).to(hardware.dtype)
     module = Fit(
-        model, config, hardware, lambda rank, size: Numbers(first_step, steps, rank, size, config, poison), values,
+        model, config, hardware, lambda rank, size: Numbers(first_step, steps, rank, size, config, poison), values=values,
         optimizer=optimizer, poison=poison,
     )  # fmt: skip
     strategy = lightning_strategy(config, hardware, company)

@@ -279,7 +279,7 @@ class _Watch:
             try:
                 self._store.set(f"beat/{self.place.rank}", str(count))
                 self._last_beat = time.monotonic()
-                if self._store.check(["ended"]):
+                if self._store.check(["ended"]) and not self.ended:
                     self._end(self._store.get("ended").decode())
                 if self.place.rank == 0 and count % 2 == 0:
                     self._look_at_all(seen)
@@ -354,7 +354,7 @@ def join(devices: int, num_nodes: int, accelerator: str) -> OneProcess:
         place = first_place(os.environ, devices, num_nodes)
     # what torchrun would say: for the processes started here, and for libraries that read it
     os.environ.update(_variables(place))
-    rank_zero_only.rank = place.rank
+    rank_zero_only.rank = place.rank  # type: ignore[attr-defined]
     children = _start_others(place) if started_here else []
     if accelerator == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +37,8 @@ def import_deepspeed(accelerator: str) -> Any:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
+    # names that torch would like to see replaced, once for each collective
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # an extension for messages between CPU processes that gloo replaces; building it takes two minutes
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -88,6 +92,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             cluster_environment=company.environment,
             precision_plugin=EnginePrecision("32-true"),
             process_group_backend="nccl" if accelerator == "gpu" else "gloo",
+            logging_level=logging.ERROR,
         )
 
     @property
@@ -142,7 +147,7 @@ class EnginePrecision(DeepSpeedPrecision):
 
     def backward(self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         assert model.trainer is not None
-        model.trainer.strategy.deepspeed_engine.backward(tensor, scale_wrt_gas=False)  # type: ignore[union-attr]
+        model.trainer.strategy.deepspeed_engine.backward(tensor, scale_wrt_gas=False)  # type: ignore[union-attr,attr-defined]
 
 
 def _never_wait_for_the_norm(zero: Any) -> None:

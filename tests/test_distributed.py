@@ -1,0 +1,281 @@
+"""Several processes: the same losses and weights as one, whatever shares the work. Real processes, real DeepSpeed engines, on CPUs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.config import RunConfig
+from src.model import RWKV7, ModelConfig
+from src.training import strategy, zero
+from src.training.parts import fresh_values
+from src.training.processes import Place, first_place, place_from_launcher
+
+ROOT = Path(__file__).parents[1]
+STAGES = {"deepspeed_stage_1": 1, "deepspeed_stage_2": 2, "deepspeed_stage_3": 3}
+OFFLOADS = {f"{name}_offload": stage for name, stage in STAGES.items()}
+needs_deepspeed = pytest.mark.skipif(not zero.is_installed(), reason="the package deepspeed is not installed")
+
+SGD = {"optimizer": "sgd", "lr_init": 0.5, "grad_clip": 0.0, "accumulate_grad_batches": 2}
+
+
+def launch(folder, processes, fits, timeout=300, launcher=()):
+    """Run fits in `processes` processes (started by train.py's own means) and give what each left behind."""
+    plan = folder / f"plan-{processes}-{len(list(folder.glob('plan-*')))}.json"
+    plan.write_text(json.dumps({"processes": processes, "fits": fits}))
+    command = [*(launcher or [sys.executable]), "-m", "tests.distributed_run", str(folder), str(plan)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=timeout, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return {name: torch.load(folder / f"{name}.pt") for name in fits}
+
+
+def with_one_process(fit):
+    """The same fit in one process: its micro batch holds all processes' samples."""
+    return {**fit, "strategy": "auto", "devices": "1", "micro_bsz": fit.get("micro_bsz", 2) * 2}
+
+
+def largest_difference(one, other):
+    assert one.keys() == other.keys()
+    return max((one[name].float() - other[name].float()).abs().max().item() for name in one)
+
+
+def assert_same_engine(result, name):
+    if name == "ddp":
+        return
+    assert result["engine"] == "DeepSpeedEngine"
+    assert result["stage"] == {**STAGES, **OFFLOADS}[name]
+
+
+# ---- every strategy against one process -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A few steps of SGD with accumulation and without clipping under each strategy, and in one process."""
+    folder = tmp_path_factory.mktemp("quick")
+    fit = {**SGD, "steps": 5}
+    names = ["ddp", *(STAGES if zero.is_installed() else ())]
+    fits = {name: {**fit, "strategy": name} for name in names}
+    if zero.is_installed():
+        fits["stage 3, recomputed and chunked"] = {**fits["deepspeed_stage_3"], "grad_cp": 1, "head_chunk": 5}
+        fits["adam"] = {"strategy": "deepspeed_stage_2", "steps": 3}
+        fits["adam"]["poison"] = 1
+    results = launch(folder, 2, fits)
+    results["one"] = launch(folder, 1, {"one": with_one_process(fit)})["one"]
+    return results
+
+
+@pytest.mark.parametrize("name", ["ddp", *(pytest.param(name, marks=needs_deepspeed) for name in STAGES)])
+def test_losses_and_weights_are_those_of_one_process(quick, name):
+    one, other = quick["one"], quick[name]
+    assert_same_engine(other, name)
+    assert other["losses"][0] == pytest.approx(one["losses"][0], abs=1e-6)
+    assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert other["losses"][-1] < other["losses"][0] - 0.05  # the steps are large enough to tell a wrong scale
+    assert largest_difference(one["weights"], other["weights"]) < 1e-5
+    assert other["lrs"] == one["lrs"]
+    assert other["lrs"][0][0] == 2 * other["lrs"][0][1] == 1.0  # att.w0's group first
+
+
+@needs_deepspeed
+def test_stage_3_with_recomputed_activations_and_chunked_loss(quick):
+    one, other = quick["one"], quick["stage 3, recomputed and chunked"]
+    assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert largest_difference(one["weights"], other["weights"]) < 1e-5
+    assert other["held"] == 0  # no process holds a whole parameter
+
+
+@needs_deepspeed
+def test_a_step_that_is_not_finite_on_one_process_is_left_out_on_all(quick):
+    assert quick["adam"]["counters"]["skipped_steps"] == 1
+    assert quick["adam"]["counters"]["adam_steps"] == 2
+    assert all(tensor.isfinite().all() for tensor in quick["adam"]["weights"].values())
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("long")
+    names = ["ddp", *STAGES, *OFFLOADS]
+    kinds = {
+        "sgd": {**SGD, "steps": 50, "lr_init": 0.2},
+        "adam": {"steps": 20, "lr_init": 1e-3, "weight_decay": 0.01},
+        "bf16": {"steps": 20, "precision": "bf16", "lr_init": 1e-3, "accumulate_grad_batches": 2},
+        "poison": {"steps": 6, "poison": 3},
+    }
+    fits = {f"{kind} {name}": {**fit, "strategy": name} for kind, fit in kinds.items() for name in names}
+    results = launch(folder, 2, fits, timeout=900)
+    return {**results, **launch(folder, 1, {f"{kind} one": with_one_process(fit) for kind, fit in kinds.items()})}
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["ddp", *STAGES, *OFFLOADS])
+def test_many_steps_follow_one_process(long, name):
+    for kind, tolerance in (("sgd", 1e-5), ("adam", 1e-3)):
+        one, other = long[f"{kind} one"], long[f"{kind} {name}"]
+        assert_same_engine(other, name)
+        assert other["losses"][0] == pytest.approx(one["losses"][0], abs=1e-6)
+        assert other["losses"] == pytest.approx(one["losses"], abs=tolerance)
+        assert largest_difference(one["weights"], other["weights"]) < tolerance
+    assert long[f"adam {name}"]["norms"] == pytest.approx(long["adam one"]["norms"], rel=1e-3)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["ddp", *STAGES, *OFFLOADS])
+def test_bf16_keeps_an_fp32_master(long, name):
+    one, other = long["bf16 one"], long[f"bf16 {name}"]
+    assert other["losses"] == pytest.approx(one["losses"], abs=0.03)
+    for parameter, kinds in other["state"].items():
+        if "master" not in kinds:
+            continue
+        assert all(tensor.dtype == torch.float32 for tensor in kinds.values())
+        weight = other["weights"][parameter]
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(kinds["master"].to(torch.bfloat16), weight), parameter
+    assert any(
+        not torch.equal(kinds["master"], kinds["master"].bfloat16().float())
+        for kinds in other["state"].values()
+        if "master" in kinds
+    )
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["ddp", *STAGES, *OFFLOADS])
+def test_a_poisoned_step_is_left_out_whole(long, name):
+    other = long[f"poison {name}"]
+    assert other["counters"] == {"adam_steps": 5.0, "skipped_steps": 1.0, "loss_scale": 1.0, "good_steps": 0.0}
+    assert all(tensor.isfinite().all() for tensor in other["weights"].values())
+    norms = torch.tensor(other["norms"])
+    assert norms.isfinite().tolist() == [True, True, True, False, True, True]
+
+
+# ---- the state by name: continued under every strategy, on any number of processes ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("continued")
+    names = ["ddp", *STAGES, "deepspeed_stage_2_offload"]
+    straight = {f"{name} 8": {"strategy": name, "steps": 8, "precision": "bf16"} for name in names}
+    half = {f"{name} 4": {"strategy": name, "steps": 4, "precision": "bf16"} for name in names}
+    rest = {
+        f"{name} 4+4": {"strategy": name, "steps": 4, "first_step": 4, "load": f"{name} 4", "init_seed": 6, "precision": "bf16"}
+        for name in names
+    }
+    results = launch(folder, 2, {**straight, **half, **rest}, timeout=900)
+    # what three processes and one wrote back after loading, before any step of theirs
+    unchanged = {
+        f"{name} loaded": {
+            "strategy": name, "steps": 1, "load": "deepspeed_stage_3 4", "init_seed": 6, "precision": "bf16", "lr_init": 0.0,
+            "weight_decay": 0.0, "micro_bsz": 1,
+        }
+        for name in names
+    }  # fmt: skip
+    results.update(launch(folder, 3, unchanged, timeout=900))
+    return results
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["ddp", *STAGES, "deepspeed_stage_2_offload"])
+def test_continuing_gives_equal_bits(continued, name):
+    straight, rest = continued[f"{name} 8"], continued[f"{name} 4+4"]
+    assert rest["losses"] == straight["losses"][4:]
+    assert rest["counters"] == straight["counters"]
+    for parameter, kinds in straight["state"].items():
+        for kind, tensor in kinds.items():
+            assert torch.equal(tensor, rest["state"][parameter][kind]), (parameter, kind)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["ddp", *STAGES, "deepspeed_stage_2_offload"])
+def test_another_number_of_processes_takes_over_every_moment(continued, name):
+    before, after = continued["deepspeed_stage_3 4"], continued[f"{name} loaded"]
+    assert after["counters"]["adam_steps"] == before["counters"]["adam_steps"] + 1
+    for parameter, kinds in before["state"].items():
+        if "master" not in kinds:
+            continue
+        assert torch.equal(kinds["master"], after["state"][parameter]["master"]), parameter  # lr was 0
+        moved = after["state"][parameter]["exp_avg"] - 0.9 * kinds["exp_avg"]  # 0.1 of the new, clipped gradient
+        assert moved.norm() <= 0.1 + 1e-5
+
+
+# ---- a model in parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_values_drawn_piece_by_piece_are_those_of_the_whole_model():
+    config = ModelConfig(3, 64, 50, head_size=32)
+    torch.manual_seed(3)
+    whole = RWKV7(config).state_dict()
+    torch.manual_seed(3)
+    pieces = dict(fresh_values(config))
+    assert pieces.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(pieces[name], tensor), name
+
+
+# ---- who is who ----------------------------------------------------------------------------------------------------------------
+
+RANKS = {"MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
+LAUNCHERS = {
+    "torchrun": {**RANKS, "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+    "deepspeed": {**RANKS, "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"},
+    "mpirun": {
+        **RANKS, "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+    },
+    "srun": {
+        "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NODELIST": "node[0-1]", "SLURM_JOB_ID": "901234",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_places_are_read_from_launchers(launcher):
+    place = place_from_launcher(LAUNCHERS[launcher])
+    port = 16234 if launcher == "srun" else 1234
+    assert place == Place(rank=5, size=8, local_rank=1, local_size=4, address="node0", port=port)
+    assert place.node_rank == 1
+
+
+def test_without_a_launcher_a_process_starts_the_others():
+    assert place_from_launcher({}) is None
+    assert place_from_launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None  # a batch script
+    alone = first_place({}, devices=4, num_nodes=1)
+    assert (alone.rank, alone.size, alone.local_size, alone.address) == (0, 4, 4, "127.0.0.1")
+    second = first_place({"NODE_RANK": "1", **RANKS}, devices=4, num_nodes=2)
+    assert (second.rank, second.size, second.node_rank, second.address) == (4, 8, 1, "node0")
+    with pytest.raises(ValueError, match="NODE_RANK"):
+        first_place(RANKS, devices=4, num_nodes=2)
+
+
+def test_what_one_process_makes_of_deepspeed(monkeypatch):
+    config = RunConfig(accelerator="cpu", strategy="deepspeed_stage_3")
+    hardware = strategy.choose_hardware(config)
+    assert (hardware.strategy, hardware.model_in_parts) == ("plain", False)
+    assert "deepspeed_stage_3" in hardware.notes[0]
+    config.devices = "2"
+    monkeypatch.setattr(zero, "is_installed", lambda: False)
+    with pytest.raises(ValueError, match=r"--strategy deepspeed_stage_3.*pip install deepspeed"):
+        strategy.choose_hardware(config)
+    monkeypatch.setattr(zero, "is_installed", lambda: True)
+    assert strategy.choose_hardware(config).model_in_parts
+
+
+def test_a_launcher_decides_how_many_processes_there_are(monkeypatch):
+    for name, value in LAUNCHERS["torchrun"].items():
+        monkeypatch.setenv(name, value)
+    hardware = strategy.choose_hardware(RunConfig(accelerator="cpu"))
+    assert (hardware.devices, hardware.num_nodes, hardware.strategy) == (4, 2, "ddp")
+    with pytest.raises(ValueError, match="--devices 3: the launcher started 4"):
+        strategy.choose_hardware(RunConfig(accelerator="cpu", devices="3"))
