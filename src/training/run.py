@@ -17,6 +17,7 @@ import torch
 
 from src.config import RunConfig
 from src.dataset.lock import only_one
+from src.inference.evaluate import HeldOutLoss
 from src.model import RWKV7
 from src.model.weights import fit_weights, read_weights
 from src.training import checkpoint, plot
@@ -140,6 +141,11 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
         company.decide(lambda: compare_settings(checkpoint.read_run(proj_dir).get("settings", {}), settings, proj_dir))
     say(summary(config, model, hardware, samples, start))
     _remember(config, proj_dir, settings)
+    if is_first() and config.val_data_file and config.data_type == "sft" and start.weights and not start.position.step:
+        remembered = checkpoint.read_run(proj_dir)
+        remembered["held_out_before"] = _held_out(config, hardware, start.weights).loss
+        checkpoint.write_run(proj_dir, remembered)
+        say(f"held-out loss before the run: {remembered['held_out_before']:.4f}")
 
     end = fit_whatever_comes(config, hardware, proj_dir, model, values, samples, start, settings, company)
     if company.rank != 0:
@@ -150,11 +156,20 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
         return end.exit_code
     say(f"done: {proj_dir / checkpoint.FINAL}, {proj_dir / checkpoint.LOG}, {proj_dir / picture.name}")
     if config.val_data_file:
-        where = "cpu" if hardware.accelerator == "cpu" or hardware.model_in_parts else "cuda"
-        trained = RWKV7.from_checkpoint(proj_dir / checkpoint.FINAL, device=where, kernel=config.kernel)
-        result = validation_loss(trained, config)
-        say(f"held-out loss {result.loss:.4f} over {result.tokens:,} tokens of {config.val_data_file}")
+        result = _held_out(config, hardware, proj_dir / checkpoint.FINAL)
+        before = checkpoint.read_run(proj_dir).get("held_out_before")
+        say(
+            f"held-out loss {result.loss:.4f} over {result.tokens:,} tokens of {config.val_data_file}"
+            + (f"; before the run {before:.4f}" if before else "")
+        )
     return 0
+
+
+def _held_out(config: RunConfig, hardware: Hardware, weights: Path) -> HeldOutLoss:
+    device = "cpu" if hardware.accelerator == "cpu" or hardware.model_in_parts else "cuda"
+    return validation_loss(
+        RWKV7.from_checkpoint(weights, dtype=hardware.dtype, device=device, kernel=config.kernel), config
+    )
 
 
 def _seed(config: RunConfig) -> int:
