@@ -73,8 +73,6 @@ inline void to_bf16(void* p, Float x) {
   std::memcpy(p, &out, sizeof out);
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-
 // Numbers below 1e-38 count as zero while this lives: a state that fades away would otherwise cost 30 times the time.
 class FlushDenormals {
 #if defined(__SSE__)

@@ -18,8 +18,11 @@
 
 #include <cmath>
 #include <cstdlib>
-#include <memory>
+#include <cstring>
+#include <initializer_list>
 #include <new>
+#include <type_traits>
+#include <utility>
 
 #include <torch/headeronly/util/Half.h>
 
@@ -35,6 +38,7 @@ using vec::kLanes;
 constexpr int kPanelVectors = vec::kRegisters == 32 ? 4 : 2;
 
 constexpr int64_t kAnchor = 2;  // G is kept at every so many tokens, where the decay's gradient starts anew from the matrices
+// -log(decay) stays below this
 const float kMaxLogDecay = std::exp(-0.5f);
 
 // ---- rows of a [B, T, H, N] tensor in and out -------------------------------------------------------------------------------------
@@ -342,6 +346,7 @@ void forward(const Forward& p, const Unit& u) {
     read_token(t + kAhead);
     if (p.saved_state && t > u.begin && (t - u.begin) % kSegment == 0)
       matrix_out<Lanes::values>(p.saved_state + u.saved(p, (t - u.begin) / kSegment), S, N);
+    // (After the last token A of the next is whatever lay there, and so is its S a; nobody reads that.)
     step<Decay::by_row>(S, S, N, {at(t, DECAY), at(t, SA), at(t, B), at(t, V), at(t, K), at(t, R), at(t + 1, A), at(t, Y), at(t + 1, SA)},
                          ahead(t + 2 * kAhead));
     write<T>(p.y, u.row(p, t), at(t, Y), N);
@@ -364,7 +369,10 @@ void backward(const Backward& p, const Unit& u) {
   auto ahead = [&](std::initializer_list<const Rows*> tensors, int64_t t, bool wanted) {
     Fetch fetch;
     if (wanted && t < u.end)
-      for (const Rows* rows : tensors) fetch.to_read(rows == &saved_sa ? token<float>(*rows, u, t) : static_cast<const void*>(token<T>(*rows, u, t)), N * sizeof(T));
+      for (const Rows* rows : tensors) {
+        const void* row = rows == &saved_sa ? static_cast<const void*>(token<float>(*rows, u, t)) : token<T>(*rows, u, t);
+        fetch.to_read(row, N * sizeof(T));
+      }
     return fetch;
   };
   auto read_rwkv = [&](const Tokens& to, int64_t t0, int64_t i) {
@@ -408,7 +416,8 @@ void backward(const Backward& p, const Unit& u) {
     int64_t have = 0;  // tokens of the segment before that are read meanwhile
     for (int64_t i = tokens - 1; i >= 0; --i) {
       if (have < tokens_before) read_rwkv(at_before, before, have++);
-      step<Decay::by_row>(Gv, Gv, N, {at(i + 1, DECAY), at(i + 1, DS), at(i + 1, A), at(i, DY), at(i, R), at(i, K), at(i, B), at(i, DV), at(i, DS)},
+      step<Decay::by_row>(Gv, Gv, N,
+                          {at(i + 1, DECAY), at(i + 1, DS), at(i + 1, A), at(i, DY), at(i, R), at(i, K), at(i, B), at(i, DV), at(i, DS)},
                            ahead({&p.w, &p.r, &p.k, &p.v}, before + have + kAhead, have < tokens_before));
     }
     while (have < tokens_before) read_rwkv(at_before, before, have++);
@@ -416,7 +425,8 @@ void backward(const Backward& p, const Unit& u) {
     for (int64_t i = tokens - 1; i >= 0; --i) {
       if (have < tokens_before) read_abys(at_before, before, have++);
       float* to = i % kAnchor == 0 ? kept_G + i / kAnchor * N * N : Gk;
-      step<Decay::by_lane>(newest_Gk, to, N, {at(i + 1, DECAY), at(i + 1, A), at(i + 1, DS), at(i, R), at(i, DY), at(i, V), at(i, SA), at(i, DK), at(i, DB)},
+      step<Decay::by_lane>(newest_Gk, to, N,
+                           {at(i + 1, DECAY), at(i + 1, A), at(i + 1, DS), at(i, R), at(i, DY), at(i, V), at(i, SA), at(i, DK), at(i, DB)},
                            ahead({&p.a, &p.b, &p.dy, &saved_sa}, before + have + kAhead, have < tokens_before));
       newest_Gk = to;
     }
@@ -430,7 +440,8 @@ void backward(const Backward& p, const Unit& u) {
         product_of(kept_G + i / kAnchor * N * N, S, N, at(i, DW));
         for (int64_t j = 0; j < N; ++j) at(i, DW)[j] *= at(i, DECAY)[j];
       }
-      step<Decay::by_lane>(S, S, N, {at(i, DECAY), at(i, B), at(i, SA), at(i, K), at(i, V), at(i, DY), at(i + 1, DS), at(i, DR), at(i + 1, DA)},
+      step<Decay::by_lane>(S, S, N,
+                           {at(i, DECAY), at(i, B), at(i, SA), at(i, K), at(i, V), at(i, DY), at(i + 1, DS), at(i, DR), at(i + 1, DA)},
                            outputs_ahead(t0 + i + kAhead));
       for (int64_t c = 0; c < N; c += kLanes) {
         auto field = [&](int64_t token, Field f) { return vec::load(at(token, f) + c); };
@@ -456,7 +467,8 @@ void backward(const Backward& p, const Unit& u) {
   if (p.dstate) {
     if (segments > 0) {  // one more update, without a token: dS_0 = G_1 diag(decay_1) + ds_1 a_1^T
       std::memset(at(0, R), 0, sizeof(float) * N);
-      step<Decay::by_lane>(newest_Gk, Gk, N, {at(0, DECAY), at(0, A), at(0, DS), at(0, R), at(0, DY), at(0, V), at(0, SA), at(0, DK), at(0, DB)});
+      step<Decay::by_lane>(newest_Gk, Gk, N,
+                           {at(0, DECAY), at(0, A), at(0, DS), at(0, R), at(0, DY), at(0, V), at(0, SA), at(0, DK), at(0, DB)});
     }
     matrix_out<Lanes::keys>(p.dstate + state, Gk, N);
   }

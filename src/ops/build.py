@@ -1,8 +1,9 @@
 """The native library: built by ninja on first use, kept in a cache, loaded once per process.
 
-The cache (~/.cache/rwkv7-native, under XDG_CACHE_HOME where that is set) has one folder per key. The key is a hash of everything that the
-binary depends on: sources, flags, compiler, processor features, torch. So a changed source, another machine on the same home directory or another torch gets its own binary, and a
-reinstall finds the old one. A build happens in a private folder and is renamed into place when whole.
+The cache (~/.cache/rwkv7-native, under XDG_CACHE_HOME where that is set) has one folder per key. The key is a hash of
+everything that the binary depends on: sources, flags, compiler, processor features, torch. So a changed source, another
+machine on the same home directory or another torch gets its own binary, and a reinstall finds the old one. A build happens
+in a private folder and is renamed into place when whole.
 """
 
 import fcntl
@@ -163,7 +164,10 @@ def cache_folder() -> Path:
 
 
 def build(recipe: Recipe, cache: Path | None = None) -> Path:
-    """The library of `recipe`: from the cache, or built now. A cache that can't be written is replaced by a temporary folder, with a warning."""
+    """The library of `recipe`: from the cache, or built now.
+
+    A cache that can't be written is replaced by a temporary folder, with a warning.
+    """
     cache = cache_folder() if cache is None else cache
     final = cache / recipe.key() / LIBRARY
     if final.is_file():
@@ -222,7 +226,7 @@ def _build_into(recipe: Recipe, final: Path) -> None:
 def _compile(recipe: Recipe, work: Path) -> None:
     (work / "build.ninja").write_text(_ninja_file(recipe), encoding="utf-8")
     ninja = [find_ninja(), "-C", str(work)]
-    # Messages in English, so that they can be searched for; TMPDIR on the cache's disk is not needed: compilers use pipes.
+    # Messages in English, so that they can be searched for.
     environment = {**os.environ, "LC_ALL": "C"}
     done = subprocess.run(
         ninja, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment

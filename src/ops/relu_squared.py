@@ -1,7 +1,7 @@
 """relu(x)^2, the channel mix's activation.
 
-On a CPU one pass over memory forward and one backward (cuda/relu_squared.cpp), where plain PyTorch needs five. Elsewhere, and where the native library can't be
-built (wkv7 says why), plain PyTorch, which torch.compile fuses.
+On a CPU one pass over memory forward and one backward (cuda/relu_squared.cpp), where plain PyTorch needs five. Elsewhere,
+and where the native library can't be built (wkv7 says why), plain PyTorch, which torch.compile fuses.
 """
 
 from typing import Any
