@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from src.config import ModelConfig
 from src.model.init import initialise
 from src.model.state import LayerState
-from src.ops import wkv7
+from src.ops import relu_squared, wkv7
 
 GROUP_NORM_EPS = 64e-5  # for every head size
 LAYER_NORM_EPS = 1e-5
@@ -138,7 +138,7 @@ class ChannelMix(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, C], shift [B, C] or None for zeros -> out [B, T, C], new shift."""
         xx, shift = token_shift(x, shift, cu_seqlens)
-        return self.value(torch.relu(self.key(x + xx * self.x_k)) ** 2), shift
+        return self.value(relu_squared(self.key(x + xx * self.x_k))), shift
 
 
 class Block(nn.Module):
