@@ -28,7 +28,7 @@ esac
 
 case $SETTING in
 demo) # the sources of Python's standard library; a model that two CPU cores train in ten minutes
-    N_LAYER=${N_LAYER:-6} N_EMBD=${N_EMBD:-192} VOCAB_SIZE=${VOCAB_SIZE:-6400}
+    N_LAYER=${N_LAYER:-4} N_EMBD=${N_EMBD:-256} VOCAB_SIZE=${VOCAB_SIZE:-6400}
     DATA_FILE=${DATA_FILE:-data/demo} TOKENIZER=${TOKENIZER:-data/demo_tokenizer}
     ;;
 minipile) # the published run: 1.5 G tokens of the Pile, RWKV World vocabulary
@@ -181,6 +181,11 @@ fi
 # ---- initial weights --------------------------------------------------------------------------------------------------------
 
 PROJ_DIR=${PROJ_DIR:-out/L$N_LAYER-D$N_EMBD-x070}
+before=
+for word in "$@"; do # given as a flag, it holds for what comes after the training too
+    if [ "$before" = --proj_dir ]; then PROJ_DIR=$word; fi
+    before=$word
+done
 set -- --proj_dir "$PROJ_DIR" --n_layer "$N_LAYER" --n_embd "$N_EMBD" --vocab_size "$VOCAB_SIZE" --tokenizer "$TOKENIZER" \
     --data_file "$DATA_FILE" "$@"
 

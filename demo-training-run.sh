@@ -14,9 +14,9 @@
 
 case $SETTING in
 demo)
-    M_BSZ=${M_BSZ:-8} CTX_LEN=${CTX_LEN:-256} MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-0} MAGIC_PRIME=${MAGIC_PRIME:-0}
+    M_BSZ=${M_BSZ:-8} CTX_LEN=${CTX_LEN:-256} MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-1600000} MAGIC_PRIME=${MAGIC_PRIME:-0}
     LR_INIT=${LR_INIT:-3e-3} LR_FINAL=${LR_FINAL:-3e-4} WARMUP_STEPS=${WARMUP_STEPS:-20} WEIGHT_DECAY=${WEIGHT_DECAY:-0.001}
-    EPOCH_STEPS=${EPOCH_STEPS:-150} EPOCH_SAVE=${EPOCH_SAVE:-1} GRAD_CP=${GRAD_CP:-0}
+    EPOCH_STEPS=${EPOCH_STEPS:-100} EPOCH_SAVE=${EPOCH_SAVE:-1} GRAD_CP=${GRAD_CP:-0}
     VAL_DATA_FILE=${VAL_DATA_FILE:-data/demo-heldout} PROMPT=${PROMPT:-def }
     ;;
 minipile) # rwkv7.md, section 3
@@ -32,9 +32,12 @@ mini)
     VAL_DATA_FILE=${VAL_DATA_FILE:-} PROMPT=${PROMPT:-}
     ;;
 esac
-GPU_PER_NODE=${GPU_PER_NODE:-1} # processes on this machine
+GPU_PER_NODE=${GPU_PER_NODE:-1} N_NODE=${N_NODE:-1}
 STRATEGY=${STRATEGY:-auto}
 WANDB=${WANDB:-}
+
+# Threads that wait give their core back: four times as fast as waiting busily where the machine does other things too.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 was_complete=0
 if [ -f "$PROJ_DIR/rwkv-final.pth" ]; then was_complete=1; fi
@@ -43,7 +46,7 @@ if [ -f "$PROJ_DIR/rwkv-final.pth" ]; then was_complete=1; fi
     --ctx_len "$CTX_LEN" --micro_bsz "$M_BSZ" --my_exit_tokens "$MY_EXIT_TOKENS" --magic_prime "$MAGIC_PRIME" \
     --lr_init "$LR_INIT" --lr_final "$LR_FINAL" --warmup_steps "$WARMUP_STEPS" --beta1 0.9 --beta2 0.99 --adam_eps 1e-18 \
     --weight_decay "$WEIGHT_DECAY" --epoch_steps "$EPOCH_STEPS" --epoch_save "$EPOCH_SAVE" --grad_cp "$GRAD_CP" \
-    --devices "$GPU_PER_NODE" --strategy "$STRATEGY" "$@"
+    --devices "$GPU_PER_NODE" --num_nodes "$N_NODE" --strategy "$STRATEGY" "$@"
 
 if [ "$python" = .venv/bin/python ]; then say "To type commands yourself: . .venv/bin/activate"; fi
 if [ $was_complete = 1 ]; then exit; fi

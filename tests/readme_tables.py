@@ -1,6 +1,6 @@
-"""The tables of the README that come from the code: `python tests/readme_tables.py` writes them, test_readme.py compares.
+"""The parts of the README that come from the code: `python tests/readme_tables.py` writes them, test_readme.py compares.
 
-A table stands between `<!-- NAME: made by tests/readme_tables.py -->` and `<!-- end -->`.
+The annotated tree is the first sentence of each file, the flags are RunConfig's, the weights the init table's. A part stands between `<!-- NAME: made by tests/readme_tables.py -->` and `<!-- end -->`.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ def flags() -> str:
         for field in dataclasses.fields(RunConfig):
             if field.metadata["group"] == key:
                 default = "none" if field.default == "" else str(field.default)
-                choices = " \\| ".join(f"`{choice}`" for choice in field.metadata["choices"] if choice)
+                choices = ", ".join(f"`{choice}`" for choice in field.metadata["choices"] if choice)
                 meaning = field.metadata["help"] + (f" ({choices})" if choices else "")
-                rows.append([f"`--{field.name}`", f"`{default}`", meaning.replace("\\|", "|")])
+                rows.append([f"`--{field.name}`", f"`{default}`", meaning])
     return table(["flag", "default", "meaning"], rows)
 
 
@@ -59,18 +59,57 @@ def weights() -> str:
     return table(["name", "shape", "decay or lr x2", "initial value"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"flags": flags, "weights": weights}
+TOP = ["demo-training-prepare.sh", "demo-training-run.sh", "demo-training-run-sft.sh", "train.py", "API_DEMO_CHAT.py", "requirements.txt"]
+FOLDERS = ["src", "src/ops", "src/model", "src/dataset", "src/training", "src/inference", "cuda", "data"]
+ABOUT = {"src/": "the library", "cuda/": "native sources, flat", "data/": "tools that make data, and the data (not tracked)"}
+REST = {
+    "tests/": "a test file per module, host_cuda/ (runs the .cu files on a CPU), bench/ (measurements)",
+    "tests/run.sh": "Lint, types and tests; sets up what it needs",
+    ".ci/run": "the same on a new machine",
+}
+
+
+def first_sentence(path: Path) -> str:
+    """What a file says of itself before anything else: the first sentence of its docstring or first comment."""
+    text = path.read_text(encoding="utf-8")
+    found = re.match(r'(?:#![^\n]*\n)?(?:"""(?P<doc>.*?)"""|(?P<comment>(?:(?:#|//)[^\n]*\n)+))', text, re.DOTALL)
+    if found is None:
+        return ""
+    words = found["doc"] if found["doc"] is not None else re.sub(r"(?m)^(#|//) ?", "", found["comment"])
+    paragraph = " ".join(words.strip().split("\n\n")[0].split())
+    return re.split(r"[.](?:\s|$)|: (?=python |sh )", paragraph, maxsplit=1)[0]
+
+
+def tree() -> str:
+    """Every source file with what it is."""
+    lines = [(name, first_sentence(ROOT / name)) for name in TOP if (ROOT / name).exists()]
+    for folder in FOLDERS:
+        package = ROOT / folder / "__init__.py"
+        lines.append((f"{folder}/", (first_sentence(package) if package.exists() else "") or ABOUT.get(f"{folder}/", "")))
+        files = [path for path in (ROOT / folder).iterdir() if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"}]
+        lines += [(f"{folder}/{path.name}", first_sentence(path)) for path in sorted(files) if path != package]
+    lines += REST.items()
+    return "```\n" + "\n".join(_indented(name, words) for name, words in lines) + "\n```"
+
+
+def _indented(name: str, words: str) -> str:
+    depth = name.rstrip("/").count("/")
+    own = name if name.startswith(".") else "  " * depth + name.rstrip("/").split("/")[-1] + "/" * name.endswith("/")
+    return f"{own:<28}{words}".rstrip()
+
+
+TABLES: dict[str, Callable[[], str]] = {"tree": tree, "flags": flags, "weights": weights}
 
 
 def section(name: str) -> re.Pattern[str]:
-    return re.compile(rf"(<!-- {name}: made by tests/readme_tables.py -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+    return re.compile(rf"(<!-- {name}: made by tests/readme_tables.py -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
     for path in READMES:
         text = path.read_text(encoding="utf-8")
         for name, make in TABLES.items():
-            made = make()
+            made = make() + "\n"
             text = section(name).sub(lambda found, made=made: found[1] + made + found[3], text)
         path.write_text(text, encoding="utf-8")
         print(f"wrote the tables of {path.name}")

@@ -1,0 +1,82 @@
+"""The README says the truth: its tables are the code's, its commands exist, its Python runs, its learning rates come out."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import readme_tables
+import torch
+
+from src.config import RunConfig
+from src.ops.wkv7 import wkv7
+from src.training.schedule import learning_rate
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("name", readme_tables.TABLES)
+@pytest.mark.parametrize("path", readme_tables.READMES, ids=lambda path: path.name)
+def test_tables_are_those_of_the_code(path, name):
+    found = readme_tables.section(name).search(path.read_text(encoding="utf-8"))
+    assert found is not None, f"{path.name} has no section {name}"
+    assert found[2] == readme_tables.TABLES[name]() + "\n", "run: python tests/readme_tables.py"
+
+
+def test_files_that_it_names_exist():
+    named = set(re.findall(r"(?:sh|python) ((?:[\w.-]+/)*[\w-]+\.(?:sh|py))", README))
+    named |= {f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (src[\w.]+)", README)}
+    assert len(named) >= 5
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_flags_that_it_names_exist():
+    prose = readme_tables.section("flags").sub("", README)
+    commands = [line for line in prose.splitlines() if "train.py" in line or "demo-training-run.sh" in line]
+    flags = {flag for line in commands for flag in re.findall(r"--(\w+)", line)} - {"help"}
+    assert flags <= {field for field in vars(RunConfig(data_file="x"))}
+
+
+def test_environment_variables_that_the_code_reads_are_named():
+    for path in (ROOT / "src").rglob("*.py"):
+        for name in re.findall(r"os\.(?:environ\.get\(|environ\[|getenv\()\"(\w+)\"(?!\] =)", path.read_text(encoding="utf-8")):
+            assert f"`{name}`" in README, f"{path.relative_to(ROOT)} reads {name}"
+
+
+def test_published_learning_rates():
+    """The column of the expected losses, and that the command of the setting gives it."""
+    rows = re.findall(r"^\| (\d+) \| [\d.]+ \| (0\.000\d{5}) \|", README, re.MULTILINE)
+    assert len(rows) == 12
+    for mini_epoch, lr in rows:
+        last_step = (int(mini_epoch) + 1) * 40320 // 16 - 1
+        ours = learning_rate(
+            last_step, lr_init=6e-4, lr_final=6e-5, warmup_steps=10, exit_tokens=1498226207, tokens_per_step=16 * 512
+        )
+        assert f"{ours:.8f}" == lr
+
+
+def test_the_recurrence_is_the_ops():
+    """The five lines, run as they stand, give what `wkv7` gives."""
+    (lines,) = [block for block in PYTHON_BLOCKS if "S @ r[t]" in block]
+    assert len(lines.strip().splitlines()) == 5
+    torch.manual_seed(0)
+    r, w, k, v, a, b = (0.3 * torch.randn(7, 16) for _ in range(6))
+    names = {"torch": torch, "math": math, "T": 7, "S": torch.zeros(16, 16), "y": torch.zeros(7, 16)}
+    names |= {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}
+    exec(lines, names)
+    y, state = wkv7(*(x[None, :, None] for x in (r, w, k, v, a, b)), kernel="reference")
+    torch.testing.assert_close(names["y"], y[0, :, 0])
+    torch.testing.assert_close(names["S"], state[0, 0])
+
+
+def test_another_network_from_the_parts_learns(capsys, monkeypatch):
+    """The example runs as it stands, and what it builds has learned."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    (example,) = [block for block in PYTHON_BLOCKS if "class Classifier" in block]
+    threads = torch.get_num_threads()
+    exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
+    torch.set_num_threads(threads)
+    accuracy = float(re.search(r"([\d.]+)% of new sequences", capsys.readouterr().out)[1])
+    assert accuracy > 95
