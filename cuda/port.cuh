@@ -171,17 +171,32 @@ DEVICE void load_floats(float (&to)[8], const Half* from) {
 DEVICE void store_floats(float* to, float x, float y, float z, float w) {
   store16(to, {float_to_bits(x), float_to_bits(y), float_to_bits(z), float_to_bits(w)});
 }
+DEVICE void store8(void* to, uint32_t first, uint32_t second) {
+#if !PORT_DEVICE
+  host_cuda::check_aligned(to, 8, "stores two words");
+  std::memcpy(to, &first, 4);
+  std::memcpy(static_cast<char*>(to) + 4, &second, 4);
+#else
+  *static_cast<uint2*>(to) = {first, second};
+#endif
+}
 DEVICE void store4(void* to, uint32_t value) {
 #if !PORT_DEVICE
   host_cuda::check_aligned(to, 4, "stores a word");
-#endif
+  std::memcpy(to, &value, 4);
+#else
   *static_cast<uint32_t*>(to) = value;
+#endif
 }
 DEVICE uint32_t load4(const void* from) {
-#if !PORT_DEVICE
-  host_cuda::check_aligned(from, 4, "loads a word");
-#endif
+#if PORT_DEVICE
   return *static_cast<const uint32_t*>(from);
+#else
+  host_cuda::check_aligned(from, 4, "loads a word");
+  uint32_t value;
+  std::memcpy(&value, from, 4);
+  return value;
+#endif
 }
 
 // --- Barriers and shuffles. `line` tells the host where lanes met; the device ignores it ---------------------------------

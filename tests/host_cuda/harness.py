@@ -129,44 +129,42 @@ class Wkv7:
     def __init__(self, host: HostLibrary, kernel: str) -> None:
         self.host, self.kernel = host, kernel
 
-    def sizes(self, x: Tensors) -> tuple[int, int, int, int, int]:
+    def _call(self, direction: str, x: Tensors, *arguments: object) -> None:
+        _, length, heads, head_size = x["r"].shape
+        pointers = [pointer(y) for y in arguments]
+        sizes = [DTYPES[x["r"].dtype], head_size, documents_of(x), ctypes.c_int64(length), heads]
+        self.host.call(f"wkv7_{self.kernel}_{direction}", *sizes, *pointers, ctypes.c_int64(0))
+
+    def saved_bytes(self, x: Tensors) -> tuple[int, int]:
+        """Bytes of saved_state and saved_sa."""
         batch, length, heads, head_size = x["r"].shape
-        documents = batch if x.get("cu_seqlens") is None else x["cu_seqlens"].numel() - 1
-        return batch, length, heads, head_size, documents
+        sizes = [ctypes.c_int64(size) for size in (documents_of(x), batch * length, heads)]
+        functions = [getattr(self.host.library, f"wkv7_{self.kernel}_saved_{what}_bytes") for what in ("state", "sa")]
+        for function in functions:
+            function.restype = ctypes.c_int64
+        return functions[0](head_size, *sizes), functions[1](head_size, *sizes)
 
     def forward(self, x: Tensors, save: bool = True) -> Tensors:
-        batch, length, heads, head_size, documents = self.sizes(x)
+        _, _, heads, head_size = x["r"].shape
         out = Guarded()
         y = out.empty(x["r"].shape, x["r"].dtype)
-        final_state = out.empty((documents, heads, head_size, head_size), torch.float32)
-        state_bytes = getattr(self.host.library, f"wkv7_{self.kernel}_saved_state_bytes")
-        state_bytes.restype = ctypes.c_int64
-        sa_bytes = getattr(self.host.library, f"wkv7_{self.kernel}_saved_sa_bytes")
-        sa_bytes.restype = ctypes.c_int64
-        tokens = ctypes.c_int64(batch * length)
-        saved_state = saved_sa = None
-        if save:
-            saved_state = out.empty((state_bytes(head_size, documents, tokens, heads) // 4,), torch.float32)
-            saved_sa = out.empty((sa_bytes(head_size, documents, tokens, heads) // 4,), torch.float32)
-        inputs = [pointer(x[name]) for name in "rwkvab"]
-        self.host.call(
-            f"wkv7_{self.kernel}_forward", DTYPES[x["r"].dtype], head_size, documents, ctypes.c_int64(length), heads, *inputs,
-            pointer(x.get("state")), pointer(x.get("cu_seqlens")), pointer(y), pointer(final_state), pointer(saved_state),
-            pointer(saved_sa), ctypes.c_int64(0),
-        )  # fmt: skip
+        final_state = out.empty((documents_of(x), heads, head_size, head_size), torch.float32)
+        saved = [out.empty((size // 4,), torch.float32) if save else None for size in self.saved_bytes(x)]
+        inputs = [x[name] for name in "rwkvab"]
+        self._call("forward", x, *inputs, x.get("state"), x.get("cu_seqlens"), y, final_state, *saved)
         out.check()
-        return {"y": y, "final_state": final_state, "saved_state": saved_state, "saved_sa": saved_sa}
+        return {"y": y, "final_state": final_state, "saved_state": saved[0], "saved_sa": saved[1]}
 
     def backward(self, x: Tensors, saved: Tensors, dy: torch.Tensor, dfinal_state: torch.Tensor | None) -> Tensors:
-        _, length, heads, head_size, documents = self.sizes(x)
+        _, _, heads, head_size = x["r"].shape
         out = Guarded()
         grads = {f"d{name}": out.empty(x["r"].shape, x["r"].dtype) for name in "rwkvab"}
-        grads["dstate"] = out.empty((documents, heads, head_size, head_size), torch.float32)
-        inputs = [pointer(x[name]) for name in "rwkvab"]
-        self.host.call(
-            f"wkv7_{self.kernel}_backward", DTYPES[x["r"].dtype], head_size, documents, ctypes.c_int64(length), heads, pointer(dy),
-            pointer(dfinal_state), *inputs, pointer(x.get("cu_seqlens")), pointer(saved["saved_state"]), pointer(saved["saved_sa"]),
-            *(pointer(g) for g in grads.values()), ctypes.c_int64(0),
-        )  # fmt: skip
+        grads["dstate"] = out.empty((documents_of(x), heads, head_size, head_size), torch.float32)
+        inputs = [dy, dfinal_state, *(x[name] for name in "rwkvab"), x.get("cu_seqlens"), saved["saved_state"], saved["saved_sa"]]
+        self._call("backward", x, *inputs, *grads.values())
         out.check()
         return grads
+
+
+def documents_of(x: Tensors) -> int:
+    return x["r"].shape[0] if x.get("cu_seqlens") is None else x["cu_seqlens"].numel() - 1
