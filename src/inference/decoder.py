@@ -44,10 +44,15 @@ def _lay_out(att: TimeMix) -> _TimeMixWeights:
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [B, in] @ weight [out, in]^T. One row on a CPU is a matrix-vector product, which reads memory faster than BLAS's general one."""
-    if x.shape[0] == 1 and x.device.type == "cpu":
-        return torch.mv(weight, x[0]).unsqueeze(0)
-    return F.linear(x, weight)
+    """x @ weight^T for weight [out, in] and x [B, in], or x [in]: a single row on a CPU goes without the dimension of the batch, because
+    matrix-vector products read memory faster than BLAS's general ones."""
+    return torch.mv(weight, x) if x.dim() == 1 else F.linear(x, weight)
+
+
+def _affine(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """bias + x @ weight for bias [1, 1, out], weight [in, out] and x [B, in] or [in]."""
+    bias = bias.view(-1)
+    return torch.addmv(bias, weight.t(), x) if x.dim() == 1 else torch.addmm(bias, x, weight)
 
 
 class Decoder:
@@ -58,14 +63,22 @@ class Decoder:
     """
 
     def __init__(self, model: RWKV7, batch: int = 1) -> None:
-        self.model, self.config, self.batch = model, model.config, batch
+        self.model, self.config = model, model.config
         weight = model.emb.weight
         self.device, self.dtype = weight.device, weight.dtype
         self._blocks = cast(list[Block], list(model.blocks))
         with torch.no_grad():
             self._layers = [_lay_out(block.att) for block in self._blocks]
-        self._state = State.zeros(model.config, batch, self.device, self.dtype)
+        self._place(State.zeros(model.config, batch, self.device, self.dtype))
+
+    def _place(self, state: State) -> None:
+        """Take `state` as the memory that steps overwrite, and with it the number of sequences."""
+        self._state, self.batch = state, state.layers[0].wkv.shape[0]
         self._graph: _Graph | None = None
+        single = self.batch == 1 and self.device.type == "cpu"
+        # the same memory as the step sees it: a single row on a CPU as vectors
+        self._rows = [LayerState(s.att_shift[0], s.wkv, s.ffn_shift[0]) if single else s for s in state.layers]
+        self._single = single
 
     # ---- the state ----------------------------------------------------------------------------------------------------------
 
@@ -88,8 +101,7 @@ class Decoder:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these of the sequences only (or with copies of them), in this order."""
-        self._state = self._state.select(torch.tensor(rows, device=self.device))
-        self.batch, self._graph = len(rows), None
+        self._place(self._state.select(torch.tensor(rows, device=self.device)))
 
     # ---- prompts ------------------------------------------------------------------------------------------------------------
 
@@ -124,58 +136,58 @@ class Decoder:
 
     # ---- one token ----------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Feed one token to each sequence; logits [B, V] for the next ones. On a GPU they are overwritten by the next step."""
         if self.device.type != "cuda":
-            return self._advance(torch.tensor(tokens))
+            return self._advance(torch.tensor(tokens[0] if self._single else tokens)).view(self.batch, -1)
         if self._graph is None:
             self._graph = _Graph(self)
         return self._graph(tokens)
 
     def _advance(self, tokens: Tensor) -> Tensor:
+        """Logits after tokens [B] (or one, without dimensions); the state moves on in place."""
         model = self.model
         x = self._blocks[0].ln0(F.embedding(tokens, model.emb.weight))
         v_first: Tensor | None = None
-        for layer, state in enumerate(self._state.layers):
+        for layer, state in enumerate(self._rows):
             out, v_first = self._time_mix(layer, x, v_first, state)
             x = x + out
             x = x + self._channel_mix(layer, x, state)
         return _product(model.ln_out(x), model.head.weight)
 
     def _time_mix(self, layer: int, x: Tensor, v_first: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor]:
-        """TimeMix.forward for one token; x [B, C]."""
+        """TimeMix.forward for one token; x [B, C] or [C]."""
         block, ours = self._blocks[layer], self._layers[layer]
         att = block.att
-        batch, width = x.shape
         x = block.ln1(x)
         xx = state.att_shift - x
         state.att_shift.copy_(x)
-        xr, xk, xv = torch.addcmul(x, xx, ours.mix).unbind(0)
+        xr, xk, xv = torch.addcmul(x, xx, ours.mix.view(3, -1) if self._single else ours.mix).unbind(0)
         r, k, v = _product(xr, att.receptance.weight), _product(xk, att.key.weight), _product(xv, att.value.weight)
-        inner = _product(torch.cat([x, xx], dim=1), ours.inner).split(ours.sizes, dim=1)
-        w = torch.addmm(att.w0.view(-1), torch.tanh(inner[0]), att.w2)
-        a = torch.addmm(att.a0.view(-1), inner[1], att.a2).sigmoid_()
+        inner = _product(torch.cat([x, xx], dim=-1), ours.inner).split(ours.sizes, dim=-1)
+        w = _affine(att.w0, torch.tanh(inner[0]), att.w2)
+        a = _affine(att.a0, inner[1], att.a2).sigmoid_()
         g = torch.sigmoid(inner[2]) @ att.g2
         if v_first is None:
             v_first = v
         else:
-            v = torch.lerp(v, v_first, torch.addmm(att.v0.view(-1), inner[3], att.v2).sigmoid_())
+            v = torch.lerp(v, v_first, _affine(att.v0, inner[3], att.v2).sigmoid_())
 
-        heads = (batch, 1, att.n_head, att.head_size)
+        heads = (self.batch, 1, att.n_head, att.head_size)
         kk = F.normalize((k * att.k_k.view(-1)).view(heads), dim=-1, eps=1e-12)
         k = k * torch.addcmul(ours.k_a_rest, a, att.k_a.view(-1))
         r, k, v_heads = r.view(heads), k.view(heads), v.view(heads)
         y, wkv = wkv7(r, w.view(heads), k, v_heads, -kk, kk * a.view(heads), state.wkv, kernel=att.kernel)
         state.wkv.copy_(wkv)
 
-        y = F.group_norm(y.view(batch, width), att.n_head, att.ln_x.weight, att.ln_x.bias, GROUP_NORM_EPS)
+        y = F.group_norm(y.view(self.batch, -1), att.n_head, att.ln_x.weight, att.ln_x.bias, GROUP_NORM_EPS)
         bonus = (r * k * att.r_k).sum(dim=-1, keepdim=True)
-        y = torch.addcmul(y.view(heads), bonus, v_heads).view(batch, width)
+        y = torch.addcmul(y.view(heads), bonus, v_heads).view_as(g)
         return _product(y * g, att.output.weight), v_first
 
     def _channel_mix(self, layer: int, x: Tensor, state: LayerState) -> Tensor:
-        """ChannelMix.forward for one token; x [B, C]."""
+        """ChannelMix.forward for one token; x [B, C] or [C]."""
         block = self._blocks[layer]
         ffn = block.ffn
         x = block.ln2(x)
