@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
             type=kind,
             default=field.default,
             metavar=kind.__name__.upper(),
+            **({"nargs": "?", "const": 0.0} if field.name == "plan" else {}),  # a question that needs no number
             help=field.metadata["help"].replace("%", "%%") + choices + shown,
         )
     return parser

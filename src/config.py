@@ -132,6 +132,12 @@ class RunConfig:
         at_least=0,
         below=4,
     )
+    plan: float = flag(
+        -1.0,
+        "run",
+        "print parameters, memory per device, steps and, given the tokens per second of all processes, the time; then stop",
+        at_least=-1,
+    )
     proj_dir: str = flag("out", "run", "folder of the run: weights, logs, settings")
     load_model: str = flag("", "run", 'weights to start from (.pth); "0" or empty: none')
     load_partial: int = flag(
@@ -271,7 +277,7 @@ class RunConfig:
             )
         if self.epochs == 0 and not self.my_exit_tokens:
             found.append("--epochs 0: nothing would be trained; expected more than 0, or --my_exit_tokens")
-        if self.train_stage != 1 and not self.data_file:
+        if self.train_stage != 1 and not self.data_file and self.plan < 0:
             found.append("--data_file: missing; expected binidx data, which data/make_data.py makes from a jsonl")
         if self.epoch_begin and not self.load_model:
             found.append(f"--epoch_begin {self.epoch_begin}: has a meaning with --load_model only; leave it out")

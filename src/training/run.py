@@ -20,7 +20,7 @@ from src.dataset.lock import only_one
 from src.inference.evaluate import HeldOutLoss
 from src.model import RWKV7
 from src.model.weights import fit_weights, read_weights
-from src.training import checkpoint, plot
+from src.training import checkpoint, plan, plot
 from src.training.data import open_samples
 from src.training.describe import parameter_count, settings_of, summary, words_for_complete
 from src.training.fit import fit_whatever_comes
@@ -45,6 +45,8 @@ def run(config: RunConfig, notes: list[str]) -> int:
     _quiet_libraries()
     company = OneProcess()
     try:
+        if config.plan >= 0:
+            return _plan(config)
         hardware = choose_hardware(config)
         if config.train_stage == 1:
             hardware = replace(hardware, devices=1, num_nodes=1)  # one process writes; of a launcher's, the first
@@ -90,6 +92,19 @@ def _is_for_users(error: ValueError) -> bool:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     return frame is not None and str(Path(__file__).parents[1]) in frame.tb_frame.f_code.co_filename
+
+
+def _plan(config: RunConfig) -> int:
+    """Needs no machine like the one that is planned for: everything comes from the flags (and the data, for what they leave out)."""
+    if not config.my_exit_tokens and not config.data_file:
+        raise ValueError("--plan: how many tokens? Give --my_exit_tokens or --data_file")
+    if config.devices == "auto":
+        raise ValueError("--devices auto: expected a number of processes per machine with --plan")
+    model = config.model_config(find_vocab_size(config, None))
+    exit_tokens = config.my_exit_tokens or open_samples(config).once
+    precision = config.precision or ("fp32" if config.accelerator == "cpu" else "bf16")
+    say(plan.describe(config, model, exit_tokens, int(config.devices) * config.num_nodes, precision))
+    return 0
 
 
 # ---- stage 1 ----------------------------------------------------------------------------------------------------------------

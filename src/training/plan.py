@@ -1,0 +1,170 @@
+"""What a run will need, before it is started: parameters, memory of each device by part, tokens, steps, time. Pure formulas.
+
+Bytes per device, P parameters, b bytes of the run's dtype, W processes (tests compare them with what torch really keeps):
+
+    weights      b P, under ZeRO 3 b P / W and the parameters gathered at a time
+    gradients    b P, under ZeRO 2, 3 b P / W and the buckets under way
+    optimizer    two fp32 moments and, below fp32 or under ZeRO, an fp32 master: 8 P or 12 P, under ZeRO / W; with offload on the CPU
+    step         fp32 copies of the gradients while the optimizer works, below fp32 or under ZeRO: 4 P, under ZeRO / W
+    activations  tokens of a micro batch * (what a block keeps for backward), of every layer or, with --grad_cp, of one and each layer's input
+    logits       tokens * V * b, and their gradient; with --head_chunk the rows of a chunk in fp32
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from src.config import STRATEGIES, ModelConfig, RunConfig
+
+BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
+# Tensors [token, C] that a block keeps for backward in the run's dtype, beside the hidden layer of the channel mix (twice, before and
+# after its activation) and the low-rank products; counted from src/model/layers.py, tested against torch's saved tensors.
+KEPT_BY_BLOCK = 30
+STATE_EVERY = 32  # tokens between two kept states of the recurrence: fp32, head_size numbers per channel
+GATHERED_AT_A_TIME = (
+    1_000_000_000  # parameters that ZeRO 3 holds whole at a time (DeepSpeed's stage3_max_live_parameters)
+)
+GIB = 1 << 30
+
+
+def parameter_count(c: ModelConfig) -> int:
+    """Parameters of RWKV7(c), layer 0's idle v0, v1, v2 included."""
+    width = c.n_embd
+    low_rank = 2 * width * (c.d_decay_lora + c.d_aaa_lora + c.d_mv_lora + c.d_gate_lora)
+    vectors = 6 + 3 + 2 + 1 + 2  # token shift, w0 a0 v0, k_k k_a, r_k, ln_x
+    att = vectors * width + low_rank + 4 * width * width
+    ffn = width + 2 * width * c.dim_ffn
+    norms = 4 * width
+    return 2 * c.vocab_size * width + c.n_layer * (att + ffn + norms) + 2 * width + 2 * width
+
+
+def kept_by_block(c: ModelConfig, dtype_bytes: int) -> float:
+    """Bytes per token that one block keeps for backward."""
+    low_rank = c.d_decay_lora + c.d_aaa_lora + c.d_mv_lora + c.d_gate_lora
+    in_dtype = KEPT_BY_BLOCK * c.n_embd + 2 * c.dim_ffn + low_rank
+    recurrence = 4 * c.n_embd + 4 * c.n_embd * c.head_size / STATE_EVERY
+    return dtype_bytes * in_dtype + recurrence
+
+
+def activation_bytes(c: ModelConfig, tokens: int, dtype_bytes: int) -> float:
+    """What a forward pass over `tokens` keeps for backward, without the head."""
+    vector = dtype_bytes * c.n_embd
+    if c.grad_cp:
+        return tokens * ((c.n_layer + 2) * vector + kept_by_block(c, dtype_bytes))
+    return tokens * (2 * vector + c.n_layer * kept_by_block(c, dtype_bytes))
+
+
+def logit_bytes(c: ModelConfig, tokens: int, dtype_bytes: int, head_chunk: int) -> float:
+    """The logits and their gradient; with `head_chunk` those of a chunk in fp32, and the head's fp32 gradient."""
+    if head_chunk:
+        rows = min(head_chunk, tokens)
+        return rows * c.vocab_size * (dtype_bytes + 8) + 4 * c.vocab_size * c.n_embd + dtype_bytes * tokens * c.n_embd
+    return 2 * tokens * c.vocab_size * dtype_bytes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device by part, and of the CPU for each process (offload)."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    step: float
+    activations: float
+    logits: float
+    on_cpu: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """At the worst moment: backward, with activations, or the optimizer's step, without."""
+        at_rest = self.weights + self.gradients + self.optimizer
+        return at_rest + max(self.activations + self.logits, self.step)
+
+
+def memory(
+    c: ModelConfig,
+    strategy: str,
+    processes: int,
+    precision: str,
+    tokens: int,
+    head_chunk: int = 0,
+    bucket_mb: int = 200,
+) -> Memory:
+    """Memory of one of `processes` devices; `tokens` are those of its micro batch. `strategy` as in --strategy; auto: one, or DDP."""
+    count, dtype_bytes = parameter_count(c), BYTES[precision]
+    engine = strategy.startswith("deepspeed")
+    stage = int(strategy.split("_")[2]) if engine else 0
+    offload = strategy.endswith("_offload")
+    part = count / processes if engine else count
+    weights = dtype_bytes * (part if stage == 3 else count)
+    gradients = dtype_bytes * (part if stage >= 2 else count)
+    optimizer = (12 if engine or dtype_bytes < 4 else 8) * part
+    step = 4 * part if engine or dtype_bytes < 4 else 0.0
+    on_cpu = 0.0
+    if offload:
+        on_cpu, optimizer, step = optimizer + step, 0.0, 0.0
+        if stage == 3:
+            on_cpu, weights = on_cpu + weights, 0.0
+        if stage >= 2:  # handed over bucket by bucket
+            gradients = 0.0
+    if stage >= 2:
+        gradients += 2 * dtype_bytes * min(count, bucket_mb * 1_000_000)
+    if stage == 3:
+        weights += dtype_bytes * min(count, GATHERED_AT_A_TIME)
+    return Memory(
+        weights,
+        gradients,
+        optimizer,
+        step,
+        activation_bytes(c, tokens, dtype_bytes),
+        logit_bytes(c, tokens, dtype_bytes, head_chunk),
+        on_cpu,
+    )
+
+
+def training_flops_per_token(c: ModelConfig) -> float:
+    """6 for each weight of a matrix product and 3 times the recurrence's 8 N per channel; recomputation (--grad_cp) not counted."""
+    return 6 * (parameter_count(c) - c.vocab_size * c.n_embd) + 3 * 8 * c.n_layer * c.n_embd * c.head_size
+
+
+def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes: int, precision: str) -> str:
+    """What `train.py --plan` prints."""
+    tokens = config.micro_bsz * config.ctx_len
+    per_step = tokens * config.accumulate_grad_batches * processes
+    steps = math.ceil(exit_tokens / per_step)
+    count = parameter_count(model)
+    lines = [
+        f"       model  {model.title}, {count:,} parameters, vocabulary {model.vocab_size:,}, low-rank sizes w {model.d_decay_lora}, "
+        f"a {model.d_aaa_lora}, v {model.d_mv_lora}, g {model.d_gate_lora}",
+        f"         run  {exit_tokens:,} tokens, {steps:,} steps of {per_step:,} tokens, {exit_tokens / count:.1f} tokens per parameter",
+        f"   processes  {processes}, {precision}, micro batch {config.micro_bsz} x {config.ctx_len}, grad_cp {config.grad_cp}, head_chunk {config.head_chunk}",
+        f"     compute  {training_flops_per_token(model) * exit_tokens:.3g} floating-point operations",
+    ]
+    if config.plan > 0:
+        hours = exit_tokens / config.plan / 3600
+        lines.append(
+            f"        time  {hours:,.1f} hours ({hours / 24:,.1f} days) at {config.plan:,.0f} tokens/s of all processes together"
+        )
+    lines += [
+        "",
+        "Memory of one device in GiB, by the formulas of src/training/plan.py; CUDA, NCCL and fragmentation take 2 or 3 more:",
+        "",
+    ]
+    lines.append(f"{'--strategy':>28}  weights  gradients  optimizer    step  activations  logits    total  on the CPU")
+    names = [name for name in STRATEGIES if name != "ddp" or processes > 1]
+    for name in names:
+        if processes == 1 and name.startswith("deepspeed") and not name.endswith("_offload"):
+            continue  # the same as auto
+        m = memory(model, name, processes, precision, tokens, config.head_chunk, config.ds_bucket_mb)
+        mark = ">" if name == config.strategy else " "
+        if name == "auto" and processes > 1:
+            continue  # the same as ddp
+        mark = ">" if name == config.strategy or (name == "ddp" and config.strategy == "auto") else " "
+        cells = zip(
+            (m.weights, m.gradients, m.optimizer, m.step, m.activations, m.logits, m.total, m.on_cpu),
+            (7, 9, 9, 6, 11, 6, 7, 10),
+            strict=True,
+        )
+        lines.append(f"{mark}{name:>27}  " + "  ".join(f"{value / GIB:{width}.2f}" for value, width in cells))
+    return "\n".join(lines)

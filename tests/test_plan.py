@@ -1,0 +1,114 @@
+"""The plan's formulas against what torch and the engines really keep."""
+
+import pytest
+import torch
+
+from src.cli import parse
+from src.model import RWKV7, ModelConfig
+from src.training import plan
+from src.training.optim import MasterAdamW, parameter_groups
+from src.training.run import run
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(8, 512, 6400),
+        ModelConfig(12, 768, 65536),
+        ModelConfig(3, 128, 77, head_size=32, dim_ffn=200, d_decay_lora=8, d_gate_lora=40),
+    ],
+)
+def test_parameter_count(config):
+    with torch.device("meta"):
+        model = RWKV7(config)
+    assert plan.parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_parameter_counts_that_are_published():
+    assert plan.parameter_count(ModelConfig(8, 512, 6400)) == 34_158_592
+    assert plan.parameter_count(ModelConfig(12, 768, 65536)) == 191_084_544
+
+
+def kept_for_backward(config, tokens, dtype):
+    model = RWKV7(config).to(dtype)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden, _ = model.hidden(torch.zeros(1, tokens, dtype=torch.long))
+    del hidden
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 128, 0), (4, 192, 300)])
+def test_activations_are_what_torch_keeps(dtype, shape):
+    layers, width, dim_ffn = shape
+    config = ModelConfig(layers, width, 100, dim_ffn=dim_ffn)
+    measured = kept_for_backward(config, 512, dtype)
+    assert plan.activation_bytes(config, 512, dtype.itemsize) == pytest.approx(measured, rel=0.06)
+
+
+def test_recomputed_activations_are_counted_once():
+    config = ModelConfig(4, 192, 100, grad_cp=True)
+    between = kept_for_backward(
+        config, 512, torch.float32
+    )  # inputs of the blocks; one block is kept while it is recomputed
+    block = 512 * plan.kept_by_block(config, 4)
+    assert plan.activation_bytes(config, 512, 4) == pytest.approx(between + block, rel=0.03)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_optimizer_and_gradients_in_one_process(precision):
+    config = ModelConfig(2, 128, 300)
+    model = RWKV7(config).to(torch.float32 if precision == "fp32" else torch.bfloat16)
+    optimizer = MasterAdamW(parameter_groups(model, 0.0), lr=1e-3, betas=(0.9, 0.99), eps=1e-18, grad_clip=1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    kept = [
+        t for p in optimizer.parameters for t in (optimizer.moments(p)["exp_avg"], optimizer.moments(p)["exp_avg_sq"])
+    ]
+    kept += [optimizer.master_of(p) for p in optimizer.parameters if optimizer.master_of(p) is not p]
+    expected = plan.memory(config, "auto", 1, precision, tokens=64)
+    assert expected.optimizer == pytest.approx(sum(t.nbytes for t in kept), rel=0.02)
+    assert expected.weights == sum(p.nbytes for p in model.parameters())
+    assert expected.gradients == pytest.approx(sum(p.grad.nbytes for p in optimizer.parameters), rel=0.02)
+
+
+def test_what_each_stage_divides():
+    config, sizes = ModelConfig(61, 8192, 65536), {}
+    for name in ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "deepspeed_stage_3_offload"):
+        sizes[name] = plan.memory(config, name, 64, "bf16", tokens=4096)
+    count = plan.parameter_count(config)
+    assert sizes["ddp"].optimizer == 12 * count
+    assert sizes["deepspeed_stage_1"].optimizer == pytest.approx(12 * count / 64)
+    assert sizes["deepspeed_stage_1"].gradients == 2 * count > 20 * sizes["deepspeed_stage_2"].gradients
+    assert sizes["deepspeed_stage_2"].weights == 2 * count
+    assert sizes["deepspeed_stage_3"].weights == pytest.approx(2 * count / 64 + 2e9)
+    offloaded = sizes["deepspeed_stage_3_offload"]
+    assert offloaded.optimizer == 0
+    assert offloaded.on_cpu == pytest.approx(18 * count / 64)
+    totals = [size.total for size in sizes.values()]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_plan_from_the_command_line(capsys, tmp_path):
+    flags = "--n_layer 12 --n_embd 768 --vocab_size 65536 --ctx_len 512 --micro_bsz 16 --my_exit_tokens 1498226207"
+    assert (
+        run(*parse(["--plan", "100000", "--proj_dir", str(tmp_path / "none"), *flags.split(), "--devices", "8"])) == 0
+    )
+    words = capsys.readouterr().out
+    assert "191,084,544 parameters" in words
+    assert "22,862 steps of 65,536 tokens" in words
+    assert "4.2 hours" in words
+    assert "deepspeed_stage_3_offload" in words
+    assert not (tmp_path / "none").exists()
+    assert run(*parse(["--plan", *flags.split()])) == 0
+    assert "hours" not in capsys.readouterr().out
