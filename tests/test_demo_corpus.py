@@ -1,5 +1,6 @@
 """The demo data: built from this Python's own library, once, the same every time."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,20 +8,24 @@ from pathlib import Path
 import pytest
 
 from src.dataset import MMapIndexedDataset
+from src.dataset.lock import only_one
 from src.dataset.standard_library import library_sources
 from src.dataset.tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "demo_corpus.py"
 
 
-def build(out: Path, *python_flags: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, *python_flags, SCRIPT, "--out", out], capture_output=True, text=True)
+def build(out: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, SCRIPT, "--out", out], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
-    done = build(folder)
+def demo(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Built once for all processes of pytest-xdist: the second one finds it there."""
+    of_this_process = tmp_path_factory.getbasetemp()
+    folder = (of_this_process if worker_id == "master" else of_this_process.parent) / "demo_corpus"
+    with only_one(folder / "lock", wait=True):
+        done = build(folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -52,7 +57,9 @@ def test_the_tokenizer_is_an_ordinary_folder(demo: Path) -> None:
     assert ours.decode(answer) == "That.<|im_end|>"
 
 
-def test_a_second_run_does_nothing_and_a_lost_file_comes_back(demo: Path) -> None:
+def test_a_second_run_does_nothing_and_a_lost_file_comes_back(demo: Path, tmp_path: Path) -> None:
+    demo = shutil.copytree(demo, tmp_path / "mine")
+
     def state() -> dict[str, int]:
         return {str(file): file.stat().st_mtime_ns for file in demo.rglob("*") if file.is_file()}
 
