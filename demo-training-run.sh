@@ -52,8 +52,10 @@ if [ "$python" = .venv/bin/python ]; then say "To type commands yourself: . .ven
 if [ $was_complete = 1 ]; then exit; fi
 
 if [ -n "$VAL_DATA_FILE" ]; then
-    say "" "Loss on text that it was not trained on:"
+    say "
+Loss on text that it was not trained on:"
     "$python" -m src.inference.evaluate "$PROJ_DIR" --data "$VAL_DATA_FILE" --ctx_len "$CTX_LEN"
 fi
-say "" "What it writes after \"$PROMPT\":"
+say "
+What it writes after \"$PROMPT\":"
 "$python" -m src.inference.generate "$PROJ_DIR" --prompt "$PROMPT" --seed 1

@@ -195,9 +195,9 @@ def tree(tmp_path):
     return tmp_path
 
 
-def run_script(tree, *words, **environment):
+def run_script(tree, *words, script="demo-training-run.sh", **environment):
     return subprocess.run(
-        ["/bin/sh", "demo-training-run.sh", *words], cwd=tree, text=True, timeout=570, capture_output=True,
+        ["/bin/sh", script, *words], cwd=tree, text=True, timeout=570, capture_output=True,
         env={**os.environ, "PYTHON": sys.executable, **environment},
     )  # fmt: skip
 
@@ -236,11 +236,34 @@ def test_a_data_file_that_is_missing(tree):
     assert not (tree / "out").exists()
 
 
+def test_a_stage_without_the_one_before_it(tree):
+    (tree / "data" / "sft_1024.jsonl").write_text("")
+    for words, missing in (((), "out/L4-D256-x070/"), (("mini", "1024"), "out/L8-D512-x070-sft-512/")):
+        done = run_script(tree, *words, script="demo-training-run-sft.sh")
+        assert done.returncode == 1
+        assert f"{missing}rwkv-final.pth is missing" in done.stderr
+        assert not (tree / "out").exists()
+    done = run_script(tree, "mini", "100", script="demo-training-run-sft.sh")
+    assert "expected 512, 1024 or 2048" in done.stderr
+
+
 @pytest.mark.slow
-def test_demo_on_the_real_corpus(tree):
-    done = run_script(tree, N_LAYER="2", N_EMBD="64", MY_EXIT_TOKENS="60000", EPOCH_STEPS="10")
+def test_both_demos_on_the_real_corpus(tree):
+    sizes = {"N_LAYER": "2", "N_EMBD": "64", "EPOCH_STEPS": "10"}
+    done = run_script(tree, MY_EXIT_TOKENS="60000", **sizes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "What it writes after" in done.stdout
+    final = (tree / "out" / "L2-D64-x070" / "rwkv-final.pth").read_bytes()
+
+    done = run_script(tree, script="demo-training-run-sft.sh", MY_EXIT_TOKENS="60000", **sizes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "held-out loss before" in done.stdout
+    assert done.stdout.count("\n> ") == 2
+    stage = tree / "out" / "L2-D64-x070-sft-demo"
+    assert (stage / "rwkv-init.pth").read_bytes() == final == (tree / "out" / "L2-D64-x070" / "rwkv-final.pth").read_bytes()
+    assert (stage / "rwkv-final.pth").read_bytes() != final
+    again = run_script(tree, script="demo-training-run-sft.sh", MY_EXIT_TOKENS="60000", **sizes)
+    assert "complete" in again.stdout
 
 
 # ---- minipile ---------------------------------------------------------------------------------------------------------------
