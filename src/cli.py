@@ -55,14 +55,15 @@ def build_parser() -> argparse.ArgumentParser:
             "" if not field.metadata["choices"] else " (" + " | ".join(filter(None, field.metadata["choices"])) + ")"
         )
         shown = f" [{field.default if field.default != '' else 'none'}]".replace("%", "%%")
-        topics[field.metadata["group"]].add_argument(
+        argument = topics[field.metadata["group"]].add_argument(
             f"--{field.name}",
             type=kind,
             default=field.default,
             metavar=kind.__name__.upper(),
-            **({"nargs": "?", "const": 0.0} if field.name == "plan" else {}),  # a question that needs no number
             help=field.metadata["help"].replace("%", "%%") + choices + shown,
         )
+        if field.name == "plan":  # a question that needs no number
+            argument.nargs, argument.const = "?", 0.0
     return parser
 
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -23,6 +23,7 @@ from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
+from src.model import RWKV7
 from src.training.optim import LOSS_SCALE_GROWTH_STEPS, LOSS_SCALE_POWER
 from src.training.processes import OneProcess
 
@@ -120,7 +121,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert module is not None
         super().init_deepspeed()
         if self.zero_stage_3:  # the chunked loss reads the head's weight without calling the head
-            self.deepspeed.zero.register_external_parameter(module.head_loss, module.model.head.weight)
+            head = cast(RWKV7, module.model).head
+            self.deepspeed.zero.register_external_parameter(module.head_loss, head.weight)
         zero = self.deepspeed_engine.optimizer
         if isinstance(module.optimizer, EngineAdamW):
             module.optimizer.follow(self.deepspeed_engine)
@@ -218,7 +220,7 @@ class EngineAdamW(torch.optim.AdamW):
         if hasattr(parameter, "ds_id"):  # stage 3: every parameter in equal parts, the last one padded
             group, offset, count = zero.grad_position[zero.get_param_id(parameter)]
             start = count * dist.get_rank()
-            count = min(count, parameter.ds_numel - start)
+            count = min(count, parameter.ds_numel - start)  # type: ignore[attr-defined]
             return Part(zero.fp32_partitioned_groups_flat[group], offset, start, count) if count > 0 else None
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # stages 1, 2: a group in equal parts
         if mapping is None:
