@@ -1,0 +1,53 @@
+"""How long saving the full state of the 34.2 M model stops training, beside the time that writing it takes in the background.
+
+    python tests/bench/save_state.py [FOLDER]      FOLDER: the disk to write to (default: here)
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from src.config import ModelConfig, RunConfig
+from src.model import RWKV7
+from src.training.optim import MasterAdamW, parameter_groups
+from src.training.resume import Position, StateWriter
+
+SAVES = 5
+
+
+def main() -> None:
+    model = RWKV7(ModelConfig(n_layer=8, n_embd=512, vocab_size=6400))
+    optimizer = MasterAdamW(parameter_groups(model, 0.0), lr=1e-4, betas=(0.9, 0.99), eps=1e-18, grad_clip=1.0)
+    for parameter in optimizer.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+
+    def tensors():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                yield f"{name}/master", optimizer.master_of(parameter)
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    yield f"{name}/{kind}", optimizer.moments(parameter)[kind]
+
+    size = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors())
+    print(f"L8-D512, {sum(p.numel() for p in model.parameters()):,} parameters: a state of {size / 1e6:.0f} MB")
+    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else ".") as folder:
+        writer = StateWriter(Path(folder), keep=2)
+        stops = []
+        for step in range(SAVES):
+            begin = time.perf_counter()
+            writer.write(Position(step, step, 1), {}, {}, tensors())
+            stops.append(time.perf_counter() - begin)
+            writer.wait()
+            whole = time.perf_counter() - begin
+            print(f"save {step}: training stops {stops[-1]:.3f} s, on the disk after {whole:.2f} s")
+    worst, minutes = max(stops), RunConfig.save_minutes
+    print(f"worst stop {worst:.3f} s; every {minutes:g} minutes that is {worst / (60 * minutes):.3%} of a run")
+
+
+if __name__ == "__main__":
+    main()
