@@ -175,7 +175,8 @@ class Decoder:
             v = torch.lerp(v, v_first, _affine(att.v0, inner[3], att.v2).sigmoid_())
 
         heads = (self.batch, 1, att.n_head, att.head_size)
-        kk = F.normalize((k * att.k_k.view(-1)).view(heads), dim=-1, eps=1e-12)
+        kk = (k * att.k_k.view(-1)).view(heads)
+        kk = kk.div_(torch.linalg.vector_norm(kk, dim=-1, keepdim=True).clamp_min_(1e-12))
         k = k * torch.addcmul(ours.k_a_rest, a, att.k_a.view(-1))
         r, k, v_heads = r.view(heads), k.view(heads), v.view(heads)
         y, wkv = wkv7(r, w.view(heads), k, v_heads, -kk, kk * a.view(heads), state.wkv, kernel=att.kernel)
