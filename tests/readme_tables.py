@@ -16,6 +16,7 @@ import torch
 from src.config import GROUPS, ModelConfig, RunConfig
 from src.model import RWKV7
 from src.model.init import row_of
+from src.training import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [path for path in (ROOT / "README.md", ROOT / "README_CN.md") if path.exists()]
@@ -54,14 +55,66 @@ def weights() -> str:
             continue  # every block has the parameters of block 0, except ln0
         shown = name if block is None or ".ln0." in name else name.replace("blocks.0.", "blocks.i.")
         row = row_of(name)
-        training = ", ".join(words for words, so in (("decay", row.decay), (f"lr x{row.lr_scale:g}", row.lr_scale != 1)) if so)
+        training = ", ".join(
+            words for words, so in (("decay", row.decay), (f"lr x{row.lr_scale:g}", row.lr_scale != 1)) if so
+        )
         rows.append([f"`{shown}`", " x ".join(map(str, parameter.shape)), training, row.text])
     return table(["name", "shape", "decay or lr x2", "initial value"], rows)
 
 
-TOP = ["demo-training-prepare.sh", "demo-training-run.sh", "demo-training-run-sft.sh", "train.py", "API_DEMO_CHAT.py", "requirements.txt"]
+# layers, width, low-rank sizes w a v g, lr, ZeRO stage, GPUs, micro batch of 4096 tokens
+CLUSTER = [
+    (32, 2560, (96, 96, 64, 320), "2e-4", 1, 8, 4),
+    (32, 4096, (128, 128, 96, 480), "1.5e-4", 2, 16, 2),
+    (61, 4096, (192, 192, 128, 384), "1.2e-4", 2, 32, 2),
+    (64, 6144, (192, 192, 128, 512), "1e-4", 3, 64, 2),
+    (80, 8192, (256, 256, 160, 576), "8e-5", 3, 128, 1),
+]
+
+
+def cluster() -> str:
+    """Settings for large models, with the memory that the formulas of `train.py --plan` give."""
+    rows = []
+    for layers, width, sizes, lr, stage, gpus, micro_bsz in CLUSTER:
+        w, a, v, g = sizes
+        config = ModelConfig(
+            layers, width, 65536, d_decay_lora=w, d_aaa_lora=a, d_mv_lora=v, d_gate_lora=g, grad_cp=True
+        )
+        need = plan.memory(config, f"deepspeed_stage_{stage}", gpus, "bf16", micro_bsz * 4096, head_chunk=4096)
+        rows.append(
+            [
+                f"{plan.parameter_count(config) / 1e9:.1f} B",
+                *map(str, (layers, width, f"{w} {a} {v} {g}", lr, stage, gpus, micro_bsz)),
+            ]
+            + [f"{need.total / plan.GIB:.0f}"]
+        )
+    head = [
+        "parameters",
+        "`--n_layer`",
+        "`--n_embd`",
+        "low-rank sizes w a v g",
+        "`--lr_init`",
+        "ZeRO stage",
+        "GPUs",
+        "`--micro_bsz`",
+    ]
+    return table([*head, "GiB per GPU"], rows)
+
+
+TOP = [
+    "demo-training-prepare.sh",
+    "demo-training-run.sh",
+    "demo-training-run-sft.sh",
+    "train.py",
+    "API_DEMO_CHAT.py",
+    "requirements.txt",
+]
 FOLDERS = ["src", "src/ops", "src/model", "src/dataset", "src/training", "src/inference", "cuda", "data"]
-ABOUT = {"src/": "the library", "cuda/": "native sources, flat", "data/": "tools that make data, and the data (not tracked)"}
+ABOUT = {
+    "src/": "the library",
+    "cuda/": "native sources, flat",
+    "data/": "tools that make data, and the data (not tracked)",
+}
 REST = {
     "tests/": "a test file per module, host_cuda/ (runs the .cu files on a CPU), bench/ (measurements)",
     "tests/run.sh": "Lint, types and tests; sets up what it needs",
@@ -85,7 +138,9 @@ def tree() -> str:
     lines = [(name, first_sentence(ROOT / name)) for name in TOP if (ROOT / name).exists()]
     for folder in FOLDERS:
         package = ROOT / folder / "__init__.py"
-        lines.append((f"{folder}/", (first_sentence(package) if package.exists() else "") or ABOUT.get(f"{folder}/", "")))
+        lines.append(
+            (f"{folder}/", (first_sentence(package) if package.exists() else "") or ABOUT.get(f"{folder}/", ""))
+        )
         files = [path for path in (ROOT / folder).iterdir() if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"}]
         lines += [(f"{folder}/{path.name}", first_sentence(path)) for path in sorted(files) if path != package]
     lines += REST.items()
@@ -98,7 +153,7 @@ def _indented(name: str, words: str) -> str:
     return f"{own:<28}{words}".rstrip()
 
 
-TABLES: dict[str, Callable[[], str]] = {"tree": tree, "flags": flags, "weights": weights}
+TABLES: dict[str, Callable[[], str]] = {"tree": tree, "flags": flags, "weights": weights, "cluster": cluster}
 
 
 def section(name: str) -> re.Pattern[str]:
