@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from torch.utils.data import Dataset
 
 from src.config import RunConfig
@@ -88,6 +89,7 @@ def fit(company, name, scenario, out):
     optimizer, steps = scenario.pop("optimizer", "adam"), scenario.pop("steps", 4)
     poison, first_step = scenario.pop("poison", -1), scenario.pop("first_step", 0)
     load, init_seed = scenario.pop("load", None), scenario.pop("init_seed", 5)
+    as_lightning_does = scenario.pop("backward_of_lightning", False)
     flags = {
         "n_layer": 2, "n_embd": 32, "head_size": 16, "vocab_size": VOCAB, "ctx_len": CTX, "micro_bsz": 2, "accelerator": "cpu",
         "precision": "fp32", "lr_init": 1e-2, "lr_final": 1e-3, "weight_decay": 0.1, "kernel": "reference", **scenario,
@@ -110,6 +112,8 @@ def fit(company, name, scenario, out):
         optimizer=optimizer, poison=poison,
     )  # fmt: skip
     strategy = lightning_strategy(config, hardware, company)
+    if as_lightning_does:  # for the test that has to notice it
+        strategy.precision_plugin.backward = DeepSpeedPrecision("32-true").backward
 
     class Restore(pl.Callback):
         def on_train_start(self, trainer, module):
@@ -122,7 +126,7 @@ def fit(company, name, scenario, out):
         accelerator="cpu", devices=hardware.devices, num_nodes=hardware.num_nodes, strategy=strategy, precision="32-true",
         max_epochs=1, max_steps=steps, accumulate_grad_batches=config.accumulate_grad_batches, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        callbacks=[Restore(), SetLearningRate(lambda step: config.lr_init / (1 + step), first_step)],
+        callbacks=[Restore(), SetLearningRate(lambda step: config.lr_init / (1 + 0.1 * step), first_step)],
     )  # fmt: skip
     trainer.fit(module)
     result = {"losses": module.losses, "norms": module.norms, "lrs": module.lrs}

@@ -64,6 +64,8 @@ def quick(tmp_path_factory):
     fits = {name: {**fit, "strategy": name} for name in names}
     if zero.is_installed():
         fits["stage 3, recomputed and chunked"] = {**fits["deepspeed_stage_3"], "grad_cp": 1, "head_chunk": 5}
+        fits["divided twice"] = {**fits["deepspeed_stage_2"], "backward_of_lightning": True}
+        fits["fp16"] = {"strategy": "deepspeed_stage_2", "precision": "fp16", "steps": 3, "poison": 1}
         fits["adam"] = {"strategy": "deepspeed_stage_2", "steps": 3}
         fits["adam"]["poison"] = 1
     results = launch(folder, 2, fits)
@@ -89,6 +91,22 @@ def test_stage_3_with_recomputed_activations_and_chunked_loss(quick):
     assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert largest_difference(one["weights"], other["weights"]) < 1e-5
     assert other["held"] == 0  # no process holds a whole parameter
+
+
+@needs_deepspeed
+def test_dividing_twice_by_the_accumulated_batches_would_be_noticed(quick):
+    one, other = quick["one"], quick["divided twice"]
+    assert other["losses"][0] == pytest.approx(one["losses"][0], abs=1e-6)
+    assert other["losses"][-1] > one["losses"][-1] + 0.01
+
+
+@needs_deepspeed
+def test_fp16_finds_its_scale_and_leaves_out_what_overflows(quick):
+    other = quick["fp16"]
+    assert other["counters"]["skipped_steps"] >= 1
+    assert other["counters"]["adam_steps"] == 3 - other["counters"]["skipped_steps"]
+    assert other["counters"]["loss_scale"] == 2.0 ** (16 - other["counters"]["skipped_steps"])
+    assert all(tensor.isfinite().all() and tensor.dtype == torch.float16 for tensor in other["weights"].values())
 
 
 @needs_deepspeed
