@@ -142,6 +142,15 @@ DEVICE float fast_divide(float x, float y) {
 #endif
 }
 
+// The compiler may not assume anything about x from here on.
+DEVICE void opaque(int& x) {
+#if PORT_DEVICE && defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(x));
+#else
+  (void)x;
+#endif
+}
+
 // --- Vectors of 16 bytes: aligned, one memory access ---------------------------------------------------------------------
 
 DEVICE uint4 load16(const void* from) {

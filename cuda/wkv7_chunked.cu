@@ -81,37 +81,40 @@ DEVICE int at_small(int row, int column) { return row * kTokens + (((column / 8)
 using Operand = uint32_t[4];
 using Sums = float[2][4];
 
+// Addresses are offset ^ column + row * 64: the permutation of pieces is an exclusive or, and rows come in multiples of 8.
 struct Lane {
-  int lane, warp, g, q;                  // g, q: row and column pair in a fragment
-  int plain_row, plain_column;           // of the address that this lane gives for a 16 x 16 matrix, pieces in the order of rows,
-  int crossed_row, crossed_column;       // or of columns
+  int lane, warp, g, q;              // g, q: row and column pair in a fragment
+  int plain, crossed;                // what this lane addresses of a 16 x 16 matrix in a tile, pieces in the order of rows, or of columns
+  int small_plain, small_crossed;    // the same in a small tile
+  int own;                           // its elements of an accumulator
   DEVICE Lane() {
     lane = int(threadIdx.x) % kWarpSize;
     warp = int(threadIdx.x) / kWarpSize;
     g = lane / 4;
     q = lane % 4;
-    plain_row = lane % 16;
-    plain_column = lane / 16 * 8;
-    crossed_row = lane % 8 + lane / 16 * 8;
-    crossed_column = lane / 8 % 2 * 8;
+    plain = at(lane % 16, lane / 16 * 8);
+    crossed = at(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
+    small_plain = at_small(lane % 16, lane / 16 * 8);
+    small_crossed = at_small(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
+    own = at(g, 2 * q);
   }
+  // Keeps the compiler from working out every address of a loop before the loop, for which there are not enough registers.
+  DEVICE void forget() { opaque(plain), opaque(crossed), opaque(small_plain), opaque(small_crossed), opaque(own); }
 };
 
 // Left operand: X[row.., column..], or the transpose of that part of X. Right operand: the part itself (rows are summed over), or its transpose.
-DEVICE void left(Operand& to, const bf16* x, int row, int column, const Lane& l) { load_matrices(to, x + at(row + l.plain_row, column + l.plain_column)); }
+DEVICE void left(Operand& to, const bf16* x, int row, int column, const Lane& l) { load_matrices(to, x + (l.plain ^ column) + row * N); }
 DEVICE void left_transposed(Operand& to, const bf16* x, int row, int column, const Lane& l) {
-  load_matrices_transposed(to, x + at(row + l.crossed_row, column + l.crossed_column));
+  load_matrices_transposed(to, x + (l.crossed ^ column) + row * N);
 }
-DEVICE void right(Operand& to, const bf16* x, int row, int column, const Lane& l) {
-  load_matrices_transposed(to, x + at(row + l.plain_row, column + l.plain_column));
-}
+DEVICE void right(Operand& to, const bf16* x, int row, int column, const Lane& l) { load_matrices_transposed(to, x + (l.plain ^ column) + row * N); }
 DEVICE void right_transposed(Operand& to, const bf16* x, int row, int column, const Lane& l) {
-  load_matrices(to, x + at(row + l.crossed_row, column + l.crossed_column));
+  load_matrices(to, x + (l.crossed ^ column) + row * N);
 }
-DEVICE void left_small(Operand& to, const bf16* x, const Lane& l) { load_matrices(to, x + at_small(l.plain_row, l.plain_column)); }
-DEVICE void left_small_transposed(Operand& to, const bf16* x, const Lane& l) { load_matrices_transposed(to, x + at_small(l.crossed_row, l.crossed_column)); }
-DEVICE void right_small(Operand& to, const bf16* x, const Lane& l) { load_matrices_transposed(to, x + at_small(l.plain_row, l.plain_column)); }
-DEVICE void right_small_transposed(Operand& to, const bf16* x, const Lane& l) { load_matrices(to, x + at_small(l.crossed_row, l.crossed_column)); }
+DEVICE void left_small(Operand& to, const bf16* x, const Lane& l) { load_matrices(to, x + l.small_plain); }
+DEVICE void left_small_transposed(Operand& to, const bf16* x, const Lane& l) { load_matrices_transposed(to, x + l.small_crossed); }
+DEVICE void right_small(Operand& to, const bf16* x, const Lane& l) { load_matrices_transposed(to, x + l.small_plain); }
+DEVICE void right_small_transposed(Operand& to, const bf16* x, const Lane& l) { load_matrices(to, x + l.small_crossed); }
 
 DEVICE void clear(Sums& x) {
 #pragma unroll
@@ -145,16 +148,16 @@ DEVICE void split(Operand& high, Operand& low, const Sums& x) {
 // A left operand, or rounded accumulators, to columns column .. column+15 of a tile.
 DEVICE void store(bf16* x, const Operand& from, int row, int column, const Lane& l) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) store4(x + at(row + l.g + 8 * (i % 2), column + 8 * (i / 2) + 2 * l.q), from[i]);
+  for (int i = 0; i < 4; i++) store4(x + (l.own ^ (column + 8 * (i / 2))) + (row + 8 * (i % 2)) * N, from[i]);
 }
 DEVICE void store_small(bf16* x, const Operand& from, const Lane& l) {
 #pragma unroll
   for (int i = 0; i < 4; i++) store4(x + at_small(l.g + 8 * (i % 2), 8 * (i / 2) + 2 * l.q), from[i]);
 }
 DEVICE void store_transposed(bf16* x, const Operand& from, int column, const Lane& l) {
+  const int own[2] = {at(2 * l.q, l.g), at(2 * l.q + 1, l.g)};
 #pragma unroll
-  for (int i = 0; i < 8; i++)
-    x[at(2 * l.q + i % 2 + 8 * (i / 4), column + l.g + 8 * (i / 2 % 2))] = bf16{uint16_t(from[i / 2] >> (16 * (i % 2)))};
+  for (int i = 0; i < 8; i++) x[(own[i % 2] ^ (column + 8 * (i / 2 % 2))) + 8 * (i / 4) * N] = bf16{uint16_t(from[i / 2] >> (16 * (i % 2)))};
 }
 
 // Keeps element (row, column) where row >= column (or >, when strict).
@@ -175,7 +178,7 @@ DEVICE void upper_triangle_strict(Sums& x, const Lane& l) {
 
 // 16 x 16 accumulators as bf16 to rows of global memory (`x` points at the token and channel of element 0, 0). Neighbouring lanes
 // swap halves, so that each writes 8 bytes and four of them a sector of 32.
-DEVICE void store_rows(bf16* x, int64_t row_stride, const Sums& from, int rows, const Lane& l) {
+DEVICE void store_rows(bf16* x, int row_stride, const Sums& from, int rows, const Lane& l) {
   const bool odd = l.q % 2;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
@@ -189,19 +192,20 @@ DEVICE void store_rows(bf16* x, int64_t row_stride, const Sums& from, int rows, 
 // --- The walk over a document ---------------------------------------------------------------------------------------------------
 
 struct Document {
-  int64_t begin, end, first_segment;
+  int begin, end, first_segment;  // tokens of all documents together are fewer than 2^31
   int number, head;
   DEVICE Document(const int32_t* cu_seqlens, int64_t tokens_each, int heads) {
     number = int(blockIdx.x) / heads;
     head = int(blockIdx.x) % heads;
-    begin = cu_seqlens ? cu_seqlens[number] : number * tokens_each;
-    end = cu_seqlens ? cu_seqlens[number + 1] : begin + tokens_each;
+    begin = cu_seqlens ? cu_seqlens[number] : int(number * tokens_each);
+    end = cu_seqlens ? cu_seqlens[number + 1] : int(begin + tokens_each);
     first_segment = begin / kSegment + number;  // room for every earlier document's partial last segment
   }
+  DEVICE int64_t matrix(int heads) const { return (int64_t(number) * heads + head) * N * N; }  // of its state
 };
 
 // Starts copying one chunk's rows [rows, 64] of x into a tile; rows that don't exist become zeros. By one warp.
-DEVICE void fetch(bf16* tile, const bf16* x, int64_t row_stride, int rows, const Lane& l) {
+DEVICE void fetch(bf16* tile, const bf16* x, int row_stride, int rows, const Lane& l) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int row = i * 4 + l.lane / 8, column = l.lane % 8 * 8;
@@ -348,11 +352,12 @@ DEVICE void cumulate_decay(Sums& inclusive, Sums& before, const bf16* raw_w, int
 
 // By one warp, on its own chunk of `rows` tokens; the others are zeros and decay by 1.
 template <bool kBackward>
-DEVICE void prepare(const Chunk& c, const Scratch& s, int rows, const Lane& l) {
+DEVICE void prepare(const Chunk& c, const Scratch& s, int rows, Lane l) {
   Sums ab_transposed, ak_transposed, rb, rk;
   clear(ab_transposed), clear(ak_transposed), clear(rb), clear(rk);
 #pragma unroll 1
   for (int column = 0; column < N; column += 16) {
+    l.forget();
     Sums inclusive, before;
     cumulate_decay(inclusive, before, c.w, column, rows, l);
     Operand r, a, b, k, b_low, k_low;
@@ -417,6 +422,7 @@ DEVICE void prepare(const Chunk& c, const Scratch& s, int rows, const Lane& l) {
   left_small(t, s.t_high, l);
 #pragma unroll 1
   for (int column = 0; column < N; column += 16) {
+    l.forget();
     Operand b, b_low, a, k, k_low, packed;
     Sums x;
     right(b, c.b, 0, column, l), right(b_low, c.b_low, 0, column, l), right(a, c.a, 0, column, l);
@@ -500,26 +506,25 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_forward(Forward p) {
   using Memory = ForwardMemory;
   SHARED_MEMORY(shared);
   bf16* const memory = reinterpret_cast<bf16*>(shared);
-  const Lane l;
+  Lane l;
   const Document at(p.cu_seqlens, p.tokens_each, p.heads);
-  const int64_t row_stride = int64_t(p.heads) * N;
-  const int64_t matrix = (int64_t(at.number) * p.heads + at.head) * N * N;
+  const int row_stride = p.heads * N;
 
   // Two buffers of chunks: a segment's inputs arrive while the one before is computed.
-  const auto chunk = [&](int64_t segment, int number) {
-    bf16* const base = memory + (int(segment % 2) * kChunks + number) * Memory::chunk;
+  const auto chunk = [&](int segment, int number) {
+    bf16* const base = memory + ((segment % 2) * kChunks + number) * Memory::chunk;
     Chunk c{};
     c.w = base, c.a = base + kTile, c.b = base + 2 * kTile, c.k = base + 3 * kTile, c.r = base + 4 * kTile, c.v = base + 5 * kTile;
     c.q = base + 6 * kTile;
     c.decay = reinterpret_cast<float*>(base + 6 * kTile + kSmall);
     return c;
   };
-  const auto fetch_chunk = [&](int64_t segment) {  // the chunk that this warp prepares
-    const int64_t first = at.begin + segment * kSegment + l.warp * kTokens;
+  const auto fetch_chunk = [&](int segment) {  // the chunk that this warp prepares
+    const int first = at.begin + segment * kSegment + l.warp * kTokens;
     if (l.warp < kChunks && first < at.end) {
       const Chunk c = chunk(segment, l.warp);
-      const int rows = int(at.end - first < kTokens ? at.end - first : kTokens);
-      const int64_t from = first * row_stride + at.head * N;
+      const int rows = at.end - first < kTokens ? at.end - first : kTokens;
+      const int64_t from = int64_t(first) * row_stride + at.head * N;
       fetch(c.w, p.w + from, row_stride, rows, l), fetch(c.a, p.a + from, row_stride, rows, l), fetch(c.b, p.b + from, row_stride, rows, l);
       fetch(c.k, p.k + from, row_stride, rows, l), fetch(c.r, p.r + from, row_stride, rows, l), fetch(c.v, p.v + from, row_stride, rows, l);
     }
@@ -527,12 +532,12 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_forward(Forward p) {
   };
 
   State s;
-  load_state(s, p.state ? p.state + matrix : nullptr, l);
-  const int64_t segments = (at.end - at.begin + kSegment - 1) / kSegment;
+  load_state(s, p.state ? p.state + at.matrix(p.heads) : nullptr, l);
+  const int segments = (at.end - at.begin + kSegment - 1) / kSegment;
   fetch_chunk(0);
-  for (int64_t segment = 0; segment < segments; segment++) {
-    const int64_t first = at.begin + segment * kSegment;
-    const int count = int(at.end - first < kSegment ? at.end - first : kSegment);
+  for (int segment = 0; segment < segments; segment++) {
+    const int first = at.begin + segment * kSegment;
+    const int count = at.end - first < kSegment ? at.end - first : kSegment;
     copy_async_wait<0>();
     sync_warp();
     if (l.warp < kChunks && l.warp * kTokens < count) {
@@ -546,9 +551,10 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_forward(Forward p) {
     }
     sync_block();
     fetch_chunk(segment + 1);  // everyone has left that buffer
-    if (p.saved_state) keep_state(p.saved_state + ((at.first_segment + segment) * p.heads + at.head) * kSlotBytes, s);
+    if (p.saved_state) keep_state(p.saved_state + (int64_t(at.first_segment + segment) * p.heads + at.head) * kSlotBytes, s);
 #pragma unroll 1
     for (int number = 0; number * kTokens < count; number++) {
+      l.forget();
       const Chunk c = chunk(segment, number);
       Operand high[4], low[4], x, v;
       Sums y;
@@ -563,12 +569,12 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_forward(Forward p) {
       left_small(x, c.q, l);
       right(v, c.v, 0, 16 * l.warp, l);
       multiply(y, x, v);
-      store_rows(p.y + (first + number * kTokens) * row_stride + at.head * N + 16 * l.warp, row_stride, y, count - number * kTokens, l);
+      store_rows(p.y + int64_t(first + number * kTokens) * row_stride + at.head * N + 16 * l.warp, row_stride, y, count - number * kTokens, l);
       advance(s, high, low, c, c.k, l);
     }
   }
   copy_async_wait<0>();
-  store_state(p.final_state + matrix, s, l);
+  store_state(p.final_state + at.matrix(p.heads), s, l);
 #endif
 }
 
@@ -649,6 +655,33 @@ struct Exchange {
   float* z_shares;           // [4, 64]: colsum(E * S) of each warp
 };
 
+// da' += (Z X^T) y and dr' += (dY X^T) y, where y is b' (X = U) or k' (X = V); triangles and y are pairs.
+DEVICE void collect_rows(Sums& da, Sums& dr, const bf16* triangles, const bf16* y, const bf16* y_low, int column, const Lane& l) {
+  Operand high, low, m;
+  right(low, y_low, 0, column, l), right(high, y, 0, column, l);
+#pragma unroll
+  for (int part = 1; part >= 0; part--) {
+    left_small(m, triangles + part * kSmall, l);
+    if (part == 0) multiply(da, m, low);
+    multiply(da, m, high);
+    left_small(m, triangles + (4 + part) * kSmall, l);
+    if (part == 0) multiply(dr, m, low);
+    multiply(dr, m, high);
+  }
+}
+// db' += (Y U^T)^T y and dk' += (Y V^T)^T y, where y is a' (Y = Z) or r' (Y = dY).
+DEVICE void collect_columns(Sums& db, Sums& dk, const bf16* triangles, const bf16* y, int column, const Lane& l) {
+  Operand high, m;
+  right(high, y, 0, column, l);
+#pragma unroll
+  for (int part = 1; part >= 0; part--) {
+    left_small_transposed(m, triangles + part * kSmall, l);
+    multiply(db, m, high);
+    left_small_transposed(m, triangles + (2 + part) * kSmall, l);
+    multiply(dk, m, high);
+  }
+}
+
 #endif
 
 struct BackwardMemory {  // of a block, in elements of bf16
@@ -662,10 +695,9 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
   using Memory = BackwardMemory;
   SHARED_MEMORY(shared);
   bf16* const memory = reinterpret_cast<bf16*>(shared);
-  const Lane l;
+  Lane l;
   const Document at(p.cu_seqlens, p.tokens_each, p.heads);
-  const int64_t row_stride = int64_t(p.heads) * N;
-  const int64_t matrix = (int64_t(at.number) * p.heads + at.head) * N * N;
+  const int row_stride = p.heads * N;
   const int mine = 16 * l.warp;  // first of this warp's value rows, and of its key columns
 
   Exchange x;
@@ -684,15 +716,15 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
     c.dy = base + 6 * kTile, c.big_k = base + 7 * kTile, c.bz = base + 8 * kTile;
     c.q = base + 9 * kTile, c.rbt = c.q + kSmall, c.m_transposed = c.rbt + kSmall;
     c.decay = reinterpret_cast<float*>(c.m_transposed + kSmall);
-    c.b_low = x.s + number * kTile, c.k_low = x.e + number * kTile;  // free until the first chunk is collected
+    c.b_low = x.s + number * kTile, c.k_low = x.e + number * kTile;  // needed by prepare only
     return c;
   };
-  const auto fetch_chunk = [&](int64_t segment, int number) {  // by the warp that prepares it
-    const int64_t first = at.begin + segment * kSegment + number * kTokens;
+  const auto fetch_chunk = [&](int segment, int number) {  // by the warp that prepares it
+    const int first = at.begin + segment * kSegment + number * kTokens;
     if (segment >= 0 && l.warp == number && first < at.end) {
       const Chunk c = chunk(number);
-      const int rows = int(at.end - first < kTokens ? at.end - first : kTokens);
-      const int64_t from = first * row_stride + at.head * N;
+      const int rows = at.end - first < kTokens ? at.end - first : kTokens;
+      const int64_t from = int64_t(first) * row_stride + at.head * N;
       fetch(c.w, p.w + from, row_stride, rows, l), fetch(c.a, p.a + from, row_stride, rows, l), fetch(c.b, p.b + from, row_stride, rows, l);
       fetch(c.k, p.k + from, row_stride, rows, l), fetch(c.r, p.r + from, row_stride, rows, l), fetch(c.v, p.v + from, row_stride, rows, l);
       fetch(c.dy, p.dy + from, row_stride, rows, l);
@@ -701,14 +733,14 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
   };
 
   State d;
-  load_state(d, p.dfinal_state ? p.dfinal_state + matrix : nullptr, l);
-  const int64_t segments = (at.end - at.begin + kSegment - 1) / kSegment;
+  load_state(d, p.dfinal_state ? p.dfinal_state + at.matrix(p.heads) : nullptr, l);
+  const int segments = (at.end - at.begin + kSegment - 1) / kSegment;
 #pragma unroll 1
   for (int number = 0; number < kChunks; number++) fetch_chunk(segments - 1, number);
 #pragma unroll 1
-  for (int64_t segment = segments - 1; segment >= 0; segment--) {
-    const int64_t first = at.begin + segment * kSegment;
-    const int count = int(at.end - first < kSegment ? at.end - first : kSegment);
+  for (int segment = segments - 1; segment >= 0; segment--) {
+    const int first = at.begin + segment * kSegment;
+    const int count = at.end - first < kSegment ? at.end - first : kSegment;
     const int chunks = (count + kTokens - 1) / kTokens;
     copy_async_wait<0>();
     sync_warp();
@@ -719,19 +751,18 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
     }
     sync_block();
 
-    // S at each chunk's start, rounded, in registers; the low parts of b' and k' for this warp's key columns too.
-    Operand states[kChunks][4], lows[kChunks][2];
+    l.forget();
+    // S at each chunk's start, rounded, in registers.
+    Operand states[kChunks][4];
     {
       State s;
-      recall_state(s, p.saved_state + ((at.first_segment + segment) * p.heads + at.head) * kSlotBytes);
+      recall_state(s, p.saved_state + (int64_t(at.first_segment + segment) * p.heads + at.head) * kSlotBytes);
 #pragma unroll
       for (int number = 0; number < kChunks; number++) {
         if (number < chunks) {
           const Chunk c = chunk(number);
           Operand low[4];
           split_state(states[number], low, s);
-          left(lows[number][0], c.b_low, 0, mine, l);
-          left(lows[number][1], c.k_low, 0, mine, l);
           if (number + 1 < chunks) advance(s, states[number], low, c, c.big_k, l);
         }
       }
@@ -739,16 +770,10 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
 
 #pragma unroll 1
     for (int number = chunks - 1; number >= 0; number--) {
+      l.forget();
       const Chunk c = chunk(number);
       const int rows = count - number * kTokens;
-      const int64_t out = (first + number * kTokens) * row_stride + at.head * N + mine;
-      uint32_t raw_w[4];  // asked for early, used last
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int row = l.g + 8 * (i % 2);
-        raw_w[i] = row < rows ? load4(p.w + out + row * row_stride + 8 * (i / 2) + 2 * l.q) : 0;
-      }
-
+      const int64_t out = int64_t(first + number * kTokens) * row_stride + at.head * N + mine;
       // Recur. Nothing shared is written before the barrier: other warps still collect the chunk after this one.
       Operand e_high[4], e_low[4], z, u, u_low;
       scale_columns(d, c.decay, l);  // E
@@ -762,15 +787,13 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
       }
       {
         Operand m, t;
-        Sums sums, dv;
+        Sums sums;
         split_state(e_high, e_low, d);
-        clear(sums), clear(dv);
+        clear(sums);
 #pragma unroll
         for (int n = 0; n < 4; n++) {
           right_transposed(m, c.bz, 0, 16 * n, l);
           multiply(sums, e_low[n], m), multiply(sums, e_high[n], m);
-          left(m, c.big_k, 0, 16 * n, l);
-          multiply_by_transposed(dv, m, e_low[n]), multiply_by_transposed(dv, m, e_high[n]);
         }
         left_transposed(t, c.dy, 0, mine, l);
         right_small(m, c.rbt, l);
@@ -783,10 +806,16 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
           right(m, c.r, 0, 16 * n, l);
           matrix_product(d[2 * n], t, m[0], m[1]), matrix_product(d[2 * n + 1], t, m[2], m[3]);
         }
+        clear(sums);
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+          left(m, c.big_k, 0, 16 * n, l);
+          multiply_by_transposed(sums, m, e_low[n]), multiply_by_transposed(sums, m, e_high[n]);
+        }
         left_small_transposed(t, c.q, l);
         right(m, c.dy, 0, mine, l);
-        multiply(dv, t, m);
-        store_rows(p.dv + out, row_stride, dv, rows, l);
+        multiply(sums, t, m);
+        store_rows(p.dv + out, row_stride, sums, rows, l);
         clear(sums);
 #pragma unroll
         for (int n = 0; n < 4; n++) {
@@ -800,6 +829,7 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
         split(u, u_low, sums);
       }
       sync_block();
+      l.forget();
       if (number + 1 < chunks) fetch_chunk(segment - 1, number + 1);  // everyone is done with that one
       store8(x.z_shares + l.warp * N + z_column, float_to_bits(z_share[0]), float_to_bits(z_share[1]));
 #pragma unroll
@@ -838,103 +868,102 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
       sync_block();
 
       // Collect, for key columns mine .. mine + 15.
-      Operand a_row, b_row, k_row, r_row, b_low, k_low;
-      pick(b_low, lows, number, 0), pick(k_low, lows, number, 1);
-      Sums da, dr, db, dk;
-      clear(da), clear(dr), clear(db), clear(dk);
+      l.forget();
+      Sums log_decay, log_p;  // of a token, and summed up to it
+      float slope[8];         // of log_decay in w, in units of the natural logarithm
 #pragma unroll
-      for (int n = 0; n < 4; n++) {
+      for (int i = 0; i < 4; i++) {
+        const int row = l.g + 8 * (i % 2);
+        const uint32_t raw = row < rows ? load4(p.w + out + row * row_stride + 8 * (i / 2) + 2 * l.q) : 0;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const float w = e ? high_bf16(raw) : low_bf16(raw), gate = sigmoid(w);
+          log_decay[i / 2][i % 2 * 2 + e] = row < rows ? kDecayScale * kLog2E * gate : 0.0f;
+          log_p[i / 2][i % 2 * 2 + e] = log_decay[i / 2][i % 2 * 2 + e];
+          slope[2 * i + e] = kDecayScale * gate * sigmoid(-w);
+        }
+      }
+      running_sums<false>(log_p, l);
+
+      // The gradient of log(decay) is a difference of large sums. It is good when its products are taken with what those sums were taken with:
+      // the rounded a', r' and the pairs b', k', not the inputs. `later` is summed over this and later tokens, `earlier` over earlier ones.
+      Sums later, earlier, x0, x1;
+      Operand row0, row1;
+      const auto value = [](const Operand& packed, int i) { return i % 2 ? high_bf16(packed[i / 2]) : low_bf16(packed[i / 2]); };
+      {
+        // The low parts of b' and k' again, from the inputs (still in the L2 cache): there are no registers to keep them.
+        Operand b_low, k_low;
+        left(row0, c.b, 0, mine, l), left(row1, c.k, 0, mine, l);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int row = l.g + 8 * (i % 2);
+          const int64_t from = out + row * row_stride + 8 * (i / 2) + 2 * l.q;
+          const uint32_t b = row < rows ? load4(p.b + from) : 0, k = row < rows ? load4(p.k + from) : 0;
+          const float first = fast_exp2(-log_p[i / 2][i % 2 * 2]), second = fast_exp2(-log_p[i / 2][i % 2 * 2 + 1]);
+          b_low[i] = pack_bf16(low_bf16(b) * first - low_bf16(row0[i]), high_bf16(b) * second - high_bf16(row0[i]));
+          k_low[i] = pack_bf16(low_bf16(k) * first - low_bf16(row1[i]), high_bf16(k) * second - high_bf16(row1[i]));
+        }
+        store(x.low, b_low, 0, mine, l), store(x.low + kTile, k_low, 0, mine, l);
+        clear(x0), clear(x1);
+#pragma unroll
+        for (int n = 0; n < 4; n++) {  // U E and V E
+          Operand m, t, v;
+          left(m, x.u_high, 0, 16 * n, l), left(v, c.v, 0, 16 * n, l);
+          right(t, x.e_low, 16 * n, mine, l);
+          multiply(x0, m, t), multiply(x1, v, t);
+          right(t, x.e, 16 * n, mine, l);
+          multiply(x0, m, t), multiply(x1, v, t);
+          left(m, x.u_low, 0, 16 * n, l);
+          multiply(x0, m, t);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+          earlier[i / 4][i % 4] = (value(row0, i) + value(b_low, i)) * x0[i / 4][i % 4] + (value(row1, i) + value(k_low, i)) * x1[i / 4][i % 4];
+        collect_columns(x0, x1, x.triangles, c.a, mine, l);
+        collect_columns(x0, x1, x.triangles + 4 * kSmall, c.r, mine, l);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          later[i / 4][i % 4] = earlier[i / 4][i % 4] - (value(row0, i) + value(b_low, i)) * x0[i / 4][i % 4] -
+                                (value(row1, i) + value(k_low, i)) * x1[i / 4][i % 4];
+          const float inverse = fast_exp2(-log_p[i / 4][i % 4]);
+          x0[i / 4][i % 4] *= inverse, x1[i / 4][i % 4] *= inverse;
+        }
+        store_rows(p.db + out, row_stride, x0, rows, l), store_rows(p.dk + out, row_stride, x1, rows, l);
+      }
+      clear(x0), clear(x1);
+#pragma unroll
+      for (int n = 0; n < 4; n++) {  // Z S and dY S
         Operand m, t;
         right(t, x.s, 16 * n, mine, l);
         left(m, x.z, 0, 16 * n, l);
-        multiply(da, m, t);
+        multiply(x0, m, t);
         left(m, c.dy, 0, 16 * n, l);
-        multiply(dr, m, t);
-        Operand u, v;
-        left(u, x.u_high, 0, 16 * n, l), left(v, c.v, 0, 16 * n, l);
-        right(t, x.e_low, 16 * n, mine, l);
-        multiply(db, u, t), multiply(dk, v, t);
-        right(t, x.e, 16 * n, mine, l);
-        left(m, x.u_low, 0, 16 * n, l);
-        multiply(db, m, t);
-        multiply(db, u, t), multiply(dk, v, t);
+        multiply(x1, m, t);
       }
-      Sums dw, earlier, of_a;
-      left(a_row, c.a, 0, mine, l), left(r_row, c.r, 0, mine, l), left(b_row, c.b, 0, mine, l), left(k_row, c.k, 0, mine, l);
-#pragma unroll
-      for (int i = 0; i < 8; i++) {  // element i of these products is half i % 2 of word i / 2
-        const auto value = [&](const Operand& packed) { return i % 2 ? high_bf16(packed[i / 2]) : low_bf16(packed[i / 2]); };
-        earlier[i / 4][i % 4] = (value(b_row) + value(b_low)) * db[i / 4][i % 4] + (value(k_row) + value(k_low)) * dk[i / 4][i % 4];
-        dw[i / 4][i % 4] = earlier[i / 4][i % 4];
-      }
-      {
-        Operand a, b, k, r, m, low[2];
-        store(x.low, b_low, 0, mine, l), store(x.low + kTile, k_low, 0, mine, l);
-        sync_warp();
-        right(low[0], x.low, 0, mine, l), right(low[1], x.low + kTile, 0, mine, l);
-        right(a, c.a, 0, mine, l), right(b, c.b, 0, mine, l), right(k, c.k, 0, mine, l), right(r, c.r, 0, mine, l);
-#pragma unroll
-        for (int part = 1; part >= 0; part--) {
-          const bf16* const triangles = x.triangles + part * kSmall;
-          left_small(m, triangles, l);
-          if (part == 0) multiply(da, m, low[0]);
-          multiply(da, m, b);
-          left_small(m, triangles + 2 * kSmall, l);
-          if (part == 0) multiply(da, m, low[1]);
-          multiply(da, m, k);
-          left_small(m, triangles + 4 * kSmall, l);
-          if (part == 0) multiply(dr, m, low[0]);
-          multiply(dr, m, b);
-          left_small(m, triangles + 6 * kSmall, l);
-          if (part == 0) multiply(dr, m, low[1]);
-          multiply(dr, m, k);
-          left_small_transposed(m, triangles, l);
-          multiply(db, m, a);
-          left_small_transposed(m, triangles + 2 * kSmall, l);
-          multiply(dk, m, a);
-          left_small_transposed(m, triangles + 4 * kSmall, l);
-          multiply(db, m, r);
-          left_small_transposed(m, triangles + 6 * kSmall, l);
-          multiply(dk, m, r);
-        }
-      }
-
-      // The gradient of log(decay) is a difference of large sums. It is good when its products are taken with what those sums were taken with:
-      // the rounded a', r' and the pairs b', k', not the inputs.
+      sync_warp();  // x.low has been written
+      collect_rows(x0, x1, x.triangles, c.b, x.low, mine, l);
+      collect_rows(x0, x1, x.triangles + 2 * kSmall, c.k, x.low + kTile, mine, l);
+      left(row0, c.a, 0, mine, l), left(row1, c.r, 0, mine, l);
+      Sums dw;
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const int n = i / 4, j = i % 4;
-        const auto value = [&](const Operand& packed) { return i % 2 ? high_bf16(packed[i / 2]) : low_bf16(packed[i / 2]); };
-        of_a[n][j] = value(a_row) * da[n][j];
-        dw[n][j] += of_a[n][j] + value(r_row) * dr[n][j];
-        dw[n][j] -= (value(b_row) + value(b_low)) * db[n][j] + (value(k_row) + value(k_low)) * dk[n][j];
-        of_a[n][j] += earlier[n][j];
+        const float of_a = value(row0, i) * x0[i / 4][i % 4];
+        dw[i / 4][i % 4] = -of_a - earlier[i / 4][i % 4];  // what the two sums below have of this token itself
+        later[i / 4][i % 4] += of_a + value(row1, i) * x1[i / 4][i % 4];
+        x0[i / 4][i % 4] *= fast_exp2(log_p[i / 4][i % 4] - log_decay[i / 4][i % 4]);
+        x1[i / 4][i % 4] *= fast_exp2(log_p[i / 4][i % 4]);
       }
+      store_rows(p.da + out, row_stride, x0, rows, l), store_rows(p.dr + out, row_stride, x1, rows, l);
+      running_sums<true>(later, l);
       running_sums<false>(earlier, l);
-      running_sums<true>(dw, l);
-      Sums log_decay, through;
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const float w = i % 2 ? high_bf16(raw_w[i / 2]) : low_bf16(raw_w[i / 2]);
-        const float gate = sigmoid(w);
-        log_decay[i / 4][i % 4] = l.g + 8 * (i / 2 % 2) < rows ? kDecayScale * kLog2E * gate : 0.0f;
-        through[i / 4][i % 4] = log_decay[i / 4][i % 4];
         float z = 0.0f;
 #pragma unroll
         for (int warp = 0; warp < kWarps; warp++) z += x.z_shares[warp * N + mine + 8 * (i / 4) + 2 * l.q + i % 2];
-        dw[i / 4][i % 4] = (dw[i / 4][i % 4] + z + earlier[i / 4][i % 4] - of_a[i / 4][i % 4]) * kDecayScale * gate * sigmoid(-w);
+        dw[i / 4][i % 4] = (dw[i / 4][i % 4] + z + later[i / 4][i % 4] + earlier[i / 4][i % 4]) * slope[i];
       }
-      running_sums<false>(through, l);
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const float log_p = through[i / 4][i % 4], inverse = fast_exp2(-log_p);
-        dr[i / 4][i % 4] *= fast_exp2(log_p);
-        da[i / 4][i % 4] *= fast_exp2(log_p - log_decay[i / 4][i % 4]);
-        db[i / 4][i % 4] *= inverse;
-        dk[i / 4][i % 4] *= inverse;
-      }
-      store_rows(p.dr + out, row_stride, dr, rows, l), store_rows(p.dw + out, row_stride, dw, rows, l), store_rows(p.dk + out, row_stride, dk, rows, l);
-      store_rows(p.da + out, row_stride, da, rows, l), store_rows(p.db + out, row_stride, db, rows, l);
+      store_rows(p.dw + out, row_stride, dw, rows, l);
     }
     sync_block();
     fetch_chunk(segment - 1, 0);
@@ -943,7 +972,7 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
       for (int number = chunks; number < kChunks; number++) fetch_chunk(segment - 1, number);
   }
   copy_async_wait<0>();
-  if (p.dstate) store_state(p.dstate + matrix, d, l);
+  if (p.dstate) store_state(p.dstate + at.matrix(p.heads), d, l);
 #endif
 }
 

@@ -85,3 +85,70 @@ def test_recurrent_without_saving_gives_the_same(recurrent):
 def test_a_head_size_without_kernel_is_refused(recurrent):
     with pytest.raises(AssertionError, match="-1"):
         recurrent.forward(problem(1, 4, 1, 48, FP32))
+
+
+# --- The chunked kernel ---------------------------------------------------------------------------------------------------
+
+CHUNKED = {"all": 5e-3, "final_state": 5e-3}
+CORRELATED = {**CHUNKED, "da": 7e-3, "db": 7e-3}
+
+
+@pytest.fixture(scope="module")
+def chunked(tmp_path_factory):
+    return Wkv7(HostLibrary(build(shared_folder(tmp_path_factory), CUDA / "wkv7_chunked.cu")), "chunked")
+
+
+@pytest.mark.parametrize("kind", ["usual", "fast", "slow", "correlated"])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 48, 49, 200])
+def test_chunked_error_at_any_length_and_decay(chunked, length, kind):
+    _, errors = outcome(chunked, problem(1, length, 2, 64, BF16, kind=kind, state=True))
+    assert_within(errors, CORRELATED if kind == "correlated" else CHUNKED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["usual", "fast", "slow", "correlated"])
+@pytest.mark.parametrize("length", [1024, 4096])
+def test_chunked_error_of_long_sequences(chunked, length, kind):
+    _, errors = outcome(chunked, problem(1, length, 1, 64, BF16, kind=kind))
+    assert_within(errors, CORRELATED if kind == "correlated" else CHUNKED)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chunked_with_states_and_packed_documents(chunked, shape):
+    batch = 1 if "cu_seqlens" in shape else 2
+    _, errors = outcome(chunked, problem(batch, 37, 2, 64, BF16, **shape))
+    assert_within(errors, CHUNKED)
+
+
+def test_chunked_gives_equal_bits_in_every_lane_order(chunked):
+    x = problem(1, 105, 1, 64, BF16, cu_seqlens=[0, 70, 70, 105], state=True)
+    runs = []
+    for order in ORDERS:
+        chunked.host.order(order)
+        runs.append(outcome(chunked, x)[0])
+    chunked.host.order("forward")
+    for name, first in runs[0].items():
+        assert first.isfinite().all(), name
+        assert all(torch.equal(run[name], first) for run in runs), name
+
+
+def test_chunked_does_not_grow_in_barriers_or_products(chunked):
+    """Per chunk of 16 tokens, in a whole segment of 3: a change that costs more is seen here."""
+    x = problem(1, 48 * 4, 1, 64, BF16)
+    dy, dfinal_state = incoming(x)
+    chunked.host.take_counts()
+    saved = chunked.forward(x)
+    forward = chunked.host.take_counts()
+    chunked.backward(x, saved, dy, dfinal_state)
+    backward = chunked.host.take_counts()
+    per_chunk = {name: (forward[name] / 12, backward[name] / 12) for name in ("block_barriers", "matrix_products")}
+    print(per_chunk)
+    assert forward["block_barriers"] == 4  # one a segment
+    assert backward["block_barriers"] == 4 * (2 + 3 * 3)
+    assert per_chunk["matrix_products"][0] <= 354
+    assert per_chunk["matrix_products"][1] <= 952
+
+
+def test_chunked_keeps_little_for_backward(chunked):
+    x = problem(1, 4096, 1, 64, BF16)
+    assert sum(chunked.saved_bytes(x)) <= 300 * 4096

@@ -160,7 +160,14 @@ class Wkv7:
         out = Guarded()
         grads = {f"d{name}": out.empty(x["r"].shape, x["r"].dtype) for name in "rwkvab"}
         grads["dstate"] = out.empty((documents_of(x), heads, head_size, head_size), torch.float32)
-        inputs = [dy, dfinal_state, *(x[name] for name in "rwkvab"), x.get("cu_seqlens"), saved["saved_state"], saved["saved_sa"]]
+        inputs = [
+            dy,
+            dfinal_state,
+            *(x[name] for name in "rwkvab"),
+            x.get("cu_seqlens"),
+            saved["saved_state"],
+            saved["saved_sa"],
+        ]
         self._call("backward", x, *inputs, *grads.values())
         out.check()
         return grads
