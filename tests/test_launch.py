@@ -81,7 +81,7 @@ def test_train_starts_the_others_itself(tmp_path, data, straight, strategy):  # 
 
 
 def test_torchrun(tmp_path, data, straight):  # noqa: F811
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = run_to_the_end([*torchrun, "train.py", *settings(tmp_path, data, 2)])
     assert words.count("done:") == 1
     assert_same_run(tmp_path, straight)
@@ -139,6 +139,30 @@ def test_one_dies_and_the_run_goes_on_with_one_and_then_three(tmp_path, data, st
     assert "as if never stopped" in words, words
     run_to_the_end(train_command(*settings(tmp_path, data, 3, devices=3, **common)))
     assert_same_run(tmp_path, straight)
+
+
+def test_a_signal_stops_all_together_with_their_state_saved(tmp_path, data, straight):  # noqa: F811
+    command = train_command(*settings(tmp_path, data, 2, devices=2))
+    process = start(command)
+    wait_for(lambda: states(tmp_path) or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)  # to the first alone
+    words = finish(process)
+    assert process.returncode == 128 + signal.SIGTERM, words
+    assert words.count("SIGTERM received; its state is saved") == 1
+    assert "ends:" not in words
+    run_to_the_end(command)
+    assert_same_run(tmp_path, straight)
+
+
+def test_one_that_falls_silent_ends_the_others(tmp_path, data):  # noqa: F811
+    process = start(train_command(*settings(tmp_path, data, 2, devices=2)))
+    wait_for(lambda: states(tmp_path) or process.poll() is not None)
+    ranks = ranks_of(process)
+    os.kill(ranks[1], signal.SIGSTOP)
+    words = finish(process, timeout=60)
+    assert process.returncode == 1
+    assert "process 1 has given no sign of life" in words
+    assert not os.path.exists(f"/proc/{ranks[1]}")
 
 
 def may_make_networks():

@@ -232,7 +232,6 @@ WRONG = {
     "nothing to continue": ({"train_stage": 3}, "--train_stage"),
     "weights missing": ({"load_model": "no.pth"}, "no.pth"),
     "no GPU": ({"accelerator": "gpu"}, "--accelerator"),
-    "several DeepSpeed processes": ({"strategy": "deepspeed_stage_3", "devices": 2}, "--strategy"),
 }
 
 

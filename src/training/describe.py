@@ -72,7 +72,7 @@ def summary(
         "data": samples.words,
         "run": f"{length.steps:,} steps of {length.global_batch} x {config.ctx_len} tokens, {length.exit_tokens:,} in all",
         "lr": f"{config.lr_init:g} to {config.lr_final:g}",
-        "where": f"{where}, {hardware.world_size} process{'es' * (hardware.world_size > 1)}, {hardware.precision}",
+        "where": f"{where}, {hardware.in_words}, {hardware.precision}",
         "wkv7": describe_kernel(device, hardware.dtype, model.config.head_size, model.config.kernel),
         "starts from": begins,
         "folder": config.proj_dir,

@@ -194,6 +194,7 @@ class Company(OneProcess):
     def has_to_say(self, message: str) -> bool:
         """Whether this rank should print an error: not when rank 0 has the same."""
         if self.rank == 0:
+            self._watch.ended = True  # others that have the same error end at once, and need no word of it
             self._store.set("error", message)
             return True
         until = time.monotonic() + GRACE_SECONDS
@@ -209,6 +210,9 @@ class Company(OneProcess):
 
     def end_all(self, message: str) -> None:
         """Ends the run on every rank, with this reason."""
+        end = threading.Timer(30, os._exit, args=(1,))  # should something at the interpreter's end wait for the others
+        end.daemon = True
+        end.start()
         if self.rank == 0:
             time.sleep(GRACE_SECONDS)  # for those who have the same error, and end by themselves
         self._watch.tell(f"process {self.rank} failed: {message}")
@@ -283,11 +287,11 @@ class _Watch:
                     self._end(self._store.get("ended").decode())
                 if self.place.rank == 0 and count % 2 == 0:
                     self._look_at_all(seen)
+                self._look_at_family()
             except RuntimeError:
                 if not (self.leaving or self.finished):
                     self._end("process 0 is gone: it ended, was killed, or its machine can't be reached")
                 return
-            self._look_at_family()
 
     def _look_at_all(self, seen: dict[int, tuple[bytes, float]]) -> None:
         """On rank 0: whose beats have stopped?"""
@@ -303,14 +307,11 @@ class _Watch:
                 self._end(f"process {rank} has given no sign of life for {SILENT_SECONDS:.0f} s")
 
     def _look_at_family(self) -> None:
-        for i, child in enumerate(self.children, start=1):
-            if child.poll() not in (None, 0) and not self.finished:
-                how = (
-                    f"was killed by signal {-child.returncode}"
-                    if child.returncode < 0
-                    else f"ended with code {child.returncode}"
-                )
-                self._end(f"process {self.place.rank + i} {how}")
+        for rank, child in enumerate(self.children, start=self.place.rank + 1):
+            code = child.poll()
+            if code and not self.finished and not self._store.check([f"done/{rank}"]):
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+                self._end(f"process {rank} {how}")
         if os.getppid() != self._parent and not self.leaving:
             self._end("the process that started this one is gone")
 
@@ -352,6 +353,10 @@ def join(devices: int, num_nodes: int, accelerator: str) -> OneProcess:
     started_here = place is None
     if place is None:
         place = first_place(os.environ, devices, num_nodes)
+    if place.port == 0:
+        raise ValueError(
+            "MASTER_PORT 0: no process could find the others; name a port (torchrun on one machine: --standalone)"
+        )
     # what torchrun would say: for the processes started here, and for libraries that read it
     os.environ.update(_variables(place))
     rank_zero_only.rank = place.rank  # type: ignore[attr-defined]

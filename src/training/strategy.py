@@ -38,6 +38,13 @@ class Hardware:
         return self.devices * self.num_nodes
 
     @property
+    def in_words(self) -> str:
+        if self.strategy == "plain":
+            return "1 process"
+        how = "DDP" if self.strategy == "ddp" else f"DeepSpeed ZeRO {self.stage}" + ", offloaded" * self.offload
+        return f"{self.world_size} process{'es' * (self.world_size > 1)} ({how})"
+
+    @property
     def model_in_parts(self) -> bool:
         """No process holds the whole model: it is built parameter by parameter when the processes are there."""
         return self.strategy == "deepspeed" and self.stage == 3
