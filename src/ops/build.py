@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,9 @@ import torch
 SOURCE_FOLDER = Path(__file__).resolve().parents[2] / "cuda"
 CPU_SOURCES = ("wkv7.cpp", "wkv7_cpu.cpp", "relu_squared.cpp")
 HEADERS = ("wkv7_cpu.h", "vec.h")
+CUDA_SOURCES = ("wkv7_cuda.cpp", "wkv7_recurrent.cu", "wkv7_chunked.cu")
+CUDA_HEADERS = ("port.cuh",)
+OLDEST_GPU = (7, 5)
 LIBRARY = "librwkv7_native.so"
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: the oldest whose headers have all that we use
 
@@ -68,6 +72,7 @@ class Recipe:
 
 _loaded: Path | None = None
 _failure: BuildError | None = None  # a build that failed once in this process isn't tried again at every call
+_cuda_failure: BuildError | None = None  # why the loaded library has no CUDA kernels although there is a GPU
 
 
 def load_native(instruction_set: str = "native") -> None:
@@ -75,16 +80,29 @@ def load_native(instruction_set: str = "native") -> None:
 
     Raises BuildError, with a message that a person can act on, when it can't be built or loaded.
     """
-    global _loaded, _failure
+    global _loaded, _failure, _cuda_failure
     if _loaded is not None:
         return
     if _failure is not None:
         raise _failure
+    if torch.cuda.is_available():
+        try:
+            _loaded = _build_and_load(cuda_recipe(instruction_set))
+            return
+        except BuildError as error:
+            _cuda_failure = error  # the CPU ops can still be had
     try:
         _loaded = _build_and_load(cpu_recipe(instruction_set))
     except BuildError as error:
         _failure = error
         raise
+
+
+def why_no_cuda() -> str:
+    """Why the loaded library has no CUDA kernels, with the compiler's words ('' when it has them)."""
+    if _cuda_failure is not None:
+        return str(_cuda_failure)
+    return "" if torch.cuda.is_available() else "PyTorch sees no GPU"
 
 
 def _build_and_load(recipe: Recipe) -> Path:
@@ -120,6 +138,75 @@ def cpu_recipe(instruction_set: str = "native") -> Recipe:
         link=(compiler, "-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"),
         identity=(_version_of(compiler), platform.machine(), _processor_features(), torch.__version__, sys.platform),
     )
+
+
+def cuda_recipe(instruction_set: str = "native") -> Recipe:
+    """The recipe of the CPU and CUDA ops, for the GPUs present (or those in TORCH_CUDA_ARCH_LIST)."""
+    if torch.version.hip:
+        raise BuildError("the CUDA kernels are not built for ROCm yet; use --kernel reference")
+    base = cpu_recipe(instruction_set)
+    nvcc = find_nvcc()
+    version = _version_of(nvcc)
+    found = re.search(r"release (\d+)\.(\d+)", version)
+    wanted = torch.version.cuda or ""
+    if found is None or found[1] != wanted.split(".")[0]:
+        raise BuildError(
+            f"nvcc ({nvcc}) is of CUDA {'.'.join(found.groups()) if found else 'an unknown version'}, but this PyTorch was built "
+            f"for CUDA {wanted}: install the CUDA toolkit {wanted} (and point CUDA_HOME at it), or a PyTorch for your CUDA"
+        )
+    home = Path(nvcc).resolve().parent.parent
+    libraries = [f"-L{home / name}" for name in ("lib64", "lib", "targets/x86_64-linux/lib") if (home / name).is_dir()]
+    nvcc_flags = ("-std=c++17", "-O3", "-ccbin", base.compiler, "-Xcompiler", "-fPIC", *gpu_targets())
+    return Recipe(
+        compiler=base.compiler,
+        sources=(*base.sources, *(SOURCE_FOLDER / name for name in CUDA_SOURCES)),
+        headers=(*base.headers, *(SOURCE_FOLDER / name for name in CUDA_HEADERS)),
+        commands={**base.commands, ".cu": (nvcc, *nvcc_flags)},
+        link=(*base.link, "-ltorch_cuda", *libraries, "-lcudart"),
+        identity=(*base.identity, version, wanted),
+    )
+
+
+def gpu_targets() -> tuple[str, ...]:
+    """nvcc's -gencode options for TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), or for the GPUs present."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not wanted:
+        devices = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        wanted = [f"{major}.{minor}" for major, minor in sorted(devices)]
+    options = []
+    for target in wanted:
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", target)
+        if match is None:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST has {target!r}; expected capabilities like '8.0;9.0' or '9.0+PTX'")
+        major, minor, variant, ptx = match.groups()
+        if (int(major), int(minor)) < OLDEST_GPU:
+            raise BuildError(
+                f"the CUDA kernels need a GPU of capability 7.5 or later, this one has {major}.{minor}; use --kernel reference"
+            )
+        number = f"{major}{minor}{variant}"
+        options += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if ptx:
+            options += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return tuple(options)
+
+
+def find_nvcc() -> str:
+    """nvcc: under $CUDA_HOME, on the PATH, or in /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME", "")
+    if home:
+        found = shutil.which("nvcc", path=str(Path(home) / "bin"))
+        if found is None:
+            raise BuildError(
+                f"CUDA_HOME is {home!r}, but there is no bin/nvcc in it; unset it or name the CUDA toolkit's folder"
+            )
+        return found
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if found is None:
+        raise BuildError(
+            f"there is a GPU but no nvcc: install the CUDA toolkit {torch.version.cuda} (for example "
+            f"`conda install -c nvidia cuda-toolkit={torch.version.cuda}`, or NVIDIA's packages) or set CUDA_HOME to its folder"
+        )
+    return found
 
 
 def find_compiler() -> str:

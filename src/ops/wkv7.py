@@ -15,6 +15,9 @@ from src.ops.reference import wkv7_reference
 
 KERNELS = ("auto", "recurrent", "chunked", "reference")
 CPU_SEGMENT = 32  # tokens between two kept states; kSegment in cuda/wkv7_cpu.h
+CUDA_HEAD_SIZES = (32, 64, 128)
+CUDA_WINDOW = {32: 16, 64: 16, 128: 8}  # tokens between two kept states; Shape::window in cuda/wkv7_recurrent.cu
+CHUNKED_SEGMENT, CHUNKED_SLOT = 48, 8704 // 4  # the same, and floats a kept state takes, in cuda/wkv7_chunked.cu
 
 _registered = False
 _warned: set[str] = set()
@@ -55,6 +58,7 @@ def wkv7(
             raise build.BuildError(f"wkv7 kernel {kernel!r} can't be had: {reason}")
         _warn_once(reason)
         return wkv7_reference(r, w, k, v, a, b, state, cu_seqlens)
+    kernel = _choose(r.device.type, r.dtype, r.shape[-1], kernel)
     inputs = [x for x in (r, w, k, v, a, b, state) if x is not None]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     y, final_state, _, _ = torch.ops.rwkv7.wkv7_forward(r, w, k, v, a, b, state, cu_seqlens, save, kernel)
@@ -99,10 +103,15 @@ def _check(
 
 def _why_not_native(device: str, dtype: torch.dtype, head_size: int, kernel: str) -> str:
     """Why the native op can't serve ('' when it can). Builds and loads it on the first call."""
-    if device != "cpu":
+    if device not in ("cpu", "cuda"):
         return f"there is no native kernel for device {device!r}"
-    if kernel == "chunked":
+    if device == "cpu" and kernel == "chunked":
         return "a CPU has no tensor cores; use --kernel auto or recurrent"
+    if device == "cuda":
+        if kernel == "chunked" and (unfit := _why_not_chunked(dtype, head_size)):
+            return unfit
+        if head_size not in CUDA_HEAD_SIZES:
+            return f"the CUDA kernels take head sizes {', '.join(map(str, CUDA_HEAD_SIZES))}, not {head_size}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the native kernel takes float32, bfloat16 and float16, not {dtype}"
     if head_size % 16:
@@ -111,7 +120,28 @@ def _why_not_native(device: str, dtype: torch.dtype, head_size: int, kernel: str
         load()
     except build.BuildError as error:
         return str(error)
+    return build.why_no_cuda() if device == "cuda" else ""
+
+
+def _why_not_chunked(dtype: torch.dtype, head_size: int) -> str:
+    if dtype != torch.bfloat16:
+        return f"the chunked kernel takes bfloat16, not {dtype}; use --kernel recurrent or --precision bf16"
+    if head_size != 64:
+        return f"the chunked kernel takes head size 64, not {head_size}; use --kernel recurrent"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "the chunked kernel needs a GPU of capability 8.0 or later; use --kernel recurrent"
     return ""
+
+
+def _choose(device: str, dtype: torch.dtype, head_size: int, kernel: str) -> str:
+    """The name that the op is given: on a GPU 'auto' is chunked where it holds, else recurrent."""
+    if device != "cuda" or kernel != "auto":
+        return kernel
+    return "recurrent" if _why_not_chunked(dtype, head_size) else "chunked"
+
+
+# As for _why_not_native below: the choice is a constant of a compiled graph.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler (seconds) where nobody compiles.
@@ -158,6 +188,11 @@ def _forward_shapes(
     final_state = r.new_empty(_sequences(r, cu_seqlens), H, N, N, dtype=torch.float32)
     if not save:
         return y, final_state, r.new_empty(0, dtype=torch.float32), r.new_empty(0, dtype=torch.float32)
+    if r.device.type == "cuda":
+        slots, floats = (CHUNKED_SEGMENT, CHUNKED_SLOT) if kernel == "chunked" else (CUDA_WINDOW[N], N * N)
+        states = (B * T // slots + _sequences(r, cu_seqlens)) * H * floats
+        sums = 0 if kernel == "chunked" else B * T * H * N
+        return y, final_state, r.new_empty(states, dtype=torch.float32), r.new_empty(sums, dtype=torch.float32)
     kept = B * ((T - 1) // CPU_SEGMENT) if cu_seqlens is None else T // CPU_SEGMENT
     return y, final_state, r.new_empty(kept, H, N, N, dtype=torch.float32), r.new_empty(B, T, H, N, dtype=torch.float32)
 
@@ -214,7 +249,12 @@ def describe_kernel(device: str, dtype: torch.dtype, head_size: int, kernel: str
         return "plain PyTorch reference (slow), as asked for"
     reason = _why_not_native(device, dtype, head_size, kernel)
     if not reason:
-        return "native kernel, exact recurrence"
+        if device != "cuda":
+            return "native kernel, exact recurrence"
+        unfit = _why_not_chunked(dtype, head_size)
+        if _choose(device, dtype, head_size, kernel) == "chunked":
+            return "CUDA kernel, chunked on tensor cores"
+        return "CUDA kernel, exact recurrence" + (f" ({unfit})" if kernel == "auto" else ", as asked for")
     if kernel != "auto":
         raise build.BuildError(f"wkv7 kernel {kernel!r} can't be had: {reason}")
     _warn_once(reason)

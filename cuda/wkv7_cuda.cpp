@@ -1,0 +1,165 @@
+// The CUDA makers of wkv7 for PyTorch: checks, outputs, device guard and current stream around the entry points of wkv7_*.cu.
+//
+// With HOST_CUDA (tests) the same code registers ops of the same schema in the namespace rwkv7_host for CPU tensors, where host_cuda.h runs the kernels.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#if !defined(HOST_CUDA)
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
+extern "C" {
+#define ENTRY_POINTS(kernel)                                                                                                             \
+  int64_t wkv7_##kernel##_saved_state_bytes(int head_size, int64_t documents, int64_t tokens, int64_t heads);                            \
+  int64_t wkv7_##kernel##_saved_sa_bytes(int head_size, int64_t documents, int64_t tokens, int64_t heads);                               \
+  int wkv7_##kernel##_forward(int dtype, int head_size, int documents, int64_t tokens_each, int heads, const void* r, const void* w,     \
+                              const void* k, const void* v, const void* a, const void* b, const float* state, const int32_t* cu_seqlens, \
+                              void* y, float* final_state, void* saved_state, void* saved_sa, int64_t stream);                           \
+  int wkv7_##kernel##_backward(int dtype, int head_size, int documents, int64_t tokens_each, int heads, const void* dy,                  \
+                               const float* dfinal_state, const void* r, const void* w, const void* k, const void* v, const void* a,     \
+                               const void* b, const int32_t* cu_seqlens, const void* saved_state, const void* saved_sa, void* dr,        \
+                               void* dw, void* dk, void* dv, void* da, void* db, float* dstate, int64_t stream);
+ENTRY_POINTS(recurrent)
+ENTRY_POINTS(chunked)
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// What both directions need: dense inputs, sizes, and the device made current for as long as this lives.
+struct Call {
+#if !defined(HOST_CUDA)
+  torch::stable::accelerator::DeviceGuard guard;
+#endif
+  Tensor r, w, k, v, a, b;
+  Optional state, cu_seqlens;
+  int dtype, head_size, heads, documents;
+  int64_t tokens_each, tokens, stream = 0;
+  bool chunked;
+
+  Call(const Tensor& r_, const Tensor& w_, const Tensor& k_, const Tensor& v_, const Tensor& a_, const Tensor& b_, const Optional& state_,
+       const Optional& cu_seqlens_, const std::string& kernel)
+      :
+#if !defined(HOST_CUDA)
+        guard(r_.get_device_index()),
+#endif
+        r(dense(r_)), w(dense(w_)), k(dense(k_)), v(dense(v_)), a(dense(a_)), b(dense(b_)) {
+    STD_TORCH_CHECK(kernel == "recurrent" || kernel == "chunked", "wkv7: a CUDA kernel is 'recurrent' or 'chunked', got '", kernel, "'");
+    for (const Tensor* x : {&w, &k, &v, &a, &b}) {
+      STD_TORCH_CHECK(x->scalar_type() == r.scalar_type() && x->dim() == 4, "wkv7: inputs must be [B, T, H, N] of one dtype");
+      for (int64_t d = 0; d < 4; d++) STD_TORCH_CHECK(x->size(d) == r.size(d), "wkv7: inputs must have one shape");
+    }
+    const ScalarType scalar = r.scalar_type();
+    STD_TORCH_CHECK(scalar == ScalarType::Float || scalar == ScalarType::BFloat16 || scalar == ScalarType::Half,
+                    "wkv7: inputs must be float32, bfloat16 or float16");
+    dtype = scalar == ScalarType::Float ? 0 : scalar == ScalarType::BFloat16 ? 1 : 2;
+    chunked = kernel == "chunked";
+    tokens_each = r.size(1);
+    tokens = r.size(0) * r.size(1);
+    STD_TORCH_CHECK(tokens > 0 && tokens < (int64_t(1) << 31), "wkv7: needs from 1 to 2^31 - 1 tokens, got ", tokens);
+    heads = int(r.size(2));
+    head_size = int(r.size(3));
+    documents = int(r.size(0));
+    if (cu_seqlens_) {
+      STD_TORCH_CHECK(r.size(0) == 1 && cu_seqlens_->dim() == 1 && cu_seqlens_->size(0) >= 2 && cu_seqlens_->scalar_type() == ScalarType::Int,
+                      "wkv7: cu_seqlens must be int32 [documents + 1], with B = 1");
+      cu_seqlens = torch::stable::contiguous(*cu_seqlens_);
+      documents = int(cu_seqlens->size(0)) - 1;
+    }
+    if (state_) {
+      STD_TORCH_CHECK(state_->scalar_type() == ScalarType::Float && state_->numel() == int64_t(documents) * heads * head_size * head_size,
+                      "wkv7: state must be float32 [", documents, ", H, N, N]");
+      state = dense(*state_);
+    }
+#if !defined(HOST_CUDA)
+    void* current = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(r.get_device_index(), &current));
+    stream = reinterpret_cast<int64_t>(current);
+#endif
+  }
+
+  // Contiguous, and at an address that 16-byte loads may use (a slice of a larger tensor need not be).
+  static Tensor dense(const Tensor& x) {
+    const Tensor y = torch::stable::contiguous(x);
+    return reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 ? torch::stable::clone(y) : y;
+  }
+
+  Tensor like() const { return torch::stable::new_empty(r, r.sizes(), r.scalar_type()); }
+  Tensor states() const { return torch::stable::new_empty(r, {documents, heads, head_size, head_size}, ScalarType::Float); }
+  Tensor floats(int64_t bytes) const { return torch::stable::new_empty(r, {bytes / 4}, ScalarType::Float); }
+  const float* state_pointer() const { return state ? static_cast<const float*>(state->const_data_ptr()) : nullptr; }
+  const int32_t* bounds() const { return cu_seqlens ? static_cast<const int32_t*>(cu_seqlens->const_data_ptr()) : nullptr; }
+
+  void check(int code, const char* direction) const {
+    STD_TORCH_CHECK(code != -1, "wkv7: no ", chunked ? "chunked" : "recurrent", " kernel for head size ", head_size,
+                    " and this dtype (recurrent: 32, 64, 128; chunked: bfloat16 and 64)");
+    STD_TORCH_CHECK(code == 0, "wkv7 ", direction, ": the launch failed with CUDA error ", code,
+                    " (98 or 209: the library was built for other GPUs; set TORCH_CUDA_ARCH_LIST or clear the build cache)");
+  }
+};
+
+Forward forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state, Optional cu_seqlens, bool save, std::string kernel) {
+  const Call c(r, w, k, v, a, b, state, cu_seqlens, kernel);
+  const Tensor y = c.like(), final_state = c.states();
+  const auto state_bytes = c.chunked ? wkv7_chunked_saved_state_bytes : wkv7_recurrent_saved_state_bytes;
+  const auto sa_bytes = c.chunked ? wkv7_chunked_saved_sa_bytes : wkv7_recurrent_saved_sa_bytes;
+  const Tensor saved_state = c.floats(save ? state_bytes(c.head_size, c.documents, c.tokens, c.heads) : 0);
+  const Tensor saved_sa = c.floats(save ? sa_bytes(c.head_size, c.documents, c.tokens, c.heads) : 0);
+  const auto run = c.chunked ? wkv7_chunked_forward : wkv7_recurrent_forward;
+  c.check(run(c.dtype, c.head_size, c.documents, c.tokens_each, c.heads, c.r.const_data_ptr(), c.w.const_data_ptr(), c.k.const_data_ptr(),
+              c.v.const_data_ptr(), c.a.const_data_ptr(), c.b.const_data_ptr(), c.state_pointer(), c.bounds(), y.mutable_data_ptr(),
+              static_cast<float*>(final_state.mutable_data_ptr()), save ? saved_state.mutable_data_ptr() : nullptr,
+              save ? saved_sa.mutable_data_ptr() : nullptr, c.stream),
+          "forward");
+  return {y, final_state, saved_state, saved_sa};
+}
+
+Backward backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state,
+                  Optional cu_seqlens, Tensor saved_state, Tensor saved_sa, std::string kernel) {
+  const Call c(r, w, k, v, a, b, state, cu_seqlens, kernel);
+  STD_TORCH_CHECK(saved_state.numel() > 0, "wkv7: backward needs what forward saves with save=true");
+  STD_TORCH_CHECK(dy.scalar_type() == c.r.scalar_type() && dy.numel() == c.r.numel(), "wkv7: dy must have the shape and dtype of r");
+  const Tensor dy_dense = Call::dense(dy);
+  Optional dfinal;
+  if (dfinal_state) dfinal = Call::dense(*dfinal_state);
+  const Tensor dr = c.like(), dw = c.like(), dk = c.like(), dv = c.like(), da = c.like(), db = c.like();
+  const Tensor dstate = state ? c.states() : c.floats(0);
+  const auto run = c.chunked ? wkv7_chunked_backward : wkv7_recurrent_backward;
+  c.check(run(c.dtype, c.head_size, c.documents, c.tokens_each, c.heads, dy_dense.const_data_ptr(),
+              dfinal ? static_cast<const float*>(dfinal->const_data_ptr()) : nullptr, c.r.const_data_ptr(), c.w.const_data_ptr(),
+              c.k.const_data_ptr(), c.v.const_data_ptr(), c.a.const_data_ptr(), c.b.const_data_ptr(), c.bounds(), saved_state.const_data_ptr(),
+              saved_sa.const_data_ptr(), dr.mutable_data_ptr(), dw.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr(),
+              da.mutable_data_ptr(), db.mutable_data_ptr(), state ? static_cast<float*>(dstate.mutable_data_ptr()) : nullptr, c.stream),
+          "backward");
+  return {dr, dw, dk, dv, da, db, dstate};
+}
+
+#if defined(HOST_CUDA)
+STABLE_TORCH_LIBRARY(rwkv7_host, m) {
+  m.def(
+      "wkv7_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? cu_seqlens, bool save, str kernel)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "wkv7_backward(Tensor dy, Tensor? dfinal_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state,"
+      " Tensor? cu_seqlens, Tensor saved_state, Tensor saved_sa, str kernel) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(rwkv7_host, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(rwkv7, CUDA, m) {
+#endif
+  m.impl("wkv7_forward", TORCH_BOX(&forward));
+  m.impl("wkv7_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace
