@@ -1,6 +1,7 @@
 // Op schemas, checks and dispatch of wkv7. Binds by PyTorch's stable ABI: one binary serves several torch versions.
 //
 // saved_state and saved_sa are what forward keeps for backward; each maker has its own layout (empty when save is false).
+// Which of two CUDA kernels is a bool, not a name: a str argument through the stable ABI of torch 2.10 to 2.13 loses 48 bytes each call.
 // w is the raw decay, dw its gradient; states are fp32 [sequences, H, N (value), N (key)].
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,7 +9,6 @@
 
 #include <atomic>
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "wkv7_cpu.h"
@@ -23,11 +23,11 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tens
 
 STABLE_TORCH_LIBRARY(rwkv7, m) {
   m.def(
-      "wkv7_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? cu_seqlens, bool save, str kernel)"
+      "wkv7_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? cu_seqlens, bool save, bool chunked)"
       " -> (Tensor y, Tensor final_state, Tensor saved_state, Tensor saved_sa)");
   m.def(
       "wkv7_backward(Tensor dy, Tensor? dfinal_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state,"
-      " Tensor? cu_seqlens, Tensor saved_state, Tensor saved_sa, str kernel)"
+      " Tensor? cu_seqlens, Tensor saved_state, Tensor saved_sa, bool chunked)"
       " -> (Tensor dr, Tensor dw, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dstate)");
 }
 
@@ -62,9 +62,9 @@ struct CpuInputs {
   Optional state, cu_seqlens;
 
   CpuInputs(const Tensor& r_, const Tensor& w_, const Tensor& k_, const Tensor& v_, const Tensor& a_, const Tensor& b_,
-            const Optional& state_, const Optional& cu_seqlens_, const std::string& kernel)
+            const Optional& state_, const Optional& cu_seqlens_, bool chunked)
       : r(dense_rows(r_)), w(dense_rows(w_)), k(dense_rows(k_)), v(dense_rows(v_)), a(dense_rows(a_)), b(dense_rows(b_)) {
-    STD_TORCH_CHECK(kernel == "auto" || kernel == "recurrent", "wkv7: kernel '", kernel, "' does not exist on a CPU; use auto or recurrent");
+    STD_TORCH_CHECK(!chunked, "wkv7: the chunked kernel does not exist on a CPU; use auto or recurrent");
     check_like("w", w, r), check_like("k", k, r), check_like("v", v, r), check_like("a", a, r), check_like("b", b, r);
     STD_TORCH_CHECK(r.size(1) >= 1, "wkv7: needs at least one token");
     STD_TORCH_CHECK(r.size(3) % 16 == 0, "wkv7: head size must be a multiple of 16, got ", r.size(3));
@@ -116,8 +116,8 @@ void in_parallel(int64_t units, const F& run) {
 }
 
 Forward cpu_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state, Optional cu_seqlens, bool save,
-                    std::string kernel) {
-  const CpuInputs in(r, w, k, v, a, b, state, cu_seqlens, kernel);
+                    bool chunked) {
+  const CpuInputs in(r, w, k, v, a, b, state, cu_seqlens, chunked);
   wkv7_cpu::Forward p;
   in.fill(p);
   const Tensor y = in.like(in.r.scalar_type()), final_state = in.states(p.documents);
@@ -130,8 +130,8 @@ Forward cpu_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, 
 }
 
 Backward cpu_backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state,
-                      Optional cu_seqlens, Tensor saved_state, Tensor saved_sa, std::string kernel) {
-  const CpuInputs in(r, w, k, v, a, b, state, cu_seqlens, kernel);
+                      Optional cu_seqlens, Tensor saved_state, Tensor saved_sa, bool chunked) {
+  const CpuInputs in(r, w, k, v, a, b, state, cu_seqlens, chunked);
   check_like("dy", dy, in.r);
   wkv7_cpu::Backward p;
   in.fill(p);

@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
 
 #if !defined(HOST_CUDA)
@@ -49,13 +48,12 @@ struct Call {
   bool chunked;
 
   Call(const Tensor& r_, const Tensor& w_, const Tensor& k_, const Tensor& v_, const Tensor& a_, const Tensor& b_, const Optional& state_,
-       const Optional& cu_seqlens_, const std::string& kernel)
+       const Optional& cu_seqlens_, bool chunked_)
       :
 #if !defined(HOST_CUDA)
         guard(r_.get_device_index()),
 #endif
         r(dense(r_)), w(dense(w_)), k(dense(k_)), v(dense(v_)), a(dense(a_)), b(dense(b_)) {
-    STD_TORCH_CHECK(kernel == "recurrent" || kernel == "chunked", "wkv7: a CUDA kernel is 'recurrent' or 'chunked', got '", kernel, "'");
     for (const Tensor* x : {&w, &k, &v, &a, &b}) {
       STD_TORCH_CHECK(x->scalar_type() == r.scalar_type() && x->dim() == 4, "wkv7: inputs must be [B, T, H, N] of one dtype");
       for (int64_t d = 0; d < 4; d++) STD_TORCH_CHECK(x->size(d) == r.size(d), "wkv7: inputs must have one shape");
@@ -64,7 +62,7 @@ struct Call {
     STD_TORCH_CHECK(scalar == ScalarType::Float || scalar == ScalarType::BFloat16 || scalar == ScalarType::Half,
                     "wkv7: inputs must be float32, bfloat16 or float16");
     dtype = scalar == ScalarType::Float ? 0 : scalar == ScalarType::BFloat16 ? 1 : 2;
-    chunked = kernel == "chunked";
+    chunked = chunked_;
     tokens_each = r.size(1);
     tokens = r.size(0) * r.size(1);
     STD_TORCH_CHECK(tokens > 0 && tokens < (int64_t(1) << 31), "wkv7: needs from 1 to 2^31 - 1 tokens, got ", tokens);
@@ -109,8 +107,8 @@ struct Call {
   }
 };
 
-Forward forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state, Optional cu_seqlens, bool save, std::string kernel) {
-  const Call c(r, w, k, v, a, b, state, cu_seqlens, kernel);
+Forward forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state, Optional cu_seqlens, bool save, bool chunked) {
+  const Call c(r, w, k, v, a, b, state, cu_seqlens, chunked);
   const Tensor y = c.like(), final_state = c.states();
   const auto state_bytes = c.chunked ? wkv7_chunked_saved_state_bytes : wkv7_recurrent_saved_state_bytes;
   const auto sa_bytes = c.chunked ? wkv7_chunked_saved_sa_bytes : wkv7_recurrent_saved_sa_bytes;
@@ -126,8 +124,8 @@ Forward forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Opti
 }
 
 Backward backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state,
-                  Optional cu_seqlens, Tensor saved_state, Tensor saved_sa, std::string kernel) {
-  const Call c(r, w, k, v, a, b, state, cu_seqlens, kernel);
+                  Optional cu_seqlens, Tensor saved_state, Tensor saved_sa, bool chunked) {
+  const Call c(r, w, k, v, a, b, state, cu_seqlens, chunked);
   STD_TORCH_CHECK(saved_state.numel() > 0, "wkv7: backward needs what forward saves with save=true");
   STD_TORCH_CHECK(dy.scalar_type() == c.r.scalar_type() && dy.numel() == c.r.numel(), "wkv7: dy must have the shape and dtype of r");
   const Tensor dy_dense = Call::dense(dy);
@@ -148,11 +146,11 @@ Backward backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tensor k
 #if defined(HOST_CUDA)
 STABLE_TORCH_LIBRARY(rwkv7_host, m) {
   m.def(
-      "wkv7_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? cu_seqlens, bool save, str kernel)"
+      "wkv7_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? cu_seqlens, bool save, bool chunked)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "wkv7_backward(Tensor dy, Tensor? dfinal_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state,"
-      " Tensor? cu_seqlens, Tensor saved_state, Tensor saved_sa, str kernel) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " Tensor? cu_seqlens, Tensor saved_state, Tensor saved_sa, bool chunked) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(rwkv7_host, CPU, m) {
 #else

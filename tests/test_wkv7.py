@@ -1,5 +1,7 @@
 """wkv7: every maker against float64, and the properties that any maker must have."""
 
+import ctypes
+import gc
 import importlib
 import warnings
 from itertools import pairwise
@@ -199,6 +201,35 @@ def test_nothing_is_kept_without_need_of_a_gradient(native, monkeypatch):
     assert kept[1:] == [0, 0, 0]
 
 
+class _MallInfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 to count the heap's bytes")
+def test_calls_leave_nothing_on_the_heap(native):
+    """A few bytes left by each call would cut the heap into pieces that no tensor fits into any more."""
+    heap = ctypes.CDLL(None).mallinfo2
+    heap.restype = _MallInfo
+    inputs, state = problem(1, 1, 1, 16)
+
+    def calls(count):
+        for _ in range(count):
+            y, _ = wkv7(*inputs, state)
+            y.sum().backward()
+            with torch.no_grad():
+                wkv7(*inputs, state)
+
+    calls(100)
+    gc.collect()
+    before = heap().uordblks
+    calls(500)
+    gc.collect()
+    assert heap().uordblks - before < 500 * 16
+
+
 def test_inputs_stay_as_they_are_and_nothing_outside_is_written(native):
     """Each input lies between two bands of sentinels."""
     inputs, state = problem(1, 35, 1, 16)
@@ -228,7 +259,7 @@ def test_opcheck(native, documents, with_state):
     inputs, state = problem(1 if documents else 2, 70, 1, 16, documents=documents)
     cu_seqlens = torch.tensor([0, 5, 5, 70], dtype=torch.int32) if documents else None
     wkv7(*inputs)
-    args = (*inputs, state if with_state else None, cu_seqlens, True, "auto")
+    args = (*inputs, state if with_state else None, cu_seqlens, True, False)
     torch.library.opcheck(torch.ops.rwkv7.wkv7_forward.default, args)
 
 

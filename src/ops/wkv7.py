@@ -58,10 +58,10 @@ def wkv7(
             raise build.BuildError(f"wkv7 kernel {kernel!r} can't be had: {reason}")
         _warn_once(reason)
         return wkv7_reference(r, w, k, v, a, b, state, cu_seqlens)
-    kernel = _choose(r.device.type, r.dtype, r.shape[-1], kernel)
+    chunked = _takes_chunked(r.device.type, r.dtype, r.shape[-1], kernel)
     inputs = [x for x in (r, w, k, v, a, b, state) if x is not None]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    y, final_state, _, _ = torch.ops.rwkv7.wkv7_forward(r, w, k, v, a, b, state, cu_seqlens, save, kernel)
+    y, final_state, _, _ = torch.ops.rwkv7.wkv7_forward(r, w, k, v, a, b, state, cu_seqlens, save, chunked)
     return y, final_state
 
 
@@ -133,15 +133,13 @@ def _why_not_chunked(dtype: torch.dtype, head_size: int) -> str:
     return ""
 
 
-def _choose(device: str, dtype: torch.dtype, head_size: int, kernel: str) -> str:
-    """The name that the op is given: on a GPU 'auto' is chunked where it holds, else recurrent."""
-    if device != "cuda" or kernel != "auto":
-        return kernel
-    return "recurrent" if _why_not_chunked(dtype, head_size) else "chunked"
+def _takes_chunked(device: str, dtype: torch.dtype, head_size: int, kernel: str) -> bool:
+    """Chunked or recurrent: on a GPU 'auto' is chunked where it holds."""
+    return kernel == "chunked" or (device == "cuda" and kernel == "auto" and not _why_not_chunked(dtype, head_size))
 
 
 # As for _why_not_native below: the choice is a constant of a compiled graph.
-_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_takes_chunked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler (seconds) where nobody compiles.
@@ -181,7 +179,7 @@ def _forward_shapes(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     save: bool,
-    kernel: str,
+    chunked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, H, N = r.shape
     y = r.new_empty(B, T, H, N)
@@ -189,9 +187,9 @@ def _forward_shapes(
     if not save:
         return y, final_state, r.new_empty(0, dtype=torch.float32), r.new_empty(0, dtype=torch.float32)
     if r.device.type == "cuda":
-        slots, floats = (CHUNKED_SEGMENT, CHUNKED_SLOT) if kernel == "chunked" else (CUDA_WINDOW[N], N * N)
+        slots, floats = (CHUNKED_SEGMENT, CHUNKED_SLOT) if chunked else (CUDA_WINDOW[N], N * N)
         states = (B * T // slots + _sequences(r, cu_seqlens)) * H * floats
-        sums = 0 if kernel == "chunked" else B * T * H * N
+        sums = 0 if chunked else B * T * H * N
         return y, final_state, r.new_empty(states, dtype=torch.float32), r.new_empty(sums, dtype=torch.float32)
     kept = B * ((T - 1) // CPU_SEGMENT) if cu_seqlens is None else T // CPU_SEGMENT
     return y, final_state, r.new_empty(kept, H, N, N, dtype=torch.float32), r.new_empty(B, T, H, N, dtype=torch.float32)
@@ -210,19 +208,19 @@ def _backward_shapes(
     cu_seqlens: Tensor | None,
     saved_state: Tensor,
     saved_sa: Tensor,
-    kernel: str,
+    chunked: bool,
 ) -> tuple[Tensor, ...]:
     dstate = r.new_empty(0, dtype=torch.float32) if state is None else r.new_empty(state.shape, dtype=torch.float32)
     return (*(r.new_empty(r.shape) for _ in range(6)), dstate)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    r, w, k, v, a, b, state, cu_seqlens, save, kernel = inputs
+    r, w, k, v, a, b, state, cu_seqlens, save, chunked = inputs
     _, _, saved_state, saved_sa = output
     ctx.mark_non_differentiable(saved_state, saved_sa)
     ctx.set_materialize_grads(False)
     ctx.save = save
-    ctx.kernel = kernel
+    ctx.chunked = chunked
     if save:
         ctx.save_for_backward(r, w, k, v, a, b, state, cu_seqlens, saved_state, saved_sa)
 
@@ -234,7 +232,7 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, *_: None
     if dy is None:
         dy = torch.zeros_like(r)
     *grads, dstate = torch.ops.rwkv7.wkv7_backward(
-        dy, dfinal_state, r, w, k, v, a, b, state, cu_seqlens, saved_state, saved_sa, ctx.kernel
+        dy, dfinal_state, r, w, k, v, a, b, state, cu_seqlens, saved_state, saved_sa, ctx.chunked
     )
     return (*grads, None if state is None else dstate, None, None, None)
 
@@ -252,7 +250,7 @@ def describe_kernel(device: str, dtype: torch.dtype, head_size: int, kernel: str
         if device != "cuda":
             return "native kernel, exact recurrence"
         unfit = _why_not_chunked(dtype, head_size)
-        if _choose(device, dtype, head_size, kernel) == "chunked":
+        if _takes_chunked(device, dtype, head_size, kernel):
             return "CUDA kernel, chunked on tensor cores"
         return "CUDA kernel, exact recurrence" + (f" ({unfit})" if kernel == "auto" else ", as asked for")
     if kernel != "auto":
