@@ -162,7 +162,7 @@ def test_one_that_falls_silent_ends_the_others(tmp_path, data):  # noqa: F811
     words = finish(process, timeout=60)
     assert process.returncode == 1
     assert "process 1 has given no sign of life" in words
-    assert not os.path.exists(f"/proc/{ranks[1]}")
+    wait_for(lambda: not os.path.exists(f"/proc/{ranks[1]}"), seconds=20)
 
 
 def may_make_networks():

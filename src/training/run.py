@@ -56,7 +56,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
             company = join(hardware.devices, hardware.num_nodes, hardware.accelerator)
         for note in (*notes, *hardware.notes):
             say(f"note: {note}")
-        proj_dir = _writable_folder(config.proj_dir)
+        proj_dir = company.decide(lambda: _writable_folder(config.proj_dir))
         with _alone_in(proj_dir):
             if config.train_stage == 1:
                 return _write_init(config, hardware, proj_dir)
