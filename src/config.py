@@ -19,7 +19,7 @@ STRATEGIES = (
     "ddp",
     *(f"deepspeed_stage_{stage}{offload}" for stage in (1, 2, 3) for offload in ("", "_offload")),
 )
-MINI_EPOCH_SAMPLES = 40320  # 8!: divisible by many batch sizes (rwkv7.md, section 7)
+MINI_EPOCH_SAMPLES = 40320  # 8!: divisible by many batch sizes
 GROUPS = {  # the topics of `train.py --help`, in this order
     "run": "the run: where it lives, what it starts from",
     "data": "data",

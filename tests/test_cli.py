@@ -14,7 +14,7 @@ from src.config import RunConfig
 ROOT = Path(__file__).parents[1]
 DATA = ["--data_file", "x"]
 
-# the public interface: existing scripts pass these (rwkv7.md, section 6); a change here breaks them
+# the public interface: existing scripts pass these; a change here breaks them
 FLAGS = """
 accelerator accumulate_grad_batches adam_eps beta1 beta2 compile ctx_len d_aaa_lora d_decay_lora d_gate_lora d_mv_lora
 data_file data_type devices dim_att dim_ffn ds_bucket_mb enable_progress_bar epoch_begin epoch_count epoch_save epoch_steps epochs

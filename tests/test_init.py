@@ -1,4 +1,4 @@
-"""The init table: every parameter has one row, and the rows say what rwkv7.md says."""
+"""The init table: every parameter has one row, and the rows say what the published recipe says."""
 
 import math
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from src.training.schedule import RunLength, learning_rate
 
-# rwkv7.md section 3: mini-epoch -> lr at its last step
+# the published run: mini-epoch -> lr at its last step
 PUBLISHED = {
     0: "0.00059975", 1: "0.00059899", 2: "0.00059773", 3: "0.00059597", 4: "0.00059371", 5: "0.00059096",
     6: "0.00058771", 7: "0.00058399", 8: "0.00057978", 9: "0.00057511", 10: "0.00056999", 11: "0.00056441",

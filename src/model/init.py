@@ -1,4 +1,4 @@
-"""One table: parameter name -> initial value, learning-rate scale, weight decay (rwkv7.md, sections 2 and 3).
+"""One table: parameter name -> initial value, learning-rate scale, weight decay.
 
 The optimizer's groups, the README's weight table and every constructor read it, so each parameter's fate stands in one row.
 Notation: layer i of L, channel c of C, head width N; p = i / (L-1), q = 1 - i / L, d = c / C, lin = c / (C-1) - 0.5,

@@ -26,7 +26,7 @@ class RWKV7(nn.Module):
 
     `state` continues where an earlier call ended (None: from nothing). With `cu_seqlens` (int32 [D+1], first 0, last T) the row
     (B = 1) holds D documents that don't see each other; the state is then one per document.
-    Parameter names and shapes are a public interface (rwkv7.md, section 1).
+    Parameter names and shapes are a public interface.
     """
 
     def __init__(self, config: ModelConfig) -> None:

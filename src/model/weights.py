@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from src.config import ModelConfig
 
 Weights = dict[str, Tensor]
-IDLE_IN_LAYER_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # files may lack them (rwkv7.md, section 1)
+IDLE_IN_LAYER_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # files may lack them
 FOREIGN_PREFIXES = (
     "_forward_module.",
     "module.",

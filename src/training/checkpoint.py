@@ -1,4 +1,4 @@
-"""The files of a run in --proj_dir, and what a start continues from (rwkv7.md, sections 6 and 7).
+"""The files of a run in --proj_dir, and what a start continues from.
 
 `rwkv-init.pth`, `rwkv-N.pth` and `rwkv-final.pth` are plain state dicts. `run.json` remembers the settings and the hash of
 the weights that the run started from: other weights there mean another run, and the old one is put aside.

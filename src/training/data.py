@@ -46,7 +46,7 @@ class Samples(Protocol):
 
 
 class PretrainSamples:
-    """Windows of a binidx file in the order of the magic prime (rwkv7.md, section 5)."""
+    """Windows of a binidx file in the order of the magic prime."""
 
     collate = None
 

@@ -15,7 +15,7 @@ LOSS_SCALE_GROWTH_STEPS = 1000
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The three groups of rwkv7.md section 3, from the init table: (lr x2, no decay), (lr x1, decay), (lr x1, no decay).
+    """The three groups, from the init table: (lr x2, no decay), (lr x1, decay), (lr x1, no decay).
 
     Each has `lr_scale`, which the schedule multiplies in, and `names`. Parameters that are never trained are in none.
     """

@@ -141,7 +141,7 @@ class Reporter(pl.Callback):
 
 
 class TrainLog:
-    """train_log.txt: a header per start, then a line per mini-epoch (rwkv7.md, section 6).
+    """train_log.txt: a header per start, then a line per mini-epoch.
 
     Lines of mini-epochs that are trained again, because their weights were not saved, are dropped first.
     """

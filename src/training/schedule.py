@@ -23,7 +23,7 @@ def learning_rate(
     tokens_per_step: int,
     restarted_at: float = 0,
 ) -> float:
-    """The learning rate of step `step`, before a parameter group's own scale (rwkv7.md, section 3).
+    """The learning rate of step `step`, before a parameter group's own scale.
 
     `step` is the tokens trained on before it, divided by `tokens_per_step`; it may be a fraction where a run's batch changed.
 
@@ -44,7 +44,7 @@ def learning_rate(
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long a run is and where its mini-epochs end (rwkv7.md, section 7).
+    """How long a run is and where its mini-epochs end.
 
     A mini-epoch is a unit of samples: 40320, or `epoch_steps` global batches. Mini-epoch N ends with the first step whose samples
     reach (N + 1) units, so any batch size works; the last one may be partial.
