@@ -63,7 +63,7 @@ def test_op_gives_values_and_gradients(host_op, kernel, packed):
         joint[:, :, i, :, 1:] = x[name]
         leaves.append(joint[:, :, i, :, 1:].detach().requires_grad_())
     state = x["state"].clone().requires_grad_()
-    y, final_state = HostWkv7.apply(kernel, x.get("cu_seqlens"), state, *leaves)
+    y, final_state = HostWkv7.apply(kernel == "chunked", x.get("cu_seqlens"), state, *leaves)
     dy, dfinal_state = incoming(x)
     grads = torch.autograd.grad([y, final_state], [*leaves, state], [dy, dfinal_state])
     true = answer(x, dy, dfinal_state)
@@ -72,22 +72,20 @@ def test_op_gives_values_and_gradients(host_op, kernel, packed):
         assert error(value.detach(), true[name]) < 5e-3, name
 
 
-@pytest.mark.parametrize("kernel", ["recurrent", "chunked"])
-def test_op_is_lean_and_keeps_its_schema(host_op, kernel):
+@pytest.mark.parametrize("chunked", [False, True], ids=["recurrent", "chunked"])
+def test_op_is_lean_and_keeps_its_schema(host_op, chunked):
     x = problem(1, 17, 1, 64, torch.bfloat16)
     inputs = [x[name] for name in NAMES]
-    assert host_op.wkv7_forward(*inputs, None, None, False, kernel == "chunked")[2].numel() == 0
-    torch.library.opcheck(
-        host_op.wkv7_forward.default, (*inputs, None, None, True, kernel == "chunked"), test_utils="test_schema"
-    )
+    assert host_op.wkv7_forward(*inputs, None, None, False, chunked)[2].numel() == 0
+    torch.library.opcheck(host_op.wkv7_forward.default, (*inputs, None, None, True, chunked), test_utils="test_schema")
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"w": torch.float32}, "one dtype"), ({"all": torch.float32}, "no chunked kernel"),
-])  # fmt: skip
+    ({"w": torch.float32}, "one dtype"), ({name: torch.float32 for name in NAMES}, "no chunked kernel"),
+], ids=["dtypes differ", "fp32 chunked"])  # fmt: skip
 def test_op_refuses_what_it_cannot_do(host_op, change, words):
     x = problem(1, 4, 1, 64, torch.bfloat16)
-    inputs = [x[name].to(change.get(name, change.get("all", torch.bfloat16))) for name in NAMES]
+    inputs = [x[name].to(change.get(name, torch.bfloat16)) for name in NAMES]
     with pytest.raises(RuntimeError, match=words):
         host_op.wkv7_forward(*inputs, None, None, False, True)
 
