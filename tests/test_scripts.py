@@ -242,7 +242,7 @@ def test_a_stage_without_the_one_before_it(tree):
     (tree / "data" / "minimind_tokenizer" / "tokenizer.json").write_text("{}")
     done = run_script(tree, "mini", "1024", script="demo-training-run-sft.sh")
     assert done.returncode == 1
-    assert "out/L8-D512-x070-sft512/rwkv-final.pth is not there" in done.stderr
+    assert "out/L8-D512-x070-sft512 is not there" in done.stderr
     assert not (tree / "out").exists()
     done = run_script(tree, "mini", "100", script="demo-training-run-sft.sh")
     assert "expected 512, 1024 or 2048" in done.stderr
