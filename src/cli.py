@@ -17,10 +17,10 @@ from src.config import GROUPS, RunConfig
 HARMLESS_TRAINER_FLAGS = (
     *("amp_backend", "amp_level", "auto_lr_find", "auto_scale_batch_size", "auto_select_gpus", "benchmark"),
     *("check_val_every_n_epoch", "default_root_dir", "deterministic", "detect_anomaly", "enable_checkpointing"),
-    *("enable_model_summary", "gpus", "inference_mode", "ipus", "limit_predict_batches", "limit_test_batches"),
-    *("limit_val_batches", "log_every_n_steps", "logger", "max_epochs", "max_time", "min_epochs", "min_steps"),
-    *("move_metrics_to_cpu", "multiple_trainloader_mode", "num_processes", "num_sanity_val_steps", "plugins"),
-    *("profiler", "reload_dataloaders_every_n_epochs", "replace_sampler_ddp", "resume_from_checkpoint"),
+    *("enable_model_summary", "inference_mode", "ipus", "limit_predict_batches", "limit_test_batches"),
+    *("limit_val_batches", "log_every_n_steps", "logger", "max_epochs", "min_epochs", "min_steps"),
+    *("move_metrics_to_cpu", "multiple_trainloader_mode", "num_sanity_val_steps", "plugins"),
+    *("profiler", "reload_dataloaders_every_n_epochs", "replace_sampler_ddp"),
     *("sync_batchnorm", "tpu_cores", "track_grad_norm", "use_distributed_sampler", "val_check_interval"),
 )
 # ... and those that would change the run if they were honoured, with the flag that does it here.
@@ -31,6 +31,10 @@ REPLACED_TRAINER_FLAGS = {
     "limit_train_batches": "--my_exit_tokens",
     "overfit_batches": "--my_exit_tokens and a small --data_file",
     "fast_dev_run": "--my_exit_tokens",
+    "gpus": "--devices",
+    "num_processes": "--devices",
+    "max_time": "--time_limit",
+    "resume_from_checkpoint": "--load_model (weights), or the same --proj_dir, which continues by itself",
 }
 
 

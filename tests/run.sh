@@ -19,4 +19,4 @@ fi
 "$python" -m ruff check .
 "$python" -m mypy
 # Two processes with one thread each are quicker on two cores than one with two.
-OMP_NUM_THREADS=1 "$python" -m pytest -n 2 "$@"
+OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "$python" -m pytest -n 2 "$@"

@@ -17,7 +17,7 @@ ALLOWED = {
     "ops": {"config"},
     "model": {"config", "ops"},
     "dataset": {"config", "files"},
-    "inference": {"config", "dataset", "files", "model"},
+    "inference": {"config", "dataset", "files", "model", "ops"},
     "training": {"config", "dataset", "files", "inference", "model", "ops"},
     "train.py": {"cli", "training"},
     "data": {"dataset", "files"},

@@ -78,7 +78,7 @@ def test_a_prefix_is_not_a_flag(capsys):
     assert "--micro_bsz" in refused(capsys, *DATA, "--micro", "5")
 
 
-@pytest.mark.parametrize("name", ["gpus", "logger", "num_sanity_val_steps"])
+@pytest.mark.parametrize("name", ["logger", "num_sanity_val_steps", "log_every_n_steps"])
 def test_old_trainer_flags_that_change_nothing_are_noted(name):
     assert name in HARMLESS_TRAINER_FLAGS
     _, notes = parse([*DATA, f"--{name}", "1"])
@@ -88,6 +88,7 @@ def test_old_trainer_flags_that_change_nothing_are_noted(name):
 def test_old_trainer_flags_that_would_change_the_run_are_refused(capsys):
     assert "--grad_clip" in refused(capsys, *DATA, "--gradient_clip_val", "1")
     assert "--my_exit_tokens" in refused(capsys, *DATA, "--max_steps=5")
+    assert "--devices" in refused(capsys, *DATA, "--gpus", "8")
 
 
 def test_all_faults_at_once(capsys):

@@ -47,7 +47,7 @@ def settings_of(
 def _tokenizer_identity(tokenizer: str) -> str:
     """The same for the same tokenizer, wherever its folder lies."""
     file = Path(tokenizer) / "tokenizer.json"
-    return f"{Path(tokenizer).name} {sha256_of(file)[:16]}" if tokenizer and file.is_file() else tokenizer
+    return sha256_of(file)[:16] if tokenizer and file.is_file() else tokenizer
 
 
 def summary(

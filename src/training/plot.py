@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 from src.files import write_whole
 
 SMOOTHED_SHARE = 0.02  # of the run's steps: the width of the running mean
+SMOOTHED_STEPS = 10  # at least
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:
@@ -38,12 +40,13 @@ def loss_curve(metrics: Path, picture: Path) -> Path:
     columns = read_metrics(metrics)
     figure, axes = plt.subplots(figsize=(9, 5), dpi=110)
     if columns:
-        steps, losses = columns["step"], columns["loss"]
-        width = max(1, int(len(losses) * SMOOTHED_SHARE))
+        told = [i for i, loss in enumerate(columns["loss"]) if math.isfinite(loss)]
+        steps, losses = ([columns[name][i] for i in told] for name in ("step", "loss"))
+        width = max(SMOOTHED_STEPS, int(len(losses) * SMOOTHED_SHARE))
         axes.plot(steps, losses, color="#9db8d9", linewidth=0.7, label="loss of each step")
         axes.plot(steps, running_mean(losses, width), color="#1f4e8c", linewidth=1.8, label=f"mean of {width} steps")
         rate = axes.twinx()
-        rate.plot(steps, columns["lr"], color="#c77d2e", linewidth=1.0, linestyle="--", label="learning rate")
+        rate.plot(columns["step"], columns["lr"], color="#c77d2e", linewidth=1.0, linestyle="--", label="learning rate")
         rate.set_ylabel("learning rate")
         rate.set_ylim(bottom=0)
         handles = [*axes.get_lines(), *rate.get_lines()]

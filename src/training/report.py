@@ -48,7 +48,7 @@ class StepReport:
 @dataclass(frozen=True)
 class MiniEpochReport:
     mini_epoch: int
-    loss: float  # mean over its steps in this process
+    loss: float  # mean over its steps
     last: StepReport
 
 
@@ -99,6 +99,7 @@ class Reporter(pl.Callback):
         values = torch.cat([loss.float().unsqueeze(0), torch.tensor(wanted, device=loss.device)])
         if trainer.world_size > 1:
             values = trainer.strategy.reduce(values, reduce_op="mean")
+        self.agreed = set()
         self.read_waiting()
         group = trainer.optimizers[0].param_groups[0]
         values = torch.cat([values, pl_module.grad_norm.to(values).reshape(1)])
@@ -193,7 +194,7 @@ class MetricsFile:
             self._writer.writerow([column.name for column in fields(StepReport)])
 
     def step(self, report: StepReport) -> None:
-        self._writer.writerow([f"{value:.9g}" for value in astuple(report)])
+        self._writer.writerow([value if isinstance(value, int) else f"{value:.9g}" for value in astuple(report)])
         self._file.flush()
 
     def mini_epoch(self, report: MiniEpochReport) -> None:

@@ -101,7 +101,14 @@ def newest_good(proj_dir: Path) -> tuple[LoadedState | None, list[str]]:
         try:
             verify(folder)
         except DamagedState as error:
-            complaints.append(f"the saved state {folder} is damaged: {error}; taking the one before")
+            aside = folder.with_name(
+                f"damaged-{folder.name}"
+            )  # out of the way, or it would count among those that are kept
+            complaints.append(
+                f"the saved state {folder} is damaged: {error}; it is now {aside.name}, taking the one before"
+            )
+            if not aside.exists():
+                folder.rename(aside)
             continue
         told = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         position = Position(**told["position"])

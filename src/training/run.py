@@ -20,6 +20,7 @@ from src.dataset.lock import only_one
 from src.inference.evaluate import HeldOutLoss
 from src.model import RWKV7
 from src.model.weights import fit_weights, read_weights
+from src.ops.build import BuildError
 from src.training import checkpoint, plan, plot
 from src.training.data import open_samples
 from src.training.describe import parameter_count, settings_of, summary, words_for_complete
@@ -68,6 +69,8 @@ def run(config: RunConfig, notes: list[str]) -> int:
             company.explain(error)
             raise
         return _fail(company, str(error), 2)
+    except BuildError as error:
+        return _fail(company, f"--kernel {config.kernel}: {error}", 2)
     except (OSError, FloatingPointError) as error:
         return _fail(company, str(error), 1)
     except KeyboardInterrupt:
@@ -101,7 +104,7 @@ def _plan(config: RunConfig) -> int:
     if config.devices == "auto":
         raise ValueError("--devices auto: expected a number of processes per machine with --plan")
     model = config.model_config(find_vocab_size(config, None))
-    exit_tokens = config.my_exit_tokens or open_samples(config).once
+    exit_tokens = config.my_exit_tokens or max(1, round(config.epochs * open_samples(config).once))
     precision = config.precision or ("fp32" if config.accelerator == "cpu" else "bf16")
     say(plan.describe(config, model, exit_tokens, int(config.devices) * config.num_nodes, precision))
     return 0
@@ -153,7 +156,8 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
     samples.check_ids(model.config.vocab_size)
     settings = settings_of(config, model.config, hardware, length, samples, seed)
     if start.position.step:
-        company.decide(lambda: compare_settings(checkpoint.read_run(proj_dir).get("settings", {}), settings, proj_dir))
+        known = start.loaded.settings if start.loaded else checkpoint.read_run(proj_dir).get("settings", {})
+        company.decide(lambda: compare_settings(known, settings, proj_dir))
     say(summary(config, model, hardware, samples, start))
     _remember(config, proj_dir, settings)
     if is_first() and config.val_data_file and config.data_type == "sft" and start.weights and not start.position.step:

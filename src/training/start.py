@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from src.config import RunConfig
+from src.config import ModelConfig, RunConfig
 from src.dataset.tokenizer import load_tokenizer
 from src.model import RWKV7
 from src.model.weights import IDLE_IN_LAYER_0, Weights, config_from_weights, fit_weights, read_weights
@@ -23,20 +23,12 @@ from src.training.schedule import RunLength
 from src.training.strategy import Hardware
 
 # settings that can't change within a run without changing its meaning: another model, other data, another order
+SIZES = ("n_layer", "n_embd", "head_size", "dim_ffn", "d_decay_lora", "d_aaa_lora", "d_mv_lora", "d_gate_lora")
 FIXED_SETTINGS = (
-    *(
-        "n_layer",
-        "n_embd",
-        "vocab_size",
-        "head_size",
-        "dim_ffn",
-        "d_decay_lora",
-        "d_aaa_lora",
-        "d_mv_lora",
-        "d_gate_lora",
-    ),
+    *(*SIZES, "vocab_size"),
     *("data_type", "data", "tokenizer", "ctx_len", "magic_prime", "sft_loss", "packing", "truncate"),
 )
+SPOKEN = {"data": "the data (--data_file; for sft its order, --random_seed, too)", "tokenizer": "the tokenizer"}
 # settings that say how and where to compute, or are worked out, and need no word when they change
 FREE_SETTINGS = (
     *(
@@ -87,6 +79,12 @@ def put_aside_other_run(config: RunConfig, proj_dir: Path) -> None:
         if going_on:
             return  # the run goes on from its own files
         raise ValueError(f"--load_model {origin}: no such file")
+    inside = [*checkpoint.numbered(proj_dir).values(), proj_dir / checkpoint.FINAL]
+    if config.load_model and origin is not None and any(path.exists() and path.samefile(origin) for path in inside):
+        raise ValueError(
+            f"--load_model {origin}: belongs to the run in --proj_dir {proj_dir} itself. To go on with that run, leave the flag out; to "
+            "start another one from these weights, give it a folder of its own (--proj_dir)"
+        )
     if config.restart:
         if aside := checkpoint.put_aside(proj_dir):
             say(f"--restart: the earlier run is now in {aside}")
@@ -140,7 +138,11 @@ def find_start(config: RunConfig, proj_dir: Path, length: RunLength) -> Start:
 def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path) -> None:
     """Say what changed since the last start. Raises ValueError when that would make it another run."""
     changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
-    fixed = [f"--{name} was {old}, is {new}" for name, (old, new) in changed.items() if name in FIXED_SETTINGS]
+    fixed = [
+        f"{SPOKEN.get(name, '--' + name)} was {old}, is {new}"
+        for name, (old, new) in changed.items()
+        if name in FIXED_SETTINGS
+    ]
     if fixed:
         raise ValueError(
             f"{'; '.join(fixed)}: that would be another run than the one in {proj_dir}. Give it a folder of its own (--proj_dir), "
@@ -162,7 +164,10 @@ def build_model(
     weights = None
     if start.weights is not None and company.rank == 0:
         weights = read_weights(start.weights)
-    sizes = company.decide(lambda: config.model_config(find_vocab_size(config, weights)))
+    before = start.loaded.settings if start.loaded is not None else {}
+    known = config.vocab_size or before.get("vocab_size", 0)  # a state knows its vocabulary, whatever the data needs
+    sizes = company.decide(lambda: config.model_config(known or find_vocab_size(config, weights)))
+    _refuse_other_sizes(before, sizes)
     with torch.device("meta"):
         model = RWKV7(sizes)
     if company.rank == 0 and weights is not None:
@@ -188,6 +193,18 @@ def build_model(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in IDLE_IN_LAYER_0)
     return model, values
+
+
+def _refuse_other_sizes(before: dict[str, Any], sizes: ModelConfig) -> None:
+    now = {name: getattr(sizes, name) for name in (*SIZES, "vocab_size")}
+    changed = [
+        f"--{name} was {before[name]}, is {now[name]}" for name in now if before.get(name, now[name]) != now[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"{'; '.join(changed)}: the saved state is that of another model. Give the new one a folder of its own (--proj_dir), or "
+            "put the setting back"
+        )
 
 
 def _values_of_state(loaded: LoadedState) -> Values:

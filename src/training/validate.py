@@ -36,10 +36,10 @@ def validation_loss(model: RWKV7, config: RunConfig) -> HeldOutLoss:
 @torch.no_grad()
 def _sft_loss(model: RWKV7, config: RunConfig) -> HeldOutLoss:
     rows = _rows(config)
-    step = max(1, len(rows) // MAX_SAMPLES)
     device = model.emb.weight.device
     total, tokens = 0.0, 0
-    numbers = list(range(0, len(rows), step))[:MAX_SAMPLES]
+    count = min(len(rows), MAX_SAMPLES)
+    numbers = [i * len(rows) // count for i in range(count)]
     for first in range(0, len(numbers), config.micro_bsz):
         batch = collate([rows.row(number) for number in numbers[first : first + config.micro_bsz]])
         inputs, targets, cu_seqlens = (tensor.to(device) for tensor in batch)
