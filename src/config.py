@@ -275,6 +275,10 @@ class RunConfig:
             found.append(
                 "--tokenizer: missing; --data_type sft needs the folder of the model's tokenizer, with its chat template"
             )
+        if self.train_stage == 1 and self.load_model:
+            found.append(
+                f"--load_model {self.load_model}: --train_stage 1 draws new weights; leave it out, or use --train_stage 0"
+            )
         if self.epochs == 0 and not self.my_exit_tokens:
             found.append("--epochs 0: nothing would be trained; expected more than 0, or --my_exit_tokens")
         if self.train_stage != 1 and not self.data_file and self.plan < 0:

@@ -116,3 +116,7 @@ def test_impossible_values_are_refused(capsys, argv):
 def test_value_that_looks_like_a_flag_is_kept_with_equals():
     config, _ = parse([*DATA, "--random_seed=-1"])
     assert config.random_seed == -1
+
+
+def test_stage_1_refuses_weights_that_it_would_ignore(capsys):
+    assert "--load_model" in refused(capsys, *DATA, "--train_stage", "1", "--load_model", "base.pth")

@@ -101,7 +101,6 @@ class KeepState(AfterStep):
         self.reporter, self.weights, self.settings = reporter, weights, settings
         self.save_seconds = save_minutes * 60
         self.saved_at = time.monotonic()
-        self.saved_step = position.step if loaded is not None else -1
         self.slowest_save = 0.0
 
     def due(self) -> bool:
@@ -143,7 +142,7 @@ class KeepState(AfterStep):
         else:
             for _ in tensors:  # every rank takes part in gathering
                 pass
-        self.saved_at, self.saved_step = time.monotonic(), step + 1
+        self.saved_at = time.monotonic()
         self.slowest_save = max(self.slowest_save, self.saved_at - begin)
 
 

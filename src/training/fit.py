@@ -71,6 +71,9 @@ def fit_whatever_comes(
             )
         went_back_to = again.position.step
         say(f"{where} gave no finite gradient: going back to the state of step {went_back_to}, without their samples")
+        # a state saved among the bad steps has passed some of their samples: leaving those out would move good ones past it
+        here = skip_holes(again.position.samples, again.position.holes)
+        bad = [n for n in bad if n >= here]
         position = replace(
             again.position, holes=_with_holes(again.position.holes, bad), rollbacks=again.position.rollbacks + 1
         )
