@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-from typing import NoReturn
+import re
+from typing import Any, NoReturn
 
 from src.config import GROUPS, RunConfig
 
@@ -18,7 +19,7 @@ HARMLESS_TRAINER_FLAGS = (
     *("amp_backend", "amp_level", "auto_lr_find", "auto_scale_batch_size", "auto_select_gpus", "benchmark"),
     *("check_val_every_n_epoch", "default_root_dir", "deterministic", "detect_anomaly", "enable_checkpointing"),
     *("enable_model_summary", "inference_mode", "ipus", "limit_predict_batches", "limit_test_batches"),
-    *("limit_val_batches", "log_every_n_steps", "logger", "max_epochs", "min_epochs", "min_steps"),
+    *("limit_val_batches", "log_every_n_steps", "max_epochs", "min_epochs", "min_steps"),
     *("move_metrics_to_cpu", "multiple_trainloader_mode", "num_sanity_val_steps", "plugins"),
     *("profiler", "reload_dataloaders_every_n_epochs", "replace_sampler_ddp"),
     *("sync_batchnorm", "tpu_cores", "track_grad_norm", "use_distributed_sampler", "val_check_interval"),
@@ -48,9 +49,9 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="train.py",
+        usage="train.py [--flag value]...",
         description="Train an RWKV-7 model. The flags are those of existing RWKV training scripts.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
-        allow_abbrev=False,  # a prefix of a flag is a typing error, not a wish
     )
     topics = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
     for field in dataclasses.fields(RunConfig):
@@ -59,15 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
             "" if not field.metadata["choices"] else " (" + " | ".join(filter(None, field.metadata["choices"])) + ")"
         )
         shown = f" [{field.default if field.default != '' else 'none'}]".replace("%", "%%")
-        argument = topics[field.metadata["group"]].add_argument(
+        topics[field.metadata["group"]].add_argument(
             f"--{field.name}",
-            type=kind,
-            default=field.default,
             metavar=kind.__name__.upper(),
+            nargs=None if field.metadata["alone"] is None else "?",
             help=field.metadata["help"].replace("%", "%%") + choices + shown,
         )
-        if field.name == "plan":  # a question that needs no number
-            argument.nargs, argument.const = "?", 0.0
     return parser
 
 
@@ -77,9 +75,13 @@ def parse(argv: list[str]) -> tuple[RunConfig, list[str]]:
     Exits with code 2 and all faults at once when the command line can't be understood.
     """
     parser = build_parser()
-    namespace, unknown = parser.parse_known_args(argv)
-    notes, faults = _judge_unknown(unknown, [field.name for field in dataclasses.fields(RunConfig)])
-    config, more = _normalise(namespace)
+    if "--help" in argv or "-h" in argv:
+        parser.print_help()
+        parser.exit()
+    words, notes, faults = _read(argv)
+    values, more = _typed(words)
+    faults += more
+    config, more = _normalise(values)
     notes += more
     faults += config.faults()
     if faults:
@@ -87,37 +89,77 @@ def parse(argv: list[str]) -> tuple[RunConfig, list[str]]:
     return config, notes
 
 
-def _judge_unknown(unknown: list[str], known: list[str]) -> tuple[list[str], list[str]]:
-    notes, faults = [], []
-    for word in unknown:
-        if not word.startswith("--"):
-            continue  # the value of the flag before it, which has been judged
-        name = word[2:].split("=")[0]
-        if name == "local_rank":
-            continue  # launchers of several processes add it
-        if name in HARMLESS_TRAINER_FLAGS:
+def _read(argv: list[str]) -> tuple[dict[str, str | None], list[str], list[str]]:
+    """(flag -> its last value, None where it stands alone; notes; faults). Every word is a flag, a flag's one value, or a fault."""
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    given: dict[str, str | None] = {}
+    notes: list[str] = []
+    faults: list[str] = []
+    at = 0
+    while at < len(argv):
+        word = argv[at]
+        at += 1
+        if not _is_flag(word):
+            before = f" (the words before it are {' '.join(argv[max(0, at - 3) : at - 1])})" if at > 1 else ""
+            faults.append(f"{word!r}: a value without a flag before it{before}; a flag takes one value")
+            continue
+        name, equals, value = word.lstrip("-").partition("=")
+        found: str | None = value if equals else None
+        if not equals and at < len(argv) and not _is_flag(argv[at]):
+            found = argv[at]
+            at += 1
+        if name in known and word.startswith("--"):
+            given[name] = found
+        elif name in known:
+            faults.append(f"{word}: a flag begins with two dashes: --{name}")
+        elif name == "local_rank":
+            pass  # launchers of several processes add it
+        elif name in HARMLESS_TRAINER_FLAGS:
             notes.append(f"--{name}: a flag of Lightning 1.9's Trainer that changes nothing here; leave it out")
         elif name in REPLACED_TRAINER_FLAGS:
             faults.append(f"--{name}: not a flag here; use {REPLACED_TRAINER_FLAGS[name]}")
         else:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            faults.append(f"--{name}: no such flag" + (f"; the nearest is --{near[0]}" if near else ""))
-    stray = unknown and not unknown[0].startswith("--")
-    if stray:
-        faults.append(f"{unknown[0]!r}: a value without a flag before it")
-    return notes, faults
+            faults.append(f"{word}: no such flag" + (f"; the nearest is --{near[0]}" if near else ""))
+    return given, notes, faults
 
 
-def _normalise(namespace: argparse.Namespace) -> tuple[RunConfig, list[str]]:
+def _is_flag(word: str) -> bool:
+    """Whether a word of the command line is a flag: a dash, and not a negative number."""
+    return word.startswith("-") and not re.fullmatch(r"-(\d|\.\d|inf|nan).*|-", word)
+
+
+def _typed(words: dict[str, str | None]) -> tuple[dict[str, Any], list[str]]:
+    """The words as values of the fields' types; a word that is none is a fault, and its flag keeps the default."""
+    values: dict[str, Any] = {}
+    faults: list[str] = []
+    for field in dataclasses.fields(RunConfig):
+        if field.name not in words:
+            continue
+        word, kind, alone = words[field.name], type(field.default), field.metadata["alone"]
+        if word is None and alone is None:
+            faults.append(f"--{field.name}: its value is missing")
+            continue
+        try:
+            values[field.name] = alone if word is None else kind(word)
+        except ValueError:
+            expected = "a whole number" if kind is int else "a number"
+            faults.append(f"--{field.name} {word!r}: expected {expected}")
+    return values, faults
+
+
+def _normalise(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
     """Values that existing scripts write in their own way."""
     notes = []
-    given = vars(namespace)
-    if given["load_model"] == "0":
+    if given.get("load_model") == "0":
         given["load_model"] = ""
-    if given["kernel"] in ("@rwkv3", ""):
+    if given.get("kernel") in ("@rwkv3", ""):
         given["kernel"] = "auto"
-    if given["accelerator"] == "cuda":
+    if given.get("accelerator") == "cuda":
         given["accelerator"] = "gpu"
-    if given["epoch_count"]:
+    if given.get("epoch_count"):
         notes.append("--epoch_count is ignored: the run ends after --my_exit_tokens")
+    if given.get("logger", "").lower() in ("true", "false", "1", "0"):
+        notes.append("--logger: as a flag of Lightning 1.9's Trainer it changes nothing here; tensorboard or csv would")
+        given["logger"] = ""
     return RunConfig(**given), notes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,9 @@ GROUPS = {  # the topics of `train.py --help`, in this order
     "hardware": "hardware",
     "logging": "what is shown and kept",
 }
+
+
+VAL_EVERY = re.compile(r"(\d+) *(steps?)?")
 
 
 def low_rank_size(factor: float, n_embd: int, head_size: int = 64) -> int:
@@ -111,11 +115,19 @@ def flag(
     choices: tuple[str, ...] = (),
     at_least: float | None = None,
     below: float | None = None,
+    alone: float | None = None,
 ) -> Any:
-    """A field of RunConfig: default, topic, meaning, and what values it takes."""
+    """A field of RunConfig: default, topic, meaning, what values it takes, and what it means without one (None: it needs one)."""
     return dataclasses.field(
         default=default,
-        metadata={"group": group, "help": help, "choices": choices, "at_least": at_least, "below": below},
+        metadata={
+            "group": group,
+            "help": help,
+            "choices": choices,
+            "at_least": at_least,
+            "below": below,
+            "alone": alone,
+        },
     )
 
 
@@ -137,6 +149,7 @@ class RunConfig:
         "run",
         "print parameters, memory per device, steps and, given the tokens per second of all processes, the time; then stop",
         at_least=-1,
+        alone=0.0,
     )
     proj_dir: str = flag("out", "run", "folder of the run: weights, logs, settings")
     load_model: str = flag("", "run", 'weights to start from (.pth); "0" or empty: none')
@@ -189,7 +202,15 @@ class RunConfig:
         "sft: a conversation longer than ctx_len: cut its end, drop it, or stop",
         ("end", "drop", "error"),
     )
-    val_data_file: str = flag("", "data", "held-out binidx; its loss is shown when the run ends")
+    val_data_file: str = flag(
+        "", "data", "held-out data, like --data_file: its loss is measured on the way, and its best weights are kept"
+    )
+    val_every: str = flag(
+        "1", "data", 'how often: "2": every two mini-epochs; "500steps": every 500 steps; "0": only when the run ends'
+    )
+    val_windows: int = flag(
+        512, "data", "samples of the held-out data that are looked at, evenly spaced, always the same", at_least=1
+    )
 
     # model
     n_layer: int = flag(6, "model", "number of blocks", at_least=1)
@@ -242,7 +263,8 @@ class RunConfig:
     ds_bucket_mb: int = flag(200, "hardware", "DeepSpeed: bucket size in MB", at_least=1)
 
     # logging
-    wandb: str = flag("", "logging", "Weights & Biases project; empty: off")
+    wandb: str = flag("", "logging", "Weights & Biases project; empty: off. Without a login it is kept offline")
+    logger: str = flag("", "logging", "a second log of everything, in --proj_dir", ("", "tensorboard", "csv"))
     enable_progress_bar: str = flag("True", "logging", "the live line", ("True", "False", "true", "false", "1", "0"))
 
     def faults(self) -> list[str]:
@@ -265,6 +287,10 @@ class RunConfig:
             )
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) >= 1):
             found.append(f'--devices {self.devices!r}: expected a number of processes or "auto"')
+        if not VAL_EVERY.fullmatch(self.val_every):
+            found.append(
+                f'--val_every {self.val_every!r}: expected a number of mini-epochs, as in "2", or of steps, as in "500steps"'
+            )
         if self.lr_final > self.lr_init:
             found.append(
                 f"--lr_final {self.lr_final}: expected at most --lr_init {self.lr_init} (the cosine falls from lr_init to lr_final)"
@@ -285,6 +311,17 @@ class RunConfig:
             found.append("--data_file: missing; expected binidx data, which data/make_data.py makes from a jsonl")
         if self.epoch_begin and not self.load_model:
             found.append(f"--epoch_begin {self.epoch_begin}: has a meaning with --load_model only; leave it out")
+        if self.load_partial and not self.load_model and self.train_stage < 2:
+            found.append("--load_partial 1: has a meaning with --load_model only; leave it out")
+        if self.my_exit_tokens and self.epochs not in (0, 1):
+            found.append(
+                f"--epochs {self.epochs} and --my_exit_tokens {self.my_exit_tokens} both say how long the run is; leave one out"
+            )
+        try:
+            self.model_config(max(1, self.vocab_size))
+        except ValueError as error:
+            told = {words.split(" ")[0] for words in found}
+            found += [words for words in str(error).splitlines() if words.split(" ")[0] not in told]
         return found
 
     def model_config(self, vocab_size: int) -> ModelConfig:
