@@ -136,7 +136,8 @@ def _typed(words: dict[str, str | None]) -> tuple[dict[str, Any], list[str]]:
     for field in dataclasses.fields(RunConfig):
         if field.name not in words:
             continue
-        word, kind, alone = words[field.name], type(field.default), field.metadata["alone"]
+        word, alone = words[field.name], field.metadata["alone"]
+        kind: Any = type(field.default)
         if word is None and alone is None:
             faults.append(f"--{field.name}: its value is missing")
             continue
