@@ -101,6 +101,31 @@ def test_another_ignored_index():
     assert torch.equal(cross_entropy_l2wrap(logits, moved, V + 5), cross_entropy_l2wrap(logits, targets))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_takes_the_place_of_logits_that_nobody_needs(dtype):
+    hidden, weight, targets = problem(dtype=dtype)
+    want = with_gradients(cross_entropy_l2wrap(hidden @ weight.t(), targets), [hidden, weight])
+    logits = hidden @ weight.t()
+    before, kept = logits.detach().clone(), []
+    logits.register_hook(kept.append)
+    loss = cross_entropy_l2wrap(logits, targets, overwrite=True)
+    got = [loss, *torch.autograd.grad(3 * loss, [hidden, weight], retain_graph=True)]
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    assert kept[0].data_ptr() == logits.data_ptr()
+    assert not torch.equal(logits, before)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+def test_logits_stay_as_they_are_unless_given_away():
+    logits = torch.randn(5, V, requires_grad=True)
+    before = logits.detach().clone()
+    loss = cross_entropy_l2wrap(logits, torch.arange(5))
+    first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(logits, before)
+    assert torch.equal(first, second)
+
+
 def test_huge_logits_stay_finite():
     logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
     value, grad = with_gradients(cross_entropy_l2wrap(logits, torch.tensor([1])), [logits])

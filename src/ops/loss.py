@@ -1,9 +1,10 @@
-"""Cross entropy with L2Wrap, lean in memory: the gradient is formed in place of the logits, chunk by chunk.
+"""Cross entropy with L2Wrap, lean in memory: one pass over the logits forward, and a gradient that can take their place.
 
     loss = (1/n) sum over counting tokens of (logsumexp(z) - z[target])           n: the tokens that count
     dz   = g/n * (softmax(z) - onehot(target))  and  + g/n * 1e-4 * z at the largest logit      g: the incoming gradient
 
-Sums and softmax are computed in fp32 (float64 for float64), whatever the logits' dtype; only `ROWS` rows are in fp32 at once.
+Sums and softmax are computed in fp32 (float64 for float64), whatever the logits' dtype. Two native ops do it, each in one pass
+(cuda/cross_entropy.cpp has their schemas); elsewhere plain PyTorch with only `ROWS` rows in fp32 at once.
 Plain formula: `src.ops.reference.cross_entropy_l2wrap_reference`.
 """
 
@@ -12,22 +13,31 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from src.ops import build
 from src.ops.reference import L2WRAP
 
-ROWS = 4096  # rows of low-precision logits that are in fp32 at a time
+ROWS = 4096  # rows of low-precision logits that plain PyTorch has in fp32 at a time
+NATIVE_DEVICES = ("cuda",)  # that the native ops have a maker for
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_registered = False
 
 
-def cross_entropy_l2wrap(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+def cross_entropy_l2wrap(
+    logits: Tensor, targets: Tensor, ignore_index: int = -100, *, overwrite: bool = False
+) -> Tensor:
     """Mean cross entropy of logits [..., V] against targets int64 [...]; its gradient has the L2Wrap term.
 
     Tokens whose target is `ignore_index` count for nothing. Returns an fp32 scalar (float64 for float64 logits), 0 when no token counts.
+    With `overwrite` backward writes the gradient over the logits: for logits that nobody else needs, such as a layer's output.
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
             f"logits {tuple(logits.shape)} need targets {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}"
         )
-    return _CrossEntropy.apply(logits.flatten(0, -2), targets.flatten(), ignore_index)
+    return _CrossEntropy.apply(logits.flatten(0, -2), targets.flatten(), ignore_index, overwrite)
 
 
 def linear_cross_entropy_l2wrap(
@@ -44,7 +54,7 @@ def linear_cross_entropy_l2wrap(
             f"hidden {tuple(hidden.shape)} needs targets {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}"
         )
     if chunk == 0:
-        return cross_entropy_l2wrap(hidden @ weight.t(), targets, ignore_index)
+        return cross_entropy_l2wrap(hidden @ weight.t(), targets, ignore_index, overwrite=True)
     want_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk, ignore_index, want_grad)
 
@@ -63,59 +73,99 @@ def _parts(tensor: Tensor, rows: int) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, tensor.shape[0], max(rows, 1)))
 
 
+def _native(device: str, dtype: torch.dtype) -> bool:
+    """Whether the native ops serve these logits. Builds and loads them on the first call (a failure: wkv7 says why)."""
+    global _registered
+    if device not in NATIVE_DEVICES or dtype not in NATIVE_DTYPES:
+        return False
+    try:
+        build.load_native()
+    except build.BuildError:
+        return False
+    if not _registered:
+        torch.library.register_fake("rwkv7::cross_entropy_l2wrap_forward", _forward_shapes)
+        torch.library.register_fake("rwkv7::cross_entropy_l2wrap_backward_", lambda *_: None)
+        _registered = True
+    return device != "cuda" or not build.why_no_cuda()
+
+
+# As torch.compiler.assume_constant_result, without importing the compiler (see wkv7.py).
+_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class _Softmax(NamedTuple):
-    """The softmax of some rows, not yet divided by its sum, and what loss and gradient need of it."""
+    """What the gradient needs of a row beside its logits: softmax(z) = exp(z - largest) / total. All [rows]."""
 
-    exps: Tensor  # [rows, V] exp(z - largest)
-    total: Tensor  # [rows] sum of exps
-    largest: Tensor  # [rows, 1]
-    where: Tensor  # [rows, 1]
-
-
-def _softmax(logits: Tensor) -> _Softmax:
-    largest, where = logits.max(-1, keepdim=True)
-    exps = (logits - largest).exp_()
-    return _Softmax(exps, exps.sum(-1), largest, where)
+    largest: Tensor
+    total: Tensor
+    where: Tensor  # int64: the first index of the largest
 
 
-def _negative_log_likelihood(softmax: _Softmax, logits: Tensor, safe_targets: Tensor) -> Tensor:
-    """-log softmax(z)[target] per row; the target's logit is taken from z, as its exponential may have underflowed."""
-    return softmax.total.log() - (logits.gather(-1, safe_targets[:, None]) - softmax.largest).squeeze(-1)
+def _forward_shapes(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    nll, largest, total = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
+    return nll, largest, total, torch.empty_like(targets)
 
 
-def _gradient(softmax: _Softmax, safe_targets: Tensor, scale: Tensor) -> Tensor:
-    """scale * (softmax(z) - onehot(target) + 1e-4 z at the largest z), row by row, in place of the exponentials.
+def _forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, _Softmax]:
+    """-log softmax(z)[target] per row, 0 where the target is ignore_index, and the softmax (undefined in such rows)."""
+    if _native(logits.device.type, logits.dtype):
+        nll, *softmax = torch.ops.rwkv7.cross_entropy_l2wrap_forward(logits.contiguous(), targets, ignore_index)
+        return nll, _Softmax(*softmax)
+    counts, _, safe_targets = _counting(targets, ignore_index)
+    dtype = _accumulation_dtype(logits.dtype)
+    nll, largest, total = (logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3))
+    where = torch.empty_like(targets)
+    for part in _parts(logits, logits.shape[0] if logits.dtype == dtype else ROWS):
+        z = logits[part].to(dtype)
+        largest[part], where[part] = z.max(-1)
+        total[part] = (z - largest[part][:, None]).exp_().sum(-1)
+        # The target's logit is taken from z, as its exponential may have underflowed.
+        picked = z.gather(-1, safe_targets[part][:, None]).squeeze(-1)
+        nll[part] = torch.where(counts[part], total[part].log() - (picked - largest[part]), 0)
+    return nll, _Softmax(largest, total, where)
 
-    scale [rows] is 0 for ignored rows.
+
+def _gradient_(logits: Tensor, safe_targets: Tensor, softmax: _Softmax, scale: Tensor) -> Tensor:
+    """scale * (softmax(z) - onehot(target) + 1e-4 z at the largest z), row by row, in place of z.
+
+    scale [rows] is 0 for ignored rows. Whoever calls this owns the logits.
     """
-    grad = softmax.exps.mul_((scale / softmax.total)[:, None])
-    grad.scatter_add_(-1, safe_targets[:, None], -scale[:, None])
-    return grad.scatter_add_(-1, softmax.where, softmax.largest * scale[:, None] * L2WRAP)
+    if _native(logits.device.type, logits.dtype):
+        logits = logits.contiguous()
+        torch.ops.rwkv7.cross_entropy_l2wrap_backward_(logits, safe_targets, *softmax, scale, L2WRAP)
+        return logits
+    dtype = _accumulation_dtype(logits.dtype)
+    for part in _parts(logits, logits.shape[0] if logits.dtype == dtype else ROWS):
+        largest, total, where = (x[part][:, None] for x in softmax)
+        factor = scale[part][:, None]
+        grad = logits[part].to(dtype).sub_(largest).exp_().mul_(factor / total)
+        grad.scatter_add_(-1, safe_targets[part][:, None], -factor)
+        grad.scatter_add_(-1, where, largest * factor * L2WRAP)
+        if logits.dtype != dtype:
+            logits[part] = grad
+    return logits
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, overwrite: bool) -> Tensor:
         counts, count, safe_targets = _counting(targets, ignore_index)
-        dtype = _accumulation_dtype(logits.dtype)
-        rows = logits.shape[0] if logits.dtype == dtype else ROWS
-        total = logits.new_zeros((), dtype=dtype)
-        for part in _parts(logits, rows):
-            z = logits[part].to(dtype)
-            total += torch.where(counts[part], _negative_log_likelihood(_softmax(z), z, safe_targets[part]), 0).sum()
-        ctx.save_for_backward(logits, safe_targets, counts / count.to(dtype))
-        return total / count
+        nll, softmax = _forward(logits, targets, ignore_index)
+        ctx.save_for_backward(logits, safe_targets, *softmax, counts / count.to(nll.dtype))
+        ctx.overwrite = overwrite
+        return nll.sum() / count
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
-        logits, safe_targets, weight = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, safe_targets, *softmax, weight = ctx.saved_tensors
         scale = weight * grad_loss
-        if logits.dtype == scale.dtype:
-            return _gradient(_softmax(logits), safe_targets, scale), None, None
-        grad = torch.empty_like(logits)
-        for part in _parts(logits, ROWS):
-            grad[part] = _gradient(_softmax(logits[part].to(scale.dtype)), safe_targets[part], scale[part])
-        return grad, None, None
+        if ctx.overwrite:
+            # A second backward through the same graph finds no logits any more; PyTorch sees it by this and says so.
+            torch.autograd.graph.increment_version(logits)
+        else:
+            logits = logits.clone()
+        return _gradient_(logits, safe_targets, _Softmax(*softmax), scale), None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -134,13 +184,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if want_grad and ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if want_grad and ctx.needs_input_grad[1] else None
         for part in _parts(hidden, chunk):
-            logits = (hidden[part] @ weight.t()).to(dtype)
-            softmax = _softmax(logits)
-            total += torch.where(counts[part], _negative_log_likelihood(softmax, logits, safe_targets[part]), 0).sum()
-            del logits
+            logits = hidden[part] @ weight.t()
+            nll, softmax = _forward(logits, targets[part], ignore_index)
+            total += nll.sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad_logits = _gradient(softmax, safe_targets[part], counts[part].to(dtype)).to(hidden.dtype)
+            grad_logits = _gradient_(logits, safe_targets[part], softmax, counts[part].to(dtype))
+            del logits
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
@@ -150,6 +200,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, count = ctx.saved_tensors
         scale = grad_loss / count
