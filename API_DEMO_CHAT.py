@@ -14,9 +14,15 @@ from types import FrameType
 
 from src.inference.chat import Conversation, find_template
 from src.inference.decoder import Decoder
-from src.inference.generate import add_sampling_arguments
-from src.inference.load import add_model_arguments, find_tokenizer, find_weights, load_model, newest_weights
-from src.inference.sampling import Sampling
+from src.inference.generate import add_sampling_arguments, sampling_of
+from src.inference.load import (
+    add_model_arguments,
+    find_tokenizer,
+    find_weights,
+    load_model,
+    newest_weights,
+    pretrained_only,
+)
 
 HELP = """\
   /reset              forget everything
@@ -63,7 +69,7 @@ def stream(pieces: Iterator[str]) -> None:
 
 
 def turn(conversation: Conversation, line: str) -> bool:
-    """Carry out a command or show the answer to a question. False: the user wants to leave. ValueError, OSError: what went wrong."""
+    """Carry out a command or show the answer to a question. False: the user wants to leave. ValueError: what went wrong."""
     command, _, rest = line.strip().partition(" ")
     rest = rest.strip()
     commands: dict[str, Callable[[], object]] = {
@@ -104,7 +110,7 @@ def _set(conversation: Conversation, rest: str) -> None:
 
 
 def talk(conversation: Conversation, read: Callable[[], str]) -> int:
-    """Turn after turn until `read` raises EOFError; a mistake is said and the conversation goes on."""
+    """Turn after turn until `read` raises EOFError; a mistake is said and the conversation goes on. 1 when there was one, else 0."""
     failed = 0
     while True:
         try:
@@ -119,7 +125,7 @@ def talk(conversation: Conversation, read: Callable[[], str]) -> int:
         try:
             if not turn(conversation, line):
                 return failed
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             failed = 1
             print(error, file=sys.stderr, flush=True)
 
@@ -166,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_model_arguments(parser, optional=True)
     parser.add_argument("--prompt", default=None, help="answer this and end")
-    parser.add_argument("--chat_template", default="", help="none, rwkv (User: ... Assistant: ...) or a Jinja file; default: the tokenizer's")
+    parser.add_argument("--chat_template", default="", help="none, tokenizer (its own), rwkv (User: ... Assistant: ...) or a Jinja file; default: the tokenizer's, after pretraining none")
     parser.add_argument("--length", type=int, default=1024, help="tokens of an answer at most [%(default)s]")
     parser.add_argument("--history", type=Path, default=Path.home() / ".rwkv7_chat_history", help="what was typed [%(default)s]")
     add_sampling_arguments(parser)
@@ -182,28 +188,25 @@ def main(argv: list[str] | None = None) -> int:
         read = prompt_reader(options.history)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    mode = "chat" if conversation.template is not None else "no chat template: the model continues your text"
+    mode = "chat" if conversation.template is not None else "it has not learned to chat and continues your text"
     show(f"{options.weights}, {conversation.decoder.config.title}, {mode}; /help\n")
-    return talk(conversation, read)
+    talk(conversation, read)
+    return 0
 
 
 def build(options: argparse.Namespace) -> Conversation:
-    sampling = Sampling(
-        options.temperature,
-        options.top_p,
-        options.top_k,
-        options.presence_penalty,
-        options.frequency_penalty,
-        options.penalty_decay,
-    )
+    sampling = sampling_of(options)
     if options.length < 1:
         raise ValueError(f"--length {options.length}: expected at least 1 token")
     options.weights = find_weights(options.model) if options.model else newest_weights(Path("out"))
     model = load_model(options.weights, options.dtype, options.device)
     tokenizer = find_tokenizer(options.weights, model.config.vocab_size, options.tokenizer)
-    template = find_template(options.chat_template, tokenizer)
+    template = find_template(options.chat_template, tokenizer, pretrained_only(options.weights))
     return Conversation(Decoder(model), tokenizer, template, sampling, options.seed, options.length)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -154,7 +154,7 @@ class Conversation:
     # ---- files --------------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """The conversation and the state after it. OSError when the file can't be written."""
+        """The conversation and the state after it. ValueError when the file can't be written."""
         layers = [tuple(tensor.cpu() for tensor in layer) for layer in self.decoder.state.layers]
         record = {
             "format": FORMAT,
@@ -164,15 +164,20 @@ class Conversation:
             "unfed": self.past.unfed,
             "layers": layers,
         }
-        with write_whole(path) as file:
-            torch.save(record, file)
+        try:
+            with write_whole(path) as file:
+                torch.save(record, file)
+        except OSError as error:
+            raise ValueError(f"/save {path}: can't be written ({error.strerror}); name a file in a folder that can be") from error
 
     def load(self, path: str | Path) -> None:
         """Go on where a saved conversation ended. ValueError when the file is not one, or is another model's."""
         try:
             record = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises half a dozen types here; all mean that the file is not usable
-            raise ValueError(f"/load {path}: can't be read ({str(error).splitlines()[0]})") from error
+        except OSError as error:
+            raise ValueError(f"/load {path}: can't be read ({error.strerror})") from error
+        except Exception as error:  # torch raises half a dozen types here; all mean that it is none of its files, or a damaged one
+            raise ValueError(f"/load {path}: no saved conversation, or cut short; expected a file written by /save") from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError(f"/load {path}: no saved conversation; expected a file written by /save")
         if record["model"] != self._model_sizes():
@@ -199,12 +204,16 @@ class Conversation:
         elif name == "top_k":
             self.sampling = replace(self.sampling, top_k=_whole(name, value, at_least=0))
         elif name in self.settings():
-            try:
-                self.sampling = replace(self.sampling, **{name: float(value)})  # type: ignore[arg-type]
-            except ValueError as error:
-                raise ValueError(f"/set {name} {value}: {error}") from error
+            self.sampling = replace(self.sampling, **{name: _number(name, value)})  # type: ignore[arg-type]
         else:
             raise ValueError(f"/set {name}: no such setting; there are {', '.join(self.settings())}")
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise ValueError(f"/set {name} {value}: expected a number, for example /set {name} 0.5") from error
 
 
 def _whole(name: str, value: str, at_least: int) -> int:
@@ -213,17 +222,22 @@ def _whole(name: str, value: str, at_least: int) -> int:
     return int(value)
 
 
-def find_template(name: str, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The template that --chat_template names: "" the tokenizer's own, "none", "rwkv", or a file. None: the model continues text."""
+def find_template(name: str, tokenizer: Tokenizer, pretrained_only: bool = False) -> ChatTemplate | None:
+    """The template that --chat_template names: "none", "tokenizer" (its own), "rwkv", or a file; "" is the tokenizer's own, but none for
+    a model that is known to have seen plain text only. None: the model continues text. ValueError when there is no such template."""
+    if name == "none" or (not name and pretrained_only):
+        return None
     if not name:
         return tokenizer.chat_template
-    if name == "none":
-        return None
+    if name == "tokenizer":
+        if tokenizer.chat_template is None:
+            raise ValueError(f"--chat_template tokenizer: the tokenizer {tokenizer.name} has none; expected none, rwkv or a Jinja file")
+        return tokenizer.chat_template
     if name == "rwkv":
         return ChatTemplate(RWKV_TEMPLATE, {})
     path = Path(name)
     if not path.is_file():
-        raise ValueError(f"--chat_template {name}: expected none, rwkv, or a file with a Jinja template")
+        raise ValueError(f"--chat_template {name}: no such file; expected none, tokenizer, rwkv, or a file with a Jinja template")
     return ChatTemplate(path.read_text(encoding="utf-8"), {})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, fields
 
 from torch import Tensor
 
@@ -108,6 +109,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=None, help="the same seed gives the same text")
 
 
+def sampling_of(options: argparse.Namespace) -> Sampling:
+    """What the flags of `add_sampling_arguments` say. ValueError that names the flag."""
+    try:
+        return Sampling(**{field.name: getattr(options, field.name) for field in fields(Sampling)})
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m src.inference.generate", description="Continue a text with a trained model.")
     add_model_arguments(parser)
@@ -116,22 +125,12 @@ def main(argv: list[str] | None = None) -> int:
     add_sampling_arguments(parser)
     options = parser.parse_args(argv)
     try:
+        sampling = sampling_of(options)
         weights = find_weights(options.model)
         model = load_model(weights, options.dtype, options.device)
         tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer)
-        tokens = generate(
-            model,
-            tokenizer.encode(options.prompt) or [0],
-            options.length,
-            options.temperature,
-            options.top_p,
-            options.top_k,
-            options.seed,
-            tokenizer.eos_ids,
-            options.presence_penalty,
-            options.frequency_penalty,
-            options.penalty_decay,
-        )
+        prompt = tokenizer.encode(options.prompt) or [0]
+        tokens = generate(model, prompt, options.length, **asdict(sampling), seed=options.seed, stop_ids=tokenizer.eos_ids)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     stream = CharacterStream(tokenizer)

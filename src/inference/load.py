@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,12 +58,22 @@ def _tokenizer_within(folder: Path) -> str:
     return str(folder) if (folder / "tokenizer.json").is_file() else ""
 
 
-def _recorded_tokenizer(folder: Path) -> str:
+def pretrained_only(weights: Path) -> bool:
+    """Whether the run that `weights` lie in says that it was pretraining: such a model continues text and can't chat."""
+    return not weights.is_dir() and _record(weights.parent).get("settings", {}).get("data_type") == "binidx"
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """What a run wrote down about itself; {} in other folders."""
     record = folder / "run.json"
     try:
-        recorded = json.loads(record.read_text(encoding="utf-8")).get("tokenizer", "") if record.is_file() else ""
+        return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     except (OSError, ValueError) as error:
-        raise ValueError(f"{record}: can't be read ({error}); mend it, or give --tokenizer") from error
+        raise ValueError(f"{record}: can't be read ({error}); mend it, or move the weights to a folder of their own") from error
+
+
+def _recorded_tokenizer(folder: Path) -> str:
+    recorded = _record(folder).get("tokenizer", "")
     if recorded == "world":
         return recorded
     copy = folder / "tokenizer"  # what the run recorded may have moved since; its own copy goes with the weights

@@ -82,7 +82,7 @@ class Sampler:
             self._random.seed()
         else:
             self._random.manual_seed(seed)
-        self._counts: dict[int, float] = {}
+        self._written = self._counts = torch.zeros(0)  # fp32 [V] each: 1 for what has been written; how often, with the decay
 
     def __call__(self, logits: Tensor) -> int:
         """The next token for logits [V] of any device and dtype. ValueError when they are not numbers."""
@@ -99,16 +99,15 @@ class Sampler:
         return self.sampling.presence_penalty != 0 or self.sampling.frequency_penalty != 0
 
     def _penalised(self, logits: Tensor) -> Tensor:
-        if not self._penalises or not self._counts:
+        if not self._penalises:
             return logits
-        ids = torch.tensor(list(self._counts))
-        counts = torch.tensor(list(self._counts.values()))
-        penalty = self.sampling.presence_penalty + self.sampling.frequency_penalty * counts
-        return logits.index_add(0, ids, penalty, alpha=-1)
+        if not self._counts.numel():
+            self._written, self._counts = torch.zeros_like(logits), torch.zeros_like(logits)
+        return logits - self.sampling.presence_penalty * self._written - self.sampling.frequency_penalty * self._counts
 
     def _remember(self, token: int) -> None:
         if not self._penalises:
             return
-        decay = self.sampling.penalty_decay
-        self._counts = {seen: count * decay for seen, count in self._counts.items()}
-        self._counts[token] = self._counts.get(token, 0.0) + (token not in self.uncounted_ids)
+        self._counts *= self.sampling.penalty_decay
+        self._counts[token] += token not in self.uncounted_ids
+        self._written[token] = 1

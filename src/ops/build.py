@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 SOURCE_FOLDER = Path(__file__).resolve().parents[2] / "cuda"
-CPU_SOURCES = ("wkv7.cpp", "wkv7_cpu.cpp", "relu_squared.cpp", "cross_entropy.cpp")
+CPU_SOURCES = ("wkv7.cpp", "wkv7_cpu.cpp", "relu_squared.cpp", "cross_entropy.cpp", "decode.cpp")
 HEADERS = ("wkv7_cpu.h", "vec.h")
 CUDA_SOURCES = ("wkv7_cuda.cpp", "wkv7_recurrent.cu", "wkv7_chunked.cu")
 CUDA_HEADERS = ("port.cuh",)

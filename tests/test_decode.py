@@ -1,0 +1,182 @@
+"""One token at a time: the native step, the one in plain PyTorch, and the model itself are one function."""
+
+import ctypes
+import gc
+
+import pytest
+import torch
+from random_model import random_model
+
+from src.inference.decoder import Decoder
+from src.inference.step import TorchStep
+from src.model import State
+from src.ops.build import BuildError
+from src.ops.decode import MOST_SEQUENCES, decode_step
+
+SIZES = {
+    "plain": {},
+    "one-layer": {"n_layer": 1},
+    "heads-of-16": {"n_embd": 96, "head_size": 16},
+    "heads-of-128": {"n_embd": 256, "head_size": 128, "n_layer": 2},
+    "odd-ranks": {"d_decay_lora": 7, "d_aaa_lora": 1, "d_mv_lora": 13, "d_gate_lora": 50},
+    "narrow-channel-mix": {"dim_ffn": 176},
+}
+
+
+def steps(model, sequences, count=4):
+    """Logits of `count` steps of a Decoder, [count, B, V], and its state."""
+    decoder = Decoder(model, sequences)
+    generator = torch.Generator().manual_seed(sequences)
+    tokens = torch.randint(0, model.config.vocab_size, (count, sequences), generator=generator)
+    return torch.stack([decoder.step(row.tolist()).clone() for row in tokens]), decoder, tokens
+
+
+def forward(model, tokens):
+    """The same by the training forward; tokens [count, B]."""
+    logits, state = model(tokens.t())
+    return logits.transpose(0, 1), state
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 5, 8])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_native_step_is_the_training_forward(sizes, sequences):
+    model = random_model(**sizes)
+    logits, decoder, tokens = steps(model, sequences)
+    assert decoder.native
+    expected, state = forward(model, tokens)
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    for mine, theirs in zip(decoder.state.layers, state.layers, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_step_in_plain_pytorch_is_the_training_forward(sizes, sequences):
+    model = random_model(**sizes)
+    step, state = TorchStep(model), State.zeros(model.config, sequences)
+    tokens = torch.arange(4 * sequences).view(4, sequences) * 7 % 97
+    logits = torch.stack([step(row, state) for row in tokens])
+    expected, after = forward(model, tokens)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    for mine, theirs in zip(state.layers, after.layers, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sequences", [MOST_SEQUENCES, MOST_SEQUENCES + 1])
+def test_many_sequences_are_decoded_on_either_side_of_the_border(sequences):
+    model = random_model()
+    logits, _, tokens = steps(model, sequences)
+    torch.testing.assert_close(logits, forward(model, tokens)[0], rtol=0, atol=1e-5)
+
+
+def test_in_bf16_the_arithmetic_is_fp32():
+    """Twice as near to the exact result as plain PyTorch in the same dtype, at the least."""
+    model = random_model().bfloat16()
+    logits, _, tokens = steps(model, 3, count=12)
+    exact, _ = forward(random_model().bfloat16().float(), tokens)
+    step, state = TorchStep(model), State.zeros(model.config, 3, dtype=torch.bfloat16)
+    plain = torch.stack([step(row, state) for row in tokens])
+    assert (logits - exact).norm() < 0.5 * (plain - exact).norm()
+
+
+def test_fp32_weights_that_came_from_bf16_are_read_as_bf16_without_loss():
+    model = random_model().bfloat16().float()
+    model.blocks[1].ffn.key.weight[100, 5] += 1e-6  # one number is enough
+    logits, decoder, tokens = steps(model, 3)
+    torch.testing.assert_close(logits, forward(model, tokens)[0], rtol=0, atol=1e-5)
+    read = [t.dtype for t in decoder.native_weights.layers]
+    assert read.count(torch.bfloat16) == 3 * 8 - 1
+    assert decoder.state.layers[0].att_shift.dtype == torch.float32
+
+
+def test_the_number_of_threads_changes_no_bit():
+    model = random_model(n_embd=256, vocab_size=1024)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one, _, _ = steps(model, 2)
+        torch.set_num_threads(3)
+        three, _, _ = steps(model, 2)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, three)
+
+
+def test_without_a_compiler_plain_pytorch_does_it(monkeypatch):
+    def none() -> None:
+        raise BuildError("no compiler")
+
+    monkeypatch.setattr("src.ops.decode.build.load_native", none)
+    model = random_model()
+    decoder = Decoder(model)
+    assert not decoder.native
+    torch.testing.assert_close(decoder.step([3]), model(torch.tensor([[3]]))[0][0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"dim_ffn": 100}, {"n_embd": 320, "head_size": 320}])
+def test_sizes_that_the_native_step_does_not_take(sizes):
+    model = random_model(n_layer=2, **sizes)
+    logits, decoder, tokens = steps(model, 2)
+    assert not decoder.native
+    torch.testing.assert_close(logits, forward(model, tokens)[0], rtol=0, atol=1e-5)
+
+
+def test_mistakes_are_errors_and_leave_the_state_alone():
+    decoder = Decoder(random_model(), 2)
+    decoder.step([1, 2])
+    before = decoder.state
+    for tokens in ([1, 97], [-1, 1]):
+        with pytest.raises(RuntimeError, match="outside the vocabulary of 97"):
+            decoder.step(tokens)
+    att_shift, wkv, ffn_shift = decoder._stacked
+    for wrong in ((att_shift[:2], wkv, ffn_shift), (att_shift, wkv.double(), ffn_shift), (att_shift, wkv, ffn_shift.transpose(0, 1))):
+        with pytest.raises(RuntimeError, match="decode_step"):
+            decode_step(torch.tensor([1, 2]), decoder.native_weights, *wrong)
+    for mine, kept in zip(decoder.state.layers, before.layers, strict=True):
+        assert all(map(torch.equal, mine, kept))
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    ]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 to count the heap's bytes")
+def test_steps_leave_nothing_on_the_heap():
+    heap = ctypes.CDLL(None).mallinfo2
+    heap.restype = _MallInfo
+    decoder = Decoder(random_model(n_layer=1))
+    for _ in range(100):
+        decoder.step([1])
+    gc.collect()
+    before = heap().uordblks
+    for _ in range(500):
+        decoder.step([1])
+    gc.collect()
+    assert heap().uordblks - before < 500 * 16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_captured_step_is_the_same_step(dtype, sequences):
+    """A graph replays what was captured: on its own state, with each call's tokens, going on from states set in between."""
+    model = random_model().to("cuda", dtype)
+    logits, decoder, tokens = steps(model, sequences, count=12)
+    step, state = TorchStep(model), State.zeros(model.config, sequences, "cuda", dtype)
+    with torch.inference_mode():
+        plain = torch.stack([step(row, state) for row in tokens.cuda()])
+    torch.testing.assert_close(logits, plain, rtol=1e-2, atol=1e-2)
+    exact, _ = forward(model.float(), tokens.cuda())
+    assert (logits - exact).norm() < 2 * (plain - exact).norm() + 1e-3
+    kept = decoder.state
+    first = decoder.step(tokens[0].tolist()).clone()
+    decoder.step(tokens[1].tolist())
+    decoder.state = kept
+    assert torch.equal(decoder.step(tokens[0].tolist()), first)
