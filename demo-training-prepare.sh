@@ -183,7 +183,8 @@ fi
 PROJ_DIR=${PROJ_DIR:-out/L$N_LAYER-D$N_EMBD-x070}
 before=
 for word in "$@"; do # given as a flag, it holds for what comes after the training too
-    if [ "$before" = --proj_dir ]; then PROJ_DIR=$word; fi
+    case $before in --proj_dir) PROJ_DIR=$word ;; esac
+    case $word in --proj_dir=*) PROJ_DIR=${word#*=} ;; esac
     before=$word
 done
 set -- --proj_dir "$PROJ_DIR" --n_layer "$N_LAYER" --n_embd "$N_EMBD" --vocab_size "$VOCAB_SIZE" --tokenizer "$TOKENIZER" \

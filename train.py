@@ -15,5 +15,6 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # before the run began: there is nothing to save
+    except KeyboardInterrupt:
+        print("stopped before the run began; the same command begins it", file=sys.stderr)
         sys.exit(130)

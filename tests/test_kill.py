@@ -55,7 +55,7 @@ def test_killed_runs_continue_to_the_same_weights(tmp_path, data):  # noqa: F811
     duration = time.monotonic() - begin
     expected = torch.load(whole / "rwkv-final.pth")
     kills = attempts = saving = 0
-    while kills < KILLS:
+    while kills < KILLS or saving < KILLS // 2:
         out = tmp_path / f"run-{attempts}"
         process = runs.start(flags(out, data, **RUN))
         moment = chance.random() * duration
@@ -79,4 +79,3 @@ def test_killed_runs_continue_to_the_same_weights(tmp_path, data):  # noqa: F811
         assert [int(row["step"]) for row in metrics(out)] == list(range(40))
         assert [line[:4] for line in log_lines(out)] == [line[:4] for line in log_lines(whole)]
     runs.close()
-    assert saving >= KILLS // 4  # the blow often falls between two files, when the folder is there or has just been renamed

@@ -19,6 +19,7 @@ from src.dataset.binidx import BinIdxWriter
 from src.files import sha256_of
 from src.training import fit
 from src.training.resume import DamagedState, newest_good, states, verify
+from src.training.schedule import learning_rate
 
 STEPS = 60
 RUN = {"my_exit_tokens": CTX * 4 * STEPS, "epoch_steps": 20, "epoch_save": 1}
@@ -153,6 +154,52 @@ def test_signals_save_and_stop(tmp_path, data, whole, number, code):  # noqa: F8
     state, complaints = newest_good(out)
     assert not complaints
     assert state.position.step == len(metrics(out)) > 5
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, data, monkeypatch, capfd):  # noqa: F811
+    from src.training.module import TrainingModule
+
+    original = TrainingModule.training_step
+
+    def step(self, batch, batch_idx):
+        if batch_idx == 25:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batch, batch_idx)
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainingModule, "training_step", step)
+            assert train(tmp_path / "run", data, **RUN) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "stopped at once; the same command continues" in capfd.readouterr().err
+    assert [folder.name for folder in states(tmp_path / "run")] == ["step-00000020"]
+    assert train(tmp_path / "run", data, **RUN) == 0
+
+
+def test_weights_alone_continue_with_another_batch_and_the_renewed_warm_up_is_not_repeated(
+    tmp_path, data, monkeypatch, capfd  # noqa: F811
+):
+    """Mini-epochs stay 20 batches of 4 samples; the weights of mini-epoch 1 stand for 160 samples, whatever the batch is now."""
+    out = tmp_path / "run"
+    train_until(45, out, data, monkeypatch, **RUN)
+    shutil.rmtree(out / "resume")
+    bigger = {**RUN, "micro_bsz": 8, "epoch_steps": 7}
+    train_until(43, out, data, monkeypatch, save_minutes=1e-6, **bigger)
+    words = capfd.readouterr().out
+    assert f"step 40, {160 * CTX:,} tokens, with a fresh optimizer" in words
+    assert "--epoch_steps 7: this run's mini-epochs stay as they began, with 20" in words
+    assert train(out, data, **{**RUN, "micro_bsz": 2}) == 0
+    rows = metrics(out)
+    assert [int(row["tokens"]) for row in rows[39:44]] == [n * CTX for n in (160, 168, 176, 184, 186)]
+    assert int(rows[-1]["tokens"]) == 240 * CTX
+    assert [line[0] for line in log_lines(out)] == ["0", "1", "2"]
+    settings = {"lr_init": 3e-3, "lr_final": 3e-4, "exit_tokens": CTX * 240, "warmup_steps": 0}
+    for row, batch, samples in ((rows[42], 8, 176), (rows[43], 2, 184), (rows[60], 2, 218)):
+        expected = learning_rate(samples / batch, tokens_per_step=batch * CTX, restarted_at=160 / batch, **settings)
+        assert float(row["lr"]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_time_limit_saves_and_stops_in_time(tmp_path, data, capfd):  # noqa: F811

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from data import token_count
 from src.dataset.conversations import read_conversation, render_with_answers
 from src.dataset.packing import epoch_order, pack
-from src.dataset.sft import IGNORED, SftDataset, SftRows, collate
+from src.dataset.sft import IGNORED, SftDataset, SftRows, collate, collate_shares
 from src.dataset.sft_cache import Conversations, chat_tokenizer, encode_conversation, open_conversations
 from src.dataset.tokenizer import FolderTokenizer
 
@@ -292,14 +292,14 @@ def test_without_packing_each_has_a_row(conversations: Conversations) -> None:
 def test_any_number_of_ranks_and_a_restart_read_the_same_rows(conversations: Conversations) -> None:
     rows = SftRows(conversations, 128, seed=3)
     total = 3 * len(rows)
-    alone = [row.inputs.tolist() for row in SftDataset(rows, 0, total, 0, 1)]
+    alone = [row.inputs.tolist() for row, _ in SftDataset(rows, 0, total, 0, 1)]
     for epoch in range(3):
         mine = alone[epoch * len(rows) : (epoch + 1) * len(rows)]
         assert sorted(mine) == sorted(rows.row(i).inputs.tolist() for i in range(len(rows)))
     assert alone[: len(rows)] != alone[len(rows) : 2 * len(rows)]
     start = 5
     ranks = [SftDataset(rows, start, (total - start) // 2, rank, 2) for rank in range(2)]
-    together = [row.inputs.tolist() for pair in zip(*ranks, strict=True) for row in pair]
+    together = [row.inputs.tolist() for pair in zip(*ranks, strict=True) for row, _ in pair]
     assert together == alone[start : start + len(together)]
     with pytest.raises(IndexError):
         ranks[0][len(ranks[0])]
@@ -308,11 +308,39 @@ def test_any_number_of_ranks_and_a_restart_read_the_same_rows(conversations: Con
 def test_a_batch_is_one_row_with_joint_bounds(conversations: Conversations) -> None:
     rows = SftRows(conversations, 128)
     one, two = rows.sample(0), rows.sample(1)
-    batch = next(iter(DataLoader(SftDataset(rows, 0, 2, 0, 1), batch_size=2, collate_fn=collate)))
-    assert batch.inputs.tolist() == [one.inputs.tolist() + two.inputs.tolist()]
-    assert batch.targets.tolist() == [one.targets.tolist() + two.targets.tolist()]
-    assert batch.cu_seqlens.tolist() == one.cu_seqlens.tolist() + [128 + end for end in two.cu_seqlens.tolist()[1:]]
-    assert batch.cu_seqlens.dtype == torch.int32
+    loader = DataLoader(SftDataset(rows, 0, 2, 0, 1, micro_bsz=2), batch_size=2, collate_fn=collate_shares)
+    inputs, targets, cu_seqlens, weight = next(iter(loader))
+    assert inputs.tolist() == [one.inputs.tolist() + two.inputs.tolist()]
+    assert targets.tolist() == [one.targets.tolist() + two.targets.tolist()]
+    assert cu_seqlens.tolist() == one.cu_seqlens.tolist() + [128 + end for end in two.cu_seqlens.tolist()[1:]]
+    assert cu_seqlens.dtype == torch.int32
+    assert weight == 1
+
+
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_a_step_is_the_mean_over_its_tokens_however_it_is_shared(
+    conversations: Conversations, ranks: int, micro_batches: int
+) -> None:
+    """With any loss of a token (here a function of its place and target), holes and a restart included."""
+    rows = SftRows(conversations, 64, seed=1)
+    batch, first, holes, steps = 8, 5, [(7, 2)], 3
+    micro_bsz = batch // (ranks * micro_batches)
+    numbers = [n for n in range(first, first + steps * batch + 2) if n not in (7, 8)]
+
+    def loss(targets: torch.Tensor) -> torch.Tensor:
+        counted = targets[targets != IGNORED].double()
+        return (counted * 0.37).sin().sum() / max(1, len(counted))
+
+    sets = [
+        SftDataset(rows, first, steps * batch // ranks, rank, ranks, holes, micro_bsz, micro_batches)
+        for rank in range(ranks)
+    ]
+    loaders = [iter(DataLoader(each, batch_size=micro_bsz, collate_fn=collate_shares)) for each in sets]
+    for step in range(steps):
+        whole = torch.cat([rows.sample(n).targets for n in numbers[step * batch : (step + 1) * batch]])
+        shares = [next(loader) for loader in loaders for _ in range(micro_batches)]
+        mean = torch.stack([loss(targets) * weight for _, targets, _, weight in shares]).mean()
+        torch.testing.assert_close(mean, loss(whole), atol=1e-6, rtol=1e-6)
 
 
 def test_what_becomes_of_too_long_conversations(tmp_path: Path, folder: str) -> None:

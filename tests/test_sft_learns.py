@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from src.dataset import BinIdxWriter, magic_prime
 from src.dataset.pretrain import PretrainDataset
-from src.dataset.sft import SftDataset, SftRows, collate
+from src.dataset.sft import SftDataset, SftRows, collate_shares
 from src.dataset.sft_cache import chat_tokenizer, open_conversations
 from src.dataset.tokenizer import FolderTokenizer
 from src.model import RWKV7, ModelConfig
@@ -86,7 +86,7 @@ def test_fine_tuning_asks_for_what_pretraining_taught(tmp_path: Path, tokenizer:
         lines.append(json.dumps({"conversations": turns}))
     (tmp_path / "questions.jsonl").write_text("\n".join(lines))
     rows = SftRows(open_conversations(str(tmp_path / "questions.jsonl"), tokenizer.name, workers=1), 64)
-    train(model, DataLoader(SftDataset(rows, 0, 120, 0, 1), batch_size=2, collate_fn=collate), 1e-3)
+    train(model, DataLoader(SftDataset(rows, 0, 120, 0, 1), batch_size=2, collate_fn=collate_shares), 1e-3)
     assert before < 0.4
     assert right_answers(model, tokenizer, ASKED) > 0.9
     assert right_answers(model, tokenizer, HELD_OUT) > 0.6

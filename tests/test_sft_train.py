@@ -1,5 +1,6 @@
 """Fine-tuning end to end: packed rows are the mean of their conversations, and a tuned model answers better than before."""
 
+import csv
 import itertools
 import json
 
@@ -121,6 +122,20 @@ def test_fine_tuning_continues_to_the_bit_and_leaves_out_nothing(files, tokenize
     assert run(*settings(files, tokenizer, proj_dir=cut, my_exit_tokens=128 * 2 * 20, save_minutes=0)) == 0
     one, two = (torch.load(path / "rwkv-final.pth") for path in (whole, cut))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_accumulated_batches_weigh_their_answers_as_one_batch_does(files, tokenizer):
+    """Rows hold different numbers of answer tokens, so a plain mean over the micro batches would be another loss."""
+    lengths = [("say", " ".join(NUMBERS[: 1 + i % 9])) for i in range(120)]
+    write(files / "train.jsonl", lengths)
+    losses = []
+    for name, micro_bsz, accumulate in (("whole", 4, 1), ("cut", 1, 4)):
+        flags = {"proj_dir": files / name, "micro_bsz": micro_bsz, "accumulate_grad_batches": accumulate}
+        assert run(*settings(files, tokenizer, my_exit_tokens=128 * 4 * 8, packing=0, adam_eps=1e-3, **flags)) == 0
+        rows = csv.DictReader((files / name / "metrics.csv").read_text().splitlines())
+        losses.append([float(row["loss"]) for row in rows])
+    assert len(losses[0]) == 8
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,18 @@ def collate(rows: list[SftBatch]) -> SftBatch:
     )
 
 
+def collate_shares(samples: list[tuple[SftBatch, float]]) -> tuple[torch.Tensor, ...]:
+    """A micro batch of an `SftDataset`: inputs, targets, cu_seqlens, and the weight fp32 [] of its mean loss in its step.
+
+    The plain mean of the weighted losses of a step's micro batches, over all ranks, is the mean over every token that counts in
+    the step: however many processes and micro batches it is cut into.
+    """
+    batch = collate([row for row, _ in samples])
+    mean = samples[0][1]
+    weight = float((batch.targets != IGNORED).sum()) / mean if mean else 1.0
+    return *batch, torch.tensor(weight)
+
+
 class SftRows:
     """The rows that a file's conversations make at one ctx_len; what each of them holds is settled here, once.
 
@@ -134,12 +146,15 @@ class SftRows:
         return SftBatch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(ends, dtype=torch.int32))
 
 
-class SftDataset(Dataset[SftBatch]):
-    """What one rank reads: item i is one row. To be loaded with `collate_fn=collate`.
+class SftDataset(Dataset[tuple[SftBatch, float]]):
+    """What one rank reads: item i is one row, and the tokens that count in a micro batch of its step, on average (0: its step is one
+    micro batch). To be loaded with `collate_fn=collate_shares`.
 
-    first_sample  number of the run's row at which this start begins, over all ranks
-    n_samples     how many rows this rank reads: its length, a multiple of the micro batch
-    holes         rows left out for good, (first, count): the later ones move up
+    first_sample   number of the run's row at which this start begins, over all ranks
+    n_samples      how many rows this rank reads: its length, a multiple of the micro batch
+    holes          rows left out for good, (first, count): the later ones move up
+    micro_bsz      rows of a micro batch
+    micro_batches  of a step, on each rank
     """
 
     def __init__(
@@ -150,9 +165,13 @@ class SftDataset(Dataset[SftBatch]):
         rank: int,
         world_size: int,
         holes: Sequence[tuple[int, int]] = (),
+        micro_bsz: int = 1,
+        micro_batches: int = 1,
     ) -> None:
         assert 0 <= rank < world_size
         self.rows = rows
+        self.micro_bsz, self.micro_batches = micro_bsz, micro_batches
+        self._mean_of_step: tuple[int, float] = (-1, 0.0)
         self.first_sample = first_sample
         self.n_samples = n_samples
         self.rank = rank
@@ -162,8 +181,21 @@ class SftDataset(Dataset[SftBatch]):
     def __len__(self) -> int:
         return self.n_samples
 
-    def __getitem__(self, index: int) -> SftBatch:
+    def __getitem__(self, index: int) -> tuple[SftBatch, float]:
         if not 0 <= index < self.n_samples:
             raise IndexError(f"row {index} of {self.n_samples}")
         n = sample_number(index, self.first_sample, self.rank, self.world_size)
-        return self.rows.sample(skip_holes(n, self.holes))
+        return self.rows.sample(skip_holes(n, self.holes)), self._mean_counted(index)
+
+    def _mean_counted(self, index: int) -> float:
+        """Every rank counts all rows of the step: that needs no word between them, and a loader can do it ahead of time."""
+        shares = self.micro_batches * self.world_size
+        if shares == 1:
+            return 0.0
+        step = index // (self.micro_bsz * self.micro_batches)
+        if self._mean_of_step[0] != step:
+            first = self.first_sample + step * self.micro_bsz * shares
+            rows = (self.rows.sample(skip_holes(n, self.holes)) for n in range(first, first + self.micro_bsz * shares))
+            counted = sum(int((row.targets != IGNORED).sum()) for row in rows)
+            self._mean_of_step = (step, counted / shares)
+        return self._mean_of_step[1]

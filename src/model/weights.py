@@ -36,15 +36,13 @@ def read_weights(path: str | Path) -> Weights:
         else:
             loaded = _torch_load(path)
     except Exception as error:  # torch raises half a dozen types here; all mean that the file is not usable
-        reason = str(error).split("\n")[0]
-        unsafe = "Unsupported global" in str(error) or "weights_only" in str(error).lower()
-        if unsafe:
+        if called := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
-                f"{path}: holds more than plain tensors and was not opened, because opening it could run code ({reason}); "
+                f"{path}: holds more than plain tensors and was not opened: that could run code, it calls {called.group(1)}; "
                 "expected a state dict saved by torch.save"
             ) from error
         raise ValueError(
-            f"{path}: cut short or not a weights file ({reason}); copy or download it again, or delete it"
+            f"{path}: cut short or not a weights file; copy or download it again, or delete it"
         ) from error
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(t, Tensor) for t in loaded.values()):
         raise ValueError(f"{path}: not a state dict (a mapping from parameter names to tensors)")

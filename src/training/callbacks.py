@@ -130,10 +130,9 @@ class KeepState(AfterStep):
             step=step + 1,
             samples=self.length.samples(step + 1),
             unit=self.length.unit,
-            restarted_at=self.position.restarted_at,
+            restarted_at_sample=self.position.restarted_at_sample,
             mini_epoch_losses=list(self.reporter.mini_epoch_losses),
             holes=self.position.holes,
-            rollbacks=self.position.rollbacks,
         )
         parameters = gather_full_state(trainer, module)
         tensors = ((f"{name}/{kind}", tensor) for name, kinds in parameters for kind, tensor in kinds.items())
@@ -149,11 +148,12 @@ class KeepState(AfterStep):
 class StopInTime(AfterStep):
     """Ctrl-C, SIGTERM and the time limit end the run after the step under way, with its state saved; a second Ctrl-C at once."""
 
-    def __init__(self, first_step: int, time_limit_minutes: float) -> None:
+    def __init__(self, first_step: int, ends_at: float) -> None:
+        """`ends_at` by time.monotonic(): when the process has to be gone; infinity without a limit."""
         super().__init__(first_step)
         self.received = 0  # the signal
         self.out_of_time = False
-        self._ends_at = time.monotonic() + time_limit_minutes * 60 if time_limit_minutes else math.inf
+        self._ends_at = ends_at
         self._longest_step, self._step_began = 0.0, math.inf
         self._before: dict[int, Any] = {}
         self.reporter: Reporter

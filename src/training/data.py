@@ -13,7 +13,7 @@ from src.config import RunConfig
 from src.dataset.binidx import MMapIndexedDataset
 from src.dataset.pretrain import PretrainDataset
 from src.dataset.sampling import check_magic_prime, magic_prime, sample_offset
-from src.dataset.sft import SftDataset, SftRows, collate
+from src.dataset.sft import SftDataset, SftRows, collate_shares
 from src.dataset.sft_cache import open_conversations
 
 # windows of the data whose ids are compared with vocab_size before the start; every batch is checked later
@@ -86,7 +86,7 @@ class PretrainSamples:
 class SftSamples:
     """Conversations, packed into rows of ctx_len positions; only what the assistant wrote counts, unless --sft_loss all."""
 
-    collate = staticmethod(collate)
+    collate = staticmethod(collate_shares)
     prime = 0
 
     def __init__(self, config: RunConfig) -> None:
@@ -112,7 +112,10 @@ class SftSamples:
         )
 
     def dataset(self, first: int, count: int, rank: int, world_size: int, holes: Holes, vocab_size: int) -> Dataset:
-        return SftDataset(self.rows, first, count, rank, world_size, holes)
+        c = self.config
+        return SftDataset(
+            self.rows, first, count, rank, world_size, holes, c.micro_bsz, c.accumulate_grad_batches
+        )
 
     def check_ids(self, vocab_size: int) -> None:
         largest = self.largest_id()

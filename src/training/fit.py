@@ -52,11 +52,12 @@ def fit_whatever_comes(
     start: Start,
     settings: dict[str, Any],
     company: OneProcess,
+    ends_at: float,
 ) -> End:
-    """Fit to the end; after too many bad steps, once more from the last good state without their samples."""
+    """Fit to the end, or until `ends_at`; after too many bad steps, once more from the last good state without their samples."""
     went_back_to = -1
     while True:
-        end = _fit(config, hardware, proj_dir, model, values, samples, start, settings, company)
+        end = _fit(config, hardware, proj_dir, model, values, samples, start, settings, company, ends_at)
         if end.bad_steps is None:
             return end
         numbers = range(start.length.samples(end.bad_steps.start), start.length.samples(end.bad_steps.stop))
@@ -74,10 +75,7 @@ def fit_whatever_comes(
         # a state saved among the bad steps has passed some of their samples: leaving those out would move good ones past it
         here = skip_holes(again.position.samples, again.position.holes)
         bad = [n for n in bad if n >= here]
-        position = replace(
-            again.position, holes=_with_holes(again.position.holes, bad), rollbacks=again.position.rollbacks + 1
-        )
-        start = replace(again, position=position)
+        start = replace(again, position=replace(again.position, holes=_with_holes(again.position.holes, bad)))
         model, values = build_model(config, hardware, start, company)
 
 
@@ -102,6 +100,7 @@ def _fit(
     start: Start,
     settings: dict[str, Any],
     company: OneProcess,
+    ends_at: float,
 ) -> End:
     """One Lightning fit from `start` to the end of the run, or until something stops it."""
     length, position = start.length, start.position
@@ -119,7 +118,7 @@ def _fit(
         for block in model.blocks:
             block.compile()
     bad_steps = WatchBadSteps(config.max_bad_steps, scale_loss=hardware.precision == "fp16")
-    stop = StopInTime(position.step, config.time_limit)
+    stop = StopInTime(position.step, ends_at)
     shown = _sinks(config, proj_dir, start, settings) if is_first() else []
     wishes = {"stop": stop.wish, "rollback": bad_steps.wish}
     reporter = Reporter(length, position.step, [*shown, bad_steps], position.mini_epoch_losses, wishes)
@@ -155,14 +154,17 @@ def _fit(
         default_root_dir=proj_dir,
     )
     in_parts = values if hardware.model_in_parts else None
-    trainer.fit(TrainingModule(model, config, hardware, make_dataset, samples.collate, in_parts))
-    if "rollback" in reporter.agreed:
-        return End(bad_steps=bad_steps.too_many)
+    try:
+        trainer.fit(TrainingModule(model, config, hardware, make_dataset, samples.collate, in_parts))
+    except SystemExit:  # Lightning makes this of a KeyboardInterrupt: a second Ctrl-C, or one before the first step
+        raise KeyboardInterrupt from None
     if "stop" in reporter.agreed and reporter.next_step < length.steps:
         if stop.out_of_time:
             return End("--time_limit is near", TIME_LIMIT_EXIT_CODE)
         number = stop.received or signal.SIGTERM
         return End(f"{signal.Signals(number).name} received", 128 + number)
+    if "rollback" in reporter.agreed:
+        return End(bad_steps=bad_steps.too_many)
     return End()
 
 
@@ -177,7 +179,7 @@ def _schedule(config: RunConfig, start: Start) -> Callable[[int], float]:
             warmup_steps=max(0, config.warmup_steps),
             exit_tokens=length.exit_tokens,
             tokens_per_step=length.tokens_per_step,
-            restarted_at=start.position.restarted_at,
+            restarted_at=start.position.restarted_at_sample / length.global_batch,
         )
 
     return at

@@ -65,9 +65,11 @@ class TrainingModule(pl.LightningModule):
             self.values = None
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
-        tokens, targets, *packed = batch  # packed rows bring the bounds of their documents
+        tokens, targets, *packed = batch  # packed rows bring the bounds of their documents, and their weight in the step
         hidden, _ = self.model.hidden(tokens, cu_seqlens=packed[0] if packed else None)
         loss = self.head_loss(hidden, targets)
+        if packed:
+            loss = loss * packed[1]
         return {"loss": loss * self.optimizer.loss_scale, "plain_loss": loss.detach()}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

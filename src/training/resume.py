@@ -41,10 +41,10 @@ class Position:
     step: int  # steps taken
     samples: int  # samples read
     unit: int  # samples of a mini-epoch
-    restarted_at: float = 0.0  # where a fresh optimizer began, for the warm-up (in steps of the batch at that time)
+    restarted_at_sample: int = 0  # where a fresh optimizer began on trained weights, for the warm-up; 0: never
     mini_epoch_losses: list[float] = field(default_factory=list)  # of the steps since the last mini-epoch's end
     holes: list[tuple[int, int]] = field(default_factory=list)  # samples left out for good: (first, count)
-    rollbacks: int = 0
+    best_val_loss: float | None = None  # the lowest held-out loss so far
 
 
 class DamagedState(Exception):

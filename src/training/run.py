@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -43,6 +45,7 @@ INTERRUPTED_EXIT_CODE = 130  # what shells report for Ctrl-C
 
 def run(config: RunConfig, notes: list[str]) -> int:
     """Carry out `train.py` with these settings. The exit code: 0 done, 1 a failure, 2 a mistake in the call, 130 stopped."""
+    ends_at = time.monotonic() + config.time_limit * 60 if config.time_limit else math.inf
     _quiet_libraries()
     company = OneProcess()
     try:
@@ -61,7 +64,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
         with _alone_in(proj_dir):
             if config.train_stage == 1:
                 return _write_init(config, hardware, proj_dir)
-            code = _train(config, hardware, proj_dir, company)
+            code = _train(config, hardware, proj_dir, company, ends_at)
         company.leave()
         return code
     except ValueError as error:
@@ -136,7 +139,7 @@ def _init_dtype(config: RunConfig) -> torch.dtype:
 # ---- training ---------------------------------------------------------------------------------------------------------------
 
 
-def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OneProcess) -> int:
+def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OneProcess, ends_at: float) -> int:
     samples = open_samples(config)
     if config.data_type == "sft" and config.magic_prime:
         say("note: --magic_prime has no meaning for --data_type sft, whose order is a shuffle for each epoch")
@@ -159,14 +162,14 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
         known = start.loaded.settings if start.loaded else checkpoint.read_run(proj_dir).get("settings", {})
         company.decide(lambda: compare_settings(known, settings, proj_dir))
     say(summary(config, model, hardware, samples, start))
-    _remember(config, proj_dir, settings)
+    _remember(config, proj_dir, settings, start.length.unit)
     if is_first() and config.val_data_file and config.data_type == "sft" and start.weights and not start.position.step:
         remembered = checkpoint.read_run(proj_dir)
         remembered["held_out_before"] = _held_out(config, hardware, start.weights).loss
         checkpoint.write_run(proj_dir, remembered)
         say(f"held-out loss before the run: {remembered['held_out_before']:.4f}")
 
-    end = fit_whatever_comes(config, hardware, proj_dir, model, values, samples, start, settings, company)
+    end = fit_whatever_comes(config, hardware, proj_dir, model, values, samples, start, settings, company, ends_at)
     if company.rank != 0:
         return end.exit_code
     picture = _picture(proj_dir)
@@ -197,7 +200,7 @@ def _seed(config: RunConfig) -> int:
     return seed
 
 
-def _remember(config: RunConfig, proj_dir: Path, settings: dict[str, Any]) -> None:
+def _remember(config: RunConfig, proj_dir: Path, settings: dict[str, Any], mini_epoch_samples: int) -> None:
     if not is_first():
         return
     remembered = checkpoint.read_run(proj_dir)
@@ -205,6 +208,7 @@ def _remember(config: RunConfig, proj_dir: Path, settings: dict[str, Any]) -> No
         origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
         remembered["origin"] = checkpoint.fingerprint(origin)
     remembered["settings"] = settings
+    remembered["mini_epoch_samples"] = mini_epoch_samples
     remembered["tokenizer"] = config.tokenizer or remembered.get("tokenizer", "")
     folder = Path(config.tokenizer)
     if config.tokenizer and folder.is_dir():  # a model that is moved elsewhere still knows its words

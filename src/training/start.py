@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,15 @@ def find_start(config: RunConfig, proj_dir: Path, length: RunLength) -> Start:
                 "and would go on. To begin again from the initial weights, add --restart 1 (the state moves to previous-1/); to "
                 "go on, put the newest rwkv-N.pth back"
             )
-        continued = RunLength(
-            length.exit_tokens, length.ctx_len, length.global_batch, position.unit, position.step, position.samples
-        )
-        return Start(position, continued, loaded=loaded)
+        return Start(position, _continued(length, position), loaded=loaded)
     if numbered:
         n, path = list(numbered.items())[-1]
-        step = length.step_after(n)
-        return Start(Position(step, length.samples(step), length.unit, restarted_at=step), length, weights=path)
+        # in the batches and mini-epochs of the start that saved them, where that is known
+        known = checkpoint.read_run(proj_dir)
+        batch = known.get("settings", {}).get("global_batch", length.global_batch)
+        then = replace(length, global_batch=batch, unit=known.get("mini_epoch_samples", length.unit))
+        position = _renewed(then, then.step_after(n))
+        return Start(position, _continued(length, position), weights=path)
     origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
     if origin is None and config.train_stage >= 2:
         raise ValueError(
@@ -132,7 +133,20 @@ def find_start(config: RunConfig, proj_dir: Path, length: RunLength) -> Start:
             "rwkv-N.pth; write the initial weights first (--train_stage 1), or start from a file with --load_model"
         )
     step = length.step_after(config.epoch_begin - 1) if config.epoch_begin else 0
-    return Start(Position(step, length.samples(step), length.unit, restarted_at=step), length, weights=origin)
+    return Start(_renewed(length, step), length, weights=origin)
+
+
+def _renewed(length: RunLength, step: int) -> Position:
+    """At `step` with a fresh optimizer."""
+    samples = length.samples(step)
+    return Position(step, samples, length.unit, restarted_at_sample=samples)
+
+
+def _continued(length: RunLength, position: Position) -> RunLength:
+    """The rest of a run with this length's batch; its mini-epochs stay what they were."""
+    return RunLength(
+        length.exit_tokens, length.ctx_len, length.global_batch, position.unit, position.step, position.samples
+    )
 
 
 def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path) -> None:
@@ -149,7 +163,9 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path
             "with --load_model if it should start from these weights; or put the setting back"
         )
     for name, (old, new) in changed.items():
-        if name not in FREE_SETTINGS:
+        if name == "epoch_steps":
+            say(f"note: --epoch_steps {new}: this run's mini-epochs stay as they began, with {old}")
+        elif name not in FREE_SETTINGS:
             say(f"note: --{name} was {old} at the last start, is {new} now")
 
 

@@ -1,0 +1,216 @@
+"""What goes in at the front door: each wrong input gets one message that names it, code 2, and leaves everything as it was."""
+
+import os
+import pickle
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from test_train import CTX, ROOT, VOCAB, data, flags, losses, train  # noqa: F401 (data is a fixture)
+
+from src.dataset.binidx import BinIdxWriter
+from src.model import RWKV7, ModelConfig
+
+
+def rewrite(path, change):
+    path.write_bytes(bytes(change(bytearray(path.read_bytes()))))
+
+
+def with_bytes(at, value):
+    def change(content):
+        content[at : at + len(value)] = value
+        return content
+
+    return change
+
+
+def cut_bin(bin_path, idx_path):
+    rewrite(bin_path, lambda content: content[:-64])
+
+
+def cut_idx(bin_path, idx_path):
+    rewrite(idx_path, lambda content: content[:-8])
+
+
+def of_another(bin_path, idx_path):
+    with BinIdxWriter(bin_path.with_name("another"), np.uint16) as writer:
+        writer.add_document([*range(1, 400), 0])
+    shutil.copy(bin_path.with_name("another.idx"), idx_path)
+
+
+def another_version(bin_path, idx_path):
+    rewrite(idx_path, with_bytes(9, struct.pack("<Q", 2)))
+
+
+def floats(bin_path, idx_path):
+    rewrite(idx_path, with_bytes(17, b"\x07"))
+
+
+def no_index(bin_path, idx_path):
+    rewrite(idx_path, with_bytes(0, b"RIFFWAVE"))
+
+
+def index_missing(bin_path, idx_path):
+    idx_path.unlink()
+
+
+DATA = {
+    cut_bin: r"\.bin is \d+ bytes long and by count\.idx should be \d+",
+    cut_idx: r"\.idx can't be used: it is \d+ bytes long and by its header should be \d+",
+    of_another: "one of the two files is of another dataset",
+    another_version: "its version is 2, this program reads version 1",
+    floats: "it holds float32 numbers, tokens must be integers",
+    no_index: "does not begin with MMIDIDX",
+    index_missing: r"\.idx does not exist",
+}
+
+
+@pytest.mark.parametrize("damage", DATA, ids=lambda damage: damage.__name__)
+def test_data(tmp_path, data, capfd, damage):  # noqa: F811
+    copies = [tmp_path / f"count{end}" for end in (".bin", ".idx")]
+    for copy in copies:
+        shutil.copy(data.with_name(copy.name), copy)
+    damage(*copies)
+    refused(tmp_path / "run", tmp_path / "count", capfd, DATA[damage])
+
+
+def test_ids_beyond_the_vocabulary_that_the_quick_look_misses_are_found_in_their_batch(tmp_path, capfd):
+    """A single one in 200,000 tokens: no sampled window has it, the batch that reads it does."""
+    tokens = np.ones(200_000, np.int64)
+    tokens[100_003] = VOCAB + 1
+    with BinIdxWriter(tmp_path / "long", np.uint16) as writer:
+        writer.add_document(tokens)
+    settings = {"my_exit_tokens": CTX * 64 * 196, "micro_bsz": 64, "n_layer": 1}
+    assert train(tmp_path / "run", tmp_path / "long", **settings) == 2
+    words = capfd.readouterr().err
+    assert re.search(rf"the id {VOCAB + 1} at token 100003.*--vocab_size {VOCAB}", words), words
+    assert "Traceback" not in words
+
+
+def refused(out, prefix, capfd, words, **changed):
+    assert train(out, prefix, **changed) == 2
+    captured = capfd.readouterr()
+    assert re.search(words, captured.err), captured.err
+    assert "Traceback" not in captured.err
+    assert "step 1/" not in captured.out
+    assert not list(out.glob("rwkv-*"))
+
+
+@pytest.mark.parametrize(
+    ("prime", "words"),
+    [(371, "353"), (367, "353"), (1009, "353"), (5, "353")],
+    ids=["composite", "not 2 mod 3", "too large", "too small"],
+)
+def test_magic_prime(tmp_path, data, capfd, prime, words):  # noqa: F811
+    """6,000 tokens are 375 windows of 16: the largest prime below 374 that is 2 mod 3 is 359 or 353; the message names the right one."""
+    from src.dataset.sampling import magic_prime
+
+    right = magic_prime(6000, CTX)
+    refused(tmp_path / "run", data, capfd, rf"--magic_prime {prime}[^\n]*{right}", magic_prime=prime)
+
+
+class Danger:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def weights():
+    return RWKV7(ModelConfig(2, 32, VOCAB, head_size=16)).state_dict()
+
+
+def hostile(path):
+    torch.save({"emb.weight": Danger(path.with_name("executed"))}, path)
+
+
+def hostile_pickle(path):
+    path.write_bytes(pickle.dumps(Danger(path.with_name("executed"))))
+
+
+def truncated(path):
+    torch.save(weights(), path)
+    rewrite(path, lambda content: content[: len(content) // 2])
+
+
+def text(path):
+    path.write_text("not found\n")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def foreign(path):
+    torch.save({"transformer.wte.weight": torch.zeros(4, 4), "lm_head.weight": torch.zeros(4, 4)}, path)
+
+
+def another_width(path):
+    torch.save(RWKV7(ModelConfig(2, 64, VOCAB, head_size=16)).state_dict(), path)
+
+
+CHECKPOINTS = {
+    hostile: r"could run code, it calls \w+\.system",
+    hostile_pickle: "could run code|not a weights file",
+    truncated: "cut short or not a weights file",
+    text: "cut short or not a weights file",
+    empty: "cut short or not a weights file",
+    foreign: r"not RWKV-7 weights: \S+ is missing \(the file begins with .*transformer\.wte\.weight",
+    another_width: r"don't fit the model: emb\.weight.*(\n.*)*--n_embd 64",
+}
+
+
+@pytest.mark.parametrize("make", CHECKPOINTS, ids=lambda make: make.__name__)
+def test_checkpoint(tmp_path, data, capfd, make):  # noqa: F811
+    path = tmp_path / "weights.pth"
+    make(path)
+    before = path.read_bytes()
+    refused(tmp_path / "run", data, capfd, CHECKPOINTS[make], load_model=path)
+    assert path.read_bytes() == before
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("make", [truncated, hostile], ids=lambda make: make.__name__)
+def test_initial_weights_of_stage_3(tmp_path, data, capfd, make):  # noqa: F811
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / "rwkv-init.pth")
+    assert train(tmp_path / "run", data, train_stage=3) == 2
+    assert "rwkv-init.pth" in capfd.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_everything_that_is_wrong_is_said_at_once(tmp_path, data):  # noqa: F811
+    wrong = {"n_embd": 40, "dim_att": 64, "lr_final": 1, "micro_bsz": 0, "train_stage": 7, "precision": "fp8"}
+    argv = flags(tmp_path / "run", data, **wrong)
+    done = subprocess.run(
+        [sys.executable, "train.py", *argv, "--n_layers", "3"], cwd=ROOT, text=True, capture_output=True, timeout=100
+    )
+    assert done.returncode == 2
+    for name in wrong:
+        assert f"--{name}" in done.stderr, name
+    assert "--n_layers: no such flag; the nearest is --n_layer" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.2, 2.5, 4.0, 5.5])
+def test_ctrl_c_at_any_moment_ends_cleanly(tmp_path, data, seconds):  # noqa: F811
+    """While it imports, builds the model, trains: no traceback, code 130, and the same command goes on."""
+    argv = flags(tmp_path / "run", data, my_exit_tokens=CTX * 4 * 3000, epoch_steps=100)
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert "Traceback" not in err
+    assert "the same command" in out + err
