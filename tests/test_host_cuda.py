@@ -6,9 +6,7 @@ import pytest
 import torch
 from host_cuda.harness import HERE, ORDERS, Guarded, HostLibrary, build, compiler, pointer, shared_folder
 
-# Slow by marker, not by time: a planted fault abandons its fibers, and a process that went through it has crashed later (once in a
-# test after this file, once at its end). Until that is mended these run by themselves: sh tests/run.sh --all tests/test_host_cuda.py
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="no C++ compiler")]
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from src.ops.build import STABLE_ABI
+
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "cuda"
 HERE = ROOT / "tests" / "host_cuda"
@@ -53,7 +55,7 @@ def compiler() -> str | None:
 
 def build(folder: Path, source: Path, *extra: str, shared: bool = True) -> Path:
     """Compiles `source` into `folder` once, however many test processes ask for it."""
-    sources = [source, *sorted(CUDA.glob("*.cu*")), *sorted(HERE.glob("*.h"))]
+    sources = [source, *sorted(CUDA.glob("*.cu*")), *sorted(CUDA.glob("*.h")), *sorted(HERE.glob("*.h"))]
     words = b"".join(path.read_bytes() for path in sources) + repr(extra).encode()
     out = folder / f"{source.stem}-{hashlib.sha256(words).hexdigest()[:16]}{'.so' if shared else ''}"
     with open(folder / f"{source.stem}.lock", "w") as lock:
@@ -68,6 +70,14 @@ def build(folder: Path, source: Path, *extra: str, shared: bool = True) -> Path:
             assert done.returncode == 0, done.stderr[-4000:]
             beside.rename(out)
     return out
+
+
+def build_ops(folder: Path, source: Path) -> None:
+    """Registers the ops of a cuda/*_cuda.cpp in torch.ops.rwkv7_host, for CPU tensors. The kernels that it calls must have been loaded with RTLD_GLOBAL."""
+    include = Path(torch.__file__).parent / "include"
+    libraries = (f"-L{include.parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-lc10")
+    flags = ("-DHOST_CUDA", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-isystem", str(include), *libraries)
+    torch.ops.load_library(build(folder, source, *flags))
 
 
 class Guarded:
@@ -90,11 +100,19 @@ class Guarded:
             assert (edge == torch.tensor(SENTINEL, dtype=whole.dtype)).all(), "wrote outside of an output"
 
 
-def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+class Pointer(ctypes.c_void_p):
+    """An address that keeps its tensor: `pointer(torch.empty(8))` must not be one of memory that is free by the time of the call."""
+
+    tensor: torch.Tensor
+
+
+def pointer(tensor: torch.Tensor | None) -> Pointer:
     if tensor is None:
-        return ctypes.c_void_p(0)
+        return Pointer(0)
     assert tensor.is_contiguous()
-    return ctypes.c_void_p(tensor.data_ptr())
+    address = Pointer(tensor.data_ptr())
+    address.tensor = tensor
+    return address
 
 
 class HostLibrary:
