@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 from src.training.checkpoint import FINAL, save_weights
 from src.training.full_state import counters, gather_full_state, gather_weights, scatter_full_state
 from src.training.module import TrainingModule
-from src.training.report import MiniEpochReport, Reporter, StepReport
+from src.training.report import Reporter, Sink, StepReport
 from src.training.resume import LoadedState, Position, StateWriter
 from src.training.say import say
 from src.training.schedule import RunLength
@@ -133,6 +133,7 @@ class KeepState(AfterStep):
             restarted_at_sample=self.position.restarted_at_sample,
             mini_epoch_losses=list(self.reporter.mini_epoch_losses),
             holes=self.position.holes,
+            best_val_loss=None if math.isinf(self.reporter.best_val_loss) else self.reporter.best_val_loss,
         )
         parameters = gather_full_state(trainer, module)
         tensors = ((f"{name}/{kind}", tensor) for name, kinds in parameters for kind, tensor in kinds.items())
@@ -188,7 +189,7 @@ class StopInTime(AfterStep):
         self._before = {}
 
 
-class WatchBadSteps:
+class WatchBadSteps(Sink):
     """A sink that counts steps left out because their loss or gradient was not finite; `too_many` is set when to go back.
 
     With loss scaling (fp16) an overflow of the gradient alone is how the scale is found, and doesn't count.
@@ -216,9 +217,3 @@ class WatchBadSteps:
     def wish(self) -> bool:
         """A wish for the Reporter: is it time to go back to the last good state?"""
         return self.too_many is not None
-
-    def mini_epoch(self, report: MiniEpochReport) -> None:
-        pass
-
-    def close(self) -> None:
-        pass

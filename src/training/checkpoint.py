@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from src.files import sha256_of, write_whole
-
-INIT, FINAL, LOG, METRICS, RUN = "rwkv-init.pth", "rwkv-final.pth", "train_log.txt", "metrics.csv", "run.json"
+from src.training.folder import BEST, FINAL, INIT, KEPT, RUN
 
 
 def numbered(proj_dir: Path) -> dict[int, Path]:
@@ -84,9 +83,7 @@ def fingerprint(path: Path | None) -> dict[str, Any]:
 def put_aside(proj_dir: Path) -> Path | None:
     """Move the files of an earlier run to `previous-{k}/`; nothing is deleted. None when there was nothing to move."""
     members = [*numbered(proj_dir).values()]
-    members += [
-        proj_dir / name for name in (FINAL, LOG, METRICS, RUN, "loss.png", "resume") if (proj_dir / name).exists()
-    ]
+    members += [proj_dir / name for name in (FINAL, BEST, *KEPT) if (proj_dir / name).exists()]
     if not members:
         return None
     k = 1

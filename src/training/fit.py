@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import signal
 import sys
 from collections.abc import Callable
@@ -20,15 +19,24 @@ from src.model import RWKV7
 from src.training import checkpoint
 from src.training.callbacks import KeepState, SaveWeights, SetLearningRate, StopInTime, WatchBadSteps
 from src.training.data import Samples
+from src.training.folder import FINAL, LOG, METRICS, VALIDATION
+from src.training.log_files import MetricsFile, TrainLog, ValidationFile
+from src.training.loggers import open_loggers
 from src.training.module import TrainingModule
 from src.training.parts import Values
+from src.training.peak_flops import peak_tokens_per_second
+from src.training.pictures import DrawPictures
 from src.training.processes import OneProcess
-from src.training.report import Dashboard, MetricsFile, ProgressLine, Reporter, Sink, TrainLog
+from src.training.progress import ProgressLine
+from src.training.report import Reporter
 from src.training.resume import StateWriter
+from src.training.samples import ShowSamples
 from src.training.say import is_first, say
 from src.training.schedule import RunLength, learning_rate
+from src.training.sink import Sink
 from src.training.start import Start, build_model, find_start
 from src.training.strategy import Hardware, lightning_strategy
+from src.training.validate import HeldOut, Validate, best_before
 
 TIME_LIMIT_EXIT_CODE = 124  # what `timeout` gives; Ctrl-C and SIGTERM give 128 + the signal's number
 
@@ -107,7 +115,7 @@ def _fit(
     if position.step >= length.steps:  # stopped between its last step and its last file
         if is_first():
             weights_now = {name: tensor.to(hardware.dtype) for name, tensor in values()}
-            checkpoint.save_weights(weights_now, proj_dir / checkpoint.FINAL)
+            checkpoint.save_weights(weights_now, proj_dir / FINAL)
         return End()
     count = (length.steps - position.step) * length.global_batch // hardware.world_size  # samples of one rank
 
@@ -121,7 +129,8 @@ def _fit(
     stop = StopInTime(position.step, ends_at)
     shown = _sinks(config, proj_dir, start, settings) if is_first() else []
     wishes = {"stop": stop.wish, "rollback": bad_steps.wish}
-    reporter = Reporter(length, position.step, [*shown, bad_steps], position.mini_epoch_losses, wishes)
+    peak = peak_tokens_per_second(model.config, hardware)
+    reporter = Reporter(length, position.step, [*shown, bad_steps], position.mini_epoch_losses, wishes, peak)
     weights = SaveWeights(length, position.step, config.epoch_save, proj_dir)
     keeper = KeepState(
         writer=StateWriter(proj_dir, config.keep_resume),
@@ -134,6 +143,17 @@ def _fit(
         save_minutes=config.save_minutes,
     )
     wishes["save"] = keeper.due
+    show_samples = ShowSamples(config, reporter, length, proj_dir)
+    after_report: list[pl.Callback] = [DrawPictures(length, position.step, proj_dir)]
+    if config.val_data_file:
+        before = start.loaded.settings if start.loaded else settings
+        reporter.best_val_loss = company.decide(
+            lambda: best_before(proj_dir, config, before, start.loaded, position.step)
+        )
+        held_out = HeldOut(config, model.config.vocab_size)
+        from_trained = position.step == 0 and start.weights is not None and (config.data_type == "sft" or bool(config.load_model))
+        validate = Validate(held_out, reporter, length, position.step, config.val_every, proj_dir, from_trained)
+        after_report.insert(0, validate)
     stop.reporter, stop.keeper = reporter, keeper
     trainer = pl.Trainer(
         accelerator=hardware.accelerator,
@@ -144,7 +164,7 @@ def _fit(
         max_epochs=1,
         max_steps=length.steps - position.step,
         accumulate_grad_batches=config.accumulate_grad_batches,
-        callbacks=[SetLearningRate(_schedule(config, start), position.step), reporter, weights, keeper, stop],
+        callbacks=[SetLearningRate(_schedule(config, start), position.step), show_samples, reporter, weights, *after_report, keeper, stop],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -188,32 +208,13 @@ def _schedule(config: RunConfig, start: Start) -> Callable[[int], float]:
 def _sinks(config: RunConfig, proj_dir: Path, start: Start, settings: dict[str, Any]) -> list[Sink]:
     live = config.enable_progress_bar.lower() in ("true", "1") and sys.stdout.isatty()
     length, first_step = start.length, start.position.step
-    metrics = MetricsFile(proj_dir / checkpoint.METRICS, first_step, length.tokens_per_step)
+    metrics = MetricsFile(proj_dir / METRICS, first_step, length.tokens_per_step)
     if metrics.lost_seconds:
         say(f"{'lost':>12}  {metrics.lost_seconds:.0f} s of training after that are done again")
     sinks: list[Sink] = [
-        TrainLog(proj_dir / checkpoint.LOG, start.first_mini_epoch, settings),
+        TrainLog(proj_dir / LOG, start.first_mini_epoch, first_step, settings),
         metrics,
+        ValidationFile(proj_dir / VALIDATION, first_step),
         ProgressLine(length, first_step, live),
     ]
-    if config.wandb:
-        from pytorch_lightning.loggers import WandbLogger
-
-        remembered = checkpoint.read_run(proj_dir)
-        identity = remembered.setdefault("wandb_id", secrets.token_hex(4))
-        checkpoint.write_run(proj_dir, remembered)
-        try:
-            logger = WandbLogger(
-                project=config.wandb,
-                name=proj_dir.name,
-                id=identity,
-                resume="allow",
-                save_dir=str(proj_dir),
-                config=settings,
-            )
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"--wandb {config.wandb}: the package wandb is missing; pip install wandb, or leave the flag out"
-            ) from error
-        sinks.append(Dashboard(logger, config.weight_decay))
-    return sinks
+    return [*sinks, *open_loggers(config, proj_dir, settings)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from src.training.parts import Values, partition
 from src.training.strategy import Hardware, engine_settings
 from src.training.zero import EngineAdamW
 
+MEASURED_ROWS = 1024  # of a micro batch, where the largest logit is looked for
+
 
 class HeadLoss(nn.Module):
     """The last step, hidden [B, T, C] to loss, as a module of its own: that is what ZeRO's stage 3 gathers parameters around.
@@ -28,9 +31,14 @@ class HeadLoss(nn.Module):
     def __init__(self, head: nn.Linear, chunk: int) -> None:
         super().__init__()
         self.head, self.chunk = (head,), chunk
+        self.measures = False  # whether `largest_logit`, of the first rows of the next batch, is found on the way
+        self.largest_logit = torch.full((), math.nan)
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         (head,) = self.head
+        if self.measures:
+            with torch.no_grad():
+                self.largest_logit = (hidden.flatten(0, 1)[:MEASURED_ROWS] @ head.weight.t()).amax()
         if self.chunk:
             return linear_cross_entropy_l2wrap(hidden, head.weight, targets, self.chunk)
         return cross_entropy_l2wrap(head(hidden), targets)
@@ -71,6 +79,13 @@ class TrainingModule(pl.LightningModule):
         if packed:
             loss = loss * packed[1]
         return {"loss": loss * self.optimizer.loss_scale, "plain_loss": loss.detach()}
+
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        """Loss summed over the tokens of held-out data that count, and their number: float64 [2]."""
+        tokens, targets, *packed = batch
+        hidden, _ = self.model.hidden(tokens, cu_seqlens=packed[0] if packed else None)
+        counted = (targets >= 0).sum().double()
+        return torch.stack([self.head_loss(hidden, targets).double() * counted, counted])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         c = self.config

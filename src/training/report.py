@@ -1,63 +1,30 @@
-"""What a run tells about itself: one reader of step results, many places where they are shown or kept.
+"""The one reader of step results, which hands them to all the places where they are shown or kept.
 
-`Reporter` reads each step's loss one step late, when the device has long finished it, so that nothing ever waits. It hands a
+`Reporter` reads each step's values one step late, when the device has long finished it, so that nothing ever waits. It hands a
 `StepReport` to every sink, and at the end of a mini-epoch its mean.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass, fields
-from datetime import datetime
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
-from src.files import write_whole
 from src.training.module import TrainingModule
 from src.training.schedule import RunLength
+from src.training.sink import UPDATE_GROUPS, MiniEpochReport, Sample, Sink, StepReport, ValidationReport
+from src.training.update_size import update_ratios
 
-PLAIN_LINE_SECONDS = 20.0  # between two lines when the output is not a terminal
-SMOOTHING = 0.95  # of the loss that the live line shows
 SPEED_WINDOW_STEPS = 20
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One optimizer step: mean loss over its samples, learning rate before group scales, gradient norm before clipping."""
-
-    step: int
-    tokens: int  # trained on in the whole run, this step included
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class MiniEpochReport:
-    mini_epoch: int
-    loss: float  # mean over its steps
-    last: StepReport
-
-
-class Sink(Protocol):
-    """Somewhere that reports go."""
-
-    def step(self, report: StepReport) -> None: ...
-    def mini_epoch(self, report: MiniEpochReport) -> None: ...
-    def close(self) -> None: ...
+MEASURED_EVERY = 50  # steps between two looks at what costs something: update ratios, the largest logit, memory
 
 
 class Reporter(pl.Callback):
@@ -65,6 +32,7 @@ class Reporter(pl.Callback):
 
     What the ranks must agree on travels with the losses: `wishes` are asked after each step on every rank, and `agreed` holds the
     names of those that any rank had, at the same step on all of them (a step late when there are several).
+    `peak_tokens_per_second` is what all devices would reach at their peak (NaN: not known).
     """
 
     def __init__(
@@ -74,17 +42,29 @@ class Reporter(pl.Callback):
         sinks: list[Sink],
         losses_before: list[float],
         wishes: dict[str, Callable[[], bool]],
+        peak_tokens_per_second: float = math.nan,
     ) -> None:
         self.length, self.sinks, self.wishes = length, sinks, wishes
+        self.peak_tokens_per_second = peak_tokens_per_second
         self.next_step = first_step
         self.agreed: set[str] = set()
         self.mini_epoch_losses = list(losses_before)  # of the steps since the last mini-epoch's end
+        self.best_val_loss = math.inf
         self._micro: list[Tensor] = []
-        self._waiting: tuple[int, Tensor, float] | None = None  # step, (loss, wishes..., grad norm), lr
+        self._waiting: _Waiting | None = None
         self._times: deque[float] = deque(maxlen=SPEED_WINDOW_STEPS + 1)
+        self._began = self._paused = 0.0
+        self._memory_gib = math.nan
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._times.append(time.perf_counter())
+        self._began = time.perf_counter()
+        self._times.append(self._clock())
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        pl_module.head_loss.measures = self.next_step % MEASURED_EVERY == 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -96,18 +76,24 @@ class Reporter(pl.Callback):
         loss = torch.stack(self._micro).mean()
         self._micro = []
         wanted = [float(wish()) for wish in self.wishes.values()]
-        values = torch.cat([loss.float().unsqueeze(0), torch.tensor(wanted, device=loss.device)])
+        values = loss.float().reshape(1)
         if trainer.world_size > 1:
+            values = torch.cat([values, _to_device(wanted, loss.device)])
             values = trainer.strategy.reduce(values, reduce_op="mean")
         self.agreed = set()
         self.read_waiting()
+        parts = [values, pl_module.grad_norm.to(values).reshape(1)]
+        if self.next_step % MEASURED_EVERY == 0:
+            parts.append(self._measure(trainer, pl_module).to(values))
         group = trainer.optimizers[0].param_groups[0]
-        values = torch.cat([values, pl_module.grad_norm.to(values).reshape(1)])
-        self._waiting = (self.next_step, values, group["lr"] / group["lr_scale"])
+        lr = group["lr"] / group["lr_scale"]
+        self._waiting = _Waiting(self.next_step, lr, len(values) - 1, _OnTheWay(torch.cat(parts)))
         if trainer.world_size == 1:
             self.agreed = {name for name, wish in zip(self.wishes, wanted, strict=True) if wish}
         if self.length.ends_mini_epoch(self.next_step):
+            now = self.agreed
             self.read_waiting()
+            self.agreed |= now
         self.next_step += 1
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -123,13 +109,27 @@ class Reporter(pl.Callback):
         """Read the newest step's results now, waiting for the device if it must be."""
         if self._waiting is None:
             return
-        step, values, lr = self._waiting
+        step, lr, n_wishes, values = self._waiting
         self._waiting = None
-        loss, *wanted, grad_norm = values.tolist()
-        self.agreed = {name for name, wish in zip(self.wishes, wanted, strict=True) if wish}
-        self._times.append(time.perf_counter())
+        loss, *others = values.read()
+        if n_wishes:
+            self.agreed = {name for name, wish in zip(self.wishes, others[:n_wishes], strict=True) if wish}
+        grad_norm, *measured = others[n_wishes:]
+        self._times.append(self._clock())
         speed = (len(self._times) - 1) * self.length.tokens_per_step / max(1e-9, self._times[-1] - self._times[0])
-        report = StepReport(step, self.length.tokens(step + 1), loss, lr, grad_norm, speed)
+        report = StepReport(
+            step=step,
+            tokens=self.length.tokens(step + 1),
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens_per_second=speed,
+            seconds=self._times[-1],
+            memory_gib=self._memory_gib,
+            mfu=speed / self.peak_tokens_per_second,
+            largest_logit=measured[0] if measured else math.nan,
+            update_ratios=dict(zip(UPDATE_GROUPS, measured[1:], strict=True)) if measured else {},
+        )
         if math.isfinite(loss):
             self.mini_epoch_losses.append(loss)
         for sink in self.sinks:
@@ -140,142 +140,67 @@ class Reporter(pl.Callback):
             for sink in self.sinks:
                 sink.mini_epoch(MiniEpochReport(self.length.mini_epoch(step), mean, report))
 
+    def validated(self, report: ValidationReport, pause: float) -> None:
+        """`pause` seconds were spent on it, which don't count for the speed of training."""
+        self._paused += pause
+        for sink in self.sinks:
+            sink.validation(report)
 
-class TrainLog:
-    """train_log.txt: a header per start, then a line per mini-epoch.
+    def show(self, samples: list[Sample]) -> None:
+        for sink in self.sinks:
+            sink.samples(samples)
 
-    Lines of mini-epochs that are trained again, because their weights were not saved, are dropped first.
-    """
+    def _clock(self) -> float:
+        return time.perf_counter() - self._began - self._paused
 
-    def __init__(self, path: Path, first_mini_epoch: int, settings: dict[str, Any]) -> None:
-        self.path, self.count = path, 0
-        if path.exists():
-            _keep_lines(path, lambda line: not _is_mini_epoch_line(line) or int(line.split()[0]) < first_mini_epoch)
-        title = "NEW RUN" if first_mini_epoch == 0 else f"NEW RUN continues at mini-epoch {first_mini_epoch}"
-        self._append(f"{title} {datetime.now():%Y-%m-%d %H:%M:%S}\n{json.dumps(settings)}\n")
-
-    def step(self, report: StepReport) -> None:
-        pass
-
-    def mini_epoch(self, report: MiniEpochReport) -> None:
-        now, lr = datetime.now(), report.last.lr
-        perplexity = math.exp(min(report.loss, 700.0)) if math.isfinite(report.loss) else math.nan
-        self._append(f"{report.mini_epoch} {report.loss:.6f} {perplexity:.4f} {lr:.8f} {now} {self.count}\n")
-        self.count += 1
-
-    def close(self) -> None:
-        pass
-
-    def _append(self, text: str) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(text)
+    def _measure(self, trainer: pl.Trainer, module: TrainingModule) -> Tensor:
+        """(largest logit, update ratio of each group) of this step, on the device; memory is taken note of on the way."""
+        self._memory_gib = memory_gib(module.device)
+        largest = module.head_loss.largest_logit.float().reshape(1)
+        if trainer.world_size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return torch.cat([largest, update_ratios(module.optimizer).to(largest)])
 
 
-def _is_mini_epoch_line(line: str) -> bool:
-    return len(line.split()) == 7 and line.split()[0].isdigit()
+class _OnTheWay:
+    """Values that are being copied from the device. Reading them waits for the work before the copy only, not for what came after."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._arrived = values, None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
 
 
-class MetricsFile:
-    """metrics.csv: a row per step, for plots and comparisons. Rows of steps that are trained again are dropped first.
+class _Waiting(NamedTuple):
+    """What is known of a step that hasn't been read yet."""
 
-    `lost_seconds` is the training time of the dropped rows. Each row is handed to the system at once, so that a run that was
-    killed has told how far it came.
-    """
-
-    def __init__(self, path: Path, first_step: int, tokens_per_step: int) -> None:
-        self.lost_seconds = 0.0
-        if path.exists():
-            dropped = _keep_lines(path, lambda line: not line[:1].isdigit() or int(line.split(",")[0]) < first_step)
-            speeds = [float(line.rsplit(",", 1)[1]) for line in dropped if line.endswith("\n")]
-            self.lost_seconds = sum(tokens_per_step / speed for speed in speeds if speed > 0)
-        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-        self._writer = csv.writer(self._file)
-        if self._file.tell() == 0:
-            self._writer.writerow([column.name for column in fields(StepReport)])
-
-    def step(self, report: StepReport) -> None:
-        self._writer.writerow([value if isinstance(value, int) else f"{value:.9g}" for value in astuple(report)])
-        self._file.flush()
-
-    def mini_epoch(self, report: MiniEpochReport) -> None:
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
+    step: int
+    lr: float
+    n_wishes: int  # that travel with the values; 0 in a run of one process
+    values: _OnTheWay  # loss, wishes..., grad norm, and at times what `_measure` gives
 
 
-class ProgressLine:
-    """The live line: step, loss, tokens/s, lr, time left; a plain line now and then where the output is no terminal."""
-
-    def __init__(self, length: RunLength, first_step: int, live: bool) -> None:
-        self.length, self.smooth = length, math.nan
-        self._last_plain = time.perf_counter()
-        self._bar = (
-            tqdm(total=length.steps, initial=first_step, unit="step", dynamic_ncols=True, bar_format=_BAR)
-            if live
-            else None
-        )
-
-    def step(self, report: StepReport) -> None:
-        first = math.isnan(self.smooth)
-        self.smooth = report.loss if first else SMOOTHING * self.smooth + (1 - SMOOTHING) * report.loss
-        left = (self.length.steps - 1 - report.step) * self.length.tokens_per_step / report.tokens_per_second
-        words = f"loss {self.smooth:.4f}, {report.tokens_per_second:,.0f} tokens/s, lr {report.lr:.2e}, left {_duration(left)}"
-        if self._bar is not None:
-            self._bar.set_postfix_str(words, refresh=False)
-            self._bar.update(report.step + 1 - self._bar.n)
-        elif time.perf_counter() - self._last_plain > PLAIN_LINE_SECONDS or report.step == self.length.steps - 1:
-            self._last_plain = time.perf_counter()
-            print(f"step {report.step + 1}/{self.length.steps}: {words}", flush=True)
-
-    def mini_epoch(self, report: MiniEpochReport) -> None:
-        say = self._bar.write if self._bar is not None else print
-        say(f"mini-epoch {report.mini_epoch}: mean loss {report.loss:.4f}, lr {report.last.lr:.8f}")
-        sys.stdout.flush()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+def _to_device(numbers: list[float], device: torch.device) -> Tensor:
+    """Without waiting for the device, which a plain copy of unpinned memory does."""
+    here = torch.tensor(numbers)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 
-_BAR = "{percentage:3.0f}% |{bar:20}| step {n_fmt}/{total_fmt} {postfix}"
+def memory_gib(device: torch.device) -> float:
+    """The most memory that this process has taken so far: reserved on its GPU, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    if sys.platform == "win32":
+        return math.nan
+    import resource
 
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-class Dashboard:
-    """Weights & Biases, under the names that existing RWKV dashboards plot."""
-
-    def __init__(self, logger: Any, weight_decay: float) -> None:
-        self.logger, self.weight_decay = logger, weight_decay
-
-    def step(self, report: StepReport) -> None:
-        shown = {
-            "loss": report.loss,
-            "lr": report.lr,
-            "wd": self.weight_decay,
-            "Gtokens": report.tokens / 1e9,
-            "kt/s": report.tokens_per_second / 1e3,
-            "grad norm": report.grad_norm,
-        }
-        self.logger.log_metrics(shown, step=report.step)
-
-    def mini_epoch(self, report: MiniEpochReport) -> None:
-        self.logger.log_metrics({"mini-epoch loss": report.loss, **asdict(report.last)}, step=report.last.step)
-
-    def close(self) -> None:
-        self.logger.finalize("finished")
-
-
-def _keep_lines(path: Path, wanted: Callable[[str], bool]) -> list[str]:
-    """Drop the other lines, and a last one that was cut by a crash; the dropped ones."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    keeps = [line.endswith("\n") and wanted(line) for line in lines]
-    if not all(keeps):
-        with write_whole(path, "w") as file:
-            file.writelines(line for line, keep in zip(lines, keeps, strict=True) if keep)
-    return [line for line, keep in zip(lines, keeps, strict=True) if not keep]
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return taken / 2**30 if sys.platform == "darwin" else taken / 2**20  # bytes there, KiB elsewhere

@@ -19,14 +19,17 @@ import torch
 
 from src.config import RunConfig
 from src.dataset.lock import only_one
-from src.inference.evaluate import HeldOutLoss
 from src.model import RWKV7
 from src.model.weights import fit_weights, read_weights
 from src.ops.build import BuildError
-from src.training import checkpoint, plan, plot
+from src.training import checkpoint, plan
 from src.training.data import open_samples
 from src.training.describe import parameter_count, settings_of, summary, words_for_complete
 from src.training.fit import fit_whatever_comes
+from src.training.folder import BEST, FINAL, LOG, METRICS, PICTURE, VALIDATION
+from src.training.html_report import write_report
+from src.training.log_files import read_columns
+from src.training.plot import loss_picture
 from src.training.processes import OneProcess, join
 from src.training.say import is_first, say, say_error
 from src.training.schedule import RunLength
@@ -38,7 +41,6 @@ from src.training.start import (
     put_aside_other_run,
 )
 from src.training.strategy import Hardware, choose_hardware
-from src.training.validate import check_held_out, validation_loss
 
 INTERRUPTED_EXIT_CODE = 130  # what shells report for Ctrl-C
 
@@ -143,8 +145,6 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
     samples = open_samples(config)
     if config.data_type == "sft" and config.magic_prime:
         say("note: --magic_prime has no meaning for --data_type sft, whose order is a shuffle for each epoch")
-    if config.val_data_file:
-        check_held_out(config)
     global_batch = config.micro_bsz * config.accumulate_grad_batches * hardware.world_size
     exit_tokens = config.my_exit_tokens or max(1, round(config.epochs * samples.once))
     length = RunLength.of(exit_tokens, config.ctx_len, global_batch, config.epoch_steps)
@@ -163,35 +163,27 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
         company.decide(lambda: compare_settings(known, settings, proj_dir))
     say(summary(config, model, hardware, samples, start))
     _remember(config, proj_dir, settings, start.length.unit)
-    if is_first() and config.val_data_file and config.data_type == "sft" and start.weights and not start.position.step:
-        remembered = checkpoint.read_run(proj_dir)
-        remembered["held_out_before"] = _held_out(config, hardware, start.weights).loss
-        checkpoint.write_run(proj_dir, remembered)
-        say(f"held-out loss before the run: {remembered['held_out_before']:.4f}")
-
     end = fit_whatever_comes(config, hardware, proj_dir, model, values, samples, start, settings, company, ends_at)
     if company.rank != 0:
         return end.exit_code
-    picture = _picture(proj_dir)
+    drawn = []
+    if read_columns(proj_dir / METRICS):
+        drawn = [loss_picture(proj_dir, proj_dir / PICTURE), write_report(proj_dir)]
     if end.stopped:
         say(f"stopped: {end.stopped}; its state is saved, the same command continues from there")
         return end.exit_code
-    say(f"done: {proj_dir / checkpoint.FINAL}, {proj_dir / checkpoint.LOG}, {proj_dir / picture.name}")
-    if config.val_data_file:
-        result = _held_out(config, hardware, proj_dir / checkpoint.FINAL)
-        before = checkpoint.read_run(proj_dir).get("held_out_before")
-        say(
-            f"held-out loss {result.loss:.4f} over {result.tokens:,} tokens of {config.val_data_file}"
-            + (f"; before the run {before:.4f}" if before else "")
-        )
+    say(f"done: {', '.join(map(str, (proj_dir / FINAL, proj_dir / LOG, *drawn)))}")
+    if rows := read_columns(proj_dir / VALIDATION):
+        say(_held_out_in_words(rows, proj_dir, config.val_data_file))
     return 0
 
 
-def _held_out(config: RunConfig, hardware: Hardware, weights: Path) -> HeldOutLoss:
-    device = "cpu" if hardware.accelerator == "cpu" or hardware.model_in_parts else "cuda"
-    return validation_loss(
-        RWKV7.from_checkpoint(weights, dtype=hardware.dtype, device=device, kernel=config.kernel), config
-    )
+def _held_out_in_words(rows: dict[str, list[float]], proj_dir: Path, data: str) -> str:
+    steps, losses = rows["steps"], rows["loss"]
+    before = f"; before the run {losses[0]:.4f}" if steps[0] == 0 else ""
+    best = min(range(len(losses)), key=losses.__getitem__)
+    lowest = f"; lowest {losses[best]:.4f} after step {steps[best]:.0f}, kept as {proj_dir / BEST}"
+    return f"held-out loss {losses[-1]:.4f} over {rows['counted'][-1]:,.0f} tokens of {data}{before}{lowest}"
 
 
 def _seed(config: RunConfig) -> int:
@@ -214,10 +206,6 @@ def _remember(config: RunConfig, proj_dir: Path, settings: dict[str, Any], mini_
     if config.tokenizer and folder.is_dir():  # a model that is moved elsewhere still knows its words
         shutil.copytree(folder, proj_dir / "tokenizer", dirs_exist_ok=True)
     checkpoint.write_run(proj_dir, remembered)
-
-
-def _picture(proj_dir: Path) -> Path:
-    return plot.loss_curve(proj_dir / checkpoint.METRICS, proj_dir / "loss.png")
 
 
 def _writable_folder(name: str) -> Path:

@@ -1,54 +1,186 @@
-"""The loss on data that is held out: the same windows or rows each time, so that two numbers can be compared."""
+"""The loss on data that is held out, on the way through a run: the same samples each time, shared by the processes, best weights kept."""
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from src.config import RunConfig
+from src.config import VAL_EVERY, RunConfig
 from src.dataset.binidx import MMapIndexedDataset
-from src.dataset.sft import SftRows, collate
-from src.inference.evaluate import HeldOutLoss, heldout_loss
-from src.model import RWKV7
-from src.ops.loss import cross_entropy_l2wrap
+from src.dataset.sft import IGNORED, SftBatch, SftRows, collate
+from src.inference.evaluate import windows
+from src.training.callbacks import AfterStep, write_weights
 from src.training.data import SftSamples
+from src.training.folder import BEST, VALIDATION
+from src.training.log_files import read_columns
+from src.training.module import TrainingModule
+from src.training.report import Reporter
+from src.training.resume import LoadedState
+from src.training.schedule import RunLength
+from src.training.sink import ValidationReport
 
-MAX_SAMPLES = 512  # of the held-out data, evenly spaced: enough for the third digit of a loss
-
-
-def check_held_out(config: RunConfig) -> None:
-    """Raises ValueError, before any training time is spent, when --val_data_file can't be read."""
-    if config.data_type == "binidx":
-        MMapIndexedDataset(config.val_data_file)
-    else:
-        _rows(config)
-
-
-def validation_loss(model: RWKV7, config: RunConfig) -> HeldOutLoss:
-    """Mean loss in nats over the tokens that count in --val_data_file, and their number. Leaves the model as it was."""
-    if config.data_type == "binidx":
-        data = MMapIndexedDataset(config.val_data_file)
-        return heldout_loss(model, data, config.ctx_len, max_windows=MAX_SAMPLES, micro_bsz=config.micro_bsz)
-    return _sft_loss(model, config)
+Batch = tuple[Tensor, ...]
 
 
-@torch.no_grad()
-def _sft_loss(model: RWKV7, config: RunConfig) -> HeldOutLoss:
-    rows = _rows(config)
-    device = model.emb.weight.device
-    total, tokens = 0.0, 0
-    count = min(len(rows), MAX_SAMPLES)
-    numbers = [i * len(rows) // count for i in range(count)]
-    for first in range(0, len(numbers), config.micro_bsz):
-        batch = collate([rows.row(number) for number in numbers[first : first + config.micro_bsz]])
-        inputs, targets, cu_seqlens = (tensor.to(device) for tensor in batch)
-        logits, _ = model(inputs, cu_seqlens=cu_seqlens)
-        counted = int((targets >= 0).sum())
-        total += cross_entropy_l2wrap(logits, targets).item() * counted
-        tokens += counted
-    return HeldOutLoss(total / max(1, tokens), tokens)
+class HeldOut:
+    """The samples of --val_data_file that are looked at: --val_windows of them, evenly spaced.
+
+    Raises ValueError, before any training time is spent, when the file can't be read or doesn't fit the vocabulary.
+    """
+
+    def __init__(self, config: RunConfig, vocab_size: int) -> None:
+        self.micro_bsz = config.micro_bsz
+        self._sample: Callable[[int], Batch]
+        if config.data_type == "binidx":
+            self._tokens = MMapIndexedDataset(config.val_data_file).tokens
+            self._windows = list(windows(len(self._tokens), config.ctx_len, config.val_windows))
+            self._sample, self._collate, self.count = self._window, torch.utils.data.default_collate, len(self._windows)
+        else:
+            changed = {"data_file": config.val_data_file, "truncate": "end", "random_seed": 0}
+            self._rows: SftRows = SftSamples(replace(config, **changed)).rows  # type: ignore[arg-type]
+            self.count = min(len(self._rows), config.val_windows)
+            self._sample, self._collate = self._row, collate
+        for number in range(self.count):
+            inputs, targets, *_ = self._sample(number)
+            largest = max(int(inputs.max()), int(targets.max()))
+            if largest >= vocab_size:
+                raise ValueError(
+                    f"--val_data_file {config.val_data_file}: token id {largest} doesn't fit --vocab_size {vocab_size}; expected data "
+                    "made with the tokenizer of the training data"
+                )
+
+    def _window(self, number: int) -> Batch:
+        ids = torch.from_numpy(self._tokens[self._windows[number]].astype(np.int64))
+        return ids[:-1], ids[1:]
+
+    def _row(self, number: int) -> SftBatch:
+        return self._rows.row(number * len(self._rows) // self.count)
+
+    def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
+        """A rank's share. Every rank gets the same number of batches, all of one shape: filled up with samples that don't count."""
+        own = -(-self.count // world_size)
+        size = min(self.micro_bsz, own)
+        for first in range(0, own, size):
+            batch = []
+            for i in range(first, first + size):
+                number = i * world_size + rank
+                inputs, targets, *packed = self._sample(number if number < self.count and i < own else 0)
+                if number >= self.count or i >= own:
+                    targets = torch.full_like(targets, IGNORED)
+                batch.append(SftBatch(inputs, targets, *packed) if packed else (inputs, targets))
+            yield tuple(self._collate(batch))  # type: ignore[arg-type]
+
+    def prompts(self, count: int, most: int) -> Iterator[tuple[list[int], list[int]]]:
+        """(tokens, what follows in the data) of `count` samples: at most `most` tokens to begin with; an answer's whole question."""
+        for i in range(min(count, self.count)):
+            inputs, targets, *packed = self._sample(i * self.count // min(count, self.count))
+            first = int((targets >= 0).int().argmax()) + 1 if packed else min(most, len(inputs) - 1)
+            last = first
+            while last < len(targets) and targets[last] >= 0:
+                last += 1
+            yield inputs[:first].tolist(), targets[first - 1 : last].tolist()
 
 
-def _rows(config: RunConfig) -> SftRows:
-    return SftSamples(replace(config, data_file=config.val_data_file, truncate="end", random_seed=0)).rows
+def mean_loss(trainer: pl.Trainer, module: TrainingModule, held_out: HeldOut) -> tuple[float, int]:
+    """Mean loss in nats over the tokens that count, and their number: the same on every rank, and up to rounding for any number of them.
+
+    Leaves weights, gradients and random numbers as they are. Every rank takes part.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=module.device)
+    module.eval()
+    with torch.no_grad():
+        for batch in held_out.batches(trainer.global_rank, trainer.world_size):
+            sums += trainer.strategy.validation_step(tuple(part.to(module.device) for part in batch), 0)
+    module.train()
+    if trainer.world_size > 1:
+        dist.all_reduce(sums)
+    total, counted = sums.tolist()
+    return total / max(1.0, counted), int(counted)
+
+
+class Validate(AfterStep):
+    """Measures the held-out loss where --val_every says, and keeps the weights of the lowest one as rwkv-best.pth.
+
+    The lowest so far stands in `reporter.best_val_loss`; `at_start` measures before the first step too, for comparison.
+    """
+
+    def __init__(
+        self,
+        held_out: HeldOut,
+        reporter: Reporter,
+        length: RunLength,
+        first_step: int,
+        val_every: str,
+        proj_dir: Path,
+        at_start: bool,
+    ) -> None:
+        super().__init__(first_step)
+        self.held_out, self.reporter, self.length, self.proj_dir = held_out, reporter, length, proj_dir
+        self.due = _schedule(val_every, length)
+        self.at_start = at_start
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.at_start:
+            assert isinstance(pl_module, TrainingModule)
+            self.measure(trainer, pl_module, self.first_step)
+
+    def after_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        if self.due(step) and "rollback" not in self.reporter.agreed:
+            self.measure(trainer, module, step + 1)
+
+    def measure(self, trainer: pl.Trainer, module: TrainingModule, steps: int) -> None:
+        self.reporter.read_waiting()
+        begin = time.perf_counter()
+        loss, counted = mean_loss(trainer, module, self.held_out)
+        seconds = time.perf_counter() - begin
+        is_best = loss < self.reporter.best_val_loss
+        if is_best:
+            self.reporter.best_val_loss = loss
+            write_weights(trainer, module, self.proj_dir / BEST)
+        self.reporter.validated(
+            ValidationReport(steps, self.length.tokens(steps), loss, counted, seconds, is_best),
+            pause=time.perf_counter() - begin,
+        )
+
+
+def _schedule(val_every: str, length: RunLength) -> Callable[[int], bool]:
+    """Whether to measure after a step, in the notation of --val_every; after the last one always."""
+    found = VAL_EVERY.fullmatch(val_every)
+    assert found is not None, "checked with the flags"
+    every, in_steps = int(found[1]), bool(found[2])
+
+    def due(step: int) -> bool:
+        if step == length.steps - 1 or every == 0:
+            return step == length.steps - 1
+        if in_steps:
+            return (step + 1) % every == 0
+        return length.ends_mini_epoch(step) and (length.mini_epoch(step) + 1) % every == 0
+
+    return due
+
+
+def best_before(
+    proj_dir: Path, config: RunConfig, settings: dict[str, Any], loaded: LoadedState | None, step: int
+) -> float:
+    """The lowest held-out loss up to `step`: what the state remembers, else val.csv's; infinite where the held-out data is other now.
+
+    `settings` are those of the last start.
+    """
+    if any(settings.get(name) != getattr(config, name) for name in ("val_data_file", "val_windows")):
+        return math.inf
+    if loaded is not None:
+        remembered = loaded.position.best_val_loss
+        return math.inf if remembered is None else remembered
+    columns = read_columns(proj_dir / VALIDATION)
+    rows = zip(columns.get("steps", []), columns.get("loss", []), strict=True)
+    return min((loss for steps, loss in rows if steps <= step), default=math.inf)

@@ -246,6 +246,16 @@ class EngineAdamW(torch.optim.AdamW):
         zero = self.zero
         return zero.fp32_partitioned_groups_flat if _is_stage_3(zero) else zero.single_partition_of_fp32_groups
 
+    def flats_by_group(self) -> Iterator[tuple[int, nn.Parameter]]:
+        """(number of its group, fp32 weights) of what this process keeps, padding included."""
+        zero = self.zero
+        for i, flat in enumerate(self._flats()):
+            yield (zero.sub_group_to_group_id[i] if _is_stage_3(zero) else i), flat
+
+    def state_of(self, flat: nn.Parameter) -> dict[str, Tensor]:
+        """Adam's `exp_avg`, `exp_avg_sq` (like `flat`) and `step` of what `flats_by_group` gave; zeros before the first step."""
+        return self._moments(flat)
+
     def counters(self) -> dict[str, float]:
         """The numbers that belong to no parameter, the same as `MasterAdamW`'s."""
         scaler = self.zero.loss_scaler

@@ -1,0 +1,178 @@
+"""A run's course, read back from its files: metrics.csv and val.csv, or the train_log.txt alone of any RWKV training run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from src.config import MINI_EPOCH_SAMPLES
+from src.training.folder import LOG, METRICS, RUN, VALIDATION
+from src.training.log_files import is_mini_epoch_line, read_columns
+
+Numbers = npt.NDArray[np.float64]
+SMOOTHED_SHARE = 0.02  # of the run's steps: the width of the running mean
+SMOOTHED_STEPS = 10  # at least
+
+
+@dataclass(frozen=True)
+class MiniEpoch:
+    """A line of train_log.txt; `lr` as it is printed there."""
+
+    number: int
+    loss: float
+    lr: str
+    ended: datetime | None
+
+
+@dataclass
+class Curves:
+    """Values by step, or by mini-epoch (`by_step` False) where only a log is there. NaN: not known."""
+
+    name: str
+    by_step: bool
+    tokens: Numbers  # trained on up to and with each point
+    seconds: Numbers  # of training
+    loss: Numbers
+    lr: Numbers
+    speed: Numbers  # tokens/s
+    mini_epochs: list[MiniEpoch]
+    mini_epoch_tokens: float
+    settings: dict[str, Any]
+    columns: dict[str, Numbers] = field(default_factory=dict)  # of metrics.csv
+    val_tokens: Numbers = field(default_factory=lambda: np.empty(0))
+    val_loss: Numbers = field(default_factory=lambda: np.empty(0))
+
+    def smoothed(self) -> tuple[Numbers, int]:
+        """Running mean of the loss over the last steps (those that are finite), and how many steps it is over."""
+        width = max(SMOOTHED_STEPS, int(len(self.loss) * SMOOTHED_SHARE)) if self.by_step else 1
+        known = np.isfinite(self.loss)
+        total = np.cumsum(np.where(known, self.loss, 0.0))
+        count = np.cumsum(known)
+        before = np.maximum(np.arange(len(total)) - width, -1)
+        total -= np.where(before >= 0, total[before], 0.0)
+        count = count - np.where(before >= 0, count[before], 0)
+        return np.divide(total, count, out=np.full(len(total), math.nan), where=count > 0), width
+
+    def seconds_at(self, tokens: Numbers) -> Numbers:
+        """The training time at which so many tokens had been trained on."""
+        known = np.isfinite(self.seconds)
+        if not known.any():
+            return np.full(len(tokens), math.nan)
+        return np.interp(tokens, np.r_[0.0, self.tokens[known]], np.r_[0.0, self.seconds[known]])
+
+
+def read_curves(run: str | Path) -> Curves:
+    """Of a run's folder or a log file. Raises ValueError naming it when there is nothing to read."""
+    run = Path(run)
+    folder = run if run.is_dir() else run.parent
+    log = run / LOG if run.is_dir() else run
+    metrics = folder / METRICS
+    if not log.is_file() and not metrics.is_file():
+        raise ValueError(f"{run}: expected the folder of a run ({METRICS}, {LOG}), or a log file")
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    mini_epochs, settings = read_log(text), _settings(folder, text)
+    mini_epoch_tokens = float(_mini_epoch_tokens(folder, settings))
+    name = run.resolve().name if run.is_dir() else str(run)
+    if metrics.is_file() and run.name != LOG:
+        columns = {name: np.array(values) for name, values in read_columns(metrics).items()}
+        if columns and not {"step", "tokens", "loss", "lr"} <= columns.keys():
+            raise ValueError(f"{metrics}: expected the columns step, tokens, loss and lr")
+        if columns:
+            curves = _by_step(name, columns, mini_epochs, mini_epoch_tokens, settings)
+            if (folder / VALIDATION).is_file():
+                val = read_columns(folder / VALIDATION)
+                curves.val_tokens, curves.val_loss = np.array(val.get("tokens", [])), np.array(val.get("loss", []))
+            return curves
+    if not mini_epochs:
+        raise ValueError(f"{run}: nothing has been logged in it yet")
+    return _by_mini_epoch(name, mini_epochs, mini_epoch_tokens, settings)
+
+
+def read_log(text: str) -> list[MiniEpoch]:
+    """The mini-epochs of a train_log.txt; of one that stands there twice (trained again after a stop), the later line."""
+    found = {}
+    for line in text.splitlines():
+        if is_mini_epoch_line(line):
+            number, loss, _, lr, date, time, _ = line.split()
+            try:
+                ended = datetime.fromisoformat(f"{date} {time}")
+            except ValueError:
+                ended = None
+            found[int(number)] = MiniEpoch(int(number), float(loss), lr, ended)
+    return [found[number] for number in sorted(found)]
+
+
+def _by_step(
+    name: str,
+    columns: dict[str, Numbers],
+    mini_epochs: list[MiniEpoch],
+    mini_epoch_tokens: float,
+    settings: dict[str, Any],
+) -> Curves:
+    tokens, unknown = columns["tokens"], np.full(len(columns["tokens"]), math.nan)
+    speed, seconds = columns.get("tokens_per_second", unknown), columns.get("seconds", unknown)
+    if not np.isfinite(seconds).any() and np.isfinite(speed).any():  # written before this column was
+        seconds = np.cumsum(np.diff(tokens, prepend=0.0) / np.maximum(speed, 1e-9))
+    return Curves(
+        name,
+        True,
+        tokens,
+        seconds,
+        columns["loss"],
+        columns["lr"],
+        speed,
+        mini_epochs,
+        mini_epoch_tokens,
+        settings,
+        columns,
+    )
+
+
+def _by_mini_epoch(
+    name: str, mini_epochs: list[MiniEpoch], mini_epoch_tokens: float, settings: dict[str, Any]
+) -> Curves:
+    tokens = np.array([(line.number + 1) * mini_epoch_tokens for line in mini_epochs])
+    ends = np.array([line.ended.timestamp() if line.ended else math.nan for line in mini_epochs])
+    took = np.diff(ends)
+    usual = float(np.nanmedian(took)) if np.isfinite(took).any() else math.nan
+    # breaks between two starts are not training: a mini-epoch that took far longer than usual counts as usual
+    took = np.where(took > 3 * usual, usual, took)
+    seconds = np.cumsum(np.r_[usual, took])
+    speed = mini_epoch_tokens / np.diff(seconds, prepend=0.0)
+    loss, lr = (np.array([float(getattr(line, key)) for line in mini_epochs]) for key in ("loss", "lr"))
+    return Curves(name, False, tokens, seconds, loss, lr, speed, mini_epochs, mini_epoch_tokens, settings)
+
+
+def _settings(folder: Path, log: str) -> dict[str, Any]:
+    """From run.json, else from the log's last header: JSON as written here, or the printed dict of other RWKV training scripts."""
+    if (folder / RUN).is_file():
+        try:
+            return json.loads((folder / RUN).read_text(encoding="utf-8")).get("settings", {})
+        except ValueError:
+            pass  # the log may know
+    found: dict[str, Any] = {}
+    for line in log.splitlines():
+        if line.startswith("{"):
+            try:
+                found = json.loads(line)
+            except ValueError:
+                pairs = re.findall(r"'(\w+)': (-?[\d.]+(?:e-?\d+)?)(?=[,}])", line)
+                found = {name: float(value) if re.search(r"[.e]", value) else int(value) for name, value in pairs}
+                if "real_bsz" in found:
+                    found["global_batch"] = found["real_bsz"]
+    return found
+
+
+def _mini_epoch_tokens(folder: Path, settings: dict[str, Any]) -> int:
+    samples = MINI_EPOCH_SAMPLES
+    if settings.get("epoch_steps") and settings.get("global_batch"):
+        samples = settings["epoch_steps"] * settings["global_batch"]
+    return samples * settings.get("ctx_len", 1)

@@ -1,0 +1,139 @@
+"""Weights & Biases, TensorBoard or csv files through Lightning's loggers, under the names that existing RWKV dashboards plot."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import secrets
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from src.config import RunConfig
+from src.training import checkpoint
+from src.training.say import say
+from src.training.sink import UPDATE_GROUPS, MiniEpochReport, Sample, Sink, StepReport, ValidationReport
+
+# the first row is what RWKV training scripts have always logged
+STEP_NAMES = ("loss", "lr", "wd", "Gtokens", "kt/s", "tokens", "grad norm", "largest logit", "MFU", "memory GiB")
+UPDATE_NAMES = tuple(f"update ratio/{group}" for group in UPDATE_GROUPS)
+OTHER_NAMES = ("val loss", "mini-epoch loss")
+SAMPLE_TABLE = "samples"
+
+
+class LoggerSink(Sink):
+    """Hands reports to one of Lightning's loggers. Its step is the run's, so that a continued run continues its curves."""
+
+    def __init__(self, logger: Logger, weight_decay: float) -> None:
+        self.logger, self.weight_decay = logger, weight_decay
+        self._step = 0
+
+    def step(self, report: StepReport) -> None:
+        self._step = report.step
+        shown = {
+            "loss": report.loss,
+            "lr": report.lr,
+            "wd": self.weight_decay,
+            "Gtokens": report.tokens / 1e9,
+            "kt/s": report.tokens_per_second / 1e3,
+            "tokens": report.tokens,
+            "grad norm": report.grad_norm,
+            "largest logit": report.largest_logit,
+            "MFU": report.mfu,
+            "memory GiB": report.memory_gib,
+            **{f"update ratio/{group}": ratio for group, ratio in report.update_ratios.items()},
+        }
+        self._log({name: value for name, value in shown.items() if not math.isnan(value)})
+
+    def mini_epoch(self, report: MiniEpochReport) -> None:
+        self._log({"mini-epoch loss": report.loss})
+
+    def validation(self, report: ValidationReport) -> None:
+        self._step = max(0, report.steps - 1)
+        self._log({"val loss": report.loss})
+
+    def samples(self, samples: list[Sample]) -> None:
+        if isinstance(self.logger, WandbLogger):
+            import wandb
+
+            table = wandb.Table(["prompt", "the model goes on", "the data goes on"], _rows(samples))
+            self.logger.experiment.log({SAMPLE_TABLE: table}, step=self._step)
+        elif isinstance(self.logger, TensorBoardLogger):
+            for i, (prompt, answer, in_data) in enumerate(_rows(samples)):
+                text = f"**{prompt}** {answer}\n\nIn the data: {in_data}"
+                self.logger.experiment.add_text(f"{SAMPLE_TABLE}/{i}", text, self._step)
+
+    def close(self) -> None:
+        self.logger.save()
+        self.logger.finalize("finished")
+        if isinstance(self.logger, WandbLogger):
+            self.logger.experiment.finish(quiet=True)
+
+    def _log(self, values: dict[str, float]) -> None:
+        if isinstance(self.logger, WandbLogger):  # with the run's own step, which Lightning would keep in a column
+            self.logger.experiment.log(values, step=self._step)
+        else:
+            self.logger.log_metrics(values, step=self._step)
+
+
+def _rows(samples: list[Sample]) -> list[list[str]]:
+    return [[sample.prompt, sample.answer, sample.in_data] for sample in samples]
+
+
+def open_loggers(config: RunConfig, proj_dir: Path, settings: dict[str, Any]) -> list[Sink]:
+    """What --wandb and --logger ask for. Raises ValueError when a package is missing."""
+    loggers: list[Logger] = []
+    if config.wandb:
+        loggers.append(_open_wandb(config.wandb, proj_dir, settings))
+    if config.logger == "tensorboard":
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("--logger tensorboard: the package tensorboard is missing; pip install tensorboard")
+        loggers.append(TensorBoardLogger(proj_dir, name="tensorboard", version=""))
+    if config.logger == "csv":
+        loggers.append(CSVLogger(proj_dir, name="csv", version=""))
+    return [LoggerSink(logger, config.weight_decay) for logger in loggers]
+
+
+def _open_wandb(project: str, proj_dir: Path, settings: dict[str, Any]) -> WandbLogger:
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"--wandb {project}: the package wandb is missing; pip install wandb, or leave the flag out")
+    remembered = checkpoint.read_run(proj_dir)
+    identity = remembered.setdefault("wandb_id", secrets.token_hex(4))
+    checkpoint.write_run(proj_dir, remembered)
+    mode = os.environ.get("WANDB_MODE", "")
+    if not mode and not _has_login():
+        mode = "offline"
+        say(f"--wandb {project}: no login is known here (wandb login), so what is logged stays in {proj_dir / 'wandb'}")
+    if mode in ("offline", "dryrun"):
+        say(f"{'wandb':>12}  offline; `wandb sync --append {proj_dir}/wandb/offline-run-*-{identity}` sends it")
+    return WandbLogger(
+        project=project,
+        name=proj_dir.name,
+        id=identity,
+        resume="allow",
+        offline=mode in ("offline", "dryrun"),
+        save_dir=str(proj_dir),
+        config={**settings, "git_commit": git_commit()},
+    )
+
+
+def _has_login() -> bool:
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+
+
+def git_commit() -> str:
+    """The commit of this program, with "+" where files differ from it; "" where that can't be known."""
+    here = Path(__file__).parent
+    try:
+        head, changes = (
+            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return head.strip() + "+" * bool(changes.strip())

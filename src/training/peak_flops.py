@@ -1,0 +1,55 @@
+"""What GPUs could compute at best, for the share of it that a run reaches (model FLOPs utilisation, MFU)."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+
+from src.config import ModelConfig
+from src.training.plan import training_flops_per_token
+from src.training.strategy import Hardware
+
+# Dense bf16 matrix products with fp32 sums, TFLOP/s, by a pattern of the name that the driver gives; the first that fits holds. From the
+# makers' data sheets, which often print twice as much, with structured sparsity: NVIDIA's of each product (SXM boards unless
+# the name says PCIe or NVL; GeForce cards from the architecture papers "Ampere GA102", "Ada", "RTX Blackwell"), AMD's of the Instinct series.
+PEAKS: tuple[tuple[str, float], ...] = (
+    (r"\bGB200\b", 2500.0),
+    (r"\bB200\b", 2250.0),
+    (r"\bH100 NVL\b", 835.0),
+    (r"\bH100 PCIe\b", 756.0),
+    (r"\b(H100|H200|H800|GH200)\b", 989.4),
+    (r"\bH20\b", 148.0),
+    (r"\b(A100|A800)\b", 312.0),
+    (r"\bA40\b", 149.7),
+    (r"\bRTX A6000\b", 154.8),
+    (r"\bA30\b", 165.0),
+    (r"\bA10\b", 125.0),
+    (r"\bL40S\b", 362.0),
+    (r"\bL40\b", 181.0),
+    (r"\bL4\b", 121.0),
+    (r"\bRTX 5090\b", 209.5),
+    (r"\bRTX 4090\b", 165.2),
+    (r"\bRTX 3090\b", 71.0),
+    (r"\bMI300X\b", 1307.4),
+    (r"\bMI250X\b", 383.0),
+)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Floating-point operations per second of one device in dense bf16 products; None for one that the table doesn't know.
+
+    `device_name` as torch.cuda.get_device_name gives it: "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090 D" (not known), ...
+    """
+    if re.search(r"\bRTX \d+ (D|Laptop)\b", device_name):  # cut-down cards under the same name
+        return None
+    return next((peak * 1e12 for pattern, peak in PEAKS if re.search(pattern, device_name)), None)
+
+
+def peak_tokens_per_second(model: ModelConfig, hardware: Hardware) -> float:
+    """What all devices of the run would train at their peak; NaN where that isn't known (a CPU, another precision, another GPU)."""
+    if hardware.accelerator != "gpu" or hardware.precision not in ("bf16", "fp16"):
+        return math.nan
+    peak = peak_flops(torch.cuda.get_device_name())
+    return math.nan if peak is None else peak * hardware.world_size / training_flops_per_token(model)

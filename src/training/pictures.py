@@ -1,0 +1,45 @@
+"""Draws loss.png while a run goes on, in a thread beside it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from src.training.callbacks import AfterStep
+from src.training.folder import PICTURE
+from src.training.module import TrainingModule
+from src.training.plot import loss_picture
+from src.training.say import say
+from src.training.schedule import RunLength
+
+
+class DrawPictures(AfterStep):
+    """At each mini-epoch's end, on rank 0; left out where the last drawing is still under way. run.py draws the last one."""
+
+    def __init__(self, length: RunLength, first_step: int, proj_dir: Path) -> None:
+        super().__init__(first_step)
+        self.length, self.proj_dir = length, proj_dir
+        self._thread: threading.Thread | None = None
+
+    def after_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        last = step == self.length.steps - 1
+        if not trainer.is_global_zero or last or not self.length.ends_mini_epoch(step):
+            return
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._draw, daemon=True, name="pictures")
+            self._thread.start()
+
+    def _draw(self) -> None:
+        try:
+            loss_picture(self.proj_dir, self.proj_dir / PICTURE)
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # training goes on; the last picture, drawn by the run itself, must not fail
+            say(f"note: {PICTURE} could not be drawn: {error}")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._thread is not None:
+            self._thread.join()

@@ -1,0 +1,58 @@
+"""What the model writes at the end of a run, beside what stands in the data: kept in samples.json, shown by the loggers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from src.config import RunConfig
+from src.dataset.tokenizer import Tokenizer, load_tokenizer
+from src.files import write_whole
+from src.inference.generate import generate
+from src.model import RWKV7
+from src.training.folder import SAMPLES
+from src.training.module import TrainingModule
+from src.training.report import Reporter
+from src.training.schedule import RunLength
+from src.training.sink import Sample
+from src.training.validate import HeldOut
+
+COUNT, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 64
+TEMPERATURE, TOP_P, SEED = 1.0, 0.7, 1
+
+
+class ShowSamples(pl.Callback):
+    """Lets rank 0 write a few texts when the run is complete: after beginnings of held-out texts, or of training ones where none are.
+
+    Needs --tokenizer, and a model that is whole on one device (not ZeRO 3); without them there are none.
+    """
+
+    def __init__(self, config: RunConfig, reporter: Reporter, length: RunLength, proj_dir: Path) -> None:
+        self.config, self.reporter, self.length, self.proj_dir = config, reporter, length, proj_dir
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        whole = not pl_module.hardware.model_in_parts
+        if not (
+            trainer.is_global_zero and self.config.tokenizer and whole and self.reporter.next_step >= self.length.steps
+        ):
+            return
+        source = self.config.val_data_file or self.config.data_file
+        config = replace(self.config, val_data_file=source, val_windows=COUNT)
+        held_out = HeldOut(config, pl_module.model.config.vocab_size)
+        samples = write_samples(pl_module.model, load_tokenizer(self.config.tokenizer), held_out)
+        with write_whole(self.proj_dir / SAMPLES, "w") as file:
+            json.dump([asdict(sample) for sample in samples], file, indent=1, ensure_ascii=False)
+        self.reporter.show(samples)
+
+
+def write_samples(model: RWKV7, tokenizer: Tokenizer, held_out: HeldOut) -> list[Sample]:
+    samples = []
+    for prompt, following in held_out.prompts(COUNT, PROMPT_TOKENS):
+        answer = generate(model, prompt, NEW_TOKENS, TEMPERATURE, TOP_P, seed=SEED, stop_ids=tokenizer.eos_ids)
+        texts = (tokenizer.decode(list(ids)) for ids in (prompt, answer, following[1 : NEW_TOKENS + 1]))
+        samples.append(Sample(*texts))
+    return samples
