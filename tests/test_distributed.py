@@ -277,6 +277,11 @@ def test_without_a_launcher_a_process_starts_the_others():
         first_place(RANKS, devices=4, num_nodes=2)
 
 
+def test_the_deepspeed_that_is_recommended_is_the_one_that_is_tested():
+    assert zero.REQUIREMENT in (ROOT / "tests" / "requirements.txt").read_text().splitlines()
+    assert f"pip install '{zero.REQUIREMENT}'" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_what_one_process_makes_of_deepspeed(monkeypatch):
     config = RunConfig(accelerator="cpu", strategy="deepspeed_stage_3")
     hardware = strategy.choose_hardware(config)
@@ -284,7 +289,7 @@ def test_what_one_process_makes_of_deepspeed(monkeypatch):
     assert "deepspeed_stage_3" in hardware.notes[0]
     config.devices = "2"
     monkeypatch.setattr(zero, "is_installed", lambda: False)
-    with pytest.raises(ValueError, match=r"--strategy deepspeed_stage_3.*pip install deepspeed"):
+    with pytest.raises(ValueError, match=r"--strategy deepspeed_stage_3.*pip install 'deepspeed"):
         strategy.choose_hardware(config)
     monkeypatch.setattr(zero, "is_installed", lambda: True)
     assert strategy.choose_hardware(config).model_in_parts

@@ -104,7 +104,7 @@ def _sharing(config: RunConfig, processes: int, accelerator: str, notes: list[st
         return "plain", 0, False
     if not zero.is_installed():
         raise ValueError(
-            f"--strategy {config.strategy}: the package deepspeed is missing; install it (DS_BUILD_OPS=0 pip install deepspeed) or "
+            f"--strategy {config.strategy}: the package deepspeed is missing; install it (pip install '{zero.REQUIREMENT}') or "
             "use --strategy ddp"
         )
     return "deepspeed", stage, offload
