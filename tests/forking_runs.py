@@ -1,6 +1,6 @@
 """Runs of train.py without its start-up time: imports once, then forks a process per line of standard input (a JSON list of flags).
 
-Prints the process's number when it starts, and its exit status (negative: the signal) when it has ended.
+Prints a line when it is ready; then a process's number when it starts, and its exit status (negative: the signal) when it has ended.
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 from src.cli import parse
 from src.training.run import run
 
+print("ready", flush=True)
 for line in sys.stdin:
     child = os.fork()
     if child == 0:

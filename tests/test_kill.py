@@ -25,6 +25,7 @@ class Runs:
             [sys.executable, "-m", "tests.forking_runs"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
+        assert self.server.stdout.readline() == "ready\n"
 
     def start(self, argv):
         print(json.dumps(argv), file=self.server.stdin, flush=True)
