@@ -2,7 +2,7 @@
 //
 // nvcc (or hipcc, after torch.utils.hipify) compiles the device versions. Any other compiler gets host_cuda.h from the tests,
 // which executes blocks, threads, barriers and matrix instructions on a CPU and finds races and unwritten memory.
-// Rules that keep one source serving both: kernels include nothing else; inline PTX stands only here; shared memory is
+// Rules that keep one source serving both: kernels include nothing else from outside of cuda/*.cuh; inline PTX stands only here; shared memory is
 // dynamic and comes from SHARED_MEMORY; sync_warp() wherever lanes exchange through memory; no spinning between blocks.
 #pragma once
 #include <cstddef>
@@ -24,11 +24,19 @@
 #define PORT_TENSOR_CORES 0
 #endif
 
+// Whether the compiler's targets have them at all: not AMD's.
+#if defined(__HIPCC__)
+#define PORT_HAS_TENSOR_CORES 0
+#else
+#define PORT_HAS_TENSOR_CORES 1
+#endif
+
 #define DEVICE __device__ __forceinline__
 
 namespace port {
 
 constexpr int kWarpSize = 32;  // lanes that exchange; a wavefront of 64 is two of them
+constexpr float kLog2E = 1.4426950408889634f;
 
 // --- Numbers in memory: bits only, arithmetic is fp32 ---------------------------------------------------------------------
 
@@ -122,9 +130,16 @@ DEVICE fp16 from_float<fp16>(float x) {
 #endif
 }
 
+// Two halves in a word; `low` has the lower address.
+template <class Half>
+DEVICE uint32_t pack(Half low, Half high) {
+  return uint32_t(low.bits) | uint32_t(high.bits) << 16;
+}
+
 // --- Mathematics: `fast_` is the hardware's approximation (2 ulp), the others are exact to the last bit or two -------------
 
 DEVICE float exact_exp(float x) { return expf(x); }
+DEVICE float exact_log(float x) { return logf(x); }
 DEVICE float fast_exp2(float x) {
 #if PORT_DEVICE && defined(__CUDA_ARCH__)
   float y;
@@ -179,6 +194,15 @@ DEVICE void load_floats(float (&to)[8], const Half* from) {
 }
 DEVICE void store_floats(float* to, float x, float y, float z, float w) {
   store16(to, {float_to_bits(x), float_to_bits(y), float_to_bits(z), float_to_bits(w)});
+}
+// 16 bytes of T from floats, rounded.
+DEVICE void store_floats(float* to, const float (&from)[4]) { store_floats(to, from[0], from[1], from[2], from[3]); }
+template <class Half>
+DEVICE void store_floats(Half* to, const float (&from)[8]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) words[i] = pack(from_float<Half>(from[2 * i]), from_float<Half>(from[2 * i + 1]));
+  store16(to, {words[0], words[1], words[2], words[3]});
 }
 DEVICE void store8(void* to, uint32_t first, uint32_t second) {
 #if !PORT_DEVICE

@@ -1,7 +1,6 @@
 // The CUDA makers of wkv7 for PyTorch: checks, outputs, device guard and current stream around the entry points of wkv7_*.cu.
 //
 // With HOST_CUDA (tests) the same code registers ops of the same schema in the namespace rwkv7_host for CPU tensors, where host_cuda.h runs the kernels.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,9 +8,7 @@
 #include <optional>
 #include <tuple>
 
-#if !defined(HOST_CUDA)
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
-#endif
+#include "on_device.h"
 
 extern "C" {
 #define ENTRY_POINTS(kernel)                                                                                                             \
@@ -38,30 +35,22 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tens
 
 // What both directions need: dense inputs, sizes, and the device made current for as long as this lives.
 struct Call {
-#if !defined(HOST_CUDA)
-  torch::stable::accelerator::DeviceGuard guard;
-#endif
+  OnDevice device;
   Tensor r, w, k, v, a, b;
   Optional state, cu_seqlens;
   int dtype, head_size, heads, documents;
-  int64_t tokens_each, tokens, stream = 0;
+  int64_t tokens_each, tokens;
   bool chunked;
 
   Call(const Tensor& r_, const Tensor& w_, const Tensor& k_, const Tensor& v_, const Tensor& a_, const Tensor& b_, const Optional& state_,
        const Optional& cu_seqlens_, bool chunked_)
-      :
-#if !defined(HOST_CUDA)
-        guard(r_.get_device_index()),
-#endif
-        r(dense(r_)), w(dense(w_)), k(dense(k_)), v(dense(v_)), a(dense(a_)), b(dense(b_)) {
+      : device(r_), r(dense(r_)), w(dense(w_)), k(dense(k_)), v(dense(v_)), a(dense(a_)), b(dense(b_)) {
     for (const Tensor* x : {&w, &k, &v, &a, &b}) {
       STD_TORCH_CHECK(x->scalar_type() == r.scalar_type() && x->dim() == 4, "wkv7: inputs must be [B, T, H, N] of one dtype");
       for (int64_t d = 0; d < 4; d++) STD_TORCH_CHECK(x->size(d) == r.size(d), "wkv7: inputs must have one shape");
     }
-    const ScalarType scalar = r.scalar_type();
-    STD_TORCH_CHECK(scalar == ScalarType::Float || scalar == ScalarType::BFloat16 || scalar == ScalarType::Half,
-                    "wkv7: inputs must be float32, bfloat16 or float16");
-    dtype = scalar == ScalarType::Float ? 0 : scalar == ScalarType::BFloat16 ? 1 : 2;
+    dtype = dtype_number(r);
+    STD_TORCH_CHECK(dtype >= 0, "wkv7: inputs must be float32, bfloat16 or float16");
     chunked = chunked_;
     tokens_each = r.size(1);
     tokens = r.size(0) * r.size(1);
@@ -80,11 +69,6 @@ struct Call {
                       "wkv7: state must be float32 [", documents, ", H, N, N]");
       state = dense(*state_);
     }
-#if !defined(HOST_CUDA)
-    void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(r.get_device_index(), &current));
-    stream = reinterpret_cast<int64_t>(current);
-#endif
   }
 
   // Contiguous, and at an address that 16-byte loads may use (a slice of a larger tensor need not be).
@@ -118,7 +102,7 @@ Forward forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Opti
   c.check(run(c.dtype, c.head_size, c.documents, c.tokens_each, c.heads, c.r.const_data_ptr(), c.w.const_data_ptr(), c.k.const_data_ptr(),
               c.v.const_data_ptr(), c.a.const_data_ptr(), c.b.const_data_ptr(), c.state_pointer(), c.bounds(), y.mutable_data_ptr(),
               static_cast<float*>(final_state.mutable_data_ptr()), save ? saved_state.mutable_data_ptr() : nullptr,
-              save ? saved_sa.mutable_data_ptr() : nullptr, c.stream),
+              save ? saved_sa.mutable_data_ptr() : nullptr, c.device.stream),
           "forward");
   return {y, final_state, saved_state, saved_sa};
 }
@@ -138,7 +122,7 @@ Backward backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tensor k
               dfinal ? static_cast<const float*>(dfinal->const_data_ptr()) : nullptr, c.r.const_data_ptr(), c.w.const_data_ptr(),
               c.k.const_data_ptr(), c.v.const_data_ptr(), c.a.const_data_ptr(), c.b.const_data_ptr(), c.bounds(), saved_state.const_data_ptr(),
               saved_sa.const_data_ptr(), dr.mutable_data_ptr(), dw.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr(),
-              da.mutable_data_ptr(), db.mutable_data_ptr(), state ? static_cast<float*>(dstate.mutable_data_ptr()) : nullptr, c.stream),
+              da.mutable_data_ptr(), db.mutable_data_ptr(), state ? static_cast<float*>(dstate.mutable_data_ptr()) : nullptr, c.device.stream),
           "backward");
   return {dr, dw, dk, dv, da, db, dstate};
 }

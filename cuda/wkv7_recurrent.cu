@@ -16,11 +16,9 @@
 // start, which gives dsa, dv, dk, db; then S from its start to its end, which gives dr and da. dlog(decay) would need both at
 // once; instead it follows from z_t = colsum(E_t * S_t), known exactly at the window's start, by telescoping:
 //   dlog(decay_t) = z_{t-1} - a da;   z_t = dlog(decay_t) + b db + k dk - r dr.
-#include "port.cuh"
+#include "wkv7_document.cuh"
 
 namespace {
-
-using namespace port;
 
 template <int N>
 struct Shape {
@@ -55,22 +53,7 @@ struct Backward {
   int heads;
 };
 
-// What one block works on. Documents' windows lie one after another in saved_state; a document that starts at token s
-// begins at slot s / window + document, which leaves room for every earlier document's partial last window.
-struct Document {
-  int64_t begin, end, first_window;
-  int number, head;
-
-  DEVICE Document(const int32_t* cu_seqlens, int64_t tokens_each, int heads, int window) {
-    number = int(blockIdx.x) / heads;
-    head = int(blockIdx.x) % heads;
-    begin = cu_seqlens ? cu_seqlens[number] : number * tokens_each;
-    end = cu_seqlens ? cu_seqlens[number + 1] : begin + tokens_each;
-    first_window = begin / window + number;
-  }
-};
-
-constexpr float kDecayScale = -0.6065306597126334f;  // -exp(-0.5)
+using Document = DocumentOf<int64_t>;
 
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exact_exp(-x)); }
 DEVICE float decay_of(float w) { return exact_exp(kDecayScale * sigmoid(w)); }
@@ -240,12 +223,12 @@ __global__ void __launch_bounds__(Shape<N>::threads, 1) wkv7_recurrent_forward(F
                *const bs = as + Is::window * N, *const rs = bs + Is::window * N;
   const Document at(p.cu_seqlens, p.tokens_each, p.heads, Is::window);
   const Place<N> place;
-  const int64_t matrix = (int64_t(at.number) * p.heads + at.head) * N * N;
+  const int64_t matrix = at.matrix(p.heads, N);
   const auto same = [](float x) { return x; };
 
   Tile<N> state;
   load_tile<N>(state, p.state ? p.state + matrix : nullptr, place);
-  for (int64_t first = at.begin, slot = at.first_window; first < at.end; first += Is::window, slot++) {
+  for (int64_t first = at.begin, slot = at.first_slot; first < at.end; first += Is::window, slot++) {
     const int count = int(at.end - first < Is::window ? at.end - first : Is::window);
     if (p.saved_state) store_tile<N>(p.saved_state + (slot * p.heads + at.head) * N * N, state, place);
     sync_block();  // nobody reads the last window any more
@@ -312,7 +295,7 @@ __global__ void __launch_bounds__(Shape<N>::threads, 1) wkv7_recurrent_backward(
   const auto share = [&](int which, int token) { return shares + ((which * Is::flush + token) * Is::warps) * N; };
   const Document at(p.cu_seqlens, p.tokens_each, p.heads, Is::window);
   const Place<N> place;
-  const int64_t matrix = (int64_t(at.number) * p.heads + at.head) * N * N;
+  const int64_t matrix = at.matrix(p.heads, N);
   const int channel = place.thread;  // of the key channel that this thread sums and writes; threads >= N have none
   const auto same = [](float x) { return x; };
   const auto over_warps = [&](int which, int token) {
@@ -381,7 +364,7 @@ __global__ void __launch_bounds__(Shape<N>::threads, 1) wkv7_recurrent_backward(
 
     // S from its start to its end. d is E at the window's start now.
     Tile<N> state;
-    load_tile<N>(state, p.saved_state + ((at.first_window + number) * p.heads + at.head) * N * N, place);
+    load_tile<N>(state, p.saved_state + ((at.first_slot + number) * p.heads + at.head) * N * N, place);
     float z = 0.0f;
     {
       float sums[Is::columns];
@@ -448,8 +431,6 @@ template <int N, class T>
 int backward(const Backward& p, int documents, int64_t stream) {
   return launch(wkv7_recurrent_backward<N, T>, unsigned(documents * p.heads), Shape<N>::threads, backward_shared_bytes<N>(), stream, p);
 }
-
-constexpr int kNoSuchKernel = -1;
 
 // The kernel for a head size and a dtype (0: fp32, 1: bf16, 2: fp16).
 #define CHOOSE(direction)                                                \

@@ -1,13 +1,17 @@
-"""Files that are whole or not there: written beside, flushed to the disk, renamed."""
+"""Files that are whole or not there (written beside, flushed to the disk, renamed), and files that one process at a time holds."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+# What flock says where a file system has no locks: NFS without its lock service, some network and FUSE mounts.
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
 @contextmanager
@@ -40,6 +44,44 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Holds the lock file `path` for the block; the system gives it back when its holder ends, however it ends.
+
+    Yields whether it is held: False where the file system, or the system (Windows), has no such locks. The caller says what that means.
+    Raises BlockingIOError when another process has it and `wait` is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("ab") as file:
+            held = _flock(file.fileno(), wait)
+            if held and not _stands_under(path, file.fileno()):  # its last holder has deleted it in the meantime
+                continue
+            yield held
+            return
+
+
+def _flock(descriptor: int, wait: bool) -> bool:
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+def _stands_under(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def sha256_of(path: Path) -> str:

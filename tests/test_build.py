@@ -4,6 +4,8 @@ A tiny C++ source stands for the library: what is tested is the building, not wh
 """
 
 import ctypes
+import errno
+import fcntl
 import os
 import stat
 import subprocess
@@ -69,7 +71,7 @@ def test_key_of_the_library_follows_processor_compiler_and_torch(monkeypatch):
         patch.setattr(build, "_processor_features", lambda: "avx9000")
         keys.add(build.cpu_recipe().key())
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_version_of", lambda _: "g++ 99")
+        patch.setattr(build, "version_of", lambda _: "g++ 99")
         keys.add(build.cpu_recipe().key())
     with monkeypatch.context() as patch:
         patch.setattr(build.torch, "__version__", "9.9")
@@ -102,9 +104,9 @@ def test_two_at_once_do_not_break_each_other(recipe, tmp_path):
 
 def test_without_locks_two_builders_still_agree(recipe, tmp_path, monkeypatch):
     def no_locks(*_):
-        raise OSError("no locks here")
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(build.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     results = []
     threads = [threading.Thread(target=lambda: results.append(built(recipe, tmp_path / "cache"))) for _ in range(3)]
     for thread in threads:
@@ -190,10 +192,65 @@ def test_the_compilers_words_are_shown(recipe, tmp_path):
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["lock"]
 
 
-def test_a_compiler_killed_for_memory_says_so(recipe, tmp_path):
-    compiler = fake_compiler(tmp_path, "echo 'c++: fatal error: Killed signal terminated program cc1plus' >&2; exit 1")
+@pytest.mark.parametrize("words", [
+    "c++: fatal error: Killed signal terminated program cc1plus", "nvcc error : cicc died due to signal 9 (Kill signal)",
+    "cc1plus: out of memory allocating 65536 bytes",
+])  # fmt: skip
+def test_a_compiler_killed_for_memory_says_so(recipe, tmp_path, words):
+    compiler = fake_compiler(tmp_path, f"echo '{words}' >&2; exit 1")
     with pytest.raises(BuildError, match="out of memory"):
         built(replace(recipe, commands={".cpp": (compiler,)}), tmp_path / "cache")
+
+
+def test_a_disk_that_fills_up_everywhere_says_so(recipe, tmp_path):
+    compiler = fake_compiler(tmp_path, "echo 'fatal error: error writing to x.s: No space left on device' >&2; exit 1")
+    with (
+        pytest.warns(UserWarning, match="can't be written"),
+        pytest.raises(BuildError, match=r"nowhere to build.*No space left"),
+    ):
+        built(replace(recipe, commands={".cpp": (compiler,)}), tmp_path / "cache")
+
+
+FRONT_DOOR = """
+import warnings
+import torch
+from src.ops import wkv7
+from src.ops.build import BuildError
+from src.ops.reference import wkv7_reference
+x = [torch.randn(1, 3, 1, 32) for _ in range(6)]
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        assert torch.equal(wkv7(*x)[0], wkv7_reference(*x)[0])
+assert len(told) == 1, told
+print(told[0].message)
+try:
+    wkv7(*x, kernel="recurrent")
+except BuildError as error:
+    print("by name:", error)
+"""
+
+
+@pytest.mark.parametrize(("script", "words"), [
+    (None, "no C++ compiler"),
+    ("echo 'wrong architecture' >&2; exit 3", "does not run (exit 3):\nwrong architecture"),
+    ('[ "$1" = --version ] && exit; echo "unknown option" >&2; exit 1', "could not be built"),
+    ('[ "$1" = --version ] && exit; echo "Killed signal terminated program cc1plus" >&2; exit 1', "ran out of memory"),
+], ids=["no compiler", "does not run", "refuses", "killed for memory"])  # fmt: skip
+def test_without_a_library_there_is_one_warning_and_the_right_answer(tmp_path, script, words):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": ""}
+    if script is None:
+        environment["PATH"] = str(tmp_path)
+    else:
+        environment["CXX"] = fake_compiler(tmp_path, script)
+    done = subprocess.run(
+        [sys.executable, "-c", FRONT_DOOR], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    warned, by_name = done.stdout.split("by name: wkv7 kernel 'recurrent' can't be had: ")
+    assert "slow plain-PyTorch reference" in warned
+    assert words in warned
+    assert words in by_name
 
 
 def test_no_compiler_says_what_to_install(monkeypatch):

@@ -1,5 +1,7 @@
-"""The lock lets one process in at a time, also when its file is deleted by the one who leaves."""
+"""The lock lets one process in at a time, also when its file is deleted by the one who leaves; without locks it says so and goes on."""
 
+import errno
+import fcntl
 import multiprocessing
 from pathlib import Path
 
@@ -34,4 +36,27 @@ def test_without_waiting(tmp_path: Path) -> None:
     with only_one(lock, wait=False), pytest.raises(BlockingIOError), only_one(lock, wait=False):
         pass
     with only_one(lock, wait=False):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])
+def test_a_file_system_without_locks_is_told_and_no_obstacle(tmp_path: Path, monkeypatch, number: int) -> None:
+    def refuse(*_):
+        raise OSError(number, "not here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.warns(UserWarning, match=f"{tmp_path} is on a file system without locks") as told,
+        only_one(tmp_path / "lock", wait=False),
+    ):
+        pass
+    assert len(told) == 1
+
+
+def test_another_failure_is_not_taken_for_missing_locks(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_):
+        raise OSError(errno.EIO, "disk on fire")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="on fire"), only_one(tmp_path / "lock", wait=False):
         pass

@@ -1,28 +1,24 @@
-"""One process at a time: a lock that the system gives back when its holder ends, however it ends."""
+"""One process at a time in a folder, as far as its file system can tell."""
 
-import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from src.files import locked
+
 
 @contextmanager
 def only_one(path: Path, wait: bool) -> Iterator[None]:
-    """Holds the lock file `path` for the block. BlockingIOError when another process has it and `wait` is False."""
-    import fcntl  # where it doesn't exist (Windows), reading data must still work
+    """Holds the lock file `path` for the block. BlockingIOError when another process has it and `wait` is False.
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with path.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if not _stands_under(path, file.fileno()):  # its last holder has deleted it in the meantime
-                continue
-            yield
-            return
-
-
-def _stands_under(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+    Where files can't be locked (some network mounts) the block runs all the same, after a warning that nothing keeps a second process out.
+    """
+    with locked(path, wait) as held:
+        if not held:
+            warnings.warn(
+                f"{path.parent} is on a file system without locks: nothing keeps a second process from working in it at the same time; "
+                "see to it that none does",
+                stacklevel=3,
+            )
+        yield

@@ -6,7 +6,7 @@ machine on the same home directory or another torch gets its own binary, and a r
 in a private folder and is renamed into place when whole.
 """
 
-import fcntl
+import atexit
 import hashlib
 import importlib.util
 import os
@@ -18,18 +18,33 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from src.files import locked
+
 SOURCE_FOLDER = Path(__file__).resolve().parents[2] / "cuda"
 CPU_SOURCES = ("wkv7.cpp", "wkv7_cpu.cpp", "relu_squared.cpp", "cross_entropy.cpp", "decode.cpp")
-HEADERS = ("wkv7_cpu.h", "vec.h")
-CUDA_SOURCES = ("wkv7_cuda.cpp", "wkv7_recurrent.cu", "wkv7_chunked.cu")
-CUDA_HEADERS = ("port.cuh",)
+HEADERS = ("wkv7_cpu.h", "vec.h", "cross_entropy.h")
+CUDA_SOURCES = (
+    "wkv7_cuda.cpp",
+    "wkv7_recurrent.cu",
+    "wkv7_chunked.cu",
+    "cross_entropy_cuda.cpp",
+    "cross_entropy.cu",
+)
+CUDA_HEADERS = (
+    "port.cuh",
+    "wkv7_document.cuh",
+    "chunked_fragments.cuh",
+    "chunked_prepare.cuh",
+    "chunked_state.cuh",
+    "chunked_backward.cuh",
+    "on_device.h",
+)
 OLDEST_GPU = (7, 5)
 LIBRARY = "librwkv7_native.so"
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: the oldest whose headers have all that we use
@@ -57,6 +72,7 @@ class Recipe:
     commands: dict[str, tuple[str, ...]]
     link: tuple[str, ...]
     identity: tuple[str, ...] = field(default=())  # versions of the tools, features of the processor
+    prepare: Callable[["Recipe", Path], "Recipe"] | None = None  # what is done in the build's folder before compiling
 
     def key(self) -> str:
         """A hash of everything that the binary depends on (paths of the installation don't count)."""
@@ -87,7 +103,7 @@ def load_native(instruction_set: str = "native") -> None:
         raise _failure
     if torch.cuda.is_available():
         try:
-            _loaded = _build_and_load(cuda_recipe(instruction_set))
+            _loaded = _build_and_load(_gpu_recipe(instruction_set))
             return
         except BuildError as error:
             _cuda_failure = error  # the CPU ops can still be had
@@ -136,17 +152,23 @@ def cpu_recipe(instruction_set: str = "native") -> Recipe:
         headers=tuple(SOURCE_FOLDER / name for name in HEADERS),
         commands={".cpp": (compiler, *flags)},
         link=(compiler, "-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"),
-        identity=(_version_of(compiler), platform.machine(), _processor_features(), torch.__version__, sys.platform),
+        identity=(version_of(compiler), platform.machine(), _processor_features(), torch.__version__, sys.platform),
     )
+
+
+def _gpu_recipe(instruction_set: str) -> Recipe:
+    if torch.version.hip:
+        from src.ops.rocm import rocm_recipe  # it takes its parts from here
+
+        return rocm_recipe(instruction_set)
+    return cuda_recipe(instruction_set)
 
 
 def cuda_recipe(instruction_set: str = "native") -> Recipe:
     """The recipe of the CPU and CUDA ops, for the GPUs present (or those in TORCH_CUDA_ARCH_LIST)."""
-    if torch.version.hip:
-        raise BuildError("the CUDA kernels are not built for ROCm yet; use --kernel reference")
     base = cpu_recipe(instruction_set)
     nvcc = find_nvcc()
-    version = _version_of(nvcc)
+    version = version_of(nvcc)
     found = re.search(r"release (\d+)\.(\d+)", version)
     wanted = torch.version.cuda or ""
     if found is None or found[1] != wanted.split(".")[0]:
@@ -154,15 +176,14 @@ def cuda_recipe(instruction_set: str = "native") -> Recipe:
             f"nvcc ({nvcc}) is of CUDA {'.'.join(found.groups()) if found else 'an unknown version'}, but this PyTorch was built "
             f"for CUDA {wanted}: install the CUDA toolkit {wanted} (and point CUDA_HOME at it), or a PyTorch for your CUDA"
         )
-    home = Path(nvcc).resolve().parent.parent
-    libraries = [f"-L{home / name}" for name in ("lib64", "lib", "targets/x86_64-linux/lib") if (home / name).is_dir()]
     nvcc_flags = ("-std=c++17", "-O3", "-ccbin", base.compiler, "-Xcompiler", "-fPIC", *gpu_targets())
     return Recipe(
         compiler=base.compiler,
         sources=(*base.sources, *(SOURCE_FOLDER / name for name in CUDA_SOURCES)),
         headers=(*base.headers, *(SOURCE_FOLDER / name for name in CUDA_HEADERS)),
         commands={**base.commands, ".cu": (nvcc, *nvcc_flags)},
-        link=(*base.link, "-ltorch_cuda", *libraries, "-lcudart"),
+        # nvcc knows where its runtime lies, also when it is a wrapper's name; PyTorch has the same one loaded.
+        link=(nvcc, "-ccbin", base.compiler, "-cudart=shared", *base.link[1:], "-ltorch_cuda"),
         identity=(*base.identity, version, wanted),
     )
 
@@ -260,12 +281,13 @@ def build(recipe: Recipe, cache: Path | None = None) -> Path:
     if final.is_file():
         return final
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache / "lock"):
+        # Where a file system has no locks several may build at once, each in a folder of its own: harmless.
+        with locked(cache / "lock", wait=True):
             if not final.is_file():  # another process may have built it while we waited
                 _build_into(recipe, final)
     except OSError as error:
         folder = Path(tempfile.mkdtemp(prefix="rwkv7-native-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         warnings.warn(
             f"the build cache {cache} can't be written ({error}); building in {folder}, for this process only. "
             "Set XDG_CACHE_HOME to a folder that can be written to keep the build.",
@@ -279,18 +301,6 @@ def build(recipe: Recipe, cache: Path | None = None) -> Path:
                 f"nowhere to build: neither {cache} ({error}) nor {folder} ({second}) can be written"
             ) from second
     return final
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One builder at a time. The kernel frees the lock when its holder dies; where a file system has no locks, both build, harmlessly."""
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            yield
-            return
-        yield
 
 
 def _build_into(recipe: Recipe, final: Path) -> None:
@@ -311,6 +321,8 @@ def _build_into(recipe: Recipe, final: Path) -> None:
 
 
 def _compile(recipe: Recipe, work: Path) -> None:
+    if recipe.prepare is not None:
+        recipe = recipe.prepare(recipe, work)
     (work / "build.ninja").write_text(_ninja_file(recipe), encoding="utf-8")
     ninja = [find_ninja(), "-C", str(work)]
     # Messages in English, so that they can be searched for.
@@ -324,7 +336,7 @@ def _compile(recipe: Recipe, work: Path) -> None:
     if "No space left on device" in words:
         raise OSError(28, "No space left on device")
     if done.returncode == -signal.SIGKILL or any(
-        sign in words for sign in ("Killed", "virtual memory exhausted", "out of memory")
+        sign in words for sign in ("Killed", "signal 9", "virtual memory exhausted", "out of memory")
     ):
         advice = "The compiler ran out of memory: it needs about 500 MB; close something, or add swap, and start again."
     else:
@@ -353,7 +365,8 @@ def _ninja_file(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def _version_of(compiler: str) -> str:
+def version_of(compiler: str) -> str:
+    """What the compiler says of itself; BuildError when it doesn't run."""
     try:
         done = subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:

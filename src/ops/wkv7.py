@@ -128,6 +128,8 @@ def _why_not_chunked(dtype: torch.dtype, head_size: int) -> str:
         return f"the chunked kernel takes bfloat16, not {dtype}; use --kernel recurrent or --precision bf16"
     if head_size != 64:
         return f"the chunked kernel takes head size 64, not {head_size}; use --kernel recurrent"
+    if torch.version.hip:
+        return "the chunked kernel needs an NVIDIA GPU; use --kernel recurrent"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "the chunked kernel needs a GPU of capability 8.0 or later; use --kernel recurrent"
     return ""

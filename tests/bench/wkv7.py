@@ -1,6 +1,6 @@
-"""Speed of wkv7 on a CPU: microseconds per token-head, forward + backward as called from PyTorch, beside the reference.
+"""Speed of wkv7. On a GPU: tests/bench/wkv7_gpu.py. On a CPU: microseconds per token-head, forward + backward as called from PyTorch, beside the reference.
 
-    python tests/bench/wkv7.py [--batch 4] [--tokens 512] [--heads 8] [--head-size 64] [--dtype float32] [--instruction-set avx2]
+    python tests/bench/wkv7.py [--device cpu] [--batch 4] [--tokens 512] [--heads 8] [--head-size 64] [--dtype float32] [--instruction-set avx2]
 
 Machines are shared, so every repetition is paired with the rate of matrix products measured just before and after it; one whose two
 rates differ by over 25 % is dropped. Medians are printed. us x GFLOP/s hardly depends on what else the machine does.
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from src.ops import build, wkv7
 
@@ -59,7 +60,8 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=4, help="this and what follows: on a CPU only")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-size", type=int, default=64)
@@ -70,6 +72,10 @@ def main() -> None:
         "--reference", type=int, default=1, metavar="N", help="repetitions of the reference (0: leave it out)"
     )
     args = parser.parse_args()
+    if args.device == "cuda":
+        from wkv7_gpu import report
+
+        return report()
     shape, dtype = (args.batch, args.tokens, args.heads, args.head_size), getattr(torch, args.dtype)
     build.load_native(args.instruction_set)
     print(

@@ -1,0 +1,86 @@
+"""The native library for AMD GPUs: cuda/*.cu in PyTorch's own translation (torch.utils.hipify), compiled by hipcc. No second copy is kept."""
+
+import os
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import torch
+
+from src.ops.build import (
+    CUDA_HEADERS,
+    CUDA_SOURCES,
+    SOURCE_FOLDER,
+    BuildError,
+    Recipe,
+    cpu_recipe,
+    version_of,
+)
+
+
+def rocm_recipe(instruction_set: str = "native") -> Recipe:
+    """The recipe of the CPU and GPU ops for the AMD GPUs present (or those in PYTORCH_ROCM_ARCH)."""
+    base = cpu_recipe(instruction_set)
+    hipcc = find_hipcc()
+    libraries = Path(hipcc).resolve().parent.parent / "lib"
+    flags = ("-std=c++17", "-O3", "-fPIC", *(f"--offload-arch={name}" for name in gpu_names()))
+    return Recipe(
+        compiler=base.compiler,
+        sources=(*base.sources, *(SOURCE_FOLDER / name for name in CUDA_SOURCES)),
+        headers=(*base.headers, *(SOURCE_FOLDER / name for name in CUDA_HEADERS)),
+        commands={**base.commands, ".hip": (hipcc, *flags)},
+        link=(*base.link, "-ltorch_hip", f"-L{libraries}", "-lamdhip64"),
+        identity=(*base.identity, version_of(hipcc), torch.version.hip or ""),
+        prepare=translated,
+    )
+
+
+def translated(recipe: Recipe, folder: Path) -> Recipe:
+    """`recipe` with each .cu source replaced by its translation, written under `folder`."""
+    from torch.utils.hipify import hipify_python
+
+    before, after = folder / "cuda", folder / "hip"
+    before.mkdir()
+    for file in (*recipe.sources, *recipe.headers):
+        if file.suffix in (".cu", ".cuh"):
+            shutil.copy(file, before)
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it reports every file
+        hipify_python.hipify(
+            project_directory=str(before),
+            output_directory=str(after),
+            includes=[f"{before}/*"],
+            extensions=(".cu", ".cuh"),
+            extra_files=[str(path) for path in before.iterdir()],
+            is_pytorch_extension=True,
+            show_detailed=False,
+        )
+    kernels = {path.stem: path for path in after.rglob("*.hip")}
+    return replace(recipe, sources=tuple(kernels[x.stem] if x.suffix == ".cu" else x for x in recipe.sources))
+
+
+def find_hipcc() -> str:
+    """hipcc: under $ROCM_HOME, on the PATH, or in /opt/rocm."""
+    home = os.environ.get("ROCM_HOME", "")
+    if home:
+        found = shutil.which("hipcc", path=str(Path(home) / "bin"))
+        if found is None:
+            raise BuildError(
+                f"ROCM_HOME is {home!r}, but there is no bin/hipcc in it; unset it or name the ROCm toolkit's folder"
+            )
+        return found
+    found = shutil.which("hipcc") or shutil.which("hipcc", path="/opt/rocm/bin")
+    if found is None:
+        raise BuildError(
+            f"there is an AMD GPU but no hipcc: install the HIP compiler of ROCm {torch.version.hip} (`sudo apt install hipcc` from "
+            "AMD's packages) or set ROCM_HOME to its folder"
+        )
+    return found
+
+
+def gpu_names() -> list[str]:
+    """The processors to compile for, such as gfx90a: PYTORCH_ROCM_ARCH ("gfx90a;gfx942"), or the GPUs present."""
+    wanted = os.environ.get("PYTORCH_ROCM_ARCH", "").replace(";", " ").split()
+    devices = range(torch.cuda.device_count())
+    return wanted or sorted({torch.cuda.get_device_properties(i).gcnArchName.split(":")[0] for i in devices})
