@@ -41,7 +41,7 @@ class HeadLoss(nn.Module):
                 self.largest_logit = (hidden.flatten(0, 1)[:MEASURED_ROWS] @ head.weight.t()).amax()
         if self.chunk:
             return linear_cross_entropy_l2wrap(hidden, head.weight, targets, self.chunk)
-        return cross_entropy_l2wrap(head(hidden), targets)
+        return cross_entropy_l2wrap(head(hidden), targets, overwrite=True)
 
 
 class TrainingModule(pl.LightningModule):
