@@ -23,6 +23,7 @@ from src.model import RWKV7
 from src.model.weights import fit_weights, read_weights
 from src.ops.build import BuildError
 from src.training import checkpoint, plan
+from src.training.allocator import keep_freed_memory
 from src.training.data import open_samples
 from src.training.describe import parameter_count, settings_of, summary, words_for_complete
 from src.training.fit import fit_whatever_comes
@@ -149,6 +150,8 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
     exit_tokens = config.my_exit_tokens or max(1, round(config.epochs * samples.once))
     length = RunLength.of(exit_tokens, config.ctx_len, global_batch, config.epoch_steps)
 
+    if hardware.accelerator == "cpu":
+        keep_freed_memory()
     company.decide(lambda: put_aside_other_run(config, proj_dir))
     if company.decide((proj_dir / checkpoint.FINAL).exists):
         say(words_for_complete(proj_dir))

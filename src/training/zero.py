@@ -27,7 +27,6 @@ from src.model import RWKV7
 from src.training.optim import LOSS_SCALE_GROWTH_STEPS, LOSS_SCALE_POWER
 from src.training.processes import OneProcess
 
-
 REQUIREMENT = "deepspeed>=0.19,<0.20"  # what the tests run; nothing of it has to be compiled
 
 
