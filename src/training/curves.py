@@ -139,14 +139,15 @@ def _by_step(
 def _by_mini_epoch(
     name: str, mini_epochs: list[MiniEpoch], mini_epoch_tokens: float, settings: dict[str, Any]
 ) -> Curves:
-    tokens = np.array([(line.number + 1) * mini_epoch_tokens for line in mini_epochs])
+    most = settings.get("my_exit_tokens") or math.inf  # the last one may be partial
+    tokens = np.array([min(most, (line.number + 1) * mini_epoch_tokens) for line in mini_epochs])
     ends = np.array([line.ended.timestamp() if line.ended else math.nan for line in mini_epochs])
     took = np.diff(ends)
     usual = float(np.nanmedian(took)) if np.isfinite(took).any() else math.nan
     # breaks between two starts are not training: a mini-epoch that took far longer than usual counts as usual
     took = np.where(took > 3 * usual, usual, took)
     seconds = np.cumsum(np.r_[usual, took])
-    speed = mini_epoch_tokens / np.diff(seconds, prepend=0.0)
+    speed = np.diff(tokens, prepend=tokens[0] - mini_epoch_tokens) / np.diff(seconds, prepend=0.0)
     loss, lr = (np.array([float(getattr(line, key)) for line in mini_epochs]) for key in ("loss", "lr"))
     return Curves(name, False, tokens, seconds, loss, lr, speed, mini_epochs, mini_epoch_tokens, settings)
 

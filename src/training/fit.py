@@ -164,7 +164,7 @@ def _fit(
         max_epochs=1,
         max_steps=length.steps - position.step,
         accumulate_grad_batches=config.accumulate_grad_batches,
-        callbacks=[SetLearningRate(_schedule(config, start), position.step), show_samples, reporter, weights, *after_report, keeper, stop],
+        callbacks=[SetLearningRate(_schedule(config, start), position.step), reporter, weights, *after_report, keeper, stop, show_samples],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

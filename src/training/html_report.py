@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from src.config import GROUPS, RunConfig
+from src.config import GROUPS, ModelConfig, RunConfig
 from src.files import write_whole
 from src.training import published
 from src.training.curves import Curves, read_curves
@@ -74,7 +74,8 @@ def _headline(curves: Curves) -> str:
     if len(curves.val_loss):
         facts.append((f"{curves.val_loss[-1]:.4f}", "held-out loss at the end"))
         facts.append((f"{curves.val_loss.min():.4f}", "lowest held-out loss"))
-    facts.append((f"{curves.tokens[-1] / 1e6:,.1f} M", "tokens"))
+    tokens = curves.tokens[-1]
+    facts.append((f"{tokens / 1e6:,.1f} M" if tokens >= 1e6 else f"{tokens:,.0f}", "tokens"))
     if np.isfinite(curves.seconds[-1]):
         facts.append((duration(curves.seconds[-1]), "of training"))
     what = (
@@ -142,7 +143,7 @@ def _again(settings: dict[str, Any], remembered: dict[str, Any]) -> str:
     words = ["python train.py"]
     for flag in dataclasses.fields(RunConfig):
         value = remembered.get("tokenizer", "") if flag.name == "tokenizer" else settings.get(flag.name, flag.default)
-        if value != flag.default and flag.name not in ("restart", "plan"):
+        if value not in (flag.default, _worked_out(settings).get(flag.name)) and flag.name not in ("restart", "plan"):
             words.append(f"--{flag.name} {_quoted(value)}")
     start = remembered.get("origin", {})
     known = {
@@ -153,6 +154,12 @@ def _again(settings: dict[str, Any], remembered: dict[str, Any]) -> str:
         else "drawn from the seed",
     }
     return f"<pre>{_text(' '.join(words))}</pre>\n{_pairs(known)}"
+
+
+def _worked_out(settings: dict[str, Any]) -> dict[str, int]:
+    """The sizes that nobody needs to give."""
+    known = [settings.get(name) for name in ("n_layer", "n_embd", "vocab_size", "head_size")]
+    return dataclasses.asdict(ModelConfig(*known)) if all(known) else {}  # type: ignore[arg-type]
 
 
 def _quoted(value: Any) -> str:

@@ -6,7 +6,6 @@ import importlib.util
 import math
 import os
 import secrets
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from src.config import RunConfig
 from src.training import checkpoint
+from src.training.environment import git_commit
 from src.training.say import say
 from src.training.sink import UPDATE_GROUPS, MiniEpochReport, Sample, Sink, StepReport, ValidationReport
 
@@ -124,16 +124,3 @@ def _has_login() -> bool:
     import wandb
 
     return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-
-
-def git_commit() -> str:
-    """The commit of this program, with "+" where files differ from it; "" where that can't be known."""
-    here = Path(__file__).parent
-    try:
-        head, changes = (
-            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return head.strip() + "+" * bool(changes.strip())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -14,20 +15,24 @@ from src.training.plot import loss_picture
 from src.training.say import say
 from src.training.schedule import RunLength
 
+DRAW_SECONDS = 60.0  # a drawing takes about half a second of one core
+
 
 class DrawPictures(AfterStep):
-    """At each mini-epoch's end, on rank 0; left out where the last drawing is still under way. run.py draws the last one."""
+    """At each mini-epoch's end, on rank 0, but not more than once in DRAW_SECONDS. The run draws the last one when all is done."""
 
     def __init__(self, length: RunLength, first_step: int, proj_dir: Path) -> None:
         super().__init__(first_step)
         self.length, self.proj_dir = length, proj_dir
         self._thread: threading.Thread | None = None
+        self._drawn_at = time.monotonic()
 
     def after_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         last = step == self.length.steps - 1
         if not trainer.is_global_zero or last or not self.length.ends_mini_epoch(step):
             return
-        if self._thread is None or not self._thread.is_alive():
+        if time.monotonic() - self._drawn_at > DRAW_SECONDS and (self._thread is None or not self._thread.is_alive()):
+            self._drawn_at = time.monotonic()
             self._thread = threading.Thread(target=self._draw, daemon=True, name="pictures")
             self._thread.start()
 

@@ -67,7 +67,7 @@ def draw_run(curves: Curves) -> Figure:
     loss_by_tokens.set_ylim(*_loss_limits(curves, smoothed))
     lr_by_tokens.set_ylabel("learning rate")
     lr_by_tokens.set_ylim(bottom=0)
-    lr_by_tokens.set_xlabel(f"tokens ({token_unit})")
+    lr_by_tokens.set_xlabel(token_unit)
     lr_by_time.set_xlabel(f"training time ({time_unit})")
     for axes in figure.axes:
         axes.grid(alpha=0.25)
@@ -96,7 +96,7 @@ def draw_comparison(runs: list[Curves]) -> Figure:
     limits = [_loss_limits(curves, curves.smoothed()[0]) for curves in runs]
     by_tokens.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     by_tokens.set_ylabel("loss (nats per token), running mean")
-    by_tokens.set_xlabel(f"tokens ({token_unit})")
+    by_tokens.set_xlabel(token_unit)
     by_time.set_xlabel(f"training time ({time_unit})")
     for axes in figure.axes:
         axes.grid(alpha=0.25)
@@ -159,9 +159,8 @@ def _loss_limits(curves: Curves, smoothed: Numbers) -> tuple[float, float]:
 
 def _token_unit(tokens: Numbers) -> tuple[float, str]:
     most = float(tokens[-1]) if len(tokens) else 0.0
-    return next(
-        (size, name) for size, name in ((1e9, "billions"), (1e6, "millions"), (1.0, "")) if most >= size or size == 1
-    )
+    sizes = ((1e9, "billion tokens"), (1e6, "million tokens"), (1.0, "tokens"))
+    return next((size, words) for size, words in sizes if most >= size or size == 1)
 
 
 def _time_unit(seconds: Numbers) -> tuple[float, str]:

@@ -66,8 +66,9 @@ class ProgressLine(Sink):
         self._say(f"mini-epoch {report.mini_epoch}: mean loss {report.loss:.4f}, lr {report.last.lr:.8f}")
 
     def validation(self, report: ValidationReport) -> None:
-        best = ", the lowest so far" if report.is_best else ""
-        self._say(f"held-out loss {report.loss:.4f} after step {report.steps}{best} ({report.seconds:.1f} s)")
+        when = f"after step {report.steps}" if report.steps else "before the run"
+        best = ", the lowest so far" if report.is_best and report.steps else ""
+        self._say(f"held-out loss {report.loss:.4f} {when}{best} ({report.seconds:.1f} s)")
 
     def _say(self, text: str) -> None:
         if self._bar is not None:

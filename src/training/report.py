@@ -44,7 +44,7 @@ class Reporter(pl.Callback):
         wishes: dict[str, Callable[[], bool]],
         peak_tokens_per_second: float = math.nan,
     ) -> None:
-        self.length, self.sinks, self.wishes = length, sinks, wishes
+        self.length, self.sinks, self.wishes = length, list(sinks), wishes
         self.peak_tokens_per_second = peak_tokens_per_second
         self.next_step = first_step
         self.agreed: set[str] = set()
@@ -83,6 +83,8 @@ class Reporter(pl.Callback):
         self.agreed = set()
         self.read_waiting()
         parts = [values, pl_module.grad_norm.to(values).reshape(1)]
+        if math.isnan(self._memory_gib) or self.next_step % MEASURED_EVERY == 0:
+            self._memory_gib = memory_gib(pl_module.device)
         if self.next_step % MEASURED_EVERY == 0:
             parts.append(self._measure(trainer, pl_module).to(values))
         group = trainer.optimizers[0].param_groups[0]
@@ -98,12 +100,16 @@ class Reporter(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.read_waiting()
-        for sink in self.sinks:
-            sink.close()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close_sinks()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        for sink in self.sinks:
-            sink.close()
+        self._close_sinks()
+
+    def _close_sinks(self) -> None:
+        while self.sinks:
+            self.sinks.pop().close()
 
     def read_waiting(self) -> None:
         """Read the newest step's results now, waiting for the device if it must be."""
@@ -154,8 +160,7 @@ class Reporter(pl.Callback):
         return time.perf_counter() - self._began - self._paused
 
     def _measure(self, trainer: pl.Trainer, module: TrainingModule) -> Tensor:
-        """(largest logit, update ratio of each group) of this step, on the device; memory is taken note of on the way."""
-        self._memory_gib = memory_gib(module.device)
+        """(largest logit, update ratio of each group) of this step, on the device."""
         largest = module.head_loss.largest_logit.float().reshape(1)
         if trainer.world_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)

@@ -26,6 +26,7 @@ from src.training import checkpoint, plan
 from src.training.allocator import keep_freed_memory
 from src.training.data import open_samples
 from src.training.describe import parameter_count, settings_of, summary, words_for_complete
+from src.training.environment import environment
 from src.training.fit import fit_whatever_comes
 from src.training.folder import BEST, FINAL, LOG, METRICS, PICTURE, VALIDATION
 from src.training.html_report import write_report
@@ -165,7 +166,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
         known = start.loaded.settings if start.loaded else checkpoint.read_run(proj_dir).get("settings", {})
         company.decide(lambda: compare_settings(known, settings, proj_dir))
     say(summary(config, model, hardware, samples, start))
-    _remember(config, proj_dir, settings, start.length.unit)
+    _remember(config, hardware, proj_dir, settings, start.length.unit)
     end = fit_whatever_comes(config, hardware, proj_dir, model, values, samples, start, settings, company, ends_at)
     if company.rank != 0:
         return end.exit_code
@@ -195,7 +196,7 @@ def _seed(config: RunConfig) -> int:
     return seed
 
 
-def _remember(config: RunConfig, proj_dir: Path, settings: dict[str, Any], mini_epoch_samples: int) -> None:
+def _remember(config: RunConfig, hardware: Hardware, proj_dir: Path, settings: dict[str, Any], mini_epoch_samples: int) -> None:
     if not is_first():
         return
     remembered = checkpoint.read_run(proj_dir)
@@ -203,6 +204,7 @@ def _remember(config: RunConfig, proj_dir: Path, settings: dict[str, Any], mini_
         origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
         remembered["origin"] = checkpoint.fingerprint(origin)
     remembered["settings"] = settings
+    remembered["environment"] = environment(hardware)
     remembered["mini_epoch_samples"] = mini_epoch_samples
     remembered["tokenizer"] = config.tokenizer or remembered.get("tokenizer", "")
     folder = Path(config.tokenizer)

@@ -53,6 +53,6 @@ def write_samples(model: RWKV7, tokenizer: Tokenizer, held_out: HeldOut) -> list
     samples = []
     for prompt, following in held_out.prompts(COUNT, PROMPT_TOKENS):
         answer = generate(model, prompt, NEW_TOKENS, TEMPERATURE, TOP_P, seed=SEED, stop_ids=tokenizer.eos_ids)
-        texts = (tokenizer.decode(list(ids)) for ids in (prompt, answer, following[1 : NEW_TOKENS + 1]))
+        texts = (tokenizer.decode(list(ids)) for ids in (prompt, answer, following[:NEW_TOKENS]))
         samples.append(Sample(*texts))
     return samples

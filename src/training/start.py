@@ -46,6 +46,8 @@ FREE_SETTINGS = (
         "accelerator",
         "enable_progress_bar",
         "wandb",
+        "logger",
+        "val_every",
         "global_batch",
         "epoch_begin",
         "epoch_count",

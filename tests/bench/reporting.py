@@ -1,0 +1,89 @@
+"""What seeing a run costs it: the share of training time that reports, files, live line, wandb (offline), pictures and measurements take.
+
+    python tests/bench/reporting.py [STEPS] [flags of train.py]      default: 120 steps of L4-D256, context 256, batch 8
+"""
+
+import resource
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from src.cli import parse
+from src.dataset.binidx import BinIdxWriter
+from src.training import pictures
+from src.training.log_files import MetricsFile, TrainLog
+from src.training.loggers import LoggerSink
+from src.training.progress import ProgressLine
+from src.training.report import MEASURED_EVERY, Reporter
+from src.training.run import run
+
+spent: dict[str, float] = defaultdict(float)
+ends: list[float] = []
+per_step: list[float] = []
+
+
+def clocked(owner: type, method: str, name: str) -> None:
+    """Adds up what a method takes, in this thread."""
+    original = getattr(owner, method)
+
+    def timed(*args, **kwargs):
+        begin = time.perf_counter()
+        result = original(*args, **kwargs)
+        spent[name] += time.perf_counter() - begin
+        return result
+
+    setattr(owner, method, timed)
+
+
+def main() -> None:
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 120
+    for sink, name in ((MetricsFile, "metrics.csv"), (TrainLog, "train_log.txt"), (ProgressLine, "live line"), (LoggerSink, "wandb")):
+        for method in ("step", "mini_epoch"):
+            clocked(sink, method, name)
+    clocked(Reporter, "_measure", f"update ratios, memory (every {MEASURED_EVERY} steps)")
+    clocked(Reporter, "on_train_batch_start", "Reporter")
+    original = Reporter.on_train_batch_end
+
+    def end(self, *args):
+        begin = time.perf_counter()
+        original(self, *args)
+        ends.append(time.perf_counter())
+        per_step.append(ends[-1] - begin)
+
+    Reporter.on_train_batch_end = end  # type: ignore[method-assign]
+    draw = pictures.DrawPictures._draw
+
+    def drawn(self):
+        begin = time.thread_time()
+        draw(self)
+        spent["loss.png (CPU time of its thread)"] += time.thread_time() - begin
+
+    pictures.DrawPictures._draw = drawn  # type: ignore[method-assign]
+
+    with tempfile.TemporaryDirectory() as folder:
+        with BinIdxWriter(Path(folder) / "data", np.uint16) as writer:
+            writer.add_document(np.random.default_rng(0).integers(1, 6400, 1_000_000).tolist())
+        settings = {
+            "data_file": f"{folder}/data", "proj_dir": f"{folder}/run", "vocab_size": 6400, "n_layer": 4, "n_embd": 256, "ctx_len": 256,
+            "micro_bsz": 8, "my_exit_tokens": steps * 8 * 256, "epoch_steps": max(2, steps // 2), "random_seed": 0, "wandb": "bench", "save_minutes": 0,
+        }  # fmt: skip
+        run(*parse([word for name, value in settings.items() for word in (f"--{name}", str(value))] + sys.argv[2:]))
+    assert threading.active_count() < 20
+    first = min(5, steps // 4)  # the first steps are slower
+    whole, reported = ends[-1] - ends[first], sum(per_step[first + 1 :])
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"\n{steps} steps, {whole / (len(ends) - first - 1):.4f} s each")
+    print(f"reporting, all sinks and measurements: {reported / whole:.3%} of the time, median {np.median(per_step[first + 1 :]) * 1e3:.2f} ms a step")
+    for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"  {seconds / (ends[-1] - ends[0]):8.3%}  {name}")
+    print(f"CPU time of processes beside (wandb, git): {children.ru_utime + children.ru_stime:.1f} s in all")
+
+
+if __name__ == "__main__":
+    main()
