@@ -397,7 +397,7 @@ inline void copy_async_wait() {
 // --- Launches -----------------------------------------------------------------------------------------------------------
 
 #if PORT_DEVICE
-#define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+#define SHARED_MEMORY(name) alignas(128) extern __shared__ unsigned char name[]
 
 // Returns 0 or the runtime's error number. `stream` is a cudaStream_t as an integer: callers need no CUDA header.
 template <class... Parameters, class... Arguments>

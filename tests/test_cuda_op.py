@@ -212,6 +212,28 @@ def test_gpu_targets_follow_the_list(monkeypatch):
             gpu_targets()
 
 
+def test_a_missing_or_wrong_nvcc_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(BuildError, match="no bin/nvcc in it"):
+        cuda_recipe()
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    for words, told in (
+        ("release 12.4, V12.4.131", r"is of CUDA 12\.4, but .* built for CUDA 13\.0: install the CUDA toolkit 13\.0"),
+        ("something else", "of CUDA an unknown version"),
+    ):
+        nvcc.write_text(f"#!/bin/sh\necho '{words}'\n")
+        nvcc.chmod(0o755)
+        with pytest.raises(BuildError, match=told):
+            cuda_recipe()
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setattr(shutil, "which", lambda *given, **named: None)
+    with pytest.raises(BuildError, match=r"no nvcc: install the CUDA toolkit 13\.0"):
+        find_nvcc()
+
+
 # --- What is ready for the day that a GPU is there ------------------------------------------------------------------------------------
 
 

@@ -107,9 +107,20 @@ int planted_beyond_output(float* out, int beyond) { return launch(beyond_output,
 }
 
 #if defined(PLANTED_MAIN)
-// For the AddressSanitizer build: `planted shared|output ELEMENTS_BEYOND`.
+// For the AddressSanitizer build: `planted shared|output ELEMENTS_BEYOND`, or `planted faults 0`: every fault that leaves threads where they stand.
 int main(int, char** arguments) {
-  float* out = static_cast<float*>(std::malloc(32 * sizeof(float)));
+  float* out = static_cast<float*>(std::malloc(128 * sizeof(float)));
+  if (arguments[1][0] == 'f') {
+    for (int order = 0; order < 3; order++) {
+      host_cuda_order(order, 1);
+      const int found = planted_mismatched_collective(out) + planted_lane_stays_away(out) + planted_warp_stays_away(out) +
+                        planted_different_barriers(out) + planted_copy_and_wait(out, out, 0) + planted_misaligned(out, out);
+      if (found != 6) return 1;
+    }
+    std::free(out);
+    return 0;
+  }
+  out = static_cast<float*>(std::realloc(out, 32 * sizeof(float)));
   const int beyond = std::atoi(arguments[2]);
   const int code = arguments[1][0] == 's' ? planted_beyond_shared(out, beyond) : planted_beyond_output(out, beyond);
   std::free(out);
