@@ -16,7 +16,7 @@ import torch
 from src.config import GROUPS, ModelConfig, RunConfig
 from src.model import RWKV7
 from src.model.init import row_of
-from src.training import plan
+from src.training import plan, published
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [path for path in (ROOT / "README.md", ROOT / "README_CN.md") if path.exists()]
@@ -98,6 +98,12 @@ def cluster() -> str:
     return table([*head, "GiB per GPU"], rows)
 
 
+def published_run() -> str:
+    """Loss and learning rate of the run that this project is checked against."""
+    rows = [[str(n), f"{loss:.6f}", lr] for n, (loss, lr) in enumerate(published.MINI_EPOCHS)]
+    return table(["mini-epoch", "mean loss", "lr at its last step"], rows)
+
+
 TOP = [
     "demo-training-prepare.sh",
     "demo-training-run.sh",
@@ -150,7 +156,7 @@ def _indented(name: str, words: str) -> str:
     return f"{own:<28}{words}".rstrip()
 
 
-TABLES: dict[str, Callable[[], str]] = {"tree": tree, "flags": flags, "weights": weights, "cluster": cluster}
+TABLES: dict[str, Callable[[], str]] = {"tree": tree, "flags": flags, "weights": weights, "cluster": cluster, "published": published_run}
 
 
 def section(name: str) -> re.Pattern[str]:
