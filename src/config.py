@@ -151,6 +151,15 @@ class RunConfig:
         at_least=-1,
         alone=0.0,
     )
+    check: int = flag(
+        0,
+        "run",
+        "look whether the run would fit and work: software, kernel, data, memory, disk, time; then stop",
+        at_least=0,
+        below=2,
+        alone=1,
+    )
+    dry_run: int = flag(0, "run", "build everything, take two steps, keep nothing, stop", at_least=0, below=2, alone=1)
     proj_dir: str = flag("out", "run", "folder of the run: weights, logs, settings")
     load_model: str = flag("", "run", 'weights to start from (.pth); "0" or empty: none')
     load_partial: int = flag(
@@ -254,6 +263,13 @@ class RunConfig:
     kernel: str = flag("auto", "speed", "how the recurrence is computed", KERNELS)
     compile: int = flag(0, "speed", "1: fuse the elementwise work with torch.compile", at_least=0, below=2)
 
+    profile: int = flag(
+        0,
+        "speed",
+        "record so many steps: profile.json.gz for ui.perfetto.dev, and the ten dearest operations",
+        at_least=0,
+    )
+
     # hardware
     accelerator: str = flag("auto", "hardware", "where to train", ("auto", "cpu", "gpu", "cuda"))
     devices: str = flag("1", "hardware", 'processes per node, one per device; "auto": all')
@@ -311,6 +327,19 @@ class RunConfig:
             found.append("--data_file: missing; expected binidx data, which data/make_data.py makes from a jsonl")
         if self.epoch_begin and not self.load_model:
             found.append(f"--epoch_begin {self.epoch_begin}: has a meaning with --load_model only; leave it out")
+        alone = [
+            name for name, on in (("plan", self.plan >= 0), ("check", self.check), ("dry_run", self.dry_run)) if on
+        ]
+        if len(alone) > 1:
+            found.append(
+                f"{' and '.join(f'--{name}' for name in alone)}: each does something and stops; give one of them"
+            )
+        if self.dry_run and self.train_stage == 1:
+            found.append(
+                "--dry_run takes steps, which --train_stage 1 does not; use --train_stage 0, or 3 for what is in --proj_dir"
+            )
+        if self.dry_run and self.profile:
+            found.append(f"--profile {self.profile} writes a file, --dry_run keeps nothing; leave one out")
         if self.load_partial and not self.load_model and self.train_stage < 2:
             found.append("--load_partial 1: has a meaning with --load_model only; leave it out")
         if self.my_exit_tokens and self.epochs not in (0, 1):

@@ -16,10 +16,10 @@ DATA = ["--data_file", "x"]
 
 # the public interface: existing scripts pass these; a change here breaks them
 FLAGS = """
-accelerator accumulate_grad_batches adam_eps beta1 beta2 compile ctx_len d_aaa_lora d_decay_lora d_gate_lora d_mv_lora
-data_file data_type devices dim_att dim_ffn ds_bucket_mb enable_progress_bar epoch_begin epoch_count epoch_save epoch_steps epochs
+accelerator accumulate_grad_batches adam_eps beta1 beta2 check compile ctx_len d_aaa_lora d_decay_lora d_gate_lora d_mv_lora
+data_file data_type devices dim_att dim_ffn dry_run ds_bucket_mb enable_progress_bar epoch_begin epoch_count epoch_save epoch_steps epochs
 grad_clip grad_cp head_chunk head_size keep_resume kernel load_model load_partial lr_final lr_init logger magic_prime max_bad_steps micro_bsz my_exit_tokens
-my_testing n_embd n_layer num_nodes packing plan precision proj_dir random_seed restart save_minutes sft_loss strategy time_limit tokenizer train_stage truncate val_data_file val_every val_windows
+my_testing n_embd n_layer num_nodes packing plan precision profile proj_dir random_seed restart save_minutes sft_loss strategy time_limit tokenizer train_stage truncate val_data_file val_every val_windows
 vocab_size wandb warmup_steps weight_decay
 """.split()
 DEFAULTS = {

@@ -1,11 +1,15 @@
 """The plan's formulas against what torch and the engines really keep."""
 
+from itertools import accumulate
+
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from src.cli import parse
 from src.model import RWKV7, ModelConfig
 from src.training import plan
+from src.training.module import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
 from src.training.run import run
 
@@ -62,6 +66,46 @@ def test_recomputed_activations_are_counted_once():
     )  # inputs of the blocks; one block is kept while it is recomputed
     block = 512 * plan.kept_by_block(config, 4)
     assert plan.activation_bytes(config, 512, 4) == pytest.approx(between + block, rel=0.03)
+
+
+def peak_bytes(work):
+    """The most memory that is taken at a time during `work`, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("head_chunk", [0, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_are_what_the_loss_takes(dtype, head_chunk):
+    config, tokens = ModelConfig(1, 128, 2000), 512
+    head = torch.nn.Linear(128, 2000, bias=False).to(dtype)
+    hidden = torch.randn(1, tokens, 128, dtype=dtype, requires_grad=True)
+    targets = torch.randint(2000, (1, tokens))
+    head.weight.grad, hidden.grad = torch.zeros_like(head.weight), torch.zeros_like(hidden)
+    HeadLoss(head, head_chunk)(hidden, targets).backward()
+    measured = peak_bytes(lambda: HeadLoss(head, head_chunk)(hidden, targets).backward())
+    expected = plan.logit_bytes(config, tokens, dtype.itemsize, head_chunk, native_loss=False)
+    assert expected == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize("changed", [{}, {"grad_cp": True}], ids=["plain", "grad_cp"])
+def test_a_whole_step_stays_within_the_estimate(changed):
+    config = ModelConfig(4, 128, 1000, **changed)
+    model = RWKV7(config)
+    optimizer = MasterAdamW(parameter_groups(model, 0.0), lr=1e-3, betas=(0.9, 0.99), eps=1e-18, grad_clip=1.0)
+    head_loss, tokens = HeadLoss(model.head, 0), torch.randint(1000, (4, 129))
+
+    def step():
+        head_loss(model.hidden(tokens[:, :-1])[0], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    expected = plan.memory(config, "auto", 1, "fp32", 4 * 128, native_loss=False)
+    at_work = expected.total - expected.weights - expected.optimizer
+    assert 0.7 * at_work < peak_bytes(step) < 1.1 * at_work
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -6,6 +6,7 @@ X.jsonl.sft.json       what it was made from, and what was left out
 
 import hashlib
 import json
+import tempfile
 from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
@@ -114,6 +115,26 @@ def open_conversations(path: str, folder: str, workers: int | None = None) -> Co
         raise ValueError(
             f"{error}: the tokens of --data_file are kept beside it, so its folder must allow it."
         ) from error
+
+
+def look_at_conversations(path: str, folder: str) -> tuple[Conversations, float]:
+    """For a check that leaves nothing behind: all conversations where they were tokenised before, else those at the file's beginning;
+    and the share of the file that they are. Errors as of `open_conversations`."""
+    check_inputs([path])
+    prefix = with_ending(Path(path), ".sft")
+    made_from = {"format": _FORMAT, "file": _fingerprint(Path(path)), "tokenizer": _tokenizer_hash(folder)}
+    if found := _read(prefix, made_from):
+        return found, 1.0
+    _load_once(folder)
+    first = _tokenise(next(iter(read_pieces([path], "conversations"))), folder)
+    left_out = Counter(fault.reason for fault in first.broken)
+    if not len(first.sizes):
+        raise ValueError(f"{path} begins with {len(first.broken)} lines of which none can be used: {dict(left_out)}")
+    with tempfile.TemporaryDirectory() as beside:  # a mapped file stays readable when its name is gone
+        with BinIdxWriter(Path(beside) / "first", np.int32) as out:
+            out.add_bytes(first.coded, first.sizes)
+        data = MMapIndexedDataset(Path(beside) / "first")
+    return Conversations(data, dict(left_out), first.turns, first.answer_tokens), first.end / Path(path).stat().st_size
 
 
 def _fingerprint(path: Path) -> list[Any]:

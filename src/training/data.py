@@ -14,7 +14,7 @@ from src.dataset.binidx import MMapIndexedDataset
 from src.dataset.pretrain import PretrainDataset
 from src.dataset.sampling import check_magic_prime, magic_prime, sample_offset
 from src.dataset.sft import SftDataset, SftRows, collate_shares
-from src.dataset.sft_cache import open_conversations
+from src.dataset.sft_cache import Conversations, look_at_conversations, open_conversations
 
 # windows of the data whose ids are compared with vocab_size before the start; every batch is checked later
 SAMPLED_WINDOWS = 256
@@ -89,9 +89,9 @@ class SftSamples:
     collate = staticmethod(collate_shares)
     prime = 0
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, conversations: Conversations | None = None) -> None:
         self.config = config
-        conversations = open_conversations(config.data_file, config.tokenizer)
+        conversations = conversations or open_conversations(config.data_file, config.tokenizer)
         seed = max(0, config.random_seed)  # an order that isn't asked for is the same at every start
         self.rows = SftRows(
             conversations,
@@ -113,9 +113,7 @@ class SftSamples:
 
     def dataset(self, first: int, count: int, rank: int, world_size: int, holes: Holes, vocab_size: int) -> Dataset:
         c = self.config
-        return SftDataset(
-            self.rows, first, count, rank, world_size, holes, c.micro_bsz, c.accumulate_grad_batches
-        )
+        return SftDataset(self.rows, first, count, rank, world_size, holes, c.micro_bsz, c.accumulate_grad_batches)
 
     def check_ids(self, vocab_size: int) -> None:
         largest = self.largest_id()
@@ -138,3 +136,12 @@ class SftSamples:
 def open_samples(config: RunConfig) -> Samples:
     """The data of a run. Raises ValueError naming the flag when it is missing, damaged, or doesn't fit the settings."""
     return SftSamples(config) if config.data_type == "sft" else PretrainSamples(config)
+
+
+def look_at_samples(config: RunConfig) -> tuple[Samples, float]:
+    """As `open_samples`, leaving nothing behind: conversations that were not tokenised before are only looked at, in which case the share
+    of the file that was seen is below 1."""
+    if config.data_type != "sft":
+        return PretrainSamples(config), 1.0
+    conversations, share = look_at_conversations(config.data_file, config.tokenizer)
+    return SftSamples(config, conversations), share

@@ -19,7 +19,8 @@ from src.model import RWKV7
 from src.training import checkpoint
 from src.training.callbacks import KeepState, SaveWeights, SetLearningRate, StopInTime, WatchBadSteps
 from src.training.data import Samples
-from src.training.folder import FINAL, LOG, METRICS, VALIDATION
+from src.training.folder import FINAL, LOG, METRICS, TRACE, VALIDATION
+from src.training.health import Warnings, WatchNumbers, WatchPace
 from src.training.log_files import MetricsFile, TrainLog, ValidationFile
 from src.training.loggers import open_loggers
 from src.training.module import TrainingModule
@@ -27,6 +28,7 @@ from src.training.parts import Values
 from src.training.peak_flops import peak_tokens_per_second
 from src.training.pictures import DrawPictures
 from src.training.processes import OneProcess
+from src.training.profile import Profile
 from src.training.progress import ProgressLine
 from src.training.report import Reporter
 from src.training.resume import StateWriter
@@ -127,7 +129,8 @@ def _fit(
             block.compile()
     bad_steps = WatchBadSteps(config.max_bad_steps, scale_loss=hardware.precision == "fp16")
     stop = StopInTime(position.step, ends_at)
-    shown = _sinks(config, proj_dir, start, settings) if is_first() else []
+    warn = Warnings()
+    shown = [*_sinks(config, proj_dir, start, settings), WatchNumbers(length.steps, warn)] if is_first() else []
     wishes = {"stop": stop.wish, "rollback": bad_steps.wish}
     peak = peak_tokens_per_second(model.config, hardware)
     reporter = Reporter(length, position.step, [*shown, bad_steps], position.mini_epoch_losses, wishes, peak)
@@ -151,27 +154,29 @@ def _fit(
             lambda: best_before(proj_dir, config, before, start.loaded, position.step)
         )
         held_out = HeldOut(config, model.config.vocab_size)
-        from_trained = position.step == 0 and start.weights is not None and (config.data_type == "sft" or bool(config.load_model))
+        from_trained = (
+            position.step == 0 and start.weights is not None and (config.data_type == "sft" or bool(config.load_model))
+        )
         validate = Validate(held_out, reporter, length, position.step, config.val_every, proj_dir, from_trained)
         after_report.insert(0, validate)
     stop.reporter, stop.keeper = reporter, keeper
-    trainer = pl.Trainer(
-        accelerator=hardware.accelerator,
-        devices=hardware.devices,
-        num_nodes=hardware.num_nodes,
-        strategy=lightning_strategy(config, hardware, company),
-        precision="32-true",  # ours: parameters have their dtype already, the optimizer keeps fp32 masters
-        max_epochs=1,
-        max_steps=length.steps - position.step,
-        accumulate_grad_batches=config.accumulate_grad_batches,
-        callbacks=[SetLearningRate(_schedule(config, start), position.step), reporter, weights, *after_report, keeper, stop, show_samples],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        default_root_dir=proj_dir,
+    pace = [WatchPace(warn), *[Profile(config.profile, proj_dir / TRACE)] * (is_first() and config.profile > 0)]
+    trainer = trainer_for(
+        config,
+        hardware,
+        proj_dir,
+        company,
+        length.steps - position.step,
+        [
+            SetLearningRate(schedule(config, start), position.step),
+            reporter,
+            weights,
+            *after_report,
+            keeper,
+            stop,
+            show_samples,  # when everything is saved
+            *pace,
+        ],
     )
     in_parts = values if hardware.model_in_parts else None
     try:
@@ -188,7 +193,36 @@ def _fit(
     return End()
 
 
-def _schedule(config: RunConfig, start: Start) -> Callable[[int], float]:
+def trainer_for(
+    config: RunConfig,
+    hardware: Hardware,
+    proj_dir: Path,
+    company: OneProcess,
+    steps: int,
+    callbacks: list[pl.Callback],
+) -> pl.Trainer:
+    """Lightning's part of a run of so many steps: devices, strategy and the loop; everything else is ours, in the callbacks."""
+    return pl.Trainer(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        num_nodes=hardware.num_nodes,
+        strategy=lightning_strategy(config, hardware, company),
+        precision="32-true",  # ours: parameters have their dtype already, the optimizer keeps fp32 masters
+        max_epochs=1,
+        max_steps=steps,
+        accumulate_grad_batches=config.accumulate_grad_batches,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        default_root_dir=proj_dir,
+    )
+
+
+def schedule(config: RunConfig, start: Start) -> Callable[[int], float]:
     length = start.length
 
     def at(step: int) -> float:

@@ -7,7 +7,8 @@ Bytes per device, P parameters, b bytes of the run's dtype, W processes (tests c
     optimizer    two fp32 moments and, below fp32 or under ZeRO, an fp32 master: 8 P or 12 P, under ZeRO / W; with offload on the CPU
     step         fp32 copies of the gradients while the optimizer works, below fp32 or under ZeRO: 4 P, under ZeRO / W
     activations  tokens of a micro batch * (what a block keeps for backward), of every layer or, with --grad_cp, of one and each layer's input
-    logits       tokens * V * b, and their gradient; with --head_chunk the rows of a chunk in fp32
+    logits       tokens * V * b, their gradient takes their place; with --head_chunk those of a chunk, and the head's gradient in fp32, twice
+                 while it is scaled; where the loss is plain PyTorch (CPUs) the rows at work in fp32 besides
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 from dataclasses import dataclass
 
 from src.config import STRATEGIES, ModelConfig, RunConfig
+from src.ops.loss import ROWS
 
 BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
 # Tensors [token, C] that a block keeps for backward in the run's dtype, beside the hidden layer of the channel mix (twice, before and
@@ -55,12 +57,15 @@ def activation_bytes(c: ModelConfig, tokens: int, dtype_bytes: int) -> float:
     return tokens * (2 * vector + c.n_layer * kept_by_block(c, dtype_bytes))
 
 
-def logit_bytes(c: ModelConfig, tokens: int, dtype_bytes: int, head_chunk: int) -> float:
-    """The logits and their gradient; with `head_chunk` those of a chunk in fp32, and the head's fp32 gradient."""
-    if head_chunk:
-        rows = min(head_chunk, tokens)
-        return rows * c.vocab_size * (dtype_bytes + 8) + 4 * c.vocab_size * c.n_embd + dtype_bytes * tokens * c.n_embd
-    return 2 * tokens * c.vocab_size * dtype_bytes
+def logit_bytes(c: ModelConfig, tokens: int, dtype_bytes: int, head_chunk: int, native_loss: bool = True) -> float:
+    """The logits, or a chunk of them with what sums up the head's gradient; without the native loss what plain PyTorch adds."""
+    rows = min(head_chunk or tokens, tokens)
+    per_row = c.vocab_size * dtype_bytes
+    in_fp32 = 0 if native_loss else c.vocab_size * (4 * rows if dtype_bytes == 4 else 8 * min(rows, ROWS))
+    if not head_chunk:
+        return rows * per_row + in_fp32
+    head = 4 * c.vocab_size * c.n_embd
+    return head + max(rows * per_row + in_fp32, head) + dtype_bytes * tokens * c.n_embd
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,10 @@ def memory(
     tokens: int,
     head_chunk: int = 0,
     bucket_mb: int = 200,
+    native_loss: bool = True,
 ) -> Memory:
-    """Memory of one of `processes` devices; `tokens` are those of its micro batch. `strategy` as in --strategy; auto: one, or DDP."""
+    """Memory of one of `processes` devices; `tokens` are those of its micro batch. `strategy` as in --strategy; auto: one, or DDP. Losses have a
+    native maker on GPUs."""
     count, dtype_bytes = parameter_count(c), BYTES[precision]
     engine = strategy.startswith("deepspeed")
     stage = int(strategy.split("_")[2]) if engine else 0
@@ -118,7 +125,7 @@ def memory(
         optimizer,
         step,
         activation_bytes(c, tokens, dtype_bytes),
-        logit_bytes(c, tokens, dtype_bytes, head_chunk),
+        logit_bytes(c, tokens, dtype_bytes, head_chunk, native_loss),
         on_cpu,
     )
 
@@ -156,7 +163,16 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
     for name in names:
         if processes == 1 and name.startswith("deepspeed") and not name.endswith("_offload"):
             continue  # the same as auto
-        m = memory(model, name, processes, precision, tokens, config.head_chunk, config.ds_bucket_mb)
+        m = memory(
+            model,
+            name,
+            processes,
+            precision,
+            tokens,
+            config.head_chunk,
+            config.ds_bucket_mb,
+            config.accelerator != "cpu",
+        )
         mark = ">" if name == config.strategy else " "
         if name == "auto" and processes > 1:
             continue  # the same as ddp

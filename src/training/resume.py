@@ -94,8 +94,8 @@ class LoadedState:
             yield load_file(path)
 
 
-def newest_good(proj_dir: Path) -> tuple[LoadedState | None, list[str]]:
-    """The newest state that is whole, and what was wrong with those after it."""
+def newest_good(proj_dir: Path, only_look: bool = False) -> tuple[LoadedState | None, list[str]]:
+    """The newest state that is whole, and what was wrong with those after it, which step aside unless this only looks."""
     complaints = []
     for folder in states(proj_dir):
         try:
@@ -107,7 +107,7 @@ def newest_good(proj_dir: Path) -> tuple[LoadedState | None, list[str]]:
             complaints.append(
                 f"the saved state {folder} is damaged: {error}; it is now {aside.name}, taking the one before"
             )
-            if not aside.exists():
+            if not (only_look or aside.exists()):
                 folder.rename(aside)
             continue
         told = json.loads((folder / "state.json").read_text(encoding="utf-8"))

@@ -26,20 +26,23 @@ from src.training import checkpoint, plan
 from src.training.allocator import keep_freed_memory
 from src.training.data import open_samples
 from src.training.describe import parameter_count, settings_of, summary, words_for_complete
+from src.training.dry_run import dry_run
 from src.training.environment import environment
 from src.training.fit import fit_whatever_comes
 from src.training.folder import BEST, FINAL, LOG, METRICS, PICTURE, VALIDATION
 from src.training.html_report import write_report
 from src.training.log_files import read_columns
+from src.training.out_of_memory import NotEnoughMemory, explained, is_out_of_memory
 from src.training.plot import loss_picture
+from src.training.preflight import check, warn_at_start
 from src.training.processes import OneProcess, join
 from src.training.say import is_first, say, say_error
-from src.training.schedule import RunLength
 from src.training.start import (
     build_model,
     compare_settings,
     find_start,
     find_vocab_size,
+    length_of_run,
     put_aside_other_run,
 )
 from src.training.strategy import Hardware, choose_hardware
@@ -55,6 +58,8 @@ def run(config: RunConfig, notes: list[str]) -> int:
     try:
         if config.plan >= 0:
             return _plan(config)
+        if config.check:
+            return check(config, notes) if is_first() else 0
         hardware = choose_hardware(config)
         if config.train_stage == 1:
             hardware = replace(hardware, devices=1, num_nodes=1)  # one process writes; of a launcher's, the first
@@ -64,6 +69,10 @@ def run(config: RunConfig, notes: list[str]) -> int:
             company = join(hardware.devices, hardware.num_nodes, hardware.accelerator)
         for note in (*notes, *hardware.notes):
             say(f"note: {note}")
+        if config.dry_run:
+            code = dry_run(config, hardware, Path(config.proj_dir), company)
+            company.leave()
+            return code
         proj_dir = company.decide(lambda: _writable_folder(config.proj_dir))
         with _alone_in(proj_dir):
             if config.train_stage == 1:
@@ -78,13 +87,17 @@ def run(config: RunConfig, notes: list[str]) -> int:
         return _fail(company, str(error), 2)
     except BuildError as error:
         return _fail(company, f"--kernel {config.kernel}: {error}", 2)
-    except (OSError, FloatingPointError) as error:
+    except (OSError, FloatingPointError, NotEnoughMemory) as error:
         return _fail(company, str(error), 1)
     except KeyboardInterrupt:
         if company.rank == 0:
             say_error("stopped at once; the same command continues from the newest saved state or weights")
         return INTERRUPTED_EXIT_CODE
     except Exception as error:
+        if is_out_of_memory(error):
+            return _fail(
+                company, f"the memory doesn't suffice ({str(error).splitlines()[0]}); --check says what would fit", 1
+            )
         company.explain(error)
         raise
 
@@ -147,9 +160,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
     samples = open_samples(config)
     if config.data_type == "sft" and config.magic_prime:
         say("note: --magic_prime has no meaning for --data_type sft, whose order is a shuffle for each epoch")
-    global_batch = config.micro_bsz * config.accumulate_grad_batches * hardware.world_size
-    exit_tokens = config.my_exit_tokens or max(1, round(config.epochs * samples.once))
-    length = RunLength.of(exit_tokens, config.ctx_len, global_batch, config.epoch_steps)
+    length = length_of_run(config, samples.once, hardware.world_size)
 
     if hardware.accelerator == "cpu":
         keep_freed_memory()
@@ -167,7 +178,10 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
         company.decide(lambda: compare_settings(known, settings, proj_dir))
     say(summary(config, model, hardware, samples, start))
     _remember(config, hardware, proj_dir, settings, start.length.unit)
-    end = fit_whatever_comes(config, hardware, proj_dir, model, values, samples, start, settings, company, ends_at)
+    if company.rank == 0:
+        warn_at_start(config, hardware, model.config, samples, start, proj_dir)
+    with explained(config, model.config, hardware):
+        end = fit_whatever_comes(config, hardware, proj_dir, model, values, samples, start, settings, company, ends_at)
     if company.rank != 0:
         return end.exit_code
     drawn = []
@@ -196,7 +210,9 @@ def _seed(config: RunConfig) -> int:
     return seed
 
 
-def _remember(config: RunConfig, hardware: Hardware, proj_dir: Path, settings: dict[str, Any], mini_epoch_samples: int) -> None:
+def _remember(
+    config: RunConfig, hardware: Hardware, proj_dir: Path, settings: dict[str, Any], mini_epoch_samples: int
+) -> None:
     if not is_first():
         return
     remembered = checkpoint.read_run(proj_dir)

@@ -54,6 +54,7 @@ FREE_SETTINGS = (
         "save_minutes",
         "epochs",
     ),
+    *("plan", "check", "dry_run", "profile"),
     *("keep_resume", "time_limit", "kernel", "compile", "grad_cp", "head_chunk", "strategy", "ds_bucket_mb"),
 )
 
@@ -75,11 +76,21 @@ class Start:
 def put_aside_other_run(config: RunConfig, proj_dir: Path) -> None:
     """Begin anew where that is meant: with --restart, or when the initial weights are other ones than the run in the folder
     started from (the swap that people do by hand). The earlier run is put aside, nothing is deleted."""
+    _, reason = _begins_anew(config, proj_dir)
+    if reason and (aside := checkpoint.put_aside(proj_dir)):
+        say(f"{reason}; the earlier run is now in {aside}")
+
+
+def _begins_anew(config: RunConfig, proj_dir: Path) -> tuple[Path | None, str]:
+    """The weights that a run here starts from at step 0, and why a new run begins although there is one ('' when none does).
+
+    Raises ValueError when the weights are not there, or belong to the run itself.
+    """
     origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
     going_on = checkpoint.numbered(proj_dir) or states(proj_dir) or (proj_dir / checkpoint.FINAL).exists()
     if origin is not None and not origin.is_file():
         if going_on:
-            return  # the run goes on from its own files
+            return None, ""  # the run goes on from its own files
         raise ValueError(f"--load_model {origin}: no such file")
     inside = [*checkpoint.numbered(proj_dir).values(), proj_dir / checkpoint.FINAL]
     if config.load_model and origin is not None and any(path.exists() and path.samefile(origin) for path in inside):
@@ -88,26 +99,35 @@ def put_aside_other_run(config: RunConfig, proj_dir: Path) -> None:
             "start another one from these weights, give it a folder of its own (--proj_dir)"
         )
     if config.restart:
-        if aside := checkpoint.put_aside(proj_dir):
-            say(f"--restart: the earlier run is now in {aside}")
-        return
+        return origin, "--restart: a new run begins"
     remembered = checkpoint.read_run(proj_dir).get("origin")
-    if remembered is None or origin is None:
-        return
-    if checkpoint.fingerprint(origin)["sha256"] != remembered["sha256"]:
-        aside = checkpoint.put_aside(proj_dir)
-        say(
-            f"{origin} is not what the run in {proj_dir} started from: a new run begins. The earlier one is now in {aside}"
-        )
+    if remembered is None or origin is None or checkpoint.fingerprint(origin)["sha256"] == remembered["sha256"]:
+        return origin, ""
+    return origin, f"{origin} is not what the run in {proj_dir} started from: a new run begins"
 
 
-def find_start(config: RunConfig, proj_dir: Path, length: RunLength) -> Start:
+def length_of_run(config: RunConfig, once: int, processes: int) -> RunLength:
+    """Of a run from its beginning, on data of `once` positions."""
+    global_batch = config.micro_bsz * config.accumulate_grad_batches * processes
+    exit_tokens = config.my_exit_tokens or max(1, round(config.epochs * once))
+    return RunLength.of(exit_tokens, config.ctx_len, global_batch, config.epoch_steps)
+
+
+def look_at_start(config: RunConfig, proj_dir: Path, length: RunLength) -> Start:
+    """Where a run would start, without moving a file. Errors as of `put_aside_other_run` and `find_start`."""
+    origin, reason = _begins_anew(config, proj_dir)
+    if reason:
+        return Start(_renewed(length, 0), length, weights=origin)
+    return find_start(config, proj_dir, length, only_look=True)
+
+
+def find_start(config: RunConfig, proj_dir: Path, length: RunLength, only_look: bool = False) -> Start:
     """In this order: the newest whole state; the highest rwkv-N.pth; rwkv-init.pth or --load_model; new weights (stage 0).
 
     `length` is that of a run from its beginning with these settings. Raises ValueError when a stage that continues finds nothing,
     and when the weights were removed but a state is there (nobody can know what is meant).
     """
-    loaded, complaints = newest_good(proj_dir)
+    loaded, complaints = newest_good(proj_dir, only_look)
     for complaint in complaints:
         say(f"WARNING: {complaint}")
     numbered = checkpoint.numbered(proj_dir)

@@ -1,0 +1,95 @@
+"""`train.py --dry_run`: everything is built as for the run, two real steps are taken, nothing is kept."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytorch_lightning as pl
+from torch.utils.data import Dataset
+
+from src.config import RunConfig
+from src.training.allocator import keep_freed_memory
+from src.training.callbacks import SetLearningRate, WatchBadSteps
+from src.training.data import look_at_samples
+from src.training.describe import summary, words_for_complete
+from src.training.fit import schedule, trainer_for
+from src.training.folder import FINAL
+from src.training.full_state import scatter_full_state
+from src.training.module import TrainingModule
+from src.training.out_of_memory import explained
+from src.training.processes import OneProcess
+from src.training.report import Reporter
+from src.training.resume import LoadedState
+from src.training.say import say
+from src.training.sink import Sink, StepReport
+from src.training.start import build_model, length_of_run, look_at_start
+from src.training.strategy import Hardware
+
+STEPS = 2
+
+
+class Remember(Sink):
+    """Keeps the reports of the steps."""
+
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+
+    def step(self, report: StepReport) -> None:
+        self.reports.append(report)
+
+
+class RestoreState(pl.Callback):
+    """The optimizer's state, where the run would continue with it."""
+
+    def __init__(self, loaded: LoadedState) -> None:
+        self.loaded = loaded
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        scatter_full_state(trainer, pl_module, self.loaded.tensors(), self.loaded.counters)
+
+
+def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OneProcess) -> int:
+    """Two steps from where the run would start. Exit code 0 when they gave finite numbers, 1 otherwise; errors as in the run itself."""
+    if hardware.accelerator == "cpu":
+        keep_freed_memory()
+    samples, _ = look_at_samples(config)
+    length = length_of_run(config, samples.once, hardware.world_size)
+    start = company.decide(lambda: look_at_start(config, proj_dir, length))
+    length, position = start.length, start.position
+    if (proj_dir / FINAL).exists() and not config.restart and position.step >= length.steps:
+        say(words_for_complete(proj_dir))
+        return 0
+    model, values = build_model(config, hardware, start, company)
+    samples.check_ids(model.config.vocab_size)
+    say(summary(config, model, hardware, samples, start))
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    steps = min(STEPS, length.steps - position.step)
+    count = steps * length.global_batch // hardware.world_size
+
+    def make_dataset(rank: int, world_size: int) -> Dataset:
+        return samples.dataset(position.samples, count, rank, world_size, position.holes, model.config.vocab_size)
+
+    seen, bad_steps = Remember(), WatchBadSteps(STEPS, scale_loss=hardware.precision == "fp16")
+    reporter = Reporter(length, position.step, [seen, bad_steps], [], {})
+    callbacks: list[pl.Callback] = [SetLearningRate(schedule(config, start), position.step), reporter]
+    if start.loaded is not None:
+        callbacks.append(RestoreState(start.loaded))
+    with explained(config, model.config, hardware), tempfile.TemporaryDirectory() as nowhere:
+        trainer = trainer_for(config, hardware, Path(nowhere), company, steps, callbacks)
+        in_parts = values if hardware.model_in_parts else None
+        trainer.fit(TrainingModule(model, config, hardware, make_dataset, samples.collate, in_parts))
+    for report in seen.reports:
+        say(
+            f"step {report.step + 1}: loss {report.loss:.4f}, gradient norm {report.grad_norm:.4g}, lr {report.lr:.3g}, "
+            f"{report.tokens_per_second:,.0f} tokens/s so far"
+        )
+    if bad_steps.total == len(seen.reports):
+        say(
+            "not OK: no step gave a finite loss and gradient; look at the weights (--load_model), or try --precision fp32"
+        )
+        return 1
+    say(f"OK: {steps} of {length.steps:,} steps taken, nothing was kept; the same command without --dry_run trains")
+    return 0

@@ -1,0 +1,155 @@
+"""What to change when memory doesn't suffice, and by how much: from the estimate and the memory there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from src.config import ModelConfig, RunConfig
+from src.training import plan
+from src.training.machine import free_memory
+from src.training.plan import GIB, Memory
+from src.training.strategy import Hardware
+
+SAFE = 0.92  # share of what is free that an estimate may fill: allocators round up and leave gaps
+SMALL_HEAD_CHUNK = 1024
+# what CPU allocators, CUDA libraries and NCCL say in a RuntimeError
+SIGNS = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "alloc_failed")
+Change = dict[str, Any]  # flags and their new values
+
+
+class NotEnoughMemory(Exception):
+    """The run didn't fit; the text says what to change."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, Python or a library of the GPU says that memory is used up."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+
+
+def estimate(config: RunConfig, model: ModelConfig, hardware: Hardware) -> Memory:
+    """Memory of one process of this run, by the formulas of plan.py."""
+    strategy = config.strategy if hardware.strategy == "deepspeed" else "auto"
+    tokens = config.micro_bsz * config.ctx_len
+    model = replace(model, grad_cp=bool(config.grad_cp))
+    return plan.memory(
+        model,
+        strategy,
+        hardware.world_size,
+        hardware.precision,
+        tokens,
+        config.head_chunk,
+        config.ds_bucket_mb,
+        native_loss=hardware.accelerator == "gpu",
+    )
+
+
+def remedies(config: RunConfig, model: ModelConfig, hardware: Hardware, allowed: float) -> list[str]:
+    """Changes of flags with which the estimate stays within `allowed` bytes, a line each, those that cost least first.
+
+    Each fits alone where that is possible; else together; else where the memory goes, and what is the least that is needed.
+    """
+    chunk = min(config.head_chunk or SMALL_HEAD_CHUNK, SMALL_HEAD_CHUNK)
+    lean_head: Change = (
+        {} if config.head_chunk == chunk or config.micro_bsz * config.ctx_len <= chunk else {"head_chunk": chunk}
+    )
+    recompute: Change = {} if config.grad_cp else {"grad_cp": 1}
+    offers = [change for change in (lean_head, recompute, _smaller_batch(config, model, hardware, allowed)) if change]
+    found = [change for change in offers if _total(config, change, model, hardware) <= allowed]
+    if not found:
+        both = {**lean_head, **recompute}
+        if both and _total(config, both, model, hardware) <= allowed:
+            found = [both]
+        elif more := _smaller_batch(replace(config, **both), model, hardware, allowed):
+            found = [{**both, **more}]
+    if found:
+        return [_in_words(change, _total(config, change, model, hardware)) for change in found]
+    least: Change = {**lean_head, **recompute, "micro_bsz": 1}
+    if hardware.accelerator == "gpu":
+        for name in ("deepspeed_stage_2_offload", "deepspeed_stage_3_offload"):
+            change: Change = {**least, "strategy": name}
+            shared = replace(hardware, strategy="deepspeed")
+            if config.strategy != name and (total := _total(config, change, model, shared)) <= allowed:
+                return [
+                    _in_words(change, total) + ": keeps the optimizer in the machine's memory, which needs deepspeed"
+                ]
+    need = _total(config, least, model, hardware)
+    return [f"a smaller model (--n_layer, --n_embd): even {_flags(least)} needs {need / GIB:.1f} GiB by the estimate"]
+
+
+def _total(config: RunConfig, change: Change, model: ModelConfig, hardware: Hardware) -> float:
+    return estimate(replace(config, **change), model, hardware).total
+
+
+def _smaller_batch(config: RunConfig, model: ModelConfig, hardware: Hardware, allowed: float) -> Change:
+    """The largest micro batch that fits and keeps the samples of a step the same."""
+    for micro_bsz in range(config.micro_bsz - 1, 0, -1):
+        if config.micro_bsz % micro_bsz == 0:
+            steps = config.accumulate_grad_batches * config.micro_bsz // micro_bsz
+            change: Change = {"micro_bsz": micro_bsz, "accumulate_grad_batches": steps}
+            if _total(config, change, model, hardware) <= allowed:
+                return change
+    return {}
+
+
+def _flags(change: Change) -> str:
+    return " ".join(f"--{name} {value}" for name, value in change.items())
+
+
+def _in_words(change: Change, total: float) -> str:
+    costs = []
+    if "micro_bsz" in change:
+        costs.append("the same steps, in smaller parts")
+    if "grad_cp" in change:
+        costs.append("steps take about a third longer")
+    if "head_chunk" in change:
+        costs.append("costs next to nothing")
+    return f"{_flags(change)}    {total / GIB:.1f} GiB by the estimate" + (f"; {costs[-1]}" if len(costs) == 1 else "")
+
+
+def parts_in_words(memory: Memory) -> str:
+    """ "weights 0.1, gradients 0.1, ...: 2.3 GiB in all"."""
+    names = ("weights", "gradients", "optimizer", "activations", "logits")
+    parts = ", ".join(f"{name} {getattr(memory, name) / GIB:.2f}" for name in names)
+    step = f" (during the optimizer's step {memory.step / GIB:.2f} instead of activations and logits)" * (
+        memory.step > 0
+    )
+    return f"{parts}{step}: {memory.total / GIB:.2f} GiB at the most"
+
+
+@contextmanager
+def explained(config: RunConfig, model: ModelConfig, hardware: Hardware) -> Iterator[None]:
+    """Turns an error of this block that means "no memory" into NotEnoughMemory."""
+    free = free_memory(hardware.accelerator, hardware.devices)
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NotEnoughMemory(advice(config, model, hardware, free, str(error))) from error
+
+
+def advice(config: RunConfig, model: ModelConfig, hardware: Hardware, free: float | None, error: str = "") -> str:
+    """What happened (`error`: in the allocator's words) and what to change. Where the estimate would have fitted, it was too low: a
+    quarter less than it is aimed at."""
+    memory = estimate(config, model, hardware)
+    allowed = 0.75 * memory.total if free is None else min(SAFE * free, 0.75 * memory.total if error else memory.total)
+    where = "of the GPU" if hardware.accelerator == "gpu" else "of the machine"
+    there = (
+        ""
+        if free is None
+        else f"; {free / GIB:.2f} GiB were free for {'it' if hardware.devices == 1 else 'each process'}"
+    )
+    told = f"\n  ({(error.splitlines() or [''])[0][:200]})" if error else ""
+    changes = remedies(config, model, hardware, allowed)
+    head = "what would fit:" if len(changes) == 1 else "each of these would fit:"
+    return (
+        f"the memory {where} doesn't suffice{told}\n  by the estimate the run takes {parts_in_words(memory)}{there}\n  {head}\n    "
+        + "\n    ".join(changes)
+    )
