@@ -147,7 +147,8 @@ def _by_mini_epoch(
     # breaks between two starts are not training: a mini-epoch that took far longer than usual counts as usual
     took = np.where(took > 3 * usual, usual, took)
     seconds = np.cumsum(np.r_[usual, took])
-    speed = np.diff(tokens, prepend=tokens[0] - mini_epoch_tokens) / np.diff(seconds, prepend=0.0)
+    gained, took = np.diff(tokens, prepend=tokens[0] - mini_epoch_tokens), np.diff(seconds, prepend=0.0)
+    speed = np.divide(gained, took, out=np.full(len(gained), math.nan), where=took > 0)
     loss, lr = (np.array([float(getattr(line, key)) for line in mini_epochs]) for key in ("loss", "lr"))
     return Curves(name, False, tokens, seconds, loss, lr, speed, mini_epochs, mini_epoch_tokens, settings)
 

@@ -79,9 +79,10 @@ def _own_entity() -> str:
         import wandb
     except ModuleNotFoundError as error:
         raise ValueError("the package wandb is missing; pip install wandb wandb-workspaces") from error
-    if not wandb.api.api_key:
-        raise ValueError("no login is known here; run `wandb login` first")
-    return wandb.Api().default_entity
+    try:
+        return wandb.Api().default_entity
+    except (wandb.Error, ValueError) as error:
+        raise ValueError(f"no login that works is known here ({error}); run `wandb login` first") from error
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from src.training.folder import REPORT, RUN, SAMPLES
 from src.training.plot import draw_run
 from src.training.progress import duration
 
+LINE_WIDTH = 96
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; background: #fff; max-width: 68rem; margin: 2rem auto; padding: 0 1.2rem; }
@@ -32,6 +33,7 @@ h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin:
 p.short { margin-top: 0; color: #55606e; }
 svg { width: 100%; height: auto; }
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
+td { overflow-wrap: anywhere; } td:first-child { overflow-wrap: normal; }
 th { font-weight: 600; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 tr + tr td { border-top: 1px solid #eef1f5; }
 .facts { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; }
@@ -39,7 +41,7 @@ tr + tr td { border-top: 1px solid #eef1f5; }
 .facts b { display: block; font-size: 1.25rem; } .facts span { color: #55606e; font-size: .85rem; }
 pre { background: #f3f6fa; border-radius: .5rem; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .prompt { color: #55606e; } .answer { color: #1f4e8c; }
-.columns { columns: 2 26rem; } .columns table { break-inside: avoid; margin-bottom: 1rem; } .columns td { overflow-wrap: anywhere; }
+.columns { columns: 2 26rem; } .columns table { break-inside: avoid; margin-bottom: 1rem; }
 """
 
 
@@ -78,11 +80,8 @@ def _headline(curves: Curves) -> str:
     facts.append((f"{tokens / 1e6:,.1f} M" if tokens >= 1e6 else f"{tokens:,.0f}", "tokens"))
     if np.isfinite(curves.seconds[-1]):
         facts.append((duration(curves.seconds[-1]), "of training"))
-    what = (
-        f"RWKV-7, {s['n_layer']} layers, width {s['n_embd']}, vocabulary {s['vocab_size']:,}. "
-        if "n_layer" in s
-        else ""
-    )
+    sizes = {"n_layer": "layers", "n_embd": "width", "vocab_size": "vocabulary"}
+    what = ", ".join(["RWKV-7", *(f"{words} {s[name]:,}" for name, words in sizes.items() if name in s)]) + ". "
     data = f"Data: {s['data_file']}." if s.get("data_file") else ""
     boxes = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in facts)
     return f'<p class="short">{_text(what + data)}</p>\n<div class="facts">{boxes}</div>'
@@ -153,13 +152,27 @@ def _again(settings: dict[str, Any], remembered: dict[str, Any]) -> str:
         if start.get("sha256")
         else "drawn from the seed",
     }
-    return f"<pre>{_text(' '.join(words))}</pre>\n{_pairs(known)}"
+    return f"<pre>{_text(_command(words))}</pre>\n{_pairs(known)}"
+
+
+def _command(words: list[str]) -> str:
+    """In lines that a shell reads as one."""
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) < LINE_WIDTH:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"    {word}")
+    return " \\\n".join(lines)
 
 
 def _worked_out(settings: dict[str, Any]) -> dict[str, int]:
     """The sizes that nobody needs to give."""
-    known = [settings.get(name) for name in ("n_layer", "n_embd", "vocab_size", "head_size")]
-    return dataclasses.asdict(ModelConfig(*known)) if all(known) else {}  # type: ignore[arg-type]
+    given = {name: settings.get(name) for name in ("n_layer", "n_embd", "vocab_size", "head_size")}
+    if not all(given.values()):
+        return {}
+    sizes = dataclasses.asdict(ModelConfig(**given))  # type: ignore[arg-type]
+    return {name: size for name, size in sizes.items() if name not in given}
 
 
 def _quoted(value: Any) -> str:
@@ -181,7 +194,8 @@ def _settings(settings: dict[str, Any]) -> str:
 
 
 def _pairs(rows: dict[str, Any]) -> str:
-    return f"<table>{_rows(rows)}</table>" if any(rows.values()) else ""
+    known = {name: value for name, value in rows.items() if value != ""}
+    return f"<table>{_rows(known)}</table>" if known else ""
 
 
 def _rows(rows: dict[str, Any]) -> str:

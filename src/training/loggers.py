@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import netrc
 import os
 import secrets
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
@@ -73,8 +75,10 @@ class LoggerSink(Sink):
             self.logger.experiment.finish(quiet=True)
 
     def _log(self, values: dict[str, float]) -> None:
-        if isinstance(self.logger, WandbLogger):  # with the run's own step, which Lightning would keep in a column
-            self.logger.experiment.log(values, step=self._step)
+        if isinstance(
+            self.logger, WandbLogger
+        ):  # with the run's own step too, which Lightning only keeps in this column
+            self.logger.experiment.log({**values, "trainer/global_step": self._step}, step=self._step)
         else:
             self.logger.log_metrics(values, step=self._step)
 
@@ -103,24 +107,51 @@ def _open_wandb(project: str, proj_dir: Path, settings: dict[str, Any]) -> Wandb
     remembered = checkpoint.read_run(proj_dir)
     identity = remembered.setdefault("wandb_id", secrets.token_hex(4))
     checkpoint.write_run(proj_dir, remembered)
-    mode = os.environ.get("WANDB_MODE", "")
-    if not mode and not _has_login():
-        mode = "offline"
-        say(f"--wandb {project}: no login is known here (wandb login), so what is logged stays in {proj_dir / 'wandb'}")
-    if mode in ("offline", "dryrun"):
+    mode = _wandb_mode(project, proj_dir)
+    if mode == "offline":
         say(f"{'wandb':>12}  offline; `wandb sync --append {proj_dir}/wandb/offline-run-*-{identity}` sends it")
-    return WandbLogger(
+    logger = WandbLogger(
         project=project,
         name=proj_dir.name,
         id=identity,
         resume="allow",
-        offline=mode in ("offline", "dryrun"),
+        mode=mode,
         save_dir=str(proj_dir),
         config={**settings, "git_commit": git_commit()},
     )
+    import wandb
+
+    try:
+        _ = logger.experiment  # opened now, before any training time is spent
+    except wandb.Error as error:
+        raise ValueError(
+            f"--wandb {project}: {error}; `wandb login` again, or set WANDB_MODE=offline to keep what is logged here"
+        ) from error
+    return logger
+
+
+def _wandb_mode(project: str, proj_dir: Path) -> str:
+    """online | offline | disabled: as WANDB_MODE says, else offline where no login is known."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return {"dryrun": "offline", "run": "online"}.get(mode, mode)
+    if _has_login():
+        return "online"
+    say(f"--wandb {project}: no login is known here (wandb login), so what is logged stays in {proj_dir / 'wandb'}")
+    return "offline"
 
 
 def _has_login() -> bool:
+    """Whether wandb would find a key: in the environment, or where `wandb login` has put it."""
     import wandb
 
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    hosts = (urlsplit(wandb.setup().settings.base_url).hostname or "", "api.wandb.ai")
+    try:
+        logins = netrc.netrc(os.environ.get("NETRC"))
+        return any(logins.authenticators(host) for host in hosts)
+    except FileNotFoundError:
+        return False
+    except (netrc.NetrcParseError, OSError) as error:
+        say(f"note: the file that keeps wandb's login can't be read: {error}")
+        return False

@@ -1,0 +1,219 @@
+"""The held-out loss on the way: the same for any number of processes, harmless to training, and its best weights are kept."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_resume import train_until
+from test_train import CTX, ROOT, VOCAB, data, flags, losses, train  # noqa: F401 (data is a fixture)
+
+from src.cli import parse
+from src.config import RunConfig
+from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
+from src.inference.evaluate import heldout_loss
+from src.model import RWKV7
+from src.training import zero
+from src.training.curves import read_curves
+from src.training.log_files import read_columns
+from src.training.schedule import RunLength
+from src.training.validate import HeldOut, _schedule
+
+RUN = {"my_exit_tokens": CTX * 4 * 60, "epoch_steps": 20, "epoch_save": 1}
+WINDOWS = 11  # no multiple of the micro batch, nor of the processes
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("held") / "held"
+    with BinIdxWriter(prefix, np.uint16) as writer:
+        for first in range(1, 28):
+            writer.add_document([first + i for i in range(29)] + [0])
+    return prefix
+
+
+def config_of(data, held, **changed):  # noqa: F811
+    return parse(flags("unused", data, val_data_file=held, **{"val_windows": WINDOWS, **changed}))[0]
+
+
+def validations(out):
+    return read_columns(out / "val.csv")
+
+
+# ---- which samples ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_window_counts_once_however_they_are_shared(data, held, world_size):  # noqa: F811
+    held_out = HeldOut(config_of(data, held), VOCAB)
+    shares = [list(held_out.batches(rank, world_size)) for rank in range(world_size)]
+    assert len({tuple(tuple(batch[0].shape) for batch in share) for share in shares}) == 1  # all ranks do the same work
+    counted = [
+        tuple(row.tolist())
+        for share in shares
+        for inputs, targets in share
+        for row, wanted in zip(inputs, targets, strict=True)
+        if (wanted >= 0).all()
+    ]
+    assert all(((targets >= 0).all(1) | (targets < 0).all(1)).all() for share in shares for _, targets in share)
+    alone = [tuple(row.tolist()) for inputs, targets in HeldOut(config_of(data, held, micro_bsz=1), VOCAB).batches(0, 1) for row in inputs]
+    assert sorted(counted) == sorted(alone)
+    assert len(alone) == WINDOWS
+
+
+def test_ids_that_do_not_fit_are_named_before_training(data, held):  # noqa: F811
+    with pytest.raises(ValueError, match=r"--val_data_file .* token id \d+ doesn't fit --vocab_size 30"):
+        HeldOut(config_of(data, held), 30)
+
+
+@pytest.mark.parametrize(
+    ("val_every", "expected"),
+    [("1", [9, 19, 29, 34]), ("2", [19, 34]), ("0", [34]), ("8steps", [7, 15, 23, 31, 34]), ("17 steps", [16, 33, 34])],
+)
+def test_when_it_is_measured(val_every, expected):
+    length = RunLength.of(exit_tokens=35 * 64, ctx_len=16, global_batch=4, epoch_steps=10)
+    due = _schedule(val_every, length)
+    assert [step for step in range(35) if due(step)] == expected
+
+
+@pytest.mark.parametrize("wrong", ["", "often", "-1", "2 epochs", "1.5"])
+def test_wrong_val_every_is_refused_with_examples(wrong):
+    (fault,) = (fault for fault in RunConfig(data_file="x", val_every=wrong).faults() if "val_every" in fault)
+    assert "500steps" in fault
+
+
+# ---- in a run ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data, held):  # noqa: F811
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert train(out, data, val_data_file=held, val_windows=WINDOWS, val_every="10steps", **RUN) == 0
+    return out
+
+
+def test_training_does_not_notice_it(tmp_path, data, whole):  # noqa: F811
+    assert train(tmp_path / "plain", data, **RUN) == 0
+    assert losses(tmp_path / "plain") == losses(whole)
+    one, two = (torch.load(out / "rwkv-final.pth") for out in (tmp_path / "plain", whole))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_it_is_the_loss_of_the_weights_at_that_step(whole, held):
+    rows = validations(whole)
+    assert rows["steps"] == [10, 20, 30, 40, 50, 60]
+    assert rows["tokens"] == [steps * CTX * 4 for steps in rows["steps"]]
+    held_data = MMapIndexedDataset(held)
+    for steps, name in ((20, "rwkv-0.pth"), (40, "rwkv-1.pth"), (60, "rwkv-final.pth")):
+        expected = heldout_loss(RWKV7.from_checkpoint(whole / name), held_data, CTX, max_windows=WINDOWS)
+        at = rows["steps"].index(steps)
+        assert rows["loss"][at] == pytest.approx(expected.loss, abs=1e-5)
+        assert rows["counted"][at] == expected.tokens == WINDOWS * CTX
+    assert f"validation after step 60: {rows['loss'][-1]:.6f}" in (whole / "train_log.txt").read_text()
+
+
+def test_the_best_weights_are_kept(tmp_path, data, held, capfd):  # noqa: F811
+    """A learning rate that ruins what was learned: the last weights are not the best."""
+    out = tmp_path / "run"
+    ruinous = {"lr_init": 0.3, "lr_final": 0.3, "warmup_steps": 60, "epoch_steps": 5}
+    assert train(out, data, val_data_file=held, val_windows=WINDOWS, val_every="5steps", **{**RUN, **ruinous}) == 0
+    rows = validations(out)
+    best = int(np.argmin(rows["loss"]))
+    assert rows["steps"][best] < 60
+    expected = torch.load(out / f"rwkv-{int(rows['steps'][best]) // 5 - 1}.pth")
+    kept = torch.load(out / "rwkv-best.pth")
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+    words = capfd.readouterr().out
+    assert f"lowest {rows['loss'][best]:.4f} after step {rows['steps'][best]:.0f}, kept as {out}/rwkv-best.pth" in words
+
+
+@pytest.mark.parametrize("deaths", [[35], [5, 41]], ids=str)
+def test_a_continued_run_remembers_the_best(tmp_path, data, held, whole, monkeypatch, deaths):  # noqa: F811
+    out = tmp_path / "run"
+    settings = {"val_data_file": held, "val_windows": WINDOWS, "val_every": "10steps", **RUN}
+    for step in deaths:
+        train_until(step, out, data, monkeypatch, **settings)
+    state = max((out / "resume").glob("step-*"), default=None)
+    if state is not None:
+        remembered = json.loads((state / "state.json").read_text())["position"]
+        rows = validations(whole)
+        until = [loss for steps, loss in zip(rows["steps"], rows["loss"], strict=True) if steps <= remembered["step"]]
+        assert remembered["best_val_loss"] == pytest.approx(min(until))
+        assert remembered["best_val_loss"] < 10
+    assert train(out, data, **settings) == 0
+    assert validations(out) == validations(whole)
+    assert (out / "rwkv-best.pth").exists()
+
+
+def test_an_earlier_best_is_not_overwritten_by_worse_weights(tmp_path, data, held, monkeypatch):  # noqa: F811
+    """Continued from a state, and from weights alone, at a learning rate that makes everything worse."""
+    out = tmp_path / "run"
+    settings = {"val_data_file": held, "val_windows": WINDOWS, "val_every": "10steps", **RUN}
+    train_until(41, out, data, monkeypatch, **settings)
+    best = (out / "rwkv-best.pth").read_bytes()
+    assert train(out, data, **{**settings, "lr_init": 1.0, "lr_final": 1.0}) == 0
+    assert validations(out)["loss"][-1] > min(validations(out)["loss"])
+    assert (out / "rwkv-best.pth").read_bytes() == best
+
+
+def test_other_held_out_data_begins_its_own_best(tmp_path, data, held, monkeypatch, capfd):  # noqa: F811
+    out = tmp_path / "run"
+    settings = {"val_windows": WINDOWS, "val_every": "10steps", **RUN}
+    train_until(41, out, data, monkeypatch, val_data_file=held, **settings)
+    assert train(out, data, val_data_file=data, **{**settings, "lr_init": 1.0, "lr_final": 1.0}) == 0
+    assert "after step 50, the lowest so far" in capfd.readouterr().out
+
+
+def test_curves_have_it(whole):
+    curves = read_curves(whole)
+    assert curves.val_tokens.tolist() == [steps * CTX * 4 for steps in range(10, 70, 10)]
+    assert np.isfinite(curves.seconds_at(curves.val_tokens)).all()
+
+
+# ---- several processes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param("ddp", marks=pytest.mark.slow),
+        pytest.param("deepspeed_stage_2", marks=pytest.mark.slow),
+        "deepspeed_stage_3",
+    ],
+)
+def test_two_processes_find_what_one_finds(tmp_path, data, held, strategy):  # noqa: F811
+    if strategy.startswith("deepspeed") and not zero.is_installed():
+        pytest.skip("the package deepspeed is not installed")
+    out = tmp_path / "run"
+    short = {**RUN, "my_exit_tokens": CTX * 4 * 20, "lr_init": 3e-3, "lr_final": 3e-4}
+    argv = flags(out, data, val_data_file=held, val_windows=WINDOWS, val_every="10steps", micro_bsz=2, devices=2, strategy=strategy,
+                 load_model=_weights(tmp_path, data), **short)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "train.py", *argv],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("held-out loss") == 4, done.stdout  # before, twice on the way, at the end: one voice
+    again = tmp_path / "again"
+    assert train(again, data, val_data_file=held, val_windows=WINDOWS, val_every="10steps", load_model=_weights(tmp_path, data), **short) == 0
+    one, two = validations(again), validations(out)
+    assert one["steps"] == two["steps"] == [0, 10, 20]
+    assert one["counted"] == two["counted"]
+    assert two["loss"][0] == pytest.approx(one["loss"][0], abs=1e-6)
+    assert two["loss"] == pytest.approx(one["loss"], abs=2e-4)
+    measured = [read_columns(path / "metrics.csv") for path in (again, out)]
+    for name in ("update_w0", "update_matrices", "update_others", "largest_logit"):
+        # the largest logit is looked for in the first rows of each process's micro batch: here that is all of them
+        assert measured[1][name][0] == pytest.approx(measured[0][name][0], rel=1e-3), name
+
+
+def _weights(tmp_path, data):  # noqa: F811
+    """Initial weights that all these runs start from."""
+    path = tmp_path / "initial.pth"
+    if not path.exists():
+        torch.manual_seed(3)
+        torch.save(RWKV7(parse(flags("unused", data))[0].model_config(VOCAB)).state_dict(), path)
+    return path
