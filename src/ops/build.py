@@ -8,7 +8,6 @@ in a private folder and is renamed into place when whole.
 
 import atexit
 import hashlib
-import importlib.util
 import os
 import platform
 import re
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 
 from src.files import locked
+from src.ops.toolchain import BuildError, find_compiler, find_ninja, find_nvcc, version_of
 
 SOURCE_FOLDER = Path(__file__).resolve().parents[2] / "cuda"
 CPU_SOURCES = ("wkv7.cpp", "wkv7_cpu.cpp", "relu_squared.cpp", "cross_entropy.cpp", "decode.cpp")
@@ -56,10 +56,6 @@ INSTRUCTION_SETS = {
     "avx2": ("-march=x86-64-v3",),
     "baseline": ("-march=x86-64",),
 }
-
-
-class BuildError(RuntimeError):
-    """The native library can't be had; the message has the compiler's words and what to do."""
 
 
 @dataclass(frozen=True)
@@ -211,60 +207,6 @@ def gpu_targets() -> tuple[str, ...]:
     return tuple(options)
 
 
-def find_nvcc() -> str:
-    """nvcc: under $CUDA_HOME, on the PATH, or in /usr/local/cuda."""
-    home = os.environ.get("CUDA_HOME", "")
-    if home:
-        found = shutil.which("nvcc", path=str(Path(home) / "bin"))
-        if found is None:
-            raise BuildError(
-                f"CUDA_HOME is {home!r}, but there is no bin/nvcc in it; unset it or name the CUDA toolkit's folder"
-            )
-        return found
-    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if found is None:
-        raise BuildError(
-            f"there is a GPU but no nvcc: install the CUDA toolkit {torch.version.cuda} (for example "
-            f"`conda install -c nvidia cuda-toolkit={torch.version.cuda}`, or NVIDIA's packages) or set CUDA_HOME to its folder"
-        )
-    return found
-
-
-def find_compiler() -> str:
-    """The C++ compiler: $CXX, or the first of c++, g++, clang++ on the PATH."""
-    wanted = os.environ.get("CXX", "")
-    if wanted:
-        found = shutil.which(wanted)
-        if found is None:
-            raise BuildError(
-                f"CXX is set to {wanted!r}, which is not there; unset CXX or name an installed C++ compiler"
-            )
-        return found
-    for name in ("c++", "g++", "clang++"):
-        found = shutil.which(name)
-        if found is not None:
-            return found
-    raise BuildError(
-        "no C++ compiler (looked for c++, g++, clang++). Install one: `sudo apt install g++` (Debian, Ubuntu), "
-        "`sudo dnf install gcc-c++` (Fedora), `xcode-select --install` (macOS), `conda install cxx-compiler` (conda)"
-    )
-
-
-def find_ninja() -> str:
-    """ninja from the Python package of that name, or from the PATH."""
-    spec = importlib.util.find_spec("ninja")
-    if spec is not None:
-        import ninja
-
-        packaged = shutil.which("ninja", path=ninja.BIN_DIR)
-        if packaged is not None:
-            return packaged
-    found = shutil.which("ninja")
-    if found is None:
-        raise BuildError("ninja is not installed: `pip install ninja`")
-    return found
-
-
 def cache_folder() -> Path:
     """Where built libraries stay: $XDG_CACHE_HOME/rwkv7-native, by default ~/.cache/rwkv7-native."""
     root = os.environ.get("XDG_CACHE_HOME", "")
@@ -363,19 +305,6 @@ def _ninja_file(recipe: Recipe) -> str:
         lines.append(f"build {name}: compile_{source.suffix[1:]} {path(source)}")
     lines += [f"build {LIBRARY}: link {' '.join(objects)}", f"default {LIBRARY}", ""]
     return "\n".join(lines)
-
-
-def version_of(compiler: str) -> str:
-    """What the compiler says of itself; BuildError when it doesn't run."""
-    try:
-        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"the compiler {compiler} does not run: {error}") from error
-    if done.returncode != 0:
-        raise BuildError(
-            f"the compiler {compiler} does not run (exit {done.returncode}):\n{(done.stdout + done.stderr).strip()}"
-        )
-    return done.stdout
 
 
 def _processor_features() -> str:

@@ -13,11 +13,10 @@ from src.ops.build import (
     CUDA_HEADERS,
     CUDA_SOURCES,
     SOURCE_FOLDER,
-    BuildError,
     Recipe,
     cpu_recipe,
-    version_of,
 )
+from src.ops.toolchain import BuildError, version_of
 
 
 def rocm_recipe(instruction_set: str = "native") -> Recipe:

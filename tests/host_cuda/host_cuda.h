@@ -29,6 +29,7 @@
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -237,7 +238,12 @@ struct Block {
   }
 
   void run(Stacks& stacks) {
-    for (size_t i = 0; i < threads.size(); i++) threads[i].context.make(stacks.at(i), &Block::entry);
+    for (size_t i = 0; i < threads.size(); i++) {
+#if defined(__SANITIZE_ADDRESS__)
+      __asan_unpoison_memory_region(stacks.at(i), kStackBytes);  // of frames that a fault abandoned there earlier
+#endif
+      threads[i].context.make(stacks.at(i), &Block::entry);
+    }
     const int n = static_cast<int>(threads.size());
     std::mt19937 dice(settings().seed * 7919u + index.x * 104729u + index.y);
     const int order = settings().order;
