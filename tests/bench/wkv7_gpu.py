@@ -64,6 +64,7 @@ def median_ms(runs: list[Run], repetitions: int, device: str) -> float:
     if device != "cuda":
         return statistics.median(_seconds(runs) for _ in range(repetitions)) * 1e3 / len(runs)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for run in runs:
             run()
