@@ -40,6 +40,18 @@ inline V load_as(const void* p) {
 inline Float load(const float* p) { return load_as<Float>(p); }
 inline void store(float* p, Float v) { std::memcpy(p, &v, sizeof v); }
 
+typedef float Four __attribute__((vector_size(16)));
+
+// The sum of the lanes, in pairs.
+inline float sum(Float v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  Four four = load_as<Four>(lanes);
+#pragma GCC unroll 4
+  for (int i = 4; i < kLanes; i += 4) four += load_as<Four>(lanes + i);
+  return (four[0] + four[1]) + (four[2] + four[3]);
+}
+
 // exp(x) to about 1 ulp, x cut to [-87, 88]; NaN stays NaN.
 inline Float exp(Float x) {
   x = x > 88.0f ? splat(88.0f) : x;
@@ -72,6 +84,10 @@ inline void to_bf16(void* p, Float x) {
   const Ushort out = __builtin_convertvector((x == x) ? rounded : quiet, Ushort);
   std::memcpy(p, &out, sizeof out);
 }
+
+struct Bf16 { uint16_t bits; };
+inline Float load(const Bf16* p) { return from_bf16(p); }
+inline void store(Bf16* p, Float v) { to_bf16(p, v); }
 
 // Numbers below 1e-38 count as zero while this lives: a state that fades away would otherwise cost 30 times the time.
 class FlushDenormals {

@@ -9,30 +9,20 @@ documents one after another, each with its own state: what is [B, ...] in a stat
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.config import ModelConfig
 from src.model.init import initialise
 from src.model.state import LayerState
-from src.ops import relu_squared, wkv7
+from src.ops import relu_squared, time_mix_inputs, time_mix_output, token_shift, wkv7
 
 GROUP_NORM_EPS = 64e-5  # for every head size
 LAYER_NORM_EPS = 1e-5
 
 
-def token_shift(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x[t-1] - x[t] for every t, and the input that the next call starts from.
-
-    `last` [B, C] stands before the first token (None: zeros); with `cu_seqlens` before the first of each document.
-    """
-    if cu_seqlens is None:
-        before = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last.unsqueeze(1)
-        return torch.cat([before, x[:, :-1]], dim=1) - x, x[:, -1]
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    before = x.new_zeros(starts.shape[0], x.shape[2]) if last is None else last
-    previous = F.pad(x, (0, 0, 1, 0))[:, :-1].index_copy(1, starts, before.unsqueeze(0))
-    return previous - x, x[0, ends - 1]
+def last_tokens(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The input that the next call's token shift starts from: x[:, -1], with `cu_seqlens` the last of each document."""
+    return x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]
 
 
 class TimeMix(nn.Module):
@@ -97,30 +87,33 @@ class TimeMix(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x [B, T, C], state (shift [B, C], wkv [B, H, N, N]) or None for zeros -> out [B, T, C], v_first, new shift, new wkv."""
-        batch, length, width = x.shape
-        heads = (batch, length, self.n_head, self.head_size)
-        xx, shift = token_shift(x, shift, cu_seqlens)
-        xr, xw, xk = x + xx * self.x_r, x + xx * self.x_w, x + xx * self.x_k
-        xv, xa, xg = x + xx * self.x_v, x + xx * self.x_a, x + xx * self.x_g
+        mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        xr, xw, xk, xv, xa, xg = token_shift(x, shift, cu_seqlens, mixes, kernel=self.kernel)
 
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
+        a = (xa @ self.a1) @ self.a2
+        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        residual = None
         if self.layer == 0:
             v_first = v
         else:
             assert v_first is not None, "a TimeMix of layer > 0 needs v_first, the values of layer 0"
-            v = v + (v_first - v) * torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2)
-        a = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
+            residual = (xv @ self.v1) @ self.v2
 
-        kk = F.normalize((k * self.k_k).view(heads), dim=-1, eps=1e-12)
-        k = k * (1 + (a - 1) * self.k_a)
-        r, k, v = r.view(heads), k.view(heads), v.view(heads)
-        y, wkv = wkv7(r, w.view(heads), k, v, -kk, kk * a.view(heads), wkv, cu_seqlens, kernel=self.kernel)
-
-        y = self.ln_x(y.reshape(batch * length, width)).view(batch, length, width)
-        bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True) * v
-        return self.output((y + bonus.view(batch, length, width)) * g), v_first, shift, wkv
+        k, v, remove, replace = time_mix_inputs(
+            *(k, v, a, None if self.layer == 0 else v_first, residual),
+            *(self.k_k, self.k_a, self.a0, self.v0, self.head_size),
+            kernel=self.kernel,
+        )
+        heads = (*x.shape[:2], self.n_head, self.head_size)
+        y, wkv = wkv7(*(t.view(heads) for t in (r, w, k, v, remove, replace)), wkv, cu_seqlens, kernel=self.kernel)
+        norm = self.ln_x
+        out = time_mix_output(
+            *(y.view(x.shape), r, k, v, g, self.r_k, norm.weight, norm.bias, GROUP_NORM_EPS, self.head_size),
+            kernel=self.kernel,
+        )
+        return self.output(out), v_first, last_tokens(x, cu_seqlens), wkv
 
 
 class ChannelMix(nn.Module):
@@ -128,6 +121,7 @@ class ChannelMix(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
+        self.kernel = config.kernel
         self.x_k = nn.Parameter(torch.empty(1, 1, config.n_embd))
         self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
@@ -137,8 +131,8 @@ class ChannelMix(nn.Module):
         self, x: Tensor, shift: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, C], shift [B, C] or None for zeros -> out [B, T, C], new shift."""
-        xx, shift = token_shift(x, shift, cu_seqlens)
-        return self.value(relu_squared(self.key(x + xx * self.x_k))), shift
+        (xk,) = token_shift(x, shift, cu_seqlens, (self.x_k,), kernel=self.kernel)
+        return self.value(relu_squared(self.key(xk))), last_tokens(x, cu_seqlens)
 
 
 class Block(nn.Module):

@@ -1,7 +1,16 @@
-"""The functions that must be fast: `wkv7`, the loss and the channel mix's activation, each with a plain PyTorch form beside it."""
+"""The functions that must be fast: `wkv7`, the loss and a block's elementwise work, each with a plain PyTorch form beside it."""
 
 from src.ops.loss import cross_entropy_l2wrap, linear_cross_entropy_l2wrap
 from src.ops.relu_squared import relu_squared
+from src.ops.time_mix import time_mix_inputs, time_mix_output, token_shift
 from src.ops.wkv7 import wkv7
 
-__all__ = ["cross_entropy_l2wrap", "linear_cross_entropy_l2wrap", "relu_squared", "wkv7"]
+__all__ = [
+    "cross_entropy_l2wrap",
+    "linear_cross_entropy_l2wrap",
+    "relu_squared",
+    "time_mix_inputs",
+    "time_mix_output",
+    "token_shift",
+    "wkv7",
+]

@@ -27,7 +27,10 @@ from src.files import locked
 from src.ops.toolchain import BuildError, find_compiler, find_ninja, find_nvcc, version_of
 
 SOURCE_FOLDER = Path(__file__).resolve().parents[2] / "cuda"
-CPU_SOURCES = ("wkv7.cpp", "wkv7_cpu.cpp", "relu_squared.cpp", "cross_entropy.cpp", "decode.cpp")
+CPU_SOURCES = (
+    *("wkv7_cpu.cpp", "time_mix.cpp", "decode.cpp", "token_shift.cpp"),  # the long ones first: built side by side
+    *("wkv7.cpp", "cross_entropy_cpu.cpp", "cross_entropy.cpp", "relu_squared.cpp"),
+)
 HEADERS = ("wkv7_cpu.h", "vec.h", "cross_entropy.h")
 CUDA_SOURCES = (
     "wkv7_cuda.cpp",

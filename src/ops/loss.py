@@ -19,8 +19,7 @@ from src.ops import build
 from src.ops.reference import L2WRAP
 
 ROWS = 4096  # rows of low-precision logits that plain PyTorch has in fp32 at a time
-NATIVE_DEVICES = ("cuda",)  # that the native ops have a maker for
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NATIVE_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 _registered = False
 
@@ -76,7 +75,7 @@ def _parts(tensor: Tensor, rows: int) -> Iterator[slice]:
 def _native(device: str, dtype: torch.dtype) -> bool:
     """Whether the native ops serve these logits. Builds and loads them on the first call (a failure: wkv7 says why)."""
     global _registered
-    if device not in NATIVE_DEVICES or dtype not in NATIVE_DTYPES:
+    if dtype not in NATIVE_DTYPES.get(device, ()):
         return False
     try:
         build.load_native()

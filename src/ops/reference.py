@@ -58,6 +58,59 @@ def wkv7_reference(
     return torch.stack(ys, 1).squeeze(-1).to(dtype), S
 
 
+def token_shift_reference(
+    x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None, mixes: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """x[t] + (x[t-1] - x[t]) * mix for each mix. Contract: `src.ops.time_mix.token_shift`."""
+    if cu_seqlens is None:
+        before = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last.unsqueeze(1)
+        xx = torch.cat([before, x[:, :-1]], dim=1) - x
+    else:
+        starts = cu_seqlens[:-1].long()
+        before = x.new_zeros(starts.shape[0], x.shape[2]) if last is None else last
+        xx = F.pad(x, (0, 0, 1, 0))[:, :-1].index_copy(1, starts, before.unsqueeze(0)) - x
+    return tuple(x + xx * mix for mix in mixes)
+
+
+def time_mix_inputs_reference(
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    v_first: Tensor | None,
+    residual: Tensor | None,
+    k_k: Tensor,
+    k_a: Tensor,
+    a0: Tensor,
+    v0: Tensor,
+    head_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Key, value, removal -kk and replacement kk * rate. Contract: `src.ops.time_mix.time_mix_inputs`."""
+    if v_first is not None:
+        v = v + (v_first - v) * torch.sigmoid(v0 + residual)
+    rate = torch.sigmoid(a0 + a)
+    kk = F.normalize((k * k_k).unflatten(-1, (-1, head_size)), dim=-1, eps=1e-12).flatten(-2)
+    return k * (1 + (rate - 1) * k_a), v, -kk, kk * rate
+
+
+def time_mix_output_reference(
+    y: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    r_k: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    head_size: int,
+) -> Tensor:
+    """(group_norm(y) + (sum over the head of r k r_k) v) g. Contract: `src.ops.time_mix.time_mix_output`."""
+    r, k, v_heads = (x.unflatten(-1, (-1, head_size)) for x in (r, k, v))
+    bonus = ((r * k * r_k).sum(dim=-1, keepdim=True) * v_heads).flatten(-2)
+    normal = F.group_norm(y.flatten(0, -2), y.shape[-1] // head_size, weight, bias, eps).view(y.shape)
+    return (normal + bonus) * g
+
+
 def cross_entropy_l2wrap_reference(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     """Mean cross entropy over the tokens that count, plus a term of value zero whose gradient is L2Wrap's:
     (1e-4 / count) * z on each counting token's largest logit z.

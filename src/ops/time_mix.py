@@ -1,0 +1,184 @@
+"""The elementwise work of RWKV-7's two halves: token shift with its mixes, and what a time mix does around its recurrence.
+
+On a CPU in fp32 and bf16 each is one pass over memory forward and one backward (cuda/token_shift.cpp, cuda/time_mix.cpp), where plain PyTorch
+needs dozens. Elsewhere, where the native library can't be built (wkv7 says why) and with kernel "reference" it is plain PyTorch
+(src/ops/reference.py), which torch.compile fuses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.ops import build, reference
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+_registered = False
+
+
+def token_shift(
+    x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None, mixes: tuple[Tensor, ...], *, kernel: str = "auto"
+) -> tuple[Tensor, ...]:
+    """For each mix [1, 1, C]: x[t] + (x[t-1] - x[t]) * mix, of x [B, T, C].
+
+    `last` [B, C] stands before the first token (None: zeros); with `cu_seqlens` [D, C], before the first of each document.
+    """
+    if _fused(x, kernel) and len(mixes) in (1, 6):
+        if len(mixes) == 1:
+            return (torch.ops.rwkv7.token_shift_1(x, last, cu_seqlens, *mixes),)
+        return torch.ops.rwkv7.token_shift_6(x, last, cu_seqlens, *mixes)
+    return reference.token_shift_reference(x, last, cu_seqlens, mixes)
+
+
+def time_mix_inputs(
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    v_first: Tensor | None,
+    residual: Tensor | None,
+    k_k: Tensor,
+    k_a: Tensor,
+    a0: Tensor,
+    v0: Tensor,
+    head_size: int,
+    *,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Key, value, removal and replacement vectors for wkv7, all [B, T, C]; per head:
+
+        rate = sigmoid(a0 + a);   kk = k k_k / max(|k k_k|, 1e-12)
+        k (1 + (rate - 1) k_a),   v + (v_first - v) sigmoid(v0 + residual),   -kk,   kk rate
+
+    Without v_first (layer 0) values stay as they are.
+    """
+    if _fused(k, kernel):
+        if v_first is None:
+            key, _, remove, replace = torch.ops.rwkv7.time_mix_inputs(
+                k, v, a, None, None, k_k, k_a, a0, None, head_size
+            )
+            return key, v, remove, replace
+        return torch.ops.rwkv7.time_mix_inputs(k, v, a, v_first, residual, k_k, k_a, a0, v0, head_size)
+    return reference.time_mix_inputs_reference(k, v, a, v_first, residual, k_k, k_a, a0, v0, head_size)
+
+
+def time_mix_output(
+    y: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    r_k: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    head_size: int,
+    *,
+    kernel: str = "auto",
+) -> Tensor:
+    """(group_norm(y) weight + bias + (sum over the head of r k r_k) v) g; y, r, k, v, g [B, T, C], one group a head."""
+    if _fused(y, kernel):
+        return torch.ops.rwkv7.time_mix_output(y, r, k, v, g, r_k, weight, bias, eps, head_size)
+    return reference.time_mix_output_reference(y, r, k, v, g, r_k, weight, bias, eps, head_size)
+
+
+def _fused(x: Tensor, kernel: str) -> bool:
+    return kernel != "reference" and x.device.type == "cpu" and x.dtype in NATIVE_DTYPES and x.numel() > 0 and _native()
+
+
+def _native() -> bool:
+    global _registered
+    if _registered:
+        return True
+    try:
+        build.load_native()
+    except build.BuildError:
+        return False
+    for name, shapes, backward in (
+        ("token_shift_1", _like_first, _shift_backward),
+        ("token_shift_6", lambda x, *_: tuple(_like_first(x) for _ in range(6)), _shift_backward),
+        ("time_mix_inputs", _inputs_shapes, _inputs_backward),
+        ("time_mix_output", _like_first, _output_backward),
+    ):
+        torch.library.register_fake(f"rwkv7::{name}", shapes)
+        torch.library.register_autograd(f"rwkv7::{name}", backward, setup_context=_setup_context)
+        torch.library.register_autograd(f"rwkv7::{name}_backward", _no_double_backward)
+    torch.library.register_fake("rwkv7::token_shift_1_backward", lambda d, *inputs: _shift_shapes(*inputs))
+    torch.library.register_fake("rwkv7::token_shift_6_backward", lambda *args: _shift_shapes(*args[6:]))
+    torch.library.register_fake("rwkv7::time_mix_inputs_backward", _inputs_backward_shapes)
+    torch.library.register_fake(
+        "rwkv7::time_mix_output_backward", lambda d, *inputs: tuple(_like_first(x) for x in inputs[:8])
+    )
+    _registered = True
+    return True
+
+
+# As torch.compiler.assume_constant_result, without importing the compiler (see wkv7.py).
+_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*(x for x in inputs if x is None or isinstance(x, Tensor)))
+    ctx.numbers = tuple(x for x in inputs if not (x is None or isinstance(x, Tensor)))
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+    raise RuntimeError("the fused time mix has no second derivative; use kernel='reference' for it")
+
+
+def _like_first(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _shift_shapes(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None, *mixes: Tensor) -> tuple[Tensor, ...]:
+    dlast = x.new_empty(0 if last is None else last.shape[0], x.shape[2])
+    return (_like_first(x), dlast, *(_like_first(mix) for mix in mixes))
+
+
+def _shift_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    x, last, cu_seqlens, *mixes = ctx.saved_tensors
+    op = torch.ops.rwkv7.token_shift_1_backward if len(mixes) == 1 else torch.ops.rwkv7.token_shift_6_backward
+    dx, dlast, *dmixes = op(*grads, x, last, cu_seqlens, *mixes)
+    return (dx, None if last is None else dlast, None, *dmixes)
+
+
+def _inputs_shapes(k: Tensor, v: Tensor, a: Tensor, v_first: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    value = v.new_empty(0) if v_first is None else _like_first(v)
+    return _like_first(k), value, _like_first(k), _like_first(k)
+
+
+def _inputs_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: under gradient checkpointing a second look is an error
+    gradients = torch.ops.rwkv7.time_mix_inputs_backward(*grads, *saved, *ctx.numbers)
+    dk, dv, da, dv_first, dresidual, dk_k, dk_a, da0, dv0 = gradients
+    if saved[3] is None:
+        return dk, None, da, None, None, dk_k, dk_a, da0, None, None
+    return dk, dv, da, dv_first, dresidual, dk_k, dk_a, da0, dv0, None
+
+
+def _inputs_backward_shapes(
+    dkey: Tensor,
+    dvalue: Tensor,
+    dremove: Tensor,
+    dreplace: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    v_first: Tensor | None,
+    residual: Tensor | None,
+    k_k: Tensor,
+    k_a: Tensor,
+    a0: Tensor,
+    v0: Tensor | None,
+    head_size: int,
+) -> tuple[Tensor, ...]:
+    nothing = v.new_empty(0)
+    dv, dv_first, dresidual = (nothing if v_first is None else _like_first(v) for _ in range(3))
+    dv0 = nothing if v0 is None else _like_first(v0)
+    return (_like_first(k), dv, _like_first(a), dv_first, dresidual, *map(_like_first, (k_k, k_a, a0)), dv0)
+
+
+def _output_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    return (*torch.ops.rwkv7.time_mix_output_backward(dout, *ctx.saved_tensors, *ctx.numbers), None, None)

@@ -1,0 +1,261 @@
+"""Speed of the whole training step: forward, loss, backward and optimizer, with the objects that train.py trains with.
+
+    python tests/bench/train_step.py                              L8-D512, V 6400, ctx 512, batch 4, fp32, 2 threads
+    python tests/bench/train_step.py --compile 1
+    python tests/bench/train_step.py --config 0.1b [--micro_bsz 1] [--grad_cp 1 --head_chunk 4096] [--device cuda]
+    python tests/bench/train_step.py --profile 1                  besides, where the time of a step goes
+
+Printed, medians over the steps:
+  tokens/s    ctx_len * micro_bsz / seconds of a step
+  ratio       6 * P * tokens/s / product rate; P: parameters that are multiplied, all but emb. The product rate is the median over
+              the step's own product shapes, [tokens, C] x [C, C], [C, 4C], [4C, C] and [C, V], with the same threads, measured
+              before and after each step in the same process. Steps whose two rates differ by over 25 % are dropped: machines are shared.
+  MFU         on a GPU, 6 * P * tokens/s / the dense peak of its tensor cores (--peak_tflops where it isn't known here). What
+              gradient checkpointing computes twice doesn't count.
+  memory      on a GPU the most that tensors took; on a CPU the most that the process took
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from src.config import RunConfig
+from src.model import RWKV7
+from src.training.allocator import keep_freed_memory
+from src.training.module import TrainingModule
+from src.training.strategy import choose_hardware
+
+CONFIGS = {  # n_layer, n_embd, vocab_size, ctx_len, micro_bsz, low-rank sizes w, a, v, g (0: by the formula)
+    "mini": (8, 512, 6400, 512, 4, (0, 0, 0, 0)),
+    "demo": (4, 256, 4096, 256, 8, (0, 0, 0, 0)),
+    "0.1b": (12, 768, 65536, 512, 16, (64, 64, 32, 128)),
+    "0.4b": (24, 1024, 65536, 512, 16, (64, 64, 32, 128)),
+    "1.5b": (24, 2048, 65536, 4096, 8, (96, 96, 64, 256)),
+    "2.9b": (32, 2560, 65536, 4096, 4, (96, 96, 64, 320)),
+}
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165, "3090": 71}
+PARTS = ("GEMM", "wkv7", "elementwise", "loss", "optimizer", "idle")
+
+
+def settings(args: argparse.Namespace) -> tuple[RunConfig, int]:
+    """The run's flags, and the vocabulary."""
+    layers, width, vocab, ctx_len, micro_bsz, ranks = CONFIGS[args.config]
+    config = RunConfig(
+        n_layer=args.n_layer or layers,
+        n_embd=args.n_embd or width,
+        ctx_len=args.ctx_len or ctx_len,
+        micro_bsz=args.micro_bsz or micro_bsz,
+        grad_cp=args.grad_cp,
+        head_chunk=args.head_chunk,
+        compile=args.compile,
+        kernel=args.kernel,
+        precision=args.precision,
+        accelerator={"cuda": "gpu"}.get(args.device, args.device),
+        weight_decay=0.001,
+    )
+    config.d_decay_lora, config.d_aaa_lora, config.d_mv_lora, config.d_gate_lora = ranks
+    return config, args.vocab_size or vocab
+
+
+class Step:
+    """One optimizer step after another on random tokens. `micro_steps` batches are accumulated, as --accumulate_grad_batches does."""
+
+    def __init__(self, config: RunConfig, vocab: int) -> None:
+        self.hardware = choose_hardware(config)
+        self.device = torch.device("cuda" if self.hardware.accelerator == "gpu" else "cpu")
+        torch.manual_seed(0)
+        with self.device:
+            model = RWKV7(config.model_config(vocab)).to(self.device, self.hardware.dtype)
+        if config.compile:  # as src/training/fit.py does
+            for block in model.blocks:
+                block.compile()
+        self.module = TrainingModule(model, config, self.hardware, make_dataset=None)
+        self.optimizer = self.module.configure_optimizers()
+        self.module.on_train_start()
+        self.tokens = config.ctx_len * config.micro_bsz
+        ids = torch.randint(vocab, (config.micro_bsz, config.ctx_len + 1), device=self.device)
+        self.batch = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+        self.multiplied = sum(p.numel() for name, p in model.named_parameters() if name != "emb.weight")
+
+    def run(self) -> None:
+        loss = self.module.training_step(self.batch, 0)["loss"]
+        loss.backward()
+        with torch.profiler.record_function("part:optimizer"):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def timed(self) -> float:
+        self.wait()
+        start = time.perf_counter()
+        self.run()
+        self.wait()
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class Products:
+    """The machine's rate at the step's own products, GFLOP/s: the median over their shapes. Outputs are allocated once."""
+
+    def __init__(self, tokens: int, width: int, vocab: int, device: torch.device, dtype: torch.dtype) -> None:
+        shapes = ((width, width), (width, 4 * width), (4 * width, width), (width, vocab))
+        self.operands = []
+        for inner, outer in shapes:
+            x, weight = (torch.randn(s, device=device, dtype=dtype) for s in ((tokens, inner), (inner, outer)))
+            self.operands.append((x, weight, torch.empty(tokens, outer, device=device, dtype=dtype)))
+
+    def rate(self) -> float:
+        rates = []
+        for x, weight, out in self.operands:
+            repeats = max(1, round(4e9 / (2 * out.numel() * x.shape[1])))
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                torch.mm(x, weight, out=out)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            rates.append(repeats * 2 * out.numel() * x.shape[1] / (time.perf_counter() - start) / 1e9)
+        return statistics.median(rates)
+
+
+def part_of(event: "torch.autograd.profiler_util.FunctionEvent", kernel: str = "") -> str:
+    """Which part of a step an op of the profile (or a GPU kernel that it started) belongs to."""
+    above, names = event, []
+    while above is not None:
+        names.append(above.name)
+        above = above.cpu_parent
+    if any(name == "part:optimizer" for name in names):
+        return "optimizer"
+    if any("wkv7_" in name for name in (kernel, *names)):
+        return "wkv7"
+    own = names[0]
+    if (
+        any(own == f"aten::{op}" for op in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "mkldnn_linear"))
+        or "mkl_linear" in own
+    ):
+        return "GEMM"
+    if any("CrossEntropy" in name or "cross_entropy" in name or name == "part:loss" for name in names):
+        return "loss"
+    return "idle" if own.startswith("autograd::") else "elementwise"
+
+
+def split(step: Step, steps: int = 3) -> dict[str, float]:
+    """Milliseconds of a step by part. A GPU's are those of its kernels; idle: none ran. On a CPU idle is the time in no op."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    gpu = step.device.type == "cuda"
+    if gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    head_loss = step.module.head_loss
+    forward = head_loss.forward
+
+    def marked(*args: torch.Tensor) -> torch.Tensor:
+        with torch.profiler.record_function("part:loss"):
+            return forward(*args)
+
+    head_loss.forward = marked  # type: ignore[method-assign]
+    with torch.profiler.profile(activities=activities) as profile:
+        seconds = sum(step.timed() for _ in range(steps))
+    head_loss.forward = forward  # type: ignore[method-assign]
+    spent: dict[str, float] = defaultdict(float)
+    for event in profile.events():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue
+        if gpu:
+            for kernel in event.kernels:
+                spent[part_of(event, kernel.name)] += kernel.duration / 1e3 / steps
+        else:
+            spent[part_of(event)] += event.self_cpu_time_total / 1e3 / steps
+    spent["idle"] = 1e3 * seconds / steps - sum(spent[part] for part in PARTS if part != "idle")
+    return dict(spent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="mini", choices=list(CONFIGS))
+    for name in ("n_layer", "n_embd", "vocab_size", "ctx_len", "micro_bsz"):
+        parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help="instead of the configuration's")
+    parser.add_argument("--compile", type=int, default=0)
+    parser.add_argument("--grad_cp", type=int, default=0)
+    parser.add_argument("--head_chunk", type=int, default=0)
+    parser.add_argument("--kernel", default="auto")
+    parser.add_argument("--precision", default="", help="default: as train.py chooses")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warmup", type=int, default=4, help="steps before: fresh memory is dear, compiling dearer")
+    parser.add_argument("--profile", type=int, default=0, help="1: also the split of a step by part")
+    parser.add_argument("--peak_tflops", type=float, default=0.0)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    config, vocab = settings(args)
+    step = Step(config, vocab)
+    hardware, device = step.hardware, step.device
+    if device.type == "cpu":
+        keep_freed_memory()  # as train.py does
+    products = Products(step.tokens, config.n_embd, vocab, device, hardware.dtype)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads"
+    print(
+        f"L{config.n_layer}-D{config.n_embd}, V {vocab}, ctx {config.ctx_len}, batch {config.micro_bsz}, {hardware.precision}, "
+        f"compile {config.compile}, grad_cp {config.grad_cp}, head_chunk {config.head_chunk}, {where}"
+    )
+    begin = time.perf_counter()
+    for _ in range(args.warmup):
+        step.timed()
+        products.rate()
+    print(f"{args.warmup} steps of warm-up: {time.perf_counter() - begin:.1f} s")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    kept, faults = [], resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(args.steps):
+        before = products.rate()
+        seconds = step.timed()
+        after = products.rate()
+        if max(before, after) < 1.25 * min(before, after):
+            kept.append((seconds, (before + after) / 2))
+    faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) // args.steps
+    if not kept:
+        raise SystemExit(
+            "the machine is too restless: the product rates around every step differ by over 25 %; run again"
+        )
+    seconds = statistics.median(s for s, _ in kept)
+    rate = statistics.median(r for _, r in kept)
+    flops = 6 * step.multiplied * step.tokens  # of one step
+    ratio = statistics.median(flops / s / 1e9 / r for s, r in kept)
+    print(
+        f"tokens/s {step.tokens / seconds:.0f}, {1e3 * seconds:.1f} ms a step, {len(kept)} of {args.steps} steps kept"
+    )
+    print(f"ratio {ratio:.3f} to the product rate {rate:.0f} GFLOP/s ({flops / 1e9:.0f} GFLOP a step)")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+        peak = args.peak_tflops or next((t for key, t in PEAK_TFLOPS.items() if key in name), 0)
+        if peak:
+            print(f"MFU {100 * flops / seconds / 1e12 / peak:.1f} % of {peak:g} TFLOP/s")
+        print(f"memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+    else:
+        print(f"memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB, {faults} page faults a step")
+    if args.profile:
+        spent = split(step)
+        total = sum(spent.values())
+        print(
+            "split of a step: "
+            + ", ".join(
+                f"{part} {spent.get(part, 0):.1f} ms ({100 * spent.get(part, 0) / total:.0f} %)" for part in PARTS
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

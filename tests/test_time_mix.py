@@ -1,0 +1,151 @@
+"""The fused elementwise work of a block: values and gradients against plain PyTorch in float64, shapes for torch.compile."""
+
+import importlib
+
+import pytest
+import torch
+
+from src.ops import reference, time_mix_inputs, time_mix_output, token_shift
+
+module = importlib.import_module("src.ops.time_mix")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def native():
+    if not module._native():
+        pytest.skip("no native library on this machine")
+    return torch.ops.rwkv7
+
+
+def compare(op, inputs, dtype=torch.float32):
+    """Outputs and gradients of `op` and of its plain form in `dtype`, both against the plain form in float64."""
+
+    def outputs_and_gradients(function, tensors):
+        outputs = function(*tensors)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        generator = torch.Generator().manual_seed(1)
+        d = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in outputs]
+        wanted = [x for x in tensors if x is not None and x.requires_grad]
+        return outputs + list(torch.autograd.grad(outputs, wanted, d))
+
+    def cast(x, dtype):
+        return x.detach().to(dtype).requires_grad_(x.requires_grad) if x is not None and x.is_floating_point() else x
+
+    inputs = [cast(x, dtype) for x in inputs]
+    exact = outputs_and_gradients(lambda *t: op(*t, kernel="reference"), [cast(x, torch.float64) for x in inputs])
+    plain = outputs_and_gradients(lambda *t: op(*t, kernel="reference"), inputs)
+    got = outputs_and_gradients(op, inputs)
+    assert len(got) == len(exact)
+    for g, p, e in zip(got, plain, exact, strict=True):
+        assert g.shape == e.shape
+        assert g.dtype == dtype
+        assert torch.isfinite(g).all()
+        scale = e.norm().clamp(min=1e-30)
+        assert (g - e).norm() / scale <= 2 * (p - e).norm() / scale + 1e-7
+
+
+def shift(x, last, bounds, *mixes, kernel="auto"):
+    return token_shift(x, last, bounds, mixes, kernel=kernel)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mixes", [1, 6])
+@pytest.mark.parametrize("carried", [False, True], ids=["fresh", "carried"])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 7), (2, 150)])
+def test_token_shift(dtype, mixes, carried, batch, length):
+    x = torch.randn(batch, length, 48, requires_grad=True)
+    last = torch.randn(batch, 48, requires_grad=True) if carried else None
+    compare(shift, [x, last, None, *(torch.rand(1, 1, 48, requires_grad=True) for _ in range(mixes))], dtype)
+
+
+@pytest.mark.parametrize("mixes", [1, 6])
+@pytest.mark.parametrize("carried", [False, True], ids=["fresh", "carried"])
+@pytest.mark.parametrize("bounds", [[0, 5, 6, 40], [0, 170], [0, 64, 128, 192, 193]], ids=str)
+def test_token_shift_of_packed_documents(mixes, carried, bounds):
+    x = torch.randn(1, bounds[-1], 32, requires_grad=True)
+    last = torch.randn(len(bounds) - 1, 32, requires_grad=True) if carried else None
+    bounds = torch.tensor(bounds, dtype=torch.int32)
+    compare(shift, [x, last, bounds, *(torch.rand(1, 1, 32, requires_grad=True) for _ in range(mixes))])
+
+
+def inputs_problem(layer, shape=(2, 67, 128)):
+    activations = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    first = [torch.randn(shape, requires_grad=True) if layer else None for _ in range(2)]
+    return [*activations, *first, *(torch.randn(1, 1, shape[-1], requires_grad=True) for _ in range(4 if layer else 3))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("head_size", [16, 32, 64, 128])
+def test_inputs(layer, head_size, dtype):
+    inputs = inputs_problem(layer)
+    compare(
+        lambda *t, kernel="auto": time_mix_inputs(*t, *(() if layer else (None,)), head_size, kernel=kernel),
+        inputs,
+        dtype,
+    )
+
+
+def test_inputs_of_a_zero_key():
+    """The norm is cut at 1e-12 there: finite, and no gradient through the norm."""
+    inputs = inputs_problem(1)
+    with torch.no_grad():
+        inputs[0][0, 3] = 0
+    outputs = time_mix_inputs(*inputs, 64)
+    assert (outputs[2][0, 3] == 0).all()
+    gradients = torch.autograd.grad(sum(x.sum() for x in outputs), inputs)
+    assert all(torch.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [16, 32, 64, 128])
+def test_output(head_size, dtype):
+    activations = [torch.randn(2, 67, 128, requires_grad=True) for _ in range(5)]
+    parameters = [torch.randn(128 // head_size, head_size), torch.randn(128), torch.randn(128)]
+    inputs = [*activations, *(p.requires_grad_() for p in parameters)]
+    compare(lambda *t, kernel="auto": time_mix_output(*t, 64e-5, head_size, kernel=kernel), inputs, dtype)
+
+
+def test_layouts_that_are_not_dense():
+    inputs = inputs_problem(1)
+    strided = [x.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in inputs]
+    for x, y in zip(time_mix_inputs(*inputs, 64), time_mix_inputs(*strided, 64), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_every_run_gives_the_same_bits():
+    inputs = inputs_problem(1, (2, 200, 64))
+    runs = []
+    for _ in range(3):
+        outputs = time_mix_inputs(*inputs, 64)
+        runs.append(torch.autograd.grad(sum(x.square().sum() for x in outputs), inputs))
+    for run in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(run, runs[0], strict=True))
+
+
+def test_other_dtypes_are_plain():
+    x, mix = torch.randn(2, 5, 32).double(), torch.rand(1, 1, 32).double()
+    got, want = token_shift(x, None, None, (mix,)), reference.token_shift_reference(x, None, None, (mix,))
+    assert torch.equal(got[0], want[0])
+
+
+def test_opcheck(native):
+    def leaf(*shape):
+        return torch.randn(*shape, requires_grad=True)
+
+    x, mixes = leaf(2, 9, 32), [leaf(1, 1, 32) for _ in range(6)]
+    torch.library.opcheck(native.token_shift_1.default, (x, None, None, mixes[0]))
+    torch.library.opcheck(native.token_shift_6.default, (x, leaf(2, 32), None, *mixes))
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    torch.library.opcheck(native.token_shift_6.default, (leaf(1, 9, 32), leaf(2, 32), bounds, *mixes))
+    torch.library.opcheck(native.time_mix_inputs.default, (*inputs_problem(1, (2, 9, 32)), 16))
+    k, v, a, _, _, *parameters = inputs_problem(0, (2, 9, 32))
+    torch.library.opcheck(native.time_mix_inputs.default, (k, v, a, None, None, *parameters, None, 16))
+    output = [leaf(2, 9, 32) for _ in range(5)] + [leaf(2, 16), leaf(32), leaf(32)]
+    torch.library.opcheck(native.time_mix_output.default, (*output, 64e-5, 16))
