@@ -1,6 +1,7 @@
 """Chat: the state never reads the past again and is always that of the whole conversation; the program in a terminal and in a pipe."""
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -22,6 +23,7 @@ from src.dataset.chat_template import ChatTemplate
 from src.dataset.tokenizer import load_tokenizer
 from src.inference.chat import RWKV_TEMPLATE, Conversation, find_template
 from src.inference.decoder import Decoder
+from src.inference.load import pretrained_only
 from src.inference.sampling import Sampling
 
 READY = "<the program waits for a line>"
@@ -163,6 +165,8 @@ def test_a_saved_conversation_goes_on_as_if_it_had_not_been_interrupted(model, f
     for name in ("foreign", "text", "missing"):
         with pytest.raises(ValueError, match=f"/load .*{name}"):
             other.load(tmp_path / name)
+    with pytest.raises(ValueError, match=r"/save .*nowhere/talk: can't be written \(No such file or directory\)"):
+        other.save(tmp_path / "nowhere" / "talk")
 
 
 def test_an_answer_ends_where_the_template_ends_it(model, folders):
@@ -197,12 +201,26 @@ def test_templates_are_found_by_name(folders, tmp_path):
     assert find_template(str(tmp_path / "mine.jinja"), tokenizer).render([{"role": "user", "content": "x"}]) == "x"
     with pytest.raises(ValueError, match="--chat_template nowhere"):
         find_template("nowhere", tokenizer)
+    assert find_template("tokenizer", tokenizer) is tokenizer.chat_template
+    with pytest.raises(ValueError, match=r"--chat_template tokenizer: .* has none"):
+        find_template("tokenizer", load_tokenizer(folders["none"]))
+
+
+def test_a_model_that_was_only_pretrained_continues_text(folders, tmp_path):
+    """Its tokenizer may have a chat template all the same."""
+    tokenizer = load_tokenizer(folders["chatml"])
+    for kind, chats in (("binidx", False), ("sft", True)):
+        (tmp_path / "run.json").write_text(json.dumps({"settings": {"data_type": kind}}))
+        template = find_template("", tokenizer, pretrained_only(tmp_path / "rwkv-final.pth"))
+        assert (template is not None) == chats
+    assert not pretrained_only(tmp_path / "elsewhere" / "rwkv-final.pth")
+    assert find_template("tokenizer", tokenizer, pretrained_only=True) is tokenizer.chat_template
 
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("temperature", "hot", "/set temperature hot"),
+        ("temperature", "hot", "/set temperature hot: expected a number"),
         ("temperature", "-1", "expected 0"),
         ("top_k", "1.5", "/set top_k 1.5"),
         ("length", "0", "/set length 0"),
@@ -326,13 +344,16 @@ def test_a_talk_in_a_terminal(run, tmp_path):
         stopped = terminal.wait(rf"\[stopped\]|{READY}")
         assert "[stopped]" in stopped
         terminal.wait(READY)
+        terminal.type("/save\r")
+        terminal.wait("expected a file name")
+        terminal.wait(READY)
         terminal.type("\x03")  # at the prompt
         terminal.wait("Ctrl-D")
         terminal.wait(READY)
         terminal.type("\x1b[A")  # the last line of the history
-        terminal.wait("/retry")
+        terminal.wait("/save")
         terminal.type("\x15\x04")
-        assert terminal.end() == 0
+        assert terminal.end() == 0, "a slip of the fingers is no failure"
     except BaseException:
         terminal.kill()
         raise

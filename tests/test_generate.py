@@ -340,7 +340,7 @@ def test_generate_continues_a_prompt_with_the_runs_own_tokenizer(tmp_path, capsy
     ("flags", "words"),
     [
         (["nowhere"], "nowhere: no such file"),
-        (["{run}", "--temperature", "-2"], "temperature -2"),
+        (["{run}", "--temperature", "-2"], "--temperature -2"),
         (["{run}", "--tokenizer", "world"], "don't belong together"),
         (["{empty}"], "holds no rwkv-final.pth"),
         (["{run}", "--device", "cuda"], "sees no GPU"),

@@ -77,10 +77,12 @@ def compare(options: argparse.Namespace) -> list[dict[str, float]]:
     decoders = {batch: Decoder(model, batch) for batch in (1, *BATCHES)}
     decoder = decoders[1]
 
-    theirs, state = package.forward(prompt, None)
+    first_prefill = {"rwkv": seconds(lambda: package.forward(prompt, None)), "ours": seconds(lambda: decoder.prefill([prompt]))}
+    print("first prompt of the process: " + ", ".join(f"{name} {taken:.1f} s" for name, taken in first_prefill.items()), flush=True)
+    theirs, state = package.forward(prompt, None)  # once to look, once to compile
+    decoder.reset()
     difference = float((decoder.prefill([prompt])[0] - theirs).abs().max())
     print(f"largest difference of the logits after {len(prompt)} tokens: {difference:.1e}", flush=True)
-    package.forward(prompt, None)  # once to look, once to compile
     for _ in range(3):
         _, state = package.forward([1], state)
         for batch, batched in decoders.items():
