@@ -324,7 +324,12 @@ class RunConfig:
         if self.epochs == 0 and not self.my_exit_tokens:
             found.append("--epochs 0: nothing would be trained; expected more than 0, or --my_exit_tokens")
         if self.train_stage != 1 and not self.data_file and self.plan < 0:
-            found.append("--data_file: missing; expected binidx data, which data/make_data.py makes from a jsonl")
+            expected = (
+                "a jsonl of conversations"
+                if self.data_type == "sft"
+                else "binidx data, which data/make_data.py makes from a jsonl"
+            )
+            found.append(f"--data_file: missing; expected {expected}")
         if self.epoch_begin and not self.load_model:
             found.append(f"--epoch_begin {self.epoch_begin}: has a meaning with --load_model only; leave it out")
         alone = [

@@ -18,6 +18,7 @@ import torch
 from src.cli import parse
 from src.config import ModelConfig, RunConfig
 from src.dataset.binidx import BinIdxWriter
+from src.ops.toolchain import BuildError
 from src.training import machine, out_of_memory, plan, preflight, trial
 from src.training.out_of_memory import SAFE, advice, estimate, is_out_of_memory, remedies
 from src.training.run import run
@@ -210,6 +211,47 @@ def test_missing_compiler_is_on_the_list(monkeypatch, tmp_path):
     finding = machine.build_tools()
     assert "CXX" in finding.to_do
     assert "slow" in finding.to_do
+
+
+def no_nvcc():
+    raise BuildError("there is a GPU but no nvcc: install the CUDA toolkit")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "nvcc", "expected"),
+    [
+        ((9, 0), "13.0", "release 13.0, V13.0.48", ""),
+        ((9, 0), "13.0", "release 12.4, V12.4.131", "CUDA toolkit 13.0"),
+        ((9, 0), "13.0", None, "no nvcc"),
+        ((6, 1), "13.0", "release 13.0, V13.0.48", "older PyTorch"),
+        ((15, 0), "13.0", "release 13.0, V13.0.48", "newer PyTorch"),
+    ],
+    ids=["well", "nvcc too old", "no nvcc", "old GPU", "new GPU"],
+)
+def test_what_is_wrong_with_cuda(monkeypatch, capability, built_for, nvcc, expected):
+    for name, value in {
+        "is_available": True, "device_count": 2, "get_device_capability": capability, "get_device_name": "NVIDIA X",
+        "get_arch_list": ["sm_75", "sm_90", "sm_120", "compute_120"],
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, value=value: value)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(machine, "find_nvcc", lambda: "nvcc" if nvcc else no_nvcc())
+    monkeypatch.setattr(machine, "_output", lambda command: f"Cuda compilation tools, {nvcc}")
+    finding = machine.cuda()
+    assert "2 x NVIDIA X" in finding.words
+    assert expected in finding.to_do
+    assert bool(expected) == bool(finding.to_do)
+
+
+def test_a_gpu_that_this_torch_cannot_use(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(machine, "_driver", lambda: "550.54")
+    assert "PyTorch with CUDA" in machine.cuda().to_do
+    assert machine.cuda(wanted=False).to_do == ""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "update the NVIDIA driver" in machine.cuda().to_do
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def open_conversations(path: str, folder: str, workers: int | None = None) -> Co
             return _read(prefix, made_from) or _make(path, folder, prefix, made_from, workers or usable_cores())
     except PermissionError as error:
         raise ValueError(
-            f"{error}: the tokens of --data_file are kept beside it, so its folder must allow it."
+            f"{error}: the tokens of --data_file are kept beside it, so its folder must allow it; copy it to a folder of yours."
         ) from error
 
 
@@ -129,12 +129,20 @@ def look_at_conversations(path: str, folder: str) -> tuple[Conversations, float]
     first = _tokenise(next(iter(read_pieces([path], "conversations"))), folder)
     left_out = Counter(fault.reason for fault in first.broken)
     if not len(first.sizes):
-        raise ValueError(f"{path} begins with {len(first.broken)} lines of which none can be used: {dict(left_out)}")
+        raise _nothing_usable(path, left_out)
     with tempfile.TemporaryDirectory() as beside:  # a mapped file stays readable when its name is gone
         with BinIdxWriter(Path(beside) / "first", np.int32) as out:
             out.add_bytes(first.coded, first.sizes)
         data = MMapIndexedDataset(Path(beside) / "first")
     return Conversations(data, dict(left_out), first.turns, first.answer_tokens), first.end / Path(path).stat().st_size
+
+
+def _nothing_usable(path: str, left_out: Counter[str]) -> ValueError:
+    reasons = ", ".join(f"{reason} ({count} lines)" for reason, count in left_out.most_common(3)) or "it is empty"
+    return ValueError(
+        f"--data_file {path} holds no conversation that can be used: {reasons}. Expected lines like "
+        '{"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+    )
 
 
 def _fingerprint(path: Path) -> list[Any]:
@@ -182,7 +190,7 @@ def _make(path: str, folder: str, prefix: Path, made_from: dict[str, Any], worke
             answer_tokens += part.answer_tokens
             bar.update(part.end - bar.n)
         if not out.n_documents:
-            raise ValueError(f"{path} holds no conversation that can be used: {dict(left_out)}")
+            raise _nothing_usable(path, left_out)
     found = {"left_out": left_out, "turns": turns, "answer_tokens": answer_tokens}
     with write_whole(notes_path) as file:
         file.write(json.dumps({"made_from": made_from, "found": found}).encode())

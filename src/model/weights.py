@@ -70,10 +70,10 @@ def config_from_weights(weights: Weights, source: str, kernel: str = "auto") -> 
     lacking = [name for name in needed if name not in weights]
     if lacking:
         some = ", ".join(list(weights)[:3])
-        raise ValueError(f"{source}: not RWKV-7 weights: {lacking[0]} is missing (the file begins with {some})")
+        raise ValueError(f"{source}: not RWKV-7 weights: {lacking[0]} is missing (the file begins with {some}); expected the state dict of an RWKV-7 (x070) model")
     layers = {int(m.group(1)) for m in (re.match(r"blocks\.(\d+)\.", name) for name in weights) if m}
     if layers != set(range(len(layers))):
-        raise ValueError(f"{source}: blocks {sorted(set(range(max(layers))) - layers)} are missing")
+        raise ValueError(f"{source}: blocks {sorted(set(range(max(layers))) - layers)} are missing; copy or download it again, whole")
     vocab_size, n_embd = weights["emb.weight"].shape
     value_residual = next((weights[f"blocks.{i}.att.v1"] for i in (1, 0) if f"blocks.{i}.att.v1" in weights), None)
     return ModelConfig(

@@ -60,6 +60,8 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OneP
     if (proj_dir / FINAL).exists() and not config.restart and position.step >= length.steps:
         say(words_for_complete(proj_dir))
         return 0
+    if config.random_seed >= 0:
+        pl.seed_everything(config.random_seed, verbose=False)
     model, values = build_model(config, hardware, start, company)
     samples.check_ids(model.config.vocab_size)
     say(summary(config, model, hardware, samples, start))
@@ -77,7 +79,7 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OneP
     callbacks: list[pl.Callback] = [SetLearningRate(schedule(config, start), position.step), reporter]
     if start.loaded is not None:
         callbacks.append(RestoreState(start.loaded))
-    with explained(config, model.config, hardware), tempfile.TemporaryDirectory() as nowhere:
+    with explained(config, model.config, hardware, company), tempfile.TemporaryDirectory() as nowhere:
         trainer = trainer_for(config, hardware, Path(nowhere), company, steps, callbacks)
         in_parts = values if hardware.model_in_parts else None
         trainer.fit(TrainingModule(model, config, hardware, make_dataset, samples.collate, in_parts))

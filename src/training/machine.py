@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from src.ops.build import BuildError, find_compiler, find_ninja, find_nvcc
+from src.ops.toolchain import BuildError, find_compiler, find_ninja, find_nvcc
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 OLDEST_PYTHON = (3, 10)
@@ -64,8 +64,10 @@ def build_tools() -> Finding:
     return Finding("compiler", ", ".join(shown) or "none", to_do)
 
 
-def cuda() -> Finding:
-    """CUDA as this PyTorch has it, the driver, nvcc and the GPUs; what keeps them from working together."""
+def cuda(wanted: bool = True) -> Finding:
+    """CUDA as this PyTorch has it, the driver, nvcc and the GPUs; what keeps them from working together, where a GPU is `wanted`."""
+    if not wanted:
+        return Finding("cuda", "not asked for (--accelerator cpu)")
     built_for = torch.version.cuda or ""
     if torch.version.hip:
         return Finding("cuda", f"this PyTorch is built for ROCm {torch.version.hip}")
@@ -90,7 +92,11 @@ def cuda() -> Finding:
     to_do = ""
     capability = "sm_{}{}".format(*torch.cuda.get_device_capability())
     known = [name for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
-    if known and max(map(_number, known)) // 10 < _number(capability) // 10:
+    if known and min(map(_number, known)) > _number(capability):
+        to_do = (
+            f"install an older PyTorch: this one knows GPUs from {min(known, key=_number)} on, this one is {capability}"
+        )
+    elif known and max(map(_number, known)) // 10 < _number(capability) // 10:
         to_do = (
             f"install a newer PyTorch: this one knows GPUs up to {max(known, key=_number)}, this one is {capability}"
         )

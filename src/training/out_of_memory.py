@@ -13,6 +13,7 @@ from src.config import ModelConfig, RunConfig
 from src.training import plan
 from src.training.machine import free_memory
 from src.training.plan import GIB, Memory
+from src.training.processes import OneProcess
 from src.training.strategy import Hardware
 
 SAFE = 0.92  # share of what is free that an estimate may fill: allocators round up and leave gaps
@@ -124,9 +125,10 @@ def parts_in_words(memory: Memory) -> str:
 
 
 @contextmanager
-def explained(config: RunConfig, model: ModelConfig, hardware: Hardware) -> Iterator[None]:
+def explained(config: RunConfig, model: ModelConfig, hardware: Hardware, company: OneProcess) -> Iterator[None]:
     """Turns an error of this block that means "no memory" into NotEnoughMemory."""
-    free = free_memory(hardware.accelerator, hardware.devices)
+    device = company.environment.local_rank() if company.environment else 0
+    free = free_memory(hardware.accelerator, hardware.devices, device)
     try:
         yield
     except Exception as error:

@@ -89,13 +89,17 @@ def check(config: RunConfig, notes: list[str]) -> int:
         say(f"note: {note}")
     checks.take(machine.software())
     checks.take(machine.build_tools())
-    checks.take(machine.cuda())
+    checks.take(machine.cuda(config.accelerator != "cpu"))
     if config.wandb and importlib.util.find_spec("wandb") is None:
         checks.to_do.append(f"pip install wandb, or leave --wandb {config.wandb} out")
     hardware = checks.attempt("device", lambda: choose_hardware(config))
     if hardware is None:
         return checks.result()
-    where = torch.cuda.get_device_name() if hardware.accelerator == "gpu" else f"CPU, {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name()
+        if hardware.accelerator == "gpu"
+        else f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    )
     checks.found("device", f"{where}, {hardware.in_words}, {hardware.precision}")
     for note in hardware.notes:
         say(f"note: {note}")
@@ -129,7 +133,7 @@ def warn_at_start(
     config: RunConfig, hardware: Hardware, model: ModelConfig, samples: Samples, start: Start, proj_dir: Path
 ) -> None:
     """At every start: only what is quick, and only what is wrong is said."""
-    findings = [machine.software(), machine.cuda()]
+    findings = [machine.software(), machine.cuda(config.accelerator != "cpu")]
     wrong = [finding.to_do for finding in findings if finding.to_do]
     wrong += _wrong_kernel(config, hardware, model.head_size)[1]
     wrong += _wrong_document_ends(samples)[1]
@@ -246,8 +250,10 @@ def _tokenizer(config: RunConfig, vocab_size: int) -> Tokenizer | None:
 
 def _first_window(config: RunConfig, samples: Samples) -> list[int]:
     """The ids that the run begins with."""
-    dataset = samples.dataset(0, config.micro_bsz, 0, 1, (), 1 << 62)
-    return dataset[0][0].tolist()[: 2 * SHOWN_TEXT]
+    item = samples.dataset(0, config.micro_bsz, 0, 1, (), 1 << 62)[0]
+    while not isinstance(item, torch.Tensor):  # inputs come first, and rows of conversations bring more with them
+        item = item[0]
+    return item.tolist()[: 2 * SHOWN_TEXT]
 
 
 # ---- memory, disk, time -----------------------------------------------------------------------------------------------------
@@ -264,7 +270,7 @@ def _check_memory(checks: Checklist, config: RunConfig, hardware: Hardware, mode
     if free is None or memory.total <= SAFE * free:
         return
     changes = remedies(config, model, hardware, SAFE * free)
-    one = "this would fit: " if len(changes) == 1 else "each of these would fit: "
+    one = "this would fit:" if len(changes) == 1 else "each of these would fit:"
     checks.to_do.append(
         f"memory: {memory.total / GIB:.1f} GiB are needed, {free / GIB:.1f} are free; {one}"
         + "".join(f"\n       {c}" for c in changes)

@@ -180,7 +180,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
     _remember(config, hardware, proj_dir, settings, start.length.unit)
     if company.rank == 0:
         warn_at_start(config, hardware, model.config, samples, start, proj_dir)
-    with explained(config, model.config, hardware):
+    with explained(config, model.config, hardware, company):
         end = fit_whatever_comes(config, hardware, proj_dir, model, values, samples, start, settings, company, ends_at)
     if company.rank != 0:
         return end.exit_code

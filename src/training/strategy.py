@@ -69,7 +69,7 @@ def choose_hardware(config: RunConfig) -> Hardware:
     if precision == "fp16":
         notes.append("--precision fp16 overflows easily; bf16 is what RWKV-7 is trained in")
     if precision == "bf16" and accelerator == "cpu":
-        notes.append("bf16 on a CPU is slower than fp32 on most machines")
+        notes.append("--precision bf16 is slower than fp32 on most CPUs")
     strategy, stage, offload = _sharing(config, devices * num_nodes, accelerator, notes)
     return Hardware(accelerator, devices, num_nodes, precision, strategy, stage, offload, tuple(notes))
 
