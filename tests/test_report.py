@@ -3,14 +3,16 @@
 import csv
 import math
 import re
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from test_train import data, train  # noqa: F401 (data is a fixture)
 
 from src.config import ModelConfig
 from src.model import RWKV7
-from src.training import peak_flops, progress
+from src.training import peak_flops, pictures, progress
 from src.training.log_files import MetricsFile, TrainLog, ValidationFile, read_columns
 from src.training.module import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
@@ -72,7 +74,7 @@ def test_without_a_terminal_there_is_a_line_every_so_many_seconds(monkeypatch, c
     shown = re.findall(r"^step (\d+)/1000", capsys.readouterr().out, re.M)
     assert len(shown) == 5
     assert shown[-1] == "1000"
-    assert all(200 < int(b) - int(a) < 203 for a, b in zip(["0", *shown], shown[:-1], strict=False))  # 20 s each
+    assert all(200 <= int(b) - int(a) <= 202 for a, b in zip(["0", *shown], shown[:-1], strict=False))  # 20 s each
 
 
 def test_the_live_line_and_what_is_said_above_it(capsys):
@@ -277,3 +279,32 @@ def test_nothing_waits_for_the_gpu():
         drive("cuda", MEASURED_EVERY + 2, forbid)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+# ---- pictures beside the run ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_pictures_are_drawn_beside_the_run(tmp_path, data, monkeypatch, capfd, broken):  # noqa: F811
+    """In a thread of their own, at each mini-epoch's end; one that fails is told, and the run goes on."""
+    drawn = []
+
+    def draw(run, picture):
+        drawn.append((threading.current_thread().name, len(read_columns(run / "metrics.csv")["step"])))
+        if broken:
+            raise OSError("no ink")
+
+    monkeypatch.setattr(pictures, "loss_picture", draw)
+    monkeypatch.setattr(pictures, "DRAW_SECONDS", 0.0)
+    assert train(tmp_path / "run", data) == 0  # 40 steps, 10 in a mini-epoch
+    assert 1 <= len(drawn) <= 3  # not while one is under way
+    assert {name for name, _ in drawn} == {"pictures"}
+    assert all(steps >= 10 for _, steps in drawn)
+    assert ("loss.png could not be drawn: no ink" in capfd.readouterr().out) == broken
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000  # the last one, drawn when all was done
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_short_run_is_drawn_at_its_end_only(tmp_path, data, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(pictures, "loss_picture", lambda run, picture: pytest.fail("drawn too often"))
+    assert train(tmp_path / "run", data) == 0

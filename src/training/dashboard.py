@@ -80,9 +80,12 @@ def _own_entity() -> str:
     except ModuleNotFoundError as error:
         raise ValueError("the package wandb is missing; pip install wandb wandb-workspaces") from error
     try:
-        return wandb.Api().default_entity
+        entity = wandb.Api().default_entity
     except (wandb.Error, ValueError) as error:
         raise ValueError(f"no login that works is known here ({error}); run `wandb login` first") from error
+    if not entity:
+        raise ValueError("this login has no default team or user; name one with --entity")
+    return entity
 
 
 if __name__ == "__main__":

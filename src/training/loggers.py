@@ -52,6 +52,7 @@ class LoggerSink(Sink):
 
     def mini_epoch(self, report: MiniEpochReport) -> None:
         self._log({"mini-epoch loss": report.loss})
+        self.logger.save()
 
     def validation(self, report: ValidationReport) -> None:
         self._step = max(0, report.steps - 1)
@@ -72,7 +73,7 @@ class LoggerSink(Sink):
         self.logger.save()
         self.logger.finalize("finished")
         if isinstance(self.logger, WandbLogger):
-            self.logger.experiment.finish(quiet=True)
+            self.logger.experiment.finish()
 
     def _log(self, values: dict[str, float]) -> None:
         if isinstance(

@@ -117,7 +117,7 @@ def _write(figure: Figure, picture: Path) -> None:
 
 def _line(axes: Axes, x: Numbers, y: Numbers, colour: str, label: str, **style: Any) -> None:
     """A curve thinned out to what can be seen."""
-    keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).astype(int)) if len(x) else []
+    keep = np.unique(np.linspace(0, max(0, len(x) - 1), min(len(x), POINTS)).astype(int))
     axes.plot(x[keep], y[keep], color=colour, label=label, **{"linewidth": 1.4, **style})
 
 
@@ -159,7 +159,7 @@ def _loss_limits(curves: Curves, smoothed: Numbers) -> tuple[float, float]:
 
 def _token_unit(tokens: Numbers) -> tuple[float, str]:
     most = float(tokens[-1]) if len(tokens) else 0.0
-    sizes = ((1e9, "billion tokens"), (1e6, "million tokens"), (1.0, "tokens"))
+    sizes = ((1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"), (1.0, "tokens"))
     return next((size, words) for size, words in sizes if most >= size or size == 1)
 
 

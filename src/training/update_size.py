@@ -36,7 +36,7 @@ def update_ratios(optimizer: MasterAdamW | EngineAdamW) -> Tensor:
             torch._foreach_mul_(update, [state["exp_avg"] for state in own])
             torch._foreach_mul_(update, group["lr"] / (1 - beta1**t))
             torch._foreach_add_(update, w, alpha=decay)
-            squares[number, 0] += _sum_of_squares(update) / (1 - decay) ** 2
+            squares[number, 0] += _sum_of_squares(list(update)) / (1 - decay) ** 2
             squares[number, 1] += _sum_of_squares(w)
     if isinstance(optimizer, EngineAdamW):
         dist.all_reduce(squares)

@@ -100,7 +100,9 @@ def mean_loss(trainer: pl.Trainer, module: TrainingModule, held_out: HeldOut) ->
     module.eval()
     with torch.no_grad():
         for batch in held_out.batches(trainer.global_rank, trainer.world_size):
-            sums += trainer.strategy.validation_step(tuple(part.to(module.device) for part in batch), 0)
+            found = trainer.strategy.validation_step(tuple(part.to(module.device) for part in batch), 0)
+            assert isinstance(found, Tensor)
+            sums += found
     module.train()
     if trainer.world_size > 1:
         dist.all_reduce(sums)
