@@ -110,7 +110,7 @@ def _open_wandb(project: str, proj_dir: Path, settings: dict[str, Any]) -> Wandb
     checkpoint.write_run(proj_dir, remembered)
     mode = _wandb_mode(project, proj_dir)
     if mode == "offline":
-        say(f"{'wandb':>12}  offline; `wandb sync --append {proj_dir}/wandb/offline-run-*-{identity}` sends it")
+        say(f"{'wandb':>12}  offline; `wandb sync {proj_dir}/wandb/offline-run-*-{identity}` sends it")
     logger = WandbLogger(
         project=project,
         name=proj_dir.name,
