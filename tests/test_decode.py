@@ -173,7 +173,7 @@ def test_the_captured_step_is_the_same_step(dtype, sequences):
     with torch.inference_mode():
         plain = torch.stack([step(row, state) for row in tokens.cuda()])
     torch.testing.assert_close(logits, plain, rtol=1e-2, atol=1e-2)
-    exact, _ = forward(model.float(), tokens.cuda())
+    exact, _ = forward(random_model().to(dtype).float().cuda(), tokens.cuda())
     assert (logits - exact).norm() < 2 * (plain - exact).norm() + 1e-3
     kept = decoder.state
     first = decoder.step(tokens[0].tolist()).clone()
