@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstring>
+
 #include "vec.h"
 
 namespace {
@@ -19,29 +21,45 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rwkv7, m) {
 
 inline Float positive(Float x) { return x < 0.0f ? Float{} : x; }  // keeps NaN
 
-// out[i] = f(a[i], b[i]) for fp32 tensors of one size, dense in memory.
-template <class F>
-Tensor elementwise(const Tensor& a_in, const Tensor& b_in, const F& f) {
-  STD_TORCH_CHECK(a_in.scalar_type() == ScalarType::Float && b_in.scalar_type() == ScalarType::Float, "relu_squared: needs float32");
-  STD_TORCH_CHECK(a_in.numel() == b_in.numel(), "relu_squared: dy must have the shape of x");
-  const Tensor a = torch::stable::contiguous(a_in), b = torch::stable::contiguous(b_in);
-  const Tensor out = torch::stable::new_empty(b, b.sizes());
-  const auto* pa = static_cast<const float*>(a.const_data_ptr());
-  const auto* pb = static_cast<const float*>(b.const_data_ptr());
-  auto* po = static_cast<float*>(out.mutable_data_ptr());
+// out[i] = f(a[i], b[i]) for tensors of one size, dense in memory.
+template <class T, class F>
+void elementwise(const Tensor& a, const Tensor& b, const Tensor& out, const F& f) {
+  const auto* pa = static_cast<const T*>(a.const_data_ptr());
+  const auto* pb = static_cast<const T*>(b.const_data_ptr());
+  auto* po = static_cast<T*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, a.numel(), 32768, [&](int64_t begin, int64_t end) {
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) vec::store(po + i, f(vec::load(pa + i), vec::load(pb + i)));
-    for (; i < end; ++i) po[i] = f(vec::splat(pa[i]), vec::splat(pb[i]))[0];
+    if (i < end) {
+      T rest_a[kLanes] = {}, rest_b[kLanes] = {}, rest[kLanes];
+      std::memcpy(rest_a, pa + i, (end - i) * sizeof(T));
+      std::memcpy(rest_b, pb + i, (end - i) * sizeof(T));
+      vec::store(rest, f(vec::load(rest_a), vec::load(rest_b)));
+      std::memcpy(po + i, rest, (end - i) * sizeof(T));
+    }
   });
+}
+
+template <class F>
+Tensor dispatch(const Tensor& a_in, const Tensor& b_in, const F& f) {
+  const auto dtype = a_in.scalar_type();
+  STD_TORCH_CHECK((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && b_in.scalar_type() == dtype,
+                  "relu_squared: needs float32 or bfloat16");
+  STD_TORCH_CHECK(a_in.numel() == b_in.numel(), "relu_squared: dy must have the shape of x");
+  const Tensor a = torch::stable::contiguous(a_in), b = torch::stable::contiguous(b_in);
+  const Tensor out = torch::stable::new_empty(b, b.sizes());
+  if (dtype == ScalarType::Float)
+    elementwise<float>(a, b, out, f);
+  else
+    elementwise<vec::Bf16>(a, b, out, f);
   return out;
 }
 
 Tensor forward(Tensor x) {
-  return elementwise(x, x, [](Float x, Float) { return positive(x) * positive(x); });
+  return dispatch(x, x, [](Float x, Float) { return positive(x) * positive(x); });
 }
 Tensor backward(Tensor dy, Tensor x) {
-  return elementwise(dy, x, [](Float dy, Float x) { return 2.0f * positive(x) * dy; });
+  return dispatch(dy, x, [](Float dy, Float x) { return 2.0f * positive(x) * dy; });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv7, CPU, m) {

@@ -28,8 +28,10 @@ def test_transposed_input_and_expanded_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype):
-    x = torch.randn(33).to(dtype)
+    x, dy = torch.randn(33).to(dtype).requires_grad_(), torch.randn(33).to(dtype)
     assert torch.equal(relu_squared(x), relu_squared_reference(x))
+    got, want = (torch.autograd.grad(f(x), x, dy)[0] for f in (relu_squared, relu_squared_reference))
+    torch.testing.assert_close(got, want)
 
 
 def test_infinities_and_nan():

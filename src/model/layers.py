@@ -107,7 +107,12 @@ class TimeMix(nn.Module):
             kernel=self.kernel,
         )
         heads = (*x.shape[:2], self.n_head, self.head_size)
-        y, wkv = wkv7(*(t.view(heads) for t in (r, w, k, v, remove, replace)), wkv, cu_seqlens, kernel=self.kernel)
+        y, wkv = wkv7(
+            *(r.view(heads), w.view(heads), k.view(heads), v.view(heads), remove.view(heads), replace.view(heads)),
+            wkv,
+            cu_seqlens,
+            kernel=self.kernel,
+        )
         norm = self.ln_x
         out = time_mix_output(
             *(y.view(x.shape), r, k, v, g, self.r_k, norm.weight, norm.bias, GROUP_NORM_EPS, self.head_size),

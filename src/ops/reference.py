@@ -85,7 +85,7 @@ def time_mix_inputs_reference(
     head_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Key, value, removal -kk and replacement kk * rate. Contract: `src.ops.time_mix.time_mix_inputs`."""
-    if v_first is not None:
+    if v_first is not None and residual is not None:
         v = v + (v_first - v) * torch.sigmoid(v0 + residual)
     rate = torch.sigmoid(a0 + a)
     kk = F.normalize((k * k_k).unflatten(-1, (-1, head_size)), dim=-1, eps=1e-12).flatten(-2)

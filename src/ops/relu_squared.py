@@ -1,6 +1,6 @@
 """relu(x)^2, the channel mix's activation.
 
-On a CPU one pass over memory forward and one backward (cuda/relu_squared.cpp), where plain PyTorch needs five. Elsewhere,
+On a CPU, in fp32 and bf16, one pass over memory forward and one backward (cuda/relu_squared.cpp), where plain PyTorch needs five. Elsewhere,
 and where the native library can't be built (wkv7 says why), plain PyTorch, which torch.compile fuses.
 """
 
@@ -17,7 +17,7 @@ _registered = False
 
 def relu_squared(x: Tensor) -> Tensor:
     """max(x, 0)^2, elementwise; any shape and floating dtype."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and _native():
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and _native():
         return torch.ops.rwkv7.relu_squared(x)
     return relu_squared_reference(x)
 
