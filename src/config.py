@@ -274,7 +274,12 @@ class RunConfig:
     accelerator: str = flag("auto", "hardware", "where to train", ("auto", "cpu", "gpu", "cuda"))
     devices: str = flag("1", "hardware", 'processes per node, one per device; "auto": all')
     num_nodes: int = flag(1, "hardware", "machines", at_least=1)
-    precision: str = flag("", "hardware", "default: bf16 on a GPU, fp32 on a CPU", ("", *PRECISIONS))
+    precision: str = flag(
+        "",
+        "hardware",
+        "default: bf16 on a GPU, fp32 on a CPU (bf16 where a short measurement finds it much faster)",
+        ("", *PRECISIONS),
+    )
     strategy: str = flag("auto", "hardware", "how several processes share the work", STRATEGIES)
     ds_bucket_mb: int = flag(200, "hardware", "DeepSpeed: bucket size in MB", at_least=1)
 

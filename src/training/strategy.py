@@ -10,6 +10,7 @@ import torch
 
 from src.config import RunConfig
 from src.training import zero
+from src.training.cpu_precision import cpu_precision
 from src.training.processes import OneProcess, place_from_launcher
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -61,16 +62,19 @@ def choose_hardware(config: RunConfig) -> Hardware:
         )
         raise ValueError(f"--accelerator gpu: no GPU can be used: {why}, or train with --accelerator cpu")
     accelerator = "gpu" if config.accelerator == "gpu" or (config.accelerator == "auto" and cuda) else "cpu"
-    notes = []
+    notes: list[str] = []
     devices, num_nodes = _processes(config, accelerator)
     if accelerator == "gpu" and devices > torch.cuda.device_count():
         raise ValueError(f"--devices {devices}: expected at most {torch.cuda.device_count()}, the GPUs that torch sees")
-    precision = config.precision or ("bf16" if accelerator == "gpu" else "fp32")
+    strategy, stage, offload = _sharing(config, devices * num_nodes, accelerator, notes)
+    precision = config.precision or ("bf16" if accelerator == "gpu" else "")
     if precision == "fp16":
         notes.append("--precision fp16 overflows easily; bf16 is what RWKV-7 is trained in")
     if precision == "bf16" and accelerator == "cpu":
         notes.append("--precision bf16 is slower than fp32 on most CPUs")
-    strategy, stage, offload = _sharing(config, devices * num_nodes, accelerator, notes)
+    if not precision:
+        precision, note = cpu_precision(config, devices * num_nodes)
+        notes += [note] if note else []
     return Hardware(accelerator, devices, num_nodes, precision, strategy, stage, offload, tuple(notes))
 
 

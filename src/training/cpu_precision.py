@@ -1,0 +1,57 @@
+"""fp32 or bf16 on a CPU where --precision leaves it open: what the run began in, else what a short measurement says.
+
+Most CPUs multiply bf16 slowly; those with AMX do it several times as fast as fp32. Only products are measured; the rest of a step gains
+less, so bf16 has to be CLEARLY faster to be taken. A run keeps the precision that it began in, whatever a later measurement would say.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from src.config import RunConfig
+from src.training import checkpoint
+
+CLEARLY = 2.5  # times as fast; below that a whole step gains nothing or little
+NARROWEST = 512  # n_embd: below it a step's time is not in its products
+ROWS, REPETITIONS = 512, 5
+
+
+def cpu_precision(config: RunConfig, processes: int) -> tuple[str, str]:
+    """The precision, and a sentence for the user where it is not the plain default."""
+    if not config.restart and (began := _began_in(Path(config.proj_dir))):
+        return began, f"{began}, in which this run began (--precision changes it)" if began != "fp32" else ""
+    if processes > 1 or config.n_embd < NARROWEST:  # several processes might measure differently
+        return "fp32", ""
+    gain = bf16_gain(config.n_embd)
+    if gain < CLEARLY:
+        return "fp32", ""
+    return "bf16", (
+        f"bf16: this CPU multiplies it {gain:.1f} times as fast as fp32 (measured just now; --precision fp32 for fp32)"
+    )
+
+
+def _began_in(proj_dir: Path) -> str:
+    """The precision that a run in this folder has on a CPU; '' when there is none."""
+    settings = checkpoint.read_run(proj_dir).get("settings", {})
+    return settings.get("precision", "") if settings.get("accelerator") == "cpu" else ""
+
+
+def bf16_gain(width: int) -> float:
+    """How many times as fast as fp32 products this CPU's bf16 products are, [512, C] x [C, 4C]; some hundredths of a second."""
+    operands = {
+        dtype: (torch.full((ROWS, width), 0.5, dtype=dtype), torch.full((width, 4 * width), 0.5, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in operands}
+    for repetition in range(REPETITIONS + 1):  # in turns, so that both see the same machine; the first warms up
+        for dtype, (x, weight) in operands.items():
+            start = time.perf_counter()
+            x @ weight
+            if repetition:
+                seconds[dtype].append(time.perf_counter() - start)
+    fp32, bf16 = (statistics.median(s) for s in seconds.values())
+    return fp32 / bf16

@@ -1,0 +1,49 @@
+"""fp32 or bf16 on a CPU: by measurement for a new run, never again for one that goes on."""
+
+import json
+import time
+
+import pytest
+
+from src.config import RunConfig
+from src.training import cpu_precision
+from src.training.strategy import choose_hardware
+
+
+def config(folder, **changed):
+    return RunConfig(**{"proj_dir": str(folder), "accelerator": "cpu", "n_embd": 512, **changed})
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.3, "fp32"), (1.5, "fp32"), (6.0, "bf16")])
+def test_bf16_only_where_it_is_clearly_faster(tmp_path, monkeypatch, gain, expected):
+    monkeypatch.setattr(cpu_precision, "bf16_gain", lambda width: gain)
+    hardware = choose_hardware(config(tmp_path))
+    assert hardware.precision == expected
+    assert any("6.0 times" in note for note in hardware.notes) == (expected == "bf16")
+
+
+@pytest.mark.parametrize("began", ["fp32", "bf16", "tf32"])
+@pytest.mark.parametrize("gain", [0.3, 6.0])
+def test_a_run_keeps_what_it_began_in(tmp_path, monkeypatch, began, gain):
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"precision": began, "accelerator": "cpu"}}))
+    monkeypatch.setattr(cpu_precision, "bf16_gain", lambda width: gain)
+    assert choose_hardware(config(tmp_path)).precision == began
+    assert choose_hardware(config(tmp_path, restart=1)).precision == ("bf16" if gain > 2.5 else "fp32")
+
+
+def test_a_run_of_a_gpu_decides_nothing(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"precision": "bf16", "accelerator": "gpu"}}))
+    monkeypatch.setattr(cpu_precision, "bf16_gain", lambda width: 0.3)
+    assert choose_hardware(config(tmp_path)).precision == "fp32"
+
+
+@pytest.mark.parametrize("changed", [{"precision": "fp32"}, {"n_embd": 256}, {"devices": "2"}], ids=str)
+def test_where_nothing_is_measured(tmp_path, monkeypatch, changed):
+    monkeypatch.setattr(cpu_precision, "bf16_gain", lambda width: pytest.fail("measured"))
+    assert choose_hardware(config(tmp_path, **changed)).precision == "fp32"
+
+
+def test_measuring_is_quick():
+    start = time.perf_counter()
+    assert cpu_precision.bf16_gain(512) > 0
+    assert time.perf_counter() - start < 2  # some hundredths of a second on a quiet machine
