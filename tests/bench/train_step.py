@@ -57,7 +57,7 @@ def settings(args: argparse.Namespace) -> tuple[RunConfig, int]:
         head_chunk=args.head_chunk,
         compile=args.compile,
         kernel=args.kernel,
-        precision=args.precision,
+        precision=args.precision or ("bf16" if args.device != "cpu" and torch.cuda.is_available() else "fp32"),
         accelerator={"cuda": "gpu"}.get(args.device, args.device),
         weight_decay=0.001,
     )
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--grad_cp", type=int, default=0)
     parser.add_argument("--head_chunk", type=int, default=0)
     parser.add_argument("--kernel", default="auto")
-    parser.add_argument("--precision", default="", help="default: as train.py chooses")
+    parser.add_argument("--precision", default="", help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12)

@@ -1,0 +1,127 @@
+"""torch.compile of a block: one graph, no compilation after the first steps, the same numbers; and what backward keeps."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from src.model import RWKV7, ModelConfig
+from src.model.layers import Block
+from src.ops.loss import cross_entropy_l2wrap
+from src.training.optim import MasterAdamW, parameter_groups
+
+CONFIG = ModelConfig(n_layer=2, n_embd=64, vocab_size=50, head_size=32)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def busy(module):
+    """Every parameter matters: many initial values are zero and would hide mistakes."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return module
+
+
+def block_gradients(call, x, v_first, bounds, parameters):
+    out, v_first_out, _ = call(x, v_first, None, bounds)
+    return [out, *torch.autograd.grad(out.square().sum() + v_first_out.sum(), [x, *parameters])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bounds", [None, [0, 5, 17, 24]], ids=["rows", "packed"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_block_is_one_graph_with_the_same_numbers(layer, bounds, dtype):
+    block = busy(Block(CONFIG, layer)).to(dtype)
+    bounds = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    x = torch.randn(1 if bounds is not None else 2, 24, 64).to(dtype).requires_grad_()
+    v_first = torch.randn(x.shape).to(dtype) if layer else None
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    plain = block_gradients(block, x, v_first, bounds, parameters)
+    compiled = block_gradients(
+        torch.compile(block, fullgraph=True, backend="aot_eager"), x, v_first, bounds, parameters
+    )
+    for a, b in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def compile_blocks(model, counter):
+    for block in model.blocks:
+        block.compile(backend=counter, fullgraph=True)
+
+
+def test_steps_compile_nothing_new():
+    model = busy(RWKV7(CONFIG))
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_blocks(model, counter)
+    optimizer = MasterAdamW(parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.99), eps=1e-18, grad_clip=1.0)
+    for step in range(4):
+        tokens = torch.randint(50, (2, 17))
+        cross_entropy_l2wrap(model(tokens[:, :-1])[0], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] *= 0.9
+        if step == 0:
+            graphs = counter.frame_count
+    assert counter.frame_count == graphs == CONFIG.n_layer
+
+
+def test_packed_rows_soon_compile_nothing_new():
+    """The number of documents in a row changes at every step: compiled for the first number, once for any, and once for one alone."""
+    model = busy(RWKV7(CONFIG))
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_blocks(model, counter)
+    for step, cuts in enumerate([[3, 9], [5], [], [2, 4, 11, 13], [1, 8, 15], [7], []]):
+        bounds = torch.tensor([0, *cuts, 16], dtype=torch.int32)
+        model(torch.randint(50, (1, 16)), cu_seqlens=bounds)[0].square().sum().backward()
+        if step == 2:
+            graphs = counter.frame_count
+    assert counter.frame_count == graphs <= 3 * CONFIG.n_layer
+
+
+def test_gradient_checkpointing_with_compile():
+    tokens = torch.randint(50, (2, 16))
+    gradients = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = busy(RWKV7(ModelConfig(n_layer=2, n_embd=64, vocab_size=50, head_size=32, grad_cp=True)))
+        if compiled:
+            compile_blocks(model, "aot_eager")
+        model(tokens)[0].square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def kept_by_layer(model, tokens):
+    """Bytes per token and layer that autograd keeps for backward, what it was given and parameters aside."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.hidden(torch.zeros(1, tokens, dtype=torch.long))
+    return sum(size for size, _ in storages.values()) / tokens
+
+
+def test_what_backward_keeps_is_as_the_readme_lists_it():
+    """Numbers of C per token and layer: 24 activations, wkv7's S a and states, the hidden layer twice; low-rank products."""
+    tokens = 512
+    sizes = [ModelConfig(n_layer=n, n_embd=128, vocab_size=50) for n in (2, 4)]
+    few, many = (kept_by_layer(RWKV7(config), tokens) for config in sizes)
+    config = sizes[0]
+    width = config.n_embd
+    ranks = config.d_decay_lora + config.d_aaa_lora + config.d_mv_lora + config.d_gate_lora
+    per_layer = (many - few) / 2 / 4  # fp32 numbers
+    states = width * config.head_size * ((tokens - 1) // 32) / tokens
+    assert per_layer == pytest.approx(24 * width + width + states + 2 * config.dim_ffn + ranks, rel=0.02)
