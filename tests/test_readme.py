@@ -1,7 +1,12 @@
-"""The README says the truth: its tables are the code's, its commands exist, its Python runs, its learning rates come out."""
+"""The README says the truth: its tables are the code's, its commands exist, its Python runs, its learning rates come out.
+
+README_CN.md says the same in Chinese: whatever both languages write alike (code, headings' levels, tables' cells, numbers) is compared.
+"""
 
 import math
 import re
+from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,7 @@ from src.training.schedule import learning_rate
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "README_CN.md").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -80,3 +86,59 @@ def test_another_network_from_the_parts_learns(capsys, monkeypatch):
     torch.set_num_threads(threads)
     accuracy = float(re.search(r"([\d.]+)% of new sequences", capsys.readouterr().out)[1])
     assert accuracy > 95
+
+
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e-?\d+)?")
+
+
+def code_spans(markdown: str) -> list[str]:
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", markdown)]
+
+
+def numbers(markdown: str) -> list[str]:
+    return NUMBER.findall(re.sub(r"`[^`]+`", "", markdown))
+
+
+def tables(markdown: str) -> list[list[list[str]]]:
+    """Tables, their rows, their cells: a table is a run of lines that start with |."""
+    runs = re.findall(r"(?:^\|.*\n?)+", FENCED.sub("", markdown), re.MULTILINE)
+    return [[re.split(r"(?<!\\)\|", row.strip()[1:-1]) for row in run.splitlines()] for run in runs]
+
+
+def sections(markdown: str) -> list[tuple[str, str, str]]:
+    """(level, heading, the prose below it) of each heading; code blocks and tables are left out."""
+    prose = re.sub(r"^\|.*$", "", FENCED.sub("", markdown), flags=re.MULTILINE)
+    parts = re.split(r"^(#+) (.*)$", prose, flags=re.MULTILINE)
+    return list(zip(parts[1::3], parts[2::3], parts[3::3], strict=True))
+
+
+def test_chinese_code_blocks_are_the_english_ones():
+    for english, chinese in zip_longest(FENCED.findall(README), FENCED.findall(CHINESE)):
+        assert english == chinese
+
+
+def test_chinese_tables_have_the_english_cells():
+    """Words are translated; what rows and columns there are, and the code and the numbers in each cell, are not."""
+    for english, chinese in zip_longest(tables(README), tables(CHINESE), fillvalue=()):
+        for row, row_cn in zip_longest(english, chinese, fillvalue=()):
+            cells, cells_cn = ([(code_spans(cell), numbers(cell)) for cell in line] for line in (row, row_cn))
+            assert cells == cells_cn, f"{row}\n{row_cn}"
+
+
+def test_chinese_headings_are_as_many_and_as_deep():
+    for english, chinese in zip_longest(sections(README), sections(CHINESE), fillvalue=("none",)):
+        assert english[0] == chinese[0], f"{english[:2]}, {chinese[:2]}"
+
+
+def test_chinese_prose_has_the_english_code_and_numbers():
+    """Section by section: every command, flag and file name, and every number as often; a sentence may put them in another order."""
+    for (_, heading, english), (_, heading_cn, chinese) in zip(sections(README), sections(CHINESE), strict=True):
+        where = f"README.md: {heading}; README_CN.md: {heading_cn}"
+        assert set(code_spans(english)) == set(code_spans(chinese)), where
+        assert Counter(numbers(heading + english)) == Counter(numbers(heading_cn + chinese)), where
+
+
+def test_readmes_link_to_each_other():
+    assert "(README_CN.md)" in README.split("\n\n")[1]
+    assert "(README.md)" in CHINESE.split("\n\n")[1]
