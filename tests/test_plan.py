@@ -83,9 +83,12 @@ def peak_bytes(work):
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "plain"])
 @pytest.mark.parametrize("head_chunk", [0, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_are_what_the_loss_takes(dtype, head_chunk):
+def test_logits_are_what_the_loss_takes(dtype, head_chunk, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(importlib.import_module("src.ops.loss"), "NATIVE_DTYPES", {})
     config, tokens = ModelConfig(1, 128, 2000), 512
     head = torch.nn.Linear(128, 2000, bias=False).to(dtype)
     hidden = torch.randn(1, tokens, 128, dtype=dtype, requires_grad=True)
@@ -93,8 +96,10 @@ def test_logits_are_what_the_loss_takes(dtype, head_chunk):
     head.weight.grad, hidden.grad = torch.zeros_like(head.weight), torch.zeros_like(hidden)
     HeadLoss(head, head_chunk)(hidden, targets).backward()
     measured = peak_bytes(lambda: HeadLoss(head, head_chunk)(hidden, targets).backward())
-    expected = plan.logit_bytes(config, tokens, dtype.itemsize, head_chunk, native_loss=False)
-    assert expected == pytest.approx(measured, rel=0.25)
+    expected = plan.logit_bytes(config, tokens, dtype.itemsize, head_chunk, native)
+    new = head.weight.nbytes  # its gradient before it is added to what is there, which counts as a gradient
+    assert expected < measured * 1.25
+    assert expected + new > measured * 0.7  # a product in bf16 on a CPU has buffers of its own
 
 
 @pytest.mark.parametrize("changed", [{}, {"grad_cp": True}], ids=["plain", "grad_cp"])
@@ -110,7 +115,7 @@ def test_a_whole_step_stays_within_the_estimate(changed):
         optimizer.zero_grad()
 
     step()
-    expected = plan.memory(config, "auto", 1, "fp32", 4 * 128, native_loss=False)
+    expected = plan.memory(config, "auto", 1, "fp32", 4 * 128)
     at_work = expected.total - expected.weights - expected.optimizer
     assert 0.7 * at_work < peak_bytes(step) < 1.1 * at_work
 

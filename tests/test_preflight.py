@@ -297,7 +297,7 @@ def test_an_estimate_that_was_too_low_still_gives_advice():
     assert "Tried to allocate 2 GiB" in words
     assert "long story" not in words
     assert "--grad_cp 1" in words
-    assert SAFE < 1
+    assert max(SAFE.values()) < 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ Bytes per device, P parameters, b bytes of the run's dtype, W processes (tests c
     step         fp32 copies of the gradients while the optimizer works, below fp32 or under ZeRO: 4 P, under ZeRO / W
     activations  tokens of a micro batch * (what a block keeps for backward), of every layer or, with --grad_cp, of one and each layer's input
     logits       tokens * V * b, their gradient takes their place; with --head_chunk those of a chunk, and the head's gradient in fp32, twice
-                 while it is scaled; where the loss is plain PyTorch (CPUs) the rows at work in fp32 besides
+                 while it is scaled; where the loss is plain PyTorch (no native library, fp16 on a CPU) the rows at work in fp32 besides
 """
 
 from __future__ import annotations
@@ -97,8 +97,7 @@ def memory(
     bucket_mb: int = 200,
     native_loss: bool = True,
 ) -> Memory:
-    """Memory of one of `processes` devices; `tokens` are those of its micro batch. `strategy` as in --strategy; auto: one, or DDP. Losses have a
-    native maker on GPUs."""
+    """Memory of one of `processes` devices; `tokens` are those of its micro batch. `strategy` as in --strategy; auto: one, or DDP."""
     count, dtype_bytes = parameter_count(c), BYTES[precision]
     engine = strategy.startswith("deepspeed")
     stage = int(strategy.split("_")[2]) if engine else 0
@@ -171,7 +170,6 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
             tokens,
             config.head_chunk,
             config.ds_bucket_mb,
-            config.accelerator != "cpu",
         )
         mark = ">" if name == config.strategy else " "
         if name == "auto" and processes > 1:

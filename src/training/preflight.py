@@ -125,7 +125,7 @@ def check(config: RunConfig, notes: list[str]) -> int:
             if looked and looked[1] < 1 and not config.my_exit_tokens
             else ""
         )
-        _check_run(checks, config, hardware, model, positions, weights, about)
+        _check_run(checks, config, hardware, model, positions, about)
     return checks.result()
 
 
@@ -267,9 +267,9 @@ def _check_memory(checks: Checklist, config: RunConfig, hardware: Hardware, mode
     checks.found("memory", f"of {who}, in GiB: {parts_in_words(memory)}; {there}")
     if memory.on_cpu:
         checks.found("", f"and of the machine, for each process: {memory.on_cpu / GIB:.2f} GiB")
-    if free is None or memory.total <= SAFE * free:
+    if free is None or memory.total <= SAFE[hardware.accelerator] * free:
         return
-    changes = remedies(config, model, hardware, SAFE * free)
+    changes = remedies(config, model, hardware, SAFE[hardware.accelerator] * free)
     one = "this would fit:" if len(changes) == 1 else "each of these would fit:"
     checks.to_do.append(
         f"memory: {memory.total / GIB:.1f} GiB are needed, {free / GIB:.1f} are free; {one}"
@@ -283,7 +283,6 @@ def _check_run(
     hardware: Hardware,
     model: ModelConfig,
     positions: int,
-    weights: Weights | None,
     about: str,
 ) -> None:
     proj_dir = Path(config.proj_dir)
@@ -299,8 +298,8 @@ def _check_run(
     checks.found("folder", f"{proj_dir}, starts from {begins}" + f" at step {step:,}" * (step > 0))
     if (proj_dir / FINAL).exists() and step >= length.steps:
         checks.found("", "the run in it is complete; --restart 1 begins again")
-    if weights is not None:
-        checks.attempt("weights", lambda: _fit_weights(config, model, weights, str(start.weights)))
+    if (file := start.weights) is not None:
+        checks.attempt("weights", lambda: _fit_weights(config, model, file))
     words, wrong = _wrong_disk(config, hardware, model, length, start, proj_dir)
     checks.found("disk", words)
     checks.to_do += wrong
@@ -308,7 +307,7 @@ def _check_run(
     checks.found(
         "run",
         f"{length.exit_tokens:,} tokens{about} in {length.steps:,} steps of {length.tokens_per_step:,}, "
-        f"{length.mini_epoch(max(0, length.steps - 1)) + 1:,} mini-epochs"
+        f"{(count := length.mini_epoch(max(0, length.steps - 1)) + 1):,} mini-epoch{'s' * (count > 1)}"
         + f"; {length.steps - step:,} steps to come"
         * (step > 0),
     )
@@ -326,10 +325,10 @@ def _weights(checks: Checklist, config: RunConfig) -> Weights | None:
     return checks.attempt("weights", lambda: read_weights(origin)) if origin is not None and origin.is_file() else None
 
 
-def _fit_weights(config: RunConfig, model: ModelConfig, weights: Weights, source: str) -> None:
+def _fit_weights(config: RunConfig, model: ModelConfig, file: Path) -> None:
     with torch.device("meta"):
         like = RWKV7(model)
-    fit_weights(weights, like, source, partial=bool(config.load_partial))
+    fit_weights(read_weights(file), like, str(file), partial=bool(config.load_partial))
 
 
 def _wrong_disk(
@@ -374,7 +373,7 @@ def _speed(checks: Checklist, config: RunConfig, hardware: Hardware, model: Mode
         return measured
     alone = replace(hardware, devices=1, num_nodes=1, strategy="plain")  # the trial is one process
     free = machine.free_memory(hardware.accelerator, 1)
-    if free is not None and estimate(config, model, alone).total > SAFE * free:
+    if free is not None and estimate(config, model, alone).total > SAFE[hardware.accelerator] * free:
         checks.found(
             "time",
             "not tried, as one process has no memory for the whole run; --plan SPEED says how long it takes at a speed",
@@ -413,12 +412,12 @@ def _measured_speed(config: RunConfig, hardware: Hardware) -> Speed | None:
         "compile",
     )
     now = {name: getattr(config, name) for name in same if name != "dim_ffn" or config.dim_ffn}
-    now |= {"precision": hardware.precision, "accelerator": hardware.accelerator}
+    global_batch = config.micro_bsz * config.accumulate_grad_batches * hardware.world_size
+    now |= {"precision": hardware.precision, "accelerator": hardware.accelerator, "global_batch": global_batch}
     if not (proj_dir / METRICS).is_file() or any(before.get(name) != value for name, value in now.items()):
         return None
-    speeds = [speed for speed in read_columns(proj_dir / METRICS)["tokens_per_second"] if math.isfinite(speed)][
-        -MEASURED_STEPS:
-    ]
+    column = read_columns(proj_dir / METRICS).get("tokens_per_second", [])
+    speeds = [speed for speed in column if math.isfinite(speed)][-MEASURED_STEPS:]
     if not speeds:
         return None
     return Speed(float(np.median(speeds)), f"the median of the last {len(speeds)} steps in {METRICS}")
