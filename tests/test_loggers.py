@@ -45,8 +45,7 @@ def with_samples(monkeypatch):
 def offline(monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # no login of whoever runs this
-    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))  # no login of whoever runs this
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "home" / "config"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "home" / "cache"))
 
@@ -139,7 +138,7 @@ def test_wandb_as_the_environment_says(tmp_path, monkeypatch, offline, capfd):
     assert capfd.readouterr().out == ""
     assert loggers._wandb_mode("a-project", tmp_path) == "offline"
     assert "wandb login" in capfd.readouterr().out
-    (tmp_path / "home").mkdir()
+    (tmp_path / "home").mkdir(exist_ok=True)
     (tmp_path / "home" / "netrc").write_text("machine api.wandb.ai login user password " + "x" * 40 + "\n")
     assert loggers._wandb_mode("a-project", tmp_path) == "online"
 
