@@ -16,7 +16,7 @@ from src.training.plan import GIB, Memory
 from src.training.processes import OneProcess
 from src.training.strategy import Hardware
 
-# share of what is free that an estimate may fill: allocators round up and leave gaps (on a CPU a run of 1.8 GiB takes 2.1)
+# share of what is free that an estimate may fill: allocators round up and leave gaps (on a CPU a run of 1.6 GiB takes 2.1)
 SAFE = {"gpu": 0.92, "cpu": 0.75}
 SMALL_HEAD_CHUNK = 1024
 # what CPU allocators, CUDA libraries and NCCL say in a RuntimeError
