@@ -26,6 +26,12 @@ def held(tmp_path_factory):
     return prefix
 
 
+@pytest.fixture(autouse=True)
+def every_step(monkeypatch):
+    """Steps here are shorter than logging one."""
+    monkeypatch.setattr(loggers, "TIME_SHARE", float("inf"))
+
+
 class Letters:
     """A tokenizer whose every token is a letter."""
 
@@ -173,6 +179,15 @@ def test_csv_logger(tmp_path, data):  # noqa: F811
     with open(file, newline="") as rows:
         values = [float(row["loss"]) for row in csv.DictReader(rows) if row["loss"]]
     assert values == pytest.approx(losses(tmp_path / "run"), rel=1e-6)
+
+
+def test_where_steps_are_short_some_are_left_out(tmp_path, data, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(loggers, "TIME_SHARE", 0.0)
+    assert train(tmp_path / "run", data, logger="csv", **RUN) == 0
+    (file,) = (tmp_path / "run" / "csv").rglob("metrics.csv")
+    with open(file, newline="") as rows:
+        assert [row["step"] for row in csv.DictReader(rows) if row["loss"]] == ["0", "50"]  # those that were measured
+    assert len(losses(tmp_path / "run")) == STEPS
 
 
 def test_samples_begin_like_the_data(tmp_path, data, held, with_samples):  # noqa: F811

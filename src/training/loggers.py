@@ -7,6 +7,7 @@ import math
 import netrc
 import os
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +25,7 @@ STEP_NAMES = ("loss", "lr", "wd", "Gtokens", "kt/s", "tokens", "grad norm", "lar
 UPDATE_NAMES = tuple(f"update ratio/{group}" for group in UPDATE_GROUPS)
 OTHER_NAMES = ("val loss", "mini-epoch loss")
 SAMPLE_TABLE = "samples"
+TIME_SHARE = 0.003  # of the run that logging steps may take: where steps are short, some are left out (metrics.csv has all)
 
 
 class LoggerSink(Sink):
@@ -32,16 +34,19 @@ class LoggerSink(Sink):
     def __init__(self, logger: Logger, weight_decay: float) -> None:
         self.logger, self.weight_decay = logger, weight_decay
         self._step = 0
+        self._began, self._spent = time.perf_counter(), 0.0
 
     def step(self, report: StepReport) -> None:
+        begin = time.perf_counter()
         self._step = report.step
+        if self._spent > TIME_SHARE * (begin - self._began) and not report.update_ratios:
+            return
         shown = {
             "loss": report.loss,
             "lr": report.lr,
             "wd": self.weight_decay,
-            "Gtokens": report.tokens / 1e9,
             "kt/s": report.tokens_per_second / 1e3,
-            "tokens": report.tokens,
+            **_axes(report.tokens),
             "grad norm": report.grad_norm,
             "largest logit": report.largest_logit,
             "MFU": report.mfu,
@@ -49,14 +54,15 @@ class LoggerSink(Sink):
             **{f"update ratio/{group}": ratio for group, ratio in report.update_ratios.items()},
         }
         self._log({name: value for name, value in shown.items() if not math.isnan(value)})
+        self._spent += time.perf_counter() - begin
 
     def mini_epoch(self, report: MiniEpochReport) -> None:
-        self._log({"mini-epoch loss": report.loss})
+        self._log({"mini-epoch loss": report.loss, **_axes(report.last.tokens)})
         self.logger.save()
 
     def validation(self, report: ValidationReport) -> None:
         self._step = max(0, report.steps - 1)
-        self._log({"val loss": report.loss})
+        self._log({"val loss": report.loss, **_axes(report.tokens)})
 
     def samples(self, samples: list[Sample]) -> None:
         if isinstance(self.logger, WandbLogger):
@@ -82,6 +88,11 @@ class LoggerSink(Sink):
             self.logger.experiment.log({**values, "trainer/global_step": self._step}, step=self._step)
         else:
             self.logger.log_metrics(values, step=self._step)
+
+
+def _axes(tokens: int) -> dict[str, float]:
+    """What dashboards draw the others against."""
+    return {"Gtokens": tokens / 1e9, "tokens": tokens}
 
 
 def _rows(samples: list[Sample]) -> list[list[str]]:
