@@ -98,6 +98,33 @@ def test_gradient_checkpointing_with_compile():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_the_loss_curve_is_the_same_with_and_without_compile():
+    config = ModelConfig(n_layer=2, n_embd=128, vocab_size=64)
+    follower = torch.randperm(64)  # a language: mostly the follower of the token before, now and then anything
+    text = torch.randint(64, (200, 8, 65))
+    for t in range(1, 65):
+        text[..., t] = torch.where(torch.rand(200, 8) < 0.7, follower[text[..., t - 1]], text[..., t])
+    curves = []
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        model = RWKV7(config)
+        if compiled:
+            for block in model.blocks:
+                block.compile()
+        optimizer = MasterAdamW(parameter_groups(model, 0.001), lr=3e-4, betas=(0.9, 0.99), eps=1e-18, grad_clip=1.0)
+        losses = []
+        for rows in text:
+            loss = cross_entropy_l2wrap(model(rows[:, :-1])[0], rows[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        curves.append(torch.tensor(losses))
+    assert curves[0][-1] < 0.8 * curves[0][0]  # it learned
+    assert (curves[0] - curves[1]).abs().max() < 1e-3
+
+
 def kept_by_layer(model, tokens):
     """Bytes per token and layer that autograd keeps for backward, what it was given and parameters aside."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
