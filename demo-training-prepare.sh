@@ -192,5 +192,5 @@ set -- --proj_dir "$PROJ_DIR" --n_layer "$N_LAYER" --n_embd "$N_EMBD" --vocab_si
 
 # Only an empty folder gets them: beside the weights of a run, other initial ones would mean another run.
 if ! ls "$PROJ_DIR"/rwkv-*.pth >/dev/null 2>&1; then
-    "$python" train.py --train_stage 1 "$@"
+    "$python" train.py --train_stage 1 "$@" --check 0 --dry_run 0
 fi

@@ -49,7 +49,7 @@ if [ -f "$PROJ_DIR/rwkv-final.pth" ]; then was_complete=1; fi
     --devices "$GPU_PER_NODE" --num_nodes "$N_NODE" --strategy "$STRATEGY" "$@"
 
 if [ "$python" = .venv/bin/python ]; then say "To type commands yourself: . .venv/bin/activate"; fi
-if [ $was_complete = 1 ]; then exit; fi
+if [ $was_complete = 1 ] || [ ! -f "$PROJ_DIR/rwkv-final.pth" ]; then exit; fi # complete before, or only looked at (--check)
 
 if [ -n "$VAL_DATA_FILE" ]; then
     say "

@@ -48,7 +48,7 @@ CUDA_HEADERS = (
     "chunked_backward.cuh",
     "on_device.h",
 )
-OLDEST_GPU = (7, 5)
+OLDEST_GPU, OLDEST_GPU_OF_CUDA_13 = (7, 0), (7, 5)
 LIBRARY = "librwkv7_native.so"
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: the oldest whose headers have all that we use
 
@@ -194,14 +194,16 @@ def gpu_targets() -> tuple[str, ...]:
         devices = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         wanted = [f"{major}.{minor}" for major, minor in sorted(devices)]
     options = []
+    oldest = OLDEST_GPU_OF_CUDA_13 if int((torch.version.cuda or "13").split(".")[0]) >= 13 else OLDEST_GPU
     for target in wanted:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", target)
         if match is None:
             raise BuildError(f"TORCH_CUDA_ARCH_LIST has {target!r}; expected capabilities like '8.0;9.0' or '9.0+PTX'")
         major, minor, variant, ptx = match.groups()
-        if (int(major), int(minor)) < OLDEST_GPU:
+        if (int(major), int(minor)) < oldest:
             raise BuildError(
-                f"the CUDA kernels need a GPU of capability 7.5 or later, this one has {major}.{minor}; use --kernel reference"
+                f"the CUDA kernels need a GPU of capability {oldest[0]}.{oldest[1]} or later (7.0 with a torch for CUDA 12), this one "
+                f"has {major}.{minor}; use --kernel reference"
             )
         number = f"{major}{minor}{variant}"
         options += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
