@@ -88,7 +88,7 @@ def test_another_network_from_the_parts_learns(capsys, monkeypatch):
     assert accuracy > 95
 
 
-FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e-?\d+)?")
 
 
