@@ -46,7 +46,7 @@ if [ -f "$PROJ_DIR/rwkv-final.pth" ]; then was_complete=1; fi
     --ctx_len "$CTX_LEN" --micro_bsz "$M_BSZ" --my_exit_tokens "$MY_EXIT_TOKENS" --magic_prime "$MAGIC_PRIME" \
     --lr_init "$LR_INIT" --lr_final "$LR_FINAL" --warmup_steps "$WARMUP_STEPS" --beta1 0.9 --beta2 0.99 --adam_eps 1e-18 \
     --weight_decay "$WEIGHT_DECAY" --epoch_steps "$EPOCH_STEPS" --epoch_save "$EPOCH_SAVE" --grad_cp "$GRAD_CP" \
-    --devices "$GPU_PER_NODE" --num_nodes "$N_NODE" --strategy "$STRATEGY" "$@"
+    --val_data_file "$VAL_DATA_FILE" --val_windows 64 --devices "$GPU_PER_NODE" --num_nodes "$N_NODE" --strategy "$STRATEGY" "$@"
 
 if [ "$python" = .venv/bin/python ]; then say "To type commands yourself: . .venv/bin/activate"; fi
 if [ $was_complete = 1 ] || [ ! -f "$PROJ_DIR/rwkv-final.pth" ]; then exit; fi # complete before, or only looked at (--check)

@@ -160,6 +160,11 @@ def _normalise(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
         given["accelerator"] = "gpu"
     if given.get("epoch_count"):
         notes.append("--epoch_count is ignored: the run ends after --my_exit_tokens")
+    if given.get("val_data_file") == "heldout":
+        found = re.fullmatch(r"(.*?)(\.bin|\.idx|\.jsonl)?", given.get("data_file", ""))
+        assert found is not None, "it matches everything"
+        stem, ending = found.groups("")
+        given["val_data_file"] = f"{stem}-heldout{ending}"
     if given.get("logger", "").lower() in ("true", "false", "1", "0"):
         notes.append("--logger: as a flag of Lightning 1.9's Trainer it changes nothing here; tensorboard or csv would")
         given["logger"] = ""

@@ -212,7 +212,10 @@ class RunConfig:
         ("end", "drop", "error"),
     )
     val_data_file: str = flag(
-        "", "data", "held-out data, like --data_file: its loss is measured on the way, and its best weights are kept"
+        "",
+        "data",
+        "held-out data, like --data_file: its loss is measured on the way, and its best weights are kept; heldout: the "
+        "part that make_data.py --holdout kept aside, DATA-heldout",
     )
     val_every: str = flag(
         "1", "data", 'how often: "2": every two mini-epochs; "500steps": every 500 steps; "0": only when the run ends'

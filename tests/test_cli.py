@@ -152,3 +152,10 @@ def test_a_flag_that_may_stand_alone():
 
 def test_stage_1_refuses_weights_that_it_would_ignore(capsys):
     assert "--load_model" in refused(capsys, *DATA, "--train_stage", "1", "--load_model", "base.pth")
+
+
+@pytest.mark.parametrize(
+    ("data", "held_out"), [("data/x", "data/x-heldout"), ("x.bin", "x-heldout.bin"), ("a.b/x.jsonl", "a.b/x-heldout.jsonl")]
+)
+def test_the_part_that_was_kept_aside_is_found_by_its_name(data, held_out):
+    assert parse(["--data_file", data, "--val_data_file", "heldout"])[0].val_data_file == held_out

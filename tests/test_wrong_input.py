@@ -207,6 +207,8 @@ def test_ctrl_c_at_any_moment_ends_cleanly(tmp_path, data, seconds):  # noqa: F8
     process = subprocess.Popen(
         [sys.executable, "train.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # a shell that runs this in the background has its children ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
