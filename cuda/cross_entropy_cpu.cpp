@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <cstring>
 #include <tuple>
 
 #include "vec.h"
@@ -111,12 +112,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, Tensor targets
     torch::stable::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
       const vec::FlushDenormals guard;  // the exponentials of logits far below the largest
       for (int64_t row = begin; row < end; ++row) {
+        if (target[row] == ignore_index) {  // whatever stands there, it counts for nothing
+          to_nll[row] = to_largest[row] = 0.0f, to_total[row] = 1.0f, to_where[row] = 0;
+          continue;
+        }
         const auto* p = z + row * V;
         const Largest found = largest_of(p, V);
         to_largest[row] = found.value, to_where[row] = found.where;
         to_total[row] = sum_of_exponentials(p, V, found.value);
         // The target's logit is taken from z, as its exponential may have underflowed.
-        to_nll[row] = target[row] == ignore_index ? 0.0f : std::log(to_total[row]) - (number(p + target[row]) - found.value);
+        to_nll[row] = std::log(to_total[row]) - (number(p + target[row]) - found.value);
       }
     });
   });
@@ -134,6 +139,10 @@ void backward(Tensor logits, Tensor targets, Tensor largest, Tensor total, Tenso
       const vec::FlushDenormals guard;  // the exponentials of logits far below the largest
       for (int64_t row = begin; row < end; ++row) {
         auto* p = z + row * V;
+        if (factor[row] == 0.0f) {
+          std::memset(p, 0, V * sizeof(*p));
+          continue;
+        }
         const float share = factor[row] / sum[row];
         const int64_t wanted = target[row], first = at_largest[row];
         const bool counts = wanted >= 0 && wanted < V;

@@ -68,14 +68,17 @@ struct Sequence {
     width = x_in.size(2), rows = x_in.size(0) * x_in.size(1);
     STD_TORCH_CHECK(width % kLanes == 0, "token_shift: C must be a multiple of ", kLanes);
     x = dense<T>(x_in, rows * width, "x");
+    STD_TORCH_CHECK(rows > 0, "token_shift: x must have a token at least");
     document.assign(rows, -1);
     if (cu_seqlens) {
       const Tensor held = torch::stable::contiguous(*cu_seqlens);
       STD_TORCH_CHECK(held.scalar_type() == ScalarType::Int && x_in.size(0) == 1, "token_shift: cu_seqlens must be int32, with B = 1");
       const auto* bounds = static_cast<const int32_t*>(held.const_data_ptr());
       documents = held.numel() - 1;
+      STD_TORCH_CHECK(held.dim() == 1 && documents >= 1 && bounds[0] == 0 && bounds[documents] == rows,
+                      "token_shift: cu_seqlens must run from 0 to T");
       for (int64_t d = 0; d < documents; ++d) {
-        STD_TORCH_CHECK(bounds[d] >= 0 && bounds[d] <= bounds[d + 1] && bounds[d + 1] <= rows, "token_shift: cu_seqlens must go up to T");
+        STD_TORCH_CHECK(bounds[d] >= 0 && bounds[d] <= bounds[d + 1] && bounds[d + 1] <= rows, "token_shift: cu_seqlens must ascend");
         if (bounds[d] < bounds[d + 1]) document[bounds[d]] = d;
       }
     } else {

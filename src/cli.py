@@ -161,7 +161,7 @@ def _normalise(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
     if given.get("epoch_count"):
         notes.append("--epoch_count is ignored: the run ends after --my_exit_tokens")
     if given.get("val_data_file") == "heldout":
-        found = re.fullmatch(r"(.*?)(\.bin|\.idx|\.jsonl)?", given.get("data_file", ""))
+        found = re.fullmatch(r"(.*?)(\.bin|\.idx|\.jsonl(?:\.gz|\.zst)?)?", given.get("data_file", ""))
         assert found is not None, "it matches everything"
         stem, ending = found.groups("")
         given["val_data_file"] = f"{stem}-heldout{ending}"

@@ -129,8 +129,10 @@ def test_mistakes_are_errors_and_leave_the_state_alone():
     decoder.step([1, 2])
     before = decoder.state
     for tokens in ([1, 97], [-1, 1]):
-        with pytest.raises(RuntimeError, match="outside the vocabulary of 97"):
+        with pytest.raises(ValueError, match="the model has 97 rows"):
             decoder.step(tokens)
+        with pytest.raises(RuntimeError, match="outside the vocabulary of 97"):
+            decode_step(torch.tensor(tokens), decoder.native_weights, *decoder._stacked)
     att_shift, wkv, ffn_shift = decoder._stacked
     for wrong in ((att_shift[:2], wkv, ffn_shift), (att_shift, wkv.double(), ffn_shift), (att_shift, wkv, ffn_shift.transpose(0, 1))):
         with pytest.raises(RuntimeError, match="decode_step"):

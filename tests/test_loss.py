@@ -1,5 +1,7 @@
 """The loss: cross entropy with L2Wrap, whole and by chunks, against the plain formula in float64."""
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -169,3 +171,28 @@ def test_mistakes_are_named():
         linear_cross_entropy_l2wrap(hidden, weight, targets[:1], 4)
     with pytest.raises(ValueError, match="targets"):
         cross_entropy_l2wrap(hidden @ weight.t(), targets[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_what_stands_in_ignored_rows_reaches_nothing(dtype):
+    logits = torch.randn(5, 37, dtype=dtype)
+    logits[1], logits[3, 4] = math.nan, math.inf
+    logits.requires_grad_()
+    targets = torch.tensor([4, -100, 0, -100, 36])
+    loss = cross_entropy_l2wrap(logits, targets)
+    loss.backward()
+    kept = [0, 2, 4]
+    alone = logits.detach()[kept].requires_grad_()
+    expected = cross_entropy_l2wrap(alone, targets[kept])
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logits.grad[kept], alone.grad)
+    assert (logits.grad[[1, 3]] == 0).all()
+
+
+def test_targets_need_not_lie_densely():
+    ids = torch.randint(0, 37, (6, 2))
+    logits = torch.randn(6, 1, 37)
+    torch.testing.assert_close(
+        cross_entropy_l2wrap(logits, ids[:, 1:]), cross_entropy_l2wrap(logits, ids[:, 1:].clone())
+    )

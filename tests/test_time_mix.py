@@ -1,6 +1,7 @@
 """The fused elementwise work of a block: values and gradients against plain PyTorch in float64, shapes for torch.compile."""
 
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -149,3 +150,42 @@ def test_opcheck(native):
     torch.library.opcheck(native.time_mix_inputs.default, (k, v, a, None, None, *parameters, None, 16))
     output = [leaf(2, 9, 32) for _ in range(5)] + [leaf(2, 16), leaf(32), leaf(32)]
     torch.library.opcheck(native.time_mix_output.default, (*output, 64e-5, 16))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_a_document_without_tokens_hands_on_what_it_began_with(kernel):
+    """First, in the middle and last: the same as each document alone, its state and the state's gradient too."""
+    from src.model import ChannelMix, ModelConfig
+
+    torch.manual_seed(0)
+    mix = ChannelMix(ModelConfig(n_layer=2, n_embd=64, vocab_size=8, head_size=32, kernel=kernel))
+    with torch.no_grad():
+        for parameter in mix.parameters():
+            parameter.uniform_(0.1, 0.9)
+    bounds = [0, 0, 5, 5, 12, 12]
+    x = torch.randn(1, 12, 64)
+    shift = torch.randn(5, 64, requires_grad=True)
+    y, after = mix(x, shift, torch.tensor(bounds, dtype=torch.int32))
+    (y.square().sum() + (after * torch.arange(1.0, 6.0)[:, None]).sum()).backward()
+    alone = shift.detach().clone().requires_grad_()
+    total = torch.zeros(())
+    for d, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        if begin == end:
+            last = alone[d]
+        else:
+            part, last = mix(x[:, begin:end], alone[d : d + 1])
+            torch.testing.assert_close(y[:, begin:end], part)
+            total = total + part.square().sum()
+        torch.testing.assert_close(after[d], last.reshape(-1))
+        total = total + (last * (d + 1)).sum()
+    total.backward()
+    torch.testing.assert_close(shift.grad, alone.grad)
+
+
+@pytest.mark.parametrize("bounds", [[3, 12], [0, 7], [0], [], [0, 9, 4, 12]], ids=str)
+def test_wrong_bounds_are_refused(bounds):
+    from src.ops import token_shift
+
+    x, mix = torch.randn(1, 12, 64), torch.rand(1, 1, 64)
+    with pytest.raises(RuntimeError, match="cu_seqlens"):
+        token_shift(x, None, torch.tensor(bounds, dtype=torch.int32), (mix,))

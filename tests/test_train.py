@@ -267,3 +267,16 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, data, capfd):
         assert train(tmp_path, data) == 2
     assert "another run" in capfd.readouterr().err
     assert not (tmp_path / "train_log.txt").exists()
+
+
+def test_a_runs_own_best_weights_do_not_put_it_aside(tmp_path, data, capfd):
+    """Nor does a name that was mistyped beside --restart train the old run on."""
+    out = tmp_path / "run"
+    assert train(out, data, val_data_file=data, val_windows=4) == 0
+    assert train(out, data, load_model=out / "rwkv-best.pth") == 2
+    assert "belongs to the run" in capfd.readouterr().err
+    assert train(out, data, restart=1, load_model=tmp_path / "typo.pth") == 2
+    assert "typo.pth: no such file" in capfd.readouterr().err
+    assert train(out, data, restart=1, val_data_file=tmp_path / "typo") == 2
+    assert "typo" in capfd.readouterr().err
+    assert not (out / "previous-1").exists()

@@ -126,7 +126,10 @@ def look_at_conversations(path: str, folder: str) -> tuple[Conversations, float]
     if found := _read(prefix, made_from):
         return found, 1.0
     _load_once(folder)
-    first = _tokenise(next(iter(read_pieces([path], "conversations"))), folder)
+    piece = next(iter(read_pieces([path], "conversations")), None)
+    if piece is None:
+        raise _nothing_usable(path, Counter())
+    first = _tokenise(piece, folder)
     left_out = Counter(fault.reason for fault in first.broken)
     if not len(first.sizes):
         raise _nothing_usable(path, left_out)

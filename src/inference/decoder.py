@@ -98,6 +98,7 @@ class Decoder:
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Feed one token to each sequence; logits fp32 [B, V] for the next ones. On a GPU they are overwritten by the next step."""
         assert len(tokens) == self.batch, f"{len(tokens)} tokens for {self.batch} sequences"
+        check_tokens(tokens, self.config.vocab_size, "the step")
         if self.batch <= MOST_SEQUENCES and self.native:
             return decode_step(torch.tensor(tokens), self.native_weights, *self._stacked)
         if self.device.type != "cuda":

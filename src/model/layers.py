@@ -20,9 +20,16 @@ GROUP_NORM_EPS = 64e-5  # for every head size
 LAYER_NORM_EPS = 1e-5
 
 
-def last_tokens(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The input that the next call's token shift starts from: x[:, -1], with `cu_seqlens` the last of each document."""
-    return x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]
+def last_tokens(x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The input that the next call's token shift starts from: x[:, -1], with `cu_seqlens` the last of each document.
+
+    A document without tokens hands on what it began with, `shift` (None: zeros). Copied, so that a state doesn't hold all of x.
+    """
+    if cu_seqlens is None:
+        return x[:, -1].clone()
+    last = x[0, (cu_seqlens[1:].long() - 1).clamp(min=0)]
+    empty = (cu_seqlens[1:] == cu_seqlens[:-1]).unsqueeze(1)
+    return torch.where(empty, torch.zeros_like(last) if shift is None else shift, last)
 
 
 class HeadNorm(nn.GroupNorm):
@@ -128,7 +135,7 @@ class TimeMix(nn.Module):
             kernel=self.kernel,
         )
         out = self.ln_x(y.view(x.shape), r, k, v, g, self.r_k, self.kernel)
-        return self.output(out), v_first, last_tokens(x, cu_seqlens), wkv
+        return self.output(out), v_first, last_tokens(x, shift, cu_seqlens), wkv
 
 
 class ChannelMix(nn.Module):
@@ -147,7 +154,7 @@ class ChannelMix(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, C], shift [B, C] or None for zeros -> out [B, T, C], new shift."""
         (xk,) = token_shift(x, shift, cu_seqlens, (self.x_k,), kernel=self.kernel)
-        return self.value(relu_squared(self.key(xk))), last_tokens(x, cu_seqlens)
+        return self.value(relu_squared(self.key(xk))), last_tokens(x, shift, cu_seqlens)
 
 
 class Block(nn.Module):

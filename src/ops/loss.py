@@ -36,7 +36,8 @@ def cross_entropy_l2wrap(
         raise ValueError(
             f"logits {tuple(logits.shape)} need targets {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}"
         )
-    return _CrossEntropy.apply(logits.flatten(0, -2), targets.flatten(), ignore_index, overwrite)
+    _check_device(logits, targets)
+    return _CrossEntropy.apply(logits.flatten(0, -2), targets.flatten().contiguous(), ignore_index, overwrite)
 
 
 def linear_cross_entropy_l2wrap(
@@ -52,10 +53,17 @@ def linear_cross_entropy_l2wrap(
         raise ValueError(
             f"hidden {tuple(hidden.shape)} needs targets {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}"
         )
+    _check_device(hidden, targets)
     if chunk == 0:
         return cross_entropy_l2wrap(hidden @ weight.t(), targets, ignore_index, overwrite=True)
     want_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk, ignore_index, want_grad)
+    rows = targets.flatten().contiguous()
+    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, rows, chunk, ignore_index, want_grad)
+
+
+def _check_device(x: Tensor, targets: Tensor) -> None:
+    if x.device != targets.device:
+        raise ValueError(f"targets must be on the device of what they are compared with, {x.device}, got {targets.device}")
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -140,6 +148,7 @@ def _gradient_(logits: Tensor, safe_targets: Tensor, softmax: _Softmax, scale: T
         grad = logits[part].to(dtype).sub_(largest).exp_().mul_(factor / total)
         grad.scatter_add_(-1, safe_targets[part][:, None], -factor)
         grad.scatter_add_(-1, where, largest * factor * L2WRAP)
+        grad.masked_fill_(factor == 0, 0)  # an ignored row's logits need not be finite
         if logits.dtype != dtype:
             logits[part] = grad
     return logits

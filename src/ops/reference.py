@@ -66,9 +66,10 @@ def token_shift_reference(
         before = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last.unsqueeze(1)
         xx = torch.cat([before, x[:, :-1]], dim=1) - x
     else:
-        starts = cu_seqlens[:-1].long()
+        # what an empty document starts from goes to row T, which is dropped
+        starts = torch.where(cu_seqlens[1:] > cu_seqlens[:-1], cu_seqlens[:-1], x.shape[1]).long()
         before = x.new_zeros(starts.shape[0], x.shape[2]) if last is None else last
-        xx = F.pad(x, (0, 0, 1, 0))[:, :-1].index_copy(1, starts, before.unsqueeze(0)) - x
+        xx = F.pad(x, (0, 0, 1, 0)).index_copy(1, starts, before.unsqueeze(0))[:, :-1] - x
     return tuple(x + xx * mix for mix in mixes)
 
 

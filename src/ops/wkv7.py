@@ -92,6 +92,8 @@ def _check(
             raise ValueError(
                 f"cu_seqlens must be int32 [documents + 1] with B = 1, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} with B = {B}"
             )
+        if cu_seqlens.device != r.device:
+            raise ValueError(f"cu_seqlens must be on {r.device} as the inputs are, got {cu_seqlens.device}")
         sequences = cu_seqlens.shape[0] - 1
     if state is not None:
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -160,7 +161,7 @@ def _fit(
         validate = Validate(held_out, reporter, length, position.step, config.val_every, proj_dir, from_trained)
         after_report.insert(0, validate)
     stop.reporter, stop.keeper = reporter, keeper
-    pace = [WatchPace(warn), *[Profile(config.profile, proj_dir / TRACE)] * (is_first() and config.profile > 0)]
+    pace = [*[Profile(config.profile, proj_dir / TRACE)] * (is_first() and config.profile > 0), WatchPace(warn)]
     trainer = trainer_for(
         config,
         hardware,
@@ -184,7 +185,7 @@ def _fit(
     except SystemExit:  # Lightning makes this of a KeyboardInterrupt: a second Ctrl-C, or one before the first step
         raise KeyboardInterrupt from None
     if "stop" in reporter.agreed and reporter.next_step < length.steps:
-        if stop.out_of_time:
+        if stop.out_of_time or (not stop.received and math.isfinite(ends_at)):  # or another process's time was over
             return End("--time_limit is near", TIME_LIMIT_EXIT_CODE)
         number = stop.received or signal.SIGTERM
         return End(f"{signal.Signals(number).name} received", 128 + number)

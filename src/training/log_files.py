@@ -30,7 +30,7 @@ class TrainLog(Sink):
 
         def stays(line: str) -> bool:
             if found := VALIDATION_LINE.match(line):
-                return int(found[1]) <= first_step
+                return first_step > 0 and int(found[1]) <= first_step  # before step 0 it is measured again
             return not is_mini_epoch_line(line) or int(line.split()[0]) < first_mini_epoch
 
         if path.exists():
@@ -103,7 +103,7 @@ class ValidationFile(Sink):
     def __init__(self, path: Path, first_step: int) -> None:
         self.path = path
         if path.exists():
-            rows, _ = _split_rows(path, lambda row: int(row["steps"]) <= first_step)
+            rows, _ = _split_rows(path, lambda row: first_step > 0 and int(row["steps"]) <= first_step)
             _rewrite(path, self.COLUMNS, rows)
 
     def validation(self, report: ValidationReport) -> None:

@@ -109,7 +109,7 @@ def open_loggers(config: RunConfig, proj_dir: Path, settings: dict[str, Any]) ->
             raise ValueError("--logger tensorboard: the package tensorboard is missing; pip install tensorboard")
         loggers.append(TensorBoardLogger(proj_dir, name="tensorboard", version=""))
     if config.logger == "csv":
-        loggers.append(CSVLogger(proj_dir, name="csv", version=""))
+        loggers.append(CSVLogger(proj_dir, name="csv"))  # a folder for each start: it would empty one that is there
     return [LoggerSink(logger, config.weight_decay) for logger in loggers]
 
 

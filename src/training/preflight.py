@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from src.config import ModelConfig, RunConfig
+from src.dataset.sft_cache import look_at_conversations
 from src.dataset.tokenizer import WORLD_VOCAB_SIZE, Tokenizer, load_tokenizer
 from src.model import RWKV7
 from src.model.weights import Weights, fit_weights, read_weights
@@ -39,6 +40,7 @@ from src.training.schedule import RunLength
 from src.training.start import Start, find_vocab_size, length_of_run, look_at_start
 from src.training.strategy import Hardware, choose_hardware
 from src.training.trial import TOLERANCE, Speed, kernel_error, timed_steps
+from src.training.validate import HeldOut
 
 SHOWN_TEXT = 160  # characters of the decoded window
 SAMPLED_DOCUMENTS = 200
@@ -117,6 +119,8 @@ def check(config: RunConfig, notes: list[str]) -> int:
     if looked:
         samples, share = looked
         checks.attempt("data", lambda: _check_data(checks, config, samples, share, vocab_size))
+    if config.val_data_file:
+        checks.attempt("held-out", lambda: _check_held_out(checks, config, vocab_size))
     _check_memory(checks, config, hardware, model)
     positions = config.my_exit_tokens or (looked and round(looked[0].once / looked[1]))
     if positions:
@@ -172,6 +176,14 @@ def _wrong_kernel(config: RunConfig, hardware: Hardware, head_size: int) -> tupl
 
 
 # ---- data -------------------------------------------------------------------------------------------------------------------
+
+
+def _check_held_out(checks: Checklist, config: RunConfig, vocab_size: int) -> None:
+    if config.data_type == "sft":  # to look at all of it would leave its tokens behind
+        conversations, _ = look_at_conversations(config.val_data_file, config.tokenizer)
+        checks.found("held-out", f"{config.val_data_file}, {len(conversations.data):,} conversations looked at")
+    else:
+        checks.found("held-out", f"{config.val_data_file}, {HeldOut(config, vocab_size).count} windows")
 
 
 def _check_data(checks: Checklist, config: RunConfig, samples: Samples, share: float, vocab_size: int) -> None:

@@ -46,7 +46,9 @@ from src.training.start import (
     put_aside_other_run,
 )
 from src.training.strategy import Hardware, choose_hardware
+from src.training.validate import HeldOut
 
+ANY_VOCABULARY = 1 << 31  # where it isn't known yet
 INTERRUPTED_EXIT_CODE = 130  # what shells report for Ctrl-C
 
 
@@ -162,6 +164,8 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
         say("note: --magic_prime has no meaning for --data_type sft, whose order is a shuffle for each epoch")
     length = length_of_run(config, samples.once, hardware.world_size)
 
+    if config.val_data_file:  # a mistake there must not be found when files have been moved
+        HeldOut(config, config.vocab_size or ANY_VOCABULARY)
     if hardware.accelerator == "cpu":
         keep_freed_memory()
     company.decide(lambda: put_aside_other_run(config, proj_dir))
@@ -191,7 +195,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
         say(f"stopped: {end.stopped}; its state is saved, the same command continues from there")
         return end.exit_code
     say(f"done: {', '.join(map(str, (proj_dir / FINAL, proj_dir / LOG, *drawn)))}")
-    if rows := read_columns(proj_dir / VALIDATION):
+    if config.val_data_file and (rows := read_columns(proj_dir / VALIDATION)):
         say(_held_out_in_words(rows, proj_dir, config.val_data_file))
     return 0
 

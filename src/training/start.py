@@ -89,10 +89,10 @@ def _begins_anew(config: RunConfig, proj_dir: Path) -> tuple[Path | None, str]:
     origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
     going_on = checkpoint.numbered(proj_dir) or states(proj_dir) or (proj_dir / checkpoint.FINAL).exists()
     if origin is not None and not origin.is_file():
-        if going_on:
+        if going_on and not config.restart:
             return None, ""  # the run goes on from its own files
         raise ValueError(f"--load_model {origin}: no such file")
-    inside = [*checkpoint.numbered(proj_dir).values(), proj_dir / checkpoint.FINAL]
+    inside = [*checkpoint.numbered(proj_dir).values(), proj_dir / checkpoint.FINAL, proj_dir / checkpoint.BEST]
     if config.load_model and origin is not None and any(path.exists() and path.samefile(origin) for path in inside):
         raise ValueError(
             f"--load_model {origin}: belongs to the run in --proj_dir {proj_dir} itself. To go on with that run, leave the flag out; to "
