@@ -27,8 +27,7 @@ void check_logits(const Tensor& logits, const Tensor& targets) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && logits.size(0) < limit && logits.size(1) >= 1 && logits.size(1) < limit - 4096,
                   "cross_entropy_l2wrap: logits must be [rows, V] and dense");
   STD_TORCH_CHECK(dtype_number(logits) >= 0, "cross_entropy_l2wrap: logits must be float32, bfloat16 or float16");
-  STD_TORCH_CHECK(targets.get_device_index() == logits.get_device_index() && logits.get_device_index() >= 0,
-                  "cross_entropy_l2wrap: logits and targets must be on one GPU");
+  STD_TORCH_CHECK(targets.get_device_index() == logits.get_device_index(), "cross_entropy_l2wrap: logits and targets must be on one device");
   STD_TORCH_CHECK(targets.dim() == 1 && targets.size(0) == logits.size(0) && targets.scalar_type() == ScalarType::Long,
                   "cross_entropy_l2wrap: targets must be int64 [rows]");
 }

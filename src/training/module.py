@@ -38,7 +38,8 @@ class HeadLoss(nn.Module):
         (head,) = self.head
         if self.measures:
             with torch.no_grad():
-                self.largest_logit = (hidden.flatten(0, 1)[: min(MEASURED_ROWS, self.chunk or MEASURED_ROWS)] @ head.weight.t()).amax()
+                rows = hidden.flatten(0, 1)[:MEASURED_ROWS].split(self.chunk or MEASURED_ROWS)
+                self.largest_logit = torch.stack([(part @ head.weight.t()).amax() for part in rows]).amax()
         if self.chunk:
             return linear_cross_entropy_l2wrap(hidden, head.weight, targets, self.chunk)
         return cross_entropy_l2wrap(head(hidden), targets, overwrite=True)
