@@ -16,9 +16,10 @@ from host_cuda.problems import answer, error, incoming, problem
 from torch.utils.checkpoint import checkpoint
 
 from src.ops import wkv7
-from src.ops.build import BuildError, cuda_recipe, find_nvcc, gpu_targets, version_of
+from src.ops.build import BuildError, cuda_recipe, gpu_targets
 from src.ops.build import build as build_library
-from src.ops.rocm import find_hipcc, rocm_recipe
+from src.ops.rocm import rocm_recipe
+from src.ops.toolchain import find_hipcc, find_nvcc, version_of
 from src.ops.wkv7 import CHUNKED_SEGMENT, CHUNKED_SLOT, CUDA_WINDOW
 
 NAMES = "rwkvab"

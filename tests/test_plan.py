@@ -37,7 +37,7 @@ def test_parameter_counts_that_are_published():
 @pytest.fixture(autouse=True)
 def _plain_elementwise(monkeypatch):
     """As on a GPU: the fused elementwise ops of a CPU keep less."""
-    monkeypatch.setattr(importlib.import_module("src.ops.time_mix"), "NATIVE_DTYPES", ())
+    monkeypatch.setattr(importlib.import_module("src.ops.elementwise"), "NATIVE_DTYPES", ())
 
 
 def kept_for_backward(config, tokens, dtype):

@@ -48,7 +48,7 @@ def validations(out):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_every_window_counts_once_however_they_are_shared(data, held, world_size):  # noqa: F811
-    held_out = HeldOut(config_of(data, held), VOCAB)
+    held_out = HeldOut(config_of(data, held))
     shares = [list(held_out.batches(rank, world_size)) for rank in range(world_size)]
     assert len({tuple(tuple(batch[0].shape) for batch in share) for share in shares}) == 1  # all ranks do the same work
     counted = [
@@ -59,14 +59,14 @@ def test_every_window_counts_once_however_they_are_shared(data, held, world_size
         if (wanted >= 0).all()
     ]
     assert all(((targets >= 0).all(1) | (targets < 0).all(1)).all() for share in shares for _, targets in share)
-    alone = [tuple(row.tolist()) for inputs, targets in HeldOut(config_of(data, held, micro_bsz=1), VOCAB).batches(0, 1) for row in inputs]
+    alone = [tuple(row.tolist()) for inputs, targets in HeldOut(config_of(data, held, micro_bsz=1)).batches(0, 1) for row in inputs]
     assert sorted(counted) == sorted(alone)
     assert len(alone) == WINDOWS
 
 
 def test_ids_that_do_not_fit_are_named_before_training(data, held):  # noqa: F811
     with pytest.raises(ValueError, match=r"--val_data_file .* token id \d+ doesn't fit --vocab_size 30"):
-        HeldOut(config_of(data, held), 30)
+        HeldOut(config_of(data, held)).check_ids(30)
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ class ChannelMix(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, C], shift [B, C] or None for zeros -> out [B, T, C], new shift."""
         (xk,) = token_shift(x, shift, cu_seqlens, (self.x_k,), kernel=self.kernel)
-        return self.value(relu_squared(self.key(xk))), last_tokens(x, shift, cu_seqlens)
+        return self.value(relu_squared(self.key(xk), kernel=self.kernel)), last_tokens(x, shift, cu_seqlens)
 
 
 class Block(nn.Module):

@@ -1,8 +1,7 @@
 """The functions that must be fast: `wkv7`, the loss and a block's elementwise work, each with a plain PyTorch form beside it."""
 
+from src.ops.elementwise import relu_squared, time_mix_inputs, time_mix_output, token_shift
 from src.ops.loss import cross_entropy_l2wrap, linear_cross_entropy_l2wrap
-from src.ops.relu_squared import relu_squared
-from src.ops.time_mix import time_mix_inputs, time_mix_output, token_shift
 from src.ops.wkv7 import wkv7
 
 __all__ = [

@@ -16,7 +16,7 @@ from src.ops.build import (
     Recipe,
     cpu_recipe,
 )
-from src.ops.toolchain import BuildError, version_of
+from src.ops.toolchain import find_hipcc, version_of
 
 
 def rocm_recipe(instruction_set: str = "native") -> Recipe:
@@ -57,25 +57,6 @@ def translated(recipe: Recipe, folder: Path) -> Recipe:
         )
     kernels = {path.stem: path for path in after.rglob("*.hip")}
     return replace(recipe, sources=tuple(kernels[x.stem] if x.suffix == ".cu" else x for x in recipe.sources))
-
-
-def find_hipcc() -> str:
-    """hipcc: under $ROCM_HOME, on the PATH, or in /opt/rocm."""
-    home = os.environ.get("ROCM_HOME", "")
-    if home:
-        found = shutil.which("hipcc", path=str(Path(home) / "bin"))
-        if found is None:
-            raise BuildError(
-                f"ROCM_HOME is {home!r}, but there is no bin/hipcc in it; unset it or name the ROCm toolkit's folder"
-            )
-        return found
-    found = shutil.which("hipcc") or shutil.which("hipcc", path="/opt/rocm/bin")
-    if found is None:
-        raise BuildError(
-            f"there is an AMD GPU but no hipcc: install the HIP compiler of ROCm {torch.version.hip} (`sudo apt install hipcc` from "
-            "AMD's packages) or set ROCM_HOME to its folder"
-        )
-    return found
 
 
 def gpu_names() -> list[str]:

@@ -35,20 +35,38 @@ def find_compiler() -> str:
 
 def find_nvcc() -> str:
     """nvcc: under $CUDA_HOME, on the PATH, or in /usr/local/cuda."""
-    home = os.environ.get("CUDA_HOME", "")
+    return _of_toolkit(
+        "nvcc",
+        "CUDA_HOME",
+        "/usr/local/cuda",
+        f"there is a GPU but no nvcc: install the CUDA toolkit {torch.version.cuda} (for example "
+        f"`conda install -c nvidia cuda-toolkit={torch.version.cuda}`, or NVIDIA's packages) or set CUDA_HOME to its folder",
+    )
+
+
+def find_hipcc() -> str:
+    """hipcc: under $ROCM_HOME, on the PATH, or in /opt/rocm."""
+    return _of_toolkit(
+        "hipcc",
+        "ROCM_HOME",
+        "/opt/rocm",
+        f"there is an AMD GPU but no hipcc: install the HIP compiler of ROCm {torch.version.hip} (`sudo apt install hipcc` from "
+        "AMD's packages) or set ROCM_HOME to its folder",
+    )
+
+
+def _of_toolkit(name: str, variable: str, usual_folder: str, advice: str) -> str:
+    home = os.environ.get(variable, "")
     if home:
-        found = shutil.which("nvcc", path=str(Path(home) / "bin"))
+        found = shutil.which(name, path=str(Path(home) / "bin"))
         if found is None:
             raise BuildError(
-                f"CUDA_HOME is {home!r}, but there is no bin/nvcc in it; unset it or name the CUDA toolkit's folder"
+                f"{variable} is {home!r}, but there is no bin/{name} in it; unset it or name the toolkit's folder"
             )
         return found
-    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    found = shutil.which(name) or shutil.which(name, path=f"{usual_folder}/bin")
     if found is None:
-        raise BuildError(
-            f"there is a GPU but no nvcc: install the CUDA toolkit {torch.version.cuda} (for example "
-            f"`conda install -c nvidia cuda-toolkit={torch.version.cuda}`, or NVIDIA's packages) or set CUDA_HOME to its folder"
-        )
+        raise BuildError(advice)
     return found
 
 

@@ -60,6 +60,7 @@ def fit_whatever_comes(
     model: RWKV7,
     values: Callable[[], Values],
     samples: Samples,
+    held_out: HeldOut | None,
     start: Start,
     settings: dict[str, Any],
     company: OneProcess,
@@ -68,7 +69,7 @@ def fit_whatever_comes(
     """Fit to the end, or until `ends_at`; after too many bad steps, once more from the last good state without their samples."""
     went_back_to = -1
     while True:
-        end = _fit(config, hardware, proj_dir, model, values, samples, start, settings, company, ends_at)
+        end = _fit(config, hardware, proj_dir, model, values, samples, held_out, start, settings, company, ends_at)
         if end.bad_steps is None:
             return end
         numbers = range(start.length.samples(end.bad_steps.start), start.length.samples(end.bad_steps.stop))
@@ -108,6 +109,7 @@ def _fit(
     model: RWKV7,
     values: Callable[[], Values],
     samples: Samples,
+    held_out: HeldOut | None,
     start: Start,
     settings: dict[str, Any],
     company: OneProcess,
@@ -149,12 +151,11 @@ def _fit(
     wishes["save"] = keeper.due
     show_samples = ShowSamples(config, reporter, length, proj_dir)
     after_report: list[pl.Callback] = [DrawPictures(length, position.step, proj_dir)]
-    if config.val_data_file:
+    if held_out is not None:
         before = start.loaded.settings if start.loaded else settings
         reporter.best_val_loss = company.decide(
             lambda: best_before(proj_dir, config, before, start.loaded, position.step)
         )
-        held_out = HeldOut(config, model.config.vocab_size)
         from_trained = (
             position.step == 0 and start.weights is not None and (config.data_type == "sft" or bool(config.load_model))
         )

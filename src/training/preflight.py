@@ -183,7 +183,9 @@ def _check_held_out(checks: Checklist, config: RunConfig, vocab_size: int) -> No
         conversations, _ = look_at_conversations(config.val_data_file, config.tokenizer)
         checks.found("held-out", f"{config.val_data_file}, {len(conversations.data):,} conversations looked at")
     else:
-        checks.found("held-out", f"{config.val_data_file}, {HeldOut(config, vocab_size).count} windows")
+        held_out = HeldOut(config)
+        held_out.check_ids(vocab_size)
+        checks.found("held-out", f"{config.val_data_file}, {held_out.count} windows")
 
 
 def _check_data(checks: Checklist, config: RunConfig, samples: Samples, share: float, vocab_size: int) -> None:

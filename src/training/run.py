@@ -48,7 +48,6 @@ from src.training.start import (
 from src.training.strategy import Hardware, choose_hardware
 from src.training.validate import HeldOut
 
-ANY_VOCABULARY = 1 << 31  # where it isn't known yet
 INTERRUPTED_EXIT_CODE = 130  # what shells report for Ctrl-C
 
 
@@ -164,8 +163,9 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
         say("note: --magic_prime has no meaning for --data_type sft, whose order is a shuffle for each epoch")
     length = length_of_run(config, samples.once, hardware.world_size)
 
-    if config.val_data_file:  # a mistake there must not be found when files have been moved
-        HeldOut(config, config.vocab_size or ANY_VOCABULARY)
+    held_out = HeldOut(config) if config.val_data_file else None
+    if held_out and config.vocab_size:  # a mistake must not be found when files have been moved
+        held_out.check_ids(config.vocab_size)
     if hardware.accelerator == "cpu":
         keep_freed_memory()
     company.decide(lambda: put_aside_other_run(config, proj_dir))
@@ -176,6 +176,8 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
     start = company.decide(lambda: find_start(config, proj_dir, length))
     model, values = build_model(config, hardware, start, company)
     samples.check_ids(model.config.vocab_size)
+    if held_out:
+        held_out.check_ids(model.config.vocab_size)
     settings = settings_of(config, model.config, hardware, length, samples, seed)
     if start.position.step:
         known = start.loaded.settings if start.loaded else checkpoint.read_run(proj_dir).get("settings", {})
@@ -185,7 +187,9 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
     if company.rank == 0:
         warn_at_start(config, hardware, model.config, samples, start, proj_dir)
     with explained(config, model.config, hardware, company):
-        end = fit_whatever_comes(config, hardware, proj_dir, model, values, samples, start, settings, company, ends_at)
+        end = fit_whatever_comes(
+            config, hardware, proj_dir, model, values, samples, held_out, start, settings, company, ends_at
+        )
     if company.rank != 0:
         return end.exit_code
     drawn = []

@@ -42,7 +42,7 @@ class ShowSamples(pl.Callback):
             return
         source = self.config.val_data_file or self.config.data_file
         config = replace(self.config, val_data_file=source, val_windows=COUNT)
-        held_out = HeldOut(config, pl_module.model.config.vocab_size)
+        held_out = HeldOut(config)
         samples = write_samples(pl_module.model, load_tokenizer(self.config.tokenizer), held_out)
         with write_whole(self.proj_dir / SAMPLES, "w") as file:
             json.dump([asdict(sample) for sample in samples], file, indent=1, ensure_ascii=False)

@@ -35,11 +35,11 @@ Batch = tuple[Tensor, ...]
 class HeldOut:
     """The samples of --val_data_file that are looked at: --val_windows of them, evenly spaced.
 
-    Raises ValueError, before any training time is spent, when the file can't be read or doesn't fit the vocabulary.
+    Raises ValueError, before any training time is spent, when the file can't be read.
     """
 
-    def __init__(self, config: RunConfig, vocab_size: int) -> None:
-        self.micro_bsz = config.micro_bsz
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
         self._sample: Callable[[int], Batch]
         if config.data_type == "binidx":
             self._tokens = MMapIndexedDataset(config.val_data_file).tokens
@@ -50,13 +50,16 @@ class HeldOut:
             self._rows: SftRows = SftSamples(replace(config, **changed)).rows  # type: ignore[arg-type]
             self.count = min(len(self._rows), config.val_windows)
             self._sample, self._collate = self._row, collate
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises ValueError when a token of these samples doesn't fit the vocabulary."""
         for number in range(self.count):
             inputs, targets, *_ = self._sample(number)
             largest = max(int(inputs.max()), int(targets.max()))
             if largest >= vocab_size:
                 raise ValueError(
-                    f"--val_data_file {config.val_data_file}: token id {largest} doesn't fit --vocab_size {vocab_size}; expected data "
-                    "made with the tokenizer of the training data"
+                    f"--val_data_file {self.config.val_data_file}: token id {largest} doesn't fit --vocab_size {vocab_size}; expected "
+                    "data made with the tokenizer of the training data"
                 )
 
     def _window(self, number: int) -> Batch:
@@ -69,7 +72,7 @@ class HeldOut:
     def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
         """A rank's share. Every rank gets the same number of batches, all of one shape: filled up with samples that don't count."""
         own = -(-self.count // world_size)
-        size = min(self.micro_bsz, own)
+        size = min(self.config.micro_bsz, own)
         for first in range(0, own, size):
             batch = []
             for i in range(first, first + size):

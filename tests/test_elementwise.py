@@ -6,9 +6,10 @@ import itertools
 import pytest
 import torch
 
-from src.ops import reference, time_mix_inputs, time_mix_output, token_shift
+from src.model import RWKV7, ModelConfig
+from src.ops import reference, relu_squared, time_mix_inputs, time_mix_output, token_shift
 
-module = importlib.import_module("src.ops.time_mix")
+module = importlib.import_module("src.ops.elementwise")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -113,11 +114,39 @@ def test_output(head_size, dtype):
     compare(lambda *t, kernel="auto": time_mix_output(*t, 64e-5, head_size, kernel=kernel), inputs, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (17,), (2, 3, 64), (0, 4), (5, 33)])
+def test_relu_squared(shape, dtype):
+    compare(relu_squared, [torch.randn(shape, requires_grad=True)], dtype)
+
+
+def test_relu_squared_of_infinities_and_nan():
+    x = torch.tensor([float("inf"), -float("inf"), float("nan"), -0.0])
+    assert torch.equal(relu_squared(x).nan_to_num(nan=7), torch.tensor([float("inf"), 0.0, 7.0, 0.0]).nan_to_num(nan=7))
+
+
+def test_kernel_reference_calls_no_native_op():
+    """The whole model, forward and backward: nobody's library is needed, and a suspect kernel can be ruled out."""
+    tokens = torch.arange(10).view(1, 10)
+    names = {}
+    for kernel in ("auto", "reference"):
+        model = RWKV7(ModelConfig(2, 64, 16, kernel=kernel))
+        with torch.profiler.profile() as profile:
+            model(tokens)[0].sum().backward()
+        names[kernel] = {event.key for event in profile.key_averages() if event.key.startswith("rwkv7::")}
+    assert not names["reference"]
+    assert not module._native() or "rwkv7::relu_squared_backward" in names["auto"]
+
+
 def test_layouts_that_are_not_dense():
     inputs = inputs_problem(1)
     strided = [x.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in inputs]
     for x, y in zip(time_mix_inputs(*inputs, 64), time_mix_inputs(*strided, 64), strict=True):
         assert torch.equal(x, y)
+    x = torch.randn(7, 40).t().requires_grad_()
+    for kernel in ("auto", "reference"):  # the gradient of a sum is one number seen everywhere
+        (gradient,) = torch.autograd.grad(relu_squared(x, kernel=kernel).sum(), x)
+        assert torch.equal(gradient, 2 * x.detach().clamp(min=0))
 
 
 def test_every_run_gives_the_same_bits():
@@ -150,6 +179,7 @@ def test_opcheck(native):
     torch.library.opcheck(native.time_mix_inputs.default, (k, v, a, None, None, *parameters, None, 16))
     output = [leaf(2, 9, 32) for _ in range(5)] + [leaf(2, 16), leaf(32), leaf(32)]
     torch.library.opcheck(native.time_mix_output.default, (*output, 64e-5, 16))
+    torch.library.opcheck(native.relu_squared.default, (leaf(3, 20),))
 
 
 @pytest.mark.parametrize("kernel", ["auto", "reference"])

@@ -1,7 +1,7 @@
-"""The elementwise work of RWKV-7's two halves: token shift with its mixes, and what a time mix does around its recurrence.
+"""The elementwise work of a block: token shift with its mixes, what a time mix does around its recurrence, the channel mix's squared ReLU.
 
-On a CPU in fp32 and bf16 each is one pass over memory forward and one backward (cuda/token_shift.cpp, cuda/time_mix.cpp), where plain PyTorch
-needs dozens. Elsewhere, where the native library can't be built (wkv7 says why) and with kernel "reference" it is plain PyTorch
+On a CPU in fp32 and bf16 each is one pass over memory forward and one backward (cuda/token_shift.cpp, cuda/time_mix.cpp,
+cuda/relu_squared.cpp), where plain PyTorch needs up to dozens. Elsewhere, where the native library can't be built (wkv7 says why) and with kernel "reference" it is plain PyTorch
 (src/ops/reference.py), which torch.compile fuses.
 """
 
@@ -84,6 +84,11 @@ def time_mix_output(
     return reference.time_mix_output_reference(y, r, k, v, g, r_k, weight, bias, eps, head_size)
 
 
+def relu_squared(x: Tensor, *, kernel: str = "auto") -> Tensor:
+    """max(x, 0)^2, elementwise; any shape."""
+    return torch.ops.rwkv7.relu_squared(x) if _fused(x, kernel) else reference.relu_squared_reference(x)
+
+
 def _fused(x: Tensor, kernel: str) -> bool:
     return kernel != "reference" and x.device.type == "cpu" and x.dtype in NATIVE_DTYPES and x.numel() > 0 and _native()
 
@@ -101,6 +106,7 @@ def _native() -> bool:
         ("token_shift_6", lambda x, *_: tuple(_like_first(x) for _ in range(6)), _shift_backward),
         ("time_mix_inputs", _inputs_shapes, _inputs_backward),
         ("time_mix_output", _like_first, _output_backward),
+        ("relu_squared", _like_first, _relu_backward),
     ):
         torch.library.register_fake(f"rwkv7::{name}", shapes)
         torch.library.register_autograd(f"rwkv7::{name}", backward, setup_context=_setup_context)
@@ -111,6 +117,7 @@ def _native() -> bool:
     torch.library.register_fake(
         "rwkv7::time_mix_output_backward", lambda d, *inputs: tuple(_like_first(x) for x in inputs[:8])
     )
+    torch.library.register_fake("rwkv7::relu_squared_backward", lambda dy, x: _like_first(x))
     _registered = True
     return True
 
@@ -125,7 +132,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-    raise RuntimeError("the fused time mix has no second derivative; use kernel='reference' for it")
+    raise RuntimeError("the fused elementwise ops have no second derivative; use kernel='reference' for it")
 
 
 def _like_first(x: Tensor, *_: Any) -> Tensor:
@@ -182,3 +189,7 @@ def _inputs_backward_shapes(
 
 def _output_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return (*torch.ops.rwkv7.time_mix_output_backward(dout, *ctx.saved_tensors, *ctx.numbers), None, None)
+
+
+def _relu_backward(ctx: Any, dy: Tensor) -> Tensor:
+    return torch.ops.rwkv7.relu_squared_backward(dy, *ctx.saved_tensors)
