@@ -1,4 +1,4 @@
-// The makers of the cross-entropy ops on a CPU (schemas: cross_entropy.cpp). Rows of logits are fp32, dense.
+// The cross-entropy ops and their makers on a CPU (schemas: cross_entropy.h). Rows of logits are fp32, dense.
 //
 //   forward:   nll = log(total) - (z[target] - largest),   total = sum of exp(z - largest)
 //   backward:  z becomes  scale (exp(z - largest) / total - onehot(target))  and  + scale l2wrap largest  where z is largest
@@ -10,6 +10,7 @@
 #include <cstring>
 #include <tuple>
 
+#include "cross_entropy.h"
 #include "vec.h"
 
 namespace {
@@ -157,6 +158,11 @@ void backward(Tensor logits, Tensor targets, Tensor largest, Tensor total, Tenso
       }
     });
   });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(rwkv7, m) {
+  m.def(kCrossEntropyForward);
+  m.def(kCrossEntropyBackward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv7, CPU, m) {

@@ -1,15 +1,10 @@
 // relu(x)^2 and its gradient 2 relu(x) dy on a CPU, each in one pass over memory.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstring>
 
-#include "vec.h"
+#include "dense.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using vec::Float;
 using vec::kLanes;
@@ -21,45 +16,38 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rwkv7, m) {
 
 inline Float positive(Float x) { return x < 0.0f ? Float{} : x; }  // keeps NaN
 
-// out[i] = f(a[i], b[i]) for tensors of one size, dense in memory.
+// out[i] = f(a[i], b[i])
 template <class T, class F>
-void elementwise(const Tensor& a, const Tensor& b, const Tensor& out, const F& f) {
-  const auto* pa = static_cast<const T*>(a.const_data_ptr());
-  const auto* pb = static_cast<const T*>(b.const_data_ptr());
-  auto* po = static_cast<T*>(out.mutable_data_ptr());
-  torch::stable::parallel_for(0, a.numel(), 32768, [&](int64_t begin, int64_t end) {
+void elementwise(const T* a, const T* b, T* out, int64_t numel, const F& f) {
+  torch::stable::parallel_for(0, numel, 32768, [&](int64_t begin, int64_t end) {
     int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) vec::store(po + i, f(vec::load(pa + i), vec::load(pb + i)));
+    for (; i + kLanes <= end; i += kLanes) vec::store(out + i, f(vec::load(a + i), vec::load(b + i)));
     if (i < end) {
       T rest_a[kLanes] = {}, rest_b[kLanes] = {}, rest[kLanes];
-      std::memcpy(rest_a, pa + i, (end - i) * sizeof(T));
-      std::memcpy(rest_b, pb + i, (end - i) * sizeof(T));
+      std::memcpy(rest_a, a + i, (end - i) * sizeof(T));
+      std::memcpy(rest_b, b + i, (end - i) * sizeof(T));
       vec::store(rest, f(vec::load(rest_a), vec::load(rest_b)));
-      std::memcpy(po + i, rest, (end - i) * sizeof(T));
+      std::memcpy(out + i, rest, (end - i) * sizeof(T));
     }
   });
 }
 
 template <class F>
-Tensor dispatch(const Tensor& a_in, const Tensor& b_in, const F& f) {
-  const auto dtype = a_in.scalar_type();
-  STD_TORCH_CHECK((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && b_in.scalar_type() == dtype,
-                  "relu_squared: needs float32 or bfloat16");
-  STD_TORCH_CHECK(a_in.numel() == b_in.numel(), "relu_squared: dy must have the shape of x");
-  const Tensor a = torch::stable::contiguous(a_in), b = torch::stable::contiguous(b_in);
-  const Tensor out = torch::stable::new_empty(b, b.sizes());
-  if (dtype == ScalarType::Float)
-    elementwise<float>(a, b, out, f);
-  else
-    elementwise<vec::Bf16>(a, b, out, f);
-  return out;
+Tensor by_dtype(const Tensor& a_in, const Tensor& b_in, const F& f) {
+  return dense::by_dtype(b_in, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    const Tensor a = dense::tensor<T>("relu_squared", a_in, b_in.numel()), b = dense::tensor<T>("relu_squared", b_in, b_in.numel());
+    const Tensor out = dense::like(b);
+    elementwise(dense::data<T>(a), dense::data<T>(b), dense::data<T>(out), out.numel(), f);
+    return out;
+  });
 }
 
 Tensor forward(Tensor x) {
-  return dispatch(x, x, [](Float x, Float) { return positive(x) * positive(x); });
+  return by_dtype(x, x, [](Float x, Float) { return positive(x) * positive(x); });
 }
 Tensor backward(Tensor dy, Tensor x) {
-  return dispatch(dy, x, [](Float dy, Float x) { return 2.0f * positive(x) * dy; });
+  return by_dtype(dy, x, [](Float dy, Float x) { return 2.0f * positive(x) * dy; });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv7, CPU, m) {

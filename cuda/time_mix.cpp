@@ -5,23 +5,20 @@
 //                             key = k (1 + (rate - 1) k_a);   remove = -kk;   replace = kk rate
 //                             value = v + (v_first - v) sigmoid(v0 + residual)      (v in layer 0)
 // after (time_mix_output):    out = (group_norm(y) weight + bias + (sum over the head of r k r_k) v) g
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
-#include "vec.h"
+#include "dense.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
+using dense::by_dtype;
+using dense::data;
+using dense::like;
 using torch::stable::Tensor;
 using vec::Float;
 using vec::kLanes;
@@ -44,30 +41,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rwkv7, m) {
       " int head_size) -> (Tensor dy, Tensor dr, Tensor dk, Tensor dv, Tensor dg, Tensor dr_k, Tensor dweight, Tensor dbias)");
 }
 
-template <class T>
-Tensor dense(const Tensor& x, int64_t numel) {
-  STD_TORCH_CHECK(x.scalar_type() == (std::is_same_v<T, float> ? ScalarType::Float : ScalarType::BFloat16),
-                  "time_mix: needs float32 or bfloat16, one for all");
-  STD_TORCH_CHECK(x.numel() == numel, "time_mix: a tensor has ", x.numel(), " numbers where ", numel, " are needed");
-  return torch::stable::contiguous(x);
-}
-Tensor like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
 Tensor nothing(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
-
-// Calls f with a pointer type's null: float or bf16, as x is stored. Sums are fp32 in either.
-template <class F>
-auto by_dtype(const Tensor& x, const F& f) {
-  if (x.scalar_type() == ScalarType::Float) return f(static_cast<float*>(nullptr));
-  return f(static_cast<vec::Bf16*>(nullptr));
-}
 
 // A dense tensor that is read: owns a copy where the caller's isn't dense. Null when there is none.
 template <class T>
 class In {
  public:
-  In(const Tensor& x, int64_t numel) : held_(dense<T>(x, numel)), at_(static_cast<const T*>(held_->const_data_ptr())) {}
+  In(const Tensor& x, int64_t numel) : held_(dense::tensor<T>("time_mix", x, numel)), at_(static_cast<const T*>(held_->const_data_ptr())) {}
   In(const Optional& x, int64_t numel) {
-    if (x) held_ = dense<T>(*x, numel), at_ = static_cast<const T*>(held_->const_data_ptr());
+    if (x) held_ = dense::tensor<T>("time_mix", *x, numel), at_ = static_cast<const T*>(held_->const_data_ptr());
   }
   explicit operator bool() const { return at_ != nullptr; }
   Float operator()(int64_t i) const { return vec::load(at_ + i); }
@@ -136,11 +118,6 @@ struct Rows {
       }
   }
 };
-
-template <class T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
 
 // ---- before the recurrence --------------------------------------------------------------------------------------------------------
 

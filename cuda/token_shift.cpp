@@ -4,21 +4,19 @@
 //
 // backward, from the last token to the first:  dx[t] = sum_i dmixed_i[t] (1 - mix_i) + sum_i dmixed_i[t+1] mix_i,
 // dlast = sum_i dmixed_i[first] mix_i,  dmix_i = sum over t of dmixed_i[t] (x[t-1] - x[t]).
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <array>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
-#include "vec.h"
+#include "dense.h"
 
 namespace {
 
+using dense::by_dtype;
+using dense::data;
+using dense::like;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using vec::Float;
@@ -37,22 +35,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rwkv7, m) {
 }
 
 template <class T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
-
-template <class T>
-Tensor dense(const Tensor& x, int64_t numel, const char* what) {
-  STD_TORCH_CHECK(x.scalar_type() == (std::is_same_v<T, float> ? ScalarType::Float : ScalarType::BFloat16) && x.numel() == numel,
-                  "token_shift: ", what, " must be float32 or bfloat16 (one for all), of ", numel, " numbers");
-  return torch::stable::contiguous(x);
-}
-
-// Calls f with a pointer type's null: float or bf16, as x is stored. Sums are fp32 in either.
-template <class F>
-auto by_dtype(const Tensor& x, const F& f) {
-  if (x.scalar_type() == ScalarType::Float) return f(static_cast<float*>(nullptr));
-  return f(static_cast<vec::Bf16*>(nullptr));
+Tensor dense_rows(const Tensor& x, int64_t numel) {
+  return dense::tensor<T>("token_shift", x, numel);
 }
 
 // x [B, T, C] as rows one after another; `document[row]` is the number of the document that starts there, -1 elsewhere.
@@ -67,7 +51,7 @@ struct Sequence {
     STD_TORCH_CHECK(x_in.dim() == 3, "token_shift: x must be [B, T, C]");
     width = x_in.size(2), rows = x_in.size(0) * x_in.size(1);
     STD_TORCH_CHECK(width % kLanes == 0, "token_shift: C must be a multiple of ", kLanes);
-    x = dense<T>(x_in, rows * width, "x");
+    x = dense_rows<T>(x_in, rows * width);
     STD_TORCH_CHECK(rows > 0, "token_shift: x must have a token at least");
     document.assign(rows, -1);
     if (cu_seqlens) {
@@ -85,7 +69,7 @@ struct Sequence {
       documents = x_in.size(0);
       for (int64_t d = 0; d < documents; ++d) document[d * x_in.size(1)] = d;
     }
-    if (last_in) last = dense<T>(*last_in, documents * width, "the state");
+    if (last_in) last = dense_rows<T>(*last_in, documents * width);
   }
 
   // The row before `row`; `zeros` where a document starts from nothing.
@@ -172,8 +156,8 @@ std::array<Tensor, kMixes> run_forward(const Tensor& x, const Optional& last, co
   std::array<const T*, kMixes> mix_at;
   std::array<T*, kMixes> out_at;
   for (int i = 0; i < kMixes; ++i) {
-    mix_dense[i] = dense<T>(mix[i], s.width, "a mix"), mix_at[i] = data<T>(mix_dense[i]);
-    out[i] = torch::stable::new_empty(x, x.sizes()), out_at[i] = data<T>(out[i]);
+    mix_dense[i] = dense_rows<T>(mix[i], s.width), mix_at[i] = data<T>(mix_dense[i]);
+    out[i] = like(x), out_at[i] = data<T>(out[i]);
   }
   forward<kMixes, T>(s, mix_at, out_at);
   return out;
@@ -189,11 +173,11 @@ std::array<Tensor, kMixes + 2> run_backward(const std::array<Tensor, kMixes>& d,
   std::array<const T*, kMixes> d_at, mix_at;
   std::array<T*, kMixes> dmix_at;
   for (int i = 0; i < kMixes; ++i) {
-    d_dense[i] = dense<T>(d[i], s.rows * s.width, "a gradient"), d_at[i] = data<T>(d_dense[i]);
-    mix_dense[i] = dense<T>(mix[i], s.width, "a mix"), mix_at[i] = data<T>(mix_dense[i]);
-    out[2 + i] = torch::stable::new_empty(mix[i], mix[i].sizes()), dmix_at[i] = data<T>(out[2 + i]);
+    d_dense[i] = dense_rows<T>(d[i], s.rows * s.width), d_at[i] = data<T>(d_dense[i]);
+    mix_dense[i] = dense_rows<T>(mix[i], s.width), mix_at[i] = data<T>(mix_dense[i]);
+    out[2 + i] = like(mix[i]), dmix_at[i] = data<T>(out[2 + i]);
   }
-  out[0] = torch::stable::new_empty(x, x.sizes());
+  out[0] = like(x);
   out[1] = torch::stable::new_zeros(x, {last ? s.documents : 0, s.width});
   backward<kMixes, T>(s, mix_at, d_at, data<T>(out[0]), last ? data<T>(out[1]) : nullptr, dmix_at);
   return out;

@@ -29,9 +29,9 @@ from src.ops.toolchain import BuildError, find_compiler, find_ninja, find_nvcc, 
 SOURCE_FOLDER = Path(__file__).resolve().parents[2] / "cuda"
 CPU_SOURCES = (
     *("wkv7_cpu.cpp", "time_mix.cpp", "decode.cpp", "token_shift.cpp"),  # the long ones first: built side by side
-    *("wkv7.cpp", "cross_entropy_cpu.cpp", "cross_entropy.cpp", "relu_squared.cpp"),
+    *("wkv7.cpp", "cross_entropy_cpu.cpp", "relu_squared.cpp"),
 )
-HEADERS = ("wkv7_cpu.h", "vec.h", "cross_entropy.h")
+HEADERS = ("wkv7_cpu.h", "vec.h", "dense.h", "cross_entropy.h")
 CUDA_SOURCES = (
     "wkv7_cuda.cpp",
     "wkv7_recurrent.cu",
@@ -142,7 +142,7 @@ def cpu_recipe(instruction_set: str = "native") -> Recipe:
     if instruction_set == "native":
         machine = ("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ("-mcpu=native",)
     flags = (
-        "-std=c++17", "-O3", *machine, "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wall",
+        "-std=c++17", "-O3", *machine, "-ffp-contract=fast", "-fno-math-errno", "-fPIC",
         f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-isystem", str(torch_folder / "include"),
     )  # fmt: skip
     return Recipe(

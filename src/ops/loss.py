@@ -4,7 +4,7 @@
     dz   = g/n * (softmax(z) - onehot(target))  and  + g/n * 1e-4 * z at the largest logit      g: the incoming gradient
 
 Sums and softmax are computed in fp32 (float64 for float64), whatever the logits' dtype. Two native ops do it, each in one pass
-(cuda/cross_entropy.cpp has their schemas); elsewhere plain PyTorch with only `ROWS` rows in fp32 at once.
+(cuda/cross_entropy.h has their schemas); elsewhere plain PyTorch with only `ROWS` rows in fp32 at once.
 Plain formula: `src.ops.reference.cross_entropy_l2wrap_reference`.
 """
 
