@@ -1,19 +1,21 @@
-// The exact recurrence of wkv7 on a CPU, fp32 inside, one head of one sequence at a time.
+// wkv7 on a CPU, exact in fp32: one head of one sequence at a time, in chunks of eight tokens.
 //
-// Everything is one kind of pass over an N x N matrix M that stays in the L1 cache, all vectors along one index ("lanes"),
-// the other index being the row:
+// Within a chunk let P_t be the product of its decays up to token t (P_0 = 1), and
+//   a' = a_t P_{t-1}    r' = r_t P_t    k' = k_t / P_t    b' = b_t / P_t          (P >= 0.545^8 = 0.0078: nothing is lost in fp32)
+// Then S'_t = S_t / P_t doesn't decay, and with S the state at the chunk's start
+//   u_t = S a'_t + sum_{s<t} (a'_t k'_s) v_s + (a'_t b'_s) u_s                    (u_t = S_{t-1} a_t: solved token by token)
+//   y_t = S r'_t + sum_{s<=t} (r'_t k'_s) v_s + (r'_t b'_s) u_s
+//   next S = (S + sum_s v_s k'_s^T + u_s b'_s^T) P_L
+// Backward, with G the gradient of S'_L, and D that of u:
+//   D_t  = G b'_t + sum_{s>t} (a'_s b'_t) D_s + sum_{s>=t} (r'_s b'_t) dy_s        dv_t the same with k'_t for b'_t
+//   dk'_t = G^T v_t + sum_{s>t} (D_s v_t) a'_s + sum_{s>=t} (dy_s v_t) r'_s         db'_t the same with u_t for v_t
+//   da'_t = S^T D_t + sum_{s<t} (D_t v_s) k'_s + (D_t u_s) b'_s                     dr'_t the same with dy_t for D_t and s<=t
+//   earlier G = (G + sum_s D_s a'_s^T + dy_s r'_s^T) P_L of the chunk before
+// so all the work is in products of an N x N matrix with 2 kChunk rows, in registers (small_products.h).
 //
-//   M = M * decay + x beta^T + z gamma^T;   out1 = M rho;   out2 = M sigma          (sums over the rows: no horizontal sum)
-//
-//   forward    M = S     lanes = values   out: y_t = S_t r_t                  S_t a_{t+1}
-//   backward   M = G     lanes = values   out: dv_t = G_t k_t                 ds_t = G_t b_t              G_t = dL/dS_t,
-//              M = G     lanes = keys     out: dk_t = G_t^T v_t               db_t = G_t^T s_t            s_t = S_{t-1} a_t
-//              M = S     lanes = keys     out: dr_t = S_t^T dy_t              da_{t+1} = S_t^T ds_{t+1}
-//   with  G_t = G_{t+1} diag(decay_{t+1}) + ds_{t+1} a_{t+1}^T + dy_t r_t^T.
-//
-// The decay's gradient needs no further pass. For column j let g_t = sum_i G_t S_t (elementwise); writing out S_t and G_t:
-//   g_t = decay_t ddecay_t + b_t db_t + k_t dk_t   and   decay_t ddecay_t + a_t da_t + r_{t-1} dr_{t-1} = g_{t-1}.
-// That is used for one token only; at every other token the sum over G S is made directly, or rounding would pile up.
+// The decay's gradient: let g_t = sum_i G_t S_t (elementwise, per column) after token t. Writing out S_t and G_t:
+//   decay_t ddecay_t = g_{t-1} - a_t da_t      and      g_t = decay_t ddecay_t + b_t db_t + k_t dk_t - r_t dr_t.
+// At the bounds of chunks g is summed directly, or rounding would pile up; what a walk through a chunk misses by is shared out.
 #include "wkv7_cpu.h"
 
 #include <cmath>
@@ -21,23 +23,26 @@
 #include <cstring>
 #include <initializer_list>
 #include <new>
-#include <type_traits>
 #include <utility>
 
 #include <torch/headeronly/util/Half.h>
 
+#include "small_products.h"
 #include "vec.h"
 
 namespace wkv7_cpu {
 namespace {
 
+using small::Fetch;
+using small::multiply;
 using vec::Float;
 using vec::kLanes;
 
-// Vectors in a row of a panel: as many as leave the four accumulators and operands of a pass in registers.
-constexpr int kPanelVectors = vec::kRegisters == 32 ? 4 : 2;
+constexpr int64_t kChunk = 8;  // tokens; their decays and the products between them stay small beside the N x N products
+constexpr int64_t kColumns = 2 * kChunk;
+constexpr int64_t kChunks = kSegment / kChunk;  // in a segment
+static_assert(kSegment % kChunk == 0, "a segment is made of whole chunks");
 
-constexpr int64_t kAnchor = 2;  // G is kept at every so many tokens, where the decay's gradient starts anew from the matrices
 // -log(decay) stays below this
 const float kMaxLogDecay = std::exp(-0.5f);
 
@@ -57,171 +62,6 @@ inline void store_row(float* p, Float v) { vec::store(p, v); }
 inline void store_row(Bf16* p, Float v) { vec::to_bf16(p, v); }
 inline void store_row(Half* p, Float v) {
   for (int lane = 0; lane < kLanes; ++lane) p[lane] = static_cast<Half>(static_cast<float>(v[lane]));
-}
-
-// ---- memory -----------------------------------------------------------------------------------------------------------------------
-
-// Rows that will be needed soon. A pass asks for a few of their cache lines now and then: asked for all at once they would
-// block the processor's own loads.
-class Fetch {
- public:
-  void to_read(const void* row, int64_t bytes) {
-    rows_[count_++] = static_cast<const char*>(row);
-    bytes_ = bytes;
-    reads_ = count_;
-  }
-  // Rows to be overwritten; they come after all that are to be read.
-  void to_write(const void* row, int64_t bytes) {
-    rows_[count_++] = static_cast<const char*>(row);
-    bytes_ = bytes;
-  }
-  int64_t lines() const { return count_ * ((bytes_ + 63) / 64); }
-  void some(int64_t lines) {
-    for (; lines > 0 && next_ < count_; --lines) {
-      if (next_ < reads_)
-        __builtin_prefetch(rows_[next_] + offset_, 0, 3);
-      else
-        __builtin_prefetch(rows_[next_] + offset_, 1, 3);
-      offset_ += 64;
-      if (offset_ >= bytes_) offset_ = 0, ++next_;
-    }
-  }
-
- private:
-  const char* rows_[8];
-  int64_t count_ = 0, reads_ = 0, next_ = 0, offset_ = 0, bytes_ = 1;
-};
-
-// ---- the pass ---------------------------------------------------------------------------------------------------------------------
-
-enum class Decay { by_row, by_lane };
-
-struct Step {
-  const float *decay, *x, *beta, *z, *gamma, *rho, *sigma;  // decay, beta, gamma, rho, sigma by row; x, z (and decay by lane) by lane
-  float *out1, *out2;                                       // by lane
-};
-
-// Sums are closed every so many rows: shorter chains of additions lose less.
-constexpr int64_t kSumRows = 32;
-
-template <int V, Decay kDecay>
-inline void step_panel(const float* from, float* to, int64_t rows, int64_t lane, const Step& s, Fetch& fetch) {
-  Float x[V], z[V], d[V];
-#pragma GCC unroll 4
-  for (int u = 0; u < V; ++u) {
-    x[u] = vec::load(s.x + lane + u * kLanes);
-    z[u] = vec::load(s.z + lane + u * kLanes);
-    if (kDecay == Decay::by_lane) d[u] = vec::load(s.decay + lane + u * kLanes);
-  }
-  const float *decay = s.decay, *beta = s.beta, *gamma = s.gamma, *rho = s.rho, *sigma = s.sigma;
-  const int64_t lines = (fetch.lines() * 8 + rows - 1) / rows;
-  for (int64_t first = 0; first < rows; first += kSumRows) {
-    const int64_t last = first + kSumRows < rows ? first + kSumRows : rows;
-    Float out1[V] = {}, out2[V] = {};
-    for (int64_t block = first; block < last; block += 8) {  // N is a multiple of 16
-      fetch.some(lines);
-      for (int64_t row = block; row < block + 8; ++row, from += V * kLanes, to += V * kLanes) {
-        const Float row_beta = vec::splat(beta[row]), row_gamma = vec::splat(gamma[row]), row_rho = vec::splat(rho[row]),
-                    row_sigma = vec::splat(sigma[row]), row_decay = kDecay == Decay::by_row ? vec::splat(decay[row]) : Float{};
-#pragma GCC unroll 4
-        for (int u = 0; u < V; ++u) {
-          Float m = vec::load(from + u * kLanes);
-          m = kDecay == Decay::by_lane ? m * d[u] : m * row_decay;
-          m = z[u] * row_gamma + m;
-          m = x[u] * row_beta + m;
-          vec::store(to + u * kLanes, m);
-          out1[u] = m * row_rho + out1[u];
-          out2[u] = m * row_sigma + out2[u];
-        }
-      }
-    }
-#pragma GCC unroll 4
-    for (int u = 0; u < V; ++u) {
-      float *to1 = s.out1 + lane + u * kLanes, *to2 = s.out2 + lane + u * kLanes;
-      vec::store(to1, first == 0 ? out1[u] : vec::load(to1) + out1[u]);
-      vec::store(to2, first == 0 ? out2[u] : vec::load(to2) + out2[u]);
-    }
-  }
-}
-
-// An N x N matrix is stored as panels of up to kPanelVectors vectors of lanes, each panel [rows][its lanes]; a panel's
-// lanes never meet another panel's. f<V>(first lane) is called for each.
-template <int V, class F>
-inline int64_t panels_of_width(int64_t lane, int64_t N, F&& f) {
-  for (; N - lane >= V * kLanes; lane += V * kLanes) f(std::integral_constant<int, V>{}, lane);
-  return lane;
-}
-template <class F>
-inline void for_panels(int64_t N, F&& f) {
-  int64_t lane = 0;
-  if constexpr (kPanelVectors >= 4) lane = panels_of_width<4>(lane, N, f);
-  lane = panels_of_width<2>(lane, N, f);
-  panels_of_width<1>(lane, N, f);
-}
-
-// `to` may be `from`.
-template <Decay kDecay>
-__attribute__((noinline)) void step(const float* from, float* to, int64_t N, const Step& s, Fetch fetch = {}) {
-  for_panels(N, [&](auto v, int64_t lane) {
-    step_panel<decltype(v)::value, kDecay>(from + lane * N, to + lane * N, N, lane, s, fetch);
-  });
-}
-
-// The matrices outside are [value][key]; Lanes tells which index runs along our lanes.
-enum class Lanes { keys, values };
-
-template <Lanes kWhich, class Copy>
-void for_elements(int64_t N, Copy&& copy) {
-  for_panels(N, [&](auto v, int64_t lane) {
-    constexpr int64_t width = decltype(v)::value * kLanes;
-    for (int64_t row = 0; row < N; ++row)
-      for (int64_t l = 0; l < width; ++l)
-        copy(lane * N + row * width + l, kWhich == Lanes::keys ? row * N + lane + l : (lane + l) * N + row);
-  });
-}
-template <Lanes kWhich>
-__attribute__((noinline)) void matrix_in(float* M, const float* outside, int64_t N) {
-  if (outside == nullptr)
-    std::memset(M, 0, sizeof(float) * N * N);
-  else
-    for_elements<kWhich>(N, [&](int64_t inner, int64_t outer) { M[inner] = outside[outer]; });
-}
-template <Lanes kWhich>
-__attribute__((noinline)) void matrix_out(float* outside, const float* M, int64_t N) {
-  for_elements<kWhich>(N, [&](int64_t inner, int64_t outer) { outside[outer] = M[inner]; });
-}
-
-// out = sum over the rows of M * rho
-__attribute__((noinline)) void product(const float* M, int64_t N, const float* rho, float* out) {
-  for_panels(N, [&](auto v, int64_t lane) {
-    constexpr int V = decltype(v)::value;
-    Float total[V] = {};
-    for (int64_t first = 0; first < N; first += kSumRows) {
-      Float sum[V] = {};
-      for (int64_t row = first; row < N && row < first + kSumRows; ++row)
-        for (int u = 0; u < V; ++u) sum[u] += vec::load(M + lane * N + (row * V + u) * kLanes) * rho[row];
-      for (int u = 0; u < V; ++u) total[u] += sum[u];
-    }
-    for (int u = 0; u < V; ++u) vec::store(out + lane + u * kLanes, total[u]);
-  });
-}
-
-// out = sum over the rows of A * B, element by element
-__attribute__((noinline)) void product_of(const float* A, const float* B, int64_t N, float* out) {
-  for_panels(N, [&](auto v, int64_t lane) {
-    constexpr int V = decltype(v)::value;
-    Float total[V] = {};
-    for (int64_t first = 0; first < N; first += kSumRows) {
-      Float sum[V] = {};
-      for (int64_t row = first; row < N && row < first + kSumRows; ++row)
-        for (int u = 0; u < V; ++u) {
-          const int64_t at = lane * N + (row * V + u) * kLanes;
-          sum[u] += vec::load(A + at) * vec::load(B + at);
-        }
-      for (int u = 0; u < V; ++u) total[u] += sum[u];
-    }
-    for (int u = 0; u < V; ++u) vec::store(out + lane + u * kLanes, total[u]);
-  });
 }
 
 // ---- scratch memory of a thread, kept between calls (fresh pages are dear) -----------------------------------------------------------
@@ -281,203 +121,339 @@ inline void read(float* to, const Rows& rows, const Unit& u, int64_t t, int64_t 
   const T* from = token<T>(rows, u, t);
   for (int64_t c = 0; c < N; c += kLanes) vec::store(to + c, load_row(from + c));
 }
+// Rows of `count` tokens from t on to a dense tensor, past the caches: nothing here reads them again, and memory would be read only to be
+// overwritten.
 template <class T>
-inline void write(void* tensor, int64_t row, const float* from, int64_t N) {
-  T* to = static_cast<T*>(tensor) + row;
-  for (int64_t c = 0; c < N; c += kLanes) store_row(to + c, vec::load(from + c));
-}
-
-// decay = exp(-exp(-1/2) sigmoid(w)); slope = d log(decay) / dw
-template <class T, bool kSlope>
-inline void read_decay(float* decay, float* slope, const Rows& w, const Unit& u, int64_t t, int64_t N) {
-  const T* from = token<T>(w, u, t);
-  for (int64_t c = 0; c < N; c += kLanes) {
-    const Float e = vec::exp(-load_row(from + c));
-    const Float sigmoid = 1.0f / (1.0f + e);
-    vec::store(decay + c, vec::exp(-kMaxLogDecay * sigmoid));
-    if (kSlope) vec::store(slope + c, -kMaxLogDecay * sigmoid * (e * sigmoid));
+void write(T* tensor, const Problem& p, const Unit& u, int64_t t, int64_t count, const float* from) {
+  constexpr int64_t line = vec::kLine / sizeof(T);
+  for (int64_t i = 0; i < count; ++i, from += p.N) {
+    T* to = tensor + u.row(p, t + i);
+    if (p.N % line == 0 && vec::starts_line(to)) {
+      for (int64_t c = 0; c < p.N; c += line) {
+        alignas(vec::kLine) T whole[line];
+        for (int64_t l = 0; l < line; l += kLanes) store_row(whole + l, vec::load(from + c + l));
+        vec::stream_line(to + c, whole);
+      }
+    } else {
+      for (int64_t c = 0; c < p.N; c += kLanes) store_row(to + c, vec::load(from + c));
+    }
   }
 }
 
-// The rows of a token lie together in scratch, [token][field][N], so that a pass walks through memory in one stream.
-enum Field { DECAY, R, K, V, A, B, SA, DY, DS, SLOPE, DR, DW, DK, DV, DA, DB, FIELDS, Y = DY };
+// ---- a chunk ----------------------------------------------------------------------------------------------------------------------
 
-struct Tokens {
-  float* base;
-  int64_t N;
-  float* operator()(int64_t token, Field field) const { return base + (token * FIELDS + field) * N; }
+// Blocks of rows of N floats, token after token within a letter's part: ar = [a'; r'], kb = [k'; b'], ...
+struct Chunk {
+  float *decays;    // [kChunk + 1]: P_0 = 1 .. P_L
+  float *inverses;  // [kChunk]: 1 / P_1 .. 1 / P_L
+  float *slopes;    // [kChunk]: d log(decay) / dw (backward)
+  float *ar, *kb;
+  float *vuy;   // [v; u; y]; backward: [v; u]
+  float *vddy;  // [dv; D; dy] (backward)
+  float *dkb;   // [dk'; db'] (backward)
+  float *products;  // [kColumns, kColumns]: [D; dy] times [v; u]^T (backward)
+
+  static int64_t floats(int64_t N) { return (3 * kChunk + 1 + 2 * kColumns + 3 * kChunk + 3 * kChunk + kColumns) * N + kColumns * kColumns; }
+  void take(Scratch& scratch, int64_t N) {
+    decays = scratch.take((kChunk + 1) * N), inverses = scratch.take(kChunk * N), slopes = scratch.take(kChunk * N);
+    ar = scratch.take(kColumns * N), kb = scratch.take(kColumns * N);
+    vuy = scratch.take(3 * kChunk * N), vddy = scratch.take(3 * kChunk * N), dkb = scratch.take(kColumns * N);
+    products = scratch.take(kColumns * kColumns);
+    for (int64_t c = 0; c < N; ++c) decays[c] = 1.0f;
+  }
+  const float* decay(int64_t N) const { return decays + kChunk * N; }             // P_L
+  const float* inverse(int64_t N) const { return inverses + (kChunk - 1) * N; }  // 1 / P_L
 };
 
-// Memory is slow and its rows lie far apart: a row is fetched this many tokens before it is read, and written tokens are announced.
-constexpr int64_t kAhead = 4;
+// Reads tokens t .. t + count - 1 (what backward alone needs, only for it). Tokens that a chunk lacks neither decay nor change anything: their rows are zeros.
+template <class T>
+__attribute__((noinline)) void read_chunk(Chunk& chunk, const Problem& p, const Unit& u, int64_t t, int64_t count, bool backward) {
+  const int64_t N = p.N, half = kChunk * N;
+  const T *w = token<T>(p.w, u, t), *r = token<T>(p.r, u, t), *k = token<T>(p.k, u, t), *v = token<T>(p.v, u, t),
+          *a = token<T>(p.a, u, t), *b = token<T>(p.b, u, t);
+  for (int64_t c = 0; c < N; c += kLanes) {
+    Float decays = vec::splat(1.0f);
+    for (int64_t i = 0; i < count; ++i) {
+      const Float e = vec::exp(-load_row(w + i * p.w.time + c));
+      const Float sigmoid = vec::reciprocal(1.0f + e);
+      const int64_t at = i * N + c;
+      if (backward) vec::store(chunk.slopes + at, -kMaxLogDecay * sigmoid * (e * sigmoid));
+      vec::store(chunk.ar + at, load_row(a + i * p.a.time + c) * decays);
+      decays *= vec::exp(-kMaxLogDecay * sigmoid);
+      const Float inverse = vec::reciprocal(decays);
+      vec::store(chunk.decays + at + N, decays);
+      if (backward) vec::store(chunk.inverses + at, inverse);
+      vec::store(chunk.ar + half + at, load_row(r + i * p.r.time + c) * decays);
+      vec::store(chunk.kb + at, load_row(k + i * p.k.time + c) * inverse);
+      vec::store(chunk.kb + half + at, load_row(b + i * p.b.time + c) * inverse);
+      vec::store(chunk.vuy + at, load_row(v + i * p.v.time + c));
+    }
+  }
+  for (int64_t i = count; i < kChunk; ++i) {
+    std::memcpy(chunk.decays + (i + 1) * N, chunk.decays + i * N, sizeof(float) * N);
+    if (backward) std::memcpy(chunk.inverses + i * N, chunk.inverses + (i - 1) * N, sizeof(float) * N);
+    for (float* rows : {chunk.slopes, chunk.ar, chunk.ar + half, chunk.kb, chunk.kb + half, chunk.vuy, chunk.vuy + half})
+      std::memset(rows + i * N, 0, sizeof(float) * N);
+  }
+}
+
+// The three products that everything is made of; rows, x and y are blocks of kColumns rows of N floats.
+// to [kColumns, N] = rows M
+void rows_times(float* to, const float* rows, const float* M, int64_t N, Fetch& fetch) {
+  multiply({to, nullptr, N, kColumns, N, rows, N, 1, M, N, N, nullptr, nullptr}, fetch);
+}
+// to [count, kColumns] = M [count, N] times rows^T, which is given as `columns`
+void times_columns(float* to, const float* M, int64_t count, const float* columns, int64_t N, Fetch& fetch) {
+  multiply({to, nullptr, kColumns, count, kColumns, M, N, 1, columns, kColumns, N, nullptr, nullptr}, fetch);
+}
+// to [N, N] = (M + x^T y), its rows or its columns scaled
+void add_outer(float* to, const float* M, const float* x, const float* y, int64_t N, const float* row_scale, const float* column_scale,
+               Fetch& fetch) {
+  multiply({to, M, N, N, N, x, 1, N, y, N, kColumns, row_scale, column_scale}, fetch);
+}
+
+// The products between the rows of two blocks, [kColumns, kColumns] = rows times columns^T. Token t of the first half of the rows doesn't
+// meet token t of either half of the columns.
+void between(float* products, const float* rows, const float* columns, int64_t N, Fetch& fetch) {
+  times_columns(products, rows, kColumns, columns, N, fetch);
+  for (int64_t t = 0; t < kChunk; ++t) products[t * kColumns + t] = products[t * kColumns + kChunk + t] = 0.0f;
+}
+
+// Adds to each token's row what other tokens of the chunk give it, rows in x = [first; second]:
+//   kEarlier:  out_t += sum_{s<=t} c[t][s] first_s + c[t][kChunk + s] second_s        c: kChunk rows of `products`
+//   else       out_t += sum_{s>=t} c[s][t] first_s + c[kChunk + s][t] second_s        c: kChunk columns of it
+// kSolve: `out` itself is the second (kEarlier) or the first half of x, final from one token to the next.
+template <bool kEarlier, bool kSolve, int V>
+inline void add_others_at(int64_t N, int64_t lane, const float* c, const float* x, float* out) {
+  Float sum[kChunk][V];
+#pragma GCC unroll 8
+  for (int64_t t = 0; t < kChunk; ++t)
+#pragma GCC unroll 2
+    for (int u = 0; u < V; ++u) sum[t][u] = vec::load(out + t * N + lane + u * kLanes);
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < kChunk; ++i) {
+    const int64_t s = kEarlier ? i : kChunk - 1 - i;
+#pragma GCC unroll 2
+    for (int64_t pass = 0; pass < 2; ++pass) {
+      const int64_t half = kEarlier ? pass : 1 - pass;
+      Float row[V];
+#pragma GCC unroll 2
+      for (int u = 0; u < V; ++u) row[u] = kSolve && pass == 1 ? sum[s][u] : vec::load(x + (half * kChunk + s) * N + lane + u * kLanes);
+#pragma GCC unroll 8
+      for (int64_t j = i; j < kChunk; ++j) {
+        const int64_t t = kEarlier ? j : kChunk - 1 - j;
+        const Float factor = vec::splat(kEarlier ? c[t * kColumns + half * kChunk + s] : c[(half * kChunk + s) * kColumns + t]);
+#pragma GCC unroll 2
+        for (int u = 0; u < V; ++u) sum[t][u] += row[u] * factor;
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t t = 0; t < kChunk; ++t)
+#pragma GCC unroll 2
+    for (int u = 0; u < V; ++u) vec::store(out + t * N + lane + u * kLanes, sum[t][u]);
+}
+template <bool kEarlier, bool kSolve>
+__attribute__((noinline)) void add_others(int64_t N, const float* c, const float* x, float* out) {
+  int64_t lane = 0;
+  if constexpr (vec::kRegisters == 32)
+    for (; N - lane >= 2 * kLanes; lane += 2 * kLanes) add_others_at<kEarlier, kSolve, 2>(N, lane, c, x, out);
+  for (; lane < N; lane += kLanes) add_others_at<kEarlier, kSolve, 1>(N, lane, c, x, out);
+}
+
+// ---- forward: S is [key, value] -----------------------------------------------------------------------------------------------------
 
 template <class T>
 void forward(const Forward& p, const Unit& u) {
-  const int64_t N = p.N, ring = 2 * kAhead;
-  scratch.reset(N * N + ring * FIELDS * N);
+  const int64_t N = p.N, half = kChunk * N;
+  scratch.reset(N * N + Chunk::floats(N) + 16 * 16 + kColumns * N + kColumns * kColumns);
   float* S = scratch.take(N * N);
-  const Tokens all{scratch.take(ring * FIELDS * N), N};
-  auto at = [&](int64_t t, Field field) { return all(t % ring, field); };
-  auto ahead = [&](int64_t t) {
-    Fetch fetch;
-    if (t < u.end)
-      for (const Rows* rows : {&p.w, &p.r, &p.k, &p.v, &p.a, &p.b}) fetch.to_read(token<T>(*rows, u, t), N * sizeof(T));
-    if (t - kAhead < u.end) {
-      fetch.to_write(static_cast<T*>(p.y) + u.row(p, t - kAhead), N * sizeof(T));
-      if (p.saved_sa) fetch.to_write(p.saved_sa + u.row(p, t - kAhead), N * sizeof(T));
-    }
-    return fetch;
-  };
-  auto read_token = [&](int64_t t) {
-    if (t >= u.end) return;
-    read_decay<T, false>(at(t, DECAY), nullptr, p.w, u, t, N);
-    read<T>(at(t, R), p.r, u, t, N);
-    read<T>(at(t, K), p.k, u, t, N);
-    read<T>(at(t, V), p.v, u, t, N);
-    read<T>(at(t, A), p.a, u, t, N);
-    read<T>(at(t, B), p.b, u, t, N);
-  };
+  Chunk chunk;
+  chunk.take(scratch, N);
+  float *columns = scratch.take(kColumns * N), *products = scratch.take(kColumns * kColumns);
 
   const int64_t state = u.state(p);
-  matrix_in<Lanes::values>(S, p.state ? p.state + state : nullptr, N);
-  for (int64_t t = u.begin; t < u.begin + kAhead; ++t) read_token(t);
-  if (u.begin < u.end) product(S, N, at(u.begin, A), at(u.begin, SA));
-  for (int64_t t = u.begin; t < u.end; ++t) {
-    read_token(t + kAhead);
-    if (p.saved_state && t > u.begin && (t - u.begin) % kSegment == 0)
-      matrix_out<Lanes::values>(p.saved_state + u.saved(p, (t - u.begin) / kSegment), S, N);
-    // (After the last token A of the next is whatever lay there, and so is its S a; nobody reads that.)
-    step<Decay::by_row>(S, S, N, {at(t, DECAY), at(t, SA), at(t, B), at(t, V), at(t, K), at(t, R), at(t + 1, A), at(t, Y), at(t + 1, SA)},
-                         ahead(t + 2 * kAhead));
-    write<T>(p.y, u.row(p, t), at(t, Y), N);
-    if (p.saved_sa) write<float>(p.saved_sa, u.row(p, t), at(t, SA), N);
+  if (p.state)
+    small::transpose(p.state + state, N, N, N, S, N);
+  else
+    std::memset(S, 0, sizeof(float) * N * N);
+  auto count = [&](int64_t t) { return t >= u.end ? 0 : u.end - t < kChunk ? u.end - t : kChunk; };
+  Fetch fetch(2);
+  for (int64_t t = u.begin; t < u.end; t += kChunk) {
+    const int64_t after = t + kChunk;
+    read_chunk<T>(chunk, p, u, t, count(t), false);
+    // [u; y] as far as they come from the state
+    rows_times(chunk.vuy + half, chunk.ar, S, N, fetch);
+    fetch = Fetch(2);
+    for (const Rows* rows : {&p.w, &p.r, &p.k, &p.v, &p.a, &p.b})
+      fetch.add(token<T>(*rows, u, after), rows->time * sizeof(T), count(after), N * sizeof(T));
+
+    small::transpose(chunk.kb, N, kColumns, N, columns, kColumns);
+    between(products, chunk.ar, columns, N, fetch);
+    add_others<true, true>(N, products, chunk.vuy, chunk.vuy + half);
+    add_others<true, false>(N, products + kChunk * kColumns, chunk.vuy, chunk.vuy + 2 * half);
+    write(static_cast<T*>(p.y), p, u, t, count(t), chunk.vuy + 2 * half);
+    if (p.saved_sa) write(p.saved_sa, p, u, t, count(t), chunk.vuy + half);
+
+    add_outer(S, S, chunk.kb, chunk.vuy, N, chunk.decay(N), nullptr, fetch);
+    if (p.saved_state && after < u.end && (after - u.begin) % kSegment == 0)
+      small::transpose(S, N, N, N, p.saved_state + u.saved(p, (after - u.begin) / kSegment), N, true);
   }
-  matrix_out<Lanes::values>(p.final_state + state, S, N);
+  small::transpose(S, N, N, N, p.final_state + state, N);
+}
+
+// ---- backward: S and G are [value, key] ---------------------------------------------------------------------------------------------
+
+// A chunk's gradients from those of the primed rows, in place: dar = [da; dr], chunk.dkb = [dk; db], and dw in the place of the slopes.
+// before, after: g at the chunk's two ends.
+void finish_gradients(const Chunk& chunk, float* dar, const float* before, const float* after, int64_t N, int64_t count) {
+  const int64_t half = kChunk * N;
+  for (int64_t c = 0; c < N; c += kLanes) {
+    Float log_decay[kChunk] = {}, g = vec::load(before + c);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = i * N + c;
+      const Float da = vec::load(dar + at), dr = vec::load(dar + half + at);
+      const Float dk = vec::load(chunk.dkb + at), db = vec::load(chunk.dkb + half + at);
+      const Float decay = vec::load(chunk.decays + at + N), inverse = vec::load(chunk.inverses + at);
+      vec::store(dar + at, da * vec::load(chunk.decays + at));
+      vec::store(dar + half + at, dr * decay);
+      vec::store(chunk.dkb + at, dk * inverse);
+      vec::store(chunk.dkb + half + at, db * inverse);
+      log_decay[i] = g - vec::load(chunk.ar + at) * da;
+      g = log_decay[i] + vec::load(chunk.kb + half + at) * db + vec::load(chunk.kb + at) * dk - vec::load(chunk.ar + half + at) * dr;
+    }
+    const Float missed = (vec::load(after + c) - g) * (1.0f / static_cast<float>(count));
+    for (int64_t i = 0; i < count; ++i) {
+      float* dw = chunk.slopes + i * N + c;
+      vec::store(dw, (log_decay[i] + missed * (static_cast<float>(i) + 0.5f)) * vec::load(dw));
+    }
+  }
 }
 
 template <class T>
 void backward(const Backward& p, const Unit& u) {
-  const int64_t N = p.N, L = kSegment, anchors = (L + kAnchor - 1) / kAnchor, room = (L + 1) * FIELDS * N;
-  scratch.reset((3 + anchors) * N * N + 2 * room);
-  float* Gv = scratch.take(N * N);  // G, lanes = values
-  float* Gk = scratch.take(N * N);  // G, lanes = keys
-  float* S = scratch.take(N * N);   // lanes = keys
-  float* kept_G = scratch.take(anchors * N * N);
-  // Token i of a segment is t0 + i; token `tokens` is the first one of the segment after.
-  Tokens at{scratch.take(room), N}, at_before{scratch.take(room), N};
+  const int64_t N = p.N, half = kChunk * N, slots = kChunks + 1;
+  scratch.reset((slots + 1) * N * N + slots * (Chunk::floats(N) + 16 * 16) + 3 * kColumns * N + kColumns * kColumns + (kChunks + 1) * N);
+  float* S = scratch.take(N * N);
+  float* kept_G = scratch.take(slots * N * N);  // G of a chunk, and of the chunk before the segment
+  float *columns = scratch.take(kColumns * N), *turned = scratch.take(kColumns * N), *products = scratch.take(kColumns * kColumns);
+  float *dar = scratch.take(kColumns * N), *g = scratch.take((kChunks + 1) * N);  // g at the bounds of the segment's chunks
+  Chunk ring[kChunks + 1];
+  for (Chunk& chunk : ring) chunk.take(scratch, N);
+  // Chunks are numbered from the sequence's start; -1 is what was before.
+  auto chunk_of = [&](int64_t number) -> Chunk& { return ring[(number + slots) % slots]; };
+  auto G_of = [&](int64_t number) { return kept_G + (number + slots) % slots * N * N; };
+  auto first_token = [&](int64_t number) { return u.begin + number * kChunk; };
+  auto count = [&](int64_t number) {
+    const int64_t rest = u.end - first_token(number);
+    return number < 0 || rest <= 0 ? 0 : rest < kChunk ? rest : kChunk;
+  };
   const Rows saved_sa{p.saved_sa, p.T * p.H * N, p.H * N, N};
-  auto ahead = [&](std::initializer_list<const Rows*> tensors, int64_t t, bool wanted) {
-    Fetch fetch;
-    if (wanted && t < u.end)
-      for (const Rows* rows : tensors) {
-        const void* row = rows == &saved_sa ? static_cast<const void*>(token<float>(*rows, u, t)) : token<T>(*rows, u, t);
-        fetch.to_read(row, N * sizeof(T));
-      }
-    return fetch;
-  };
-  auto read_rwkv = [&](const Tokens& to, int64_t t0, int64_t i) {
-    const int64_t t = t0 + i;
-    read_decay<T, true>(to(i, DECAY), to(i, SLOPE), p.w, u, t, N);
-    read<T>(to(i, R), p.r, u, t, N);
-    read<T>(to(i, K), p.k, u, t, N);
-    read<T>(to(i, V), p.v, u, t, N);
-  };
-  auto read_abys = [&](const Tokens& to, int64_t t0, int64_t i) {
-    const int64_t t = t0 + i;
-    read<T>(to(i, A), p.a, u, t, N);
-    read<T>(to(i, B), p.b, u, t, N);
-    read<T>(to(i, DY), p.dy, u, t, N);
-    read<float>(to(i, SA), saved_sa, u, t, N);
-  };
-
-  auto outputs_ahead = [&](int64_t t) {
-    Fetch fetch;
-    if (t < u.end)
-      for (void* out : {p.dr, p.dw, p.dk, p.dv, p.da, p.db}) fetch.to_write(static_cast<T*>(out) + u.row(p, t), N * sizeof(T));
-    return fetch;
-  };
-
-  const int64_t state = u.state(p);
-  const float* dfinal = p.dfinal_state ? p.dfinal_state + state : nullptr;
-  matrix_in<Lanes::values>(Gv, dfinal, N);
-  matrix_in<Lanes::keys>(Gk, dfinal, N);
-  float* newest_Gk = Gk;
-
-  const int64_t segments = (u.end - u.begin + L - 1) / L;
-  for (int64_t segment = segments - 1; segment >= 0; --segment) {
-    const int64_t t0 = u.begin + segment * L, before = t0 - L;
-    const int64_t tokens = u.end - t0 < L ? u.end - t0 : L, tokens_before = segment > 0 ? L : 0;
-    if (segment == segments - 1) {
-      for (int64_t i = 0; i < tokens; ++i) read_rwkv(at, t0, i), read_abys(at, t0, i);
-      // after the last token nothing decays and nothing comes back
-      for (int64_t j = 0; j < N; ++j) at(tokens, DECAY)[j] = 1.0f, at(tokens, A)[j] = 0.0f, at(tokens, DS)[j] = 0.0f;
-    }
-
-    int64_t have = 0;  // tokens of the segment before that are read meanwhile
-    for (int64_t i = tokens - 1; i >= 0; --i) {
-      if (have < tokens_before) read_rwkv(at_before, before, have++);
-      step<Decay::by_row>(Gv, Gv, N,
-                          {at(i + 1, DECAY), at(i + 1, DS), at(i + 1, A), at(i, DY), at(i, R), at(i, K), at(i, B), at(i, DV), at(i, DS)},
-                           ahead({&p.w, &p.r, &p.k, &p.v}, before + have + kAhead, have < tokens_before));
-    }
-    while (have < tokens_before) read_rwkv(at_before, before, have++);
-    have = 0;
-    for (int64_t i = tokens - 1; i >= 0; --i) {
-      if (have < tokens_before) read_abys(at_before, before, have++);
-      float* to = i % kAnchor == 0 ? kept_G + i / kAnchor * N * N : Gk;
-      step<Decay::by_lane>(newest_Gk, to, N,
-                           {at(i + 1, DECAY), at(i + 1, A), at(i + 1, DS), at(i, R), at(i, DY), at(i, V), at(i, SA), at(i, DK), at(i, DB)},
-                           ahead({&p.a, &p.b, &p.dy, &saved_sa}, before + have + kAhead, have < tokens_before));
-      newest_Gk = to;
-    }
-    while (have < tokens_before) read_abys(at_before, before, have++);
-
-    const float* start = segment > 0 ? p.saved_state + u.saved(p, segment) : p.state ? p.state + state : nullptr;
-    matrix_in<Lanes::keys>(S, start, N);
-    product(S, N, at(0, DS), at(0, DA));
+  auto read_number = [&](int64_t number) {
+    Chunk& chunk = chunk_of(number);
+    const int64_t t = first_token(number), tokens = count(number);
+    read_chunk<T>(chunk, p, u, t, tokens, true);
     for (int64_t i = 0; i < tokens; ++i) {
-      if (i % kAnchor == 0) {
-        product_of(kept_G + i / kAnchor * N * N, S, N, at(i, DW));
-        for (int64_t j = 0; j < N; ++j) at(i, DW)[j] *= at(i, DECAY)[j];
-      }
-      step<Decay::by_lane>(S, S, N,
-                           {at(i, DECAY), at(i, B), at(i, SA), at(i, K), at(i, V), at(i, DY), at(i + 1, DS), at(i, DR), at(i + 1, DA)},
-                           outputs_ahead(t0 + i + kAhead));
-      for (int64_t c = 0; c < N; c += kLanes) {
-        auto field = [&](int64_t token, Field f) { return vec::load(at(token, f) + c); };
-        if ((i + 1) % kAnchor != 0 && i + 1 < tokens) {
-          const Float g = field(i, DW) + field(i, B) * field(i, DB) + field(i, K) * field(i, DK);
-          vec::store(at(i + 1, DW) + c, g - field(i, R) * field(i, DR) - field(i + 1, A) * field(i + 1, DA));
-        }
-        vec::store(at(i, DW) + c, field(i, DW) * field(i, SLOPE));
-      }
-      const int64_t row = u.row(p, t0 + i);
-      write<T>(p.dr, row, at(i, DR), N);
-      write<T>(p.dw, row, at(i, DW), N);
-      write<T>(p.dk, row, at(i, DK), N);
-      write<T>(p.dv, row, at(i, DV), N);
-      write<T>(p.da, row, at(i, DA), N);
-      write<T>(p.db, row, at(i, DB), N);
+      read<float>(chunk.vuy + half + i * N, saved_sa, u, t + i, N);
+      read<T>(chunk.vddy + 2 * half + i * N, p.dy, u, t + i, N);
     }
-    if (segment > 0) {
-      for (Field carried : {DECAY, A, DS}) std::memcpy(at_before(L, carried), at(0, carried), sizeof(float) * N);
-      std::swap(at, at_before);
+    std::memset(chunk.vddy + 2 * half + tokens * N, 0, sizeof(float) * (kChunk - tokens) * N);
+  };
+  auto write_rows = [&](void* tensor, int64_t number, const float* rows) {
+    write(static_cast<T*>(tensor), p, u, first_token(number), count(number), rows);
+  };
+  // Tokens from .. to - 1 of all inputs
+  auto fetch_inputs = [&](Fetch& fetch, int64_t from, int64_t to) {
+    for (const Rows* rows : {&p.w, &p.r, &p.k, &p.v, &p.a, &p.b, &p.dy})
+      fetch.add(token<T>(*rows, u, from), rows->time * sizeof(T), to - from, N * sizeof(T));
+    fetch.add(token<float>(saved_sa, u, from), saved_sa.time * sizeof(float), to - from, N * sizeof(float));
+  };
+
+  const int64_t state = u.state(p), chunks = (u.end - u.begin + kChunk - 1) / kChunk;
+  const float* dfinal = p.dfinal_state ? p.dfinal_state + state : nullptr;
+  Fetch fetch(1);
+
+  if (chunks > 0) read_number(chunks - 1);
+  float* G_end = G_of(chunks - 1);
+  for (int64_t i = 0; i < N * N; i += kLanes) {
+    const Float G = dfinal ? vec::load(dfinal + i) : Float{};
+    vec::store(G_end + i, chunks > 0 ? G * vec::load(chunk_of(chunks - 1).decay(N) + i % N) : G);
+  }
+
+  for (int64_t segment = (chunks - 1) / kChunks; segment >= 0 && chunks > 0; --segment) {
+    const int64_t begin = segment * kChunks, end = begin + kChunks < chunks ? begin + kChunks : chunks;
+    fetch = Fetch(1);
+    if (segment > 0) {  // the segment before, its last chunk first
+      fetch_inputs(fetch, first_token(begin - 1), first_token(begin));
+      fetch_inputs(fetch, first_token(begin - kChunks), first_token(begin - 1));
+    }
+    const float* start = segment > 0 ? p.saved_state + u.saved(p, segment) : p.state ? p.state + state : nullptr;
+    if (start) fetch.add(start, N * sizeof(float), N, N * sizeof(float));
+    // G through the segment's chunks, last to first: dv, D and the parts of dk, db
+    for (int64_t number = end - 1; number >= begin; --number) {
+      Chunk& chunk = chunk_of(number);
+      float* G = G_of(number);
+      float *dv = chunk.vddy, *d = dv + half;
+      small::transpose(chunk.kb, N, kColumns, N, columns, kColumns);
+      times_columns(turned, G, N, columns, N, fetch);
+      small::transpose(turned, kColumns, N, kColumns, dv, N);
+      between(products, chunk.ar, columns, N, fetch);
+      add_others<false, true>(N, products + kChunk, d, d);
+      add_others<false, false>(N, products, d, dv);
+      write_rows(p.dv, number, dv);
+
+      small::transpose(chunk.vuy, N, kColumns, N, columns, kColumns);
+      between(chunk.products, d, columns, N, fetch);
+      rows_times(chunk.dkb, chunk.vuy, G, N, fetch);
+      add_others<false, false>(N, chunk.products, chunk.ar, chunk.dkb);
+      add_others<false, false>(N, chunk.products + kChunk, chunk.ar, chunk.dkb + half);
+
+      if (number > 0) read_number(number - 1);
+      add_outer(G_of(number - 1), G, d, chunk.ar, N, nullptr, number > 0 ? chunk_of(number - 1).decay(N) : nullptr, fetch);
+    }
+
+    // S through them, first to last: da, dr, g
+    if (start)
+      std::memcpy(S, start, sizeof(float) * N * N);
+    else
+      std::memset(S, 0, sizeof(float) * N * N);
+    // g between chunk number - 1 and chunk number: S' times G of the former is S times G / P_L
+    auto sum_g = [&](int64_t number) {
+      float* sum = g + (number - begin) * N;
+      small::sum_of_products(G_of(number - 1), S, N, N, sum);
+      if (number > 0)
+        for (int64_t c = 0; c < N; ++c) sum[c] *= chunk_of(number - 1).inverse(N)[c];
+    };
+    if (end < chunks) std::memcpy(g + kChunks * N, g, sizeof(float) * N);  // the first of the segment after
+    sum_g(begin);
+    for (int64_t number = begin; number < end; ++number) {
+      const Chunk& chunk = chunk_of(number);
+      rows_times(dar, chunk.vddy + half, S, N, fetch);
+      add_others<true, false>(N, chunk.products, chunk.kb, dar);
+      add_others<true, false>(N, chunk.products + kChunk * kColumns, chunk.kb, dar + half);
+      float* after = g + (number + 1 - begin) * N;
+      if (number + 1 < end || end == chunks) {
+        add_outer(S, S, chunk.vuy, chunk.kb, N, nullptr, chunk.decay(N), fetch);
+        if (number + 1 < chunks)
+          sum_g(number + 1);
+        else if (dfinal)
+          small::sum_of_products(dfinal, S, N, N, after);
+        else
+          std::memset(after, 0, sizeof(float) * N);
+      }
+      finish_gradients(chunk, dar, after - N, after, N, count(number));
+      write_rows(p.da, number, dar), write_rows(p.dr, number, dar + half), write_rows(p.dw, number, chunk.slopes);
+      write_rows(p.dk, number, chunk.dkb), write_rows(p.db, number, chunk.dkb + half);
     }
   }
-  if (p.dstate) {
-    if (segments > 0) {  // one more update, without a token: dS_0 = G_1 diag(decay_1) + ds_1 a_1^T
-      std::memset(at(0, R), 0, sizeof(float) * N);
-      step<Decay::by_lane>(newest_Gk, Gk, N,
-                           {at(0, DECAY), at(0, A), at(0, DS), at(0, R), at(0, DY), at(0, V), at(0, SA), at(0, DK), at(0, DB)});
-    }
-    matrix_out<Lanes::keys>(p.dstate + state, Gk, N);
-  }
+  if (p.dstate) std::memcpy(p.dstate + state, G_of(-1), sizeof(float) * N * N);
 }
 
 }  // namespace
 
 void forward_unit(const Forward& problem, int64_t unit) {
   const vec::FlushDenormals guard;
+  const vec::WaitForStreams wait;
   const Unit u(problem, unit);
   switch (problem.dtype) {
     case Dtype::f32: return forward<float>(problem, u);
@@ -488,6 +464,7 @@ void forward_unit(const Forward& problem, int64_t unit) {
 
 void backward_unit(const Backward& problem, int64_t unit) {
   const vec::FlushDenormals guard;
+  const vec::WaitForStreams wait;
   const Unit u(problem, unit);
   switch (problem.dtype) {
     case Dtype::f32: return backward<float>(problem, u);

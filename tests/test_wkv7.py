@@ -102,6 +102,22 @@ def test_native_is_as_exact_as_plain_pytorch(native, shape, dtype, decay):
         assert error(x, e) <= 2 * max(error(p, e), rounding), name
 
 
+@pytest.mark.parametrize("decay", [SLOW, FAST], ids=["slow", "fast"])
+def test_equal_keys_cost_no_exactness(native, decay):
+    """Every token removes and replaces along one direction: what each reads depends on all that were before."""
+    inputs, state = problem(1, 60, 2, 32, decay=decay)
+    with torch.no_grad():
+        direction = torch.nn.functional.normalize(torch.randn(32), dim=-1)
+        for i, factor in ((2, 1.0), (4, -1.0), (5, 1.0)):
+            inputs[i].copy_(factor * direction.expand_as(inputs[i]))
+    exact = outputs_and_gradients(wkv7_reference, *in_float64(inputs, state))
+    plain = outputs_and_gradients(wkv7_reference, inputs, state)
+    rounding = torch.finfo(torch.float32).eps
+    got = outputs_and_gradients(wkv7, inputs, state, kernel="recurrent")
+    for name, x, p, e in zip(NAMES, got, plain, exact, strict=True):
+        assert error(x, e) <= 2 * max(error(p, e), rounding), name
+
+
 def test_reference_gradients_are_the_derivatives():
     inputs, state = problem(1, 3, 1, 4)
     assert torch.autograd.gradcheck(wkv7_reference, [*in_float64(inputs, state)[0], in_float64(inputs, state)[1]])

@@ -31,7 +31,7 @@ CPU_SOURCES = (
     *("wkv7_cpu.cpp", "time_mix.cpp", "decode.cpp", "token_shift.cpp"),  # the long ones first: built side by side
     *("wkv7.cpp", "cross_entropy_cpu.cpp", "relu_squared.cpp"),
 )
-HEADERS = ("wkv7_cpu.h", "vec.h", "dense.h", "cross_entropy.h")
+HEADERS = ("wkv7_cpu.h", "small_products.h", "vec.h", "dense.h", "cross_entropy.h")
 CUDA_SOURCES = (
     "wkv7_cuda.cpp",
     "wkv7_recurrent.cu",
