@@ -291,6 +291,17 @@ def test_what_cannot_fit_is_said():
     assert "even --head_chunk 1024 --grad_cp 1 --micro_bsz 1" in remedies(large(), LARGE, CPU, 1 * plan.GIB)[0]
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="no such system")
+def test_a_limit_on_the_address_space_counts():
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 29), hard))
+        assert 0 < machine.free_memory("cpu", 1) <= 1 << 29
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def test_an_estimate_that_was_too_low_still_gives_advice():
     need = estimate(large(), LARGE, GPU).total
     words = advice(large(), LARGE, GPU, 10 * need, "CUDA out of memory. Tried to allocate 2 GiB\nlong story")
@@ -393,6 +404,22 @@ def test_profile_writes_a_trace_and_names_the_dearest(tmp_path, data, capfd):
     assert call(tmp_path / "short", data, profile=3, my_exit_tokens=CTX * 4 * 2) == 0
     assert "no trace" in capfd.readouterr().out
     assert not (tmp_path / "short" / "profile.json.gz").exists()
+
+
+@pytest.mark.parametrize("failure", ["raises", "writes a part"])
+def test_a_trace_that_cannot_be_written_is_no_reason_to_stop(tmp_path, data, capfd, monkeypatch, failure):
+    def export(self, path):
+        Path(path).write_text('{"traceEvents": [{"ph": "X", "na')
+        if failure == "raises":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", export)
+    assert call(tmp_path / "run", data, profile=3) == 0
+    words = capfd.readouterr().out
+    assert f"WARNING: --profile 3: {tmp_path}/run/profile.json.gz could not be written" in words
+    assert "dearest operations" in words
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 21
+    assert not [path for path in everything(tmp_path) if "profile" in path]
 
 
 def test_stops_exclude_each_other(capsys):

@@ -145,12 +145,10 @@ def free_memory(accelerator: str, processes: int, device: int = 0) -> float | No
     """Bytes that one process may still take: of GPU number `device`, or its share of the machine's. None: not known here."""
     if accelerator == "gpu":
         return float(torch.cuda.mem_get_info(device)[0])
-    limits = [
-        free
-        for free in (_available(), _within_cgroup(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
-        if free is not None
-    ]
-    return min(limits) / processes if limits else None
+    shared = (_available(), _within_cgroup(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
+    limits = [free / processes for free in shared if free is not None]
+    limits += [free for free in (_within_ulimit(),) if free is not None]
+    return min(limits, default=None)
 
 
 def _available(meminfo: Path = Path("/proc/meminfo")) -> float | None:
@@ -184,6 +182,18 @@ def _within_cgroup(root: Path, own: Path) -> float | None:
                 continue
             free.append(allowed - used + (int(kept[1]) if kept else 0))  # the file cache gives way
     return max(0.0, min(free)) if free else None
+
+
+def _within_ulimit() -> float | None:
+    """What `ulimit -v`, the limit on this process's address space, still allows."""
+    own = Path("/proc/self/statm")
+    if not own.is_file():
+        return None
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(own.read_text().split()[0]) * resource.getpagesize()
+    return None if limit == resource.RLIM_INFINITY else float(max(0, limit - taken))
 
 
 def free_disk(folder: Path) -> tuple[Path, float]:

@@ -376,7 +376,7 @@ def _wrong_disk(
         else "a smaller --keep_resume, and another disk (--proj_dir)"
     )
     return words, [
-        f"disk: the run will write {needed / GIB:.1f} GiB, {free / GIB:.1f} are free under {there}; free some, or use {change}"
+        f"disk: the run will write {needed / GIB:.2f} GiB, {free / GIB:.2f} are free under {there}; free some, or use {change}"
     ]
 
 

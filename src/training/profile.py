@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from src.files import write_whole
 from src.training.say import say
 
 WARM_UP_STEPS = 5  # memory is fetched, kernels are built and chosen in the first ones
@@ -58,8 +63,26 @@ class Profile(pl.Callback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         profiler.stop()
-        profiler.export_chrome_trace(str(self.trace))
-        say(f"wrote {self.trace}: open it at https://ui.perfetto.dev\n{dearest(profiler)}")
+        try:
+            write_trace(profiler, self.trace)
+            said = f"wrote {self.trace}: open it at https://ui.perfetto.dev"
+        except OSError as error:  # what was measured can still be said, and the run has nothing to do with it
+            said = f"WARNING: --profile {self.steps}: {self.trace} could not be written ({error}); training goes on"
+        say(f"{said}\n{dearest(profiler)}")
+
+
+def write_trace(profiler: profile, trace: Path) -> None:
+    """The recorded events as JSON of the Trace Event Format, compressed, whole or not at all. Raises OSError."""
+    with tempfile.TemporaryDirectory(dir=trace.parent, prefix=f".{trace.name}.") as beside:
+        plain = Path(beside) / "trace.json"
+        profiler.export_chrome_trace(str(plain))
+        with open(plain, "rb") as source:
+            source.seek(max(0, source.seek(0, os.SEEK_END) - 8))
+            if not source.read().rstrip().endswith(b"}"):  # a full disk is not an error to the profiler
+                raise OSError("the profiler wrote only a part of it; is the disk full?")
+            source.seek(0)
+            with write_whole(trace) as file, gzip.open(file, "wb") as packed:
+                shutil.copyfileobj(source, packed)
 
 
 def dearest(profiler: profile) -> str:
