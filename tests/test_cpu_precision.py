@@ -6,7 +6,7 @@ import time
 import pytest
 
 from src.config import RunConfig
-from src.training import cpu_precision
+from src.training import checkpoint, cpu_precision
 from src.training.strategy import choose_hardware
 
 
@@ -29,6 +29,20 @@ def test_a_run_keeps_what_it_began_in(tmp_path, monkeypatch, began, gain):
     monkeypatch.setattr(cpu_precision, "bf16_gain", lambda width: gain)
     assert choose_hardware(config(tmp_path)).precision == began
     assert choose_hardware(config(tmp_path, restart=1)).precision == ("bf16" if gain > 2.5 else "fp32")
+
+
+def test_a_new_run_in_an_old_folder_is_measured(tmp_path, monkeypatch):
+    """The swap by hand: other weights under the name rwkv-init.pth begin another run, which inherits nothing."""
+    weights = tmp_path / "rwkv-init.pth"
+    weights.write_bytes(b"old")
+    origin = checkpoint.fingerprint(weights)
+    (tmp_path / "run.json").write_text(
+        json.dumps({"settings": {"precision": "fp32", "accelerator": "cpu"}, "origin": origin})
+    )
+    monkeypatch.setattr(cpu_precision, "bf16_gain", lambda width: 6.0)
+    assert choose_hardware(config(tmp_path, train_stage=3)).precision == "fp32"
+    weights.write_bytes(b"new")
+    assert choose_hardware(config(tmp_path, train_stage=3)).precision == "bf16"
 
 
 def test_a_run_of_a_gpu_decides_nothing(tmp_path, monkeypatch):

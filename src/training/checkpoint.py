@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from src.files import sha256_of, write_whole
-from src.training.folder import BEST, FINAL, INIT, KEPT, RUN
+from src.training.folder import BEST, FINAL, INIT, KEPT, RUN, VALIDATION
 
 
 def numbered(proj_dir: Path) -> dict[int, Path]:
@@ -80,10 +80,22 @@ def fingerprint(path: Path | None) -> dict[str, Any]:
     return {"sha256": sha256_of(path), "path": str(path)}
 
 
+def is_swapped(proj_dir: Path, origin: Path | None) -> bool:
+    """Whether `origin` is a file other than the one that the run in the folder started from: a new run begins then."""
+    before = read_run(proj_dir).get("origin")
+    return (
+        before is not None
+        and origin is not None
+        and origin.is_file()
+        and fingerprint(origin)["sha256"] != before["sha256"]
+    )
+
+
 def put_aside(proj_dir: Path) -> Path | None:
     """Move the files of an earlier run to `previous-{k}/`; nothing is deleted. None when there was nothing to move."""
     members = [*numbered(proj_dir).values()]
     members += [proj_dir / name for name in (FINAL, BEST, *KEPT) if (proj_dir / name).exists()]
+    members += _asides(proj_dir / VALIDATION)
     if not members:
         return None
     k = 1
@@ -94,3 +106,18 @@ def put_aside(proj_dir: Path) -> Path | None:
     for member in members:
         member.rename(aside / member.name)
     return aside
+
+
+def put_aside_one(path: Path) -> Path | None:
+    """Rename a file to NAME-{k}.SUFFIX, after those that are there. None when it isn't there itself."""
+    if not path.exists():
+        return None
+    k = max((int(other.stem.rpartition("-")[2]) for other in _asides(path)), default=0) + 1
+    aside = path.with_stem(f"{path.stem}-{k}")
+    path.rename(aside)
+    return aside
+
+
+def _asides(path: Path) -> list[Path]:
+    """What `put_aside_one` made of earlier files of this name."""
+    return [other for other in path.parent.glob(f"{path.stem}-*{path.suffix}") if re.fullmatch(r".*-\d+", other.stem)]

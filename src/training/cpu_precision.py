@@ -22,7 +22,7 @@ ROWS, REPETITIONS = 512, 5
 
 def cpu_precision(config: RunConfig, processes: int) -> tuple[str, str]:
     """The precision, and a sentence for the user where it is not the plain default."""
-    if not config.restart and (began := _began_in(Path(config.proj_dir))):
+    if began := _began_in(config):
         return began, f"{began}, in which this run began (--precision changes it)" if began != "fp32" else ""
     if processes > 1 or config.n_embd < NARROWEST:  # several processes might measure differently
         return "fp32", ""
@@ -34,8 +34,12 @@ def cpu_precision(config: RunConfig, processes: int) -> tuple[str, str]:
     )
 
 
-def _began_in(proj_dir: Path) -> str:
-    """The precision that a run in this folder has on a CPU; '' when there is none."""
+def _began_in(config: RunConfig) -> str:
+    """The precision on a CPU of the run that goes on here; '' where a new one begins, or it began elsewhere."""
+    proj_dir = Path(config.proj_dir)
+    origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
+    if config.restart or checkpoint.is_swapped(proj_dir, origin):
+        return ""
     settings = checkpoint.read_run(proj_dir).get("settings", {})
     return settings.get("precision", "") if settings.get("accelerator") == "cpu" else ""
 

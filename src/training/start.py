@@ -100,8 +100,7 @@ def _begins_anew(config: RunConfig, proj_dir: Path) -> tuple[Path | None, str]:
         )
     if config.restart:
         return origin, "--restart: a new run begins"
-    remembered = checkpoint.read_run(proj_dir).get("origin")
-    if remembered is None or origin is None or checkpoint.fingerprint(origin)["sha256"] == remembered["sha256"]:
+    if not checkpoint.is_swapped(proj_dir, origin):
         return origin, ""
     return origin, f"{origin} is not what the run in {proj_dir} started from: a new run begins"
 
