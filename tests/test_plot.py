@@ -175,6 +175,22 @@ def test_the_report_stands_alone(run, tmp_path):
     assert html_report.write_report(copy).read_text() == page  # the same run, the same page
 
 
+@pytest.mark.parametrize(
+    ("settings", "origin", "seed", "weights"),
+    [
+        ({"random_seed": 9}, {"sha256": "", "seed": 7}, "7", "drawn from the seed"),  # 9 is that of a later start
+        ({"random_seed": 7, "data_type": "sft", "data": "12 conversations ab order 0"}, {"sha256": "f", "path": "x.pth", "seed": 7}, "0", "x.pth, "),
+        ({"random_seed": 7, "data_type": "sft", "data": "12 conversations ab order 7"}, {"sha256": "f", "path": "x.pth", "seed": 7}, "7", "x.pth, "),
+        ({"random_seed": 7, "data_type": "sft", "data": "12 conversations ab order 0"}, {"sha256": "", "seed": 7}, "0", "--train_stage 1 --random_seed 7"),
+    ],
+    ids=["continued", "sft", "sft with a seed", "sft of new weights"],
+)  # fmt: skip
+def test_the_command_names_the_seed_that_gives_the_same_run(settings, origin, seed, weights):
+    words = html_report._again(settings, {"origin": origin})
+    assert re.search(r"--random_seed (\d+)", words)[1] == seed
+    assert weights in words
+
+
 def test_the_report_of_a_folder_that_knows_little(tmp_path):
     (tmp_path / "train_log.txt").write_text(FOREIGN)
     page = html_report.write_report(tmp_path).read_text()

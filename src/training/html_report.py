@@ -139,20 +139,35 @@ def _samples(samples: list[dict[str, str]]) -> str:
 def _again(settings: dict[str, Any], remembered: dict[str, Any]) -> str:
     if not settings:
         return ""
+    start = remembered.get("origin", {})
+    settings, weights = _with_first_seed(settings, start)
     words = ["python train.py"]
     for flag in dataclasses.fields(RunConfig):
         value = remembered.get("tokenizer", "") if flag.name == "tokenizer" else settings.get(flag.name, flag.default)
         if value not in (flag.default, _worked_out(settings).get(flag.name)) and flag.name not in ("restart", "plan", "epochs"):
             words.append(f"--{flag.name} {_quoted(value)}")
-    start = remembered.get("origin", {})
     known = {
         "program": remembered.get("environment", {}).get("git commit", ""),
         "data": settings.get("data", ""),
-        "initial weights": f"{start['path']}, SHA-256 {start['sha256']}"
-        if start.get("sha256")
-        else "drawn from the seed",
+        "initial weights": weights,
     }
     return f"<pre>{_text(_command(words))}</pre>\n{_pairs(known)}"
+
+
+def _with_first_seed(settings: dict[str, Any], start: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The settings with the seed that gives the same run again, and where its initial weights come from.
+
+    Without --random_seed each start draws one: the first one's made the weights. Conversations are then in the order of seed 0.
+    """
+    drawn = start.get("seed", settings.get("random_seed"))
+    seed, weights = drawn, "drawn from the seed"
+    if (order := re.search(r" order (\d+)$", settings.get("data", ""))) and settings.get("data_type") == "sft":
+        seed = int(order[1])
+        if seed != drawn:
+            weights = f"drawn from seed {drawn}: by this command with --train_stage 1 --random_seed {drawn}; then this one with --train_stage 3"
+    if start.get("sha256"):
+        weights = f"{start['path']}, SHA-256 {start['sha256']}"
+    return {**settings, "random_seed": seed} if "random_seed" in settings else settings, weights
 
 
 def _command(words: list[str]) -> str:
