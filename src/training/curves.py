@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from src.config import MINI_EPOCH_SAMPLES
 from src.training.folder import LOG, METRICS, RUN, VALIDATION
-from src.training.log_files import is_mini_epoch_line, read_columns
+from src.training.log_files import Numbers, is_mini_epoch_line, read_arrays
 
-Numbers = npt.NDArray[np.float64]
 SMOOTHED_SHARE = 0.02  # of the run's steps: the width of the running mean
 SMOOTHED_STEPS = 10  # at least
 
@@ -82,14 +80,14 @@ def read_curves(run: str | Path) -> Curves:
     mini_epoch_tokens = float(_mini_epoch_tokens(folder, settings))
     name = run.resolve().name if run.is_dir() else str(run)
     if metrics.is_file() and run.name != LOG:
-        columns = {name: np.array(values) for name, values in read_columns(metrics).items()}
+        columns = read_arrays(metrics)
         if columns and not {"step", "tokens", "loss", "lr"} <= columns.keys():
             raise ValueError(f"{metrics}: expected the columns step, tokens, loss and lr")
         if columns:
             curves = _by_step(name, columns, mini_epochs, mini_epoch_tokens, settings)
             if (folder / VALIDATION).is_file():
-                val = read_columns(folder / VALIDATION)
-                curves.val_tokens, curves.val_loss = np.array(val.get("tokens", [])), np.array(val.get("loss", []))
+                val, none = read_arrays(folder / VALIDATION), np.empty(0)
+                curves.val_tokens, curves.val_loss = val.get("tokens", none), val.get("loss", none)
             return curves
     if not mini_epochs:
         raise ValueError(f"{run}: nothing has been logged in it yet")
