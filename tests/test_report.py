@@ -2,8 +2,12 @@
 
 import csv
 import math
+import os
 import re
+import struct
+import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +16,13 @@ from test_train import data, train  # noqa: F401 (data is a fixture)
 
 from src.config import ModelConfig
 from src.model import RWKV7
-from src.training import peak_flops, pictures, progress
+from src.training import log_files, peak_flops, pictures, progress
 from src.training.log_files import MetricsFile, TrainLog, ValidationFile, read_columns
 from src.training.module import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
 from src.training.progress import ProgressLine, duration
 from src.training.report import MEASURED_EVERY, Reporter, memory_gib
+from src.training.say import say
 from src.training.schedule import RunLength
 from src.training.sink import UPDATE_GROUPS, MiniEpochReport, Sink, StepReport, ValidationReport
 from src.training.strategy import Hardware
@@ -82,15 +87,38 @@ def test_the_live_line_and_what_is_said_above_it(capsys):
     line.step(report(9))
     line.mini_epoch(MiniEpochReport(0, 3.5, report(9)))
     line.validation(ValidationReport(10, 640, 3.4, 100, 0.5, is_best=True))
+    say("WARNING: something")
     line.validation(ValidationReport(0, 0, 9.0, 100, 0.5, is_best=False))
     line.close()
     captured = capsys.readouterr()
-    assert "step 10/1000" in captured.err
-    assert captured.out.splitlines() == [
+    assert captured.err == ""  # which may be a file
+    assert "| step 10/1000" in captured.out
+    said = [words.split("\r")[-1] for words in captured.out.splitlines()]  # each on a line of its own
+    assert [words for words in said if words.strip() and "|" not in words] == [
         "mini-epoch 0: mean loss 3.5000, lr 0.00060000",
         "held-out loss 3.4000 after step 10, the lowest so far (0.5 s)",
+        "WARNING: something",
         "held-out loss 9.0000 before the run (0.5 s)",
     ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+@pytest.mark.parametrize(("rows", "columns", "live"), [(24, 80, True), (0, 0, False), (0, 80, False)])
+def test_a_terminal_without_a_size_gets_plain_lines(monkeypatch, rows, columns, live):
+    """As under `docker run -t` or `script`, where nobody has told it."""
+    import fcntl
+    import pty
+    import termios
+
+    ends = pty.openpty()
+    try:
+        fcntl.ioctl(ends[1], termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        with open(ends[1], "w", closefd=False) as terminal:
+            monkeypatch.setattr(sys, "stdout", terminal)
+            assert progress.has_live_line() == live
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 def test_duration():
@@ -119,6 +147,30 @@ def test_metrics_go_on_where_the_saved_state_is(tmp_path):
     assert columns["update_matrices"][0] == 2e-3
     assert math.isnan(columns["update_matrices"][1])
     assert math.isnan(columns["mfu"][0])
+
+
+@pytest.mark.parametrize("piece", [1, 37, 1 << 16])
+def test_a_table_is_read_in_pieces_as_it_stands(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(log_files, "PIECE_BYTES", piece)
+    path = tmp_path / "metrics.csv"
+    metrics = MetricsFile(path, 0, 64)
+    for step in range(60):
+        ratios = {"w0": 1e-3, "matrices": 2e-3, "others": 3e-3}
+        metrics.step(report(step, loss=math.nan if step == 7 else 3 + step / 7, update_ratios=ratios if step % 50 == 0 else {}))
+    metrics.close()
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open(path, "a") as file:
+        file.write("60,3904,3.0,0.0")  # as it stands while a row is being written
+    columns = read_columns(path)
+    assert list(columns) == list(MetricsFile.COLUMNS)
+    for name, values in columns.items():
+        assert values == pytest.approx([float(row[name] or "nan") for row in rows], nan_ok=True, rel=1e-12), name
+    path.write_text("step,loss\n")
+    assert read_columns(path) == {}
+    path.write_text("step,loss\n1,2\n3\n")
+    with pytest.raises(ValueError, match=r"metrics.csv: a line is not like the others"):
+        read_columns(path)
 
 
 def test_metrics_of_an_earlier_version_are_read_and_continued(tmp_path):
@@ -303,6 +355,22 @@ def test_pictures_are_drawn_beside_the_run(tmp_path, data, monkeypatch, capfd, b
     assert ("loss.png could not be drawn: no ink" in capfd.readouterr().out) == broken
     assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000  # the last one, drawn when all was done
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_pictures_take_a_small_share_of_the_time(tmp_path, data, monkeypatch):  # noqa: F811
+    """One that takes long is not drawn again soon."""
+    drawn = []
+
+    def draw(run, picture):
+        drawn.append(run)
+        begin = time.thread_time()
+        while time.thread_time() - begin < 0.05:  # 12 seconds of a run by TIME_SHARE
+            pass
+
+    monkeypatch.setattr(pictures, "loss_picture", draw)
+    monkeypatch.setattr(pictures, "DRAW_SECONDS", 0.0)
+    assert train(tmp_path / "run", data, epoch_steps=2) == 0
+    assert len(drawn) == 1
 
 
 def test_a_short_run_is_drawn_at_its_end_only(tmp_path, data, monkeypatch):  # noqa: F811

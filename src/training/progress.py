@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 import time
@@ -14,7 +15,7 @@ from src.training.sink import MiniEpochReport, Sink, StepReport, ValidationRepor
 
 PLAIN_LINE_SECONDS = 20.0  # between two lines when the output is not a terminal
 SMOOTHING = 0.95  # of the loss that the line shows
-BAR = "{percentage:3.0f}% |{bar:12}| {postfix}"
+BAR = "{percentage:3.0f}% |{bar:12}| {desc}"
 BAR_WIDTH = len("100% || ") + 12
 
 
@@ -26,7 +27,9 @@ class ProgressLine(Sink):
         self._last_plain, self._last_words = time.perf_counter(), -math.inf
         self._bar: tqdm | None = None
         if live:
-            self._bar = tqdm(total=length.steps, initial=first_step, dynamic_ncols=True, bar_format=BAR)
+            self._bar = tqdm(
+                total=length.steps, initial=first_step, file=sys.stdout, dynamic_ncols=True, bar_format=BAR
+            )
 
     def step(self, report: StepReport) -> None:
         if math.isfinite(report.loss):
@@ -37,7 +40,7 @@ class ProgressLine(Sink):
             if now - self._last_words > self._bar.mininterval or report.step == self.length.steps - 1:
                 self._last_words = now
                 width = shutil.get_terminal_size().columns - BAR_WIDTH - 2
-                self._bar.set_postfix_str(self.words(report, width), refresh=False)
+                self._bar.set_description_str(self.words(report, width), refresh=False)
             self._bar.update(report.step + 1 - self._bar.n)
         elif time.perf_counter() - self._last_plain > PLAIN_LINE_SECONDS or report.step == self.length.steps - 1:
             self._last_plain = time.perf_counter()
@@ -71,15 +74,20 @@ class ProgressLine(Sink):
         self._say(f"held-out loss {report.loss:.4f} {when}{best} ({report.seconds:.1f} s)")
 
     def _say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text)
+        tqdm.write(text)
         sys.stdout.flush()
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def has_live_line() -> bool:
+    """Whether the output is a terminal that a line can be drawn on again and again: one that knows its size."""
+    try:
+        return sys.stdout.isatty() and min(os.get_terminal_size(sys.stdout.fileno())) > 0
+    except OSError:
+        return False
 
 
 def duration(seconds: float) -> str:

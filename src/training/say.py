@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from pytorch_lightning.utilities import rank_zero_only
+from tqdm import tqdm
 
 
 def is_first() -> bool:
@@ -14,7 +15,8 @@ def is_first() -> bool:
 
 @rank_zero_only
 def say(text: str) -> None:
-    print(text, flush=True)
+    tqdm.write(text)  # above the live line, where there is one
+    sys.stdout.flush()
 
 
 def say_error(text: str) -> None:
