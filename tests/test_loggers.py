@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from test_train import CTX, data, losses, metrics, train  # noqa: F401 (data is 
 
 from src.dataset.binidx import BinIdxWriter
 from src.training import dashboard, loggers, samples
-from src.training.sink import Sample
+from src.training.sink import Sample, StepReport
 
 STEPS = 60
 RUN = {"my_exit_tokens": CTX * 4 * STEPS, "epoch_steps": 20, "epoch_save": 1, "val_windows": 8, "val_every": "1"}
@@ -186,8 +187,27 @@ def test_where_steps_are_short_some_are_left_out(tmp_path, data, monkeypatch):  
     assert train(tmp_path / "run", data, logger="csv", **RUN) == 0
     (file,) = (tmp_path / "run" / "csv").rglob("metrics.csv")
     with open(file, newline="") as rows:
-        assert [row["step"] for row in csv.DictReader(rows) if row["loss"]] == ["0", "50"]  # those that were measured
+        assert [row["step"] for row in csv.DictReader(rows) if row["loss"]] == ["0", "1", "50"]  # the first is free, 50 is measured
     assert len(losses(tmp_path / "run")) == STEPS
+
+
+def test_a_slow_first_call_costs_no_later_ones(monkeypatch):
+    """wandb takes a tenth of a second for the first; in a short run nothing else would be logged."""
+    now, shown = 0.0, []
+    monkeypatch.setattr(loggers, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(loggers, "TIME_SHARE", 0.003)
+    sink = loggers.LoggerSink(SimpleNamespace(), 0.0)
+
+    def log(values):
+        nonlocal now
+        now += 0.1 if not shown else 0.001
+        shown.append(values["loss"])
+
+    monkeypatch.setattr(sink, "_log", log)
+    for step in range(200):
+        now += 0.2
+        sink.step(StepReport(step, 64 * step, float(step), 1e-3, 0.5, 6400.0))
+    assert 100 < len(shown) <= 200 * 0.2 * 0.003 / 0.001 + 2
 
 
 def test_samples_begin_like_the_data(tmp_path, data, held, with_samples):  # noqa: F811
@@ -213,6 +233,24 @@ def test_the_dashboard_without_what_it_needs(capsys, monkeypatch):
         dashboard.main(["a-project", "--entity", "us"])
     assert exit_.value.code == 2
     assert "pip install wandb wandb-workspaces" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entity", [[], ["--entity", "us"]], ids=["own", "named"])
+def test_the_dashboard_without_login_or_network(capsys, monkeypatch, entity):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(*args, **kwargs):
+        raise wandb.Error("No API key configured")
+
+    monkeypatch.setattr(wandb, "Api", refuse)
+    monkeypatch.setattr(dashboard, "workspace", lambda project, entity: SimpleNamespace(save=refuse))
+    with pytest.raises(SystemExit) as exit_:
+        dashboard.main(["a-project", *entity])
+    assert exit_.value.code == 2
+    words = capsys.readouterr().err
+    assert "No API key configured" in words
+    assert "wandb login" in words
+    assert "the network" in words
 
 
 def test_the_dashboard_is_one_that_wandb_understands():

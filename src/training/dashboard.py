@@ -67,22 +67,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--entity", default="", help="team or user that has the project [yours]")
     options = parser.parse_args(argv)
     try:
-        entity = options.entity or _own_entity()
-        print(workspace(options.project, entity).save().url)
+        print(save(options.project, options.entity))
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     return 0
 
 
-def _own_entity() -> str:
+def save(project: str, entity: str) -> str:
+    """The address of the saved view. Raises ValueError when a package, the login, the network or the project is missing."""
     try:
         import wandb
     except ModuleNotFoundError as error:
         raise ValueError("the package wandb is missing; pip install wandb wandb-workspaces") from error
     try:
-        entity = wandb.Api().default_entity
-    except (wandb.Error, ValueError) as error:
-        raise ValueError(f"no login that works is known here ({error}); run `wandb login` first") from error
+        view = workspace(project, entity or _own_entity())
+        return view.save().url
+    except (wandb.Error, OSError) as error:
+        raise ValueError(
+            f"wandb's server gave no access to {project} ({error}); it needs a login that works (`wandb login`), the network, and a "
+            "project that has a run already"
+        ) from error
+
+
+def _own_entity() -> str:
+    import wandb
+
+    entity = wandb.Api().default_entity
     if not entity:
         raise ValueError("this login has no default team or user; name one with --entity")
     return entity

@@ -34,7 +34,7 @@ class LoggerSink(Sink):
     def __init__(self, logger: Logger, weight_decay: float) -> None:
         self.logger, self.weight_decay = logger, weight_decay
         self._step = 0
-        self._began, self._spent = time.perf_counter(), 0.0
+        self._began, self._spent = time.perf_counter(), -math.inf  # the first one opens things, once
 
     def step(self, report: StepReport) -> None:
         begin = time.perf_counter()
@@ -54,7 +54,7 @@ class LoggerSink(Sink):
             **{f"update ratio/{group}": ratio for group, ratio in report.update_ratios.items()},
         }
         self._log({name: value for name, value in shown.items() if not math.isnan(value)})
-        self._spent += time.perf_counter() - begin
+        self._spent = max(0.0, self._spent + time.perf_counter() - begin)
 
     def mini_epoch(self, report: MiniEpochReport) -> None:
         self._log({"mini-epoch loss": report.loss, **_axes(report.last.tokens)})
