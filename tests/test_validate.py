@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,9 +18,10 @@ from src.config import RunConfig
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
 from src.inference.evaluate import heldout_loss
 from src.model import RWKV7
-from src.training import zero
+from src.training import callbacks, zero
 from src.training.curves import read_curves
 from src.training.log_files import read_columns
+from src.training.module import TrainingModule
 from src.training.schedule import RunLength
 from src.training.validate import HeldOut, _schedule
 
@@ -163,8 +166,84 @@ def test_other_held_out_data_begins_its_own_best(tmp_path, data, held, monkeypat
     out = tmp_path / "run"
     settings = {"val_windows": WINDOWS, "val_every": "10steps", **RUN}
     train_until(41, out, data, monkeypatch, val_data_file=held, **settings)
+    earlier = (out / "val.csv").read_text()
     assert train(out, data, val_data_file=data, **{**settings, "lr_init": 1.0, "lr_final": 1.0}) == 0
-    assert "after step 50, the lowest so far" in capfd.readouterr().out
+    words = capfd.readouterr().out
+    assert "after step 40, the lowest so far" in words
+    assert f"--val_data_file {held}: they are now in {out}/val-1.csv" in words
+    assert (out / "val-1.csv").read_text() == earlier
+    assert validations(out)["steps"] == [40, 50, 60]  # of one file only
+    assert train(out, data, restart=1, val_data_file=held, **settings) == 0
+    assert (out / "previous-1" / "val-1.csv").read_text() == earlier
+
+
+@pytest.mark.parametrize("changed", [{}, {"val_data_file": ""}], ids=["the same", "without"])
+def test_the_same_held_out_data_keeps_its_rows(tmp_path, data, held, whole, monkeypatch, changed):  # noqa: F811
+    """A start in between that measures nothing changes nothing about them either."""
+    out = tmp_path / "run"
+    settings = {"val_data_file": held, "val_windows": WINDOWS, "val_every": "10steps", **RUN}
+    train_until(35, out, data, monkeypatch, **settings)
+    train_until(45, out, data, monkeypatch, **{**settings, **changed})
+    assert train(out, data, **settings) == 0
+    assert not (out / "val-1.csv").exists()
+    rows, expected = validations(out), validations(whole)
+    assert set(zip(rows["steps"], rows["loss"], strict=True)) <= set(zip(expected["steps"], expected["loss"], strict=True))
+    assert rows["steps"][-1] == 60
+
+
+# ---- stopped in the middle of it --------------------------------------------------------------------------------------------
+
+
+def interrupted(monkeypatch, number, act):
+    """`act` is called once, after the second batch of validation `number` (from 0)."""
+    original, seen = TrainingModule.validation_step, []
+
+    def step(self, batch, batch_idx):
+        seen.append(0)
+        if len(seen) == number * 3 + 2:  # 11 windows in micro batches of 4
+            act()
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(TrainingModule, "validation_step", step)
+    return seen
+
+
+def test_a_signal_stops_a_validation_between_batches(tmp_path, data, held, whole, monkeypatch):  # noqa: F811
+    out = tmp_path / "run"
+    settings = {"val_data_file": held, "val_windows": WINDOWS, "val_every": "10steps", **RUN}
+    with monkeypatch.context() as patch:
+        seen = interrupted(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(out, data, **settings) == 128 + signal.SIGTERM
+    assert len(seen) == 2 * 3 + 2
+    assert validations(out)["steps"] == [10, 20]  # nothing of the half one
+    assert len(losses(out)) == 30  # and no further step
+    assert train(out, data, **settings) == 0
+    assert validations(out) == validations(whole)
+    assert losses(out) == losses(whole)
+
+
+def test_a_signal_in_the_last_validation(tmp_path, data, held, monkeypatch, capfd):  # noqa: F811
+    out = tmp_path / "run"
+    settings = {"val_data_file": held, "val_windows": WINDOWS, "val_every": "10steps", **RUN}
+    with monkeypatch.context() as patch:
+        interrupted(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(out, data, **settings) == 0
+    assert (out / "rwkv-final.pth").exists()
+    assert "after step 50 (stopped before that of the end was measured)" in capfd.readouterr().out
+
+
+def test_the_time_limit_keeps_the_time_of_a_validation(tmp_path, data, held, monkeypatch, capfd):  # noqa: F811
+    """The second one would take as long as the first, and end too late: the run stops before it, and measures when it goes on."""
+    out = tmp_path / "run"
+    settings = {"val_data_file": held, "val_windows": WINDOWS, "val_every": "10steps", **RUN}
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "TIME_LIMIT_MARGIN", 0.0)
+        seen = interrupted(patch, 0, lambda: time.sleep(4))
+        assert train(out, data, time_limit=7 / 60, **settings) == 124
+    assert "--time_limit" in capfd.readouterr().out
+    assert len(seen) == 3
+    assert validations(out)["steps"] == [10]
+    assert 18 <= len(losses(out)) <= 20
 
 
 def test_curves_have_it(whole):
@@ -217,3 +296,34 @@ def _weights(tmp_path, data):  # noqa: F811
         torch.manual_seed(3)
         torch.save(RWKV7(parse(flags("unused", data))[0].model_config(VOCAB)).state_dict(), path)
     return path
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_the_validation_of_both(tmp_path, data, held):  # noqa: F811
+    """What happens in a process of its own: the second sends itself a signal in its second validation, at its second batch."""
+    out = tmp_path / "run"
+    program = tmp_path / "train_and_signal.py"
+    program.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from src.training.module import TrainingModule\n"
+        "original, seen = TrainingModule.validation_step, []\n"
+        "def step(self, batch, batch_idx):\n"
+        "    seen.append(0)\n"
+        "    if self.trainer.global_rank == 1 and len(seen) == 6 + 2:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return original(self, batch, batch_idx)\n"
+        "TrainingModule.validation_step = step\n"
+        "import train\n"
+        "sys.exit(train.main())\n"
+    )
+    argv = flags(out, data, val_data_file=held, val_windows=WINDOWS, val_every="10steps", micro_bsz=1, accumulate_grad_batches=2,
+                 devices=2, **RUN)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(program), *argv],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 128 + signal.SIGTERM, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "same command continues" in done.stdout
+    assert validations(out)["steps"] == [10]
+    assert len(losses(out)) == 20

@@ -154,6 +154,7 @@ class StopInTime(AfterStep):
         super().__init__(first_step)
         self.received = 0  # the signal
         self.out_of_time = False
+        self.seconds_coming: Callable[[], float] = lambda: 0.0  # of what is due before the next chance to stop
         self._ends_at = ends_at
         self._longest_step, self._step_began = 0.0, math.inf
         self._before: dict[int, Any] = {}
@@ -162,7 +163,14 @@ class StopInTime(AfterStep):
 
     def wish(self) -> bool:
         """A wish for the Reporter: does this rank have to stop?"""
-        needed = TIME_LIMIT_MARGIN + 2 * self._longest_step + 2 * self.keeper.slowest_save
+        return self._has_to_stop(self.seconds_coming())
+
+    def wish_now(self) -> bool:
+        """The same in the middle of what `seconds_coming` told of."""
+        return self._has_to_stop(0.0)
+
+    def _has_to_stop(self, seconds_coming: float) -> bool:
+        needed = TIME_LIMIT_MARGIN + 2 * self._longest_step + 2 * self.keeper.slowest_save + seconds_coming
         self.out_of_time = time.monotonic() + needed >= self._ends_at
         return bool(self.received) or self.out_of_time
 
@@ -177,7 +185,7 @@ class StopInTime(AfterStep):
         self.received = number
 
     def after_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
-        now = time.monotonic()
+        now = time.monotonic() - self.reporter.paused
         self._longest_step = max(self._longest_step, now - self._step_began)
         self._step_began = now
         if "stop" in self.reporter.agreed or "rollback" in self.reporter.agreed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +29,7 @@ from src.training.peak_flops import peak_tokens_per_second
 from src.training.pictures import DrawPictures
 from src.training.processes import OneProcess
 from src.training.profile import Profile
-from src.training.progress import ProgressLine
+from src.training.progress import ProgressLine, has_live_line
 from src.training.report import Reporter
 from src.training.resume import StateWriter
 from src.training.samples import ShowSamples
@@ -39,7 +38,7 @@ from src.training.schedule import RunLength, learning_rate
 from src.training.sink import Sink
 from src.training.start import Start, build_model, find_start
 from src.training.strategy import Hardware, lightning_strategy
-from src.training.validate import HeldOut, Validate, best_before
+from src.training.validate import HeldOut, Validate, best_before, was_left_out
 
 TIME_LIMIT_EXIT_CODE = 124  # what `timeout` gives; Ctrl-C and SIGTERM give 128 + the signal's number
 
@@ -156,10 +155,13 @@ def _fit(
         reporter.best_val_loss = company.decide(
             lambda: best_before(proj_dir, config, before, start.loaded, position.step)
         )
-        from_trained = (
+        at_start = (
             position.step == 0 and start.weights is not None and (config.data_type == "sft" or bool(config.load_model))
+        ) or company.decide(lambda: was_left_out(proj_dir, config.val_every, length, position.step))
+        validate = Validate(
+            held_out, reporter, length, position.step, config.val_every, proj_dir, at_start, stop.wish_now
         )
-        validate = Validate(held_out, reporter, length, position.step, config.val_every, proj_dir, from_trained)
+        stop.seconds_coming = validate.seconds_coming
         after_report.insert(0, validate)
     stop.reporter, stop.keeper = reporter, keeper
     pace = [*[Profile(config.profile, proj_dir / TRACE)] * (is_first() and config.profile > 0), WatchPace(warn)]
@@ -242,7 +244,7 @@ def schedule(config: RunConfig, start: Start) -> Callable[[int], float]:
 
 
 def _sinks(config: RunConfig, proj_dir: Path, start: Start, settings: dict[str, Any]) -> list[Sink]:
-    live = config.enable_progress_bar.lower() in ("true", "1") and sys.stdout.isatty()
+    live = config.enable_progress_bar.lower() in ("true", "1") and has_live_line()
     length, first_step = start.length, start.position.step
     metrics = MetricsFile(proj_dir / METRICS, first_step, length.tokens_per_step)
     if metrics.lost_seconds:

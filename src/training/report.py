@@ -53,7 +53,7 @@ class Reporter(pl.Callback):
         self._micro: list[Tensor] = []
         self._waiting: _Waiting | None = None
         self._times: deque[float] = deque(maxlen=SPEED_WINDOW_STEPS + 1)
-        self._began = self._paused = 0.0
+        self._began = self.paused = 0.0  # seconds that validations took
         self._memory_gib = math.nan
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -78,7 +78,7 @@ class Reporter(pl.Callback):
         wanted = [float(wish()) for wish in self.wishes.values()]
         values = loss.float().reshape(1)
         if trainer.world_size > 1:
-            values = torch.cat([values, _to_device(wanted, loss.device)])
+            values = torch.cat([values, to_device(wanted, loss.device)])
             values = trainer.strategy.reduce(values, reduce_op="mean")
         self.agreed = set()
         self.read_waiting()
@@ -89,7 +89,7 @@ class Reporter(pl.Callback):
             parts.append(self._measure(trainer, pl_module).to(values))
         group = trainer.optimizers[0].param_groups[0]
         lr = group["lr"] / group["lr_scale"]
-        self._waiting = _Waiting(self.next_step, lr, len(values) - 1, _OnTheWay(torch.cat(parts)))
+        self._waiting = _Waiting(self.next_step, lr, len(values) - 1, OnTheWay(torch.cat(parts)))
         if trainer.world_size == 1:
             self.agreed = {name for name, wish in zip(self.wishes, wanted, strict=True) if wish}
         if self.length.ends_mini_epoch(self.next_step):
@@ -148,7 +148,7 @@ class Reporter(pl.Callback):
 
     def validated(self, report: ValidationReport, pause: float) -> None:
         """`pause` seconds were spent on it, which don't count for the speed of training."""
-        self._paused += pause
+        self.paused += pause
         for sink in self.sinks:
             sink.validation(report)
 
@@ -157,7 +157,7 @@ class Reporter(pl.Callback):
             sink.samples(samples)
 
     def _clock(self) -> float:
-        return time.perf_counter() - self._began - self._paused
+        return time.perf_counter() - self._began - self.paused
 
     def _measure(self, trainer: pl.Trainer, module: TrainingModule) -> Tensor:
         """(largest logit, update ratio of each group) of this step, on the device."""
@@ -167,7 +167,7 @@ class Reporter(pl.Callback):
         return torch.cat([largest, update_ratios(module.optimizer).to(largest)])
 
 
-class _OnTheWay:
+class OnTheWay:
     """Values that are being copied from the device. Reading them waits for the work before the copy only, not for what came after."""
 
     def __init__(self, values: Tensor) -> None:
@@ -190,10 +190,10 @@ class _Waiting(NamedTuple):
     step: int
     lr: float
     n_wishes: int  # that travel with the values; 0 in a run of one process
-    values: _OnTheWay  # loss, wishes..., grad norm, and at times what `_measure` gives
+    values: OnTheWay  # loss, wishes..., grad norm, and at times what `_measure` gives
 
 
-def _to_device(numbers: list[float], device: torch.device) -> Tensor:
+def to_device(numbers: list[float], device: torch.device) -> Tensor:
     """Without waiting for the device, which a plain copy of unpinned memory does."""
     here = torch.tensor(numbers)
     return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here

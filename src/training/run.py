@@ -200,16 +200,19 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
         return end.exit_code
     say(f"done: {', '.join(map(str, (proj_dir / FINAL, proj_dir / LOG, *drawn)))}")
     if config.val_data_file and (rows := read_columns(proj_dir / VALIDATION)):
-        say(_held_out_in_words(rows, proj_dir, config.val_data_file))
+        say(_held_out_in_words(rows, proj_dir, config.val_data_file, start.length.steps))
     return 0
 
 
-def _held_out_in_words(rows: dict[str, list[float]], proj_dir: Path, data: str) -> str:
+def _held_out_in_words(rows: dict[str, list[float]], proj_dir: Path, data: str, last_step: int) -> str:
     steps, losses = rows["steps"], rows["loss"]
     before = f"; before the run {losses[0]:.4f}" if steps[0] == 0 else ""
     best = min(range(len(losses)), key=losses.__getitem__)
     lowest = f"; lowest {losses[best]:.4f} after step {steps[best]:.0f}, kept as {proj_dir / BEST}"
-    return f"held-out loss {losses[-1]:.4f} over {rows['counted'][-1]:,.0f} tokens of {data}{before}{lowest}"
+    when = (
+        "" if steps[-1] == last_step else f" after step {steps[-1]:.0f} (stopped before that of the end was measured)"
+    )
+    return f"held-out loss {losses[-1]:.4f}{when} over {rows['counted'][-1]:,.0f} tokens of {data}{before}{lowest}"
 
 
 def _seed(config: RunConfig) -> int:
@@ -226,7 +229,9 @@ def _remember(
     remembered = checkpoint.read_run(proj_dir)
     if "origin" not in remembered:
         origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
-        remembered["origin"] = checkpoint.fingerprint(origin)
+        remembered["origin"] = {**checkpoint.fingerprint(origin), "seed": settings["random_seed"]}
+    if config.val_data_file:
+        _begin_held_out(remembered, {name: settings[name] for name in ("val_data_file", "val_windows")}, proj_dir)
     remembered["settings"] = settings
     remembered["environment"] = environment(hardware)
     remembered["mini_epoch_samples"] = mini_epoch_samples
@@ -235,6 +240,15 @@ def _remember(
     if config.tokenizer and folder.is_dir():  # a model that is moved elsewhere still knows its words
         shutil.copytree(folder, proj_dir / "tokenizer", dirs_exist_ok=True)
     checkpoint.write_run(proj_dir, remembered)
+
+
+def _begin_held_out(remembered: dict[str, Any], now: dict[str, Any], proj_dir: Path) -> None:
+    """val.csv holds losses on the same samples only: those of other ones are put aside, and run.json remembers whose they are."""
+    before = remembered.get("held_out") or {name: remembered.get("settings", {}).get(name) for name in now}
+    remembered["held_out"] = now
+    if before != now and (aside := checkpoint.put_aside_one(proj_dir / VALIDATION)):
+        what = ", ".join(f"--{name} {before[name]}" for name in now if before[name] != now[name])
+        say(f"note: the held-out losses so far are of {what}: they are now in {aside}, a new {VALIDATION} begins")
 
 
 def _writable_folder(name: str) -> Path:

@@ -24,7 +24,7 @@ from src.training.data import SftSamples
 from src.training.folder import BEST, VALIDATION
 from src.training.log_files import read_columns
 from src.training.module import TrainingModule
-from src.training.report import Reporter
+from src.training.report import OnTheWay, Reporter, to_device
 from src.training.resume import LoadedState
 from src.training.schedule import RunLength
 from src.training.sink import ValidationReport
@@ -94,19 +94,33 @@ class HeldOut:
             yield inputs[:first].tolist(), targets[first - 1 : last].tolist()
 
 
-def mean_loss(trainer: pl.Trainer, module: TrainingModule, held_out: HeldOut) -> tuple[float, int]:
+def mean_loss(
+    trainer: pl.Trainer, module: TrainingModule, held_out: HeldOut, has_to_stop: Callable[[], bool]
+) -> tuple[float, int] | None:
     """Mean loss in nats over the tokens that count, and their number: the same on every rank, and up to rounding for any number of them.
 
-    Leaves weights, gradients and random numbers as they are. Every rank takes part.
+    None, on every rank, when one of them `has_to_stop` between two batches. Leaves weights, gradients and random numbers as they are.
+    Every rank takes part.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=module.device)
+    stop: OnTheWay | None = None
     module.eval()
     with torch.no_grad():
         for batch in held_out.batches(trainer.global_rank, trainer.world_size):
+            if stop is not None and any(stop.read()):
+                break
             found = trainer.strategy.validation_step(tuple(part.to(module.device) for part in batch), 0)
             assert isinstance(found, Tensor)
             sums += found
+            wish = to_device([float(has_to_stop())], module.device)
+            if trainer.world_size > 1:
+                dist.all_reduce(wish)
+            stop = OnTheWay(wish)
+        else:
+            stop = None
     module.train()
+    if stop is not None:
+        return None
     if trainer.world_size > 1:
         dist.all_reduce(sums)
     total, counted = sums.tolist()
@@ -116,7 +130,8 @@ def mean_loss(trainer: pl.Trainer, module: TrainingModule, held_out: HeldOut) ->
 class Validate(AfterStep):
     """Measures the held-out loss where --val_every says, and keeps the weights of the lowest one as rwkv-best.pth.
 
-    The lowest so far stands in `reporter.best_val_loss`; `at_start` measures before the first step too, for comparison.
+    The lowest so far stands in `reporter.best_val_loss`; `at_start` measures before the first step too. A stop that is wished for on the
+    way leaves a measurement out, and nothing of it is kept; the start that goes on from there makes up for it.
     """
 
     def __init__(
@@ -128,11 +143,18 @@ class Validate(AfterStep):
         val_every: str,
         proj_dir: Path,
         at_start: bool,
+        has_to_stop: Callable[[], bool],
     ) -> None:
         super().__init__(first_step)
         self.held_out, self.reporter, self.length, self.proj_dir = held_out, reporter, length, proj_dir
         self.due = _schedule(val_every, length)
-        self.at_start = at_start
+        self.at_start, self.has_to_stop = at_start, has_to_stop
+        self._last_seconds = 0.0
+
+    def seconds_coming(self) -> float:
+        """What the last measurement took, where another one is due after the step under way or the next; else 0."""
+        step = self.reporter.next_step
+        return self._last_seconds if self.due(step) or self.due(step + 1) else 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.at_start:
@@ -140,14 +162,18 @@ class Validate(AfterStep):
             self.measure(trainer, pl_module, self.first_step)
 
     def after_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
-        if self.due(step) and "rollback" not in self.reporter.agreed:
+        if self.due(step) and not self.reporter.agreed & {"rollback", "stop"}:
             self.measure(trainer, module, step + 1)
 
     def measure(self, trainer: pl.Trainer, module: TrainingModule, steps: int) -> None:
         self.reporter.read_waiting()
         begin = time.perf_counter()
-        loss, counted = mean_loss(trainer, module, self.held_out)
-        seconds = time.perf_counter() - begin
+        found = mean_loss(trainer, module, self.held_out, self.has_to_stop)
+        if found is None:
+            self.reporter.agreed.add("stop")
+            return
+        loss, counted = found
+        self._last_seconds = seconds = time.perf_counter() - begin
         is_best = loss < self.reporter.best_val_loss
         if is_best:
             self.reporter.best_val_loss = loss
@@ -172,6 +198,12 @@ def _schedule(val_every: str, length: RunLength) -> Callable[[int], bool]:
         return length.ends_mini_epoch(step) and (length.mini_epoch(step) + 1) % every == 0
 
     return due
+
+
+def was_left_out(proj_dir: Path, val_every: str, length: RunLength, first_step: int) -> bool:
+    """Whether the measurement that was due before `first_step` isn't in val.csv: the run was stopped instead."""
+    measured = read_columns(proj_dir / VALIDATION).get("steps", [])
+    return first_step > 0 and _schedule(val_every, length)(first_step - 1) and first_step not in measured
 
 
 def best_before(
