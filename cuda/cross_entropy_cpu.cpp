@@ -13,6 +13,7 @@
 #include "cross_entropy.h"
 #include "vec.h"
 
+namespace cross_entropy_cpu {
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -171,3 +172,4 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv7, CPU, m) {
 }
 
 }  // namespace
+}  // namespace cross_entropy_cpu

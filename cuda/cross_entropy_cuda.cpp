@@ -17,6 +17,7 @@ int cross_entropy_l2wrap_backward(int dtype, int64_t rows, int vocabulary, void*
                                   const float* total, const int64_t* where, const float* scale, float l2wrap, int64_t stream);
 }
 
+namespace cross_entropy_cuda {
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -85,3 +86,4 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv7, CUDA, m) {
 }
 
 }  // namespace
+}  // namespace cross_entropy_cuda

@@ -16,6 +16,7 @@
 
 #include "vec.h"
 
+namespace decode {
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -418,3 +419,4 @@ Tensor decode_step(Tensor tokens, Tensor embedding, Tensor head, Tensor ends, st
 STABLE_TORCH_LIBRARY_IMPL(rwkv7, CPU, m) { m.impl("decode_step", TORCH_BOX(&decode_step)); }
 
 }  // namespace
+}  // namespace decode

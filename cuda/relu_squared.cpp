@@ -3,6 +3,7 @@
 
 #include "dense.h"
 
+namespace relu_squared {
 namespace {
 
 using torch::stable::Tensor;
@@ -56,3 +57,4 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv7, CPU, m) {
 }
 
 }  // namespace
+}  // namespace relu_squared

@@ -14,6 +14,7 @@
 
 #include "dense.h"
 
+namespace time_mix {
 namespace {
 
 using dense::by_dtype;
@@ -329,3 +330,4 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv7, CPU, m) {
 }
 
 }  // namespace
+}  // namespace time_mix

@@ -12,6 +12,7 @@
 
 #include "dense.h"
 
+namespace token_shift {
 namespace {
 
 using dense::by_dtype;
@@ -217,3 +218,4 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv7, CPU, m) {
 }
 
 }  // namespace
+}  // namespace token_shift

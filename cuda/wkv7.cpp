@@ -13,6 +13,7 @@
 
 #include "wkv7_cpu.h"
 
+namespace wkv7 {
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -158,3 +159,4 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv7, CPU, m) {
 }
 
 }  // namespace
+}  // namespace wkv7

@@ -25,6 +25,7 @@ ENTRY_POINTS(recurrent)
 ENTRY_POINTS(chunked)
 }
 
+namespace wkv7_cuda {
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -145,3 +146,4 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv7, CUDA, m) {
 }
 
 }  // namespace
+}  // namespace wkv7_cuda

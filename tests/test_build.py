@@ -11,6 +11,8 @@ import stat
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,6 +159,22 @@ def test_a_failed_build_is_not_tried_again_at_every_call(monkeypatch):
     assert len(tries) == 1
 
 
+def test_threads_that_need_it_at_once_load_and_register_once(monkeypatch):
+    loads, registrations = [], []
+    monkeypatch.setattr(build, "cpu_recipe", lambda _: None)
+    monkeypatch.setattr(build, "_build_and_load", lambda _: (time.sleep(0.2), loads.append(1), Path())[-1])
+    monkeypatch.setattr(build, "_loaded", None)
+    monkeypatch.setattr(build, "_registered", set())
+
+    def register():
+        assert loads
+        registrations.append(1)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: build.load_native(register), range(8)))
+    assert (len(loads), len(registrations)) == (1, 1)
+
+
 def test_a_cache_that_cannot_be_written_is_replaced_with_a_word(recipe, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.warns(UserWarning, match="can't be written"):
@@ -298,7 +316,7 @@ def test_importing_builds_and_reads_nothing(tmp_path):
 def test_other_instruction_sets_compute_the_same(instruction_set):
     script = (
         "import torch; from src.ops import build, wkv7; from src.ops.reference import wkv7_reference\n"
-        f"build.load_native({instruction_set!r}); torch.manual_seed(0)\n"
+        f"build.load_native(instruction_set={instruction_set!r}); torch.manual_seed(0)\n"
         "x = [(0.3 * torch.randn(2, 70, 2, 48)).requires_grad_() for _ in range(6)]\n"
         "a, b = (torch.autograd.grad(f(*x)[0].square().sum(), x) for f in (wkv7, wkv7_reference))\n"
         "assert all((p - q).norm() < 1e-5 * q.norm() for p, q in zip(a, b))"

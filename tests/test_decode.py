@@ -106,7 +106,7 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 def test_without_a_compiler_plain_pytorch_does_it(monkeypatch):
-    def none() -> None:
+    def none(*_: object) -> None:
         raise BuildError("no compiler")
 
     monkeypatch.setattr("src.ops.decode.build.load_native", none)

@@ -30,7 +30,7 @@ def _seed_and_one_thread():
 
 @pytest.fixture(scope="module")
 def native():
-    module.load()
+    module.build.load_native(module._register)
     return torch.ops.rwkv7
 
 
@@ -332,7 +332,7 @@ def test_without_a_compiler_the_reference_serves_with_one_warning(monkeypatch):
     def no_compiler(*_):
         raise BuildError("no C++ compiler; install one")
 
-    monkeypatch.setattr(module, "load", no_compiler)
+    monkeypatch.setattr(module.build, "load_native", no_compiler)
     monkeypatch.setattr(module, "_warned", set())
     inputs, state = problem(1, 3, 1, 16)
     with warnings.catch_warnings(record=True) as caught:

@@ -16,9 +16,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,8 +29,13 @@ from src.ops.toolchain import BuildError, find_compiler, find_ninja, find_nvcc, 
 
 SOURCE_FOLDER = Path(__file__).resolve().parents[2] / "cuda"
 CPU_SOURCES = (
-    *("wkv7_cpu.cpp", "time_mix.cpp", "decode.cpp", "token_shift.cpp"),  # the long ones first: built side by side
-    *("wkv7.cpp", "cross_entropy_cpu.cpp", "relu_squared.cpp"),
+    "wkv7.cpp",
+    "wkv7_cpu.cpp",
+    "token_shift.cpp",
+    "time_mix.cpp",
+    "relu_squared.cpp",
+    "cross_entropy_cpu.cpp",
+    "decode.cpp",
 )
 HEADERS = ("wkv7_cpu.h", "small_products.h", "vec.h", "dense.h", "cross_entropy.h")
 CUDA_SOURCES = (
@@ -85,16 +91,27 @@ class Recipe:
         return digest.hexdigest()[:32]
 
 
+_lock = threading.Lock()  # several threads may be the first to need the library
+_registered: set[Callable[[], None]] = set()
 _loaded: Path | None = None
 _failure: BuildError | None = None  # a build that failed once in this process isn't tried again at every call
 _cuda_failure: BuildError | None = None  # why the loaded library has no CUDA kernels although there is a GPU
 
 
-def load_native(instruction_set: str = "native") -> None:
-    """Builds the native library unless the cache has it, and registers its ops (`torch.ops.rwkv7`). Does nothing the second time.
+def load_native(register: Callable[[], None] | None = None, *, instruction_set: str = "native") -> None:
+    """Builds the native library unless the cache has it, and loads its ops (`torch.ops.rwkv7`). Does nothing the second time.
 
+    `register` tells PyTorch of some ops' shapes and gradients; it is called once, when the library is there.
     Raises BuildError, with a message that a person can act on, when it can't be built or loaded.
     """
+    with _lock:
+        _load(instruction_set)
+        if register is not None and register not in _registered:
+            register()
+            _registered.add(register)
+
+
+def _load(instruction_set: str) -> None:
     global _loaded, _failure, _cuda_failure
     if _loaded is not None:
         return
@@ -270,7 +287,7 @@ def _build_into(recipe: Recipe, final: Path) -> None:
 def _compile(recipe: Recipe, work: Path) -> None:
     if recipe.prepare is not None:
         recipe = recipe.prepare(recipe, work)
-    (work / "build.ninja").write_text(_ninja_file(recipe), encoding="utf-8")
+    (work / "build.ninja").write_text(_ninja_file(_joined(recipe, work)), encoding="utf-8")
     ninja = [find_ninja(), "-C", str(work)]
     # Messages in English, so that they can be searched for.
     environment = {**os.environ, "LC_ALL": "C"}
@@ -289,6 +306,18 @@ def _compile(recipe: Recipe, work: Path) -> None:
     else:
         advice = f"Check that {recipe.compiler} can compile C++17 (g++ 9 or clang 11 and later), or name another compiler in CXX."
     raise BuildError(f"the native library could not be built. {advice} The compiler's words:\n{words}")
+
+
+def _joined(recipe: Recipe, work: Path) -> Recipe:
+    """The C++ sources as two files that include them, of about equal length: half of a small source's time goes into PyTorch's headers."""
+    halves: tuple[list[Path], list[Path]] = ([], [])
+    lengths = {source: source.stat().st_size for source in recipe.sources if source.suffix == ".cpp"}
+    for source in sorted(lengths, key=lambda source: lengths[source], reverse=True):
+        min(halves, key=lambda half: sum(lengths[other] for other in half)).append(source)
+    files = [work / "first-half.cpp", work / "second-half.cpp"]
+    for file, half in zip(files, halves, strict=True):
+        file.write_text("".join(f'#include "{source}"\n' for source in half), encoding="utf-8")
+    return replace(recipe, sources=(*files, *(source for source in recipe.sources if source not in lengths)))
 
 
 def _ninja_file(recipe: Recipe) -> str:

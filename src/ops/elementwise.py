@@ -16,8 +16,6 @@ from src.ops import build, reference
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
-_registered = False
-
 
 def token_shift(
     x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None, mixes: tuple[Tensor, ...], *, kernel: str = "auto"
@@ -94,13 +92,18 @@ def _fused(x: Tensor, kernel: str) -> bool:
 
 
 def _native() -> bool:
-    global _registered
-    if _registered:
-        return True
     try:
-        build.load_native()
+        build.load_native(_register)
     except build.BuildError:
         return False
+    return True
+
+
+# As torch.compiler.assume_constant_result, without importing the compiler (see wkv7.py).
+_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _register() -> None:
     for name, shapes, backward in (
         ("token_shift_1", _like_first, _shift_backward),
         ("token_shift_6", lambda x, *_: tuple(_like_first(x) for _ in range(6)), _shift_backward),
@@ -118,12 +121,6 @@ def _native() -> bool:
         "rwkv7::time_mix_output_backward", lambda d, *inputs: tuple(_like_first(x) for x in inputs[:8])
     )
     torch.library.register_fake("rwkv7::relu_squared_backward", lambda dy, x: _like_first(x))
-    _registered = True
-    return True
-
-
-# As torch.compiler.assume_constant_result, without importing the compiler (see wkv7.py).
-_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -21,8 +21,6 @@ from src.ops.reference import L2WRAP
 ROWS = 4096  # rows of low-precision logits that plain PyTorch has in fp32 at a time
 NATIVE_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
-_registered = False
-
 
 def cross_entropy_l2wrap(
     logits: Tensor, targets: Tensor, ignore_index: int = -100, *, overwrite: bool = False
@@ -82,22 +80,22 @@ def _parts(tensor: Tensor, rows: int) -> Iterator[slice]:
 
 def _native(device: str, dtype: torch.dtype) -> bool:
     """Whether the native ops serve these logits. Builds and loads them on the first call (a failure: wkv7 says why)."""
-    global _registered
     if dtype not in NATIVE_DTYPES.get(device, ()):
         return False
     try:
-        build.load_native()
+        build.load_native(_register)
     except build.BuildError:
         return False
-    if not _registered:
-        torch.library.register_fake("rwkv7::cross_entropy_l2wrap_forward", _forward_shapes)
-        torch.library.register_fake("rwkv7::cross_entropy_l2wrap_backward_", lambda *_: None)
-        _registered = True
     return device != "cuda" or not build.why_no_cuda()
 
 
 # As torch.compiler.assume_constant_result, without importing the compiler (see wkv7.py).
 _native._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _register() -> None:
+    torch.library.register_fake("rwkv7::cross_entropy_l2wrap_forward", _forward_shapes)
+    torch.library.register_fake("rwkv7::cross_entropy_l2wrap_backward_", lambda *_: None)
 
 
 class _Softmax(NamedTuple):

@@ -19,7 +19,6 @@ CUDA_HEAD_SIZES = (32, 64, 128)
 CUDA_WINDOW = {32: 16, 64: 16, 128: 8}  # tokens between two kept states; Shape::window in cuda/wkv7_recurrent.cu
 CHUNKED_SEGMENT, CHUNKED_SLOT = 48, 8704 // 4  # the same, and floats a kept state takes, in cuda/wkv7_chunked.cu
 
-_registered = False
 _warned: set[str] = set()
 
 
@@ -119,7 +118,7 @@ def _why_not_native(device: str, dtype: torch.dtype, head_size: int, kernel: str
     if head_size % 16:
         return f"the native kernel takes head sizes that are a multiple of 16, not {head_size}"
     try:
-        load()
+        build.load_native(_register)
     except build.BuildError as error:
         return str(error)
     return build.why_no_cuda() if device == "cuda" else ""
@@ -156,17 +155,11 @@ def _warn_once(reason: str) -> None:
         warnings.warn(f"wkv7 runs on the slow plain-PyTorch reference (--kernel auto): {reason}", stacklevel=3)
 
 
-def load() -> None:
-    """Builds and loads the native ops and registers their shapes and gradients with PyTorch; does nothing the second time."""
-    global _registered
-    if _registered:
-        return
-    build.load_native()
+def _register() -> None:
     torch.library.register_fake("rwkv7::wkv7_forward", _forward_shapes)
     torch.library.register_fake("rwkv7::wkv7_backward", _backward_shapes)
     torch.library.register_autograd("rwkv7::wkv7_forward", _backward, setup_context=_setup_context)
     torch.library.register_autograd("rwkv7::wkv7_backward", _no_double_backward)
-    _registered = True
 
 
 def _sequences(r: Tensor, cu_seqlens: Tensor | None) -> Any:

@@ -77,7 +77,7 @@ def main() -> None:
 
         return report()
     shape, dtype = (args.batch, args.tokens, args.heads, args.head_size), getattr(torch, args.dtype)
-    build.load_native(args.instruction_set)
+    build.load_native(instruction_set=args.instruction_set)
     print(
         f"B, T, H, N = {shape}, {args.dtype}, {torch.get_num_threads()} threads, instruction set {args.instruction_set}"
     )
