@@ -107,6 +107,9 @@ def fit(company, name, scenario, out):
             return fresh_values(config.model_config(VOCAB))
     else:
         model = RWKV7(config.model_config(VOCAB)).to(hardware.dtype)
+    if config.compile:  # as src/training/fit.py does
+        for block in model.blocks:
+            block.compile()
     module = Fit(
         model, config, hardware, lambda rank, size: Numbers(first_step, steps, rank, size, config, poison), values=values,
         optimizer=optimizer, poison=poison,

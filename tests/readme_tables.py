@@ -80,7 +80,9 @@ def cluster() -> str:
         config = ModelConfig(
             layers, width, 65536, d_decay_lora=w, d_aaa_lora=a, d_mv_lora=v, d_gate_lora=g, grad_cp=True
         )
-        need = plan.memory(config, f"deepspeed_stage_{stage}", gpus, "bf16", micro_bsz * 4096, head_chunk=4096)
+        need = plan.memory(
+            config, f"deepspeed_stage_{stage}", gpus, "bf16", micro_bsz * 4096, head_chunk=4096, on_gpu=True
+        )
         sizes_and_settings = map(str, (layers, width, f"{w} {a} {v} {g}", lr, stage, gpus, micro_bsz))
         rows.append(
             [f"{plan.parameter_count(config) / 1e9:.1f} B", *sizes_and_settings, f"{need.total / plan.GIB:.0f}"]

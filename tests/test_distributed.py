@@ -62,6 +62,7 @@ def quick(tmp_path_factory):
     fit = {**SGD, "steps": 5}
     names = ["ddp", *(STAGES if zero.is_installed() else ())]
     fits = {name: {**fit, "strategy": name} for name in names}
+    fits.update({f"recomputed {name}": {**fits[name], "grad_cp": 1, "kernel": "auto"} for name in names})
     if zero.is_installed():
         fits["stage 3, recomputed and chunked"] = {**fits["deepspeed_stage_3"], "grad_cp": 1, "head_chunk": 5}
         fits["divided twice"] = {**fits["deepspeed_stage_2"], "backward_of_lightning": True}
@@ -83,6 +84,15 @@ def test_losses_and_weights_are_those_of_one_process(quick, name):
     assert largest_difference(one["weights"], other["weights"]) < 1e-5
     assert other["lrs"] == one["lrs"]
     assert other["lrs"][0][0] == 2 * other["lrs"][0][1] == 1.0  # att.w0's group first
+
+
+@pytest.mark.parametrize("name", ["ddp", *(pytest.param(name, marks=needs_deepspeed) for name in STAGES)])
+def test_recomputed_activations_change_nothing(quick, name):
+    """With the native recurrence, whose outputs are kept."""
+    one, other = quick["one"], quick[f"recomputed {name}"]
+    assert_same_engine(other, name)
+    assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert largest_difference(one["weights"], other["weights"]) < 1e-5
 
 
 @needs_deepspeed

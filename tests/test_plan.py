@@ -5,10 +5,12 @@ from itertools import accumulate
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from src.cli import parse
 from src.model import RWKV7, ModelConfig
+from src.ops.wkv7 import load
 from src.training import plan
 from src.training.module import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
@@ -57,30 +59,46 @@ def kept_for_backward(config, tokens, dtype):
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", [(2, 128, 0), (4, 192, 300)])
-def test_activations_are_what_torch_keeps(dtype, shape):
+def test_activations_are_what_torch_keeps(precision, shape):
     layers, width, dim_ffn = shape
     config = ModelConfig(layers, width, 100, dim_ffn=dim_ffn)
-    measured = kept_for_backward(config, 512, dtype)
-    assert plan.activation_bytes(config, 512, dtype.itemsize) == pytest.approx(measured, rel=0.06)
+    measured = kept_for_backward(config, 512, PRECISIONS[precision])
+    assert plan.activation_bytes(config, 512, precision) == pytest.approx(measured, rel=0.06)
 
 
-def test_recomputed_activations_are_counted_once():
-    config = ModelConfig(4, 192, 100, grad_cp=True)
-    between = kept_for_backward(
-        config, 512, torch.float32
-    )  # inputs of the blocks; one block is kept while it is recomputed
-    block = 512 * plan.kept_by_block(config, 4)
-    assert plan.activation_bytes(config, 512, 4) == pytest.approx(between + block, rel=0.03)
+def memory_events(work):
+    """Bytes taken (positive) and given back, one after the other, while `work` runs; what it returns is still there at the end."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    del result
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def peak_bytes(work):
     """The most memory that is taken at a time during `work`, beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return max(accumulate(memory_events(work)))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_stays_when_blocks_are_recomputed(precision):
+    """Each layer's input, the recurrence's output and what its gradients need. One block is added while it is recomputed."""
+    config = ModelConfig(4, 192, 100, grad_cp=True)
+    model = RWKV7(config).to(PRECISIONS[precision])
+    tokens = torch.zeros(1, 512, dtype=torch.long)
+    model.hidden(tokens)  # everything that is made once has been made
+    between = sum(memory_events(lambda: model.hidden(tokens)[0]))
+    at_work = plan.kept_by_block(config, precision) - plan.kept_by_recurrence(config, precision)
+    at_work -= PRECISIONS[precision].itemsize * config.n_embd
+    assert plan.activation_bytes(config, 512, precision) == pytest.approx(between + 512 * at_work, rel=0.05)
+    per_layer = between / 512 / config.n_layer / config.n_embd
+    states_and_sums, vectors = 4 * (64 / 32 + 1), PRECISIONS[precision].itemsize * (2 + 2 / config.n_layer)
+    assert per_layer == pytest.approx(states_and_sums + vectors, rel=0.07)
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "plain"])
@@ -136,6 +154,21 @@ def test_optimizer_and_gradients_in_one_process(precision):
     assert expected.optimizer == pytest.approx(sum(t.nbytes for t in kept), rel=0.02)
     assert expected.weights == sum(p.nbytes for p in model.parameters())
     assert expected.gradients == pytest.approx(sum(p.grad.nbytes for p in optimizer.parameters), rel=0.02)
+
+
+@pytest.mark.parametrize("head_size", [32, 64, 128])
+@pytest.mark.parametrize("kernel", ["recurrent", "chunked"])
+def test_what_the_recurrence_keeps_is_what_its_kernels_are_given_to_fill(kernel, head_size):
+    """The shapes that forward's fake op tells the compiler, for a GPU."""
+    if kernel == "chunked" and head_size != 64:
+        pytest.skip("the chunked kernel has head size 64")
+    config, tokens = ModelConfig(1, 256, 100, head_size=head_size, kernel=kernel), 4800
+    load()
+    with FakeTensorMode():
+        r = torch.empty(1, tokens, config.n_head, head_size, dtype=torch.bfloat16, device="cuda")
+        _, _, states, sums = torch.ops.rwkv7.wkv7_forward(*6 * [r], None, None, True, kernel == "chunked")
+    expected = tokens * plan.kept_by_recurrence(config, "bf16", on_gpu=True)
+    assert expected == pytest.approx(states.nbytes + sums.nbytes, rel=0.02)
 
 
 def test_what_each_stage_divides():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from src.config import ModelConfig
 from src.model.init import initialise
+from src.model.recompute import recomputed
 from src.model.state import LayerState
 from src.ops import relu_squared, time_mix_inputs, time_mix_output, token_shift, wkv7
 
@@ -158,7 +159,10 @@ class ChannelMix(nn.Module):
 
 
 class Block(nn.Module):
-    """x + att(ln1(x)), then x + ffn(ln2(x)); block 0 first normalises the embedding (ln0)."""
+    """x + att(ln1(x)), then x + ffn(ln2(x)); block 0 first normalises the embedding (ln0).
+
+    With `grad_cp` backward computes it again, but for the recurrence. That is decided in here, so that a compiled block has it inside.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -168,9 +172,16 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.att = TimeMix(config, layer)
         self.ffn = ChannelMix(config, layer)
-        self.layer = layer
+        self.layer, self.grad_cp = layer, config.grad_cp
 
     def forward(
+        self, x: Tensor, v_first: Tensor | None, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, LayerState]:
+        if self.grad_cp and torch.is_grad_enabled():
+            return recomputed(self._halves, x, v_first, state, cu_seqlens)
+        return self._halves(x, v_first, state, cu_seqlens)
+
+    def _halves(
         self, x: Tensor, v_first: Tensor | None, state: LayerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, LayerState]:
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)

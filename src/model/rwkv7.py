@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from src.config import ModelConfig
 from src.model.init import initialise
@@ -47,10 +46,7 @@ class RWKV7(nn.Module):
         v_first, layers = None, []
         for i, block in enumerate(self.blocks):
             before = state.layers[i] if state is not None else None
-            if self.config.grad_cp and torch.is_grad_enabled():
-                x, v_first, after = checkpoint(block, x, v_first, before, cu_seqlens, use_reentrant=False)
-            else:
-                x, v_first, after = block(x, v_first, before, cu_seqlens)
+            x, v_first, after = block(x, v_first, before, cu_seqlens)
             layers.append(after)
         return self.ln_out(x), State(layers)
 

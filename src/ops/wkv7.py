@@ -4,7 +4,9 @@ The native ops live in `torch.ops.rwkv7` (cuda/wkv7.cpp has their schemas), chos
 of the maker, autograd and shapes for torch.compile.
 """
 
+import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,8 +62,58 @@ def wkv7(
     chunked = _takes_chunked(r.device.type, r.dtype, r.shape[-1], kernel)
     inputs = [x for x in (r, w, k, v, a, b, state) if x is not None]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    y, final_state, _, _ = torch.ops.rwkv7.wkv7_forward(r, w, k, v, a, b, state, cu_seqlens, save, chunked)
+    memory = None if torch.compiler.is_compiling() else _memory.current
+    if memory is not None and memory.again:
+        y, final_state, _, _ = _Known.apply(r, w, k, v, a, b, state, cu_seqlens, save, chunked, next(memory.again))
+        return y, final_state
+    outputs = torch.ops.rwkv7.wkv7_forward(r, w, k, v, a, b, state, cu_seqlens, save, chunked)
+    if memory is not None:
+        memory.outputs.append(tuple(x.detach() for x in outputs))
+    y, final_state, _, _ = outputs
     return y, final_state
+
+
+class Remember:
+    """A context in which what `wkv7` gives is kept in `outputs`; with `again` a context in which that is given once more.
+
+    The second one computes nothing, and its gradients are the op's own: for recomputation in backward, where the inputs are the
+    same ones. Only calls that reach the native op in eager mode are seen. In backward the context is entered in a thread of autograd's.
+    """
+
+    def __init__(self, outputs: list[tuple[Tensor, ...]], again: bool) -> None:
+        self.outputs, self.repeats = outputs, again
+        self.again: Iterator[tuple[Tensor, ...]] | None = None
+
+    def __enter__(self) -> None:
+        self.before = _memory.current
+        self.again = iter(self.outputs) if self.repeats else None
+        _memory.current = self
+
+    def __exit__(self, *_: object) -> None:
+        _memory.current = self.before
+
+
+class _Memory(threading.local):
+    current: Remember | None = None
+
+
+_memory = _Memory()
+
+
+class _Known(torch.autograd.Function):
+    """wkv7_forward where its outputs are known already: only its place in the graph."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in inputs[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _setup_context(ctx, inputs[:-1], output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (*_backward(ctx, *grads), None)  # type: ignore[arg-type]
 
 
 def _check(

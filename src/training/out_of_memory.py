@@ -49,6 +49,7 @@ def estimate(config: RunConfig, model: ModelConfig, hardware: Hardware) -> Memor
         config.head_chunk,
         config.ds_bucket_mb,
         native_loss=hardware.accelerator == "gpu" or hardware.precision != "fp16",
+        on_gpu=hardware.accelerator == "gpu",
     )
 
 

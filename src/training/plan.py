@@ -6,7 +6,8 @@ Bytes per device, P parameters, b bytes of the run's dtype, W processes (tests c
     gradients    b P, under ZeRO 2, 3 b P / W and the buckets under way
     optimizer    two fp32 moments and, below fp32 or under ZeRO, an fp32 master: 8 P or 12 P, under ZeRO / W; with offload on the CPU
     step         fp32 copies of the gradients while the optimizer works, below fp32 or under ZeRO: 4 P, under ZeRO / W
-    activations  tokens of a micro batch * (what a block keeps for backward), of every layer or, with --grad_cp, of one and each layer's input
+    activations  tokens of a micro batch * (what a block keeps for backward), of every layer or, with --grad_cp, of one; each other layer then
+                 keeps its input and what the recurrence gave
     logits       tokens * V * b, their gradient takes their place; with --head_chunk those of a chunk, and the head's gradient in fp32, twice
                  while it is scaled; where the loss is plain PyTorch (no native library, fp16 on a CPU) the rows at work in fp32 besides
 """
@@ -18,12 +19,12 @@ from dataclasses import dataclass
 
 from src.config import STRATEGIES, ModelConfig, RunConfig
 from src.ops.loss import ROWS
+from src.ops.wkv7 import CHUNKED_SEGMENT, CHUNKED_SLOT, CPU_SEGMENT, CUDA_WINDOW
 
 BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
 # Tensors [token, C] that a block keeps for backward in the run's dtype, beside the hidden layer of the channel mix (twice, before and
 # after its activation) and the low-rank products; counted from src/model/layers.py, tested against torch's saved tensors.
 KEPT_BY_BLOCK = 30
-STATE_EVERY = 32  # tokens between two kept states of the recurrence: fp32, head_size numbers per channel
 GATHERED_AT_A_TIME = (
     1_000_000_000  # parameters that ZeRO 3 holds whole at a time (DeepSpeed's stage3_max_live_parameters)
 )
@@ -41,20 +42,28 @@ def parameter_count(c: ModelConfig) -> int:
     return 2 * c.vocab_size * width + c.n_layer * (att + ffn + norms) + 2 * width + 2 * width
 
 
-def kept_by_block(c: ModelConfig, dtype_bytes: int) -> float:
+def kept_by_recurrence(c: ModelConfig, precision: str, on_gpu: bool = False) -> float:
+    """Bytes per token that wkv7 keeps in one layer beside its inputs: states, and S a (all fp32) but for the chunked kernel."""
+    if on_gpu and precision == "bf16" and c.head_size == 64 and c.kernel in ("auto", "chunked"):
+        return 4 * c.n_head * CHUNKED_SLOT / CHUNKED_SEGMENT
+    every = CUDA_WINDOW.get(c.head_size, CPU_SEGMENT) if on_gpu else CPU_SEGMENT
+    return 4 * c.n_embd * (1 + c.head_size / every)
+
+
+def kept_by_block(c: ModelConfig, precision: str, on_gpu: bool = False) -> float:
     """Bytes per token that one block keeps for backward."""
     low_rank = c.d_decay_lora + c.d_aaa_lora + c.d_mv_lora + c.d_gate_lora
     in_dtype = KEPT_BY_BLOCK * c.n_embd + 2 * c.dim_ffn + low_rank
-    recurrence = 4 * c.n_embd + 4 * c.n_embd * c.head_size / STATE_EVERY
-    return dtype_bytes * in_dtype + recurrence
+    return BYTES[precision] * in_dtype + kept_by_recurrence(c, precision, on_gpu)
 
 
-def activation_bytes(c: ModelConfig, tokens: int, dtype_bytes: int) -> float:
-    """What a forward pass over `tokens` keeps for backward, without the head."""
-    vector = dtype_bytes * c.n_embd
+def activation_bytes(c: ModelConfig, tokens: int, precision: str, on_gpu: bool = False) -> float:
+    """What a forward pass over `tokens` keeps for backward, without the head; with grad_cp what one block at work takes besides."""
+    vector, block = BYTES[precision] * c.n_embd, kept_by_block(c, precision, on_gpu)
     if c.grad_cp:
-        return tokens * ((c.n_layer + 2) * vector + kept_by_block(c, dtype_bytes))
-    return tokens * (2 * vector + c.n_layer * kept_by_block(c, dtype_bytes))
+        given = vector + kept_by_recurrence(c, precision, on_gpu)  # the recurrence's output, and what its gradients need
+        return tokens * (2 * vector + c.n_layer * (vector + given) + block - given)
+    return tokens * (2 * vector + c.n_layer * block)
 
 
 def logit_bytes(c: ModelConfig, tokens: int, dtype_bytes: int, head_chunk: int, native_loss: bool = True) -> float:
@@ -96,6 +105,7 @@ def memory(
     head_chunk: int = 0,
     bucket_mb: int = 200,
     native_loss: bool = True,
+    on_gpu: bool = False,
 ) -> Memory:
     """Memory of one of `processes` devices; `tokens` are those of its micro batch. `strategy` as in --strategy; auto: one, or DDP."""
     count, dtype_bytes = parameter_count(c), BYTES[precision]
@@ -123,7 +133,7 @@ def memory(
         gradients,
         optimizer,
         step,
-        activation_bytes(c, tokens, dtype_bytes),
+        activation_bytes(c, tokens, precision, on_gpu),
         logit_bytes(c, tokens, dtype_bytes, head_chunk, native_loss),
         on_cpu,
     )
@@ -170,6 +180,7 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
             tokens,
             config.head_chunk,
             config.ds_bucket_mb,
+            on_gpu=config.accelerator != "cpu",
         )
         mark = ">" if name == config.strategy else " "
         if name == "auto" and processes > 1:

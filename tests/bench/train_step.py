@@ -16,6 +16,7 @@ Printed, medians over the steps:
 """
 
 import argparse
+import dataclasses
 import resource
 import statistics
 import sys
@@ -195,6 +196,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=4, help="steps before: fresh memory is dear, compiling dearer")
     parser.add_argument("--profile", type=int, default=0, help="1: also the split of a step by part")
+    parser.add_argument(
+        "--compare",
+        default="",
+        choices=["", "grad_cp", "compile"],
+        help="steps with and without this in turn, in this run: the median of their ratios",
+    )
     parser.add_argument("--peak_tflops", type=float, default=0.0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -246,6 +253,16 @@ def main() -> None:
         print(f"memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
     else:
         print(f"memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB, {faults} page faults a step")
+    if args.compare:
+        own = getattr(config, args.compare)
+        other = Step(dataclasses.replace(config, **{args.compare: 1 - own}), vocab)
+        for _ in range(args.warmup):
+            other.timed()
+        ratios = [step.timed() / other.timed() for _ in range(args.steps)]
+        print(
+            f"--{args.compare} {own} takes {statistics.median(ratios):.3f} times as long as --{args.compare} {1 - own} "
+            f"({min(ratios):.3f} to {max(ratios):.3f}, {args.steps} pairs of steps)"
+        )
     if args.profile:
         spent = split(step)
         total = sum(spent.values())
