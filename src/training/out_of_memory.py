@@ -110,7 +110,7 @@ def _in_words(change: Change, total: float) -> str:
     if "micro_bsz" in change:
         costs.append("the same steps, in smaller parts")
     if "grad_cp" in change:
-        costs.append("steps take about a third longer")
+        costs.append("steps take about a fifth longer")
     if "head_chunk" in change:
         costs.append("costs next to nothing")
     return f"{_flags(change)}    {total / GIB:.1f} GiB by the estimate" + (f"; {costs[-1]}" if len(costs) == 1 else "")

@@ -4,6 +4,7 @@
     python tests/bench/train_step.py --compile 1
     python tests/bench/train_step.py --config 0.1b [--micro_bsz 1] [--grad_cp 1 --head_chunk 4096] [--device cuda]
     python tests/bench/train_step.py --profile 1                  besides, where the time of a step goes
+    python tests/bench/train_step.py --grad_cp 1 --compare grad_cp    besides, how much longer a step takes than with --grad_cp 0
 
 Printed, medians over the steps:
   tokens/s    ctx_len * micro_bsz / seconds of a step
