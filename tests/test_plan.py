@@ -10,7 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from src.cli import parse
 from src.model import RWKV7, ModelConfig
-from src.ops.wkv7 import load
+from src.ops.build import load_native
+from src.ops.wkv7 import _register
 from src.training import plan
 from src.training.module import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
@@ -163,7 +164,7 @@ def test_what_the_recurrence_keeps_is_what_its_kernels_are_given_to_fill(kernel,
     if kernel == "chunked" and head_size != 64:
         pytest.skip("the chunked kernel has head size 64")
     config, tokens = ModelConfig(1, 256, 100, head_size=head_size, kernel=kernel), 4800
-    load()
+    load_native(_register)
     with FakeTensorMode():
         r = torch.empty(1, tokens, config.n_head, head_size, dtype=torch.bfloat16, device="cuda")
         _, _, states, sums = torch.ops.rwkv7.wkv7_forward(*6 * [r], None, None, True, kernel == "chunked")
