@@ -249,10 +249,12 @@ def _sinks(config: RunConfig, proj_dir: Path, start: Start, settings: dict[str, 
     metrics = MetricsFile(proj_dir / METRICS, first_step, length.tokens_per_step)
     if metrics.lost_seconds:
         say(f"{'lost':>12}  {metrics.lost_seconds:.0f} s of training after that are done again")
-    sinks: list[Sink] = [
+    return [
         TrainLog(proj_dir / LOG, start.first_mini_epoch, first_step, settings),
         metrics,
         ValidationFile(proj_dir / VALIDATION, first_step),
-        ProgressLine(length, first_step, live),
+        *open_loggers(config, proj_dir, settings),
+        ProgressLine(
+            length, first_step, live
+        ),  # the last to begin and the first to end: loggers have words of their own
     ]
-    return [*sinks, *open_loggers(config, proj_dir, settings)]
