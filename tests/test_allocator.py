@@ -1,4 +1,4 @@
-"""Large tensors that come and go cost no page faults a second time."""
+"""Large tensors that come and go cost no page faults a second time; a lean run has no holes between them instead."""
 
 import platform
 import subprocess
@@ -9,9 +9,9 @@ import pytest
 
 SCRIPT = """
 import resource, torch
-from src.training.allocator import keep_freed_memory
+from src.training.allocator import set_up_malloc
 if {keep}:
-    keep_freed_memory()
+    set_up_malloc(lean=False)
 for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     inputs = [torch.zeros(millions << 20) for millions in (12, 16, 10, 14)]
@@ -31,3 +31,25 @@ def test_memory_that_was_freed_is_used_again():
     ]
     assert faults[0] < 1000  # of 160,000 pages
     assert faults[0] <= faults[1]
+
+
+HOLES = """
+import torch
+from src.training.allocator import set_up_malloc
+set_up_malloc(lean={lean})
+peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+before = peak()
+tensors = [torch.zeros(2 << 20) for _ in range(40)]  # 8 MiB each
+for i in range(0, 40, 2):
+    tensors[i] = None
+for i in range(0, 40, 2):
+    tensors[i] = torch.zeros(2 << 20)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told")
+def test_a_lean_run_has_no_holes():
+    script = HOLES.format(lean=True)
+    taken = float(subprocess.check_output([sys.executable, "-c", script], cwd=Path(__file__).parents[1]))
+    assert 300 < taken < 350  # 320 MiB; with holes 50 to 160 more

@@ -9,7 +9,6 @@ import pytorch_lightning as pl
 from torch.utils.data import Dataset
 
 from src.config import RunConfig
-from src.training.allocator import keep_freed_memory
 from src.training.callbacks import SetLearningRate, WatchBadSteps
 from src.training.data import look_at_samples
 from src.training.describe import summary, words_for_complete
@@ -51,8 +50,6 @@ class RestoreState(pl.Callback):
 
 def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OneProcess) -> int:
     """Two steps from where the run would start. Exit code 0 when they gave finite numbers, 1 otherwise; errors as in the run itself."""
-    if hardware.accelerator == "cpu":
-        keep_freed_memory()
     samples, _ = look_at_samples(config)
     length = length_of_run(config, samples.once, hardware.world_size)
     start = company.decide(lambda: look_at_start(config, proj_dir, length))

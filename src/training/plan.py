@@ -8,6 +8,7 @@ Bytes per device, P parameters, b bytes of the run's dtype, W processes (tests c
     step         fp32 copies of the gradients while the optimizer works, below fp32 or under ZeRO: 4 P, under ZeRO / W
     activations  tokens of a micro batch * (what a block keeps for backward), of every layer or, with --grad_cp, of one; each other layer then
                  keeps its input and what the recurrence gave
+                 (that one is there when the logits have gone: the larger of the two counts)
     logits       tokens * V * b, their gradient takes their place; with --head_chunk those of a chunk, and the head's gradient in fp32, twice
                  while it is scaled; where the loss is plain PyTorch (no native library, fp16 on a CPU) the rows at work in fp32 besides
 """
@@ -59,11 +60,17 @@ def kept_by_block(c: ModelConfig, precision: str, on_gpu: bool = False) -> float
 
 def activation_bytes(c: ModelConfig, tokens: int, precision: str, on_gpu: bool = False) -> float:
     """What a forward pass over `tokens` keeps for backward, without the head; with grad_cp what one block at work takes besides."""
-    vector, block = BYTES[precision] * c.n_embd, kept_by_block(c, precision, on_gpu)
+    vector = BYTES[precision] * c.n_embd
     if c.grad_cp:
         given = vector + kept_by_recurrence(c, precision, on_gpu)  # the recurrence's output, and what its gradients need
-        return tokens * (2 * vector + c.n_layer * (vector + given) + block - given)
-    return tokens * (2 * vector + c.n_layer * block)
+        return tokens * (2 * vector + c.n_layer * (vector + given)) + recomputed_bytes(c, tokens, precision, on_gpu)
+    return tokens * (2 * vector + c.n_layer * kept_by_block(c, precision, on_gpu))
+
+
+def recomputed_bytes(c: ModelConfig, tokens: int, precision: str, on_gpu: bool = False) -> float:
+    """The part of `activation_bytes` that one block at work takes: it comes when the logits have gone."""
+    given = BYTES[precision] * c.n_embd + kept_by_recurrence(c, precision, on_gpu)
+    return tokens * (kept_by_block(c, precision, on_gpu) - given) if c.grad_cp else 0.0
 
 
 def logit_bytes(c: ModelConfig, tokens: int, dtype_bytes: int, head_chunk: int, native_loss: bool = True) -> float:
@@ -88,12 +95,15 @@ class Memory:
     activations: float
     logits: float
     on_cpu: float = 0.0
+    recomputed: float = 0.0  # of the activations: there when the logits aren't
+    gaps: float = 0.0  # between the tensors, where the allocator leaves many
 
     @property
     def total(self) -> float:
         """At the worst moment: backward, with activations, or the optimizer's step, without."""
-        at_rest = self.weights + self.gradients + self.optimizer
-        return at_rest + max(self.activations + self.logits, self.step)
+        at_rest = self.weights + self.gradients + self.optimizer + self.gaps
+        at_work = self.activations + self.logits - min(self.recomputed, self.logits)
+        return at_rest + max(at_work, self.step)
 
 
 def memory(
@@ -136,6 +146,7 @@ def memory(
         activation_bytes(c, tokens, precision, on_gpu),
         logit_bytes(c, tokens, dtype_bytes, head_chunk, native_loss),
         on_cpu,
+        recomputed_bytes(c, tokens, precision, on_gpu),
     )
 
 

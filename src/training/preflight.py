@@ -21,7 +21,6 @@ from src.model.weights import Weights, fit_weights, read_weights
 from src.ops.build import BuildError
 from src.ops.wkv7 import describe_kernel
 from src.training import checkpoint, machine, plan
-from src.training.allocator import keep_freed_memory
 from src.training.data import SAMPLED_WINDOWS, PretrainSamples, Samples, SftSamples, look_at_samples
 from src.training.folder import FINAL, METRICS
 from src.training.log_files import read_columns
@@ -105,8 +104,6 @@ def check(config: RunConfig, notes: list[str]) -> int:
     checks.found("device", f"{where}, {hardware.in_words}, {hardware.precision}")
     for note in hardware.notes:
         say(f"note: {note}")
-    if hardware.accelerator == "cpu":
-        keep_freed_memory()
     _check_kernel(checks, config, hardware)
     looked = checks.attempt("data", lambda: look_at_samples(config))
     weights = _weights(checks, config)

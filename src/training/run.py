@@ -23,7 +23,7 @@ from src.model import RWKV7
 from src.model.weights import fit_weights, read_weights
 from src.ops.build import BuildError
 from src.training import checkpoint, plan
-from src.training.allocator import keep_freed_memory
+from src.training.allocator import set_up_malloc
 from src.training.data import open_samples
 from src.training.describe import parameter_count, settings_of, summary, words_for_complete
 from src.training.dry_run import dry_run
@@ -59,6 +59,8 @@ def run(config: RunConfig, notes: list[str]) -> int:
     try:
         if config.plan >= 0:
             return _plan(config)
+        if config.accelerator == "cpu" or not torch.cuda.is_available():
+            set_up_malloc(lean=bool(config.grad_cp))
         if config.check:
             return check(config, notes) if is_first() else 0
         hardware = choose_hardware(config)
@@ -166,8 +168,6 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
     held_out = HeldOut(config) if config.val_data_file else None
     if held_out and config.vocab_size:  # a mistake must not be found when files have been moved
         held_out.check_ids(config.vocab_size)
-    if hardware.accelerator == "cpu":
-        keep_freed_memory()
     company.decide(lambda: put_aside_other_run(config, proj_dir))
     if company.decide((proj_dir / checkpoint.FINAL).exists):
         say(words_for_complete(proj_dir))

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from src.config import RunConfig
 from src.model import RWKV7
-from src.training.allocator import keep_freed_memory
+from src.training.allocator import set_up_malloc
 from src.training.module import TrainingModule
 from src.training.strategy import choose_hardware
 
@@ -208,10 +208,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     config, vocab = settings(args)
+    if config.accelerator == "cpu":
+        set_up_malloc(lean=bool(config.grad_cp))  # as train.py does
     step = Step(config, vocab)
     hardware, device = step.hardware, step.device
-    if device.type == "cpu":
-        keep_freed_memory()  # as train.py does
     products = Products(step.tokens, config.n_embd, vocab, device, hardware.dtype)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads"
     print(
