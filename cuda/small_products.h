@@ -11,17 +11,16 @@ using vec::Float;
 using vec::kLanes;
 
 // Rows of memory that will be needed soon. Asked for all at once they would block the processor's own loads, so products ask
-// for one or two every so many steps.
+// for two every so many steps.
 class Fetch {
  public:
-  explicit Fetch(int64_t rows_at_a_time) : rate_(rows_at_a_time) {}
   // `rows` rows of `bytes` bytes, the first at `first`, `stride` bytes apart
   void add(const void* first, int64_t stride, int64_t rows, int64_t bytes) {
     if (rows > 0) areas_[count_++] = {static_cast<const char*>(first), stride, rows, bytes};
   }
-  // Asks for some rows more.
+  // Asks for the next two.
   void some() {
-    for (int64_t i = 0; i < rate_ && area_ < count_; ++i) {
+    for (int64_t i = 0; i < 2 && area_ < count_; ++i) {
       Area& area = areas_[area_];
       for (int64_t at = 0; at < area.bytes; at += vec::kLine) __builtin_prefetch(area.first + at, 0, 2);
       area.first += area.stride;
@@ -35,7 +34,7 @@ class Fetch {
     int64_t stride, rows, bytes;
   };
   Area areas_[20];
-  int64_t rate_, count_ = 0, area_ = 0;
+  int64_t count_ = 0, area_ = 0;
 };
 
 // to = (from + A B) * scale

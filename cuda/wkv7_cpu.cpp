@@ -278,16 +278,15 @@ void forward(const Forward& p, const Unit& u) {
   else
     std::memset(S, 0, sizeof(float) * N * N);
   auto count = [&](int64_t t) { return t >= u.end ? 0 : u.end - t < kChunk ? u.end - t : kChunk; };
-  Fetch fetch(2);
+  Fetch fetch;
   for (int64_t t = u.begin; t < u.end; t += kChunk) {
     const int64_t after = t + kChunk;
     read_chunk<T>(chunk, p, u, t, count(t), false);
-    // [u; y] as far as they come from the state
-    rows_times(chunk.vuy + half, chunk.ar, S, N, fetch);
-    fetch = Fetch(2);
+    fetch = {};
     for (const Rows* rows : {&p.w, &p.r, &p.k, &p.v, &p.a, &p.b})
       fetch.add(token<T>(*rows, u, after), rows->time * sizeof(T), count(after), N * sizeof(T));
 
+    rows_times(chunk.vuy + half, chunk.ar, S, N, fetch);  // [u; y] as far as they come from the state
     small::transpose(chunk.kb, N, kColumns, N, columns, kColumns);
     between(products, chunk.ar, columns, N, fetch);
     add_others<true, true>(N, products, chunk.vuy, chunk.vuy + half);
@@ -371,7 +370,7 @@ void backward(const Backward& p, const Unit& u) {
 
   const int64_t state = u.state(p), chunks = (u.end - u.begin + kChunk - 1) / kChunk;
   const float* dfinal = p.dfinal_state ? p.dfinal_state + state : nullptr;
-  Fetch fetch(1);
+  Fetch fetch;
 
   if (chunks > 0) read_number(chunks - 1);
   float* G_end = G_of(chunks - 1);
@@ -382,7 +381,7 @@ void backward(const Backward& p, const Unit& u) {
 
   for (int64_t segment = (chunks - 1) / kChunks; segment >= 0 && chunks > 0; --segment) {
     const int64_t begin = segment * kChunks, end = begin + kChunks < chunks ? begin + kChunks : chunks;
-    fetch = Fetch(1);
+    fetch = {};
     if (segment > 0) {  // the segment before, its last chunk first
       fetch_inputs(fetch, first_token(begin - 1), first_token(begin));
       fetch_inputs(fetch, first_token(begin - kChunks), first_token(begin - 1));
@@ -413,14 +412,12 @@ void backward(const Backward& p, const Unit& u) {
     }
 
     // S through them, first to last: da, dr, g
-    if (start)
-      std::memcpy(S, start, sizeof(float) * N * N);
-    else
-      std::memset(S, 0, sizeof(float) * N * N);
+    if (start == nullptr) std::memset(S, 0, sizeof(float) * N * N);
+    const float* from = start ? start : S;  // S before the chunk
     // g between chunk number - 1 and chunk number: S' times G of the former is S times G / P_L
     auto sum_g = [&](int64_t number) {
       float* sum = g + (number - begin) * N;
-      small::sum_of_products(G_of(number - 1), S, N, N, sum);
+      small::sum_of_products(G_of(number - 1), from, N, N, sum);
       if (number > 0)
         for (int64_t c = 0; c < N; ++c) sum[c] *= chunk_of(number - 1).inverse(N)[c];
     };
@@ -428,12 +425,13 @@ void backward(const Backward& p, const Unit& u) {
     sum_g(begin);
     for (int64_t number = begin; number < end; ++number) {
       const Chunk& chunk = chunk_of(number);
-      rows_times(dar, chunk.vddy + half, S, N, fetch);
+      rows_times(dar, chunk.vddy + half, from, N, fetch);
       add_others<true, false>(N, chunk.products, chunk.kb, dar);
       add_others<true, false>(N, chunk.products + kChunk * kColumns, chunk.kb, dar + half);
       float* after = g + (number + 1 - begin) * N;
       if (number + 1 < end || end == chunks) {
-        add_outer(S, S, chunk.vuy, chunk.kb, N, nullptr, chunk.decay(N), fetch);
+        add_outer(S, from, chunk.vuy, chunk.kb, N, nullptr, chunk.decay(N), fetch);
+        from = S;
         if (number + 1 < chunks)
           sum_g(number + 1);
         else if (dfinal)
