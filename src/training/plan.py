@@ -8,7 +8,7 @@ Bytes per device, P parameters, b bytes of the run's dtype, W processes (tests c
     step         fp32 copies of the gradients while the optimizer works, below fp32 or under ZeRO: 4 P, under ZeRO / W
     activations  tokens of a micro batch * (what a block keeps for backward), of every layer or, with --grad_cp, of one; each other layer then
                  keeps its input and what the recurrence gave
-                 (that one is there when the logits have gone: the larger of the two counts)
+                 (the block at work comes when the logits have gone: the larger of the two counts)
     logits       tokens * V * b, their gradient takes their place; with --head_chunk those of a chunk, and the head's gradient in fp32, twice
                  while it is scaled; where the loss is plain PyTorch (no native library, fp16 on a CPU) the rows at work in fp32 besides
 """
