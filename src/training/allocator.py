@@ -19,7 +19,8 @@ def set_up_malloc(lean: bool) -> None:
     glibc 2.38 an aligned block doesn't fit into the hole that one of its size has left (its bug 14581).
 
     `lean` is for runs that recompute activations (--grad_cp 1): they take and free far more than they hold, and holes double their peak.
-    There every larger tensor is mapped by itself, in huge pages where the system has them, and gone when it is freed.
+    There every larger tensor is mapped by itself, in huge pages where the system has them, and gone when it is freed. L4-D256, 16 x 256 tokens
+    in fp32, on a busy machine: 0.76 GiB at the peak instead of 1.21, steps of 3.4 s instead of 2.8; 1.29 GiB and 2.4 s without --grad_cp.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -77,7 +77,7 @@ def remedies(config: RunConfig, model: ModelConfig, hardware: Hardware, allowed:
         elif more := _smaller_batch(replace(config, **both), model, hardware, allowed):
             found = [{**both, **more}]
     if found:
-        return [_in_words(change, _total(config, change, model, hardware)) for change in found]
+        return [_in_words(change, _total(config, change, model, hardware), hardware) for change in found]
     least: Change = {**lean_head, **recompute, "micro_bsz": 1}
     if hardware.accelerator == "gpu":
         for name in ("deepspeed_stage_2_offload", "deepspeed_stage_3_offload"):
@@ -85,7 +85,8 @@ def remedies(config: RunConfig, model: ModelConfig, hardware: Hardware, allowed:
             shared = replace(hardware, strategy="deepspeed")
             if config.strategy != name and (total := _total(config, change, model, shared)) <= allowed:
                 return [
-                    _in_words(change, total) + ": keeps the optimizer in the machine's memory, which needs deepspeed"
+                    _in_words(change, total, hardware)
+                    + ": keeps the optimizer in the machine's memory, which needs deepspeed"
                 ]
     need = _total(config, least, model, hardware)
     return [f"a smaller model (--n_layer, --n_embd): even {_flags(least)} needs {need / GIB:.1f} GiB by the estimate"]
@@ -110,12 +111,13 @@ def _flags(change: Change) -> str:
     return " ".join(f"--{name} {value}" for name, value in change.items())
 
 
-def _in_words(change: Change, total: float) -> str:
+def _in_words(change: Change, total: float, hardware: Hardware) -> str:
     costs = []
     if "micro_bsz" in change:
         costs.append("the same steps, in smaller parts")
     if "grad_cp" in change:
-        costs.append("steps take about a fifth longer")
+        longer = 20 if hardware.accelerator == "gpu" else 40  # on a CPU memory is mapped anew, too (allocator.py)
+        costs.append(f"steps take about {longer} % longer")
     if "head_chunk" in change:
         costs.append("costs next to nothing")
     return f"{_flags(change)}    {total / GIB:.1f} GiB by the estimate" + (f"; {costs[-1]}" if len(costs) == 1 else "")
