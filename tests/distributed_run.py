@@ -136,6 +136,8 @@ def fit(company, name, scenario, out):
     result["engine"] = type(trainer.strategy.model).__name__
     if result["engine"] == "DeepSpeedEngine":
         result["stage"] = trainer.strategy.model.zero_optimization_stage()
+    if config.compile:
+        result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     result["weights"] = gather_weights(module.model, company.rank)
     result["held"] = sum(p.numel() for p in module.model.parameters())
     if optimizer == "adam":

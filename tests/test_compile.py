@@ -1,8 +1,11 @@
 """torch.compile of a block: one graph, no compilation after the first steps, the same numbers; and what backward keeps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from src.model import RWKV7, ModelConfig
 from src.model.layers import Block
@@ -71,9 +74,10 @@ def test_steps_compile_nothing_new():
     assert counter.frame_count == graphs == CONFIG.n_layer
 
 
-def test_packed_rows_soon_compile_nothing_new():
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_packed_rows_soon_compile_nothing_new(grad_cp):
     """The number of documents in a row changes at every step: compiled for the first number, once for any, and once for one alone."""
-    model = busy(RWKV7(CONFIG))
+    model = busy(RWKV7(replace(CONFIG, grad_cp=grad_cp)))
     counter = CompileCounterWithBackend("aot_eager")
     compile_blocks(model, counter)
     for step, cuts in enumerate([[3, 9], [5], [], [2, 4, 11, 13], [1, 8, 15], [7], []]):
@@ -96,6 +100,21 @@ def test_gradient_checkpointing_with_compile():
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_what_was_compiled_is_found_again_by_the_next_run(grad_cp, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        counters.clear()
+        model = busy(RWKV7(replace(CONFIG, n_layer=1, grad_cp=grad_cp)))
+        model.blocks[0].compile()
+        model(torch.randint(50, (2, 16)))[0].square().mean().backward()
+        found.append({name: counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("miss", "hit", "bypass")})
+    assert found == [{"miss": 1, "hit": 0, "bypass": 0}, {"miss": 0, "hit": 1, "bypass": 0}]
 
 
 @pytest.mark.slow

@@ -141,6 +141,25 @@ def long(tmp_path_factory):
     return {**results, **launch(folder, 1, {f"{kind} one": with_one_process(fit) for kind, fit in kinds.items()})}
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    fit = {**SGD, "steps": 3, "kernel": "auto", "grad_cp": 1}
+    fits = {name: {**fit, "strategy": name, "compile": 1} for name in ("ddp", *STAGES)}
+    return {**launch(folder, 2, fits, timeout=900), **launch(folder, 1, {"one": with_one_process(fit)})}
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["ddp", *STAGES])
+def test_compiled_and_recomputed_blocks_under_each_strategy(compiled, name):
+    one, other = compiled["one"], compiled[name]
+    assert_same_engine(other, name)
+    assert other["graphs"] >= 2
+    assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert largest_difference(one["weights"], other["weights"]) < 2e-5
+
+
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["ddp", *STAGES, *OFFLOADS])

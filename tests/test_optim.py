@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from src.model import RWKV7, ModelConfig
+from src.training import optim
 from src.training.optim import MasterAdamW, parameter_groups
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-18, "grad_clip": 0.5}
@@ -99,6 +100,24 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype, poison):
         assert kept.keys() == {"exp_avg", "exp_avg_sq", "step"}
         for key, tensor in optimizer.moments(parameter).items():
             assert torch.equal(tensor, kept[key]), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_in_pieces_are_the_steps_of_the_whole(dtype, monkeypatch):
+    whole, cut = small_model(dtype), small_model(dtype)
+    one = build(whole)
+    monkeypatch.setattr(optim, "PIECE", 5000)
+    other = build(cut)
+    for seed in (1, 2):
+        for model, optimizer in ((whole, one), (cut, other)):
+            set_gradients(model, seed)
+            optimizer.param_groups[0]["lr"] *= 0.9
+            optimizer.step()
+    assert one.grad_norm == other.grad_norm
+    for a, b in zip(one.parameters, other.parameters, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(one.master_of(a), other.master_of(b))
+        assert all(torch.equal(one.moments(a)[kind], moment) for kind, moment in other.moments(b).items())
 
 
 def test_loss_scale_is_taken_out_and_adapts():

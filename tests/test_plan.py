@@ -12,7 +12,7 @@ from src.cli import parse
 from src.model import RWKV7, ModelConfig
 from src.ops.build import load_native
 from src.ops.wkv7 import _register
-from src.training import plan
+from src.training import optim, plan
 from src.training.module import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
 from src.training.run import run
@@ -170,6 +170,24 @@ def test_what_the_recurrence_keeps_is_what_its_kernels_are_given_to_fill(kernel,
         _, _, states, sums = torch.ops.rwkv7.wkv7_forward(*6 * [r], None, None, True, kernel == "chunked")
     expected = tokens * plan.kept_by_recurrence(config, "bf16", on_gpu=True)
     assert expected == pytest.approx(states.nbytes + sums.nbytes, rel=0.02)
+
+
+@pytest.mark.parametrize("pieces", [True, False], ids=["in pieces", "whole"])
+def test_a_step_has_no_second_copy_of_the_gradients(pieces, monkeypatch):
+    """At rest: bf16 weights and gradients, fp32 masters and two moments. A step adds the fp32 gradients of a piece, no more."""
+    if pieces:
+        monkeypatch.setattr(optim, "PIECE", 300_000)
+    config = ModelConfig(4, 256, 1200)
+    model = RWKV7(config).bfloat16()
+    optimizer = MasterAdamW(parameter_groups(model, 0.0), lr=1e-3, betas=(0.9, 0.99), eps=1e-18, grad_clip=1.0)
+    for parameter in optimizer.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # the moments are made
+    measured = peak_bytes(optimizer.step)
+    expected = plan.memory(config, "auto", 1, "bf16", tokens=64)
+    copies = 4 * plan.parameter_count(config)
+    assert 0.75 * expected.step < measured < 1.1 * expected.step
+    assert (measured < 0.3 * copies) == pieces
 
 
 def test_what_each_stage_divides():

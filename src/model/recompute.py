@@ -35,6 +35,9 @@ def _tags() -> Any:
     return create_selective_checkpoint_contexts(_policy)
 
 
+_tags.cache_hash = "wkv7_forward is kept"  # type: ignore[attr-defined]  # what the compiler's cache knows it by between runs
+
+
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     # by name: the native library that defines it need not be there
     keep = op.name() == "rwkv7::wkv7_forward"

@@ -12,6 +12,7 @@ from src.model.init import row_of
 
 LOSS_SCALE_POWER = 16  # fp16 only: 2^16 at first; halved at an overflow, doubled after this many good steps:
 LOSS_SCALE_GROWTH_STEPS = 1000
+PIECE = 1 << 26  # parameters whose gradients a step has in fp32 at a time; a larger one is a piece of its own
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -39,8 +40,9 @@ class MasterAdamW(torch.optim.Optimizer):
     """AdamW with decoupled decay and an fp32 master copy of parameters that are bf16 or fp16.
 
     One step: the global gradient norm in fp32; gradients times min(1, grad_clip / norm); AdamW on the masters; masters rounded into
-    the parameters. When the norm is not finite the step is left out as a whole: neither weights nor moments nor the
-    step count change, and `skipped_steps` grows by one. That is decided on the device; nothing here waits for it.
+    the parameters. Below fp32 this goes piece by piece, so that there is never a second, fp32 copy of all gradients. When the norm
+    is not finite the step is left out as a whole: neither weights nor moments nor the step count change, and `skipped_steps`
+    grows by one. That is decided on the device; nothing here waits for it.
 
     `grad_norm` and `skipped_steps` are tensors on the parameters' device. With `scale_loss` (fp16) the caller multiplies
     its loss by `loss_scale`, which this class takes out again and adapts.
@@ -62,10 +64,20 @@ class MasterAdamW(torch.optim.Optimizer):
         device = self.parameters[0].device
         self.masters = [p if p.dtype == torch.float32 else _master(p) for p in self.parameters]
         self._master_of = dict(zip(self.parameters, self.masters, strict=True))
-        self._adam = torch.optim.AdamW(
-            [{**group, "params": [self._master_of[p] for p in group["params"]]} for group in self.param_groups],
-            fused=True,
-        )
+        self._pieces = _pieces(self.parameters)
+        self._adams = [
+            torch.optim.AdamW(
+                [
+                    {**group, "params": [self._master_of[p] for p in group["params"] if p in piece]}
+                    for group in self.param_groups
+                ],
+                fused=True,
+            )
+            for piece in map(set, self._pieces)
+        ]
+        self._adam_of = {
+            master: adam for adam in self._adams for group in adam.param_groups for master in group["params"]
+        }
         self.grad_norm = torch.zeros((), device=device)
         self.skipped_steps = torch.zeros((), device=device)
         self.scale_loss = scale_loss
@@ -78,27 +90,26 @@ class MasterAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = []
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter is not master:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-            if master.grad is not None:
-                gradients.append(master.grad)
-        self.grad_norm = torch.nn.utils.get_total_norm(gradients) / self.loss_scale
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norms = torch._foreach_norm(gradients, 2, torch.float32)
+        self.grad_norm = torch.linalg.vector_norm(torch.stack(norms)) / self.loss_scale
         found_inf = (~torch.isfinite(self.grad_norm)).float()
         clip = self.grad_clip / (self.grad_norm + 1e-6) if self.grad_clip else torch.ones_like(self.grad_norm)
-        # The fused AdamW divides gradients by grad_scale and leaves everything as it is where found_inf is 1, inside its one
-        # pass over memory; GradScaler hands it the same two attributes.
-        self._adam.grad_scale = self.loss_scale / clip.clamp(max=1.0)  # type: ignore[attr-defined]
-        self._adam.found_inf = found_inf  # type: ignore[attr-defined]
-        for own, inner in zip(self.param_groups, self._adam.param_groups, strict=True):
-            inner["lr"] = own["lr"]
-        self._adam.step()
-        low = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
-        if low:
-            torch._foreach_copy_([p for p, _ in low], [m for _, m in low])
-            for _, master in low:
-                master.grad = None
+        scale = self.loss_scale / clip.clamp(max=1.0)
+        for piece, adam in zip(self._pieces, self._adams, strict=True):
+            low = [(p, self._master_of[p]) for p in piece if p is not self._master_of[p]]
+            for parameter, master in low:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+            # The fused AdamW divides gradients by grad_scale and leaves everything as it is where found_inf is 1, inside its one
+            # pass over memory; GradScaler hands it the same two attributes.
+            adam.grad_scale, adam.found_inf = scale, found_inf  # type: ignore[attr-defined]
+            for own, inner in zip(self.param_groups, adam.param_groups, strict=True):
+                inner["lr"] = own["lr"]
+            adam.step()
+            if low:
+                torch._foreach_copy_([p for p, _ in low], [m for _, m in low])
+                for _, master in low:
+                    master.grad = None
         self.skipped_steps = self.skipped_steps + found_inf
         if self.scale_loss:
             self._adapt_loss_scale(found_inf)
@@ -117,7 +128,7 @@ class MasterAdamW(torch.optim.Optimizer):
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Adam's state of a parameter: `exp_avg`, `exp_avg_sq` [shape of the parameter] and `step`, all fp32; zeros before the first step."""
         master = self._master_of[parameter]
-        state = self._adam.state[master]
+        state = self._adam_of[master].state[master]
         if not state:
             state["step"] = torch.zeros((), device=master.device)
             state["exp_avg"] = torch.zeros_like(master)
@@ -139,6 +150,20 @@ class MasterAdamW(torch.optim.Optimizer):
         self.skipped_steps.fill_(counters["skipped_steps"])
         self.loss_scale.fill_(counters["loss_scale"])
         self._good_steps.fill_(counters["good_steps"])
+
+
+def _pieces(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters in order, cut where their low-precision numbers exceed PIECE; those in fp32 need no copy and don't count."""
+    pieces: list[list[nn.Parameter]] = [[]]
+    size = 0
+    for parameter in parameters:
+        count = 0 if parameter.dtype == torch.float32 else parameter.numel()
+        if size + count > PIECE and pieces[-1]:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(parameter)
+        size += count
+    return pieces
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
