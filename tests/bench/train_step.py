@@ -208,7 +208,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     config, vocab = settings(args)
-    if config.accelerator == "cpu":
+    if choose_hardware(config).accelerator == "cpu":
         set_up_malloc(lean=bool(config.grad_cp))  # as train.py does
     step = Step(config, vocab)
     hardware, device = step.hardware, step.device
