@@ -77,6 +77,7 @@ class Scratch {
   void reset(int64_t floats) {
     if (floats > size_) {
       std::free(memory_);
+      size_ = 0;
       memory_ = static_cast<float*>(std::aligned_alloc(64, (sizeof(float) * floats + 63) / 64 * 64));
       if (memory_ == nullptr) throw std::bad_alloc();
       size_ = floats;

@@ -164,7 +164,9 @@ def test_threads_that_need_it_at_once_load_and_register_once(monkeypatch):
     monkeypatch.setattr(build, "cpu_recipe", lambda _: None)
     monkeypatch.setattr(build, "_build_and_load", lambda _: (time.sleep(0.2), loads.append(1), Path())[-1])
     monkeypatch.setattr(build, "_loaded", None)
+    monkeypatch.setattr(build, "_failure", None)
     monkeypatch.setattr(build, "_registered", set())
+    monkeypatch.setattr(build.torch.cuda, "is_available", lambda: False)
 
     def register():
         assert loads

@@ -83,7 +83,7 @@ def time_mix_output(
 
 
 def relu_squared(x: Tensor, *, kernel: str = "auto") -> Tensor:
-    """max(x, 0)^2, elementwise; any shape."""
+    """max(x, 0)^2, elementwise; any shape. A second derivative only with kernel "reference", as of all here."""
     return torch.ops.rwkv7.relu_squared(x) if _fused(x, kernel) else reference.relu_squared_reference(x)
 
 

@@ -61,7 +61,7 @@ def wkv7_reference(
 def token_shift_reference(
     x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None, mixes: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """x[t] + (x[t-1] - x[t]) * mix for each mix. Contract: `src.ops.time_mix.token_shift`."""
+    """x[t] + (x[t-1] - x[t]) * mix for each mix. Contract: `src.ops.elementwise.token_shift`."""
     if cu_seqlens is None:
         before = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last.unsqueeze(1)
         xx = torch.cat([before, x[:, :-1]], dim=1) - x
@@ -85,7 +85,7 @@ def time_mix_inputs_reference(
     v0: Tensor,
     head_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Key, value, removal -kk and replacement kk * rate. Contract: `src.ops.time_mix.time_mix_inputs`."""
+    """Key, value, removal -kk and replacement kk * rate. Contract: `src.ops.elementwise.time_mix_inputs`."""
     if v_first is not None and residual is not None:
         v = v + (v_first - v) * torch.sigmoid(v0 + residual)
     rate = torch.sigmoid(a0 + a)
@@ -105,7 +105,7 @@ def time_mix_output_reference(
     eps: float,
     head_size: int,
 ) -> Tensor:
-    """(group_norm(y) + (sum over the head of r k r_k) v) g. Contract: `src.ops.time_mix.time_mix_output`."""
+    """(group_norm(y) + (sum over the head of r k r_k) v) g. Contract: `src.ops.elementwise.time_mix_output`."""
     r, k, v_heads = (x.unflatten(-1, (-1, head_size)) for x in (r, k, v))
     bonus = ((r * k * r_k).sum(dim=-1, keepdim=True) * v_heads).flatten(-2)
     normal = F.group_norm(y.flatten(0, -2), y.shape[-1] // head_size, weight, bias, eps).view(y.shape)

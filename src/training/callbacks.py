@@ -133,7 +133,6 @@ class KeepState(AfterStep):
             restarted_at_sample=self.position.restarted_at_sample,
             mini_epoch_losses=list(self.reporter.mini_epoch_losses),
             holes=self.position.holes,
-            best_val_loss=None if math.isinf(self.reporter.best_val_loss) else self.reporter.best_val_loss,
         )
         parameters = gather_full_state(trainer, module)
         tensors = ((f"{name}/{kind}", tensor) for name, kinds in parameters for kind, tensor in kinds.items())

@@ -151,10 +151,7 @@ def _fit(
     show_samples = ShowSamples(config, reporter, length, proj_dir)
     after_report: list[pl.Callback] = [DrawPictures(length, position.step, proj_dir)]
     if held_out is not None:
-        before = start.loaded.settings if start.loaded else settings
-        reporter.best_val_loss = company.decide(
-            lambda: best_before(proj_dir, config, before, start.loaded, position.step)
-        )
+        reporter.best_val_loss = company.decide(lambda: best_before(proj_dir, position.step))
         at_start = (
             position.step == 0 and start.weights is not None and (config.data_type == "sft" or bool(config.load_model))
         ) or company.decide(lambda: was_left_out(proj_dir, config.val_every, length, position.step))

@@ -19,7 +19,7 @@ from src.training.strategy import Hardware
 SAFE = {
     "gpu": 0.92,
     "cpu": 0.85,
-}  # share of what is free that an estimate may fill: a GPU's allocator rounds up, a CPU's leaves gaps
+}  # share of what is free that an estimate may fill: a GPU's allocator rounds up, other programs need something of a machine's
 GAPS = 0.2  # of malloc on a CPU as allocator.py sets it up, as a share of the tensors; next to none where it is lean (--grad_cp 1)
 SMALL_HEAD_CHUNK = 1024
 # what CPU allocators, CUDA libraries and NCCL say in a RuntimeError
@@ -130,7 +130,8 @@ def parts_in_words(memory: Memory) -> str:
     step = f" (during the optimizer's step {memory.step / GIB:.2f} instead of activations and logits)" * (
         memory.step > 0
     )
-    return f"{parts}{step}: {memory.total / GIB:.2f} GiB at the most"
+    at_once = " (logits and the block that is recomputed are not there at once)" * (memory.recomputed > 0)
+    return f"{parts}{at_once}{step}: {memory.total / GIB:.2f} GiB at the most"
 
 
 @contextmanager

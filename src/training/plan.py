@@ -179,9 +179,10 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
         lines.append(
             f"        time  {hours:,.1f} hours ({hours / 24:,.1f} days) at {config.plan:,.0f} tokens/s of all processes together"
         )
+    at_once = "; logits and the block that is recomputed are not there at once" if model.grad_cp else ""
     lines += [
         "",
-        "Memory of one device in GiB, by the formulas of src/training/plan.py; CUDA, NCCL and fragmentation take 2 or 3 more:",
+        f"Memory of one device in GiB, by the formulas of src/training/plan.py; CUDA, NCCL and fragmentation take 2 or 3 more{at_once}:",
         "",
     ]
     lines.append(f"{'--strategy':>28}  weights  gradients  optimizer    step  activations  logits    total  on the CPU")
@@ -199,7 +200,6 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
             config.ds_bucket_mb,
             on_gpu=config.accelerator != "cpu",
         )
-        mark = ">" if name == config.strategy else " "
         if name == "auto" and processes > 1:
             continue  # the same as ddp
         mark = ">" if name == config.strategy or (name == "ddp" and config.strategy == "auto") else " "

@@ -44,7 +44,6 @@ class Position:
     restarted_at_sample: int = 0  # where a fresh optimizer began on trained weights, for the warm-up; 0: never
     mini_epoch_losses: list[float] = field(default_factory=list)  # of the steps since the last mini-epoch's end
     holes: list[tuple[int, int]] = field(default_factory=list)  # samples left out for good: (first, count)
-    best_val_loss: float | None = None  # the lowest held-out loss so far
 
 
 class DamagedState(Exception):

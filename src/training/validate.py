@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -25,7 +24,6 @@ from src.training.folder import BEST, VALIDATION
 from src.training.log_files import read_columns
 from src.training.module import TrainingModule
 from src.training.report import OnTheWay, Reporter, to_device
-from src.training.resume import LoadedState
 from src.training.schedule import RunLength
 from src.training.sink import ValidationReport
 
@@ -156,7 +154,8 @@ class Validate(AfterStep):
         step = self.reporter.next_step
         return self._last_seconds if self.due(step) or self.due(step + 1) else 0.0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After on_train_start of all: the handlers of signals are in place, so that a stop cuts this measurement too."""
         if self.at_start:
             assert isinstance(pl_module, TrainingModule)
             self.measure(trainer, pl_module, self.first_step)
@@ -171,6 +170,7 @@ class Validate(AfterStep):
         found = mean_loss(trainer, module, self.held_out, self.has_to_stop)
         if found is None:
             self.reporter.agreed.add("stop")
+            self.reporter.paused += time.perf_counter() - begin
             return
         loss, counted = found
         self._last_seconds = seconds = time.perf_counter() - begin
@@ -201,23 +201,13 @@ def _schedule(val_every: str, length: RunLength) -> Callable[[int], bool]:
 
 
 def was_left_out(proj_dir: Path, val_every: str, length: RunLength, first_step: int) -> bool:
-    """Whether the measurement that was due before `first_step` isn't in val.csv: the run was stopped instead."""
+    """Whether the measurement that is due before `first_step` isn't in val.csv: the run was stopped instead, or it is due since now."""
     measured = read_columns(proj_dir / VALIDATION).get("steps", [])
     return first_step > 0 and _schedule(val_every, length)(first_step - 1) and first_step not in measured
 
 
-def best_before(
-    proj_dir: Path, config: RunConfig, settings: dict[str, Any], loaded: LoadedState | None, step: int
-) -> float:
-    """The lowest held-out loss up to `step`: what the state remembers, else val.csv's; infinite where the held-out data is other now.
-
-    `settings` are those of the last start.
-    """
-    if any(settings.get(name) != getattr(config, name) for name in ("val_data_file", "val_windows")):
-        return math.inf
-    if loaded is not None:
-        remembered = loaded.position.best_val_loss
-        return math.inf if remembered is None else remembered
+def best_before(proj_dir: Path, step: int) -> float:
+    """The lowest held-out loss up to `step` in val.csv, which holds losses on the same samples only; infinite where there is none."""
     columns = read_columns(proj_dir / VALIDATION)
     rows = zip(columns.get("steps", []), columns.get("loss", []), strict=True)
     return min((loss for steps, loss in rows if steps <= step), default=math.inf)
