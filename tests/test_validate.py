@@ -164,15 +164,17 @@ def test_other_held_out_data_begins_its_own_best(tmp_path, data, held, monkeypat
     out = tmp_path / "run"
     settings = {"val_windows": WINDOWS, "val_every": "10steps", **RUN}
     train_until(41, out, data, monkeypatch, val_data_file=held, **settings)
-    earlier = (out / "val.csv").read_text()
+    earlier, best = (out / "val.csv").read_text(), (out / "rwkv-best.pth").read_bytes()
     assert train(out, data, val_data_file=data, **{**settings, "lr_init": 1.0, "lr_final": 1.0}) == 0
     words = capfd.readouterr().out
     assert "after step 40, the lowest so far" in words
-    assert f"--val_data_file {held}: they are now in {out}/val-1.csv" in words
+    assert f"--val_data_file {held}: they are now in {out}/val-1.csv, the best weights by them {out}/rwkv-best-1.pth" in words
     assert (out / "val-1.csv").read_text() == earlier
+    assert (out / "rwkv-best-1.pth").read_bytes() == best
     assert validations(out)["steps"] == [40, 50, 60]  # of one file only
     assert train(out, data, restart=1, val_data_file=held, **settings) == 0
     assert (out / "previous-1" / "val-1.csv").read_text() == earlier
+    assert (out / "previous-1" / "rwkv-best-1.pth").read_bytes() == best
 
 
 @pytest.mark.parametrize("changed", [{}, {"val_data_file": ""}], ids=["the same", "without"])

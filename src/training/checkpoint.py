@@ -95,7 +95,7 @@ def put_aside(proj_dir: Path) -> Path | None:
     """Move the files of an earlier run to `previous-{k}/`; nothing is deleted. None when there was nothing to move."""
     members = [*numbered(proj_dir).values()]
     members += [proj_dir / name for name in (FINAL, BEST, *KEPT) if (proj_dir / name).exists()]
-    members += _asides(proj_dir / VALIDATION)
+    members += [*_asides(proj_dir / VALIDATION), *_asides(proj_dir / BEST)]
     if not members:
         return None
     k = 1

@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,8 @@ def newest_good(proj_dir: Path, only_look: bool = False) -> tuple[LoadedState | 
                 folder.rename(aside)
             continue
         told = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        position = Position(**told["position"])
+        known = {number.name for number in fields(Position)}  # other versions of the program may have others
+        position = Position(**{name: value for name, value in told["position"].items() if name in known})
         position.holes = [(int(first), int(count)) for first, count in position.holes]
         return LoadedState(folder, position, told["settings"], told["counters"], told["saved_at"]), complaints
     return None, complaints

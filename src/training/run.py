@@ -243,12 +243,15 @@ def _remember(
 
 
 def _begin_held_out(remembered: dict[str, Any], now: dict[str, Any], proj_dir: Path) -> None:
-    """val.csv holds losses on the same samples only: those of other ones are put aside, and run.json remembers whose they are."""
+    """val.csv holds losses on the same samples only: those of other ones are put aside, with the best weights by them, and run.json
+    remembers whose they are."""
     before = remembered.get("held_out") or {name: remembered.get("settings", {}).get(name) for name in now}
     remembered["held_out"] = now
     if before != now and (aside := checkpoint.put_aside_one(proj_dir / VALIDATION)):
         what = ", ".join(f"--{name} {before[name]}" for name in now if before[name] != now[name])
-        say(f"note: the held-out losses so far are of {what}: they are now in {aside}, a new {VALIDATION} begins")
+        best = checkpoint.put_aside_one(proj_dir / BEST)
+        weights = f", the best weights by them {best}" if best else ""
+        say(f"note: the held-out losses so far are of {what}: they are now in {aside}{weights}; a new {VALIDATION} begins")
 
 
 def _writable_folder(name: str) -> Path:

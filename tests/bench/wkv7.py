@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from src.ops import build, wkv7
+from src.training.allocator import set_up_malloc
 
 
 def product_rate(tokens: int = 2048, width: int = 512) -> float:
@@ -77,6 +78,7 @@ def main() -> None:
 
         return report()
     shape, dtype = (args.batch, args.tokens, args.heads, args.head_size), getattr(torch, args.dtype)
+    set_up_malloc(lean=False)  # as train.py does
     build.load_native(instruction_set=args.instruction_set)
     print(
         f"B, T, H, N = {shape}, {args.dtype}, {torch.get_num_threads()} threads, instruction set {args.instruction_set}"
