@@ -89,17 +89,17 @@ def test_changed_source_gives_a_new_library(recipe, tmp_path):
     assert [ctypes.CDLL(str(p)).answer() for p in (first, second)] == [42, 43]
 
 
-def test_two_at_once_do_not_break_each_other(recipe, tmp_path):
+def test_eight_at_once_do_not_break_each_other(recipe, tmp_path):
     script = (
         "import ctypes, pathlib, sys; from src.ops import build; from src.ops.build import Recipe\n"
         f"r = {recipe!r}\n"
         f"print(ctypes.CDLL(str(build.build(r, pathlib.Path({str(tmp_path / 'cache')!r})))).answer())"
     ).replace("PosixPath", "pathlib.PosixPath")
     command = [sys.executable, "-c", script]
-    both = [
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    all_of_them = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(8)
     ]
-    for process in both:
+    for process in all_of_them:
         out, err = process.communicate(timeout=120)
         assert (out.strip(), process.returncode) == ("42", 0), err
 
