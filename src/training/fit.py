@@ -251,7 +251,6 @@ def _sinks(config: RunConfig, proj_dir: Path, start: Start, settings: dict[str, 
         metrics,
         ValidationFile(proj_dir / VALIDATION, first_step),
         *open_loggers(config, proj_dir, settings),
-        ProgressLine(
-            length, first_step, live
-        ),  # the last to begin and the first to end: loggers have words of their own
+        # the last to begin and the first to end: loggers have words of their own
+        ProgressLine(length, first_step, live),
     ]

@@ -116,8 +116,8 @@ def _in_words(change: Change, total: float, hardware: Hardware) -> str:
     if "micro_bsz" in change:
         costs.append("the same steps, in smaller parts")
     if "grad_cp" in change:
-        longer = "about 20" if hardware.accelerator == "gpu" else "40 to 80"  # on a CPU memory is mapped anew, too (allocator.py)
-        costs.append(f"steps take {longer} % longer")
+        # measured on a CPU only, where memory is mapped anew, too (allocator.py)
+        costs.append("blocks are computed twice" if hardware.accelerator == "gpu" else "steps take 40 to 95 % longer")
     if "head_chunk" in change:
         costs.append("costs next to nothing")
     return f"{_flags(change)}    {total / GIB:.1f} GiB by the estimate" + (f"; {costs[-1]}" if len(costs) == 1 else "")
