@@ -105,9 +105,12 @@ def test_what_stays_when_blocks_are_recomputed(precision):
 @pytest.mark.parametrize("native", [True, False], ids=["native", "plain"])
 @pytest.mark.parametrize("head_chunk", [0, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_are_what_the_loss_takes(dtype, head_chunk, native, monkeypatch):
+def test_logits_are_what_the_loss_takes(dtype, head_chunk, native, monkeypatch, request):
     if not native:
         monkeypatch.setattr(importlib.import_module("src.ops.loss"), "NATIVE_DTYPES", {})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a product in bf16 takes buffers for each
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
     config, tokens = ModelConfig(1, 128, 2000), 512
     head = torch.nn.Linear(128, 2000, bias=False).to(dtype)
     hidden = torch.randn(1, tokens, 128, dtype=dtype, requires_grad=True)
