@@ -16,7 +16,8 @@ import torch
 from src.config import GROUPS, ModelConfig, RunConfig
 from src.model import RWKV7
 from src.model.init import row_of
-from src.training import plan, published
+from src.training.preflight import plan
+from src.training.reporting import published
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [path for path in (ROOT / "README.md", ROOT / "README_CN.md") if path.exists()]
@@ -114,7 +115,18 @@ TOP = [
     "API_DEMO_CHAT.py",
     "requirements.txt",
 ]
-FOLDERS = ["src", "src/ops", "src/model", "src/dataset", "src/training", "src/inference", "cuda", "data"]
+FOLDERS = [
+    "src",
+    "src/ops",
+    "src/model",
+    "src/dataset",
+    "src/training",
+    "src/training/preflight",
+    "src/training/reporting",
+    "src/inference",
+    "cuda",
+    "data",
+]
 ABOUT = {
     "src/": "the library",
     "cuda/": "native sources, flat",

@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# What each room may import from. `files` (whole files or none, held by one process) is a leaf, open to those who write files.
+# What each room may import from, as far as it does: text -> dataset -> model on ops -> training -> inference's answers, and
+#   files      is a leaf (files that are whole or not there, held by one process): for whoever writes files; ops writes the build cache
+#   inference  is under training, which evaluates and samples with it; of ops it takes the native step of one token
+# The parts of a room (training/preflight, training/reporting) follow its rules.
 ALLOWED = {
     "config": set(),
     "files": set(),

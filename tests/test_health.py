@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src.training.health import (
+from src.training.module import TrainingModule
+from src.training.optim import MasterAdamW
+from src.training.reporting.health import (
     BEFORE,
     GRADIENTS_AT,
     LATEST,
@@ -19,9 +21,7 @@ from src.training.health import (
     slow_part,
     without_gradient,
 )
-from src.training.module import TrainingModule
-from src.training.optim import MasterAdamW
-from src.training.sink import StepReport
+from src.training.reporting.sink import StepReport
 
 
 def falling(count, noise, seed=0):

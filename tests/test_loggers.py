@@ -11,8 +11,9 @@ from test_resume import train_until
 from test_train import CTX, data, losses, metrics, train  # noqa: F401 (data is a fixture)
 
 from src.dataset.binidx import BinIdxWriter
-from src.training import dashboard, loggers, samples
-from src.training.sink import Sample, StepReport
+from src.training import dashboard
+from src.training.reporting import loggers, samples
+from src.training.reporting.sink import Sample, StepReport
 
 STEPS = 60
 RUN = {"my_exit_tokens": CTX * 4 * STEPS, "epoch_steps": 20, "epoch_save": 1, "val_windows": 8, "val_every": "1"}
@@ -260,7 +261,7 @@ def test_the_dashboard_is_one_that_wandb_understands():
 
 
 def test_the_commit_of_this_program(monkeypatch):
-    from src.training import environment
+    from src.training.reporting import environment
 
     assert len(environment.git_commit().rstrip("+")) in (0, 40)
     monkeypatch.setattr(environment, "__file__", str(Path("/") / "environment.py"))

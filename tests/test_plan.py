@@ -12,9 +12,10 @@ from src.cli import parse
 from src.model import RWKV7, ModelConfig
 from src.ops.build import load_native
 from src.ops.wkv7 import _register
-from src.training import optim, plan
+from src.training import optim
 from src.training.module import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
+from src.training.preflight import plan
 from src.training.run import run
 
 

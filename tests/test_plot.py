@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src.training import html_report, plot, published
-from src.training.curves import read_curves, read_log
-from src.training.log_files import MetricsFile, TrainLog, ValidationFile
-from src.training.sink import MiniEpochReport, StepReport, ValidationReport
+from src.training import html_report, plot
+from src.training.reporting import published
+from src.training.reporting.curves import read_curves, read_log
+from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile
+from src.training.reporting.sink import MiniEpochReport, StepReport, ValidationReport
 
 sys.path.insert(0, str(Path(__file__).parent))
 import verify_minipile

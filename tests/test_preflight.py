@@ -19,8 +19,8 @@ from src.cli import parse
 from src.config import ModelConfig, RunConfig
 from src.dataset.binidx import BinIdxWriter
 from src.ops.toolchain import BuildError
-from src.training import machine, out_of_memory, plan, preflight, trial
-from src.training.out_of_memory import SAFE, advice, estimate, is_out_of_memory, remedies
+from src.training.preflight import check, kernel, machine, out_of_memory, plan, speed
+from src.training.preflight.out_of_memory import SAFE, advice, estimate, is_out_of_memory, remedies
 from src.training.run import run
 from src.training.strategy import Hardware
 
@@ -62,7 +62,7 @@ def everything(folder):
 
 
 def test_check_of_a_run_that_is_well(tmp_path, data, capfd, monkeypatch):
-    monkeypatch.setattr(trial, "TRIAL_SECONDS", 0.2)
+    monkeypatch.setattr(speed, "TRIAL_SECONDS", 0.2)
     before = everything(data.parent)
     assert call(tmp_path / "run", data, check=1) == 0
     words = capfd.readouterr().out
@@ -95,7 +95,7 @@ def test_check_of_a_run_that_is_well(tmp_path, data, capfd, monkeypatch):
 def test_check_lists_everything_that_is_wrong(tmp_path, data, capfd, monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda *_: 1e5)
     monkeypatch.setattr(machine, "free_disk", lambda folder: (tmp_path, 1e4))
-    monkeypatch.setattr(preflight, "kernel_error", lambda *_: 0.5)
+    monkeypatch.setattr(kernel, "kernel_error", lambda *_: 0.5)
     unfinished = write_data(tmp_path / "data" / "unfinished", end=5)
     assert call(tmp_path / "run", unfinished, check=1) == 1
     words = capfd.readouterr().out
@@ -118,7 +118,7 @@ def test_check_lists_everything_that_is_wrong(tmp_path, data, capfd, monkeypatch
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_check_says_what_the_start_would_refuse(tmp_path, data, capfd, monkeypatch, changed, words):
-    monkeypatch.setattr(trial, "TRIAL_SECONDS", 0.0)
+    monkeypatch.setattr(speed, "TRIAL_SECONDS", 0.0)
     assert call(tmp_path / "run", data, **{"check": 1, **changed}) == 1
     assert words in capfd.readouterr().out.split("what to do:")[1]
     assert not (tmp_path / "run").exists()
@@ -131,7 +131,7 @@ CONVERSATION = {
 
 @pytest.mark.skipif(not MINIMIND.is_dir(), reason="MiniMind's tokenizer is not here")
 def test_check_of_conversations_leaves_no_tokens_behind(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(trial, "TRIAL_SECONDS", 0.0)
+    monkeypatch.setattr(speed, "TRIAL_SECONDS", 0.0)
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "talk.jsonl").write_text((json.dumps(CONVERSATION) + "\n") * 60)
@@ -147,7 +147,7 @@ def test_check_of_conversations_leaves_no_tokens_behind(tmp_path, capfd, monkeyp
 
 def test_what_a_start_says_when_all_is_well_and_what_it_costs(tmp_path, data, capfd, monkeypatch):
     seconds = []
-    quick = preflight.warn_at_start
+    quick = check.warn_at_start
 
     def timed(*given):
         begin = time.perf_counter()
@@ -169,13 +169,13 @@ def test_what_a_start_says_when_all_is_well_and_what_it_costs(tmp_path, data, ca
 
 
 def test_kernel_that_computes_something_else_is_seen(monkeypatch):
-    assert trial.kernel_error("cpu", torch.float32, 64, "auto") < 1e-5
-    assert trial.kernel_error("cpu", torch.bfloat16, 32, "auto") < trial.TOLERANCE[torch.bfloat16]
-    exact = trial.wkv7
-    monkeypatch.setattr(trial, "wkv7", lambda *given, kernel: [x * 1.001 for x in exact(*given, kernel=kernel)])
-    assert trial.kernel_error("cpu", torch.float32, 64, "auto") > trial.TOLERANCE[torch.float32]
-    monkeypatch.setattr(trial, "wkv7", lambda *given, kernel: [x * float("nan") for x in exact(*given, kernel=kernel)])
-    assert not trial.kernel_error("cpu", torch.float32, 64, "auto") <= 1.0
+    assert kernel.kernel_error("cpu", torch.float32, 64, "auto") < 1e-5
+    assert kernel.kernel_error("cpu", torch.bfloat16, 32, "auto") < kernel.TOLERANCE[torch.bfloat16]
+    exact = kernel.wkv7
+    monkeypatch.setattr(kernel, "wkv7", lambda *given, **which: [x * 1.001 for x in exact(*given, **which)])
+    assert kernel.kernel_error("cpu", torch.float32, 64, "auto") > kernel.TOLERANCE[torch.float32]
+    monkeypatch.setattr(kernel, "wkv7", lambda *given, **which: [x * float("nan") for x in exact(*given, **which)])
+    assert not kernel.kernel_error("cpu", torch.float32, 64, "auto") <= 1.0
 
 
 # ---- the machine ------------------------------------------------------------------------------------------------------------

@@ -16,17 +16,17 @@ from test_train import data, train  # noqa: F401 (data is a fixture)
 
 from src.config import ModelConfig
 from src.model import RWKV7
-from src.training import log_files, peak_flops, pictures, progress
-from src.training.log_files import MetricsFile, TrainLog, ValidationFile, read_columns
 from src.training.module import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
-from src.training.progress import ProgressLine, duration
-from src.training.report import MEASURED_EVERY, Reporter, memory_gib
+from src.training.reporting import log_files, peak_flops, pictures, progress
+from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile, read_columns
+from src.training.reporting.progress import ProgressLine, duration
+from src.training.reporting.reporter import MEASURED_EVERY, Reporter, memory_gib
+from src.training.reporting.sink import UPDATE_GROUPS, MiniEpochReport, Sink, StepReport, ValidationReport
+from src.training.reporting.update_size import update_ratios
 from src.training.say import say
 from src.training.schedule import RunLength
-from src.training.sink import UPDATE_GROUPS, MiniEpochReport, Sink, StepReport, ValidationReport
 from src.training.strategy import Hardware
-from src.training.update_size import update_ratios
 
 LENGTH = RunLength.of(exit_tokens=64_000, ctx_len=16, global_batch=4, epoch_steps=10)  # 1000 steps
 

@@ -19,9 +19,9 @@ from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
 from src.inference.evaluate import heldout_loss
 from src.model import RWKV7
 from src.training import callbacks, validate, zero
-from src.training.curves import read_curves
-from src.training.log_files import read_columns
 from src.training.module import TrainingModule
+from src.training.reporting.curves import read_curves
+from src.training.reporting.log_files import read_columns
 from src.training.schedule import RunLength
 from src.training.validate import HeldOut, _schedule
 

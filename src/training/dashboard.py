@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 NAME = "RWKV-7 training"
-# sections -> panels: title, x, what is drawn over it (names as loggers.py writes them), logarithmic
+# sections -> panels: title, x, what is drawn over it (names as reporting/loggers.py writes them), logarithmic
 LAYOUT: dict[str, tuple[tuple[str, str, tuple[str, ...], bool], ...]] = {
     "Loss": (
         ("loss by tokens", "Gtokens", ("loss",), False),

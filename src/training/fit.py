@@ -20,22 +20,22 @@ from src.training import checkpoint
 from src.training.callbacks import KeepState, SaveWeights, SetLearningRate, StopInTime, WatchBadSteps
 from src.training.data import Samples
 from src.training.folder import FINAL, LOG, METRICS, TRACE, VALIDATION
-from src.training.health import Warnings, WatchNumbers, WatchPace
-from src.training.log_files import MetricsFile, TrainLog, ValidationFile
-from src.training.loggers import open_loggers
 from src.training.module import TrainingModule
 from src.training.parts import Values
-from src.training.peak_flops import peak_tokens_per_second
-from src.training.pictures import DrawPictures
 from src.training.processes import OneProcess
-from src.training.profile import Profile
-from src.training.progress import ProgressLine, has_live_line
-from src.training.report import Reporter
+from src.training.reporting.health import Warnings, WatchNumbers, WatchPace
+from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile
+from src.training.reporting.loggers import open_loggers
+from src.training.reporting.peak_flops import peak_tokens_per_second
+from src.training.reporting.pictures import DrawPictures
+from src.training.reporting.profile import Profile
+from src.training.reporting.progress import ProgressLine, has_live_line
+from src.training.reporting.reporter import Reporter
+from src.training.reporting.samples import ShowSamples
+from src.training.reporting.sink import Sink
 from src.training.resume import StateWriter
-from src.training.samples import ShowSamples
 from src.training.say import is_first, say
 from src.training.schedule import RunLength, learning_rate
-from src.training.sink import Sink
 from src.training.start import Start, build_model, find_start
 from src.training.strategy import Hardware, lightning_strategy
 from src.training.validate import HeldOut, Validate, best_before, was_left_out

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from src.files import write_whole
-from src.training import published
-from src.training.curves import Curves, Numbers, read_curves
 from src.training.folder import PICTURE
-from src.training.progress import duration
+from src.training.reporting import published
+from src.training.reporting.curves import Curves, Numbers, read_curves
+from src.training.reporting.progress import duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

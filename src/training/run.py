@@ -22,20 +22,21 @@ from src.dataset.lock import only_one
 from src.model import RWKV7
 from src.model.weights import fit_weights, read_weights
 from src.ops.build import BuildError
-from src.training import checkpoint, plan
+from src.training import checkpoint
 from src.training.allocator import set_up_malloc
 from src.training.data import open_samples
 from src.training.describe import parameter_count, settings_of, summary, words_for_complete
-from src.training.dry_run import dry_run
-from src.training.environment import environment
 from src.training.fit import fit_whatever_comes
 from src.training.folder import BEST, FINAL, LOG, METRICS, PICTURE, VALIDATION
 from src.training.html_report import write_report
-from src.training.log_files import read_columns
-from src.training.out_of_memory import NotEnoughMemory, explained, is_out_of_memory
 from src.training.plot import loss_picture
-from src.training.preflight import check, warn_at_start
+from src.training.preflight import plan
+from src.training.preflight.check import check, warn_at_start
+from src.training.preflight.dry_run import dry_run
+from src.training.preflight.out_of_memory import NotEnoughMemory, explained, is_out_of_memory
 from src.training.processes import OneProcess, join
+from src.training.reporting.environment import environment
+from src.training.reporting.log_files import read_columns
 from src.training.say import is_first, say, say_error
 from src.training.start import (
     build_model,

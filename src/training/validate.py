@@ -21,11 +21,11 @@ from src.inference.evaluate import windows
 from src.training.callbacks import AfterStep, write_weights
 from src.training.data import SftSamples
 from src.training.folder import BEST, VALIDATION
-from src.training.log_files import read_columns
 from src.training.module import TrainingModule
-from src.training.report import OnTheWay, Reporter, to_device
+from src.training.reporting.log_files import read_columns
+from src.training.reporting.reporter import OnTheWay, Reporter, to_device
+from src.training.reporting.sink import ValidationReport
 from src.training.schedule import RunLength
-from src.training.sink import ValidationReport
 
 Batch = tuple[Tensor, ...]
 

@@ -16,11 +16,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from src.cli import parse
 from src.dataset.binidx import BinIdxWriter
-from src.training import pictures
-from src.training.log_files import MetricsFile, TrainLog
-from src.training.loggers import LoggerSink
-from src.training.progress import ProgressLine
-from src.training.report import MEASURED_EVERY, Reporter
+from src.training.reporting import pictures
+from src.training.reporting.log_files import MetricsFile, TrainLog
+from src.training.reporting.loggers import LoggerSink
+from src.training.reporting.progress import ProgressLine
+from src.training.reporting.reporter import MEASURED_EVERY, Reporter
 from src.training.run import run
 
 spent: dict[str, float] = defaultdict(float)

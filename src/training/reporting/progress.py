@@ -10,8 +10,8 @@ import time
 
 from tqdm import tqdm
 
+from src.training.reporting.sink import MiniEpochReport, Sink, StepReport, ValidationReport
 from src.training.schedule import RunLength
-from src.training.sink import MiniEpochReport, Sink, StepReport, ValidationReport
 
 PLAIN_LINE_SECONDS = 20.0  # between two lines when the output is not a terminal
 SMOOTHING = 0.95  # of the loss that the line shows

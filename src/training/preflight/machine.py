@@ -7,25 +7,16 @@ import platform
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
 
 from src.ops.toolchain import BuildError, find_compiler, find_ninja, find_nvcc
+from src.training.preflight.checklist import Finding
 
-REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
+REQUIREMENTS = Path(__file__).resolve().parents[3] / "requirements.txt"
 OLDEST_PYTHON = (3, 10)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A thing that was looked at, in words, and what to do about it ('' when it is well)."""
-
-    name: str
-    words: str
-    to_do: str = ""
 
 
 def software() -> Finding:

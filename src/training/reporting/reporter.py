@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.training.module import TrainingModule
+from src.training.reporting.sink import UPDATE_GROUPS, MiniEpochReport, Sample, Sink, StepReport, ValidationReport
+from src.training.reporting.update_size import update_ratios
 from src.training.schedule import RunLength
-from src.training.sink import UPDATE_GROUPS, MiniEpochReport, Sample, Sink, StepReport, ValidationReport
-from src.training.update_size import update_ratios
 
 SPEED_WINDOW_STEPS = 20
 MEASURED_EVERY = 50  # steps between two looks at what costs something: update ratios, the largest logit, memory

@@ -14,7 +14,7 @@ import numpy as np
 
 from src.config import MINI_EPOCH_SAMPLES
 from src.training.folder import LOG, METRICS, RUN, VALIDATION
-from src.training.log_files import Numbers, is_mini_epoch_line, read_arrays
+from src.training.reporting.log_files import Numbers, is_mini_epoch_line, read_arrays
 
 SMOOTHED_SHARE = 0.02  # of the run's steps: the width of the running mean
 SMOOTHED_STEPS = 10  # at least

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from src.files import write_whole
-from src.training.sink import UPDATE_GROUPS, MiniEpochReport, Sink, StepReport, ValidationReport
+from src.training.reporting.sink import UPDATE_GROUPS, MiniEpochReport, Sink, StepReport, ValidationReport
 
 Numbers = npt.NDArray[np.float64]
 PIECE_BYTES = 1 << 16  # of a csv that are read at a time

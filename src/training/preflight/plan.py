@@ -182,7 +182,7 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
     at_once = "; logits and the block that is recomputed are not there at once" if model.grad_cp else ""
     lines += [
         "",
-        f"Memory of one device in GiB, by the formulas of src/training/plan.py; CUDA, NCCL and fragmentation take 2 or 3 more{at_once}:",
+        f"Memory of one device in GiB, by the formulas of src/training/preflight/plan.py; CUDA, NCCL and fragmentation take 2 or 3 more{at_once}:",
         "",
     ]
     lines.append(f"{'--strategy':>28}  weights  gradients  optimizer    step  activations  logits    total  on the CPU")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from src.config import ModelConfig, RunConfig
-from src.training import plan
-from src.training.machine import free_memory
-from src.training.plan import GIB, Memory
+from src.training.preflight import plan
+from src.training.preflight.machine import free_memory
+from src.training.preflight.plan import GIB, Memory
 from src.training.processes import OneProcess
 from src.training.strategy import Hardware
 

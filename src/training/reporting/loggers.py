@@ -16,9 +16,9 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from src.config import RunConfig
 from src.training import checkpoint
-from src.training.environment import git_commit
+from src.training.reporting.environment import git_commit
+from src.training.reporting.sink import UPDATE_GROUPS, MiniEpochReport, Sample, Sink, StepReport, ValidationReport
 from src.training.say import say
-from src.training.sink import UPDATE_GROUPS, MiniEpochReport, Sample, Sink, StepReport, ValidationReport
 
 # the first row is what RWKV training scripts have always logged
 STEP_NAMES = ("loss", "lr", "wd", "Gtokens", "kt/s", "tokens", "grad norm", "largest logit", "MFU", "memory GiB")

@@ -16,12 +16,12 @@ from src.training.fit import schedule, trainer_for
 from src.training.folder import FINAL
 from src.training.full_state import scatter_full_state
 from src.training.module import TrainingModule
-from src.training.out_of_memory import explained
+from src.training.preflight.out_of_memory import explained
 from src.training.processes import OneProcess
-from src.training.report import Reporter
+from src.training.reporting.reporter import Reporter
+from src.training.reporting.sink import Sink, StepReport
 from src.training.resume import LoadedState
 from src.training.say import say
-from src.training.sink import Sink, StepReport
 from src.training.start import build_model, length_of_run, look_at_start
 from src.training.strategy import Hardware
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.training.optim import MasterAdamW
-from src.training.sink import UPDATE_GROUPS
+from src.training.reporting.sink import UPDATE_GROUPS
 from src.training.zero import EngineAdamW
 
 ELEMENTS_AT_A_TIME = 1 << 26  # bounds what is computed beside the weights: 256 MiB

@@ -15,9 +15,9 @@ from src.inference.generate import generate
 from src.model import RWKV7
 from src.training.folder import SAMPLES
 from src.training.module import TrainingModule
-from src.training.report import Reporter
+from src.training.reporting.reporter import Reporter
+from src.training.reporting.sink import Sample
 from src.training.schedule import RunLength
-from src.training.sink import Sample
 from src.training.validate import HeldOut
 
 COUNT, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 64

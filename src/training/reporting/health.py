@@ -18,8 +18,8 @@ import torch
 
 from src.training.module import TrainingModule
 from src.training.optim import MasterAdamW
+from src.training.reporting.sink import Sink, StepReport
 from src.training.say import say
-from src.training.sink import Sink, StepReport
 
 BEFORE, LATEST = 100, 5  # losses that are compared: the median of the latest with the spread of those before
 WARM_UP_STEPS = 10  # slower than the rest: memory is fetched, kernels are built

@@ -1,0 +1,55 @@
+"""What a check finds: a line for each thing that was looked at, and the list of what there is to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from src.ops.toolchain import BuildError
+from src.training.say import say
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A thing that was looked at, in words, and what to do about it ('' when it is well)."""
+
+    name: str
+    words: str
+    to_do: str = ""
+
+
+class Checklist:
+    """Says what is found, line by line, and collects what there is to do."""
+
+    def __init__(self) -> None:
+        self.to_do: list[str] = []
+
+    def found(self, name: str, words: str) -> None:
+        say(f"{name:>12}  {words}")
+
+    def take(self, finding: Finding) -> None:
+        self.found(finding.name, finding.words)
+        if finding.to_do:
+            self.to_do.append(finding.to_do)
+
+    def attempt(self, name: str, question: Callable[[], T]) -> T | None:
+        """The answer, or None and its error on the list."""
+        try:
+            return question()
+        except (ValueError, OSError, BuildError) as error:
+            if str(error) not in self.to_do:
+                self.found(name, "see below")
+                self.to_do.append(str(error))
+            return None
+
+    def result(self) -> int:
+        if not self.to_do:
+            say("OK: nothing stands in the way of this run")
+            return 0
+        say("not OK; what to do:")
+        for number, words in enumerate(self.to_do, start=1):
+            say(f"  {number}. {words}")
+        return 1
