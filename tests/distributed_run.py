@@ -108,8 +108,7 @@ def fit(company, name, scenario, out):
     else:
         model = RWKV7(config.model_config(VOCAB)).to(hardware.dtype)
     if config.compile:  # as src/training/fit.py does
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
     module = Fit(
         model, config, hardware, lambda rank, size: Numbers(first_step, steps, rank, size, config, poison), values=values,
         optimizer=optimizer, poison=poison,

@@ -126,6 +126,6 @@ def test_compiled_backward_has_no_recurrence_in_its_graph(bounds):
     for block in model.blocks:
         block.compile(backend=backend, fullgraph=True)
     compiled = gradients(model, BOUNDS[bounds])
-    assert counts == {"forward": 3, "backward": 0}
+    assert counts == {"forward": 2, "backward": 0}  # once in each graph: that of the first block, and that of the others
     for a, b in zip(compiled, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)

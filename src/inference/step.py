@@ -31,7 +31,7 @@ class _TimeMixWeights(NamedTuple):
 
 def _lay_out(att: TimeMix) -> _TimeMixWeights:
     pairs = [(att.x_w, att.w1), (att.x_a, att.a1), (att.x_g, att.g1)]
-    if att.layer > 0:
+    if not att.first:
         pairs.append((att.x_v, att.v1))
     inner = torch.cat([torch.cat([first, mix.view(-1, 1) * first]).t() for mix, first in pairs])
     return _TimeMixWeights(

@@ -76,7 +76,8 @@ class TimeMix(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
-        self.layer, self.n_head, self.head_size, self.kernel = layer, config.n_head, config.head_size, config.kernel
+        # Whether it is the first, not its number: all others are one graph to torch.compile.
+        self.first, self.n_head, self.head_size, self.kernel = layer == 0, config.n_head, config.head_size, config.kernel
         width = config.n_embd
         for mix in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "v0", "k_k", "k_a"):
             self.register_parameter(mix, nn.Parameter(torch.empty(1, 1, width)))
@@ -117,14 +118,14 @@ class TimeMix(nn.Module):
         a = (xa @ self.a1) @ self.a2
         g = torch.sigmoid(xg @ self.g1) @ self.g2
         residual = None
-        if self.layer == 0:
+        if self.first:
             v_first = v
         else:
             assert v_first is not None, "a TimeMix of layer > 0 needs v_first, the values of layer 0"
             residual = (xv @ self.v1) @ self.v2
 
         k, v, remove, replace = time_mix_inputs(
-            *(k, v, a, None if self.layer == 0 else v_first, residual),
+            *(k, v, a, None if self.first else v_first, residual),
             *(self.k_k, self.k_a, self.a0, self.v0, self.head_size),
             kernel=self.kernel,
         )
@@ -172,7 +173,7 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.att = TimeMix(config, layer)
         self.ffn = ChannelMix(config, layer)
-        self.layer, self.grad_cp = layer, config.grad_cp
+        self.first, self.grad_cp = layer == 0, config.grad_cp
 
     def forward(
         self, x: Tensor, v_first: Tensor | None, state: LayerState | None, cu_seqlens: Tensor | None
@@ -185,7 +186,7 @@ class Block(nn.Module):
         self, x: Tensor, v_first: Tensor | None, state: LayerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, LayerState]:
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
-        if self.layer == 0:
+        if self.first:
             x = self.ln0(x)
         out, v_first, att_shift, wkv = self.att(self.ln1(x), v_first, att_shift, wkv, cu_seqlens)
         x = x + out

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,18 @@ class RWKV7(nn.Module):
     ) -> tuple[Tensor, State]:
         x, state = self.hidden(tokens, state, cu_seqlens)
         return self.head(x), state
+
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile for the blocks, with its `options`. All but the first run the same code, compiled once for each kind of call."""
+        import torch._dynamo  # seconds
+
+        # Beyond its limit the compiler falls silent and runs plain PyTorch. Kinds of call: rows or any number of documents, with gradients
+        # or without, the first block or another; where ZeRO hangs its hooks on modules, each block.
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 16 * len(self.blocks))
+        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
+        for block in self.blocks:
+            block.compile(**options)
 
     @classmethod
     def from_checkpoint(

@@ -127,8 +127,7 @@ def _fit(
         return samples.dataset(position.samples, count, rank, world_size, position.holes, model.config.vocab_size)
 
     if config.compile:
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
     bad_steps = WatchBadSteps(config.max_bad_steps, scale_loss=hardware.precision == "fp16")
     stop = StopInTime(position.step, ends_at)
     warn = Warnings()

@@ -77,8 +77,7 @@ class Step:
         with self.device:
             model = RWKV7(config.model_config(vocab)).to(self.device, self.hardware.dtype)
         if config.compile:  # as src/training/fit.py does
-            for block in model.blocks:
-                block.compile()
+            model.compile_blocks()
         self.module = TrainingModule(model, config, self.hardware, make_dataset=None)
         self.optimizer = self.module.configure_optimizers()
         self.module.on_train_start()

@@ -63,8 +63,7 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OneP
     samples.check_ids(model.config.vocab_size)
     say(summary(config, model, hardware, samples, start))
     if config.compile:
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
     steps = min(STEPS, length.steps - position.step)
     count = steps * length.global_batch // hardware.world_size
 
