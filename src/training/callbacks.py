@@ -12,10 +12,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from src.training.checkpoint import FINAL, save_weights
+from src.training.checkpoint import save_weights
+from src.training.folder import FINAL
 from src.training.full_state import counters, gather_full_state, gather_weights, scatter_full_state
 from src.training.module import TrainingModule
-from src.training.reporting.reporter import Reporter, Sink, StepReport
+from src.training.reporting.reporter import Reporter
+from src.training.reporting.sink import Sink, StepReport
 from src.training.resume import LoadedState, Position, StateWriter
 from src.training.say import say
 from src.training.schedule import RunLength

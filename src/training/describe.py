@@ -13,8 +13,8 @@ from src.config import ModelConfig, RunConfig
 from src.files import sha256_of
 from src.model import RWKV7
 from src.ops.wkv7 import describe_kernel
-from src.training import checkpoint
 from src.training.data import Samples
+from src.training.folder import FINAL
 from src.training.schedule import RunLength
 from src.training.start import Start
 from src.training.strategy import Hardware
@@ -82,7 +82,7 @@ def summary(
 
 def words_for_complete(proj_dir: Path) -> str:
     """What to do with a run that has ended."""
-    final = proj_dir / checkpoint.FINAL
+    final = proj_dir / FINAL
     return (
         f"the run in {proj_dir} is complete: {final}\n"
         f'  use it:      python -m src.inference.generate {proj_dir} --prompt "..."\n'

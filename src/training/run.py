@@ -27,7 +27,7 @@ from src.training.allocator import set_up_malloc
 from src.training.data import open_samples
 from src.training.describe import parameter_count, settings_of, summary, words_for_complete
 from src.training.fit import fit_whatever_comes
-from src.training.folder import BEST, FINAL, LOG, METRICS, PICTURE, VALIDATION
+from src.training.folder import BEST, FINAL, INIT, LOG, METRICS, PICTURE, VALIDATION
 from src.training.html_report import write_report
 from src.training.plot import loss_picture
 from src.training.preflight import plan
@@ -138,7 +138,7 @@ def _plan(config: RunConfig) -> int:
 
 
 def _write_init(config: RunConfig, hardware: Hardware, proj_dir: Path) -> int:
-    target = proj_dir / checkpoint.INIT
+    target = proj_dir / INIT
     model_config = config.model_config(find_vocab_size(config, None))
     if target.exists():
         with torch.device("meta"):
@@ -170,7 +170,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OnePr
     if held_out and config.vocab_size:  # a mistake must not be found when files have been moved
         held_out.check_ids(config.vocab_size)
     company.decide(lambda: put_aside_other_run(config, proj_dir))
-    if company.decide((proj_dir / checkpoint.FINAL).exists):
+    if company.decide((proj_dir / FINAL).exists):
         say(words_for_complete(proj_dir))
         return 0
     seed = company.decide(lambda: _seed(config))

@@ -15,6 +15,7 @@ from src.model import RWKV7
 from src.model.weights import IDLE_IN_LAYER_0, Weights, config_from_weights, fit_weights, read_weights
 from src.training import checkpoint
 from src.training.data import open_samples
+from src.training.folder import BEST, FINAL
 from src.training.parts import Values, fresh_values
 from src.training.processes import OneProcess
 from src.training.resume import LoadedState, Position, newest_good, states
@@ -87,12 +88,12 @@ def _begins_anew(config: RunConfig, proj_dir: Path) -> tuple[Path | None, str]:
     Raises ValueError when the weights are not there, or belong to the run itself.
     """
     origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
-    going_on = checkpoint.numbered(proj_dir) or states(proj_dir) or (proj_dir / checkpoint.FINAL).exists()
+    going_on = checkpoint.numbered(proj_dir) or states(proj_dir) or (proj_dir / FINAL).exists()
     if origin is not None and not origin.is_file():
         if going_on and not config.restart:
             return None, ""  # the run goes on from its own files
         raise ValueError(f"--load_model {origin}: no such file")
-    inside = [*checkpoint.numbered(proj_dir).values(), proj_dir / checkpoint.FINAL, proj_dir / checkpoint.BEST]
+    inside = [*checkpoint.numbered(proj_dir).values(), proj_dir / FINAL, proj_dir / BEST]
     if config.load_model and origin is not None and any(path.exists() and path.samefile(origin) for path in inside):
         raise ValueError(
             f"--load_model {origin}: belongs to the run in --proj_dir {proj_dir} itself. To go on with that run, leave the flag out; to "
