@@ -13,7 +13,7 @@ from src.config import RunConfig
 from src.model import RWKV7, ModelConfig
 from src.training import strategy, zero
 from src.training.parts import fresh_values
-from src.training.processes import Place, first_place, place_from_launcher
+from src.training.places import Place, first_place, place_from_launcher
 
 ROOT = Path(__file__).parents[1]
 STAGES = {"deepspeed_stage_1": 1, "deepspeed_stage_2": 2, "deepspeed_stage_3": 3}

@@ -22,7 +22,7 @@ from src.training.data import Samples
 from src.training.folder import FINAL, LOG, METRICS, TRACE, VALIDATION
 from src.training.module import TrainingModule
 from src.training.parts import Values
-from src.training.processes import OneProcess
+from src.training.processes import Company
 from src.training.reporting.health import Warnings, WatchNumbers, WatchPace
 from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile
 from src.training.reporting.loggers import open_loggers
@@ -62,7 +62,7 @@ def fit_whatever_comes(
     held_out: HeldOut | None,
     start: Start,
     settings: dict[str, Any],
-    company: OneProcess,
+    company: Company,
     ends_at: float,
 ) -> End:
     """Fit to the end, or until `ends_at`; after too many bad steps, once more from the last good state without their samples."""
@@ -111,7 +111,7 @@ def _fit(
     held_out: HeldOut | None,
     start: Start,
     settings: dict[str, Any],
-    company: OneProcess,
+    company: Company,
     ends_at: float,
 ) -> End:
     """One Lightning fit from `start` to the end of the run, or until something stops it."""
@@ -197,7 +197,7 @@ def trainer_for(
     config: RunConfig,
     hardware: Hardware,
     proj_dir: Path,
-    company: OneProcess,
+    company: Company,
     steps: int,
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:

@@ -34,7 +34,7 @@ from src.training.preflight import plan
 from src.training.preflight.check import check, warn_at_start
 from src.training.preflight.dry_run import dry_run
 from src.training.preflight.out_of_memory import NotEnoughMemory, explained, is_out_of_memory
-from src.training.processes import OneProcess, join
+from src.training.processes import Company, join
 from src.training.reporting.environment import environment
 from src.training.reporting.log_files import read_columns
 from src.training.say import is_first, say, say_error
@@ -56,7 +56,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
     """Carry out `train.py` with these settings. The exit code: 0 done, 1 a failure, 2 a mistake in the call, 130 stopped."""
     ends_at = time.monotonic() + config.time_limit * 60 if config.time_limit else math.inf
     _quiet_libraries()
-    company = OneProcess()
+    company = Company()
     try:
         if config.plan >= 0:
             return _plan(config)
@@ -106,7 +106,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
         raise
 
 
-def _fail(company: OneProcess, message: str, code: int) -> int:
+def _fail(company: Company, message: str, code: int) -> int:
     if company.has_to_say(message):
         say_error(message)
         company.end_all(message)
@@ -160,7 +160,7 @@ def _init_dtype(config: RunConfig) -> torch.dtype:
 # ---- training ---------------------------------------------------------------------------------------------------------------
 
 
-def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OneProcess, ends_at: float) -> int:
+def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Company, ends_at: float) -> int:
     samples = open_samples(config)
     if config.data_type == "sft" and config.magic_prime:
         say("note: --magic_prime has no meaning for --data_type sft, whose order is a shuffle for each epoch")

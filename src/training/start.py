@@ -17,7 +17,7 @@ from src.training import checkpoint
 from src.training.data import open_samples
 from src.training.folder import BEST, FINAL
 from src.training.parts import Values, fresh_values
-from src.training.processes import OneProcess
+from src.training.processes import Company
 from src.training.resume import LoadedState, Position, newest_good, states
 from src.training.say import say
 from src.training.schedule import RunLength
@@ -192,7 +192,7 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path
 
 
 def build_model(
-    config: RunConfig, hardware: Hardware, start: Start, company: OneProcess
+    config: RunConfig, hardware: Hardware, start: Start, company: Company
 ) -> tuple[RWKV7, Callable[[], Values]]:
     """The model in the run's precision and the values to start from. Raises ValueError when a file doesn't fit.
 

@@ -11,7 +11,8 @@ import torch
 from src.config import RunConfig
 from src.training import zero
 from src.training.cpu_precision import cpu_precision
-from src.training.processes import OneProcess, place_from_launcher
+from src.training.places import place_from_launcher
+from src.training.processes import Company
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -121,7 +122,7 @@ def engine_settings(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
     )
 
 
-def lightning_strategy(config: RunConfig, hardware: Hardware, company: OneProcess) -> Any:
+def lightning_strategy(config: RunConfig, hardware: Hardware, company: Company) -> Any:
     """For Lightning's Trainer, with every process there already."""
     if hardware.strategy == "plain":
         return "auto"

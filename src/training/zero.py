@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from src.model import RWKV7
 from src.training.optim import LOSS_SCALE_GROWTH_STEPS, LOSS_SCALE_POWER
-from src.training.processes import OneProcess
+from src.training.processes import Company
 
 REQUIREMENT = "deepspeed>=0.19,<0.20"  # what the tests run; nothing of it has to be compiled
 
@@ -88,7 +88,7 @@ def engine_settings(
 class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy on GPUs and on CPU processes, which Lightning refuses. Its model is a DeepSpeedEngine."""
 
-    def __init__(self, settings: dict[str, Any], accelerator: str, company: OneProcess) -> None:
+    def __init__(self, settings: dict[str, Any], accelerator: str, company: Company) -> None:
         self.deepspeed = import_deepspeed(accelerator)
         super().__init__(
             config=settings,

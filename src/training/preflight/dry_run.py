@@ -17,7 +17,7 @@ from src.training.folder import FINAL
 from src.training.full_state import scatter_full_state
 from src.training.module import TrainingModule
 from src.training.preflight.out_of_memory import explained
-from src.training.processes import OneProcess
+from src.training.processes import Company
 from src.training.reporting.reporter import Reporter
 from src.training.reporting.sink import Sink, StepReport
 from src.training.resume import LoadedState
@@ -48,7 +48,7 @@ class RestoreState(pl.Callback):
         scatter_full_state(trainer, pl_module, self.loaded.tensors(), self.loaded.counters)
 
 
-def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, company: OneProcess) -> int:
+def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Company) -> int:
     """Two steps from where the run would start. Exit code 0 when they gave finite numbers, 1 otherwise; errors as in the run itself."""
     samples, _ = look_at_samples(config)
     length = length_of_run(config, samples.once, hardware.world_size)

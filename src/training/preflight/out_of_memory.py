@@ -13,7 +13,7 @@ from src.config import ModelConfig, RunConfig
 from src.training.preflight import plan
 from src.training.preflight.machine import free_memory
 from src.training.preflight.plan import GIB, Memory
-from src.training.processes import OneProcess
+from src.training.processes import Company
 from src.training.strategy import Hardware
 
 SAFE = {
@@ -135,7 +135,7 @@ def parts_in_words(memory: Memory) -> str:
 
 
 @contextmanager
-def explained(config: RunConfig, model: ModelConfig, hardware: Hardware, company: OneProcess) -> Iterator[None]:
+def explained(config: RunConfig, model: ModelConfig, hardware: Hardware, company: Company) -> Iterator[None]:
     """Turns an error of this block that means "no memory" into NotEnoughMemory."""
     device = company.environment.local_rank() if company.environment else 0
     free = free_memory(hardware.accelerator, hardware.devices, device)
