@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import Dataset
 
-from src.config import RunConfig
+from src.config import ModelConfig, RunConfig
 from src.dataset.sampling import skip_holes
 from src.model import RWKV7
 from src.training import checkpoint
@@ -52,30 +52,36 @@ class End:
     bad_steps: range | None = None
 
 
-def fit_whatever_comes(
-    config: RunConfig,
-    hardware: Hardware,
-    proj_dir: Path,
-    model: RWKV7,
-    values: Callable[[], Values],
-    samples: Samples,
-    held_out: HeldOut | None,
-    start: Start,
-    settings: dict[str, Any],
-    company: Company,
-    ends_at: float,
-) -> End:
-    """Fit to the end, or until `ends_at`; after too many bad steps, once more from the last good state without their samples."""
+@dataclass(frozen=True)
+class Run:
+    """What stays the same in a run, however often it goes back. `ends_at` by time.monotonic(): infinity without a limit."""
+
+    config: RunConfig
+    hardware: Hardware
+    proj_dir: Path
+    samples: Samples
+    held_out: HeldOut | None
+    settings: dict[str, Any]
+    company: Company
+    ends_at: float
+
+
+def fit_whatever_comes(run: Run, model: RWKV7, values: Callable[[], Values], start: Start) -> End:
+    """Fit to the end, or until `run.ends_at`; after too many bad steps, once more from the last good state without their samples.
+
+    Raises FloatingPointError when that doesn't get further; what a strategy, a callback or the data raises passes through.
+    """
+    config, company = run.config, run.company
     went_back_to = -1
     while True:
-        end = _fit(config, hardware, proj_dir, model, values, samples, held_out, start, settings, company, ends_at)
+        end = _fit(run, model, values, start)
         if end.bad_steps is None:
             return end
         numbers = range(start.length.samples(end.bad_steps.start), start.length.samples(end.bad_steps.stop))
         bad = sorted(skip_holes(n, start.position.holes) for n in numbers)
         length = RunLength.of(start.length.exit_tokens, config.ctx_len, start.length.global_batch, config.epoch_steps)
-        again = company.decide(partial(find_start, config, proj_dir, length))
-        where = f"steps {end.bad_steps.start + 1} to {end.bad_steps.stop} (samples {bad[0]} to {bad[-1]}, the first is at {samples.place(bad[0])})"
+        again = company.decide(partial(find_start, config, run.proj_dir, length))
+        where = f"steps {end.bad_steps.start + 1} to {end.bad_steps.stop} (samples {bad[0]} to {bad[-1]}, the first is at {run.samples.place(bad[0])})"
         if again.position.step <= went_back_to:
             raise FloatingPointError(
                 f"the loss or gradient was not finite again, at {where}, after going back to step {again.position.step} once. "
@@ -87,7 +93,7 @@ def fit_whatever_comes(
         here = skip_holes(again.position.samples, again.position.holes)
         bad = [n for n in bad if n >= here]
         start = replace(again, position=replace(again.position, holes=_with_holes(again.position.holes, bad)))
-        model, values = build_model(config, hardware, start, company)
+        model, values = build_model(config, run.hardware, start, company)
 
 
 def _with_holes(holes: list[tuple[int, int]], samples: list[int]) -> list[tuple[int, int]]:
@@ -101,39 +107,42 @@ def _with_holes(holes: list[tuple[int, int]], samples: list[int]) -> list[tuple[
     return runs
 
 
-def _fit(
-    config: RunConfig,
-    hardware: Hardware,
-    proj_dir: Path,
-    model: RWKV7,
-    values: Callable[[], Values],
-    samples: Samples,
-    held_out: HeldOut | None,
-    start: Start,
-    settings: dict[str, Any],
-    company: Company,
-    ends_at: float,
-) -> End:
+def _fit(run: Run, model: RWKV7, values: Callable[[], Values], start: Start) -> End:
     """One Lightning fit from `start` to the end of the run, or until something stops it."""
-    length, position = start.length, start.position
-    if position.step >= length.steps:  # stopped between its last step and its last file
+    config, hardware, steps = run.config, run.hardware, start.length.steps - start.position.step
+    if steps <= 0:  # stopped between its last step and its last file
         if is_first():
             weights_now = {name: tensor.to(hardware.dtype) for name, tensor in values()}
-            checkpoint.save_weights(weights_now, proj_dir / FINAL)
+            checkpoint.save_weights(weights_now, run.proj_dir / FINAL)
         return End()
-    count = (length.steps - position.step) * length.global_batch // hardware.world_size  # samples of one rank
+    callbacks = _callbacks(run, model.config, start)
+    trainer = trainer_for(config, hardware, run.proj_dir, run.company, steps, callbacks.in_order)
+    try:
+        trainer.fit(module_for(config, hardware, run.samples, model, values, start, steps))
+    except SystemExit:  # Lightning makes this of a KeyboardInterrupt: a second Ctrl-C, or one before the first step
+        raise KeyboardInterrupt from None
+    return _end(callbacks, start.length.steps, limited=math.isfinite(run.ends_at))
 
-    def make_dataset(rank: int, world_size: int) -> Dataset:
-        return samples.dataset(position.samples, count, rank, world_size, position.holes, model.config.vocab_size)
 
-    if config.compile:
-        model.compile_blocks()
-    bad_steps = WatchBadSteps(config.max_bad_steps, scale_loss=hardware.precision == "fp16")
-    stop = StopInTime(position.step, ends_at)
+@dataclass(frozen=True)
+class _Callbacks:
+    """The callbacks of a fit in their order, and those that know how it ended."""
+
+    in_order: list[pl.Callback]
+    reporter: Reporter
+    stop: StopInTime
+    bad_steps: WatchBadSteps
+
+
+def _callbacks(run: Run, model: ModelConfig, start: Start) -> _Callbacks:
+    """Everything that happens around the steps, put together: who hands what to whom, and who comes before whom."""
+    config, proj_dir, length, position = run.config, run.proj_dir, start.length, start.position
+    bad_steps = WatchBadSteps(config.max_bad_steps, scale_loss=run.hardware.precision == "fp16")
+    stop = StopInTime(position.step, run.ends_at)
     warn = Warnings()
-    shown = [*_sinks(config, proj_dir, start, settings), WatchNumbers(length.steps, warn)] if is_first() else []
+    shown = [*_sinks(config, proj_dir, start, run.settings), WatchNumbers(length.steps, warn)] if is_first() else []
     wishes = {"stop": stop.wish, "rollback": bad_steps.wish}
-    peak = peak_tokens_per_second(model.config, hardware)
+    peak = peak_tokens_per_second(model, run.hardware)
     reporter = Reporter(length, position.step, [*shown, bad_steps], position.mini_epoch_losses, wishes, peak)
     weights = SaveWeights(length, position.step, config.epoch_save, proj_dir)
     keeper = KeepState(
@@ -143,54 +152,70 @@ def _fit(
         length=length,
         reporter=reporter,
         weights=weights,
-        settings=settings,
+        settings=run.settings,
         save_minutes=config.save_minutes,
     )
     wishes["save"] = keeper.due
-    show_samples = ShowSamples(config, reporter, length, proj_dir)
-    after_report: list[pl.Callback] = [DrawPictures(length, position.step, proj_dir)]
-    if held_out is not None:
-        reporter.best_val_loss = company.decide(lambda: best_before(proj_dir, position.step))
-        at_start = (
-            position.step == 0 and start.weights is not None and (config.data_type == "sft" or bool(config.load_model))
-        ) or company.decide(lambda: was_left_out(proj_dir, config.val_every, length, position.step))
-        validate = Validate(
-            held_out, reporter, length, position.step, config.val_every, proj_dir, at_start, stop.wish_now
-        )
-        stop.seconds_coming = validate.seconds_coming
-        after_report.insert(0, validate)
     stop.reporter, stop.keeper = reporter, keeper
-    pace = [*[Profile(config.profile, proj_dir / TRACE)] * (is_first() and config.profile > 0), WatchPace(warn)]
-    trainer = trainer_for(
-        config,
-        hardware,
-        proj_dir,
-        company,
-        length.steps - position.step,
-        [
-            SetLearningRate(schedule(config, start), position.step),
-            reporter,
-            weights,
-            *after_report,
-            keeper,
-            stop,
-            show_samples,  # when everything is saved
-            *pace,
-        ],
-    )
-    in_parts = values if hardware.model_in_parts else None
-    try:
-        trainer.fit(TrainingModule(model, config, hardware, make_dataset, samples.collate, in_parts))
-    except SystemExit:  # Lightning makes this of a KeyboardInterrupt: a second Ctrl-C, or one before the first step
-        raise KeyboardInterrupt from None
-    if "stop" in reporter.agreed and reporter.next_step < length.steps:
-        if stop.out_of_time or (not stop.received and math.isfinite(ends_at)):  # or another process's time was over
+    in_order = [
+        SetLearningRate(schedule(config, start), position.step),
+        reporter,
+        weights,
+        *([_validation(run, run.held_out, start, reporter, stop)] if run.held_out is not None else []),
+        DrawPictures(length, position.step, proj_dir),
+        keeper,
+        stop,
+        ShowSamples(config, reporter, length, proj_dir),  # when everything is saved
+        *([Profile(config.profile, proj_dir / TRACE)] if is_first() and config.profile > 0 else []),
+        WatchPace(warn),
+    ]
+    return _Callbacks(in_order, reporter, stop, bad_steps)
+
+
+def _validation(run: Run, held_out: HeldOut, start: Start, reporter: Reporter, stop: StopInTime) -> Validate:
+    """The callback that measures the held-out loss: before the first step too, where trained weights begin or a stop left it out."""
+    config, company, length, step = run.config, run.company, start.length, start.position.step
+    reporter.best_val_loss = company.decide(lambda: best_before(run.proj_dir, step))
+    fine_tuned = step == 0 and start.weights is not None and (config.data_type == "sft" or bool(config.load_model))
+    at_start = fine_tuned or company.decide(lambda: was_left_out(run.proj_dir, config.val_every, length, step))
+    validate = Validate(held_out, reporter, length, step, config.val_every, run.proj_dir, at_start, stop.wish_now)
+    stop.seconds_coming = validate.seconds_coming
+    return validate
+
+
+def _end(callbacks: _Callbacks, steps: int, limited: bool) -> End:
+    """What a fit of a run of `steps` steps came to; `limited`: --time_limit is given."""
+    reporter, stop = callbacks.reporter, callbacks.stop
+    if "stop" in reporter.agreed and reporter.next_step < steps:
+        if stop.out_of_time or (not stop.received and limited):  # or another process's time was over
             return End("--time_limit is near", TIME_LIMIT_EXIT_CODE)
         number = stop.received or signal.SIGTERM
         return End(f"{signal.Signals(number).name} received", 128 + number)
     if "rollback" in reporter.agreed:
-        return End(bad_steps=bad_steps.too_many)
+        return End(bad_steps=callbacks.bad_steps.too_many)
     return End()
+
+
+def module_for(
+    config: RunConfig,
+    hardware: Hardware,
+    samples: Samples,
+    model: RWKV7,
+    values: Callable[[], Values],
+    start: Start,
+    steps: int,
+) -> TrainingModule:
+    """The LightningModule of `steps` steps from `start` on, its blocks compiled where --compile asks for it."""
+    position, vocab_size = start.position, model.config.vocab_size
+    count = steps * start.length.global_batch // hardware.world_size  # samples of one rank
+
+    def make_dataset(rank: int, world_size: int) -> Dataset:
+        return samples.dataset(position.samples, count, rank, world_size, position.holes, vocab_size)
+
+    if config.compile:
+        model.compile_blocks()
+    in_parts = values if hardware.model_in_parts else None
+    return TrainingModule(model, config, hardware, make_dataset, samples.collate, in_parts)
 
 
 def trainer_for(
@@ -223,6 +248,7 @@ def trainer_for(
 
 
 def schedule(config: RunConfig, start: Start) -> Callable[[int], float]:
+    """step -> learning rate, for the rest of the run: a batch that has changed since counts the tokens that it really took."""
     length = start.length
 
     def at(step: int) -> float:

@@ -26,7 +26,7 @@ from src.training import checkpoint
 from src.training.allocator import set_up_malloc
 from src.training.data import open_samples
 from src.training.describe import parameter_count, settings_of, summary, words_for_complete
-from src.training.fit import fit_whatever_comes
+from src.training.fit import Run, fit_whatever_comes
 from src.training.folder import BEST, FINAL, INIT, LOG, METRICS, PICTURE, VALIDATION
 from src.training.html_report import write_report
 from src.training.plot import loss_picture
@@ -188,9 +188,8 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Compa
     if company.rank == 0:
         warn_at_start(config, hardware, model.config, samples, start, proj_dir)
     with explained(config, model.config, hardware, company):
-        end = fit_whatever_comes(
-            config, hardware, proj_dir, model, values, samples, held_out, start, settings, company, ends_at
-        )
+        ingredients = Run(config, hardware, proj_dir, samples, held_out, settings, company, ends_at)
+        end = fit_whatever_comes(ingredients, model, values, start)
     if company.rank != 0:
         return end.exit_code
     drawn = []

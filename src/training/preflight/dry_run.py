@@ -6,16 +6,14 @@ import tempfile
 from pathlib import Path
 
 import pytorch_lightning as pl
-from torch.utils.data import Dataset
 
 from src.config import RunConfig
 from src.training.callbacks import SetLearningRate, WatchBadSteps
 from src.training.data import look_at_samples
 from src.training.describe import summary, words_for_complete
-from src.training.fit import schedule, trainer_for
+from src.training.fit import module_for, schedule, trainer_for
 from src.training.folder import FINAL
 from src.training.full_state import scatter_full_state
-from src.training.module import TrainingModule
 from src.training.preflight.out_of_memory import explained
 from src.training.processes import Company
 from src.training.reporting.reporter import Reporter
@@ -62,14 +60,7 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Comp
     model, values = build_model(config, hardware, start, company)
     samples.check_ids(model.config.vocab_size)
     say(summary(config, model, hardware, samples, start))
-    if config.compile:
-        model.compile_blocks()
     steps = min(STEPS, length.steps - position.step)
-    count = steps * length.global_batch // hardware.world_size
-
-    def make_dataset(rank: int, world_size: int) -> Dataset:
-        return samples.dataset(position.samples, count, rank, world_size, position.holes, model.config.vocab_size)
-
     seen, bad_steps = Remember(), WatchBadSteps(STEPS, scale_loss=hardware.precision == "fp16")
     reporter = Reporter(length, position.step, [seen, bad_steps], [], {})
     callbacks: list[pl.Callback] = [SetLearningRate(schedule(config, start), position.step), reporter]
@@ -77,8 +68,7 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Comp
         callbacks.append(RestoreState(start.loaded))
     with explained(config, model.config, hardware, company), tempfile.TemporaryDirectory() as nowhere:
         trainer = trainer_for(config, hardware, Path(nowhere), company, steps, callbacks)
-        in_parts = values if hardware.model_in_parts else None
-        trainer.fit(TrainingModule(model, config, hardware, make_dataset, samples.collate, in_parts))
+        trainer.fit(module_for(config, hardware, samples, model, values, start, steps))
     for report in seen.reports:
         say(
             f"step {report.step + 1}: loss {report.loss:.4f}, gradient norm {report.grad_norm:.4g}, lr {report.lr:.3g}, "
