@@ -1,5 +1,6 @@
 """torch.compile of a block: one graph, no compilation after the first steps, the same numbers; and what backward keeps."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -39,7 +40,10 @@ def block_gradients(call, x, v_first, bounds, parameters):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bounds", [None, [0, 5, 17, 24]], ids=["rows", "packed"])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_block_is_one_graph_with_the_same_numbers(layer, bounds, dtype):
+@pytest.mark.parametrize("fused", [True, False], ids=["fused on a CPU", "plain, as on a GPU"])
+def test_a_block_is_one_graph_with_the_same_numbers(fused, layer, bounds, dtype, monkeypatch):
+    if not fused:
+        monkeypatch.setattr(importlib.import_module("src.ops.elementwise"), "NATIVE_DTYPES", ())
     block = busy(Block(CONFIG, layer)).to(dtype)
     bounds = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
     x = torch.randn(1 if bounds is not None else 2, 24, 64).to(dtype).requires_grad_()
