@@ -1,5 +1,5 @@
 #!/bin/sh
-# All that only a machine with an NVIDIA GPU can tell, in one call: tests, compute-sanitizer, benchmark. Writes it to a file (gpu_check.txt).
+# All that only a machine with an NVIDIA GPU can tell, in one call: tests, compute-sanitizer, benchmarks. Writes it to a file (gpu_check.txt).
 #
 #   sh tests/gpu_check.sh [FILE]          PYTHON=python3 with torch and the packages of requirements.txt and tests/requirements.txt
 #
@@ -33,6 +33,16 @@ else
     step sanitizer sh -c 'echo "compute-sanitizer is not installed (it comes with the CUDA toolkit)"; exit 1'
 fi
 step benchmark "$python" tests/bench/wkv7.py
+step loader "$python" tests/bench/loader.py
+# Of a whole training step: first as it is started by default, then compiled; the lean setting; more at a time; the larger models.
+bench="$python tests/bench/train_step.py --device cuda --profile 1"
+step "training step" $bench --config 0.1b
+step "training step, compiled" $bench --config 0.1b --compile 1
+step "training step, lean" $bench --config 0.1b --compile 1 --grad_cp 1 --head_chunk 4096
+step "training step, micro batch 64" $bench --config 0.1b --compile 1 --micro_bsz 64
+step "training step, 0.4b" $bench --config 0.4b --compile 1
+step "training step, 1.5b" $bench --config 1.5b --compile 1 --grad_cp 1 --head_chunk 4096
+step "training step, 2.9b" $bench --config 2.9b --compile 1 --grad_cp 1 --head_chunk 4096
 
 echo | tee -a "$result"
 if [ -n "$failed" ]; then

@@ -119,8 +119,11 @@ def test_what_was_compiled_is_found_again_by_the_next_run(grad_cp, tmp_path, mon
     assert found == [{"miss": 1, "hit": 0, "bypass": 0}, {"miss": 0, "hit": 1, "bypass": 0}]
 
 
-@pytest.mark.slow
-def test_the_loss_curve_is_the_same_with_and_without_compile():
+@pytest.mark.parametrize("device", [
+    pytest.param("cpu", marks=pytest.mark.slow),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+])  # fmt: skip
+def test_the_loss_curve_is_the_same_with_and_without_compile(device):
     config = ModelConfig(n_layer=2, n_embd=128, vocab_size=64)
     follower = torch.randperm(64)  # a language: mostly the follower of the token before, now and then anything
     text = torch.randint(64, (200, 8, 65))
@@ -129,12 +132,12 @@ def test_the_loss_curve_is_the_same_with_and_without_compile():
     curves = []
     for compiled in (False, True):
         torch.manual_seed(3)
-        model = RWKV7(config)
+        model = RWKV7(config).to(device)
         if compiled:
             model.compile_blocks()
         optimizer = MasterAdamW(parameter_groups(model, 0.001), lr=3e-4, betas=(0.9, 0.99), eps=1e-18, grad_clip=1.0)
         losses = []
-        for rows in text:
+        for rows in text.to(device):
             loss = cross_entropy_l2wrap(model(rows[:, :-1])[0], rows[:, 1:])
             loss.backward()
             optimizer.step()

@@ -244,3 +244,18 @@ def test_gpu_is_right_repeats_its_bits_and_makes_no_copy_of_the_logits(vocabular
     assert abs(first[0].item() - want.item()) < 1e-3 * want.item()
     for x, y in zip(first[1:], torch.autograd.grad(want, exact), strict=True):
         assert (x.double() - y).norm() < 1e-2 * y.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 2 GPUs")
+def test_gpu_works_where_the_logits_are():
+    """On the second GPU, while the first is the current one."""
+    logits, targets, _ = problem(64, 5003, BF16)
+    exact = logits.double().requires_grad_()
+    (want,) = torch.autograd.grad(cross_entropy_l2wrap_reference(exact, targets), exact)
+    with torch.cuda.device(0):
+        leaf = logits.to("cuda:1").requires_grad_()
+        (got,) = torch.autograd.grad(cross_entropy_l2wrap(leaf, targets.to("cuda:1")), leaf)
+        assert torch.cuda.current_device() == 0
+    assert got.device == torch.device("cuda:1")
+    assert (got.cpu().double() - want).norm() < 1e-2 * want.norm()

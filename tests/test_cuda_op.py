@@ -13,6 +13,8 @@ import pytest
 import torch
 from host_cuda.harness import CUDA, build, build_ops, compiler, shared_folder
 from host_cuda.problems import answer, error, incoming, problem
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.utils.checkpoint import checkpoint
 
 from src.ops import wkv7
@@ -272,6 +274,38 @@ def test_gpu_benchmark_works_out_its_table(capsys, monkeypatch):
         wkv7_gpu.worst_error("recurrent", "cpu")
 
 
+def test_step_benchmark_gives_each_kernel_to_a_part(monkeypatch):
+    """A profile as a GPU gives it: marks of the host on the GPU's line, kernels of ops, and kernels that a compiled graph started."""
+    monkeypatch.syspath_prepend(str(TESTS / "bench"))
+    from train_step import gpu_split
+
+    events = []
+
+    def event(name, start, end, kernel="", parent=None, mark=False):
+        """An op (or mark) on the host, what it started on the GPU, and for a mark its shadow there."""
+        events.append(FunctionEvent(len(events), name, 0, start, end, is_user_annotation=mark))
+        if parent is not None:
+            events[-1].set_cpu_parent(parent)
+        op = events[-1]
+        if kernel or mark:
+            op.append_kernel(kernel or name, 0, end - start)
+            gpu(kernel or name, start, end, mark)
+        return op
+
+    def gpu(name, start, end, mark=False):
+        events.append(FunctionEvent(len(events), name, 7, start, end, device_type=DeviceType.CUDA, is_user_annotation=mark))
+
+    event("aten::mm", 0, 4000, "nvjet_hsh_128x256")
+    event("rwkv7::wkv7_forward", 4000, 5000, "wkv7_chunked_forward(Forward)")
+    gpu("triton_poi_fused_add_mul_0", 5000, 7000)
+    loss = event("part:loss", 7000, 9000, mark=True)
+    event("aten::mm", 7000, 8000, "nvjet_hsh_128x256", loss)
+    event("rwkv7::cross_entropy_l2wrap_forward", 8000, 9000, "forward_kernel", loss)
+    optimizer = event("part:optimizer", 9000, 12000, mark=True)
+    event("aten::_fused_adamw_", 9000, 12000, "multi_tensor_apply_kernel", optimizer)
+    assert gpu_split(events) == {"GEMM": 5.0, "wkv7": 1.0, "elementwise": 2.0, "loss": 1.0, "optimizer": 3.0}
+
+
 def test_gpu_check_goes_through_all_steps_and_says_what_failed(tmp_path):
     tools = {name: "echo $(basename $0) $*" for name in ("nvidia-smi", "nvcc", "python", "compute-sanitizer")}
     for broken in ("", "compute-sanitizer"):
@@ -283,7 +317,7 @@ def test_gpu_check_goes_through_all_steps_and_says_what_failed(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         result = (tmp_path / "result").read_text()
         assert done.stdout == result
-        for words in ("python -m pytest -q -m gpu tests", "--tool memcheck", "--tool racecheck", "tests/bench/wkv7.py"):
+        for words in ("python -m pytest -q -m gpu tests", "--tool memcheck", "--tool racecheck", "tests/bench/wkv7.py", "tests/bench/train_step.py", "--config 1.5b"):
             assert words in result
         assert result.splitlines()[-1].startswith("failed: memcheck, racecheck" if broken else "all passed")
         assert done.returncode == (1 if broken else 0)
@@ -292,13 +326,13 @@ def test_gpu_check_goes_through_all_steps_and_says_what_failed(tmp_path):
 # --- On a GPU -------------------------------------------------------------------------------------------------------------------------
 
 
-def on_gpu(x, kernel, dy, dfinal_state):
-    leaves = [x[name].cuda().requires_grad_() for name in NAMES]
-    state = x["state"].cuda().requires_grad_() if "state" in x else None
-    bounds = x["cu_seqlens"].cuda() if "cu_seqlens" in x else None
+def on_gpu(x, kernel, dy, dfinal_state, device="cuda"):
+    leaves = [x[name].to(device).requires_grad_() for name in NAMES]
+    state = x["state"].to(device).requires_grad_() if "state" in x else None
+    bounds = x["cu_seqlens"].to(device) if "cu_seqlens" in x else None
     y, final_state = wkv7(*leaves, state, bounds, kernel=kernel)
     wanted = [*leaves, *([] if state is None else [state])]
-    grads = torch.autograd.grad([y, final_state], wanted, [dy.cuda(), dfinal_state.cuda()])
+    grads = torch.autograd.grad([y, final_state], wanted, [dy.to(device), dfinal_state.to(device)])
     return {"y": y, "final_state": final_state, **{f"d{n}": g for n, g in zip([*NAMES, "state"], grads, strict=False)}}
 
 
@@ -332,8 +366,10 @@ def test_gpu_captures_into_a_graph_and_compiles(kernel):
     assert torch.equal(captured, plain)
     compiled = torch.compile(lambda *given: wkv7(*given, kernel=kernel)[0])
     assert torch.equal(compiled(*inputs), plain)
-    checks = (*inputs, None, None, True, kernel == "chunked")
-    torch.library.opcheck(torch.ops.rwkv7.wkv7_forward.default, checks)
+    checks = (*(x.requires_grad_() for x in inputs), None, None, True, kernel == "chunked")
+    # not the values of compiled outputs: what is kept has room that no document fills
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.rwkv7.wkv7_forward.default, checks, test_utils=utils)
 
 
 @pytest.mark.gpu
@@ -346,3 +382,54 @@ def test_gpu_computes_again_under_activation_checkpointing(kernel):
     again = checkpoint(lambda *given: wkv7(*given, kernel=kernel)[0], *inputs, use_reentrant=False)
     for one, two in zip(plain, torch.autograd.grad(again.float().sum(), inputs), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kernel", ["recurrent", "chunked"])
+def test_gpu_works_on_the_current_stream(kernel):
+    """Behind what that stream has to do first, and not behind another stream: here the default one is busy for a second."""
+    x = problem(2, 64, 2, 64, torch.bfloat16)
+    true = [x[name].cuda() for name in NAMES]
+    side = torch.cuda.Stream()
+
+    def run(late):
+        given = [torch.zeros_like(tensor).requires_grad_() for tensor in true]
+        torch.cuda._sleep(late)
+        with torch.no_grad():
+            for to, tensor in zip(given, true, strict=True):
+                to.copy_(tensor)
+        y = wkv7(*given, kernel=kernel)[0]
+        return [y.detach(), *torch.autograd.grad(y, given, torch.ones_like(y))]
+
+    expected = run(0)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        run(0)  # memory is taken and kernels are loaded, for which the device may be waited for
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)
+    busy, done = torch.cuda.Event(), torch.cuda.Event()
+    busy.record()
+    with torch.cuda.stream(side):
+        got = run(50_000_000)
+        done.record()
+    done.synchronize()
+    assert not busy.query()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 2 GPUs")
+@pytest.mark.parametrize("kernel", ["recurrent", "chunked"])
+def test_gpu_works_where_the_tensors_are(kernel):
+    """On the second GPU, while the first is the current one."""
+    x = problem(2, 64, 2, 64, torch.bfloat16, state=True)
+    dy, dfinal_state = incoming(x)
+    true = answer(x, dy, dfinal_state)
+    with torch.cuda.device(0):
+        got = on_gpu(x, kernel, dy, dfinal_state, "cuda:1")
+        assert torch.cuda.current_device() == 0
+    for name, value in got.items():
+        assert value.device == torch.device("cuda:1")
+        assert error(value.detach().cpu(), true[name]) <= 5e-3, name

@@ -4,18 +4,23 @@ import importlib
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from src.cli import parse
 from src.config import RunConfig
-from src.model import RWKV7
+from src.dataset.binidx import BinIdxWriter
+from src.model import RWKV7, ModelConfig
 from src.ops.build import BuildError, load_native
 from src.training.module import TrainingModule
 from src.training.preflight import plan
+from src.training.run import run
 from src.training.strategy import Hardware
 
 VOCAB, CTX, BATCH = 100, 64, 2
@@ -61,16 +66,16 @@ class Calls(TorchDispatchMode):
 
 
 class Step:
-    """Optimizer steps on tensors without values, of the objects that train.py trains with."""
+    """Optimizer steps, on tensors without values where no device is given, of the objects that train.py trains with."""
 
-    def __init__(self, packed=False, layers=3, **changed):
+    def __init__(self, packed=False, layers=3, device="meta", **changed):
         config = RunConfig(n_layer=layers, n_embd=128, ctx_len=CTX, micro_bsz=BATCH, weight_decay=0.1, **changed)
-        with torch.device("meta"):
+        with torch.device(device):
             model = RWKV7(config.model_config(VOCAB)).bfloat16()
             self.module = TrainingModule(model, config, Hardware("gpu", 1, 1, "bf16", "plain"), make_dataset=None)
             self.optimizer = self.module.configure_optimizers()
             tokens = torch.zeros(1 if packed else BATCH, CTX, dtype=torch.long)
-            bounds = [torch.zeros(4, dtype=torch.int32), torch.ones(())] if packed else []
+            bounds = [torch.tensor([0, 5, 30, CTX], dtype=torch.int32), torch.ones(())] if packed else []
         self.batch = (tokens, tokens.clone(), *bounds)
 
     def __call__(self, planted=lambda loss: None):
@@ -147,3 +152,109 @@ def test_the_lean_setting_is_planned_within_5_gb():
     ranks = {"d_decay_lora": 64, "d_aaa_lora": 64, "d_mv_lora": 32, "d_gate_lora": 128}
     config = RunConfig(n_layer=12, n_embd=768, grad_cp=1, **ranks).model_config(65536)
     assert plan.memory(config, "auto", 1, "bf16", 16 * 512, head_chunk=4096, on_gpu=True).total < 5e9
+
+
+# ---- The loop around the step ----------------------------------------------------------------------------------------------------
+
+READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select", "aten::equal")
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    with BinIdxWriter(tmp_path / "data", np.uint16) as writer:
+        writer.add_document(np.random.default_rng(0).integers(1, VOCAB, 6000).tolist())
+    return tmp_path / "data"
+
+
+def train(tokens, folder, **changed):
+    settings = {
+        "proj_dir": folder, "data_file": tokens, "vocab_size": VOCAB, "ctx_len": 16, "micro_bsz": 4, "n_layer": 2, "n_embd": 64,
+        "head_size": 64, "my_exit_tokens": 16 * 4 * 12, "epoch_steps": 12, "random_seed": 1, **changed,
+    }  # fmt: skip
+    return run(*parse([word for name, value in settings.items() for word in (f"--{name}", str(value))]))
+
+
+def in_each_step(monkeypatch, call):
+    """call(number of the step) at the beginning of each step of a run."""
+    step, number = TrainingModule.training_step, iter(range(10**6))
+    monkeypatch.setattr(TrainingModule, "training_step", lambda self, *given: (call(next(number)), step(self, *given))[1])
+
+
+def test_the_loop_reads_nothing_back(monkeypatch, tmp_path, tokens):
+    """Lightning's loop, optimizer and callbacks, from the fourth step of a run to the last but one."""
+    seen, starts = Calls(), []
+    fit = pl.Trainer.fit
+
+    def watched(self, *given):
+        with seen:
+            return fit(self, *given)
+
+    monkeypatch.setattr(pl.Trainer, "fit", watched)
+    in_each_step(monkeypatch, lambda number: starts.append(len(seen.calls)))
+    assert train(tokens, tmp_path / "run", accelerator="cpu", precision="fp32") == 0
+    assert len(starts) == 12
+    within = seen.calls[starts[3] : starts[-1]]
+    assert len(within) > 8 * 100
+    assert [name for name, _ in within if name in READS] == []
+    assert [name for name, _ in seen.calls if name in READS] != []  # what is saved at the end
+
+
+# ---- On a GPU --------------------------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.fixture
+def forbid():
+    """forbid(True): PyTorch's synchronising calls raise."""
+    before = torch.cuda.get_sync_debug_mode()
+    yield lambda now: torch.cuda.set_sync_debug_mode("error" if now else before)
+    torch.cuda.set_sync_debug_mode(before)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_gpu_step_waits_for_nothing(forbid, setting, compiled):
+    step = Step(device="cuda", **setting)
+    if compiled:
+        step.module.model.compile_blocks()
+    for number in range(6):
+        forbid(number >= 3)
+        step()
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"grad_cp": 1, "head_chunk": 24}, {"compile": 1, "grad_cp": 1}, {"strategy": "deepspeed_stage_2_offload", "grad_cp": 1}],
+    ids=["plain", "lean", "compiled", "deepspeed"],
+)
+def test_gpu_run(monkeypatch, tmp_path, tokens, forbid, changed):
+    """A run from its flags to its weights; but under DeepSpeed its loop waits for nothing either."""
+    in_each_step(monkeypatch, lambda number: forbid(3 <= number < 10 and "strategy" not in changed))
+    assert train(tokens, tmp_path / "run", accelerator="gpu", **changed) == 0
+    assert all(tensor.isfinite().all() for tensor in torch.load(tmp_path / "run" / "rwkv-final.pth").values())
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("grad_cp", [0, 1])
+def test_gpu_memory_is_as_planned(grad_cp):
+    model = ModelConfig(8, 512, 6400, grad_cp=bool(grad_cp))
+    config = RunConfig(n_layer=8, n_embd=512, ctx_len=512, micro_bsz=8, grad_cp=grad_cp, compile=1)
+    with torch.device("cuda"):
+        module = TrainingModule(RWKV7(model).bfloat16(), config, Hardware("gpu", 1, 1, "bf16", "plain"), make_dataset=None)
+        optimizer = module.configure_optimizers()
+        batch = torch.zeros(8, 512, dtype=torch.long), torch.ones(8, 512, dtype=torch.long)
+    module.model.compile_blocks()
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        module.training_step(batch, 0)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    planned = plan.memory(model, "auto", 1, "bf16", 8 * 512, on_gpu=True).total
+    assert torch.cuda.max_memory_allocated() < 1.15 * planned + 2**26

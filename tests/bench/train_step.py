@@ -11,9 +11,9 @@ Printed, medians over the steps:
   ratio       6 * P * tokens/s / product rate; P: parameters that are multiplied, all but emb. The product rate is the median over
               the step's own product shapes, [tokens, C] x [C, C], [C, 4C], [4C, C] and [C, V], with the same threads, measured
               before and after each step in the same process. Steps whose two rates differ by over 25 % are dropped: machines are shared.
-  MFU         on a GPU, 6 * P * tokens/s / the dense peak of its tensor cores (--peak_tflops where it isn't known here). What
-              gradient checkpointing computes twice doesn't count.
-  memory      on a GPU the most that tensors took; on a CPU the most that the process took
+  MFU         on a GPU, (6 * P + 24 * n_layer * n_embd * head_size) * tokens/s / the dense peak of its tensor cores (src/training/reporting/
+              peak_flops.py, or --peak_tflops): the second term is the recurrence. What gradient checkpointing computes twice doesn't count.
+  memory      on a GPU the most that the step's tensors took; on a CPU the most that the process took
 """
 
 import argparse
@@ -22,7 +22,8 @@ import resource
 import statistics
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -33,6 +34,8 @@ from src.config import RunConfig
 from src.model import RWKV7
 from src.training.allocator import set_up_malloc
 from src.training.module import TrainingModule
+from src.training.preflight.plan import training_flops_per_token
+from src.training.reporting.peak_flops import peak_flops
 from src.training.strategy import choose_hardware
 
 CONFIGS = {  # n_layer, n_embd, vocab_size, ctx_len, micro_bsz, low-rank sizes w, a, v, g (0: by the formula)
@@ -43,7 +46,7 @@ CONFIGS = {  # n_layer, n_embd, vocab_size, ctx_len, micro_bsz, low-rank sizes w
     "1.5b": (24, 2048, 65536, 4096, 8, (96, 96, 64, 256)),
     "2.9b": (32, 2560, 65536, 4096, 4, (96, 96, 64, 320)),
 }
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165, "3090": 71}
+PRODUCT_FLOPS = {"cpu": 4e9, "cuda": 2e12}  # of each shape in a measurement of the product rate: some milliseconds
 PARTS = ("GEMM", "wkv7", "elementwise", "loss", "optimizer", "idle")
 
 
@@ -118,7 +121,7 @@ class Products:
     def rate(self) -> float:
         rates = []
         for x, weight, out in self.operands:
-            repeats = max(1, round(4e9 / (2 * out.numel() * x.shape[1])))
+            repeats = max(1, round(PRODUCT_FLOPS[x.device.type] / (2 * out.numel() * x.shape[1])))
             if x.is_cuda:
                 torch.cuda.synchronize()
             start = time.perf_counter()
@@ -130,8 +133,8 @@ class Products:
         return statistics.median(rates)
 
 
-def part_of(event: "torch.autograd.profiler_util.FunctionEvent", kernel: str = "") -> str:
-    """Which part of a step an op of the profile (or a GPU kernel that it started) belongs to."""
+def part_of(event: "torch.autograd.profiler_util.FunctionEvent | None", kernel: str = "") -> str:
+    """Which part of a step an op of the profile belongs to, or a GPU kernel that it started (None: nobody knows which op did)."""
     above, names = event, []
     while above is not None:
         names.append(above.name)
@@ -140,7 +143,7 @@ def part_of(event: "torch.autograd.profiler_util.FunctionEvent", kernel: str = "
         return "optimizer"
     if any("wkv7_" in name for name in (kernel, *names)):
         return "wkv7"
-    own = names[0]
+    own = names[0] if names else ""
     if (
         any(own == f"aten::{op}" for op in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "mkldnn_linear"))
         or "mkl_linear" in own
@@ -148,11 +151,33 @@ def part_of(event: "torch.autograd.profiler_util.FunctionEvent", kernel: str = "
         return "GEMM"
     if any("CrossEntropy" in name or "cross_entropy" in name or name == "part:loss" for name in names):
         return "loss"
-    return "idle" if own.startswith("autograd::") else "elementwise"
+    return "idle" if own.startswith("autograd::") and not kernel else "elementwise"
 
 
-def split(step: Step, steps: int = 3) -> dict[str, float]:
-    """Milliseconds of a step by part. A GPU's are those of its kernels; idle: none ran. On a CPU idle is the time in no op."""
+def gpu_split(events: "Iterable[torch.autograd.profiler_util.FunctionEvent]") -> dict[str, float]:
+    """Milliseconds of GPU kernels by part. Marks of the host (record_function) stand on the GPU's line too and are no kernels."""
+    events = list(events)
+    marks = {event.name for event in events if event.is_user_annotation}
+    spent: dict[str, float] = defaultdict(float)
+    known: Counter[str] = Counter()  # kernels whose op is known; a compiled graph starts some under no op's name
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            for kernel in event.kernels:
+                if kernel.name not in marks:
+                    known[kernel.name] += 1
+                    spent[part_of(event, kernel.name)] += kernel.duration / 1e3
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.name not in marks:
+            if known[event.name]:
+                known[event.name] -= 1
+            else:
+                spent[part_of(None, event.name)] += event.time_range.elapsed_us() / 1e3
+    return dict(spent)
+
+
+def split(step: Step, milliseconds: float, steps: int = 3) -> dict[str, float]:
+    """Milliseconds of a step by part. A GPU's are those of its kernels; idle is what they leave of `milliseconds`, a step's without a
+    profiler, which slows the host. On a CPU idle is the time in no op."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     gpu = step.device.type == "cuda"
     if gpu:
@@ -169,14 +194,12 @@ def split(step: Step, steps: int = 3) -> dict[str, float]:
         seconds = sum(step.timed() for _ in range(steps))
     head_loss.forward = forward  # type: ignore[method-assign]
     spent: dict[str, float] = defaultdict(float)
+    if gpu:
+        spent |= {part: time / steps for part, time in gpu_split(profile.events()).items()}
+        spent["idle"] = max(0.0, milliseconds - sum(spent.values()))
+        return dict(spent)
     for event in profile.events():
-        if event.device_type != torch.autograd.DeviceType.CPU:
-            continue
-        if gpu:
-            for kernel in event.kernels:
-                spent[part_of(event, kernel.name)] += kernel.duration / 1e3 / steps
-        else:
-            spent[part_of(event)] += event.self_cpu_time_total / 1e3 / steps
+        spent[part_of(event)] += event.self_cpu_time_total / 1e3 / steps
     spent["idle"] = 1e3 * seconds / steps - sum(spent[part] for part in PARTS if part != "idle")
     return dict(spent)
 
@@ -211,7 +234,6 @@ def main() -> None:
         set_up_malloc(lean=bool(config.grad_cp))  # as train.py does
     step = Step(config, vocab)
     hardware, device = step.hardware, step.device
-    products = Products(step.tokens, config.n_embd, vocab, device, hardware.dtype)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads"
     print(
         f"L{config.n_layer}-D{config.n_embd}, V {vocab}, ctx {config.ctx_len}, batch {config.micro_bsz}, {hardware.precision}, "
@@ -220,10 +242,13 @@ def main() -> None:
     begin = time.perf_counter()
     for _ in range(args.warmup):
         step.timed()
-        products.rate()
     print(f"{args.warmup} steps of warm-up: {time.perf_counter() - begin:.1f} s")
-    if device.type == "cuda":
+    if device.type == "cuda":  # before there is anything else
         torch.cuda.reset_peak_memory_stats()
+        step.timed()
+        print(f"memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+    products = Products(step.tokens, config.n_embd, vocab, device, hardware.dtype)
+    products.rate()
 
     kept, faults = [], resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(args.steps):
@@ -246,11 +271,10 @@ def main() -> None:
     )
     print(f"ratio {ratio:.3f} to the product rate {rate:.0f} GFLOP/s ({flops / 1e9:.0f} GFLOP a step)")
     if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-        peak = args.peak_tflops or next((t for key, t in PEAK_TFLOPS.items() if key in name), 0)
+        peak = 1e12 * args.peak_tflops or peak_flops(torch.cuda.get_device_name())
         if peak:
-            print(f"MFU {100 * flops / seconds / 1e12 / peak:.1f} % of {peak:g} TFLOP/s")
-        print(f"memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+            own = training_flops_per_token(config.model_config(vocab)) * step.tokens
+            print(f"MFU {100 * own / seconds / peak:.1f} % of {peak / 1e12:g} TFLOP/s")
     else:
         print(f"memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB, {faults} page faults a step")
     if args.compare:
@@ -264,7 +288,7 @@ def main() -> None:
             f"({min(ratios):.3f} to {max(ratios):.3f}, {args.steps} pairs of steps)"
         )
     if args.profile:
-        spent = split(step)
+        spent = split(step, 1e3 * seconds)
         total = sum(spent.values())
         print(
             "split of a step: "
