@@ -1,7 +1,9 @@
 """torch.compile of a block: one graph, no compilation after the first steps, the same numbers; and what backward keeps."""
 
 import importlib
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from src.model import RWKV7, ModelConfig
 from src.model.layers import Block
 from src.ops.loss import cross_entropy_l2wrap
 from src.training.optim import MasterAdamW, parameter_groups
+from src.training.preflight.plan import kept_by_recurrence
 
 CONFIG = ModelConfig(n_layer=2, n_embd=64, vocab_size=50, head_size=32)
 
@@ -175,3 +178,16 @@ def test_what_backward_keeps_is_as_the_readme_lists_it():
     per_layer = (many - few) / 2 / 4  # fp32 numbers
     states = width * config.head_size * ((tokens - 1) // 32) / tokens
     assert per_layer == pytest.approx(24 * width + width + states + 2 * config.dim_ffn + ranks, rel=0.02)
+
+
+def test_the_readme_has_these_bytes():
+    """Per token and layer of L8-D512: with everything kept, with --grad_cp 1, and that on a GPU in bf16."""
+    width, states = 512, 512 * 64 / 32
+    config = ModelConfig(8, width, 6400)
+    ranks = config.d_decay_lora + config.d_aaa_lora + config.d_mv_lora + config.d_gate_lora
+    whole, lean = 4 * (24 * width + width + states + 2 * config.dim_ffn + ranks), 4 * (2 * width + width + states)
+    on_gpu = 2 * 2 * width + kept_by_recurrence(config, "bf16", on_gpu=True)
+    words = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    pattern = r"in fp32: (\d+) KB per token and layer\. With `--grad_cp 1` it is (\d+) KB.*?in bf16 ([\d.]+) KB in all"
+    found = [float(number) for number in re.search(pattern, words, re.DOTALL).groups()]
+    assert found == [round(whole / 1e3), round(lean / 1e3), round(on_gpu / 1e3, 1)]

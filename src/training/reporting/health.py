@@ -18,6 +18,7 @@ import torch
 
 from src.training.module import TrainingModule
 from src.training.optim import MasterAdamW
+from src.training.reporting.reporter import OnTheWay
 from src.training.reporting.sink import Sink, StepReport
 from src.training.say import say
 
@@ -115,7 +116,7 @@ class WatchPace(pl.Callback):
         self.warn = warn
         self._ended = math.nan  # when the host was done with the step before
         self._finished: torch.cuda.Event | None = None  # when the device was
-        self._norms: tuple[list[str], torch.Tensor] | None = None
+        self._norms: tuple[list[str], OnTheWay] | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -172,13 +173,13 @@ class WatchPace(pl.Callback):
         named = [(name, p.grad) for name, p in pl_module.model.named_parameters() if p.requires_grad]
         gradients = [torch.zeros((), device=pl_module.device) if grad is None else grad for _, grad in named]
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, ord=math.inf)])
-        self._norms = ([name for name, _ in named], norms)
+        self._norms = ([name for name, _ in named], OnTheWay(norms))
 
     def _judge_gradients(self) -> None:
         assert self._norms is not None
         names, norms = self._norms
         self._norms = None
-        if none := without_gradient(dict(zip(names, norms.tolist(), strict=True))):
+        if none := without_gradient(dict(zip(names, norms.read(), strict=True))):
             some = ", ".join(none[:3]) + (f" and {len(none) - 3} more" if len(none) > 3 else "")
             self.warn(
                 "parameters",
