@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -293,78 +294,83 @@ class RunConfig:
 
     def faults(self) -> list[str]:
         """What is wrong with these values, one sentence a flag; empty when nothing is."""
-        found = []
-        for field in dataclasses.fields(self):
-            value, meta = getattr(self, field.name), field.metadata
-            if isinstance(value, float) and not math.isfinite(value):
-                found.append(f"--{field.name} {value}: expected a finite number")
-            elif meta["choices"] and value not in meta["choices"]:
-                found.append(f"--{field.name} {value!r}: expected one of {', '.join(c for c in meta['choices'] if c)}")
-            elif meta["at_least"] is not None and value < meta["at_least"]:
-                found.append(f"--{field.name} {value}: expected at least {meta['at_least']}")
-            elif meta["below"] is not None and value >= meta["below"]:
-                limit = f"less than {meta['below']}" if field.type == "float" else f"at most {meta['below'] - 1}"
-                found.append(f"--{field.name} {value}: expected {limit}")
-        if self.dim_att not in (0, self.n_embd):
-            found.append(
-                f"--dim_att {self.dim_att}: expected --n_embd {self.n_embd} (the time mix is as wide as the model); leave the flag out"
-            )
-        if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) >= 1):
-            found.append(f'--devices {self.devices!r}: expected a number of processes or "auto"')
-        if not VAL_EVERY.fullmatch(self.val_every):
-            found.append(
-                f'--val_every {self.val_every!r}: expected a number of mini-epochs, as in "2", or of steps, as in "500steps"'
-            )
-        if self.lr_final > self.lr_init:
-            found.append(
-                f"--lr_final {self.lr_final}: expected at most --lr_init {self.lr_init} (the cosine falls from lr_init to lr_final)"
-            )
-        if self.lr_init == 0 and self.train_stage != 1:
-            found.append("--lr_init 0: nothing would be learned; expected more than 0, for example 6e-4")
-        if self.data_type == "sft" and not self.tokenizer:
-            found.append(
-                "--tokenizer: missing; --data_type sft needs the folder of the model's tokenizer, with its chat template"
-            )
-        if self.train_stage == 1 and self.load_model:
-            found.append(
-                f"--load_model {self.load_model}: --train_stage 1 draws new weights; leave it out, or use --train_stage 0"
-            )
-        if self.epochs == 0 and not self.my_exit_tokens:
-            found.append("--epochs 0: nothing would be trained; expected more than 0, or --my_exit_tokens")
-        if self.train_stage != 1 and not self.data_file and self.plan < 0:
-            expected = (
-                "a jsonl of conversations"
-                if self.data_type == "sft"
-                else "binidx data, which data/make_data.py makes from a jsonl"
-            )
-            found.append(f"--data_file: missing; expected {expected}")
-        if self.epoch_begin and not self.load_model:
-            found.append(f"--epoch_begin {self.epoch_begin}: has a meaning with --load_model only; leave it out")
-        alone = [
-            name for name, on in (("plan", self.plan >= 0), ("check", self.check), ("dry_run", self.dry_run)) if on
-        ]
-        if len(alone) > 1:
-            found.append(
-                f"{' and '.join(f'--{name}' for name in alone)}: each does something and stops; give one of them"
-            )
-        if self.dry_run and self.train_stage == 1:
-            found.append(
-                "--dry_run takes steps, which --train_stage 1 does not; use --train_stage 0, or 3 for what is in --proj_dir"
-            )
-        if self.dry_run and self.profile:
-            found.append(f"--profile {self.profile} writes a file, --dry_run keeps nothing; leave one out")
-        if self.load_partial and not self.load_model and self.train_stage < 2:
-            found.append("--load_partial 1: has a meaning with --load_model only; leave it out")
-        if self.my_exit_tokens and self.epochs not in (0, 1):
-            found.append(
-                f"--epochs {self.epochs} and --my_exit_tokens {self.my_exit_tokens} both say how long the run is; leave one out"
-            )
+        found = [fault for field in dataclasses.fields(self) if (fault := self._fault_of(field))]
+        found += self._faults_together()
         try:
             self.model_config(max(1, self.vocab_size))
         except ValueError as error:
             told = {words.split(" ")[0] for words in found}
             found += [words for words in str(error).splitlines() if words.split(" ")[0] not in told]
         return found
+
+    def _fault_of(self, field: dataclasses.Field[Any]) -> str:
+        """What is wrong with one value by itself: its choices and bounds; '' when nothing is."""
+        value, meta = getattr(self, field.name), field.metadata
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"--{field.name} {value}: expected a finite number"
+        if meta["choices"] and value not in meta["choices"]:
+            return f"--{field.name} {value!r}: expected one of {', '.join(c for c in meta['choices'] if c)}"
+        if meta["at_least"] is not None and value < meta["at_least"]:
+            return f"--{field.name} {value}: expected at least {meta['at_least']}"
+        if meta["below"] is not None and value >= meta["below"]:
+            limit = f"less than {meta['below']}" if field.type == "float" else f"at most {meta['below'] - 1}"
+            return f"--{field.name} {value}: expected {limit}"
+        return ""
+
+    def _faults_together(self) -> Iterator[str]:
+        """What is wrong with a value's form, or with several flags beside each other."""
+        if self.dim_att not in (0, self.n_embd):
+            yield (
+                f"--dim_att {self.dim_att}: expected --n_embd {self.n_embd} (the time mix is as wide as the model); leave the flag out"
+            )
+        if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) >= 1):
+            yield f'--devices {self.devices!r}: expected a number of processes or "auto"'
+        if not VAL_EVERY.fullmatch(self.val_every):
+            yield (
+                f'--val_every {self.val_every!r}: expected a number of mini-epochs, as in "2", or of steps, as in "500steps"'
+            )
+        if self.lr_final > self.lr_init:
+            yield (
+                f"--lr_final {self.lr_final}: expected at most --lr_init {self.lr_init} (the cosine falls from lr_init to lr_final)"
+            )
+        if self.lr_init == 0 and self.train_stage != 1:
+            yield "--lr_init 0: nothing would be learned; expected more than 0, for example 6e-4"
+        if self.data_type == "sft" and not self.tokenizer:
+            yield (
+                "--tokenizer: missing; --data_type sft needs the folder of the model's tokenizer, with its chat template"
+            )
+        if self.train_stage == 1 and self.load_model:
+            yield (
+                f"--load_model {self.load_model}: --train_stage 1 draws new weights; leave it out, or use --train_stage 0"
+            )
+        if self.epochs == 0 and not self.my_exit_tokens:
+            yield "--epochs 0: nothing would be trained; expected more than 0, or --my_exit_tokens"
+        if self.train_stage != 1 and not self.data_file and self.plan < 0:
+            expected = (
+                "a jsonl of conversations"
+                if self.data_type == "sft"
+                else "binidx data, which data/make_data.py makes from a jsonl"
+            )
+            yield f"--data_file: missing; expected {expected}"
+        if self.epoch_begin and not self.load_model:
+            yield f"--epoch_begin {self.epoch_begin}: has a meaning with --load_model only; leave it out"
+        alone = [
+            name for name, on in (("plan", self.plan >= 0), ("check", self.check), ("dry_run", self.dry_run)) if on
+        ]
+        if len(alone) > 1:
+            yield f"{' and '.join(f'--{name}' for name in alone)}: each does something and stops; give one of them"
+        if self.dry_run and self.train_stage == 1:
+            yield (
+                "--dry_run takes steps, which --train_stage 1 does not; use --train_stage 0, or 3 for what is in --proj_dir"
+            )
+        if self.dry_run and self.profile:
+            yield f"--profile {self.profile} writes a file, --dry_run keeps nothing; leave one out"
+        if self.load_partial and not self.load_model and self.train_stage < 2:
+            yield "--load_partial 1: has a meaning with --load_model only; leave it out"
+        if self.my_exit_tokens and self.epochs not in (0, 1):
+            yield (
+                f"--epochs {self.epochs} and --my_exit_tokens {self.my_exit_tokens} both say how long the run is; leave one out"
+            )
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model that these flags describe, with the vocabulary found for the run."""
