@@ -7,14 +7,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from src.config import ModelConfig, RunConfig
 from src.files import sha256_of
 from src.model import RWKV7
 from src.ops.wkv7 import describe_kernel
 from src.training.data import Samples
 from src.training.folder import FINAL
+from src.training.preflight.plan import parameter_count
 from src.training.schedule import RunLength
 from src.training.start import Start
 from src.training.strategy import Hardware
@@ -58,8 +57,6 @@ def summary(
     start: Start,
 ) -> str:
     """What is about to happen, a line for each thing."""
-    device = "cuda" if hardware.accelerator == "gpu" else "cpu"
-    where = torch.cuda.get_device_name() if hardware.accelerator == "gpu" else f"CPU, {torch.get_num_threads()} threads"
     length, step = start.length, start.position.step
     begins = "new weights" if start.weights is None else str(start.weights)
     if start.loaded is not None:
@@ -68,12 +65,12 @@ def summary(
     elif step:
         begins += f", at step {step:,}, {length.tokens(step):,} tokens, with a fresh optimizer"
     rows = {
-        "model": f"{model.config.title}, {parameter_count(model):,} parameters, vocabulary {model.config.vocab_size:,}",
+        "model": f"{model.config.title}, {parameter_count(model.config):,} parameters, vocabulary {model.config.vocab_size:,}",
         "data": samples.words,
         "run": f"{length.steps:,} steps of {length.global_batch} x {config.ctx_len} tokens, {length.exit_tokens:,} in all",
         "lr": f"{config.lr_init:g} to {config.lr_final:g}",
-        "where": f"{where}, {hardware.in_words}, {hardware.precision}",
-        "wkv7": describe_kernel(device, hardware.dtype, model.config.head_size, model.config.kernel),
+        "where": f"{hardware.device_in_words}, {hardware.in_words}, {hardware.precision}",
+        "wkv7": describe_kernel(hardware.device_type, hardware.dtype, model.config.head_size, model.config.kernel),
         "starts from": begins,
         "folder": config.proj_dir,
     }
@@ -89,7 +86,3 @@ def words_for_complete(proj_dir: Path) -> str:
         f"  go on:       a new folder that starts from it: --proj_dir NEW --train_stage 0 --load_model {final}\n"
         f"  start over:  --restart 1; what is there moves to {proj_dir}/previous-1/"
     )
-
-
-def parameter_count(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

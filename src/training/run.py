@@ -25,7 +25,7 @@ from src.ops.build import BuildError
 from src.training import checkpoint
 from src.training.allocator import set_up_malloc
 from src.training.data import open_samples
-from src.training.describe import parameter_count, settings_of, summary, words_for_complete
+from src.training.describe import settings_of, summary, words_for_complete
 from src.training.fit import Run, fit_whatever_comes
 from src.training.folder import BEST, FINAL, INIT, LOG, METRICS, PICTURE, VALIDATION
 from src.training.html_report import write_report
@@ -149,7 +149,7 @@ def _write_init(config: RunConfig, hardware: Hardware, proj_dir: Path) -> int:
     seed = _seed(config)
     model = RWKV7(model_config).to(_init_dtype(config))
     checkpoint.save_weights(model.state_dict(), target)
-    say(f"wrote {target}: {model_config.title}, {parameter_count(model):,} parameters, seed {seed}")
+    say(f"wrote {target}: {model_config.title}, {plan.parameter_count(model_config):,} parameters, seed {seed}")
     return 0
 
 

@@ -36,6 +36,18 @@ class Hardware:
         return DTYPES[self.precision]
 
     @property
+    def device_type(self) -> str:
+        """As torch names it: cuda (AMD's GPUs too) or cpu."""
+        return "cuda" if self.accelerator == "gpu" else "cpu"
+
+    @property
+    def device_in_words(self) -> str:
+        """The GPU's name, or the threads of the CPU."""
+        if self.accelerator == "gpu":
+            return torch.cuda.get_device_name()
+        return f"CPU, {(count := torch.get_num_threads())} thread{'s' * (count > 1)}"
+
+    @property
     def world_size(self) -> int:
         return self.devices * self.num_nodes
 

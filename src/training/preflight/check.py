@@ -38,12 +38,7 @@ def check(config: RunConfig, notes: list[str]) -> int:
     hardware = checks.attempt("device", lambda: choose_hardware(config))
     if hardware is None:
         return checks.result()
-    where = (
-        torch.cuda.get_device_name()
-        if hardware.accelerator == "gpu"
-        else f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-    )
-    checks.found("device", f"{where}, {hardware.in_words}, {hardware.precision}")
+    checks.found("device", f"{hardware.device_in_words}, {hardware.in_words}, {hardware.precision}")
     for note in hardware.notes:
         say(f"note: {note}")
     check_kernel(checks, config, hardware)

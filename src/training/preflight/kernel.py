@@ -21,7 +21,7 @@ TRIAL_TOKENS, TRIAL_HEADS = 40, 2
 def check_kernel(checks: Checklist, config: RunConfig, hardware: Hardware) -> None:
     """Which kernel the run takes, and how right it is."""
     which = checks.attempt(
-        "wkv7", lambda: describe_kernel(_device(hardware), hardware.dtype, config.head_size, config.kernel)
+        "wkv7", lambda: describe_kernel(hardware.device_type, hardware.dtype, config.head_size, config.kernel)
     )
     if which is not None:
         agreement = kernel_agreement(config, hardware, config.head_size)
@@ -30,7 +30,7 @@ def check_kernel(checks: Checklist, config: RunConfig, hardware: Hardware) -> No
 
 def kernel_agreement(config: RunConfig, hardware: Hardware, head_size: int) -> Finding:
     """One step of the recurrence beside the reference."""
-    error = kernel_error(_device(hardware), hardware.dtype, head_size, config.kernel)
+    error = kernel_error(hardware.device_type, hardware.dtype, head_size, config.kernel)
     allowed = TOLERANCE[hardware.dtype]
     words = f"output and gradients within {error:.1e} of the float64 reference"
     if error <= allowed:
@@ -41,10 +41,6 @@ def kernel_agreement(config: RunConfig, hardware: Hardware, head_size: int) -> F
         f"--kernel {config.kernel} gives wrong numbers here: {error:.1e} from the reference, expected at most {allowed:.0e}. Train with "
         "--kernel reference (slow), delete the build cache ~/.cache/rwkv7-native, and report it with the output of --check",
     )
-
-
-def _device(hardware: Hardware) -> str:
-    return "cuda" if hardware.accelerator == "gpu" else "cpu"
 
 
 def kernel_error(device: str, dtype: torch.dtype, head_size: int, kernel: str) -> float:

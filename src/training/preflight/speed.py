@@ -99,7 +99,7 @@ def timed_steps(config: RunConfig, model_config: ModelConfig, hardware: Hardware
     The micro batch is the run's, or as much of it as a step of STEP_SECONDS takes; without torch.compile and without exchange between
     processes. Errors of the allocator pass through.
     """
-    device = torch.device("cuda" if hardware.accelerator == "gpu" else "cpu")
+    device = torch.device(hardware.device_type)
     with torch.device("meta"):
         model = RWKV7(model_config)
     model = model.to(hardware.dtype).to_empty(device=device)
