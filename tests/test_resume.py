@@ -126,6 +126,22 @@ def test_a_damaged_state_is_named_and_the_one_before_is_taken(
     assert_same_run(out, whole["fp32"])
 
 
+def test_what_is_said_of_a_damaged_state_is_so(tmp_path):
+    """Damaged twice at one step, each steps aside under a name of its own; a look moves nothing, and says of nothing that it was."""
+    folder = tmp_path / "resume" / "step-00000040"
+    for expected in ("damaged-step-00000040", "damaged-step-00000040-2", "damaged-step-00000040-3"):
+        folder.mkdir(parents=True)
+        _, (seen,) = newest_good(tmp_path, only_look=True)
+        assert folder.is_dir()
+        assert "damaged-" not in seen
+        none, (complaint,) = newest_good(tmp_path)
+        assert none is None
+        assert "manifest.json is missing" in complaint
+        assert f"now {expected}," in complaint
+        assert (folder.parent / expected).is_dir()
+        assert states(tmp_path) == []
+
+
 def test_only_the_last_states_are_kept_and_leftovers_are_swept(tmp_path, data, monkeypatch):  # noqa: F811
     out = tmp_path / "run"
     (out / "resume" / ".step-00000007.1.tmp").mkdir(parents=True)

@@ -100,21 +100,28 @@ def newest_good(proj_dir: Path, only_look: bool = False) -> tuple[LoadedState | 
         try:
             verify(folder)
         except DamagedState as error:
-            aside = folder.with_name(
-                f"damaged-{folder.name}"
-            )  # out of the way, or it would count among those that are kept
-            complaints.append(
-                f"the saved state {folder} is damaged: {error}; it is now {aside.name}, taking the one before"
-            )
-            if not (only_look or aside.exists()):
-                folder.rename(aside)
+            moved = "" if only_look else f"; it is now {_put_aside(folder).name}"
+            complaints.append(f"the saved state {folder} is damaged: {error}{moved}, taking the one before")
             continue
-        told = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        known = {number.name for number in fields(Position)}  # other versions of the program may have others
-        position = Position(**{name: value for name, value in told["position"].items() if name in known})
-        position.holes = [(int(first), int(count)) for first, count in position.holes]
-        return LoadedState(folder, position, told["settings"], told["counters"], told["saved_at"]), complaints
+        return _read(folder), complaints
     return None, complaints
+
+
+def _put_aside(folder: Path) -> Path:
+    """Out of the way, or it would count among those that are kept; beside damaged ones of the same step."""
+    aside, k = folder.with_name(f"damaged-{folder.name}"), 1
+    while aside.exists():
+        k += 1
+        aside = folder.with_name(f"damaged-{folder.name}-{k}")
+    return folder.rename(aside)
+
+
+def _read(folder: Path) -> LoadedState:
+    told = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    known = {number.name for number in fields(Position)}  # other versions of the program may have others
+    position = Position(**{name: value for name, value in told["position"].items() if name in known})
+    position.holes = [(int(first), int(count)) for first, count in position.holes]
+    return LoadedState(folder, position, told["settings"], told["counters"], told["saved_at"])
 
 
 class StateWriter:
