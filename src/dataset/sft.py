@@ -137,10 +137,8 @@ class SftRows:
             targets[begin:end] = following[1 : length + 1]
             ends.append(end)
         if not self.packing:
-            ends = [
-                0,
-                self.ctx_len,
-            ]  # padding follows its conversation, as in the runs that --packing 0 is compared with
+            # padding follows its conversation, as in the runs that --packing 0 is compared with
+            ends = [0, self.ctx_len]
         elif ends[-1] < self.ctx_len:
             ends.append(self.ctx_len)
         return SftBatch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(ends, dtype=torch.int32))

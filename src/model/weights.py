@@ -12,11 +12,8 @@ from src.config import ModelConfig
 
 Weights = dict[str, Tensor]
 IDLE_IN_LAYER_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # files may lack them
-FOREIGN_PREFIXES = (
-    "_forward_module.",
-    "module.",
-    "_orig_mod.",
-)  # what DeepSpeed, DDP and torch.compile put before names
+# what DeepSpeed, DDP and torch.compile put before names
+FOREIGN_PREFIXES = ("_forward_module.", "module.", "_orig_mod.")
 
 
 def read_weights(path: str | Path) -> Weights:

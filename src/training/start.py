@@ -32,31 +32,12 @@ FIXED_SETTINGS = (
 SPOKEN = {"data": "the data (--data_file; for sft its order, --random_seed, too)", "tokenizer": "the tokenizer"}
 # settings that say how and where to compute, or are worked out, and need no word when they change
 FREE_SETTINGS = (
-    *(
-        "proj_dir",
-        "train_stage",
-        "load_model",
-        "load_partial",
-        "restart",
-        "random_seed",
-        "data_file",
-        "devices",
-        "num_nodes",
-    ),
-    *(
-        "accelerator",
-        "enable_progress_bar",
-        "wandb",
-        "logger",
-        "val_every",
-        "global_batch",
-        "epoch_begin",
-        "epoch_count",
-        "save_minutes",
-        "epochs",
-    ),
+    *("proj_dir", "train_stage", "load_model", "load_partial", "restart", "random_seed", "data_file"),
+    *("devices", "num_nodes", "accelerator", "strategy", "ds_bucket_mb", "global_batch"),
+    *("kernel", "compile", "grad_cp", "head_chunk"),
+    *("epoch_begin", "epoch_count", "epochs", "save_minutes", "keep_resume", "time_limit", "val_every"),
+    *("enable_progress_bar", "wandb", "logger"),
     *("plan", "check", "dry_run", "profile"),
-    *("keep_resume", "time_limit", "kernel", "compile", "grad_cp", "head_chunk", "strategy", "ds_bucket_mb"),
 )
 
 

@@ -16,10 +16,8 @@ from src.training.preflight.plan import GIB, Memory
 from src.training.processes import Company
 from src.training.strategy import Hardware
 
-SAFE = {
-    "gpu": 0.92,
-    "cpu": 0.85,
-}  # share of what is free that an estimate may fill: a GPU's allocator rounds up, other programs need something of a machine's
+# share of what is free that an estimate may fill: a GPU's allocator rounds up, other programs need something of a machine's
+SAFE = {"gpu": 0.92, "cpu": 0.85}
 GAPS = 0.2  # of malloc on a CPU as allocator.py sets it up, as a share of the tensors; next to none where it is lean (--grad_cp 1)
 SMALL_HEAD_CHUNK = 1024
 # what CPU allocators, CUDA libraries and NCCL say in a RuntimeError

@@ -27,9 +27,8 @@ BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
 # Tensors [token, C] that a block keeps for backward in the run's dtype, beside the hidden layer of the channel mix (twice, before and
 # after its activation) and the low-rank products; counted from src/model/layers.py, tested against torch's saved tensors.
 KEPT_BY_BLOCK = 30
-GATHERED_AT_A_TIME = (
-    1_000_000_000  # parameters that ZeRO 3 holds whole at a time (DeepSpeed's stage3_max_live_parameters)
-)
+# parameters that ZeRO 3 holds whole at a time (DeepSpeed's stage3_max_live_parameters)
+GATHERED_AT_A_TIME = 1_000_000_000
 GIB = 1 << 30
 
 

@@ -24,13 +24,18 @@ from src.training.reporting.log_files import read_columns
 from src.training.strategy import Hardware
 
 MEASURED_STEPS = 50  # of metrics.csv
+# settings with which a step takes as long as in the run that was measured
+DECIDES_SPEED = (
+    *("n_layer", "n_embd", "head_size", "dim_ffn", "ctx_len", "micro_bsz", "grad_cp", "head_chunk"),
+    *("kernel", "strategy", "compile"),
+)
 TRIAL_SECONDS = 12.0  # of timed steps
 STEP_SECONDS = 4.0  # a step that would take longer is tried with fewer samples
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second of one process, and how they were found."""
+    """Tokens per second, and how they were found."""
 
     tokens_per_second: float
     words: str
@@ -68,20 +73,7 @@ def _measured_speed(config: RunConfig, hardware: Hardware) -> Speed | None:
     """From metrics.csv, when the run in the folder was made with what decides the speed."""
     proj_dir = Path(config.proj_dir)
     before = checkpoint.read_run(proj_dir).get("settings", {})
-    same = (
-        "n_layer",
-        "n_embd",
-        "head_size",
-        "dim_ffn",
-        "ctx_len",
-        "micro_bsz",
-        "grad_cp",
-        "head_chunk",
-        "kernel",
-        "strategy",
-        "compile",
-    )
-    now = {name: getattr(config, name) for name in same if name != "dim_ffn" or config.dim_ffn}
+    now = {name: getattr(config, name) for name in DECIDES_SPEED if name != "dim_ffn" or config.dim_ffn}
     global_batch = config.micro_bsz * config.accumulate_grad_batches * hardware.world_size
     now |= {"precision": hardware.precision, "accelerator": hardware.accelerator, "global_batch": global_batch}
     if not (proj_dir / METRICS).is_file() or any(before.get(name) != value for name, value in now.items()):
@@ -94,7 +86,7 @@ def _measured_speed(config: RunConfig, hardware: Hardware) -> Speed | None:
 
 
 def timed_steps(config: RunConfig, model_config: ModelConfig, hardware: Hardware) -> Speed:
-    """Whole steps (forward, backward, optimizer) of a model of this size on random tokens, for about TRIAL_SECONDS.
+    """Whole steps of one process (forward, backward, optimizer) of a model of this size on random tokens, for about TRIAL_SECONDS.
 
     The micro batch is the run's, or as much of it as a step of STEP_SECONDS takes; without torch.compile and without exchange between
     processes. Errors of the allocator pass through.

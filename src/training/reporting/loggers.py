@@ -82,9 +82,8 @@ class LoggerSink(Sink):
             self.logger.experiment.finish()
 
     def _log(self, values: dict[str, float]) -> None:
-        if isinstance(
-            self.logger, WandbLogger
-        ):  # with the run's own step too, which Lightning only keeps in this column
+        if isinstance(self.logger, WandbLogger):
+            # with the run's own step too, which Lightning only keeps in this column
             self.logger.experiment.log({**values, "trainer/global_step": self._step}, step=self._step)
         else:
             self.logger.log_metrics(values, step=self._step)

@@ -42,10 +42,8 @@ class DrawPictures(AfterStep):
         begin = time.thread_time()
         try:
             loss_picture(self.proj_dir, self.proj_dir / PICTURE)
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # training goes on; the last picture, drawn by the run itself, must not fail
+        except (OSError, ValueError) as error:
+            # training goes on; the last picture, drawn by the run itself, must not fail
             say(f"note: {PICTURE} could not be drawn: {error}")
         self._took = time.thread_time() - begin
 

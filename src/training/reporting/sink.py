@@ -22,9 +22,7 @@ class StepReport:
     grad_norm: float
     tokens_per_second: float  # of all processes, over the last steps
     seconds: float = math.nan  # of training since this start, without validation
-    memory_gib: float = (
-        math.nan
-    )  # the most that this process has taken: of the GPU, or of the machine where there is none
+    memory_gib: float = math.nan  # the most that this process has taken: of the GPU, or of the machine
     mfu: float = math.nan  # the share of the devices' bf16 peak that the model's own operations make up
     largest_logit: float = math.nan  # in the last micro batch's first rows, over all processes
     update_ratios: dict[str, float] = field(default_factory=dict)  # |update| / |weights| by optimizer group
