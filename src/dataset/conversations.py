@@ -3,8 +3,8 @@
 import re
 from typing import Any, NamedTuple
 
-from .chat_template import ChatTemplate, Message
-from .documents import read_json
+from src.dataset.chat_template import ChatTemplate, Message
+from src.dataset.documents import read_json
 
 ROLES = ("system", "user", "assistant")
 

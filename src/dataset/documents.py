@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .text_input import Piece
+from src.dataset.text_input import Piece
 
 
 class Broken(NamedTuple):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .external_shuffle import scramble
+from src.dataset.external_shuffle import scramble
 
 Indices = npt.NDArray[np.int64]
 

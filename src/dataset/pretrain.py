@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .binidx import MMapIndexedDataset
-from .sampling import check_magic_prime, sample_number, sample_offset, skip_holes
+from src.dataset.binidx import MMapIndexedDataset
+from src.dataset.sampling import check_magic_prime, sample_number, sample_offset, skip_holes
 
 
 class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):

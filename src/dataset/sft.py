@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .packing import Indices, Packing, epoch_order, one_each, pack
-from .sampling import sample_number, skip_holes
-from .sft_cache import Conversations
+from src.dataset.packing import Indices, Packing, epoch_order, one_each, pack
+from src.dataset.sampling import sample_number, skip_holes
+from src.dataset.sft_cache import Conversations
 
 IGNORED = -100  # a target that doesn't count
 

@@ -16,15 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset, with_ending
+from src.dataset.conversations import check_template, read_conversation, render_with_answers
+from src.dataset.documents import Broken, broken, read_lines
+from src.dataset.lock import only_one
+from src.dataset.text_input import Piece, check_inputs, read_pieces
+from src.dataset.tokenizer import FolderTokenizer, load_tokenizer
+from src.dataset.workers import map_in_order, usable_cores
 from src.files import write_whole
-
-from .binidx import BinIdxWriter, MMapIndexedDataset, with_ending
-from .conversations import check_template, read_conversation, render_with_answers
-from .documents import Broken, broken, read_lines
-from .lock import only_one
-from .text_input import Piece, check_inputs, read_pieces
-from .tokenizer import FolderTokenizer, load_tokenizer
-from .workers import map_in_order, usable_cores
 
 _FORMAT = 1  # another number, and every cache is made again
 _SHOWN_BROKEN = 3
