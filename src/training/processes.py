@@ -63,7 +63,12 @@ class ManyProcesses(Company):
         self._store = store
         self._watch = Watch(place, children, JOIN_TIMEOUT)
         self._children = children
+        self._words: dist.ProcessGroup | None = None
         self._watch.start()
+
+    def meet(self) -> None:
+        """When torch.distributed is there: a group for words instead of tensors, on the CPU, so that nothing waits for a device."""
+        self._words = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def decide(self, question: Callable[[], T]) -> T:
         """What rank 0 answers, on every rank; a ValueError or OSError of rank 0 is raised on every rank too."""
@@ -73,7 +78,7 @@ class ManyProcesses(Company):
                 answer[0] = question()
             except (ValueError, OSError) as error:
                 answer[1] = error
-        dist.broadcast_object_list(answer, src=0, group=_talk())
+        dist.broadcast_object_list(answer, src=0, group=self._words)
         if answer[1] is not None:
             raise answer[1]
         return answer[0]
@@ -165,7 +170,7 @@ def join(devices: int, num_nodes: int, accelerator: str) -> Company:
             timeout=COLLECTIVE_TIMEOUT,
             device_id=device,
         )
-        _talk()
+        company.meet()
     except RuntimeError as error:
         for child in children:
             child.kill()
@@ -174,18 +179,6 @@ def join(devices: int, num_nodes: int, accelerator: str) -> Company:
             "check that every machine was started, and that they reach each other at that address"
         ) from error
     return company
-
-
-_talking: dist.ProcessGroup | None = None
-
-
-def _talk() -> dist.ProcessGroup:
-    """The group for words instead of tensors: on the CPU, so that nothing waits for a device."""
-    global _talking
-    if _talking is None:
-        _talking = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else dist.group.WORLD
-    assert _talking is not None
-    return _talking
 
 
 def _variables(place: Place) -> dict[str, str]:
