@@ -86,6 +86,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step as the class describes it, with the `lr` of each group; what `closure` (forward and backward) returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -128,12 +129,7 @@ class MasterAdamW(torch.optim.Optimizer):
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Adam's state of a parameter: `exp_avg`, `exp_avg_sq` [shape of the parameter] and `step`, all fp32; zeros before the first step."""
         master = self._master_of[parameter]
-        state = self._adam_of[master].state[master]
-        if not state:
-            state["step"] = torch.zeros((), device=master.device)
-            state["exp_avg"] = torch.zeros_like(master)
-            state["exp_avg_sq"] = torch.zeros_like(master)
-        return state
+        return adam_state(self._adam_of[master], master)
 
     def counters(self) -> dict[str, float]:
         """The numbers that belong to no parameter: with masters and moments, all that a continued run needs."""
@@ -145,11 +141,22 @@ class MasterAdamW(torch.optim.Optimizer):
         }
 
     def load_counters(self, counters: dict[str, float]) -> None:
+        """Sets what `counters` gave, of this class or of `EngineAdamW`."""
         for parameter in self.parameters:
             self.moments(parameter)["step"].fill_(counters["adam_steps"])
         self.skipped_steps.fill_(counters["skipped_steps"])
         self.loss_scale.fill_(counters["loss_scale"])
         self._good_steps.fill_(counters["good_steps"])
+
+
+def adam_state(adam: torch.optim.AdamW, weights: nn.Parameter) -> dict[str, Tensor]:
+    """The state that `adam` keeps for `weights`: `exp_avg`, `exp_avg_sq` (like `weights`) and `step`; zeros before the first step."""
+    state = adam.state[weights]
+    if not state:
+        state["step"] = torch.zeros((), device=weights.device)
+        state["exp_avg"] = torch.zeros_like(weights)
+        state["exp_avg_sq"] = torch.zeros_like(weights)
+    return state
 
 
 def _pieces(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -24,7 +24,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from src.model import RWKV7
-from src.training.optim import LOSS_SCALE_GROWTH_STEPS, LOSS_SCALE_POWER
+from src.training.optim import LOSS_SCALE_GROWTH_STEPS, LOSS_SCALE_POWER, adam_state
 from src.training.processes import Company
 
 REQUIREMENT = "deepspeed>=0.19,<0.20"  # what the tests run; nothing of it has to be compiled
@@ -233,16 +233,8 @@ class EngineAdamW(torch.optim.AdamW):
 
     def tensor_of(self, part: Part, kind: str) -> Tensor:
         """The part of `master`, `exp_avg` or `exp_avg_sq` [count], fp32; zeros before the first step."""
-        whole = part.flat if kind == "master" else self._moments(part.flat)[kind]
+        whole = part.flat if kind == "master" else adam_state(self, part.flat)[kind]
         return whole.detach().narrow(0, part.offset, part.count)
-
-    def _moments(self, flat: nn.Parameter) -> dict[str, Tensor]:
-        state = self.state[flat]
-        if not state:
-            state["step"] = torch.zeros((), device=flat.device)
-            state["exp_avg"] = torch.zeros_like(flat)
-            state["exp_avg_sq"] = torch.zeros_like(flat)
-        return state
 
     def _flats(self) -> list[nn.Parameter]:
         zero = self.zero
@@ -254,23 +246,20 @@ class EngineAdamW(torch.optim.AdamW):
         for i, flat in enumerate(self._flats()):
             yield (zero.sub_group_to_group_id[i] if _is_stage_3(zero) else i), flat
 
-    def state_of(self, flat: nn.Parameter) -> dict[str, Tensor]:
-        """Adam's `exp_avg`, `exp_avg_sq` (like `flat`) and `step` of what `flats_by_group` gave; zeros before the first step."""
-        return self._moments(flat)
-
     def counters(self) -> dict[str, float]:
         """The numbers that belong to no parameter, the same as `MasterAdamW`'s."""
         scaler = self.zero.loss_scaler
         return {
-            "adam_steps": self._moments(self._flats()[0])["step"].item(),
+            "adam_steps": adam_state(self, self._flats()[0])["step"].item(),
             "skipped_steps": self.skipped_steps.item(),
             "loss_scale": float(scaler.cur_scale),
             "good_steps": float(getattr(scaler, "cur_iter", 0) - getattr(scaler, "last_overflow_iter", 0)),
         }
 
     def load_counters(self, counters: dict[str, float]) -> None:
+        """Sets what `counters` gave, of this class or of `MasterAdamW`."""
         for flat in self._flats():
-            self._moments(flat)["step"].fill_(counters["adam_steps"])
+            adam_state(self, flat)["step"].fill_(counters["adam_steps"])
         self._skipped.fill_(counters["skipped_steps"])
         scaler = self.zero.loss_scaler
         if hasattr(scaler, "last_overflow_iter"):  # fp16

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from src.training.optim import MasterAdamW
+from src.training.optim import MasterAdamW, adam_state
 from src.training.reporting.sink import UPDATE_GROUPS
 from src.training.zero import EngineAdamW
 
@@ -50,7 +50,7 @@ def _members(
     """(number, group, fp32 weights, their Adam states) of each group; under ZeRO the parts that this process keeps."""
     if isinstance(optimizer, EngineAdamW):
         for number, flat in optimizer.flats_by_group():
-            yield number, optimizer.param_groups[number], [flat.detach()], [optimizer.state_of(flat)]
+            yield number, optimizer.param_groups[number], [flat.detach()], [adam_state(optimizer, flat)]
         return
     for number, group in enumerate(optimizer.param_groups):
         weights = [optimizer.master_of(parameter).detach() for parameter in group["params"]]
