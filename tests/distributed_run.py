@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from src.config import RunConfig
 from src.model import RWKV7
 from src.training.callbacks import SetLearningRate
-from src.training.full_state import counters, gather_full_state, gather_weights, scatter_full_state
+from src.training.full_state import gather_full_state, gather_weights, scatter_full_state
 from src.training.module import TrainingModule
 from src.training.parts import fresh_values
 from src.training.processes import join
@@ -144,7 +144,7 @@ def fit(company, name, scenario, out):
             name: {kind: t.clone().cpu() for kind, t in kinds.items()}
             for name, kinds in gather_full_state(trainer, module)
         }
-        result["counters"] = counters(trainer, module)
+        result["counters"] = module.optimizer.counters()
     if company.rank == 0:
         torch.save(result, out / f"{name}.pt")
 

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 
 from src.training.checkpoint import save_weights
 from src.training.folder import FINAL
-from src.training.full_state import counters, gather_full_state, gather_weights, scatter_full_state
+from src.training.full_state import gather_full_state, gather_weights, scatter_full_state
 from src.training.module import TrainingModule
 from src.training.reporting.reporter import Reporter
 from src.training.reporting.sink import Sink, StepReport
@@ -139,7 +139,7 @@ class KeepState(AfterStep):
         parameters = gather_full_state(trainer, module)
         tensors = ((f"{name}/{kind}", tensor) for name, kinds in parameters for kind, tensor in kinds.items())
         if trainer.is_global_zero:
-            self.writer.write(now, self.settings, counters(trainer, module), tensors)
+            self.writer.write(now, self.settings, module.optimizer.counters(), tensors)
         else:
             for _ in tensors:  # every rank takes part in gathering
                 pass

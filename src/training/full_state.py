@@ -37,11 +37,6 @@ def gather_full_state(trainer: pl.Trainer, module: pl.LightningModule) -> Iterat
         yield name, kinds if trainer.is_global_zero else {}
 
 
-def counters(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
-    """The optimizer's numbers that belong to no parameter."""
-    return _module(module).optimizer.counters()
-
-
 @torch.no_grad()
 def scatter_full_state(
     trainer: pl.Trainer,
@@ -49,7 +44,8 @@ def scatter_full_state(
     shards: Iterable[dict[str, Tensor]],
     counters: dict[str, float],
 ) -> None:
-    """Puts back what `gather_full_state` gave: `shards` map `name/kind` to tensors; only rank 0's are looked at.
+    """Puts back what `gather_full_state` gave: `shards` map `name/kind` to tensors; only rank 0's are looked at. `counters` are the
+    optimizer's numbers that belong to no parameter.
 
     Every rank takes part. Raises ValueError, on every rank, when a tensor is missing.
     """
