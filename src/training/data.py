@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from src.config import RunConfig
@@ -66,14 +67,19 @@ class PretrainSamples:
         )
 
     def check_ids(self, vocab_size: int) -> None:
-        starts = np.linspace(0, max(0, self.data.n_tokens - self.config.ctx_len), SAMPLED_WINDOWS).astype(np.int64)
-        for at in starts:
-            largest = int(self.data.tokens[at : at + self.config.ctx_len].max())
+        for at, ids in self.sampled_windows():
+            largest = int(ids.max())
             if largest >= vocab_size:
                 raise ValueError(
                     f"--data_file {self.config.data_file}: token id {largest} near position {at:,} doesn't fit --vocab_size "
                     f"{vocab_size}; the data was made with another tokenizer: give its --vocab_size, or make the data anew"
                 )
+
+    def sampled_windows(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """(position, ids [ctx_len]) of SAMPLED_WINDOWS windows, spread over the data."""
+        last = max(0, self.data.n_tokens - self.config.ctx_len)
+        for at in np.linspace(0, last, SAMPLED_WINDOWS).astype(np.int64).tolist():
+            yield at, self.data.tokens[at : at + self.config.ctx_len]
 
     def largest_id(self) -> int:
         tokens = self.data.tokens

@@ -26,7 +26,7 @@ def check_data(checks: Checklist, config: RunConfig, samples: Samples, share: fl
     checks.found(
         "data", samples.words + f"; the first {share:.1%} of the file, the rest is tokenised at the start" * (share < 1)
     )
-    ends, (ids, largest) = document_ends(samples), _sampled_ids(samples, config.ctx_len)
+    ends, (ids, largest) = document_ends(samples), _sampled_ids(samples)
     checks.take(Finding("", f"{ends.words}; ids {ids}, vocabulary {vocab_size:,}", ends.to_do))
     samples.check_ids(vocab_size)
     tokenizer = _tokenizer(config, vocab_size)
@@ -91,13 +91,11 @@ def _check_text(checks: Checklist, tokenizer: Tokenizer, window: list[int], voca
         )
 
 
-def _sampled_ids(samples: Samples, ctx_len: int) -> tuple[str, int]:
+def _sampled_ids(samples: Samples) -> tuple[str, int]:
     """The ids of some windows, spread over the data: in words, and the largest."""
     if not isinstance(samples, PretrainSamples):
-        return f"up to {samples.largest_id():,}", samples.largest_id()
-    tokens = samples.data.tokens
-    starts = np.linspace(0, max(0, len(tokens) - ctx_len), SAMPLED_WINDOWS).astype(np.int64)
-    ends = [(int(part.min()), int(part.max())) for part in (tokens[at : at + ctx_len] for at in starts.tolist())]
+        return f"up to {(largest := samples.largest_id()):,}", largest
+    ends = [(int(ids.min()), int(ids.max())) for _, ids in samples.sampled_windows()]
     smallest, largest = min(low for low, _ in ends), max(high for _, high in ends)
     return f"{smallest:,} to {largest:,} in {SAMPLED_WINDOWS} windows", largest
 
