@@ -47,6 +47,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The flags of `RunConfig` by topic, with their meanings and defaults, for --help."""
     parser = Parser(
         prog="train.py",
         usage="train.py [--flag value]...",

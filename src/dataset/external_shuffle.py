@@ -54,6 +54,7 @@ class _Epoch:
     def write_run(
         self, tokens: bytes, sizes: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], itemsize: int
     ) -> None:
+        """Some documents (tokens joined, size and key of each), sorted by their keys."""
         order = np.argsort(keys, kind="stable")
         for piece in _gather(tokens, sizes, order, itemsize):
             self._files[0].write(piece)
@@ -64,6 +65,7 @@ class _Epoch:
         self._bytes += len(tokens)
 
     def merged(self, itemsize: int) -> Iterator[Sorted]:
+        """All documents in the order of their keys, in portions: a range of keys at a time is read from every run."""
         for file in self._files:
             file.flush()
         by_bytes, by_documents = -(-self._bytes // RUN_BYTES), -(-self._documents // RUN_DOCUMENTS)

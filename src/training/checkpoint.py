@@ -68,6 +68,7 @@ def read_run(proj_dir: Path) -> dict[str, Any]:
 
 
 def write_run(proj_dir: Path, remembered: dict[str, Any]) -> None:
+    """Writes run.json, whole or not at all. Raises OSError."""
     with write_whole(proj_dir / RUN, "w") as file:
         json.dump(remembered, file, indent=1)
         file.write("\n")

@@ -35,6 +35,7 @@ class HeadLoss(nn.Module):
         self.largest_logit = torch.full((), math.nan)
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy over the targets int64 [B, T] that count, with the gradient of L2Wrap; with `chunk`, so many rows of logits at a time."""
         (head,) = self.head
         if self.measures:
             with torch.no_grad():
@@ -74,6 +75,7 @@ class TrainingModule(pl.LightningModule):
             self.values = None
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
+        """`loss` for backward (scaled where the optimizer scales, fp16), and `plain_loss` for people, without a gradient."""
         tokens, targets, *packed = batch  # packed rows bring the bounds of their documents, and their weight in the step
         hidden, _ = self.model.hidden(tokens, cu_seqlens=packed[0] if packed else None)
         loss = self.head_loss(hidden, targets)
@@ -89,6 +91,7 @@ class TrainingModule(pl.LightningModule):
         return torch.stack([self.head_loss(hidden, targets).double() * counted, counted])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """`EngineAdamW` inside a ZeRO engine, else `MasterAdamW`: the same mathematics."""
         c = self.config
         groups = parameter_groups(self.model, c.weight_decay)
         adam: dict[str, Any] = {
@@ -109,6 +112,7 @@ class TrainingModule(pl.LightningModule):
         return self.optimizer.grad_norm
 
     def train_dataloader(self) -> DataLoader:
+        """This rank's samples in their order, a micro batch at a time: which they are was settled by `make_dataset`."""
         dataset: Dataset = self.make_dataset(self.trainer.global_rank, self.trainer.world_size)
         on_gpu = self.hardware.accelerator == "gpu"
         # A sample is a slice of a mapped file: on a CPU a worker process would cost more than it takes off.

@@ -40,6 +40,8 @@ def loss_picture(run: Path, picture: Path) -> Path:
 
 
 def draw_run(curves: Curves) -> Figure:
+    """Loss (each step, running mean, held-out, and the published run's where this is that run) above the learning rate, against tokens
+    and training time."""
     figure = _figure(width=11, height=6)
     (loss_by_tokens, loss_by_time), (lr_by_tokens, lr_by_time) = figure.subplots(
         2, 2, sharex="col", sharey="row", gridspec_kw={"height_ratios": [3, 1]}
@@ -77,6 +79,7 @@ def draw_run(curves: Curves) -> Figure:
 
 
 def draw_comparison(runs: list[Curves]) -> Figure:
+    """The running mean of each run's loss and its held-out loss, against tokens and training time."""
     figure = _figure(width=11, height=5)
     by_tokens, by_time = figure.subplots(1, 2, sharey=True)
     longest = max(runs, key=lambda run: run.tokens[-1])

@@ -165,6 +165,7 @@ class StateWriter:
         self.check()
 
     def check(self) -> None:
+        """Raises the OSError of a save that failed, once."""
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure

@@ -50,6 +50,7 @@ class ShowSamples(pl.Callback):
 
 
 def write_samples(model: RWKV7, tokenizer: Tokenizer, held_out: HeldOut) -> list[Sample]:
+    """What the model writes after COUNT prompts of `held_out`, each drawn with the same seed."""
     samples = []
     for prompt, following in held_out.prompts(COUNT, PROMPT_TOKENS):
         answer = generate(model, prompt, NEW_TOKENS, TEMPERATURE, TOP_P, seed=SEED, stop_ids=tokenizer.eos_ids)
