@@ -64,33 +64,11 @@ def cuda(wanted: bool = True) -> Finding:
         return Finding("cuda", f"this PyTorch is built for ROCm {torch.version.hip}")
     driver = _driver()
     if not torch.cuda.is_available():
-        if driver and built_for:
-            why = f"the NVIDIA driver is {driver}, PyTorch was built for CUDA {built_for} and sees no GPU"
-            return Finding(
-                "cuda",
-                why,
-                "update the NVIDIA driver, or install a PyTorch for an older CUDA (pytorch.org/get-started)",
-            )
-        if driver:
-            to_do = "for training on the GPU install a PyTorch with CUDA: pip install --force-reinstall torch (pytorch.org/get-started)"
-            return Finding(
-                "cuda", f"there is an NVIDIA GPU (driver {driver}), but this PyTorch is built for CPUs only", to_do
-            )
-        return Finding("cuda", "no GPU: training on the CPU")
+        return _no_gpu(driver, built_for)
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     shown = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
     shown += [f"driver {driver or 'unknown'}", f"PyTorch for CUDA {built_for}"]
-    to_do = ""
-    capability = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    known = [name for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
-    if known and min(map(_number, known)) > _number(capability):
-        to_do = (
-            f"install an older PyTorch: this one knows GPUs from {min(known, key=_number)} on, this one is {capability}"
-        )
-    elif known and max(map(_number, known)) // 10 < _number(capability) // 10:
-        to_do = (
-            f"install a newer PyTorch: this one knows GPUs up to {max(known, key=_number)}, this one is {capability}"
-        )
+    to_do = _other_architecture()
     try:
         nvcc = find_nvcc()
         found = re.search(r"release ([\d.]+)", _output([nvcc, "--version"]))
@@ -103,6 +81,36 @@ def cuda(wanted: bool = True) -> Finding:
     except BuildError as error:
         to_do = to_do or str(error)
     return Finding("cuda", ", ".join(shown), to_do)
+
+
+def _no_gpu(driver: str, built_for: str) -> Finding:
+    """PyTorch sees no GPU: whether there is one that it should see."""
+    if driver and built_for:
+        return Finding(
+            "cuda",
+            f"the NVIDIA driver is {driver}, PyTorch was built for CUDA {built_for} and sees no GPU",
+            "update the NVIDIA driver, or install a PyTorch for an older CUDA (pytorch.org/get-started)",
+        )
+    if driver:
+        return Finding(
+            "cuda",
+            f"there is an NVIDIA GPU (driver {driver}), but this PyTorch is built for CPUs only",
+            "for training on the GPU install a PyTorch with CUDA: pip install --force-reinstall torch (pytorch.org/get-started)",
+        )
+    return Finding("cuda", "no GPU: training on the CPU")
+
+
+def _other_architecture() -> str:
+    """What to do where this PyTorch has no code for this GPU; '' where it has."""
+    capability = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    known = [name for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+    if known and min(map(_number, known)) > _number(capability):
+        return (
+            f"install an older PyTorch: this one knows GPUs from {min(known, key=_number)} on, this one is {capability}"
+        )
+    if known and max(map(_number, known)) // 10 < _number(capability) // 10:
+        return f"install a newer PyTorch: this one knows GPUs up to {max(known, key=_number)}, this one is {capability}"
+    return ""
 
 
 def _number(architecture: str) -> int:

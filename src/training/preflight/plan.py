@@ -16,6 +16,7 @@ Bytes per device, P parameters, b bytes of the run's dtype, W processes (tests c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from src.config import STRATEGIES, ModelConfig, RunConfig
@@ -184,9 +185,15 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
         f"Memory of one device in GiB, by the formulas of src/training/preflight/plan.py; CUDA, NCCL and fragmentation take 2 or 3 more{at_once}:",
         "",
     ]
-    lines.append(f"{'--strategy':>28}  weights  gradients  optimizer    step  activations  logits    total  on the CPU")
-    names = [name for name in STRATEGIES if name != "ddp" or processes > 1]
-    for name in names:
+    return "\n".join([*lines, *_memory_table(config, model, processes, precision)])
+
+
+def _memory_table(config: RunConfig, model: ModelConfig, processes: int, precision: str) -> Iterator[str]:
+    """A line for each strategy that means something of its own for so many processes; the run's own is marked."""
+    yield f"{'--strategy':>28}  weights  gradients  optimizer    step  activations  logits    total  on the CPU"
+    for name in STRATEGIES:
+        if name == ("ddp" if processes == 1 else "auto"):
+            continue  # auto is ddp where there are several processes
         if processes == 1 and name.startswith("deepspeed") and not name.endswith("_offload"):
             continue  # the same as auto
         m = memory(
@@ -194,18 +201,15 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
             name,
             processes,
             precision,
-            tokens,
+            config.micro_bsz * config.ctx_len,
             config.head_chunk,
             config.ds_bucket_mb,
             on_gpu=config.accelerator != "cpu",
         )
-        if name == "auto" and processes > 1:
-            continue  # the same as ddp
         mark = ">" if name == config.strategy or (name == "ddp" and config.strategy == "auto") else " "
         cells = zip(
             (m.weights, m.gradients, m.optimizer, m.step, m.activations, m.logits, m.total, m.on_cpu),
             (7, 9, 9, 6, 11, 6, 7, 10),
             strict=True,
         )
-        lines.append(f"{mark}{name:>27}  " + "  ".join(f"{value / GIB:{width}.2f}" for value, width in cells))
-    return "\n".join(lines)
+        yield f"{mark}{name:>27}  " + "  ".join(f"{value / GIB:{width}.2f}" for value, width in cells)
