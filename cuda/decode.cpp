@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "packed.h"
 #include "vec.h"
 
 namespace decode {
@@ -87,18 +88,13 @@ void normalise(const float* x, int64_t n, float eps, const float* weight, const 
 
 // ---- products with matrices -----------------------------------------------------------------------------------------------------------
 
-// fp32 or bf16, row after row.
+// fp32, bf16 or packed (packed.h), row after row; `first` is the row that it begins with.
 struct Matrix {
   const void* data;
-  bool half;
+  ScalarType dtype;  // packed: uint8
+  int64_t first;
 
-  explicit Matrix(const Tensor& t) : data(t.const_data_ptr()), half(t.scalar_type() == ScalarType::BFloat16) {}
-  // The part that begins with this element.
-  Matrix from(int64_t element) const {
-    Matrix part = *this;
-    part.data = static_cast<const char*>(data) + element * (half ? 2 : 4);
-    return part;
-  }
+  explicit Matrix(const Tensor& t, int64_t row = 0) : data(t.const_data_ptr()), dtype(t.scalar_type()), first(row) {}
 };
 
 // out[b, row] = weight[row] . x[b] for b < B; all rows of one multiplication have the same length.
@@ -148,12 +144,48 @@ inline void dots_of_all(const T* row, int64_t apart, const Product& p, int64_t c
 
 template <class T>
 void rows_times(const Product& p, int64_t first, int64_t last, int64_t columns, int64_t B) {
-  const T* weight = static_cast<const T*>(p.weight.data);
+  const T* weight = static_cast<const T*>(p.weight.data) + p.weight.first * columns;
   const int64_t share = (last - first) / kStreams;
   for (int64_t row = first; row < first + share; ++row)
     dots_of_all<kStreams>(weight + row * columns, share * columns, p, columns, B, p.out + row, share);
   for (int64_t row = first + kStreams * share; row < last; ++row) dots_of_all<1>(weight + row * columns, 0, p, columns, B, p.out + row, 0);
 }
+
+#if defined(PACKED_PAYS)
+// kRows packed rows, `apart` from each other, times one vector.
+template <int kRows>
+inline void packed_dots(const packed::Rows& rows, int64_t row, int64_t apart, const float* x, int64_t columns, float* out) {
+  Float total[kRows] = {};
+  const packed::Unpack unpack(rows.base);
+  const uint8_t* group = rows.data + row * rows.bytes;
+  for (int64_t c = 0; c < columns; c += packed::kGroup, group += packed::kGroupBytes) {
+#pragma GCC unroll 4
+    for (int part = 0; part < packed::Unpack::kParts; ++part)
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const uint8_t* at = group + r * apart * rows.bytes;
+        for (int64_t line = 0; part == 0 && line < packed::kGroupBytes; line += vec::kLine) __builtin_prefetch(at + line + kAhead, 0, 3);
+        Float weight[packed::Unpack::kVectors];
+        unpack(at, part, weight);
+#pragma GCC unroll 4
+        for (int v = 0; v < packed::Unpack::kVectors; ++v) total[r] += weight[v] * vec::load(x + c + packed::Unpack::column(part, v));
+      }
+  }
+  for (int r = 0; r < kRows; ++r) out[r * apart] = sum(total[r]) + rows.exceptions_times(row + r * apart, x);
+}
+
+// For a single sequence: for several ones the unpacking would take longer than the reading.
+void packed_rows_times(const Product& p, int64_t first, int64_t last, int64_t columns, int64_t B) {
+  const packed::Rows rows(p.weight.data, p.weight.first + first);
+  const int64_t count = last - first, share = count / kStreams;
+  for (int64_t b = 0; b < B; ++b) {
+    const float* x = p.x + b * columns;
+    float* out = p.out + b * p.out_stride + first;
+    for (int64_t row = 0; row < share; ++row) packed_dots<kStreams>(rows, row, share, x, columns, out + row);
+    for (int64_t row = kStreams * share; row < count; ++row) packed_dots<1>(rows, row, 0, x, columns, out + row);
+  }
+}
+#endif
 
 // ---- the network ------------------------------------------------------------------------------------------------------------------------
 
@@ -211,7 +243,11 @@ class Step {
       for (const Product& p : products) {
         if (begin < p.rows && end > 0) {
           const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, p.rows);
-          p.weight.half ? rows_times<Bf16>(p, first, last, columns, s_.B) : rows_times<float>(p, first, last, columns, s_.B);
+          auto times = p.weight.dtype == ScalarType::BFloat16 ? rows_times<Bf16> : rows_times<float>;
+#if defined(PACKED_PAYS)
+          if (p.weight.dtype == ScalarType::Byte) times = packed_rows_times;
+#endif
+          times(p, first, last, columns, s_.B);
         }
         begin -= p.rows, end -= p.rows;
       }
@@ -243,13 +279,12 @@ class Step {
     auto mixed = [&](Vector which) { return mixed_ + (which - X_R) * B * C; };
     shift_and_mix(vector(LN1_WEIGHT), vector(LN1_BIAS), vector(X_R), 6, shift);
 
-    const Matrix inner(tensors[INNER]), outer(tensors[OUTER]);
     std::vector<Product> products = {{Matrix(tensors[RECEPTANCE]), C, mixed(X_R), r_, C},
                                      {Matrix(tensors[KEY]), C, mixed(X_K), k_, C},
                                      {Matrix(tensors[VALUE]), C, mixed(X_V), v_, C}};
     int64_t rank = 0;
     for (auto [which, rows] : {std::pair{X_W, s_.w_rank}, {X_A, s_.a_rank}, {X_G, s_.g_rank}, {X_V, number == 0 ? 0 : s_.v_rank}}) {
-      products.push_back({inner.from(rank * C), rows, mixed(which), inner_ + rank, ranks});
+      products.push_back({Matrix(tensors[INNER], rank), rows, mixed(which), inner_ + rank, ranks});
       rank += rows;
     }
     multiply(products, C);
@@ -262,7 +297,7 @@ class Step {
     torch::stable::parallel_for(0, s_.H, 1, [&](int64_t begin, int64_t end) {
       const vec::FlushDenormals guard;
       for (int64_t head = begin; head < end; ++head)
-        for (int64_t b = 0; b < B; ++b) one_head(number, head, b, vectors, outer.from(head * ranks * s_.N), wkv);
+        for (int64_t b = 0; b < B; ++b) one_head(number, head, b, vectors, tensors[OUTER], wkv);
     });
     multiply({{Matrix(tensors[OUTPUT]), C, y_, normed_, C}}, C);
     add_to_x(normed_);
@@ -284,15 +319,18 @@ class Step {
   }
 
   // From r, k, v and the inner low-rank products to y = (group norm of the recurrence's output + bonus) * gate, for one head of a sequence.
-  void one_head(int64_t number, int64_t head, int64_t b, const float* vectors, Matrix outer, float* wkv) {
+  void one_head(int64_t number, int64_t head, int64_t b, const float* vectors, const Tensor& outer, float* wkv) {
     const int64_t N = s_.N, at = b * s_.C + head * N;
     auto vector = [&](Vector which, int64_t c) { return vec::load(vectors + which * s_.C + head * N + c); };
     float *r = r_ + at, *k = k_ + at, *v = v_ + at, *y = y_ + at, *S = wkv + (b * s_.H + head) * N * N;
     alignas(64) float decay[kMostN], rate[kMostN], gate[kMostN], residual[kMostN], remove[kMostN];
     const float* low = inner_ + b * s_.ranks();
+    int64_t from = head * s_.ranks() * N;
     for (auto [rank, out] : {std::pair{s_.w_rank, decay}, {s_.a_rank, rate}, {s_.g_rank, gate}, {number == 0 ? 0 : s_.v_rank, residual}}) {
-      outer.half ? low_rank(low, rank, static_cast<const Bf16*>(outer.data), out) : low_rank(low, rank, static_cast<const float*>(outer.data), out);
-      low += rank, outer = outer.from(rank * N);
+      const void* matrix = outer.const_data_ptr();
+      outer.scalar_type() == ScalarType::BFloat16 ? low_rank(low, rank, static_cast<const Bf16*>(matrix) + from, out)
+                                                  : low_rank(low, rank, static_cast<const float*>(matrix) + from, out);
+      low += rank, from += rank * N;
     }
 
     Float squares{}, bonus{};
@@ -361,10 +399,23 @@ void check(const Tensor& x, const char* name, ScalarType dtype, std::initializer
   STD_TORCH_CHECK(x.scalar_type() == dtype, "decode_step: ", name, " has another dtype than expected");
   check_shape(x, name, shape);
 }
-void check_matrix(const Tensor& x, const char* name, std::initializer_list<int64_t> shape) {
+void check_plain(const Tensor& x, const char* name, std::initializer_list<int64_t> shape) {
   const auto dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "decode_step: ", name, " must be float32 or bfloat16");
   check_shape(x, name, shape);
+}
+void check_matrix(const Tensor& x, const char* name, int64_t rows, int64_t columns) {
+  if (x.scalar_type() != ScalarType::Byte) return check_plain(x, name, {rows, columns});
+  packed::Header header{};
+  const bool whole = x.is_contiguous() && x.numel() >= static_cast<int64_t>(sizeof header);
+  if (whole) std::memcpy(&header, x.const_data_ptr(), sizeof header);
+  STD_TORCH_CHECK(whole && header.rows == rows && header.columns == columns && x.numel() == packed::total_bytes(rows, columns, header.exceptions),
+                  "decode_step: ", name, " was packed from another matrix than one of ", rows, " x ", columns);
+}
+
+int64_t rows_of(const Tensor& matrix) {
+  if (matrix.scalar_type() != ScalarType::Byte) return matrix.dim() > 0 ? matrix.size(0) : 0;
+  return matrix.numel() >= static_cast<int64_t>(sizeof(packed::Header)) ? static_cast<const packed::Header*>(matrix.const_data_ptr())->rows : 0;
 }
 
 template <class T>
@@ -388,14 +439,14 @@ Tensor run(const Sizes& s, const Tensor& tokens, const Tensor& embedding, const 
 Tensor decode_step(Tensor tokens, Tensor embedding, Tensor head, Tensor ends, std::vector<Tensor> layers, int64_t w_rank, int64_t a_rank,
                    int64_t g_rank, int64_t v_rank, Tensor att_shift, Tensor wkv, Tensor ffn_shift) {
   STD_TORCH_CHECK(!layers.empty() && layers.size() % MATRICES == 0, "decode_step: needs ", int(MATRICES), " tensors a layer");
-  STD_TORCH_CHECK(tokens.dim() == 1 && head.dim() == 2 && wkv.dim() == 5, "decode_step: tokens, head or wkv has another number of dimensions");
+  STD_TORCH_CHECK(tokens.dim() == 1 && embedding.dim() == 2 && wkv.dim() == 5, "decode_step: tokens, embedding or wkv has another number of dimensions");
   const auto L = static_cast<int64_t>(layers.size()) / MATRICES;
-  const Sizes s{tokens.size(0), head.size(1), wkv.size(2), wkv.size(3), layers[FFN_KEY].size(0), head.size(0), w_rank, a_rank, g_rank, v_rank};
+  const Sizes s{tokens.size(0), embedding.size(1), wkv.size(2), wkv.size(3), rows_of(layers[FFN_KEY]), embedding.size(0), w_rank, a_rank, g_rank, v_rank};
   STD_TORCH_CHECK(s.B >= 1 && s.H * s.N == s.C && s.N % 16 == 0 && s.N <= kMostN && s.F % 16 == 0, "decode_step: unfit sizes");
   const auto dtype = embedding.scalar_type(), f32 = ScalarType::Float;
   check(tokens, "tokens", ScalarType::Long, {s.B});
-  check_matrix(embedding, "embedding", {s.V, s.C});
-  check_matrix(head, "head", {s.V, s.C});
+  check_plain(embedding, "embedding", {s.V, s.C});
+  check_matrix(head, "head", s.V, s.C);
   check(ends, "ends", f32, {ENDS, s.C});
   check(att_shift, "att_shift", dtype, {L, s.B, s.C});
   check(ffn_shift, "ffn_shift", dtype, {L, s.B, s.C});
@@ -403,11 +454,11 @@ Tensor decode_step(Tensor tokens, Tensor embedding, Tensor head, Tensor ends, st
   for (int64_t i = 0; i < L; ++i) {
     const Tensor* layer = layers.data() + i * MATRICES;
     check(layer[VECTOR_ROWS], "vectors", f32, {VECTORS, s.C});
-    check_matrix(layer[INNER], "inner", {s.ranks(), s.C});
-    check_matrix(layer[OUTER], "outer", {s.H, s.ranks(), s.N});
-    for (int m : {RECEPTANCE, KEY, VALUE, OUTPUT}) check_matrix(layer[m], "a matrix of the time mix", {s.C, s.C});
-    check_matrix(layer[FFN_KEY], "ffn key", {s.F, s.C});
-    check_matrix(layer[FFN_VALUE], "ffn value", {s.C, s.F});
+    check_matrix(layer[INNER], "inner", s.ranks(), s.C);
+    check_plain(layer[OUTER], "outer", {s.H, s.ranks(), s.N});
+    for (int m : {RECEPTANCE, KEY, VALUE, OUTPUT}) check_matrix(layer[m], "a matrix of the time mix", s.C, s.C);
+    check_matrix(layer[FFN_KEY], "ffn key", s.F, s.C);
+    check_matrix(layer[FFN_VALUE], "ffn value", s.C, s.F);
   }
   const auto* ids = static_cast<const int64_t*>(tokens.const_data_ptr());
   for (int64_t b = 0; b < s.B; ++b)

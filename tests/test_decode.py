@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from random_model import random_model
 from src.inference.decoder import Decoder
 from src.inference.step import TorchStep
 from src.model import State
-from src.ops.build import BuildError
+from src.ops.build import BuildError, load_native
 from src.ops.decode import MOST_SEQUENCES, decode_step
 
 SIZES = {
@@ -82,14 +83,83 @@ def test_in_bf16_the_arithmetic_is_fp32():
     assert (logits - exact).norm() < 0.5 * (plain - exact).norm()
 
 
-def test_fp32_weights_that_came_from_bf16_are_read_as_bf16_without_loss():
-    model = random_model().bfloat16().float()
-    model.blocks[1].ffn.key.weight[100, 5] += 1e-6  # one number is enough
-    logits, decoder, tokens = steps(model, 3)
-    torch.testing.assert_close(logits, forward(model, tokens)[0], rtol=0, atol=1e-5)
-    read = [t.dtype for t in decoder.native_weights.layers]
-    assert read.count(torch.bfloat16) == 3 * 8 - 1
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_fp32_weights_that_came_from_bf16_are_packed_without_loss(sizes, sequences):
+    model = random_model(**sizes).bfloat16().float()
+    last = model.blocks[-1]
+    last.ffn.key.weight[100, 5] += 1e-6  # one number is enough
+    last.ffn.value.weight[:, 2] *= 2.0**-20  # far from the others: too many exceptions
+    last.att.output.weight[3, 7:20] *= 2.0**-20  # few: some exceptions
+    model.head.weight[::9, 1] = -(2.0**-30)
+    logits, decoder, tokens = steps(model, sequences)
+    torch.testing.assert_close(logits, forward(model, tokens)[0], rtol=1e-5, atol=1e-5)
+    read = [t.dtype for t in decoder.native_weights.layers[-9:]]
+    assert read.count(torch.float32) == 2  # the vectors, and that one
+    if sequences > 1:
+        assert read.count(torch.bfloat16) == 7
+        packed = Decoder(model).native_weights  # several sequences can be decoded from packed weights, too
+        again = Decoder(model, sequences)
+        other = torch.stack([decode_step(row, packed, *again._stacked) for row in tokens])
+        torch.testing.assert_close(other, logits, rtol=1e-5, atol=1e-5)
     assert decoder.state.layers[0].att_shift.dtype == torch.float32
+
+
+def pack(matrix):
+    load_native()
+    if torch.ops.rwkv7.pack(torch.ones(1, 128).bfloat16()).numel() == 0:
+        pytest.skip("nothing is packed for this processor's instruction set")
+    return torch.ops.rwkv7.pack(matrix)
+
+
+def unpack(packed):
+    """The matrix that cuda/packed.h describes, read here by itself."""
+    rows, columns, exceptions, base = packed[:32].view(torch.int64).tolist()
+    first = packed[32 : 36 + 4 * rows].view(torch.int32).tolist()
+    listed = packed[36 + 4 * rows :][: 8 * exceptions].view(-1, 8).contiguous()
+    start = (36 + 4 * rows + 8 * exceptions + 63) // 64 * 64
+    groups = packed[start:].view(rows, columns // 128, 3, 64).int()
+    codes = torch.cat([groups[:, :, 2] & 15, groups[:, :, 2] >> 4], dim=-1)
+    exponents = torch.where(codes % 8 == 0, 0, base + codes % 8)
+    bits = (codes // 8) << 15 | exponents << 8 | groups[:, :, :2].flatten(2)
+    bits = bits.view(-1, 4, 2, 4, 2).permute(0, 2, 4, 1, 3)  # q, v / 2, d, v % 2 -> v, q, d
+    matrix = bits.reshape(rows, columns).to(torch.int32).bitwise_left_shift(16).view(torch.float32).clone()
+    for row in range(rows):
+        for entry in listed[first[row] : first[row + 1]]:
+            matrix[row, entry[:4].view(torch.int32)] = entry[4:].view(torch.float32)
+    return matrix.bfloat16()
+
+
+SPECIAL = [0.0, -0.0, 1.0, -1.9, 2.0**-126, -1e-39, 3e38, -3e38, 2.0**-40, 2.0**30, float("inf")]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.7, 1.2])
+def test_packing_keeps_every_bit(spread):
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(70, 256, generator=generator) * torch.exp2(spread * torch.randn(70, 1, generator=generator))
+    matrix[5, 20 : 20 + len(SPECIAL)] = torch.tensor(SPECIAL)
+    matrix[69, -1] = 2.0**100
+    matrix = matrix.bfloat16()
+    packed = pack(matrix)
+    assert 1.5 * matrix.numel() < packed.numel() < 1.65 * matrix.numel()
+    assert torch.equal(unpack(packed).view(torch.int16), matrix.view(torch.int16))
+
+
+def test_what_would_not_pay_is_not_packed():
+    wide = torch.exp2(torch.linspace(-60, 60, 64 * 64)).view(32, 128)
+    for matrix in (wide, torch.ones(8, 64), torch.ones(8, 48), torch.ones(0, 128)):
+        assert pack(matrix.bfloat16()).numel() == 0
+    with pytest.raises(RuntimeError, match="must be bfloat16 and contiguous"):
+        pack(torch.ones(4, 128))
+
+
+def test_a_packed_matrix_of_other_sizes_is_refused():
+    decoder = Decoder(random_model(n_layer=1).bfloat16().float())
+    decoder.step([1])
+    weights = decoder.native_weights
+    for head in (pack(torch.ones(97, 256).bfloat16()), weights.head[:-1], weights.head[:8]):
+        with pytest.raises(RuntimeError, match="head was packed from another matrix than one of 97 x 128"):
+            decode_step(torch.tensor([1]), replace(weights, head=head), *decoder._stacked)
 
 
 def test_the_number_of_threads_changes_no_bit():

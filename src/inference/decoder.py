@@ -119,11 +119,11 @@ class Decoder:
 
     @cached_property
     def native_weights(self) -> DecodeWeights:
-        """The model's weights as native steps read them."""
+        """The model's weights as native steps read them: for one sequence, or for as many as there were first."""
         model = self.model
         blocks = [dict(block.named_parameters()) for block in model.blocks]
         ends = (blocks[0]["ln0.weight"], blocks[0]["ln0.bias"], model.ln_out.weight, model.ln_out.bias)
-        return DecodeWeights.of(model.emb.weight, model.head.weight, ends, blocks)
+        return DecodeWeights.of(model.emb.weight, model.head.weight, ends, blocks, pack=self.batch == 1)
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int, what: str) -> None:

@@ -36,8 +36,9 @@ CPU_SOURCES = (
     "relu_squared.cpp",
     "cross_entropy_cpu.cpp",
     "decode.cpp",
+    "pack.cpp",
 )
-HEADERS = ("wkv7_cpu.h", "small_products.h", "vec.h", "dense.h", "cross_entropy.h")
+HEADERS = ("wkv7_cpu.h", "small_products.h", "packed.h", "vec.h", "dense.h", "cross_entropy.h")
 CUDA_SOURCES = (
     "wkv7_cuda.cpp",
     "wkv7_recurrent.cu",

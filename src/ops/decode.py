@@ -31,11 +31,12 @@ class DecodeWeights:
     """A network's weights as the native step reads them: the large matrices where they lie, copies of the small ones.
 
     fp32 matrices of which every number is a bf16 number, as in files saved in bf16, are read as bf16: the same arithmetic on the same
-    numbers at half the bytes, and so nearly twice as fast; the copies take half of the weights' memory once more.
+    numbers at half the bytes, and so nearly twice as fast; the copies take half of the weights' memory once more. For one sequence they are
+    packed to 12 bits a number, without loss (cuda/packed.h).
 
     embedding and head [V, C]; ends fp32 [4, C]: weight and bias of the norms after the embedding and before the head;
     layers: for each block its vectors fp32 [19, C], inner [D, C] and outer [H, D, N] low-rank matrices (D: the four ranks together),
-    and its MATRICES [out, in]; ranks: of decay, learning rate, gate and value residual.
+    and its MATRICES [out, in] (a packed matrix is uint8 [bytes]); ranks: of decay, learning rate, gate and value residual.
     """
 
     embedding: Tensor
@@ -45,36 +46,41 @@ class DecodeWeights:
     ranks: tuple[int, ...]
 
     @classmethod
-    def of(cls, embedding: Tensor, head: Tensor, ends: Sequence[Tensor], blocks: Sequence[Mapping[str, Tensor]]) -> DecodeWeights:
-        """`blocks`: each one's parameters by their names within it."""
+    def of(
+        cls, embedding: Tensor, head: Tensor, ends: Sequence[Tensor], blocks: Sequence[Mapping[str, Tensor]], pack: bool
+    ) -> DecodeWeights:
+        """`blocks`: each one's parameters by their names within it; `pack`: for steps of one sequence. Needs the native library."""
         return cls(
             embedding=embedding.detach().contiguous(),
-            head=_compact(head),
+            head=_compact(head, pack),
             ends=torch.stack([vector.detach().float() for vector in ends]),
-            layers=[tensor for block in blocks for tensor in _lay_out(block)],
+            layers=[tensor for block in blocks for tensor in _lay_out(block, pack)],
             ranks=tuple(blocks[0][f"att.{kind}1"].shape[1] for kind in LOW_RANK),
         )
 
 
-def _lay_out(block: Mapping[str, Tensor]) -> list[Tensor]:
+def _lay_out(block: Mapping[str, Tensor], pack: bool) -> list[Tensor]:
     n_head, head_size = block["att.r_k"].shape
     outer = torch.cat([block[f"att.{kind}2"].detach() for kind in LOW_RANK])
     return [
         torch.stack([block[name].detach().float().flatten() for name in VECTORS]),
-        _compact(torch.cat([block[f"att.{kind}1"].detach().t() for kind in LOW_RANK])),
-        _compact(outer.view(-1, n_head, head_size).transpose(0, 1)),
-        *(_compact(block[f"{name}.weight"]) for name in MATRICES),
+        _compact(torch.cat([block[f"att.{kind}1"].detach().t() for kind in LOW_RANK]), pack),
+        _compact(outer.view(-1, n_head, head_size).transpose(0, 1), pack=False),
+        *(_compact(block[f"{name}.weight"], pack) for name in MATRICES),
     ]
 
 
-def _compact(matrix: Tensor) -> Tensor:
-    """Without loss as bf16 where that is possible."""
+def _compact(matrix: Tensor, pack: bool) -> Tensor:
+    """A fp32 matrix without loss as bf16 where that is possible, and packed if that pays; a bf16 model's are read where they lie."""
     matrix = matrix.detach().contiguous()
     some = matrix[:4]  # enough to know most that aren't
-    if not torch.equal(some.bfloat16().float(), some.float()):
+    if matrix.dtype == torch.bfloat16 or not torch.equal(some.bfloat16().float(), some):
         return matrix
     short = matrix.bfloat16()
-    return short if torch.equal(short.float(), matrix.float()) else matrix
+    if not torch.equal(short.float(), matrix):
+        return matrix
+    packed = torch.ops.rwkv7.pack(short) if pack else short[:0]
+    return packed if packed.numel() else short
 
 
 def can_decode(device: torch.device, dtype: torch.dtype, head_size: int, dim_ffn: int) -> bool:

@@ -9,7 +9,8 @@ ratios within a round, because machines are shared. Rounds whose two bandwidths 
 - of copy bandwidth: bytes of weights that a token has to read, in the precision in which our step keeps them (everything but the
   embedding once; nothing else is counted), per second of a step, over the copy bandwidth.
 - --weights bf16: what is in a file that was saved in bf16 (released models, runs in bf16), loaded as fp32 by both. Ours sees that these
-  numbers fit into bf16 and reads them at two bytes; arithmetic is fp32 all the same. With fp32 (runs in fp32), both read four.
+  numbers fit into bf16 and reads them packed at 12 bits (several sequences: two bytes); arithmetic is fp32 all the same. With fp32 (runs
+  in fp32), both read four bytes.
 - The package is compiled by its own TorchScript; both its loops run until they are compiled before anything is timed.
 """
 
