@@ -31,6 +31,13 @@
 #define PORT_HAS_TENSOR_CORES 1
 #endif
 
+// The target that is compiled for, 800 for sm_80; 0 where there is none (the host, AMD): for what a compiler needs for one target only.
+#if defined(__CUDA_ARCH__)
+#define PORT_TARGET __CUDA_ARCH__
+#else
+#define PORT_TARGET 0
+#endif
+
 #define DEVICE __device__ __forceinline__
 
 namespace port {
