@@ -15,15 +15,14 @@
 //
 // The decay's gradient: let g_t = sum_i G_t S_t (elementwise, per column) after token t. Writing out S_t and G_t:
 //   decay_t ddecay_t = g_{t-1} - a_t da_t      and      g_t = decay_t ddecay_t + b_t db_t + k_t dk_t - r_t dr_t.
-// At the bounds of chunks g is summed directly, or rounding would pile up; what a walk through a chunk misses by is shared out.
+// Twice in a segment g is summed directly, or rounding would pile up; what a walk from one sum to the next misses by is shared out.
 #include "wkv7_cpu.h"
 
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <new>
-#include <utility>
+#include <type_traits>
 
 #include <torch/headeronly/util/Half.h>
 
@@ -41,10 +40,22 @@ using vec::kLanes;
 constexpr int64_t kChunk = 8;  // tokens; their decays and the products between them stay small beside the N x N products
 constexpr int64_t kColumns = 2 * kChunk;
 constexpr int64_t kChunks = kSegment / kChunk;  // in a segment
-static_assert(kSegment % kChunk == 0, "a segment is made of whole chunks");
+constexpr int64_t kWalk = kChunks / 2;          // chunks between two direct sums of g
+static_assert(kSegment % (2 * kChunk) == 0, "a segment is made of two walks of whole chunks");
 
-// -log(decay) stays below this
-const float kMaxLogDecay = std::exp(-0.5f);
+constexpr float kMaxLogDecay = 0.606530660f;  // exp(-1/2): -log(decay) stays below it
+
+// exp(-kMaxLogDecay s) for s in [0, 1]: 1 - s Q(s), where Q interpolates (1 - exp(-kMaxLogDecay s)) / s at the zeros of Chebyshev's polynomial
+// of degree 6. Off by 2.2e-9, and by nothing where s is small, so decays near 1 don't drift.
+inline Float decay_of(Float s) {
+  Float q = vec::splat(-5.34887835e-5f);
+  q = q * s + 6.67226315e-4f;
+  q = q * s - 5.63044064e-3f;
+  q = q * s + 3.71863838e-2f;
+  q = q * s - 1.83939552e-1f;
+  q = q * s + 6.06530657e-1f;
+  return 1.0f - q * s;
+}
 
 // ---- rows of a [B, T, H, N] tensor in and out -------------------------------------------------------------------------------------
 
@@ -180,7 +191,7 @@ __attribute__((noinline)) void read_chunk(Chunk& chunk, const Problem& p, const 
       const int64_t at = i * N + c;
       if (backward) vec::store(chunk.slopes + at, -kMaxLogDecay * sigmoid * (e * sigmoid));
       vec::store(chunk.ar + at, load_row(a + i * p.a.time + c) * decays);
-      decays *= vec::exp(-kMaxLogDecay * sigmoid);
+      decays *= decay_of(sigmoid);
       const Float inverse = vec::reciprocal(decays);
       vec::store(chunk.decays + at + N, decays);
       if (backward) vec::store(chunk.inverses + at, inverse);
@@ -198,19 +209,27 @@ __attribute__((noinline)) void read_chunk(Chunk& chunk, const Problem& p, const 
   }
 }
 
-// The three products that everything is made of; rows, x and y are blocks of kColumns rows of N floats.
+// The three products that everything is made of; rows, x and y are blocks of kColumns rows of N floats. Head size 64, everybody's, is
+// compiled by itself.
+template <class Compute>
+inline void with_head_size(int64_t N, const Compute& compute) {
+  if (N == 64)
+    compute(std::integral_constant<int64_t, 64>());
+  else
+    compute(N);
+}
 // to [kColumns, N] = rows M
-void rows_times(float* to, const float* rows, const float* M, int64_t N, Fetch& fetch) {
-  multiply({to, nullptr, N, kColumns, N, rows, N, 1, M, N, N, nullptr, nullptr}, fetch);
+__attribute__((noinline)) void rows_times(float* to, const float* rows, const float* M, int64_t N, Fetch& fetch) {
+  with_head_size(N, [&](auto n) { multiply({to, nullptr, n, kColumns, n, rows, n, 1, M, n, n}, fetch); });
 }
 // to [count, kColumns] = M [count, N] times rows^T, which is given as `columns`
-void times_columns(float* to, const float* M, int64_t count, const float* columns, int64_t N, Fetch& fetch) {
-  multiply({to, nullptr, kColumns, count, kColumns, M, N, 1, columns, kColumns, N, nullptr, nullptr}, fetch);
+__attribute__((noinline)) void times_columns(float* to, const float* M, int64_t count, const float* columns, int64_t N, Fetch& fetch) {
+  with_head_size(N, [&](auto n) { multiply({to, nullptr, kColumns, count, kColumns, M, n, 1, columns, kColumns, n}, fetch); });
 }
 // to [N, N] = (M + x^T y), its rows or its columns scaled
-void add_outer(float* to, const float* M, const float* x, const float* y, int64_t N, const float* row_scale, const float* column_scale,
-               Fetch& fetch) {
-  multiply({to, M, N, N, N, x, 1, N, y, N, kColumns, row_scale, column_scale}, fetch);
+__attribute__((noinline)) void add_outer(float* to, const float* M, const float* x, const float* y, int64_t N, const float* row_scale,
+                                         const float* column_scale, Fetch& fetch) {
+  with_head_size(N, [&](auto n) { multiply({to, M, n, n, n, x, 1, n, y, n, kColumns, row_scale, column_scale}, fetch); });
 }
 
 // The products between the rows of two blocks, [kColumns, kColumns] = rows times columns^T. Token t of the first half of the rows doesn't
@@ -304,12 +323,12 @@ void forward(const Forward& p, const Unit& u) {
 
 // ---- backward: S and G are [value, key] ---------------------------------------------------------------------------------------------
 
-// A chunk's gradients from those of the primed rows, in place: dar = [da; dr], chunk.dkb = [dk; db], and dw in the place of the slopes.
-// before, after: g at the chunk's two ends.
-void finish_gradients(const Chunk& chunk, float* dar, const float* before, const float* after, int64_t N, int64_t count) {
+// A chunk's gradients from those of the primed rows, in place: dar = [da; dr], chunk.dkb = [dk; db], and decay ddecay in the place of the
+// inverses. g: from before the chunk to after it.
+void finish_gradients(const Chunk& chunk, float* dar, float* g, int64_t N, int64_t count) {
   const int64_t half = kChunk * N;
   for (int64_t c = 0; c < N; c += kLanes) {
-    Float log_decay[kChunk] = {}, g = vec::load(before + c);
+    Float sum = vec::load(g + c);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = i * N + c;
       const Float da = vec::load(dar + at), dr = vec::load(dar + half + at);
@@ -319,30 +338,36 @@ void finish_gradients(const Chunk& chunk, float* dar, const float* before, const
       vec::store(dar + half + at, dr * decay);
       vec::store(chunk.dkb + at, dk * inverse);
       vec::store(chunk.dkb + half + at, db * inverse);
-      log_decay[i] = g - vec::load(chunk.ar + at) * da;
-      g = log_decay[i] + vec::load(chunk.kb + half + at) * db + vec::load(chunk.kb + at) * dk - vec::load(chunk.ar + half + at) * dr;
+      const Float log_decay = sum - vec::load(chunk.ar + at) * da;
+      vec::store(chunk.inverses + at, log_decay);
+      sum = log_decay + vec::load(chunk.kb + half + at) * db + vec::load(chunk.kb + at) * dk - vec::load(chunk.ar + half + at) * dr;
     }
-    const Float missed = (vec::load(after + c) - g) * (1.0f / static_cast<float>(count));
-    for (int64_t i = 0; i < count; ++i) {
-      float* dw = chunk.slopes + i * N + c;
-      vec::store(dw, (log_decay[i] + missed * (static_cast<float>(i) + 0.5f)) * vec::load(dw));
-    }
+    vec::store(g + c, sum);
   }
+}
+// dw in the place of the slopes; missed: what g was short of, per token of the walk, of which `walked` came before this chunk
+void finish_decays(const Chunk& chunk, const float* missed, int64_t walked, int64_t N, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t at = i * N, c = 0; c < N; c += kLanes, at += kLanes) {
+      const Float share = vec::load(missed + c) * (static_cast<float>(walked + i) + 0.5f);
+      vec::store(chunk.slopes + at, (vec::load(chunk.inverses + at) + share) * vec::load(chunk.slopes + at));
+    }
 }
 
 template <class T>
 void backward(const Backward& p, const Unit& u) {
   const int64_t N = p.N, half = kChunk * N, slots = kChunks + 1;
-  scratch.reset((slots + 1) * N * N + slots * (Chunk::floats(N) + 16 * 16) + 3 * kColumns * N + kColumns * kColumns + (kChunks + 1) * N);
-  float* S = scratch.take(N * N);
-  float* kept_G = scratch.take(slots * N * N);  // G of a chunk, and of the chunk before the segment
+  scratch.reset(3 * N * N + slots * (Chunk::floats(N) + 16 * 16) + 3 * kColumns * N + kColumns * kColumns + 4 * N);
+  float *S = scratch.take(N * N), *G = scratch.take(N * N), *G_halfway = scratch.take(N * N);
   float *columns = scratch.take(kColumns * N), *turned = scratch.take(kColumns * N), *products = scratch.take(kColumns * kColumns);
-  float *dar = scratch.take(kColumns * N), *g = scratch.take((kChunks + 1) * N);  // g at the bounds of the segment's chunks
+  float *dar = scratch.take(kColumns * N), *g = scratch.take(N);
+  float* g_sums = scratch.take(3 * N);  // at the start of the segment's two walks, and at its end
   Chunk ring[kChunks + 1];
   for (Chunk& chunk : ring) chunk.take(scratch, N);
   // Chunks are numbered from the sequence's start; -1 is what was before.
   auto chunk_of = [&](int64_t number) -> Chunk& { return ring[(number + slots) % slots]; };
-  auto G_of = [&](int64_t number) { return kept_G + (number + slots) % slots * N * N; };
+  // The gradient of S' at a chunk's end. It is kept where the second walk starts.
+  auto G_of = [&](int64_t number) { return number >= 0 && number % kChunks == kWalk - 1 ? G_halfway : G; };
   auto first_token = [&](int64_t number) { return u.begin + number * kChunk; };
   auto count = [&](int64_t number) {
     const int64_t rest = u.end - first_token(number);
@@ -376,8 +401,8 @@ void backward(const Backward& p, const Unit& u) {
   if (chunks > 0) read_number(chunks - 1);
   float* G_end = G_of(chunks - 1);
   for (int64_t i = 0; i < N * N; i += kLanes) {
-    const Float G = dfinal ? vec::load(dfinal + i) : Float{};
-    vec::store(G_end + i, chunks > 0 ? G * vec::load(chunk_of(chunks - 1).decay(N) + i % N) : G);
+    const Float last = dfinal ? vec::load(dfinal + i) : Float{};
+    vec::store(G_end + i, chunks > 0 ? last * vec::load(chunk_of(chunks - 1).decay(N) + i % N) : last);
   }
 
   for (int64_t segment = (chunks - 1) / kChunks; segment >= 0 && chunks > 0; --segment) {
@@ -392,10 +417,9 @@ void backward(const Backward& p, const Unit& u) {
     // G through the segment's chunks, last to first: dv, D and the parts of dk, db
     for (int64_t number = end - 1; number >= begin; --number) {
       Chunk& chunk = chunk_of(number);
-      float* G = G_of(number);
       float *dv = chunk.vddy, *d = dv + half;
       small::transpose(chunk.kb, N, kColumns, N, columns, kColumns);
-      times_columns(turned, G, N, columns, N, fetch);
+      times_columns(turned, G_of(number), N, columns, N, fetch);
       small::transpose(turned, kColumns, N, kColumns, dv, N);
       between(products, chunk.ar, columns, N, fetch);
       add_others<false, true>(N, products + kChunk, d, d);
@@ -404,45 +428,55 @@ void backward(const Backward& p, const Unit& u) {
 
       small::transpose(chunk.vuy, N, kColumns, N, columns, kColumns);
       between(chunk.products, d, columns, N, fetch);
-      rows_times(chunk.dkb, chunk.vuy, G, N, fetch);
+      rows_times(chunk.dkb, chunk.vuy, G_of(number), N, fetch);
       add_others<false, false>(N, chunk.products, chunk.ar, chunk.dkb);
       add_others<false, false>(N, chunk.products + kChunk, chunk.ar, chunk.dkb + half);
 
       if (number > 0) read_number(number - 1);
-      add_outer(G_of(number - 1), G, d, chunk.ar, N, nullptr, number > 0 ? chunk_of(number - 1).decay(N) : nullptr, fetch);
+      add_outer(G_of(number - 1), G_of(number), d, chunk.ar, N, nullptr, number > 0 ? chunk_of(number - 1).decay(N) : nullptr, fetch);
     }
 
     // S through them, first to last: da, dr, g
     if (start == nullptr) std::memset(S, 0, sizeof(float) * N * N);
     const float* from = start ? start : S;  // S before the chunk
-    // g between chunk number - 1 and chunk number: S' times G of the former is S times G / P_L
-    auto sum_g = [&](int64_t number) {
-      float* sum = g + (number - begin) * N;
+    // g before chunk `number`: S' times its gradient is S times G / P_L of the chunk before
+    auto sum_g = [&](int64_t number, float* sum) {
       small::sum_of_products(G_of(number - 1), from, N, N, sum);
       if (number > 0)
         for (int64_t c = 0; c < N; ++c) sum[c] *= chunk_of(number - 1).inverse(N)[c];
     };
-    if (end < chunks) std::memcpy(g + kChunks * N, g, sizeof(float) * N);  // the first of the segment after
-    sum_g(begin);
-    for (int64_t number = begin; number < end; ++number) {
-      const Chunk& chunk = chunk_of(number);
-      rows_times(dar, chunk.vddy + half, from, N, fetch);
-      add_others<true, false>(N, chunk.products, chunk.kb, dar);
-      add_others<true, false>(N, chunk.products + kChunk * kColumns, chunk.kb, dar + half);
-      float* after = g + (number + 1 - begin) * N;
-      if (number + 1 < end || end == chunks) {
-        add_outer(S, from, chunk.vuy, chunk.kb, N, nullptr, chunk.decay(N), fetch);
-        from = S;
-        if (number + 1 < chunks)
-          sum_g(number + 1);
-        else if (dfinal)
-          small::sum_of_products(dfinal, S, N, N, after);
-        else
-          std::memset(after, 0, sizeof(float) * N);
+    if (end < chunks) std::memcpy(g_sums + 2 * N, g_sums, sizeof(float) * N);  // the first of the segment after
+    sum_g(begin, g_sums);
+    for (int64_t first = begin; first < end; first += kWalk) {
+      const int64_t next = first + kWalk < end ? first + kWalk : end;
+      const float* after = next < end ? g_sums + N : g_sums + 2 * N;
+      std::memcpy(g, first == begin ? g_sums : g_sums + N, sizeof(float) * N);
+      for (int64_t number = first; number < next; ++number) {
+        const Chunk& chunk = chunk_of(number);
+        rows_times(dar, chunk.vddy + half, from, N, fetch);
+        add_others<true, false>(N, chunk.products, chunk.kb, dar);
+        add_others<true, false>(N, chunk.products + kChunk * kColumns, chunk.kb, dar + half);
+        if (number + 1 < end || end == chunks) {
+          add_outer(S, from, chunk.vuy, chunk.kb, N, nullptr, chunk.decay(N), fetch);
+          from = S;
+        }
+        if (number + 1 == next && next < end) sum_g(next, g_sums + N);
+        finish_gradients(chunk, dar, g, N, count(number));
+        write_rows(p.da, number, dar), write_rows(p.dr, number, dar + half);
+        write_rows(p.dk, number, chunk.dkb), write_rows(p.db, number, chunk.dkb + half);
       }
-      finish_gradients(chunk, dar, after - N, after, N, count(number));
-      write_rows(p.da, number, dar), write_rows(p.dr, number, dar + half), write_rows(p.dw, number, chunk.slopes);
-      write_rows(p.dk, number, chunk.dkb), write_rows(p.db, number, chunk.dkb + half);
+      if (next == chunks) {
+        if (dfinal)
+          small::sum_of_products(dfinal, S, N, N, g_sums + 2 * N);
+        else
+          std::memset(g_sums + 2 * N, 0, sizeof(float) * N);
+      }
+      const int64_t tokens = (next - first - 1) * kChunk + count(next - 1);
+      for (int64_t c = 0; c < N; ++c) g[c] = (after[c] - g[c]) / static_cast<float>(tokens);
+      for (int64_t number = first; number < next; ++number) {
+        finish_decays(chunk_of(number), g, (number - first) * kChunk, N, count(number));
+        write_rows(p.dw, number, chunk_of(number).slopes);
+      }
     }
   }
   if (p.dstate) std::memcpy(p.dstate + state, G_of(-1), sizeof(float) * N * N);
