@@ -199,6 +199,9 @@ def test_templates_are_found_by_name(folders, tmp_path):
     assert find_template("rwkv", tokenizer).source == RWKV_TEMPLATE
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
     assert find_template(str(tmp_path / "mine.jinja"), tokenizer).render([{"role": "user", "content": "x"}]) == "x"
+    (tmp_path / "latin.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"--chat_template .*latin\.jinja: can't be read as UTF-8"):
+        find_template(str(tmp_path / "latin.jinja"), tokenizer)
     with pytest.raises(ValueError, match="--chat_template nowhere"):
         find_template("nowhere", tokenizer)
     assert find_template("tokenizer", tokenizer) is tokenizer.chat_template

@@ -200,12 +200,15 @@ def test_reports_on_binidx_and_text_and_last_words(run, data, tokenizer, tmp_pat
         (["--data", "{bad}"], "line 2: not JSON"),
         (["--last_word", "{bad}"], "line 2: not JSON"),
         (["--data", "{bad}", "--ctx_len", "0"], "--ctx_len 0"),
+        (["--last_word", "{latin}"], "latin.jsonl, line 1: not UTF-8"),
     ],
 )
 def test_mistakes_are_explained(run, tmp_path, capsys, flags, words):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a fine one"}\n{"text": \n')
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes('{"text": "caf\u00e9"}\n'.encode("latin-1"))
     with pytest.raises(SystemExit) as stopped:
-        main([str(run), "--device", "cpu", *(flag.format(bad=bad) for flag in flags)])
+        main([str(run), "--device", "cpu", *(flag.format(bad=bad, latin=latin) for flag in flags)])
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err

@@ -343,16 +343,22 @@ def test_generate_continues_a_prompt_with_the_runs_own_tokenizer(tmp_path, capsy
         (["{run}", "--temperature", "-2"], "--temperature -2"),
         (["{run}", "--tokenizer", "world"], "don't belong together"),
         (["{empty}"], "holds no rwkv-final.pth"),
+        (["{several}"], "several/a.pth (there are 2)"),
         (["{run}", "--device", "cuda"], "sees no GPU"),
+        (["{run}", "--device", "abacus"], "--device abacus: no such device"),
+        (["{run}", "--length", "-5"], "--length -5: expected at least 0"),
     ],
 )
 def test_mistakes_are_explained(tmp_path, capsys, flags, words):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "several"):
+        (tmp_path / folder).mkdir()
+    for name in ("b.pth", "a.pth"):
+        (tmp_path / "several" / name).touch()
     run = make_run(tmp_path / "run")
     with pytest.raises(SystemExit) as stopped:
-        main([flag.format(run=run, empty=tmp_path / "empty") for flag in flags])
+        main([flag.format(run=run, empty=tmp_path / "empty", several=tmp_path / "several") for flag in flags])
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
 

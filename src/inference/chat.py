@@ -238,7 +238,10 @@ def find_template(name: str, tokenizer: Tokenizer, pretrained_only: bool = False
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"--chat_template {name}: no such file; expected none, tokenizer, rwkv, or a file with a Jinja template")
-    return ChatTemplate(path.read_text(encoding="utf-8"), {})
+    try:
+        return ChatTemplate(path.read_text(encoding="utf-8"), {})
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat_template {name}: can't be read as UTF-8 text ({error})") from error
 
 
 def _end_of_answer(template: ChatTemplate | None) -> str:

@@ -107,12 +107,14 @@ def read_text(path: Path, tokenizer: Tokenizer) -> Tokens:
 
 def read_jsonl(path: Path, key: str) -> Iterator[dict[str, Any]]:
     """The records of a jsonl file, each with `key`. ValueError names the line that is wrong."""
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8 ({error})") from error
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
             if not isinstance(record, dict) or not isinstance(record.get(key), str):

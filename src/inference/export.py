@@ -111,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         format = options.format or _format_of(options.out)
         if options.out.exists() and options.out.resolve() == weights.resolve():
             raise ValueError(f"OUT {options.out}: is MODEL itself; name another file")
+        if format != "fla" and options.out.is_dir():
+            raise ValueError(f"OUT {options.out}: is a folder; --format {format} writes one file, for example {options.out / f'model.{format}'}")
         tokenizer = _tokenizer(weights, options.tokenizer) if format == "fla" else None
         found = export(weights, options.out, format, DTYPES[options.dtype] if options.dtype else None, tokenizer)
     except (ValueError, OSError, RuntimeError) as error:

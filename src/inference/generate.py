@@ -127,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         sampling = sampling_of(options)
+        if options.length < 0:
+            raise ValueError(f"--length {options.length}: expected at least 0 tokens")
         weights = find_weights(options.model)
         model = load_model(weights, options.dtype, options.device)
         tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer)

@@ -29,7 +29,9 @@ def find_weights(model: str | Path) -> Path:
         raise ValueError(f"MODEL {model}: no such file or folder; expected a .pth file or a run's folder (--proj_dir)")
     for path in _weights_of_run(model):
         return path
-    raise ValueError(f"MODEL {model}: the folder holds no rwkv-final.pth, rwkv-N.pth or rwkv-init.pth; name the weights file itself")
+    others = sorted(path.name for path in model.iterdir() if path.suffix in (".pth", ".safetensors"))
+    one_of = f", for example {model / others[0]} (there are {len(others)})" if others else ""
+    raise ValueError(f"MODEL {model}: the folder holds no rwkv-final.pth, rwkv-N.pth or rwkv-init.pth; name the weights file itself{one_of}")
 
 
 def _weights_of_run(folder: Path) -> Iterator[Path]:
@@ -115,8 +117,14 @@ def load_model(weights: Path, dtype: str | None = None, device: str | None = Non
     ValueError when the weights or the device are not usable.
     """
     device = device or default_device()
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        named = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: no such device; expected cpu, cuda or cuda:1") from error
+    if named.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch sees no GPU; leave the flag out to use the CPU")
+    if named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
     chosen = None if dtype == "as is" else DTYPES[dtype or ("fp32" if device == "cpu" else "bf16")]
     if weights.is_dir():
         model = RWKV7.from_weights(read_fla(weights), str(weights), chosen, device)
