@@ -34,6 +34,8 @@ else
 fi
 step benchmark "$python" tests/bench/wkv7.py
 step loader "$python" tests/bench/loader.py
+step "loader, conversations" "$python" tests/bench/loader.py --data_type sft
+step "small products" "$python" tests/bench/low_rank.py
 # Of a whole training step: first as it is started by default, then compiled; the lean setting; more at a time; the larger models.
 bench="$python tests/bench/train_step.py --device cuda --profile 1"
 step "training step" $bench --config 0.1b

@@ -1,0 +1,64 @@
+"""Would it pay to join a time mix's small products? Separate, as src/model/layers.py has them, beside two ways of joining them, forward + backward.
+
+    python tests/bench/low_rank.py [--device cuda] [--n_embd 768] [--tokens 8192] [--dtype bfloat16]
+
+beside    value and the first factor of its residual, which have one input, as one product with their weights laid side by side
+batched   the first factors of decay, rate and gate, padded to one rank, as one batched product (their inputs would have to lie in one tensor;
+          here they do already, which costs nothing)
+
+Printed: milliseconds of each (medians), and joined / separate: above 1 it doesn't pay.
+"""
+
+import argparse
+
+import torch
+from torch.utils.benchmark import Timer
+
+RANKS = {"w": 64, "a": 64, "v": 32, "g": 128}  # of L12-D768
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--n_embd", type=int, default=768)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--dtype", default="", help="default: bfloat16 on a GPU, float32 on a CPU")
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    width, tokens = args.n_embd, args.tokens
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=args.device, dtype=dtype).requires_grad_()
+
+    x, value, v1 = random(tokens, width), random(width, width), random(width, RANKS["v"])
+    mixed = random(3, tokens, width)
+    firsts = [random(width, RANKS[name]) for name in "wag"]
+    rank = max(RANKS[name] for name in "wag")
+
+    def side_by_side() -> list[torch.Tensor]:
+        return list((x @ torch.cat([value.t(), v1], 1)).split([width, RANKS["v"]], 1))
+
+    def batched() -> list[torch.Tensor]:
+        padded = torch.stack([torch.nn.functional.pad(first, (0, rank - first.shape[1])) for first in firsts])
+        out = torch.bmm(mixed, padded)
+        return [out[i, :, : first.shape[1]] for i, first in enumerate(firsts)]
+
+    pairs = {
+        "beside": (lambda: [x @ value.t(), x @ v1], side_by_side, [x, value, v1]),
+        "batched": (lambda: [m @ first for m, first in zip(mixed.unbind(0), firsts, strict=True)], batched, [mixed, *firsts]),
+    }
+    print(f"{tokens} tokens, n_embd {width}, {dtype}, {args.device}, {torch.get_num_threads()} threads")
+    for name, (separate, joined, inputs) in pairs.items():
+        incoming = [torch.randn_like(out) for out in separate()]
+        for one, other in zip(separate(), joined(), strict=True):
+            assert (one - other).norm() < 1e-2 * one.norm()
+        seconds = []
+        for make in (separate, joined):
+            run = Timer("torch.autograd.grad(make(), inputs, incoming)", globals={"torch": torch, "make": make, "inputs": inputs, "incoming": incoming},
+                        num_threads=torch.get_num_threads())  # fmt: skip
+            seconds.append(run.blocked_autorange(min_run_time=3).median)
+        print(f"{name:<8} separate {1e3 * seconds[0]:.3f} ms, joined {1e3 * seconds[1]:.3f} ms, ratio {seconds[1] / seconds[0]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
