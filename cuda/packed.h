@@ -15,7 +15,7 @@
 
 namespace packed {
 
-#if defined(__AVX512BW__) || defined(__AVX2__)
+#if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
 #define PACKED_PAYS  // elsewhere there is no such lookup of bytes, or it hasn't been tried
 #endif
 
