@@ -406,6 +406,9 @@ void check_plain(const Tensor& x, const char* name, std::initializer_list<int64_
 }
 void check_matrix(const Tensor& x, const char* name, int64_t rows, int64_t columns) {
   if (x.scalar_type() != ScalarType::Byte) return check_plain(x, name, {rows, columns});
+#if !defined(PACKED_PAYS)
+  STD_TORCH_CHECK(false, "decode_step: ", name, " is packed, which this processor's instruction set has no reader for");
+#endif
   packed::Header header{};
   const bool whole = x.is_contiguous() && x.numel() >= static_cast<int64_t>(sizeof header);
   if (whole) std::memcpy(&header, x.const_data_ptr(), sizeof header);
@@ -415,7 +418,9 @@ void check_matrix(const Tensor& x, const char* name, int64_t rows, int64_t colum
 
 int64_t rows_of(const Tensor& matrix) {
   if (matrix.scalar_type() != ScalarType::Byte) return matrix.dim() > 0 ? matrix.size(0) : 0;
-  return matrix.numel() >= static_cast<int64_t>(sizeof(packed::Header)) ? static_cast<const packed::Header*>(matrix.const_data_ptr())->rows : 0;
+  packed::Header header{};
+  if (matrix.numel() >= static_cast<int64_t>(sizeof header)) std::memcpy(&header, matrix.const_data_ptr(), sizeof header);
+  return header.rows;
 }
 
 template <class T>

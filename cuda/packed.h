@@ -1,8 +1,8 @@
 // bf16 matrices at 12 bits a number, without loss: what is multiplied from memory is there in three quarters of the time.
 //
-// The upper byte of a bf16 number is its sign and 7 of its exponent's 8 bits, and nearly all numbers of a matrix have 7 neighbours among
-// these (or 0): with the sign a code of 4 bits. The few others are stored as 0 and listed with their row. (The exponents of language
-// models' weights carry about 2.6 bits: Zhang et al. 2025, arXiv 2504.11651.)
+// The upper byte of a bf16 number is its sign and the upper 7 of its exponent's 8 bits. In nearly all numbers of a matrix these 7 bits are one
+// of 7 neighbouring values, or 0: with the sign that is a code of 4 bits. The few others are stored as 0 and listed with their row. (The
+// exponents of language models' weights carry about 2.6 bits: Zhang et al. 2025, arXiv 2504.11651.)
 //
 // In memory: Header, int32 first[rows + 1] (row r's exceptions are first[r] .. first[r+1]), Exception[], and from a multiple of 64 bytes
 // the rows. A row is groups of 128 numbers: 64 + 64 lower bytes, then 64 bytes of codes, the first 64 numbers' in their low halves. Of

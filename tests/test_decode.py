@@ -12,7 +12,7 @@ from src.inference.decoder import Decoder
 from src.inference.step import TorchStep
 from src.model import State
 from src.ops.build import BuildError, load_native
-from src.ops.decode import MOST_SEQUENCES, decode_step
+from src.ops.decode import MATRICES, MOST_SEQUENCES, decode_step
 
 SIZES = {
     "plain": {},
@@ -89,14 +89,25 @@ def test_fp32_weights_that_came_from_bf16_are_packed_without_loss(sizes, sequenc
     model = random_model(**sizes).bfloat16().float()
     last = model.blocks[-1]
     last.ffn.key.weight[100, 5] += 1e-6  # one number is enough
-    last.ffn.value.weight[:, 2] *= 2.0**-20  # far from the others: too many exceptions
+    far = -torch.randint(40, (1, last.ffn.value.weight.shape[1]), generator=torch.Generator().manual_seed(2))
+    last.ffn.value.weight *= torch.exp2(far.float())  # columns too far apart to be packed
     last.att.output.weight[3, 7:20] *= 2.0**-20  # few: some exceptions
     model.head.weight[::9, 1] = -(2.0**-30)
     logits, decoder, tokens = steps(model, sequences)
     torch.testing.assert_close(logits, forward(model, tokens)[0], rtol=1e-5, atol=1e-5)
     read = [t.dtype for t in decoder.native_weights.layers[-9:]]
     assert read.count(torch.float32) == 2  # the vectors, and that one
-    if sequences > 1:
+    if sequences == 1:
+        packs = torch.ops.rwkv7.pack(torch.ones(1, 128).bfloat16()).numel() > 0
+        dtypes = dict(zip(MATRICES, read[-len(MATRICES) :], strict=True))
+        wide = model.config.n_embd % 128 == 0
+        assert dtypes["att.receptance"] == dtypes["att.output"] == (torch.uint8 if packs and wide else torch.bfloat16)
+        assert dtypes["ffn.value"] == torch.bfloat16
+        decoder.keep([0, 0])
+        decoder.step([1, 1])
+        assert torch.uint8 not in [t.dtype for t in decoder.native_weights.layers]
+        assert Decoder(model, pack=False).native_weights.head.dtype == torch.bfloat16
+    else:
         assert read.count(torch.bfloat16) == 7
         packed = Decoder(model).native_weights  # several sequences can be decoded from packed weights, too
         again = Decoder(model, sequences)

@@ -14,7 +14,7 @@ from dataclasses import asdict, fields
 from torch import Tensor
 
 from src.inference.characters import CharacterStream
-from src.inference.decoder import Decoder
+from src.inference.decoder import PACK_TOKENS, Decoder
 from src.inference.load import add_model_arguments, find_tokenizer, find_weights, load_model
 from src.inference.sampling import Sampler, Sampling
 from src.model import RWKV7
@@ -41,7 +41,7 @@ def generate(
     ValueError for an empty prompt, ids outside the vocabulary, and settings out of range.
     """
     sampling = Sampling(temperature, top_p, top_k, presence_penalty, frequency_penalty, penalty_decay)
-    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    decoder = model if isinstance(model, Decoder) else Decoder(model, pack=max_new_tokens > PACK_TOKENS)
     prompt = tokens.flatten().tolist() if isinstance(tokens, Tensor) else list(tokens)
     sampler = Sampler(sampling, seed, uncounted_ids)
     logits = decoder.prefill([prompt])

@@ -31,8 +31,8 @@ class DecodeWeights:
     """A network's weights as the native step reads them: the large matrices where they lie, copies of the small ones.
 
     fp32 matrices of which every number is a bf16 number, as in files saved in bf16, are read as bf16: the same arithmetic on the same
-    numbers at half the bytes, and so nearly twice as fast; the copies take half of the weights' memory once more. For one sequence they are
-    packed to 12 bits a number, without loss (cuda/packed.h).
+    numbers at half the bytes, and so nearly twice as fast; the copies take half of the weights' memory once more. For one sequence they can be
+    packed to 12 bits a number (three eighths), without loss (cuda/packed.h).
 
     embedding and head [V, C]; ends fp32 [4, C]: weight and bias of the norms after the embedding and before the head;
     layers: for each block its vectors fp32 [19, C], inner [D, C] and outer [H, D, N] low-rank matrices (D: the four ranks together),

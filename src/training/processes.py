@@ -68,7 +68,7 @@ class ManyProcesses(Company):
 
     def meet(self) -> None:
         """When torch.distributed is there: a group for words instead of tensors, on the CPU, so that nothing waits for a device."""
-        self._words = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        self._words = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
     def decide(self, question: Callable[[], T]) -> T:
         """What rank 0 answers, on every rank; a ValueError or OSError of rank 0 is raised on every rank too."""
