@@ -20,8 +20,10 @@ step() { # NAME COMMAND...: runs it, shows and keeps its words, notes a failure
     tail -n 1 "$result" | grep -qx "exit 0" || failed="$failed, $name"
 }
 
-step commit git log -1 --format=%H
-step changes git status --short
+if git rev-parse --git-dir > /dev/null 2>&1; then # not in a copy without its history
+    step commit git log -1 --format=%H
+    step changes git status --short
+fi
 step machine nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv
 step versions "$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
 step compiler nvcc --version
