@@ -1,7 +1,7 @@
 """fp32 or bf16 on a CPU where --precision leaves it open: what the run began in, else what a short measurement says.
 
-Most CPUs multiply bf16 slowly; those with AMX do it several times as fast as fp32. Only products are measured; the rest of a step gains
-less, so bf16 has to be CLEARLY faster to be taken. A run keeps the precision that it began in, whatever a later measurement would say.
+Most CPUs multiply bf16 slowly; those with AMX or AVX512-BF16 do it two to four times as fast as fp32. Only products are measured; the rest of
+a step gains little, so bf16 has to be CLEARLY faster to be taken. A run keeps the precision that it began in, whatever a later measurement would say.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from src.config import RunConfig
 from src.training import checkpoint
 
-CLEARLY = 2.5  # times as fast; below that a whole step gains nothing or little
+# Times as fast. Products are three quarters of an fp32 step, the rest takes up to 1.2 times as long in bf16, so a step takes 0.75 / 1.5 + 0.25 * 1.2 =
+# 0.8 of the time there. Measured steps (tests/bench/train_step.py): products 2.4 times as fast, step 1.9; 3.5 and 2.0.
+CLEARLY = 1.5
 NARROWEST = 512  # n_embd: below it a step's time is not in its products
 ROWS, REPETITIONS = 512, 5
 
