@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from src.config import RunConfig
 from src.model import RWKV7
+from src.training import zero
 from src.training.callbacks import SetLearningRate
 from src.training.full_state import gather_full_state, gather_weights, scatter_full_state
 from src.training.module import TrainingModule
@@ -95,6 +96,9 @@ def fit(company, name, scenario, out):
         "precision": "fp32", "lr_init": 1e-2, "lr_final": 1e-3, "weight_decay": 0.1, "kernel": "reference", **scenario,
     }  # fmt: skip
     config = RunConfig(**flags)
+    if config.precision == "fp16":  # torch computes in it on any CPU; what DeepSpeed asks is whether it is fast
+        accelerator = zero.import_deepspeed("cpu").accelerator.get_accelerator()
+        zero.takes_fp16 = accelerator.is_fp16_supported = lambda *_: True
     hardware = choose_hardware(config)
     values = None
     torch.manual_seed(init_seed)

@@ -114,6 +114,18 @@ def test_an_answer_that_the_listener_drops_counts_as_far_as_it_went(model, folde
         assert talk.tokenizer.decode_bytes(talk.decoder.read).startswith(rendered.encode())
 
 
+def test_an_answer_that_was_cut_within_a_character_does_not_end_the_conversation(model, folders):
+    """Its last character is U+FFFD in the conversation; what was fed ends with a byte that U+FFFD begins with, too."""
+    talk = conversation(model, folders["chatml"])
+    list(talk.ask("what is it?"))
+    talk.past.messages[-1]["content"] = "so\ufffd"
+    rendered = talk.tokenizer.chat_template.render(talk.past.messages)
+    talk.past.fed = rendered[: rendered.index("\ufffd")].encode() + "\uff0c".encode()[:1]
+    list(talk.ask("and"))
+    asked = talk.tokenizer.chat_template.render(talk.past.messages[:-1], add_generation_prompt=True)
+    assert talk.tokenizer.decode_bytes(talk.decoder.read).startswith(asked.encode())
+
+
 def test_a_template_that_rewrites_the_past_has_it_read_anew(model, folders):
     strips = ChatTemplate("{% for m in messages %}[{{ m.role }}]{{ m.content[:4] }}{% endfor %}[answer]", {})
     tokenizer = load_tokenizer(folders["none"])

@@ -321,7 +321,11 @@ def test_what_one_process_makes_of_deepspeed(monkeypatch):
     with pytest.raises(ValueError, match=r"--strategy deepspeed_stage_3.*pip install 'deepspeed"):
         strategy.choose_hardware(config)
     monkeypatch.setattr(zero, "is_installed", lambda: True)
+    monkeypatch.setattr(zero, "takes_fp16", lambda accelerator: False)
     assert strategy.choose_hardware(config).model_in_parts
+    config.precision = "fp16"
+    with pytest.raises(ValueError, match=r"--precision fp16.*use bf16 or fp32"):
+        strategy.choose_hardware(config)
 
 
 def test_a_launcher_decides_how_many_processes_there_are(monkeypatch):

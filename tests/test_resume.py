@@ -1,5 +1,6 @@
 """Runs that can't be lost: exact continuation, damaged states, signals, bad steps."""
 
+import gc
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from test_train import CTX, ROOT, data, flags, log_lines, losses, metrics, train
 
 from src.dataset.binidx import BinIdxWriter
 from src.files import sha256_of
-from src.training import fit
+from src.training import fit, resume
 from src.training.resume import DamagedState, newest_good, states, verify
 from src.training.schedule import learning_rate
 
@@ -252,6 +253,22 @@ def test_other_data_under_the_same_name_is_refused(tmp_path, data, monkeypatch, 
     assert "--data_file" in capfd.readouterr().err
 
 
+def test_the_time_limit_knows_how_long_the_disk_takes(tmp_path, monkeypatch):
+    original = resume._write_twice
+
+    def slowly(path, content):
+        time.sleep(0.2)
+        original(path, content)
+
+    monkeypatch.setattr(resume, "_write_twice", slowly)
+    writer = resume.StateWriter(tmp_path, keep=2)
+    begin = time.monotonic()
+    writer.write(resume.Position(1, 4, 8), {}, {}, [("weight/master", torch.zeros(4))])
+    handed_over = time.monotonic() - begin
+    writer.wait()
+    assert handed_over < 0.6 <= writer.slowest  # three files
+
+
 def test_a_failed_save_stops_the_run_and_leaves_the_earlier_states_whole(tmp_path, data, monkeypatch, capfd):  # noqa: F811
     out = tmp_path / "run"
     train_until(25, out, data, monkeypatch, **RUN)
@@ -321,19 +338,57 @@ def test_too_many_bad_steps_go_back_once_and_skip_their_samples(tmp_path, data, 
     assert count >= 3 * 4
 
 
-def test_bad_steps_everywhere_stop_the_run_with_a_report(tmp_path, data, monkeypatch, capfd):  # noqa: F811
+def test_bad_steps_at_the_very_end_are_made_up_for_too(tmp_path, data, poisoned):  # noqa: F811
+    for step in range(STEPS - 3, STEPS):
+        poisoned.add(rows_of_step(data, step)[0])
+    out = tmp_path / "run"
+    assert train(out, data, **RUN) == 0
+    assert all(np.isfinite(losses(out)))
+    [(first, count)] = newest_good(out)[0].position.holes
+    assert first <= (STEPS - 3) * 4  # a poisoned row may stand in the steps before too
+    assert first + count == STEPS * 4
+
+
+def test_going_back_to_the_beginning_draws_the_same_weights_and_keeps_nothing(tmp_path, data, poisoned, monkeypatch):  # noqa: F811
+    from src.training.optim import MasterAdamW
+
+    for step in range(3):
+        poisoned.add(rows_of_step(data, step)[0])
+    drawn, optimizers = [], []
+    original = fit.build_model
+
+    def build(*args):
+        optimizers.append(sum(isinstance(thing, MasterAdamW) for thing in gc.get_objects()))
+        model, values = original(*args)
+        drawn.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return model, values
+
+    monkeypatch.setattr(fit, "build_model", build)
+    monkeypatch.setattr("src.training.run.build_model", build)
+    gc.collect()
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    assert train(tmp_path / "run", data, **RUN) == 0
+    first, second = drawn
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert optimizers[1] == optimizers[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@pytest.mark.parametrize(("mini_epoch", "good_steps"), [(20, 5), (20, 0), (5, 0)])
+def test_bad_steps_everywhere_stop_the_run_with_a_report(tmp_path, data, monkeypatch, capfd, mini_epoch, good_steps):  # noqa: F811
     from src.training.module import TrainingModule
 
     original = TrainingModule.training_step
 
     def step(self, batch, batch_idx):
         out = original(self, batch, batch_idx)
-        if self.trainer.global_step >= 5:
+        if self.trainer.global_step >= good_steps:
             out["loss"] = out["loss"] * float("nan")
         return out
 
     monkeypatch.setattr(TrainingModule, "training_step", step)
-    assert train(tmp_path / "run", data, **RUN) == 1
+    assert train(tmp_path / "run", data, **{**RUN, "epoch_steps": mini_epoch}) == 1
+    assert not (tmp_path / "run" / "rwkv-final.pth").exists()
     words = capfd.readouterr().err
     assert "not finite again" in words
     assert "the first is at token" in words

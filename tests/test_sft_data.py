@@ -18,7 +18,13 @@ from data import token_count
 from src.dataset.conversations import read_conversation, render_with_answers
 from src.dataset.packing import epoch_order, pack
 from src.dataset.sft import IGNORED, SftDataset, SftRows, collate, collate_shares
-from src.dataset.sft_cache import Conversations, chat_tokenizer, encode_conversation, open_conversations
+from src.dataset.sft_cache import (
+    Conversations,
+    chat_tokenizer,
+    encode_conversation,
+    look_at_conversations,
+    open_conversations,
+)
 from src.dataset.tokenizer import FolderTokenizer
 
 IN_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
@@ -139,6 +145,15 @@ BROKEN = {
     b'{"conversations": [{"content": "\\udc00"}, {"content": "x"}]}': "half of a surrogate pair",
     b'{"conversations": [{"content": "x"}, {"role": "system", "content": "x"}]}': "a system turn that is not the first",
 }
+
+
+@pytest.mark.parametrize("ending", [".txt", ".parquet"])
+def test_a_file_that_can_not_hold_conversations_is_refused_by_check_and_run(tmp_path: Path, folder: str, ending: str) -> None:
+    path = tmp_path / f"talk{ending}"
+    path.write_bytes(b"")
+    for function in (open_conversations, look_at_conversations):
+        with pytest.raises(ValueError, match=r"conversations come as \.jsonl"):
+            function(str(path), folder)
 
 
 def test_broken_lines_are_counted_by_reason(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:

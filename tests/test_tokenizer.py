@@ -1,6 +1,7 @@
 """Tokenizers: text comes back, half characters too, and a folder gives what transformers gives."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from chat_models import TEMPLATES, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.dataset.tokenizer import FolderTokenizer, Tokenizer, load_tokenizer
+from src.dataset.tokenizer import TOKENIZER_FILES, FolderTokenizer, Tokenizer, copy_tokenizer, load_tokenizer
 
 TALK = [
     {"role": "user", "content": "what is <it>? 世界 & more"},
@@ -105,6 +106,20 @@ def test_a_template_that_fails_says_why(tmp_path: Path, template: str, words: st
     make_tokenizer(tmp_path, template)
     with pytest.raises(ValueError, match=words):
         load_tokenizer(tmp_path).apply_chat_template(TALK)
+
+
+def test_a_copy_is_the_tokenizer_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    shutil.copytree(folder, source)
+    (source / "model.safetensors").write_bytes(b"gigabytes")
+    copy.mkdir()
+    (copy / "chat_template.jinja").write_text("of another tokenizer")
+    (source / "chat_template.jinja").unlink(missing_ok=True)
+    copy_tokenizer(source, copy)
+    kept = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).exists()}
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == kept
+    copy_tokenizer(copy, copy)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == kept
 
 
 def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:

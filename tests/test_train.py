@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chat_models import make_tokenizer
 
 from src.cli import parse
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
@@ -20,6 +21,7 @@ from src.dataset.pretrain import PretrainDataset
 from src.dataset.sampling import magic_prime
 from src.model import RWKV7
 from src.ops.loss import cross_entropy_l2wrap
+from src.training import checkpoint
 from src.training.run import run
 
 ROOT = Path(__file__).parents[1]
@@ -178,6 +180,38 @@ def test_weight_swap_begins_a_new_run_and_keeps_the_old_one(tmp_path, data):
     assert len(losses(out)) == len(earlier)
     assert train(out, data, train_stage=3) == 0  # complete, nothing moved
     assert not (out / "previous-2").exists()
+
+
+def test_a_run_may_name_its_own_copy_of_the_tokenizer(tmp_path, data):
+    folder, out = make_tokenizer(tmp_path / "tokenizer", None), tmp_path / "run"
+    settings = {"vocab_size": 0, "my_exit_tokens": CTX * 4 * 2}
+    assert train(out, data, tokenizer=folder, **settings) == 0
+    copied = (out / "tokenizer" / "tokenizer.json").read_bytes()
+    assert train(out, data, tokenizer=out / "tokenizer", restart=1, **settings) == 0
+    for kept in (out, out / "previous-1"):
+        assert (kept / "tokenizer" / "tokenizer.json").read_bytes() == copied
+
+
+def test_a_move_of_an_earlier_run_that_was_cut_is_finished_by_the_next_start(tmp_path, data, monkeypatch):
+    out = tmp_path / "run"
+    assert train(out, data) == 0
+    names = {path.name for path in out.iterdir() if path.name != ".lock"}
+    rename = Path.rename
+
+    def cut(self, target):
+        if self.name == "resume":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", cut)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.put_aside(out)
+    assert checkpoint.read_run(out), "whose folder it is must be known until everything is moved"
+    checkpoint.put_aside(out)
+    assert not checkpoint.read_run(out)
+    moved = {path.name for k in (1, 2) for path in (out / f"previous-{k}").iterdir()}
+    assert moved == names - {"rwkv-init.pth"}
 
 
 def test_starting_over_after_removing_the_weights_asks_for_restart(tmp_path, data, capfd):

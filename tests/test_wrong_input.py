@@ -200,7 +200,7 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path, data):  # noqa: F811
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("seconds", [0.3, 1.2, 2.5, 4.0, 5.5])
+@pytest.mark.parametrize("seconds", [0.3, 0.6, 1.2, 2.5, 4.0, 5.5])
 def test_ctrl_c_at_any_moment_ends_cleanly(tmp_path, data, seconds):  # noqa: F811
     """While it imports, builds the model, trains: no traceback, code 130, and the same command goes on."""
     argv = flags(tmp_path / "run", data, my_exit_tokens=CTX * 4 * 3000, epoch_steps=100)

@@ -102,11 +102,7 @@ def open_conversations(path: str, folder: str, workers: int | None = None) -> Co
     Several processes may call it at once: one works, the others wait. ValueError for a file or tokenizer that can't be
     used, and when no line of the file is a conversation.
     """
-    check_inputs([path])
-    if not path.lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-        raise ValueError(f"--data_file {path}: conversations come as .jsonl, .jsonl.gz or .jsonl.zst.")
-    prefix = with_ending(Path(path), ".sft")
-    made_from = {"format": _FORMAT, "file": _fingerprint(Path(path)), "tokenizer": _tokenizer_hash(folder)}
+    prefix, made_from = _source(path, folder)
     try:
         with only_one(with_ending(prefix, ".lock"), wait=True):
             return _read(prefix, made_from) or _make(path, folder, prefix, made_from, workers or usable_cores())
@@ -116,12 +112,19 @@ def open_conversations(path: str, folder: str, workers: int | None = None) -> Co
         ) from error
 
 
+def _source(path: str, folder: str) -> tuple[Path, dict[str, Any]]:
+    """Where the tokens of `path` are kept, and what they are made from. ValueError for a file that can't hold conversations."""
+    check_inputs([path])
+    if not path.lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+        raise ValueError(f"--data_file {path}: conversations come as .jsonl, .jsonl.gz or .jsonl.zst.")
+    made_from = {"format": _FORMAT, "file": _fingerprint(Path(path)), "tokenizer": _tokenizer_hash(folder)}
+    return with_ending(Path(path), ".sft"), made_from
+
+
 def look_at_conversations(path: str, folder: str) -> tuple[Conversations, float]:
     """For a check that leaves nothing behind: all conversations where they were tokenised before, else those at the file's beginning;
     and the share of the file that they are. Errors as of `open_conversations`."""
-    check_inputs([path])
-    prefix = with_ending(Path(path), ".sft")
-    made_from = {"format": _FORMAT, "file": _fingerprint(Path(path)), "tokenizer": _tokenizer_hash(folder)}
+    prefix, made_from = _source(path, folder)
     if found := _read(prefix, made_from):
         return found, 1.0
     _load_once(folder)

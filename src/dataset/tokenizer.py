@@ -14,8 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from src.dataset.chat_template import ChatTemplate, Message
+from src.files import write_whole
 
 WORLD_VOCAB_SIZE = 65536  # rows of the published models; the vocabulary itself ends at id 65529
+# of a Hugging Face tokenizer folder: all that a tokenizer is made of here and in `transformers`
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Tokenizer:
@@ -198,6 +201,19 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> Tokenizer:
     if str(name_or_folder) == "world":
         return WorldTokenizer()
     return FolderTokenizer(name_or_folder)
+
+
+def copy_tokenizer(folder: Path, to: Path) -> None:
+    """Makes `to` hold the tokenizer of `folder`: its TOKENIZER_FILES, each whole, and none that it lacks. OSError where that fails."""
+    to.mkdir(parents=True, exist_ok=True)
+    if to.samefile(folder):
+        return
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            with write_whole(to / name) as file:
+                file.write((folder / name).read_bytes())
+        else:
+            (to / name).unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

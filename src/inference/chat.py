@@ -144,7 +144,9 @@ class Conversation:
     def _read_turn(self, template: ChatTemplate, text: str) -> list[int]:
         messages = [*self.past.messages, {"role": "user", "content": text}]
         whole = template.render(messages, add_generation_prompt=True).encode()
-        if not whole.startswith(self.past.fed):
+        at = len(self.past.fed)
+        within_character = at < len(whole) and whole[at] & 0xC0 == 0x80  # an answer was cut there, and is U+FFFD now
+        if not whole.startswith(self.past.fed) or within_character:
             self.decoder.reset()
             self.past.fed = b""
         rest = whole[len(self.past.fed) :].decode()

@@ -9,14 +9,13 @@ MODEL may be in any of these formats itself, so this is the way in as well: an o
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from src.dataset.tokenizer import Tokenizer
+from src.dataset.tokenizer import Tokenizer, copy_tokenizer
 from src.files import write_whole
 from src.inference.fla import write_fla
 from src.inference.load import DTYPES, MODEL_HELP, find_tokenizer, find_weights, load_model
@@ -25,7 +24,6 @@ from src.model import RWKV7
 FORMATS = ("pth", "safetensors", "fla")
 CHECKED_TOKENS = 64
 SAME = 1e-5  # of the logits of what was written and of what was meant, both computed in fp32
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,8 @@ def export(model: Path, out: Path, format: str, dtype: torch.dtype | None, token
     weights = {name: t.to(dtype or t.dtype).contiguous() for name, t in original.state_dict().items()}
     if format == "fla":
         write_fla(weights, original.config, out, eos_id=max(tokenizer.eos_ids) if tokenizer else 0)
-        _copy_tokenizer(tokenizer, out)
+        if tokenizer and tokenizer.name != "world":
+            copy_tokenizer(Path(tokenizer.name), out)
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(out) as file:
@@ -85,15 +84,6 @@ def parity(original: RWKV7, meant: RWKV7, written: RWKV7) -> Parity:
         rounding=float((first - third).abs().max()),
         agreement=float((first.argmax(-1) == third.argmax(-1)).float().mean()),
     )
-
-
-def _copy_tokenizer(tokenizer: Tokenizer | None, out: Path) -> None:
-    if tokenizer is None or tokenizer.name == "world":
-        return
-    for name in TOKENIZER_FILES:
-        source = Path(tokenizer.name) / name
-        if source.is_file() and source.resolve() != (out / name).resolve():
-            shutil.copyfile(source, out / name)
 
 
 def main(argv: list[str] | None = None) -> int:

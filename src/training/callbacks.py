@@ -22,7 +22,7 @@ from src.training.resume import LoadedState, Position, StateWriter
 from src.training.say import say
 from src.training.schedule import RunLength
 
-TIME_LIMIT_MARGIN = 30.0  # seconds kept for the last save beyond what the slowest one took
+TIME_LIMIT_MARGIN = 30.0  # seconds kept for the last save, beyond twice what the slowest one took: another may be under way
 
 
 class SetLearningRate(pl.Callback):
@@ -95,15 +95,15 @@ class KeepState(AfterStep):
         length: RunLength,
         reporter: Reporter,
         weights: SaveWeights,
+        bad_steps: WatchBadSteps,
         settings: dict[str, Any],
         save_minutes: float,
     ) -> None:
         super().__init__(position.step)
         self.writer, self.loaded, self.position, self.length = writer, loaded, position, length
-        self.reporter, self.weights, self.settings = reporter, weights, settings
+        self.reporter, self.weights, self.bad_steps, self.settings = reporter, weights, bad_steps, settings
         self.save_seconds = save_minutes * 60
         self.saved_at = time.monotonic()
-        self.slowest_save = 0.0
 
     def due(self) -> bool:
         """A wish for the Reporter: has the clock run out on this rank?"""
@@ -116,18 +116,20 @@ class KeepState(AfterStep):
     def after_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         self.writer.check()
         agreed = self.reporter.agreed
-        if "save" in agreed or "stop" in agreed or self.weights.saves_at(step):
+        if not ("save" in agreed or "stop" in agreed or self.weights.saves_at(step)):
+            return
+        self.reporter.read_waiting()
+        # A state among bad steps has passed samples that a return would leave out; only a stop can't wait for a better one.
+        if "stop" in agreed or not self.bad_steps.in_row:
             self._save(trainer, module, step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.writer.wait()
-        if self.first_step + trainer.global_step >= self.length.steps:
+        if self.first_step + trainer.global_step >= self.length.steps and self.bad_steps.too_many is None:
             assert isinstance(pl_module, TrainingModule)
             write_weights(trainer, pl_module, self.weights.proj_dir / FINAL)
 
     def _save(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
-        begin = time.monotonic()
-        self.reporter.read_waiting()
         now = Position(
             step=step + 1,
             samples=self.length.samples(step + 1),
@@ -144,7 +146,6 @@ class KeepState(AfterStep):
             for _ in tensors:  # every rank takes part in gathering
                 pass
         self.saved_at = time.monotonic()
-        self.slowest_save = max(self.slowest_save, self.saved_at - begin)
 
 
 class StopInTime(AfterStep):
@@ -171,7 +172,7 @@ class StopInTime(AfterStep):
         return self._has_to_stop(0.0)
 
     def _has_to_stop(self, seconds_coming: float) -> bool:
-        needed = TIME_LIMIT_MARGIN + 2 * self._longest_step + 2 * self.keeper.slowest_save + seconds_coming
+        needed = TIME_LIMIT_MARGIN + 2 * self._longest_step + 2 * self.keeper.writer.slowest + seconds_coming
         self.out_of_time = time.monotonic() + needed >= self._ends_at
         return bool(self.received) or self.out_of_time
 
@@ -194,7 +195,8 @@ class StopInTime(AfterStep):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._receive:  # Lightning, whose turn comes first, has put SIGTERM's back
+                signal.signal(number, handler)
         self._before = {}
 
 
@@ -206,11 +208,12 @@ class WatchBadSteps(Sink):
 
     def __init__(self, limit: int, scale_loss: bool) -> None:
         self.limit, self.scale_loss = limit, scale_loss
-        self.total, self.first_in_row, self.in_row = 0, 0, 0
+        self.good, self.total, self.first_in_row, self.in_row = 0, 0, 0, 0
         self.too_many: range | None = None  # the steps in a row that were too many
 
     def step(self, report: StepReport) -> None:
         if math.isfinite(report.loss) and (self.scale_loss or math.isfinite(report.grad_norm)):
+            self.good += 1
             self.in_row = 0
             return
         self.first_in_row = report.step if self.in_row == 0 else self.first_in_row

@@ -94,9 +94,8 @@ def is_swapped(proj_dir: Path, origin: Path | None) -> bool:
 
 def put_aside(proj_dir: Path) -> Path | None:
     """Move the files of an earlier run to `previous-{k}/`; nothing is deleted. None when there was nothing to move."""
-    members = [*numbered(proj_dir).values()]
+    members = [*numbered(proj_dir).values(), *_asides(proj_dir / VALIDATION), *_asides(proj_dir / BEST)]
     members += [proj_dir / name for name in (FINAL, BEST, *KEPT) if (proj_dir / name).exists()]
-    members += [*_asides(proj_dir / VALIDATION), *_asides(proj_dir / BEST)]
     if not members:
         return None
     k = 1

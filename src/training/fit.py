@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 from collections.abc import Callable
@@ -45,11 +46,13 @@ TIME_LIMIT_EXIT_CODE = 124  # what `timeout` gives; Ctrl-C and SIGTERM give 128 
 
 @dataclass(frozen=True)
 class End:
-    """How a fit ended: `stopped` says why before the last step ('' when it is done); `bad_steps` were too many in a row."""
+    """How a fit ended: `stopped` says why before the last step ('' when it is done); `bad_steps` were too many in a row, after
+    `good_steps` in all."""
 
     stopped: str = ""
     exit_code: int = 0
     bad_steps: range | None = None
+    good_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,17 +85,20 @@ def fit_whatever_comes(run: Run, model: RWKV7, values: Callable[[], Values], sta
         length = RunLength.of(start.length.exit_tokens, config.ctx_len, start.length.global_batch, config.epoch_steps)
         again = company.decide(partial(find_start, config, run.proj_dir, length))
         where = f"steps {end.bad_steps.start + 1} to {end.bad_steps.stop} (samples {bad[0]} to {bad[-1]}, the first is at {run.samples.place(bad[0])})"
-        if again.position.step <= went_back_to:
+        if again.position.step <= went_back_to or (went_back_to >= 0 and not end.good_steps):
             raise FloatingPointError(
-                f"the loss or gradient was not finite again, at {where}, after going back to step {again.position.step} once. "
+                f"the loss or gradient was not finite again, at {where}, after going back to step {went_back_to} once. "
                 "Nothing of it reached the weights. Look at these samples, lower --lr_init, or use --precision fp32 to find the cause"
             )
         went_back_to = again.position.step
         say(f"{where} gave no finite gradient: going back to the state of step {went_back_to}, without their samples")
-        # a state saved among the bad steps has passed some of their samples: leaving those out would move good ones past it
+        # weights saved among the bad steps have passed some of their samples: leaving those out would move good ones past them
         here = skip_holes(again.position.samples, again.position.holes)
         bad = [n for n in bad if n >= here]
         start = replace(again, position=replace(again.position, holes=_with_holes(again.position.holes, bad)))
+        del model, values
+        gc.collect()  # trainer and module refer to each other: their weights and moments have to go before the next ones come
+        pl.seed_everything(run.settings["random_seed"], verbose=False)  # a return to step 0 draws the same weights again
         model, values = build_model(config, run.hardware, start, company)
 
 
@@ -152,6 +158,7 @@ def _callbacks(run: Run, model: ModelConfig, start: Start) -> _Callbacks:
         length=length,
         reporter=reporter,
         weights=weights,
+        bad_steps=bad_steps,
         settings=run.settings,
         save_minutes=config.save_minutes,
     )
@@ -191,9 +198,7 @@ def _end(callbacks: _Callbacks, steps: int, limited: bool) -> End:
             return End("--time_limit is near", TIME_LIMIT_EXIT_CODE)
         number = stop.received or signal.SIGTERM
         return End(f"{signal.Signals(number).name} received", 128 + number)
-    if "rollback" in reporter.agreed:
-        return End(bad_steps=callbacks.bad_steps.too_many)
-    return End()
+    return End(bad_steps=callbacks.bad_steps.too_many, good_steps=callbacks.bad_steps.good)
 
 
 def module_for(

@@ -30,7 +30,7 @@ from torch import Tensor
 from src.files import sha256_of, sync_folder
 
 FOLDER = "resume"
-SHARD_BYTES = 1 << 30  # a shard in the writer's hands and one waiting: what a save costs in CPU memory at most
+SHARD_BYTES = 1 << 30  # a save holds up to four in CPU memory: being filled, waiting, being written, and that one's bytes
 Tensors = dict[str, Tensor]
 
 
@@ -132,6 +132,7 @@ class StateWriter:
         self._tasks: queue.Queue[tuple[str, Any] | None] = queue.Queue(maxsize=1)
         self._failure: OSError | None = None
         self._thread: threading.Thread | None = None
+        self.slowest = 0.0  # seconds of a save, from its begin until it was on the disk
 
     def write(
         self,
@@ -173,7 +174,7 @@ class StateWriter:
     def _work(self, step: int) -> None:
         beside = self.root / f".step-{step:08d}.{os.getpid()}.tmp"
         files: dict[str, dict[str, Any]] = {}
-        failed = False
+        failed, begin = False, time.monotonic()
         while True:
             kind, content = self._tasks.get()  # type: ignore[misc]
             if not failed:
@@ -188,6 +189,7 @@ class StateWriter:
                     if kind == "state":
                         _write_twice(beside / "manifest.json", json.dumps({"files": files}, indent=1).encode())
                         self._publish(beside, step)
+                        self.slowest = max(self.slowest, time.monotonic() - begin)
                 except Exception as error:  # whatever it is, the run has to hear of it, and the queue has to be emptied
                     failed = True
                     self._failure = OSError(
@@ -202,7 +204,9 @@ class StateWriter:
         sync_folder(beside)
         final = self.root / f"step-{step:08d}"
         if final.exists():  # the same step saved again: the new one takes its place
-            final.rename(self.root / f".step-{step:08d}.replaced.tmp")
+            replaced = self.root / f".step-{step:08d}.replaced.tmp"
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         beside.rename(final)
         sync_folder(self.root)
         for stale in self.root.glob(".step-*.tmp"):  # of processes that were killed while they wrote

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 
 from src.config import RunConfig
 from src.dataset.lock import only_one
+from src.dataset.tokenizer import copy_tokenizer
 from src.model import RWKV7
 from src.model.weights import fit_weights, read_weights
 from src.ops.build import BuildError
@@ -27,7 +27,7 @@ from src.training.allocator import set_up_malloc
 from src.training.data import open_samples
 from src.training.describe import settings_of, summary, words_for_complete
 from src.training.fit import Run, fit_whatever_comes
-from src.training.folder import BEST, FINAL, INIT, LOG, METRICS, PICTURE, VALIDATION
+from src.training.folder import BEST, FINAL, INIT, LOG, METRICS, PICTURE, TOKENIZER, VALIDATION
 from src.training.html_report import write_report
 from src.training.plot import loss_picture
 from src.training.preflight import plan
@@ -80,7 +80,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
         proj_dir = company.decide(lambda: _writable_folder(config.proj_dir))
         with _alone_in(proj_dir):
             if config.train_stage == 1:
-                return _write_init(config, hardware, proj_dir)
+                return _write_init(config, proj_dir)
             code = _train(config, hardware, proj_dir, company, ends_at)
         company.leave()
         return code
@@ -95,7 +95,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
         return _fail(company, str(error), 1)
     except KeyboardInterrupt:
         if company.rank == 0:
-            say_error("stopped at once; the same command continues from the newest saved state or weights")
+            say_error(f"stopped at once; {_what_continues(config)} from the newest saved state or weights")
         return INTERRUPTED_EXIT_CODE
     except Exception as error:
         if is_out_of_memory(error):
@@ -104,6 +104,10 @@ def run(config: RunConfig, notes: list[str]) -> int:
             )
         company.explain(error)
         raise
+
+
+def _what_continues(config: RunConfig) -> str:
+    return f"the same command{', without --restart,' if config.restart else ''} continues"
 
 
 def _fail(company: Company, message: str, code: int) -> int:
@@ -137,7 +141,7 @@ def _plan(config: RunConfig) -> int:
 # ---- stage 1 ----------------------------------------------------------------------------------------------------------------
 
 
-def _write_init(config: RunConfig, hardware: Hardware, proj_dir: Path) -> int:
+def _write_init(config: RunConfig, proj_dir: Path) -> int:
     target = proj_dir / INIT
     model_config = config.model_config(find_vocab_size(config, None))
     if target.exists():
@@ -196,7 +200,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Compa
     if read_columns(proj_dir / METRICS):
         drawn = [loss_picture(proj_dir, proj_dir / PICTURE), write_report(proj_dir)]
     if end.stopped:
-        say(f"stopped: {end.stopped}; its state is saved, the same command continues from there")
+        say(f"stopped: {end.stopped}; its state is saved, {_what_continues(config)} from there")
         return end.exit_code
     say(f"done: {', '.join(map(str, (proj_dir / FINAL, proj_dir / LOG, *drawn)))}")
     if config.val_data_file and (rows := read_columns(proj_dir / VALIDATION)):
@@ -238,7 +242,7 @@ def _remember(
     remembered["tokenizer"] = config.tokenizer or remembered.get("tokenizer", "")
     folder = Path(config.tokenizer)
     if config.tokenizer and folder.is_dir():  # a model that is moved elsewhere still knows its words
-        shutil.copytree(folder, proj_dir / "tokenizer", dirs_exist_ok=True)
+        copy_tokenizer(folder, proj_dir / TOKENIZER)
     checkpoint.write_run(proj_dir, remembered)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from src.config import ModelConfig, RunConfig
-from src.dataset.tokenizer import load_tokenizer
+from src.dataset.tokenizer import copy_tokenizer, load_tokenizer
 from src.model import RWKV7
 from src.model.weights import IDLE_IN_LAYER_0, Weights, config_from_weights, fit_weights, read_weights
 from src.training import checkpoint
 from src.training.data import open_samples
-from src.training.folder import BEST, FINAL
+from src.training.folder import BEST, FINAL, TOKENIZER
 from src.training.parts import Values, fresh_values
 from src.training.processes import Company
 from src.training.resume import LoadedState, Position, newest_good, states
@@ -59,8 +59,12 @@ def put_aside_other_run(config: RunConfig, proj_dir: Path) -> None:
     """Begin anew where that is meant: with --restart, or when the initial weights are other ones than the run in the folder
     started from (the swap that people do by hand). The earlier run is put aside, nothing is deleted."""
     _, reason = _begins_anew(config, proj_dir)
+    tokenizer = proj_dir / TOKENIZER
+    names_its_copy = tokenizer.is_dir() and Path(config.tokenizer or "world").resolve() == tokenizer.resolve()
     if reason and (aside := checkpoint.put_aside(proj_dir)):
         say(f"{reason}; the earlier run is now in {aside}")
+        if names_its_copy:
+            copy_tokenizer(aside / TOKENIZER, tokenizer)
 
 
 def _begins_anew(config: RunConfig, proj_dir: Path) -> tuple[Path | None, str]:
@@ -81,7 +85,7 @@ def _begins_anew(config: RunConfig, proj_dir: Path) -> tuple[Path | None, str]:
             "start another one from these weights, give it a folder of its own (--proj_dir)"
         )
     if config.restart:
-        return origin, "--restart: a new run begins"
+        return origin, "--restart: a new run begins (to continue it later, leave the flag out)"
     if not checkpoint.is_swapped(proj_dir, origin):
         return origin, ""
     return origin, f"{origin} is not what the run in {proj_dir} started from: a new run begins"

@@ -83,8 +83,13 @@ def choose_hardware(config: RunConfig) -> Hardware:
     precision = config.precision or ("bf16" if accelerator == "gpu" else "")
     if precision == "fp16":
         notes.append("--precision fp16 overflows easily; bf16 is what RWKV-7 is trained in")
+        if strategy == "deepspeed" and not zero.takes_fp16(accelerator):
+            raise ValueError(
+                f"--precision fp16: DeepSpeed (--strategy {config.strategy}) doesn't compute in it on this CPU; use bf16 or fp32, or "
+                "--strategy ddp"
+            )
     if precision == "bf16" and accelerator == "cpu":
-        notes.append("--precision bf16 is slower than fp32 on most CPUs")
+        notes.append("--precision bf16 may be slower than fp32 on this CPU; without the flag that is measured")
     if not precision:
         precision, note = cpu_precision(config, devices * num_nodes)
         notes += [note] if note else []

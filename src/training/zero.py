@@ -34,6 +34,13 @@ def is_installed() -> bool:
     return importlib.util.find_spec("deepspeed") is not None
 
 
+def takes_fp16(accelerator: str) -> bool:
+    """Whether DeepSpeed computes in fp16 there: of CPUs only on those that multiply it themselves."""
+    if accelerator != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
 def import_deepspeed(accelerator: str) -> Any:
     """The package, told where it is to compute: it looks once, at its first import."""
     if accelerator == "cpu":

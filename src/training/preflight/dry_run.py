@@ -12,7 +12,6 @@ from src.training.callbacks import SetLearningRate, WatchBadSteps
 from src.training.data import look_at_samples
 from src.training.describe import summary, words_for_complete
 from src.training.fit import module_for, schedule, trainer_for
-from src.training.folder import FINAL
 from src.training.full_state import scatter_full_state
 from src.training.preflight.out_of_memory import explained
 from src.training.processes import Company
@@ -52,7 +51,7 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Comp
     length = length_of_run(config, samples.once, hardware.world_size)
     start = company.decide(lambda: look_at_start(config, proj_dir, length))
     length, position = start.length, start.position
-    if (proj_dir / FINAL).exists() and not config.restart and position.step >= length.steps:
+    if position.step >= length.steps:
         say(words_for_complete(proj_dir))
         return 0
     if config.random_seed >= 0:

@@ -28,7 +28,7 @@ MEASURED_EVERY = 50  # steps between two looks at what costs something: update r
 
 
 class Reporter(pl.Callback):
-    """Collects step results and hands them on; on ranks other than 0 to nobody.
+    """Collects step results and hands them on.
 
     What the ranks must agree on travels with the losses: `wishes` are asked after each step on every rank, and `agreed` holds the
     names of those that any rank had, at the same step on all of them (a step late when there are several).
@@ -93,9 +93,7 @@ class Reporter(pl.Callback):
         if trainer.world_size == 1:
             self.agreed = {name for name, wish in zip(self.wishes, wanted, strict=True) if wish}
         if self.length.ends_mini_epoch(self.next_step):
-            now = self.agreed
             self.read_waiting()
-            self.agreed |= now
         self.next_step += 1
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -119,7 +117,7 @@ class Reporter(pl.Callback):
         self._waiting = None
         loss, *others = values.read()
         if n_wishes:
-            self.agreed = {name for name, wish in zip(self.wishes, others[:n_wishes], strict=True) if wish}
+            self.agreed |= {name for name, wish in zip(self.wishes, others[:n_wishes], strict=True) if wish}
         grad_norm, *measured = others[n_wishes:]
         self._times.append(self._clock())
         speed = (len(self._times) - 1) * self.length.tokens_per_step / max(1e-9, self._times[-1] - self._times[0])
