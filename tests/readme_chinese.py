@@ -96,7 +96,7 @@ FLAGS = {
     "accelerator": "在哪里训练",
     "devices": '每台机器的进程数，每个设备一个；"auto"：全部设备',
     "num_nodes": "机器数",
-    "precision": "默认：GPU 上 bf16，CPU 上 fp32（短暂测量发现 bf16 快得多时用 bf16）",
+    "precision": "默认：GPU 上 bf16，CPU 上 fp32（短暂测量发现快得多时用 bf16）",
     "strategy": "多个进程如何分工",
     "ds_bucket_mb": "DeepSpeed：bucket 大小，单位 MB",
     # logging
