@@ -160,7 +160,7 @@ def test_environment_variables_that_the_code_reads_are_named():
 
 def test_settings_of_the_scripts_are_theirs():
     """The names that docs/flags.md lists after each script stand in it as defaults."""
-    words = read(ROOT / "docs/flags.md")
+    words = " ".join(read(ROOT / "docs/flags.md").split())
     lists = re.findall(r"((?:`[A-Z_]+`(?:, | and )?)+)(?: and others)? \((demo-[\w-]+\.sh)\)", words)
     assert len(lists) == 3
     for names, script in lists:
