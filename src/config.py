@@ -1,7 +1,7 @@
 """Every setting of the project, once: its type, default, meaning and check, and the sizes derived from it.
 
 `ModelConfig` is what a model needs to be built, `RunConfig` is what a run needs; the command line (cli.py), the
-README's table of flags and the settings kept in `run.json` are all made from these fields. Nothing heavy is imported here, so
+table of flags in docs/flags.md and the settings kept in `run.json` are all made from these fields. Nothing heavy is imported here, so
 that `train.py --help` answers at once.
 """
 

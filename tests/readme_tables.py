@@ -1,16 +1,20 @@
-"""The parts of the README that come from the code: `python tests/readme_tables.py` writes them, test_readme.py compares.
+"""The parts of README and docs/ that come from the code: `python tests/readme_tables.py` writes them, test_readme.py compares.
 
-The annotated tree is the first sentence of each file, the flags are RunConfig's, the weights the init table's. A part stands between `<!-- NAME: made by tests/readme_tables.py -->` and `<!-- end -->`.
+The list of source files is the first sentence of each, the flags are RunConfig's, the weights the init table's; the Chinese words are in
+readme_chinese.py. A part stands between `<!-- NAME: made by tests/readme_tables.py -->` and `<!-- end -->`, on the page that TABLES names.
 """
 
 import dataclasses
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import readme_chinese
 import torch
 
 from src.config import GROUPS, ModelConfig, RunConfig
@@ -20,29 +24,52 @@ from src.training.preflight import plan
 from src.training.reporting import published
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = [path for path in (ROOT / "README.md", ROOT / "README_CN.md") if path.exists()]
+PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if not path.stem.endswith("_CN"))]
+ENGLISH_ONLY = {"source.md"}
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+def twin(page: Path) -> Path:
+    """The Chinese page beside an English one."""
+    return page.with_stem(f"{page.stem}_CN")
+
+
+def table(head: list[str], rows: list[list[str]], chinese: bool) -> str:
+    names = [readme_chinese.HEADS.get(name, name) for name in head] if chinese else head
+    lines = [names, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def flags() -> str:
+FIRST_FLAGS = (
+    *("proj_dir", "data_file", "tokenizer", "val_data_file", "n_layer", "n_embd", "ctx_len", "micro_bsz"),
+    *("epochs", "lr_init", "lr_final", "grad_cp"),
+)
+
+
+def _flag(field: "dataclasses.Field[Any]", chinese: bool) -> list[str]:
+    default = "none" if field.default == "" else str(field.default)
+    words = readme_chinese.FLAGS[field.name] if chinese else field.metadata["help"]
+    choices = [f"`{choice}`" for choice in field.metadata["choices"] if choice]
+    if choices:
+        words += f"（{'、'.join(choices)}）" if chinese else f" ({', '.join(choices)})"
+    return [f"`--{field.name}`", f"`{default}`", words]
+
+
+def flags(chinese: bool) -> str:
     """Every flag of train.py by topic."""
     rows = []
-    for key, title in GROUPS.items():
+    for key, title in (readme_chinese.GROUPS if chinese else GROUPS).items():
         rows.append([f"**{title}**", "", ""])
-        for field in dataclasses.fields(RunConfig):
-            if field.metadata["group"] == key:
-                default = "none" if field.default == "" else str(field.default)
-                choices = ", ".join(f"`{choice}`" for choice in field.metadata["choices"] if choice)
-                meaning = field.metadata["help"] + (f" ({choices})" if choices else "")
-                rows.append([f"`--{field.name}`", f"`{default}`", meaning])
-    return table(["flag", "default", "meaning"], rows)
+        rows += [_flag(field, chinese) for field in dataclasses.fields(RunConfig) if field.metadata["group"] == key]
+    return table(["flag", "default", "meaning"], rows, chinese)
 
 
-def weights() -> str:
+def first_flags(chinese: bool) -> str:
+    """The flags that a first run of one's own needs."""
+    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+    return table(["flag", "default", "meaning"], [_flag(fields[name], chinese) for name in FIRST_FLAGS], chinese)
+
+
+def weights(chinese: bool) -> str:
     """The parameters of the released 1.5B model; blocks 0 and 1 stand for all, as the others are like block 1."""
     config = ModelConfig(
         n_layer=24, n_embd=2048, vocab_size=65536, d_decay_lora=96, d_aaa_lora=96, d_mv_lora=64, d_gate_lora=256
@@ -60,7 +87,7 @@ def weights() -> str:
             words for words, so in (("decay", row.decay), (f"lr x{row.lr_scale:g}", row.lr_scale != 1)) if so
         )
         rows.append([f"`{shown}`", " x ".join(map(str, parameter.shape)), training, row.text])
-    return table(["name", "shape", "decay or lr x2", "initial value"], rows)
+    return table(["name", "shape", "decay or lr x2", "initial value"], rows, chinese)
 
 
 # layers, width, low-rank sizes w a v g, lr, ZeRO stage, GPUs, micro batch of 4096 tokens
@@ -73,7 +100,7 @@ CLUSTER = [
 ]
 
 
-def cluster() -> str:
+def cluster(chinese: bool) -> str:
     """Settings for large models, with the memory that the formulas of `train.py --plan` give."""
     rows = []
     for layers, width, sizes, lr, stage, gpus, micro_bsz in CLUSTER:
@@ -98,13 +125,13 @@ def cluster() -> str:
         "GPUs",
         "`--micro_bsz`",
     ]
-    return table([*head, "GiB per GPU"], rows)
+    return table([*head, "GiB per GPU"], rows, chinese)
 
 
-def published_run() -> str:
+def published_run(chinese: bool) -> str:
     """Loss and learning rate of the run that this project is checked against."""
     rows = [[str(n), f"{loss:.6f}", lr] for n, (loss, lr) in enumerate(published.MINI_EPOCHS)]
-    return table(["mini-epoch", "mean loss", "lr at its last step"], rows)
+    return table(["mini-epoch", "mean loss", "lr at its last step"], rows, chinese)
 
 
 TOP = [
@@ -137,6 +164,27 @@ REST = {
     "tests/run.sh": "Lint, types and tests; sets up what it needs",
     ".ci/run": "the same on a new machine",
 }
+TREE = {  # README's, in a clause each
+    "demo-training-prepare.sh": "what a run needs: Python environment, data, initial weights",
+    "demo-training-run.sh": "pretrains, and shows what was learned",
+    "demo-training-run-sft.sh": "fine-tunes on conversations, so that the model answers",
+    "train.py": "trains: flags -> settings -> fit",
+    "API_DEMO_CHAT.py": "chat in the terminal",
+    "requirements.txt": "the packages that it needs",
+    "src/": "the library: config.py has every setting, cli.py the command line",
+    "src/ops/": "what must be fast: wkv7, loss, elementwise work, each with a plain PyTorch form beside it",
+    "src/model/": "RWKV-7 and its parts",
+    "src/dataset/": "from files to samples: binidx, the order, conversations, tokenizers",
+    "src/training/": "the run: optimizer, weights and full states, processes",
+    "src/training/preflight/": "before a run: --plan, --check, --dry_run",
+    "src/training/reporting/": "what a run tells: logs, curves, warnings",
+    "src/inference/": "decoding, chat, evaluation, export",
+    "cuda/": "C++ and CUDA sources",
+    "data/": "tools that make data, and the data (not tracked)",
+    "docs/": "more than this page tells",
+    "tests/": "a test file per module; host_cuda/ runs the .cu files on a CPU, bench/ measures",
+    "tests/run.sh": "lint, types and tests",
+}
 
 
 def first_sentence(path: Path) -> str:
@@ -150,9 +198,14 @@ def first_sentence(path: Path) -> str:
     return re.split(r"[.](?:\s|$)|: (?=python |sh )", paragraph, maxsplit=1)[0]
 
 
-def tree() -> str:
-    """Every source file with what it is."""
-    lines = [(name, first_sentence(ROOT / name)) for name in TOP if (ROOT / name).exists()]
+def tree(chinese: bool) -> str:
+    """Folders and top-level files."""
+    return _block((readme_chinese.TREE if chinese else TREE).items())
+
+
+def source(chinese: bool) -> str:
+    """Every source file with what it says of itself; English only."""
+    lines = [(name, first_sentence(ROOT / name)) for name in TOP]
     for folder in FOLDERS:
         package = ROOT / folder / "__init__.py"
         lines.append(
@@ -160,7 +213,10 @@ def tree() -> str:
         )
         files = [path for path in (ROOT / folder).iterdir() if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"}]
         lines += [(f"{folder}/{path.name}", first_sentence(path)) for path in sorted(files) if path != package]
-    lines += REST.items()
+    return _block([*lines, *REST.items()])
+
+
+def _block(lines: Iterable[tuple[str, str]]) -> str:
     return "```\n" + "\n".join(_indented(name, words) for name, words in lines) + "\n```"
 
 
@@ -170,7 +226,26 @@ def _indented(name: str, words: str) -> str:
     return f"{own:<28}{words}".rstrip()
 
 
-TABLES: dict[str, Callable[[], str]] = {"tree": tree, "flags": flags, "weights": weights, "cluster": cluster, "published": published_run}
+# name -> (page, what makes it)
+TABLES: dict[str, tuple[str, Callable[[bool], str]]] = {
+    "published": ("README.md", published_run),
+    "tree": ("README.md", tree),
+    "first_flags": ("README.md", first_flags),
+    "flags": ("docs/flags.md", flags),
+    "cluster": ("docs/cluster.md", cluster),
+    "weights": ("docs/model.md", weights),
+    "source": ("docs/source.md", source),
+}
+
+
+def places() -> list[tuple[str, Path, bool]]:
+    """(table, the page that has it, whether that page is Chinese): each once in every language of its page."""
+    found = []
+    for name, (page, _) in TABLES.items():
+        found.append((name, ROOT / page, False))
+        if Path(page).name not in ENGLISH_ONLY:
+            found.append((name, twin(ROOT / page), True))
+    return found
 
 
 def section(name: str) -> re.Pattern[str]:
@@ -178,13 +253,14 @@ def section(name: str) -> re.Pattern[str]:
 
 
 def main() -> None:
-    for path in READMES:
-        text = path.read_text(encoding="utf-8")
-        for name, make in TABLES.items():
-            made = make() + "\n"
-            text = section(name).sub(lambda found, made=made: found[1] + made + found[3], text)
-        path.write_text(text, encoding="utf-8")
-        print(f"wrote the tables of {path.name}")
+    for name, page, chinese in places():
+        made = TABLES[name][1](chinese) + "\n"
+        text = page.read_text(encoding="utf-8")
+        text, count = section(name).subn(lambda found, made=made: found[1] + made + found[3], text)
+        if count != 1:
+            raise SystemExit(f"{page.relative_to(ROOT)}: expected the section {name} once, found it {count} times")
+        page.write_text(text, encoding="utf-8")
+        print(f"wrote {name} of {page.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

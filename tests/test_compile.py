@@ -167,7 +167,7 @@ def kept_by_layer(model, tokens):
     return sum(size for size, _ in storages.values()) / tokens
 
 
-def test_what_backward_keeps_is_as_the_readme_lists_it():
+def test_what_backward_keeps_is_as_the_docs_list_it():
     """Numbers of C per token and layer: 24 activations, wkv7's S a and states, the hidden layer twice; low-rank products."""
     tokens = 512
     sizes = [ModelConfig(n_layer=n, n_embd=128, vocab_size=50) for n in (2, 4)]
@@ -180,14 +180,14 @@ def test_what_backward_keeps_is_as_the_readme_lists_it():
     assert per_layer == pytest.approx(24 * width + width + states + 2 * config.dim_ffn + ranks, rel=0.02)
 
 
-def test_the_readme_has_these_bytes():
+def test_the_docs_have_these_bytes():
     """Per token and layer of L8-D512: with everything kept, with --grad_cp 1, and that on a GPU in bf16."""
     width, states = 512, 512 * 64 / 32
     config = ModelConfig(8, width, 6400)
     ranks = config.d_decay_lora + config.d_aaa_lora + config.d_mv_lora + config.d_gate_lora
     whole, lean = 4 * (24 * width + width + states + 2 * config.dim_ffn + ranks), 4 * (2 * width + width + states)
     on_gpu = 2 * 2 * width + kept_by_recurrence(config, "bf16", on_gpu=True)
-    words = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    words = (Path(__file__).parents[1] / "docs/model.md").read_text(encoding="utf-8")
     pattern = r"in fp32: (\d+) KB per token and layer\. With `--grad_cp 1` it is (\d+) KB.*?in bf16 ([\d.]+) KB in all"
     found = [float(number) for number in re.search(pattern, words, re.DOTALL).groups()]
     assert found == [round(whole / 1e3), round(lean / 1e3), round(on_gpu / 1e3, 1)]

@@ -308,7 +308,7 @@ def test_without_a_launcher_a_process_starts_the_others():
 
 def test_the_deepspeed_that_is_recommended_is_the_one_that_is_tested():
     assert zero.REQUIREMENT in (ROOT / "tests" / "requirements.txt").read_text().splitlines()
-    assert f"pip install '{zero.REQUIREMENT}'" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"pip install '{zero.REQUIREMENT}'" in (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
 
 
 def test_what_one_process_makes_of_deepspeed(monkeypatch):

@@ -1,6 +1,6 @@
 """One table: parameter name -> initial value, learning-rate scale, weight decay.
 
-The optimizer's groups, the README's weight table and every constructor read it, so each parameter's fate stands in one row.
+The optimizer's groups, the weight table in docs/model.md and every constructor read it, so each parameter's fate stands in one row.
 Notation: layer i of L, channel c of C, head width N; p = i / (L-1), q = 1 - i / L, d = c / C, lin = c / (C-1) - 0.5,
 z = ((c mod N) - (N-1)/2) / ((N-1)/2), zz = z |z|.
 """

@@ -7,6 +7,8 @@ batched   the first factors of decay, rate and gate, padded to one rank, as one 
           here they do already, which costs nothing)
 
 Printed: milliseconds of each (medians), and joined / separate: above 1 it doesn't pay.
+On two cores with 2048 tokens, 2026-11-22: batched 1.43 to 1.51 in fp32 and 0.60 in bf16, beside 0.82 to 1.02 and 0.90; on a GPU not measured yet.
+So the model keeps them separate.
 """
 
 import argparse
