@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", default=None, help="answer this and end")
     parser.add_argument("--chat_template", default="", help="none, tokenizer (its own), rwkv (User: ... Assistant: ...) or a Jinja file; default: the tokenizer's, after pretraining none")
     parser.add_argument("--length", type=int, default=1024, help="tokens of an answer at most [%(default)s]")
-    parser.add_argument("--history", type=Path, default=Path.home() / ".rwkv7_chat_history", help="what was typed [%(default)s]")
+    parser.add_argument("--history", type=Path, default=Path.home() / ".rwkv7_chat_history", help="file that keeps what you type [%(default)s]")
     add_sampling_arguments(parser)
     parser.set_defaults(presence_penalty=0.2, frequency_penalty=0.2)  # as chat programs for RWKV do
     options = parser.parse_args(argv)
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         read = prompt_reader(options.history)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    mode = "chat" if conversation.template is not None else "it has not learned to chat and continues your text"
+    mode = "chat" if conversation.template is not None else "continues your text (--chat_template rwkv or tokenizer makes it chat, if it has learned to)"
     show(f"{options.weights}, {conversation.decoder.config.title}, {mode}; /help\n")
     talk(conversation, read)
     return 0

@@ -94,7 +94,7 @@ tokenizer are MiniMind's. One of these fetches them:
   pip install modelscope       && modelscope download --dataset gongjy/minimind_dataset ${1##*/} --local_dir data
   pip install huggingface_hub  && hf download jingyaogong/minimind_dataset ${1##*/} --repo-type dataset --local-dir data
   (tokenizer.json and tokenizer_config.json are in the repository github.com/jingyaogong/minimind, for $TOKENIZER)" ;;
-    demo) fail "$1 is missing: run sh demo-training-run.sh first, or delete nothing of data/" ;;
+    demo) fail "$1 is missing: run sh demo-training-run.sh first, which makes it" ;;
     *) fail "$1 is missing; DATA_FILE is a jsonl of conversations, TOKENIZER the folder of the model's tokenizer" ;;
     esac
 }

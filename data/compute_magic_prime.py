@@ -1,4 +1,4 @@
-"""Prints the flags that train on an existing dataset once: python data/compute_magic_prime.py DATA CTX_LEN"""
+"""Prints the flags that go once through an existing dataset: python data/compute_magic_prime.py DATA CTX_LEN"""
 
 import argparse
 import sys

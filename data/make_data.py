@@ -186,7 +186,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser.add_argument("--out", help="name of the result without .bin [the first input's without its ending]")
     parser.add_argument("--field", default="text", help="the text's field or column [text]")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another order [0]")
-    parser.add_argument("--holdout", type=float, default=0.0, help="this part of the documents to OUT-heldout.bin [0]")
+    parser.add_argument("--holdout", type=float, default=0.0, help="share of the documents that is kept aside in OUT-heldout.bin: 0.01 is one in a hundred [0]")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes [the cores; here %(default)s]")
     parser.add_argument("--on_error", choices=["skip", "stop"], default="skip", help="what a broken line does [skip]")
     args = parser.parse_args(arguments)

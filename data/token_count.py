@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"answer tokens   {conversations.answer_tokens}, {100 * conversations.answer_tokens / tokens:.1f} % of them")
     print(f"longer than {args.ctx_len:<5}{too_long}, {100 * too_long / count:.1f} %")
     print(
-        f"rows            {len(rows)}, {100 * rows.filled:.1f} % filled (padded: {len(padded)}, {100 * padded.filled:.1f} %)"
+        f"rows            {len(rows)} packed, {100 * rows.filled:.1f} % filled; without packing {len(padded)}, {100 * padded.filled:.1f} %"
     )
     print(f"once through: --my_exit_tokens {len(rows) * args.ctx_len} --ctx_len {args.ctx_len}")
 

@@ -1,7 +1,7 @@
 """The command line of train.py: the flags of existing RWKV training scripts become a RunConfig.
 
 Flags and their texts are made from the fields of `RunConfig`; this file knows only how a command line differs from it: the
-flags of Lightning 1.9's Trainer that old scripts pass along, and what to say about a flag that nobody knows.
+flags of Lightning 1.9's Trainer that old scripts pass along, those of other RWKV trainers, and what to say about one that nobody knows.
 """
 
 from __future__ import annotations
@@ -24,19 +24,50 @@ HARMLESS_TRAINER_FLAGS = (
     *("profiler", "reload_dataloaders_every_n_epochs", "replace_sampler_ddp"),
     *("sync_batchnorm", "tpu_cores", "track_grad_norm", "use_distributed_sampler", "val_check_interval"),
 )
-# ... and those that would change the run if they were honoured, with the flag that does it here.
-REPLACED_TRAINER_FLAGS = {
-    "gradient_clip_val": "--grad_clip",
-    "gradient_clip_algorithm": "--grad_clip (always the global norm)",
-    "max_steps": "--my_exit_tokens",
-    "limit_train_batches": "--my_exit_tokens",
-    "overfit_batches": "--my_exit_tokens and a small --data_file",
-    "fast_dev_run": "--my_exit_tokens",
-    "gpus": "--devices",
-    "num_processes": "--devices",
-    "max_time": "--time_limit",
-    "resume_from_checkpoint": "--load_model (weights), or the same --proj_dir, which continues by itself",
+# ... and those that would change the run if they were honoured, with what does it here.
+REPLACED_FLAGS = {
+    "gradient_clip_val": "use --grad_clip",
+    "gradient_clip_algorithm": "use --grad_clip (always the global norm)",
+    "max_steps": "use --my_exit_tokens",
+    "limit_train_batches": "use --my_exit_tokens",
+    "overfit_batches": "use --my_exit_tokens and a small --data_file",
+    "fast_dev_run": "use --dry_run",
+    "gpus": "use --devices",
+    "num_processes": "use --devices",
+    "max_time": "use --time_limit",
+    "resume_from_checkpoint": "use --load_model (weights), or the same --proj_dir, which continues by itself",
+    # of the trainers for RWKV-4 to RWKV-6
+    "my_pile_stage": "use --train_stage",
+    "my_pile_version": "leave it out",
+    "my_pile_edecay": "the learning rate falls along a cosine to --lr_final; leave it out",
+    "my_qa_mask": "use --data_type sft, where only answers count",
+    "head_size_a": "use --head_size",
+    "head_size_divisor": "leave it out: RWKV-7's is fixed",
+    "weight_decay_final": "leave it out: --weight_decay stays what it is",
+    "layerwise_lr": "leave it out: RWKV-7's w0 always has twice the learning rate",
+    "pre_ffn": "leave it out: RWKV-7 has none",
+    "head_qk": "leave it out: RWKV-7 has none",
+    "tiny_att_dim": "leave it out: RWKV-7 has none",
+    "tiny_att_layer": "leave it out: RWKV-7 has none",
+    "dropout": "leave it out: RWKV-7 is trained without",
+    "quant": "leave it out: all weights are trained, in --precision",
+    "lora": "leave it out: all weights are trained, not adapters",
+    "peft": "leave it out: all weights are trained, not adapters",
 }
+
+EXAMPLES = """\
+examples:
+  sh demo-training-run.sh                     the whole way on demo data, without a download; this program is a part of it
+  python train.py --proj_dir out/mine --data_file data/mine --tokenizer world --n_layer 12 --n_embd 768 --ctx_len 512
+  python train.py --check ...                 will the run that ... describes fit and work?
+"""
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Flags wrapped as usual, the examples as they stand."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text == EXAMPLES else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="train.py",
         usage="train.py [--flag value]...",
         description="Train an RWKV-7 model. The flags are those of existing RWKV training scripts.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
+        epilog=EXAMPLES,
+        formatter_class=lambda prog: _Formatter(prog, max_help_position=34, width=120),
     )
     topics = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
     for field in dataclasses.fields(RunConfig):
@@ -60,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices = (
             "" if not field.metadata["choices"] else " (" + " | ".join(filter(None, field.metadata["choices"])) + ")"
         )
-        shown = f" [{field.default if field.default != '' else 'none'}]".replace("%", "%%")
+        shown = "" if field.default == "" or field.name == "plan" else f" [{field.default}]".replace("%", "%%")
         topics[field.metadata["group"]].add_argument(
             f"--{field.name}",
             metavar=kind.__name__.upper(),
@@ -117,8 +149,8 @@ def _read(argv: list[str]) -> tuple[dict[str, str | None], list[str], list[str]]
             pass  # launchers of several processes add it
         elif name in HARMLESS_TRAINER_FLAGS:
             notes.append(f"--{name}: a flag of Lightning 1.9's Trainer that changes nothing here; leave it out")
-        elif name in REPLACED_TRAINER_FLAGS:
-            faults.append(f"--{name}: not a flag here; use {REPLACED_TRAINER_FLAGS[name]}")
+        elif name in REPLACED_FLAGS:
+            faults.append(f"--{name}: not a flag here; {REPLACED_FLAGS[name]}")
         else:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             faults.append(f"{word}: no such flag" + (f"; the nearest is --{near[0]}" if near else ""))

@@ -195,12 +195,12 @@ class RunConfig:
     vocab_size: int = flag(
         0, "data", "rows of the embedding; 0: from the tokenizer, the weights or the data", at_least=0
     )
-    ctx_len: int = flag(1024, "data", "tokens per sample", at_least=1)
-    magic_prime: int = flag(0, "data", "prime of the sampling order; 0: worked out from the data", at_least=0)
+    ctx_len: int = flag(1024, "data", "context length: tokens per sample", at_least=1)
+    magic_prime: int = flag(0, "data", "fixes the order in which windows of the data are read; 0: worked out from the data", at_least=0)
     sft_loss: str = flag(
         "answers",
         "data",
-        "sft: what counts; all: prompts and padding too, as some published runs did",
+        "sft: which tokens count for the loss; all: prompts and padding too, as some published runs did",
         ("answers", "all"),
     )
     packing: int = flag(
@@ -219,7 +219,9 @@ class RunConfig:
         "part that make_data.py --holdout kept aside, DATA-heldout",
     )
     val_every: str = flag(
-        "1", "data", 'how often: "2": every two mini-epochs; "500steps": every 500 steps; "0": only when the run ends'
+        "1",
+        "data",
+        'how often the held-out loss is measured: "2": every two mini-epochs; "500steps": every 500 steps; "0": at the end only',
     )
     val_windows: int = flag(
         512, "data", "samples of the held-out data that are looked at, evenly spaced, always the same", at_least=1
@@ -227,15 +229,15 @@ class RunConfig:
 
     # model
     n_layer: int = flag(6, "model", "number of blocks", at_least=1)
-    n_embd: int = flag(512, "model", "width C", at_least=1)
-    head_size: int = flag(64, "model", "width N of a head; n_embd is a multiple of it", at_least=1)
+    n_embd: int = flag(512, "model", "width of the model (C)", at_least=1)
+    head_size: int = flag(64, "model", "width of a head (N); n_embd is a multiple of it", at_least=1)
     dim_att: int = flag(0, "model", "0 or n_embd: the time mix is as wide as the model", at_least=0)
     dim_ffn: int = flag(0, "model", "hidden width of the channel mix; 0: 4 * n_embd", at_least=0)
-    d_decay_lora: int = flag(0, "model", "low-rank size of the decay w; 0: by the formula", at_least=0)
+    d_decay_lora: int = flag(0, "model", "low-rank size of the decay w, a part of RWKV-7 (not LoRA fine-tuning); 0: by the formula", at_least=0)
     d_aaa_lora: int = flag(0, "model", "low-rank size of the in-context learning rate a; 0: by the formula", at_least=0)
     d_mv_lora: int = flag(0, "model", "low-rank size of the value residual; 0: by the formula", at_least=0)
     d_gate_lora: int = flag(0, "model", "low-rank size of the gate g; 0: by the formula", at_least=0)
-    my_testing: str = flag("x070", "model", "architecture name of existing scripts", ("x070",))
+    my_testing: str = flag("x070", "model", "architecture name of existing scripts; leave it out", ("x070",))
 
     # length, batch, learning rate
     micro_bsz: int = flag(12, "length", "samples per device and micro step", at_least=1)
@@ -245,7 +247,7 @@ class RunConfig:
     )
     epochs: float = flag(1.0, "length", "passes over the data, where --my_exit_tokens is not given", at_least=0)
     epoch_steps: int = flag(
-        0, "length", f"optimizer steps per mini-epoch; 0: {MINI_EPOCH_SAMPLES} samples, whatever the batch", at_least=0
+        0, "length", f"optimizer steps per mini-epoch (a line of the log); 0: {MINI_EPOCH_SAMPLES} samples", at_least=0
     )
     epoch_save: int = flag(5, "length", "write rwkv-N.pth every this many mini-epochs", at_least=1)
     epoch_begin: int = flag(0, "length", "with --load_model: the mini-epoch that these weights begin", at_least=0)
@@ -262,15 +264,15 @@ class RunConfig:
     grad_clip: float = flag(1.0, "optimizer", "largest global gradient norm; 0: off", at_least=0)
 
     # memory and speed
-    grad_cp: int = flag(0, "speed", "1: recompute activations in backward, for less memory", at_least=0, below=2)
-    head_chunk: int = flag(0, "speed", "token rows of logits that exist at once; 0: all", at_least=0)
+    grad_cp: int = flag(0, "speed", "1: gradient checkpointing: recompute activations in backward, for less memory", at_least=0, below=2)
+    head_chunk: int = flag(0, "speed", "token rows of logits that exist at once: 4096 saves memory with a large vocabulary; 0: all", at_least=0)
     kernel: str = flag("auto", "speed", "how the recurrence is computed", KERNELS)
     compile: int = flag(0, "speed", "1: fuse the elementwise work with torch.compile", at_least=0, below=2)
 
     profile: int = flag(
         0,
         "speed",
-        "record so many steps: profile.json.gz for ui.perfetto.dev, and the ten dearest operations",
+        "record so many steps: profile.json.gz for ui.perfetto.dev, and the ten slowest operations",
         at_least=0,
     )
 
@@ -349,7 +351,7 @@ class RunConfig:
             expected = (
                 "a jsonl of conversations"
                 if self.data_type == "sft"
-                else "binidx data, which data/make_data.py makes from a jsonl"
+                else "binidx data, which data/make_data.py makes from a jsonl (sh demo-training-run.sh trains on demo data)"
             )
             yield f"--data_file: missing; expected {expected}"
         if self.epoch_begin and not self.load_model:

@@ -46,12 +46,12 @@ FIRST_FLAGS = (
 
 
 def _flag(field: "dataclasses.Field[Any]", chinese: bool) -> list[str]:
-    default = "none" if field.default == "" else str(field.default)
+    default = "" if field.default == "" or field.name == "plan" else f"`{field.default}`"
     words = readme_chinese.FLAGS[field.name] if chinese else field.metadata["help"]
     choices = [f"`{choice}`" for choice in field.metadata["choices"] if choice]
     if choices:
         words += f"（{'、'.join(choices)}）" if chinese else f" ({', '.join(choices)})"
-    return [f"`--{field.name}`", f"`{default}`", words]
+    return [f"`--{field.name}`", default, words]
 
 
 def flags(chinese: bool) -> str:

@@ -386,11 +386,11 @@ def test_dry_run_from_where_the_run_would_go_on(tmp_path, data, capfd):
     assert {path: os.stat(path).st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
-def test_profile_writes_a_trace_and_names_the_dearest(tmp_path, data, capfd):
+def test_profile_writes_a_trace_and_names_the_slowest(tmp_path, data, capfd):
     assert call(tmp_path / "run", data, profile=3) == 0
     words = capfd.readouterr().out
     assert "ui.perfetto.dev" in words
-    dearest = words.split("dearest operations")[1].splitlines()[1:11]
+    slowest = words.split("slowest operations")[1].splitlines()[1:11]
     assert len(dearest) == 10
     shares = [float(line.split()[1].rstrip("%")) for line in dearest]
     assert shares == sorted(shares, reverse=True)
@@ -418,7 +418,7 @@ def test_a_trace_that_cannot_be_written_is_no_reason_to_stop(tmp_path, data, cap
     assert call(tmp_path / "run", data, profile=3) == 0
     words = capfd.readouterr().out
     assert f"WARNING: --profile 3: {tmp_path}/run/profile.json.gz could not be written" in words
-    assert "dearest operations" in words
+    assert "slowest operations" in words
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 21
     assert not [path for path in everything(tmp_path) if "profile" in path]
 

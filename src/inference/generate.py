@@ -105,8 +105,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0: always the likeliest [%(default)s]")
     parser.add_argument("--top_p", type=float, default=Sampling.top_p, help="1: off [%(default)s]")
     parser.add_argument("--top_k", type=int, default=Sampling.top_k, help="0: off [%(default)s]")
-    for name in ("presence_penalty", "frequency_penalty", "penalty_decay"):
-        parser.add_argument(f"--{name}", type=float, default=getattr(Sampling, name), help="[%(default)s]")
+    for name, help in (
+        ("presence_penalty", "taken from the logit of every token that has been written"),
+        ("frequency_penalty", "taken from it once more for each time that it has been written"),
+        ("penalty_decay", "each of these times counts this much less with every further token"),
+    ):
+        parser.add_argument(f"--{name}", type=float, default=getattr(Sampling, name), help=f"{help} [%(default)s]")
     parser.add_argument("--seed", type=int, default=None, help="the same seed gives the same text")
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a trace for Perfetto and the dearest operations."""
+"""Where the time of a step goes: a trace for Perfetto and the slowest operations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEAREST = 10
 
 
 class Profile(pl.Callback):
-    """Records `steps` optimizer steps of this process after WARM_UP_STEPS; writes `trace` (.json.gz) and says the dearest operations."""
+    """Records `steps` optimizer steps of this process after WARM_UP_STEPS; writes `trace` (.json.gz) and says the slowest operations."""
 
     def __init__(self, steps: int, trace: Path) -> None:
         self.steps, self.trace = steps, trace
@@ -68,7 +68,7 @@ class Profile(pl.Callback):
             said = f"wrote {self.trace}: open it at https://ui.perfetto.dev"
         except OSError as error:  # what was measured can still be said, and the run has nothing to do with it
             said = f"WARNING: --profile {self.steps}: {self.trace} could not be written ({error}); training goes on"
-        say(f"{said}\n{dearest(profiler)}")
+        say(f"{said}\n{slowest(profiler)}")
 
 
 def write_trace(profiler: profile, trace: Path) -> None:
@@ -85,7 +85,7 @@ def write_trace(profiler: profile, trace: Path) -> None:
                 shutil.copyfileobj(source, packed)
 
 
-def dearest(profiler: profile) -> str:
+def slowest(profiler: profile) -> str:
     """A line for each of the ten operations with the most time of their own, on the GPU where there is one, else on the CPU."""
     # an operation's time on the GPU is that of the kernels it launched; the kernels themselves would count it twice
     totals = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
@@ -93,7 +93,7 @@ def dearest(profiler: profile) -> str:
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     whole = sum(getattr(event, own) for event in totals) or 1
     first = sorted(totals, key=lambda event: getattr(event, own), reverse=True)[:DEAREST]
-    lines = [f"{'ms':>10} {'share':>6} {'calls':>7}  the dearest operations on the {'GPU' if on_gpu else 'CPU'}"]
+    lines = [f"{'ms':>10} {'share':>6} {'calls':>7}  the slowest operations on the {'GPU' if on_gpu else 'CPU'}"]
     for event in first:
         time = getattr(event, own)
         lines.append(f"{time / 1e3:10.1f} {time / whole:6.1%} {event.count:7}  {event.key}")
