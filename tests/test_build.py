@@ -222,6 +222,16 @@ def test_a_compiler_killed_for_memory_says_so(recipe, tmp_path, words):
         built(replace(recipe, commands={".cpp": (compiler,)}), tmp_path / "cache")
 
 
+@pytest.mark.parametrize("words", [
+    "x.cpp:54:28: internal compiler error: in vect_transform_reduction, at tree-vect-loop.cc:7457",
+    "PLEASE submit a bug report to https://github.com/llvm/llvm-project/issues/ and include the crash backtrace",
+], ids=["g++", "clang"])  # fmt: skip
+def test_a_compiler_that_crashes_is_told_from_one_that_refuses(recipe, tmp_path, words):
+    compiler = fake_compiler(tmp_path, f"echo '{words}' >&2; exit 1")
+    with pytest.raises(BuildError, match=r"(?s)fake-cxx itself crashed: name another compiler.* in CXX.*words:"):
+        built(replace(recipe, commands={".cpp": (compiler,)}, compiler=compiler), tmp_path / "cache")
+
+
 def test_a_disk_that_fills_up_everywhere_says_so(recipe, tmp_path):
     compiler = fake_compiler(tmp_path, "echo 'fatal error: error writing to x.s: No space left on device' >&2; exit 1")
     with (
