@@ -447,7 +447,8 @@ Tensor decode_step(Tensor tokens, Tensor embedding, Tensor head, Tensor ends, st
   STD_TORCH_CHECK(tokens.dim() == 1 && embedding.dim() == 2 && wkv.dim() == 5, "decode_step: tokens, embedding or wkv has another number of dimensions");
   const auto L = static_cast<int64_t>(layers.size()) / MATRICES;
   const Sizes s{tokens.size(0), embedding.size(1), wkv.size(2), wkv.size(3), rows_of(layers[FFN_KEY]), embedding.size(0), w_rank, a_rank, g_rank, v_rank};
-  STD_TORCH_CHECK(s.B >= 1 && s.H * s.N == s.C && s.N % 16 == 0 && s.N <= kMostN && s.F % 16 == 0, "decode_step: unfit sizes");
+  const bool sizes_fit = s.B >= 1 && s.C >= 1 && s.H * s.N == s.C && s.N % 16 == 0 && s.N <= kMostN && s.F >= 1 && s.F % 16 == 0;
+  STD_TORCH_CHECK(sizes_fit && std::min({w_rank, a_rank, g_rank, v_rank}) >= 0, "decode_step: unfit sizes");
   const auto dtype = embedding.scalar_type(), f32 = ScalarType::Float;
   check(tokens, "tokens", ScalarType::Long, {s.B});
   check_plain(embedding, "embedding", {s.V, s.C});

@@ -218,6 +218,14 @@ def test_mistakes_are_errors_and_leave_the_state_alone():
     for wrong in ((att_shift[:2], wkv, ffn_shift), (att_shift, wkv.double(), ffn_shift), (att_shift, wkv, ffn_shift.transpose(0, 1))):
         with pytest.raises(RuntimeError, match="decode_step"):
             decode_step(torch.tensor([1, 2]), decoder.native_weights, *wrong)
+    weights = decoder.native_weights
+    w, a, g, v = weights.ranks
+    no_channels = replace(weights, embedding=weights.embedding[:, :0]), wkv[:, :, :0]
+    no_channel_mix = replace(weights, layers=[t[:0] if t.shape[0] == 512 else t for t in weights.layers]), wkv
+    negative_rank = replace(weights, ranks=(w + a + 1, -1, g, v)), wkv  # of the right sum
+    for unfit, heads in (no_channels, no_channel_mix, negative_rank):
+        with pytest.raises(RuntimeError, match="unfit sizes"):
+            decode_step(torch.tensor([1, 2]), unfit, att_shift, heads, ffn_shift)
     for mine, kept in zip(decoder.state.layers, before.layers, strict=True):
         assert all(map(torch.equal, mine, kept))
 
