@@ -100,9 +100,9 @@ constexpr int64_t kSumRows = 32;  // sums over tokens are closed every so many r
 template <int kMixes, class T>
 void backward(const Sequence<T>& s, const std::array<const T*, kMixes>& mix, const std::array<const T*, kMixes>& d, T* dx, T* dlast,
               const std::array<T*, kMixes>& dmix) {
-  const int64_t width = s.width, slices = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), s.rows / 64));
+  const int64_t width = s.width, slices = dense::slices_of(s.rows);
   const std::vector<T> zeros(width);
-  std::vector<float> sums(slices * kMixes * width);  // of each slice, added up in their order: equal at every run
+  std::vector<float> sums(slices * kMixes * width);  // of each slice, added up in their order: equal at every run, on any number of threads
   torch::stable::parallel_for(0, slices, 1, [&](int64_t first_slice, int64_t last_slice) {
     std::vector<float> scratch((kMixes + 1) * width);
     for (int64_t slice = first_slice; slice < last_slice; ++slice) {
