@@ -23,6 +23,7 @@ using dense::like;
 using torch::stable::Tensor;
 using vec::Float;
 using vec::kLanes;
+using vec::sigmoid;
 using Optional = std::optional<Tensor>;
 
 constexpr float kSmallestNorm = 1e-12f;
@@ -70,13 +71,12 @@ class Out {
   T* at_;
 };
 
-Float sigmoid(Float x) { return 1.0f / (1.0f + vec::exp(-x)); }
-
 struct Rows {
   int64_t tokens, width, head;  // head: N
 
   Rows(const Tensor& x, int64_t head_size) : width(x.size(x.dim() - 1)), head(head_size) {
-    STD_TORCH_CHECK(head % kLanes == 0 && head >= kLanes && width % head == 0, "time_mix: C must be a multiple of the head size");
+    STD_TORCH_CHECK(head >= kLanes && head % kLanes == 0, "time_mix: the head size must be a multiple of ", kLanes, ", got ", head);
+    STD_TORCH_CHECK(width % head == 0, "time_mix: C must be a multiple of the head size ", head, ", got ", width);
     tokens = width ? x.numel() / width : 0;
   }
   int64_t numel() const { return tokens * width; }
