@@ -51,9 +51,11 @@ Largest largest_of(const T* z, int64_t V) {
       best[u] = x > best[u] ? x : best[u];
     }
   float value = -INFINITY;
-  for (; i < V; ++i) value = std::fmax(value, number(z + i));
+  // Not std::fmax: g++ 12 for ARM fails on a loop of it (internal compiler error in its vectoriser).
+  const auto larger = [](float a, float b) { return b > a ? b : a; };
+  for (; i < V; ++i) value = larger(value, number(z + i));
   for (int u = 0; u < 4; ++u)
-    for (int lane = 0; lane < kLanes; ++lane) value = std::fmax(value, best[u][lane]);
+    for (int lane = 0; lane < kLanes; ++lane) value = larger(value, best[u][lane]);
   int64_t where = 0;
   while (where < V && number(z + where) != value) ++where;
   return {value, where < V ? where : 0};

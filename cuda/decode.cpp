@@ -16,14 +16,19 @@
 
 #include "packed.h"
 #include "vec.h"
+#include "wkv7_cpu.h"
 
 namespace decode {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using vec::Bf16;
 using vec::Float;
 using vec::kLanes;
+using vec::sigmoid;
+using vec::sum;
+using wkv7_cpu::kMaxLogDecay;
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkv7, m) {
   m.def(
@@ -40,33 +45,9 @@ enum LayerTensor { VECTOR_ROWS, INNER, OUTER, RECEPTANCE, KEY, VALUE, OUTPUT, FF
 enum Ends { LN0_WEIGHT, LN0_BIAS, LN_OUT_WEIGHT, LN_OUT_BIAS, ENDS };
 
 constexpr float kLayerNormEps = 1e-5f, kGroupNormEps = 64e-5f, kKeyNormEps = 1e-12f;
-const float kMaxLogDecay = std::exp(-0.5f);
 constexpr int64_t kMostN = 256;  // the largest head size
 
 // ---- vectors ------------------------------------------------------------------------------------------------------------------------
-
-struct Bf16 { uint16_t bits; };
-inline Float load_row(const float* p) { return vec::load(p); }
-inline Float load_row(const Bf16* p) { return vec::from_bf16(p); }
-inline void store_row(float* p, Float v) { vec::store(p, v); }
-inline void store_row(Bf16* p, Float v) { vec::to_bf16(p, v); }
-
-template <int kWidth>
-struct Lanes { typedef float type __attribute__((vector_size(4 * kWidth))); };
-
-template <int kWidth>
-inline float sum(typename Lanes<kWidth>::type v) {
-  if constexpr (kWidth == 1) {
-    return v[0];
-  } else {
-    typename Lanes<kWidth / 2>::type half[2];
-    std::memcpy(half, &v, sizeof v);
-    return sum<kWidth / 2>(half[0] + half[1]);
-  }
-}
-inline float sum(Float v) { return sum<kLanes>(v); }
-
-inline Float sigmoid(Float x) { return 1.0f / (1.0f + vec::exp(-x)); }
 
 template <class F>
 inline void each(int64_t n, const F& f) {
@@ -122,7 +103,7 @@ inline void dots(const T* row, int64_t apart, const float* x, int64_t columns, f
     for (int r = 0; r < kRows; ++r) {
       const T* at = row + r * apart + c;
       __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead, 0, 3);
-      weight[r] = load_row(at);
+      weight[r] = vec::load(at);
     }
 #pragma GCC unroll 6
     for (int b = 0; b < kB; ++b) {
@@ -210,7 +191,7 @@ class Step {
   void embed(const int64_t* tokens, const T* embedding, const float* ends) {
     for (int64_t b = 0; b < s_.B; ++b) {
       float* x = x_ + b * s_.C;
-      each(s_.C, [&](int64_t c) { vec::store(x + c, load_row(embedding + tokens[b] * s_.C + c)); });
+      each(s_.C, [&](int64_t c) { vec::store(x + c, vec::load(embedding + tokens[b] * s_.C + c)); });
       normalise(x, s_.C, kLayerNormEps, ends + LN0_WEIGHT * s_.C, ends + LN0_BIAS * s_.C, x);
     }
   }
@@ -261,8 +242,8 @@ class Step {
       float* normed = normed_ + b * C;
       normalise(x_ + b * C, C, kLayerNormEps, weight, bias, normed);
       each(C, [&](int64_t c) {
-        const Float now = vec::load(normed + c), difference = load_row(shift + b * C + c) - now;
-        store_row(shift + b * C + c, now);
+        const Float now = vec::load(normed + c), difference = vec::load(shift + b * C + c) - now;
+        vec::store(shift + b * C + c, now);
         for (int64_t i = 0; i < count; ++i)
           vec::store(mixed_ + (i * s_.B + b) * C + c, now + difference * vec::load(mixes + i * C + c));
       });
@@ -312,8 +293,8 @@ class Step {
       int64_t d = 0;
       for (; d + 4 <= rank; d += 4)
 #pragma GCC unroll 4
-        for (int chain = 0; chain < 4; ++chain) total[chain] += low[d + chain] * load_row(matrix + (d + chain) * N + c);
-      for (; d < rank; ++d) total[0] += low[d] * load_row(matrix + d * N + c);
+        for (int chain = 0; chain < 4; ++chain) total[chain] += low[d + chain] * vec::load(matrix + (d + chain) * N + c);
+      for (; d < rank; ++d) total[0] += low[d] * vec::load(matrix + d * N + c);
       vec::store(out + c, (total[0] + total[1]) + (total[2] + total[3]));
     });
   }
@@ -447,7 +428,8 @@ Tensor decode_step(Tensor tokens, Tensor embedding, Tensor head, Tensor ends, st
   STD_TORCH_CHECK(tokens.dim() == 1 && embedding.dim() == 2 && wkv.dim() == 5, "decode_step: tokens, embedding or wkv has another number of dimensions");
   const auto L = static_cast<int64_t>(layers.size()) / MATRICES;
   const Sizes s{tokens.size(0), embedding.size(1), wkv.size(2), wkv.size(3), rows_of(layers[FFN_KEY]), embedding.size(0), w_rank, a_rank, g_rank, v_rank};
-  STD_TORCH_CHECK(s.B >= 1 && s.H * s.N == s.C && s.N % 16 == 0 && s.N <= kMostN && s.F % 16 == 0, "decode_step: unfit sizes");
+  const bool sizes_fit = s.B >= 1 && s.C >= 1 && s.H * s.N == s.C && s.N % 16 == 0 && s.N <= kMostN && s.F >= 1 && s.F % 16 == 0;
+  STD_TORCH_CHECK(sizes_fit && std::min({w_rank, a_rank, g_rank, v_rank}) >= 0, "decode_step: unfit sizes");
   const auto dtype = embedding.scalar_type(), f32 = ScalarType::Float;
   check(tokens, "tokens", ScalarType::Long, {s.B});
   check_plain(embedding, "embedding", {s.V, s.C});

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "vec.h"
@@ -28,6 +29,10 @@ template <class T>
 T* data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
+
+// Into how many slices rows are cut to be summed up, each slice by one thread. The number of rows alone decides, not that of threads, so the
+// sums have the same bits on any number of threads. So few cost nothing that could be measured, even on one thread.
+inline int64_t slices_of(int64_t rows) { return std::clamp<int64_t>(rows / 64, 1, 32); }
 
 // Calls f with a null pointer to the type that x is stored in, float or bf16. Sums are fp32 in either.
 template <class F>

@@ -23,6 +23,7 @@ using dense::like;
 using torch::stable::Tensor;
 using vec::Float;
 using vec::kLanes;
+using vec::sigmoid;
 using Optional = std::optional<Tensor>;
 
 constexpr float kSmallestNorm = 1e-12f;
@@ -70,13 +71,12 @@ class Out {
   T* at_;
 };
 
-Float sigmoid(Float x) { return 1.0f / (1.0f + vec::exp(-x)); }
-
 struct Rows {
   int64_t tokens, width, head;  // head: N
 
   Rows(const Tensor& x, int64_t head_size) : width(x.size(x.dim() - 1)), head(head_size) {
-    STD_TORCH_CHECK(head % kLanes == 0 && head >= kLanes && width % head == 0, "time_mix: C must be a multiple of the head size");
+    STD_TORCH_CHECK(head >= kLanes && head % kLanes == 0, "time_mix: the head size must be a multiple of ", kLanes, ", got ", head);
+    STD_TORCH_CHECK(width % head == 0, "time_mix: C must be a multiple of the head size ", head, ", got ", width);
     tokens = width ? x.numel() / width : 0;
   }
   int64_t numel() const { return tokens * width; }
@@ -91,11 +91,11 @@ struct Rows {
   }
 
   // The same with sums over the tokens, of kSums rows of C channels each: add(i, c, x) adds to channels c ... of the i-th.
-  // Slices of the tokens are added up in their order, so every run gives the same bits; a slice's sums are closed every 32 tokens, as
-  // shorter chains of additions lose less.
+  // Slices of the tokens are added up in their order, so every run gives the same bits, on any number of threads; a slice's sums are closed
+  // every 32 tokens, as shorter chains of additions lose less.
   template <class T, int kSums, class F>
   void each_with_sums(const std::array<T*, kSums>& sums, const F& run) const {
-    const int64_t slices = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), tokens / 64));
+    const int64_t slices = dense::slices_of(tokens);
     std::vector<float> totals(slices * kSums * width);
     torch::stable::parallel_for(0, slices, 1, [&](int64_t first_slice, int64_t last_slice) {
       std::vector<float> part(kSums * width);

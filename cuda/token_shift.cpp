@@ -36,7 +36,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rwkv7, m) {
 }
 
 template <class T>
-Tensor dense_rows(const Tensor& x, int64_t numel) {
+Tensor dense_tensor(const Tensor& x, int64_t numel) {
   return dense::tensor<T>("token_shift", x, numel);
 }
 
@@ -52,7 +52,7 @@ struct Sequence {
     STD_TORCH_CHECK(x_in.dim() == 3, "token_shift: x must be [B, T, C]");
     width = x_in.size(2), rows = x_in.size(0) * x_in.size(1);
     STD_TORCH_CHECK(width % kLanes == 0, "token_shift: C must be a multiple of ", kLanes);
-    x = dense_rows<T>(x_in, rows * width);
+    x = dense_tensor<T>(x_in, rows * width);
     STD_TORCH_CHECK(rows > 0, "token_shift: x must have a token at least");
     document.assign(rows, -1);
     if (cu_seqlens) {
@@ -70,7 +70,7 @@ struct Sequence {
       documents = x_in.size(0);
       for (int64_t d = 0; d < documents; ++d) document[d * x_in.size(1)] = d;
     }
-    if (last_in) last = dense_rows<T>(*last_in, documents * width);
+    if (last_in) last = dense_tensor<T>(*last_in, documents * width);
   }
 
   // The row before `row`; `zeros` where a document starts from nothing.
@@ -100,9 +100,9 @@ constexpr int64_t kSumRows = 32;  // sums over tokens are closed every so many r
 template <int kMixes, class T>
 void backward(const Sequence<T>& s, const std::array<const T*, kMixes>& mix, const std::array<const T*, kMixes>& d, T* dx, T* dlast,
               const std::array<T*, kMixes>& dmix) {
-  const int64_t width = s.width, slices = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), s.rows / 64));
+  const int64_t width = s.width, slices = dense::slices_of(s.rows);
   const std::vector<T> zeros(width);
-  std::vector<float> sums(slices * kMixes * width);  // of each slice, added up in their order: equal at every run
+  std::vector<float> sums(slices * kMixes * width);  // of each slice, added up in their order: equal at every run, on any number of threads
   torch::stable::parallel_for(0, slices, 1, [&](int64_t first_slice, int64_t last_slice) {
     std::vector<float> scratch((kMixes + 1) * width);
     for (int64_t slice = first_slice; slice < last_slice; ++slice) {
@@ -157,7 +157,7 @@ std::array<Tensor, kMixes> run_forward(const Tensor& x, const Optional& last, co
   std::array<const T*, kMixes> mix_at;
   std::array<T*, kMixes> out_at;
   for (int i = 0; i < kMixes; ++i) {
-    mix_dense[i] = dense_rows<T>(mix[i], s.width), mix_at[i] = data<T>(mix_dense[i]);
+    mix_dense[i] = dense_tensor<T>(mix[i], s.width), mix_at[i] = data<T>(mix_dense[i]);
     out[i] = like(x), out_at[i] = data<T>(out[i]);
   }
   forward<kMixes, T>(s, mix_at, out_at);
@@ -174,8 +174,8 @@ std::array<Tensor, kMixes + 2> run_backward(const std::array<Tensor, kMixes>& d,
   std::array<const T*, kMixes> d_at, mix_at;
   std::array<T*, kMixes> dmix_at;
   for (int i = 0; i < kMixes; ++i) {
-    d_dense[i] = dense_rows<T>(d[i], s.rows * s.width), d_at[i] = data<T>(d_dense[i]);
-    mix_dense[i] = dense_rows<T>(mix[i], s.width), mix_at[i] = data<T>(mix_dense[i]);
+    d_dense[i] = dense_tensor<T>(d[i], s.rows * s.width), d_at[i] = data<T>(d_dense[i]);
+    mix_dense[i] = dense_tensor<T>(mix[i], s.width), mix_at[i] = data<T>(mix_dense[i]);
     out[2 + i] = like(mix[i]), dmix_at[i] = data<T>(out[2 + i]);
   }
   out[0] = like(x);

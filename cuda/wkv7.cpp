@@ -41,6 +41,19 @@ void check_like(const char* name, const Tensor& x, const Tensor& r) {
     STD_TORCH_CHECK(x.size(d) == r.size(d), "wkv7: ", name, " must have the shape of r; dimension ", d, " is ", x.size(d), ", not ", r.size(d));
 }
 
+// One of the states that come with a call: before it, or the gradient of that after it.
+Tensor dense_state(const char* name, const Tensor& x, int64_t documents, const Tensor& r) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.dim() == 4 && x.size(0) == documents && x.size(1) == r.size(2) &&
+                      x.size(2) == r.size(3) && x.size(3) == r.size(3),
+                  "wkv7: ", name, " must be float32 [", documents, ", H, N, N]");
+  return torch::stable::contiguous(x);
+}
+
+void check_saved(const char* name, const Tensor& x, int64_t numel) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == numel, "wkv7: backward needs ", name,
+                  " as forward saves it with save=true: float32, contiguous, ", numel, " numbers; got ", x.numel());
+}
+
 // ---- the native CPU kernel --------------------------------------------------------------------------------------------------------
 
 wkv7_cpu::Dtype cpu_dtype(const Tensor& r) {
@@ -81,12 +94,7 @@ struct CpuInputs {
       for (int64_t d = 0; d < documents; ++d)
         STD_TORCH_CHECK(bounds[d] <= bounds[d + 1], "wkv7: cu_seqlens must not decrease (at document ", d, ")");
     }
-    if (state_) {
-      STD_TORCH_CHECK(state_->scalar_type() == ScalarType::Float && state_->dim() == 4 && state_->size(0) == documents &&
-                          state_->size(1) == r.size(2) && state_->size(2) == r.size(3) && state_->size(3) == r.size(3),
-                      "wkv7: state must be float32 [", documents, ", H, N, N]");
-      state = torch::stable::contiguous(*state_);
-    }
+    if (state_) state = dense_state("state", *state_, documents, r);
   }
 
   int64_t documents() const { return cu_seqlens ? cu_seqlens->size(0) - 1 : r.size(0); }
@@ -136,11 +144,12 @@ Backward cpu_backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tens
   check_like("dy", dy, in.r);
   wkv7_cpu::Backward p;
   in.fill(p);
-  STD_TORCH_CHECK(saved_sa.numel() == in.r.numel(), "wkv7: backward needs what forward saves with save=true");
+  check_saved("saved_state", saved_state, saved_states(p) * p.H * p.N * p.N);
+  check_saved("saved_sa", saved_sa, in.r.numel());
   const Tensor dy_rows = dense_rows(dy);
   p.dy = rows(dy_rows);
   Optional dfinal;
-  if (dfinal_state) dfinal = torch::stable::contiguous(*dfinal_state);
+  if (dfinal_state) dfinal = dense_state("dfinal_state", *dfinal_state, p.documents, in.r);
   p.dfinal_state = dfinal ? floats(*dfinal) : nullptr;
   p.saved_state = floats(saved_state), p.saved_sa = floats(saved_sa);
   const auto dtype = in.r.scalar_type();

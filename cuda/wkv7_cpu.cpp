@@ -43,8 +43,6 @@ constexpr int64_t kChunks = kSegment / kChunk;  // in a segment
 constexpr int64_t kWalk = kChunks / 2;          // chunks between two direct sums of g
 static_assert(kSegment % (2 * kChunk) == 0, "a segment is made of two walks of whole chunks");
 
-constexpr float kMaxLogDecay = 0.606530660f;  // exp(-1/2): -log(decay) stays below it
-
 // exp(-kMaxLogDecay s) for s in [0, 1]: 1 - s Q(s), where Q interpolates (1 - exp(-kMaxLogDecay s)) / s at the zeros of Chebyshev's polynomial
 // of degree 6. Off by 2.2e-9, and by nothing where s is small, so decays near 1 don't drift.
 inline Float decay_of(Float s) {
@@ -59,19 +57,17 @@ inline Float decay_of(Float s) {
 
 // ---- rows of a [B, T, H, N] tensor in and out -------------------------------------------------------------------------------------
 
-struct Bf16 { uint16_t bits; };
+using vec::Bf16;
 using Half = torch::headeronly::Half;
 
-inline Float load_row(const float* p) { return vec::load(p); }
-inline Float load_row(const Bf16* p) { return vec::from_bf16(p); }
-inline Float load_row(const Half* p) {
+using vec::load;
+inline Float load(const Half* p) {
   Float v{};
   for (int lane = 0; lane < kLanes; ++lane) v[lane] = static_cast<float>(p[lane]);
   return v;
 }
-inline void store_row(float* p, Float v) { vec::store(p, v); }
-inline void store_row(Bf16* p, Float v) { vec::to_bf16(p, v); }
-inline void store_row(Half* p, Float v) {
+using vec::store;
+inline void store(Half* p, Float v) {
   for (int lane = 0; lane < kLanes; ++lane) p[lane] = static_cast<Half>(static_cast<float>(v[lane]));
 }
 
@@ -131,7 +127,7 @@ inline const T* token(const Rows& rows, const Unit& u, int64_t t) {
 template <class T>
 inline void read(float* to, const Rows& rows, const Unit& u, int64_t t, int64_t N) {
   const T* from = token<T>(rows, u, t);
-  for (int64_t c = 0; c < N; c += kLanes) vec::store(to + c, load_row(from + c));
+  for (int64_t c = 0; c < N; c += kLanes) vec::store(to + c, load(from + c));
 }
 // Rows of `count` tokens from t on to a dense tensor, past the caches: nothing here reads them again, and memory would be read only to be
 // overwritten.
@@ -143,11 +139,11 @@ void write(T* tensor, const Problem& p, const Unit& u, int64_t t, int64_t count,
     if (p.N % line == 0 && vec::starts_line(to)) {
       for (int64_t c = 0; c < p.N; c += line) {
         alignas(vec::kLine) T whole[line];
-        for (int64_t l = 0; l < line; l += kLanes) store_row(whole + l, vec::load(from + c + l));
+        for (int64_t l = 0; l < line; l += kLanes) store(whole + l, vec::load(from + c + l));
         vec::stream_line(to + c, whole);
       }
     } else {
-      for (int64_t c = 0; c < p.N; c += kLanes) store_row(to + c, vec::load(from + c));
+      for (int64_t c = 0; c < p.N; c += kLanes) store(to + c, vec::load(from + c));
     }
   }
 }
@@ -186,19 +182,19 @@ __attribute__((noinline)) void read_chunk(Chunk& chunk, const Problem& p, const 
   for (int64_t c = 0; c < N; c += kLanes) {
     Float decays = vec::splat(1.0f);
     for (int64_t i = 0; i < count; ++i) {
-      const Float e = vec::exp(-load_row(w + i * p.w.time + c));
+      const Float e = vec::exp(-load(w + i * p.w.time + c));
       const Float sigmoid = vec::reciprocal(1.0f + e);
       const int64_t at = i * N + c;
       if (backward) vec::store(chunk.slopes + at, -kMaxLogDecay * sigmoid * (e * sigmoid));
-      vec::store(chunk.ar + at, load_row(a + i * p.a.time + c) * decays);
+      vec::store(chunk.ar + at, load(a + i * p.a.time + c) * decays);
       decays *= decay_of(sigmoid);
       const Float inverse = vec::reciprocal(decays);
       vec::store(chunk.decays + at + N, decays);
       if (backward) vec::store(chunk.inverses + at, inverse);
-      vec::store(chunk.ar + half + at, load_row(r + i * p.r.time + c) * decays);
-      vec::store(chunk.kb + at, load_row(k + i * p.k.time + c) * inverse);
-      vec::store(chunk.kb + half + at, load_row(b + i * p.b.time + c) * inverse);
-      vec::store(chunk.vuy + at, load_row(v + i * p.v.time + c));
+      vec::store(chunk.ar + half + at, load(r + i * p.r.time + c) * decays);
+      vec::store(chunk.kb + at, load(k + i * p.k.time + c) * inverse);
+      vec::store(chunk.kb + half + at, load(b + i * p.b.time + c) * inverse);
+      vec::store(chunk.vuy + at, load(v + i * p.v.time + c));
     }
   }
   for (int64_t i = count; i < kChunk; ++i) {

@@ -9,6 +9,8 @@ namespace wkv7_cpu {
 // Tokens between two states that forward keeps for backward. src/ops/wkv7.py has the same number for its fake tensors.
 constexpr int64_t kSegment = 32;
 
+constexpr float kMaxLogDecay = 0.606530660f;  // exp(-1/2): -log(decay) stays below it
+
 enum class Dtype { f32, bf16, f16 };
 
 // A [B, T, H, N] tensor whose last dimension is dense; strides in elements.

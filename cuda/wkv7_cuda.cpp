@@ -65,17 +65,32 @@ struct Call {
       cu_seqlens = torch::stable::contiguous(*cu_seqlens_);
       documents = int(cu_seqlens->size(0)) - 1;
     }
-    if (state_) {
-      STD_TORCH_CHECK(state_->scalar_type() == ScalarType::Float && state_->numel() == int64_t(documents) * heads * head_size * head_size,
-                      "wkv7: state must be float32 [", documents, ", H, N, N]");
-      state = dense(*state_);
-    }
+    if (state_) state = dense_state("state", *state_);
+  }
+
+  // One of the states that come with a call: before it, or the gradient of that after it.
+  Tensor dense_state(const char* name, const Tensor& x) const {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.numel() == int64_t(documents) * heads * head_size * head_size, "wkv7: ", name,
+                    " must be float32 [", documents, ", H, N, N]");
+    return dense(x);
   }
 
   // Contiguous, and at an address that 16-byte loads may use (a slice of a larger tensor need not be).
   static Tensor dense(const Tensor& x) {
     const Tensor y = torch::stable::contiguous(x);
     return reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 ? torch::stable::clone(y) : y;
+  }
+
+  // What forward keeps for backward.
+  int64_t saved_state_bytes() const {
+    return (chunked ? wkv7_chunked_saved_state_bytes : wkv7_recurrent_saved_state_bytes)(head_size, documents, tokens, heads);
+  }
+  int64_t saved_sa_bytes() const {
+    return (chunked ? wkv7_chunked_saved_sa_bytes : wkv7_recurrent_saved_sa_bytes)(head_size, documents, tokens, heads);
+  }
+  static void check_saved(const char* name, const Tensor& x, int64_t bytes) {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && 4 * x.numel() == bytes, "wkv7: backward needs ", name,
+                    " as forward saves it with save=true: float32, contiguous, ", bytes / 4, " numbers; got ", x.numel());
   }
 
   Tensor like() const { return torch::stable::new_empty(r, r.sizes(), r.scalar_type()); }
@@ -95,10 +110,7 @@ struct Call {
 Forward forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state, Optional cu_seqlens, bool save, bool chunked) {
   const Call c(r, w, k, v, a, b, state, cu_seqlens, chunked);
   const Tensor y = c.like(), final_state = c.states();
-  const auto state_bytes = c.chunked ? wkv7_chunked_saved_state_bytes : wkv7_recurrent_saved_state_bytes;
-  const auto sa_bytes = c.chunked ? wkv7_chunked_saved_sa_bytes : wkv7_recurrent_saved_sa_bytes;
-  const Tensor saved_state = c.floats(save ? state_bytes(c.head_size, c.documents, c.tokens, c.heads) : 0);
-  const Tensor saved_sa = c.floats(save ? sa_bytes(c.head_size, c.documents, c.tokens, c.heads) : 0);
+  const Tensor saved_state = c.floats(save ? c.saved_state_bytes() : 0), saved_sa = c.floats(save ? c.saved_sa_bytes() : 0);
   const auto run = c.chunked ? wkv7_chunked_forward : wkv7_recurrent_forward;
   c.check(run(c.dtype, c.head_size, c.documents, c.tokens_each, c.heads, c.r.const_data_ptr(), c.w.const_data_ptr(), c.k.const_data_ptr(),
               c.v.const_data_ptr(), c.a.const_data_ptr(), c.b.const_data_ptr(), c.state_pointer(), c.bounds(), y.mutable_data_ptr(),
@@ -111,11 +123,12 @@ Forward forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Opti
 Backward backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state,
                   Optional cu_seqlens, Tensor saved_state, Tensor saved_sa, bool chunked) {
   const Call c(r, w, k, v, a, b, state, cu_seqlens, chunked);
-  STD_TORCH_CHECK(saved_state.numel() > 0, "wkv7: backward needs what forward saves with save=true");
+  Call::check_saved("saved_state", saved_state, c.saved_state_bytes());
+  Call::check_saved("saved_sa", saved_sa, c.saved_sa_bytes());
   STD_TORCH_CHECK(dy.scalar_type() == c.r.scalar_type() && dy.numel() == c.r.numel(), "wkv7: dy must have the shape and dtype of r");
   const Tensor dy_dense = Call::dense(dy);
   Optional dfinal;
-  if (dfinal_state) dfinal = Call::dense(*dfinal_state);
+  if (dfinal_state) dfinal = c.dense_state("dfinal_state", *dfinal_state);
   const Tensor dr = c.like(), dw = c.like(), dk = c.like(), dv = c.like(), da = c.like(), db = c.like();
   const Tensor dstate = state ? c.states() : c.floats(0);
   const auto run = c.chunked ? wkv7_chunked_backward : wkv7_recurrent_backward;

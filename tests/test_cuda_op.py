@@ -113,6 +113,26 @@ def test_op_refuses_what_it_cannot_do(host_op, change, words):
         host_op.wkv7_forward(*inputs, None, None, False, True)
 
 
+@pytest.mark.parametrize("kernel", ["recurrent", "chunked"])
+@pytest.mark.parametrize(("name", "change"), [
+    ("saved_state", lambda x: x[:-1]), ("saved_state", lambda x: x.half()), ("saved_state", lambda x: x[:0]),
+    ("saved_sa", lambda x: torch.cat([x, x.new_zeros(1)])), ("saved_sa", lambda x: x.bfloat16()),
+    ("dfinal_state", lambda x: x[1:]), ("dfinal_state", lambda x: x.double()),
+])  # fmt: skip
+def test_backward_refuses_what_forward_did_not_keep(host_op, kernel, name, change):
+    x = problem(2, 20, 1, 64, torch.bfloat16)
+    inputs, chunked = [x[letter] for letter in NAMES], kernel == "chunked"
+    y, final_state, saved_state, saved_sa = host_op.wkv7_forward(*inputs, None, None, True, chunked)
+    given = {"dfinal_state": final_state, "saved_state": saved_state, "saved_sa": saved_sa}
+
+    def backward(dfinal_state, saved_state, saved_sa):
+        return host_op.wkv7_backward(y, dfinal_state, *inputs, None, None, saved_state, saved_sa, chunked)
+
+    backward(**given)
+    with pytest.raises(RuntimeError, match=name):
+        backward(**{**given, name: change(given[name])})
+
+
 # --- What compilers say -----------------------------------------------------------------------------------------------------------
 
 

@@ -38,18 +38,23 @@ def forward(model, tokens):
     return logits.transpose(0, 1), state
 
 
+def assert_as_exact_as_the_forward(logits, state, sizes, tokens):
+    """At most twice as far from the network in float64 as the training forward in fp32 is."""
+    plain, plain_state = forward(random_model(**sizes), tokens)
+    exact, exact_state = forward(random_model(**sizes, kernel="reference").double(), tokens)
+    mine, theirs, true = ([x, *(t for layer in s.layers for t in layer)] for x, s in ((logits, state), (plain, plain_state), (exact, exact_state)))
+    for m, p, e in zip(mine, theirs, true, strict=True):
+        assert m.isfinite().all()
+        rounding = torch.finfo(torch.float32).eps * e.norm()
+        assert (m - e).norm() <= 2 * max((p - e).norm(), rounding)
+
+
 @pytest.mark.parametrize("sequences", [1, 2, 5, 8])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_the_native_step_is_the_training_forward(sizes, sequences):
-    model = random_model(**sizes)
-    logits, decoder, tokens = steps(model, sequences)
+    logits, decoder, tokens = steps(random_model(**sizes), sequences)
     assert decoder.native
-    expected, state = forward(model, tokens)
-    assert logits.isfinite().all()
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
-    for mine, theirs in zip(decoder.state.layers, state.layers, strict=True):
-        for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert_as_exact_as_the_forward(logits, decoder.state, sizes, tokens)
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
@@ -59,18 +64,13 @@ def test_the_step_in_plain_pytorch_is_the_training_forward(sizes, sequences):
     step, state = TorchStep(model), State.zeros(model.config, sequences)
     tokens = torch.arange(4 * sequences).view(4, sequences) * 7 % 97
     logits = torch.stack([step(row, state) for row in tokens])
-    expected, after = forward(model, tokens)
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
-    for mine, theirs in zip(state.layers, after.layers, strict=True):
-        for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert_as_exact_as_the_forward(logits, state, sizes, tokens)
 
 
 @pytest.mark.parametrize("sequences", [MOST_SEQUENCES, MOST_SEQUENCES + 1])
 def test_many_sequences_are_decoded_on_either_side_of_the_border(sequences):
-    model = random_model()
-    logits, _, tokens = steps(model, sequences)
-    torch.testing.assert_close(logits, forward(model, tokens)[0], rtol=0, atol=1e-5)
+    logits, decoder, tokens = steps(random_model(), sequences)
+    assert_as_exact_as_the_forward(logits, decoder.state, {}, tokens)
 
 
 def test_in_bf16_the_arithmetic_is_fp32():
@@ -199,10 +199,10 @@ def test_without_a_compiler_plain_pytorch_does_it(monkeypatch):
 
 @pytest.mark.parametrize("sizes", [{"dim_ffn": 100}, {"n_embd": 320, "head_size": 320}])
 def test_sizes_that_the_native_step_does_not_take(sizes):
-    model = random_model(n_layer=2, **sizes)
-    logits, decoder, tokens = steps(model, 2)
+    sizes = {"n_layer": 2, **sizes}
+    logits, decoder, tokens = steps(random_model(**sizes), 2)
     assert not decoder.native
-    torch.testing.assert_close(logits, forward(model, tokens)[0], rtol=0, atol=1e-5)
+    assert_as_exact_as_the_forward(logits, decoder.state, sizes, tokens)
 
 
 def test_mistakes_are_errors_and_leave_the_state_alone():
@@ -218,6 +218,14 @@ def test_mistakes_are_errors_and_leave_the_state_alone():
     for wrong in ((att_shift[:2], wkv, ffn_shift), (att_shift, wkv.double(), ffn_shift), (att_shift, wkv, ffn_shift.transpose(0, 1))):
         with pytest.raises(RuntimeError, match="decode_step"):
             decode_step(torch.tensor([1, 2]), decoder.native_weights, *wrong)
+    weights = decoder.native_weights
+    w, a, g, v = weights.ranks
+    no_channels = replace(weights, embedding=weights.embedding[:, :0]), wkv[:, :, :0]
+    no_channel_mix = replace(weights, layers=[t[:0] if t.shape[0] == 512 else t for t in weights.layers]), wkv
+    negative_rank = replace(weights, ranks=(w + a + 1, -1, g, v)), wkv  # of the right sum
+    for unfit, heads in (no_channels, no_channel_mix, negative_rank):
+        with pytest.raises(RuntimeError, match="unfit sizes"):
+            decode_step(torch.tensor([1, 2]), unfit, att_shift, heads, ffn_shift)
     for mine, kept in zip(decoder.state.layers, before.layers, strict=True):
         assert all(map(torch.equal, mine, kept))
 

@@ -159,6 +159,36 @@ def test_every_run_gives_the_same_bits():
         assert all(torch.equal(x, y) for x, y in zip(run, runs[0], strict=True))
 
 
+ROWS, VECTOR = (3, 500, 64), (1, 1, 64)
+OPS = {
+    "shift-1": (lambda x, last, mix: shift(x, last, None, mix), [ROWS, (3, 64), VECTOR]),
+    "shift-6": (lambda x, last, *mixes: shift(x, last, None, *mixes), [ROWS, (3, 64), *[VECTOR] * 6]),
+    "inputs": (lambda *t: time_mix_inputs(*t, 32), [*[ROWS] * 5, *[VECTOR] * 4]),
+    "output": (lambda *t: time_mix_output(*t, 64e-5, 32), [*[ROWS] * 5, (2, 32), (64,), (64,)]),
+    "relu-squared": (relu_squared, [ROWS]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "shapes"), OPS.values(), ids=OPS)
+def test_the_number_of_threads_changes_no_bit(native, op, shapes, dtype):
+    inputs = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+    def outputs_and_gradients(threads):
+        torch.set_num_threads(threads)
+        outputs = op(*inputs)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        return outputs + list(torch.autograd.grad(outputs, inputs, [x.detach() for x in outputs]))
+
+    before = torch.get_num_threads()
+    try:
+        one, *others = (outputs_and_gradients(threads) for threads in (1, 2, 3))
+    finally:
+        torch.set_num_threads(before)
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(other, one, strict=True))
+
+
 def test_other_dtypes_are_plain():
     x, mix = torch.randn(2, 5, 32).double(), torch.rand(1, 1, 32).double()
     got, want = token_shift(x, None, None, (mix,)), reference.token_shift_reference(x, None, None, (mix,))

@@ -190,6 +190,20 @@ def test_what_stands_in_ignored_rows_reaches_nothing(dtype):
     assert (logits.grad[[1, 3]] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_bit(dtype):
+    logits, targets = 5 * torch.randn(300, 1001).to(dtype), torch.randint(0, 1001, (300,))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(with_gradients(cross_entropy_l2wrap(logits.requires_grad_(), targets), [logits]))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
 def test_targets_need_not_lie_densely():
     ids = torch.randint(0, 37, (6, 2))
     logits = torch.randn(6, 1, 37)

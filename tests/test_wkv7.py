@@ -328,6 +328,29 @@ def test_wrong_document_bounds_are_named(native, bounds):
         wkv7(*inputs, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("bounds", [None, [0, 5, 70]], ids=["rows", "packed"])
+@pytest.mark.parametrize(("name", "change"), [
+    ("saved_state", lambda x: x[:-1]), ("saved_state", lambda x: x.half()), ("saved_state", lambda x: x.mT),
+    ("saved_state", lambda x: torch.cat([x, x])), ("saved_sa", lambda x: x[:, 1:]), ("saved_sa", lambda x: x.bfloat16()),
+    ("saved_sa", lambda x: x.transpose(1, 3)), ("dfinal_state", lambda x: x[1:]), ("dfinal_state", lambda x: x.double()),
+    ("dfinal_state", lambda x: x.flatten()),
+])  # fmt: skip
+def test_backward_refuses_what_forward_did_not_keep(native, name, change, bounds):
+    """Read as if it fitted, it would be numbers from outside the tensor, or a crash."""
+    documents = 2
+    inputs, state = problem(1 if bounds else documents, 70, 1, 16, documents=documents)
+    inputs, cu_seqlens = [x.detach() for x in inputs], bounds and torch.tensor(bounds, dtype=torch.int32)
+    y, final_state, saved_state, saved_sa = native.wkv7_forward(*inputs, state.detach(), cu_seqlens, True, False)
+    given = {"dfinal_state": final_state, "saved_state": saved_state, "saved_sa": saved_sa}
+
+    def backward(dfinal_state, saved_state, saved_sa):
+        return native.wkv7_backward(y, dfinal_state, *inputs, state.detach(), cu_seqlens, saved_state, saved_sa, False)
+
+    backward(**given)
+    with pytest.raises(RuntimeError, match=name):
+        backward(**{**given, name: change(given[name])})
+
+
 def test_without_a_compiler_the_reference_serves_with_one_warning(monkeypatch):
     def no_compiler(*_):
         raise BuildError("no C++ compiler; install one")

@@ -304,6 +304,8 @@ def _compile(recipe: Recipe, work: Path) -> None:
         sign in words for sign in ("Killed", "signal 9", "virtual memory exhausted", "out of memory")
     ):
         advice = "The compiler ran out of memory: it needs about 500 MB; close something, or add swap, and start again."
+    elif "internal compiler error" in words or "PLEASE submit a bug report" in words:  # g++'s and clang's words
+        advice = f"{recipe.compiler} itself crashed: name another compiler, or another version of it, in CXX (such as g++-14 or clang++)."
     else:
         advice = f"Check that {recipe.compiler} can compile C++17 (g++ 9 or clang 11 and later), or name another compiler in CXX."
     raise BuildError(f"the native library could not be built. {advice} The compiler's words:\n{words}")
