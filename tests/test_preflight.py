@@ -391,11 +391,11 @@ def test_profile_writes_a_trace_and_names_the_slowest(tmp_path, data, capfd):
     words = capfd.readouterr().out
     assert "ui.perfetto.dev" in words
     slowest = words.split("slowest operations")[1].splitlines()[1:11]
-    assert len(dearest) == 10
-    shares = [float(line.split()[1].rstrip("%")) for line in dearest]
+    assert len(slowest) == 10
+    shares = [float(line.split()[1].rstrip("%")) for line in slowest]
     assert shares == sorted(shares, reverse=True)
     assert sum(shares) <= 100.1
-    assert any("wkv7_backward" in line or "aten::" in line for line in dearest)
+    assert any("wkv7_backward" in line or "aten::" in line for line in slowest)
     with gzip.open(tmp_path / "run" / "profile.json.gz", "rt") as file:
         trace = json.load(file)
     spans = [
