@@ -18,7 +18,7 @@ from src.files import write_whole
 from src.training.say import say
 
 WARM_UP_STEPS = 5  # memory is fetched, kernels are built and chosen in the first ones
-DEAREST = 10
+SLOWEST = 10
 
 
 class Profile(pl.Callback):
@@ -92,7 +92,7 @@ def slowest(profiler: profile) -> str:
     on_gpu = any(event.self_device_time_total for event in totals)
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     whole = sum(getattr(event, own) for event in totals) or 1
-    first = sorted(totals, key=lambda event: getattr(event, own), reverse=True)[:DEAREST]
+    first = sorted(totals, key=lambda event: getattr(event, own), reverse=True)[:SLOWEST]
     lines = [f"{'ms':>10} {'share':>6} {'calls':>7}  the slowest operations on the {'GPU' if on_gpu else 'CPU'}"]
     for event in first:
         time = getattr(event, own)
