@@ -34,6 +34,7 @@ from src.dataset.workers import map_in_order, usable_cores
 
 SHOWN_BROKEN = 5
 PREVIEW_TOKENS = 60
+MOST_WORKERS = 8  # for each core: a slip of the finger must not take all memory
 
 
 class Tokenised(NamedTuple):
@@ -192,6 +193,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     args = parser.parse_args(arguments)
     if args.n_epoch < 1 or args.ctx_len < 1 or args.workers < 1:
         parser.error("N_EPOCH, CTX_LEN and --workers must be 1 or more.")
+    if args.workers > MOST_WORKERS * usable_cores():
+        parser.error(f"--workers {args.workers}: expected at most {MOST_WORKERS * usable_cores()}, {MOST_WORKERS} for each of {usable_cores()} cores.")
     if not 0 <= args.holdout < 1:
         parser.error(f"--holdout {args.holdout}: must be 0 or more and less than 1, as 0.01 for a hundredth.")
     if args.out is None and args.inputs[0] == STDIN:
@@ -217,6 +220,8 @@ def main(arguments: list[str] | None = None) -> None:
         lines = make(args, prefix, heldout, tokenizer)
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        sys.exit(f"{parser.prog}: {error.filename or prefix}: {error.strerror}; {prefix}.bin is not written.")
     except KeyboardInterrupt:
         sys.exit(f"Stopped; {prefix}.bin is not written.")
     data = MMapIndexedDataset(prefix)

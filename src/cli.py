@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 from typing import Any, NoReturn
 
@@ -185,6 +186,9 @@ def _typed(words: dict[str, str | None]) -> tuple[dict[str, Any], list[str]]:
 def _normalise(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
     """Values that existing scripts write in their own way."""
     notes = []
+    for name in ("proj_dir", "data_file", "val_data_file", "load_model", "tokenizer"):
+        if given.get(name, "").startswith("~"):  # a shell leaves it as it is in quotes, and after an equals sign
+            given[name] = os.path.expanduser(given[name])
     if given.get("load_model") == "0":
         given["load_model"] = ""
     if given.get("kernel") in ("@rwkv3", ""):

@@ -180,7 +180,7 @@ class RunConfig:
         3, "run", "after so many steps in a row without a finite gradient, go back and skip their samples", at_least=1
     )
     random_seed: int = flag(
-        -1, "run", "seed of everything drawn; -1: another one each time (it is printed)", at_least=-1
+        -1, "run", "seed of everything drawn; -1: another one each time (it is printed)", at_least=-1, below=2**32
     )
 
     # data
@@ -228,7 +228,7 @@ class RunConfig:
     )
 
     # model
-    n_layer: int = flag(6, "model", "number of blocks", at_least=1)
+    n_layer: int = flag(6, "model", "number of blocks", at_least=1, below=10_000)
     n_embd: int = flag(512, "model", "width of the model (C)", at_least=1)
     head_size: int = flag(64, "model", "width of a head (N); n_embd is a multiple of it", at_least=1)
     dim_att: int = flag(0, "model", "0 or n_embd: the time mix is as wide as the model", at_least=0)
@@ -321,6 +321,8 @@ class RunConfig:
 
     def _faults_together(self) -> Iterator[str]:
         """What is wrong with a value's form, or with several flags beside each other."""
+        if not self.proj_dir:
+            yield "--proj_dir: empty; expected a folder for the run"
         if self.dim_att not in (0, self.n_embd):
             yield (
                 f"--dim_att {self.dim_att}: expected --n_embd {self.n_embd} (the time mix is as wide as the model); leave the flag out"

@@ -111,6 +111,9 @@ def test_all_faults_at_once(capsys):
         ["--n_embd", "40"],
         ["--load_partial", "1"],
         ["--epochs", "2", "--my_exit_tokens", "1000"],
+        ["--proj_dir", ""],
+        ["--random_seed", "4294967296"],
+        ["--n_layer", "99999999999999999999"],
     ],
 )
 def test_impossible_values_are_refused(capsys, argv):
@@ -159,3 +162,14 @@ def test_stage_1_refuses_weights_that_it_would_ignore(capsys):
 )
 def test_the_part_that_was_kept_aside_is_found_by_its_name(data, held_out):
     assert parse(["--data_file", data, "--val_data_file", "heldout"])[0].val_data_file == held_out
+
+
+def test_the_home_folder_is_found_where_the_shell_has_not_found_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config, _ = parse(["--proj_dir=~/run", "--data_file", "~/text", "--load_model", "0"])
+    assert (config.proj_dir, config.data_file) == ("/home/somebody/run", "/home/somebody/text")
+
+
+def test_flags_of_earlier_rwkv_trainers_are_answered(capsys):
+    assert "use --train_stage" in refused(capsys, *DATA, "--my_pile_stage", "3")
+    assert "leave it out" in refused(capsys, *DATA, "--layerwise_lr", "1")

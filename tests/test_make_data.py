@@ -239,6 +239,7 @@ def test_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["nowhere.jsonl", "1", "512"], "nowhere.jsonl does not exist"),
         (["x.jsonl", "0", "512"], "N_EPOCH, CTX_LEN and --workers must be 1 or more"),
         (["x.jsonl", "1", "512", "--holdout", "1"], "--holdout 1.0: must be"),
+        (["x.jsonl", "1", "512", "--workers", "100000"], "--workers 100000: expected at most"),
         (["-", "1", "512"], "--out NAME is needed"),
         (["x.jsonl", "1", "512", "--tokenizer", "gpt2"], r"--tokenizer gpt2: there is no tokenizer.json"),
     ],

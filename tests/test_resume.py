@@ -153,7 +153,7 @@ def test_only_the_last_states_are_kept_and_leftovers_are_swept(tmp_path, data, m
         verify(folder)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signals_save_and_stop(tmp_path, data, whole, number, code):  # noqa: F811
     out = tmp_path / "run"
     argv = flags(out, data, save_minutes=0, **{**RUN, "epoch_steps": 1000, "my_exit_tokens": CTX * 4 * 3000})
@@ -171,6 +171,31 @@ def test_signals_save_and_stop(tmp_path, data, whole, number, code):  # noqa: F8
     state, complaints = newest_good(out)
     assert not complaints
     assert state.position.step == len(metrics(out)) > 5
+
+
+def test_a_run_outlives_those_who_read_what_it_says(tmp_path, data):  # noqa: F811
+    out = tmp_path / "run"
+    argv = flags(out, data, **RUN)
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=100) == 0, process.stderr.read()
+    assert process.stderr.read() == ""
+    assert len(metrics(out)) == STEPS
+    assert final(out)
+
+
+def test_what_killed_processes_left_is_swept(tmp_path, data):  # noqa: F811
+    out = tmp_path / "run"
+    left = [out / ".rwkv-7.pth.31383.tmp", out / "resume" / ".step-00000007.31383.tmp" / "tensors-0000.safetensors"]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    assert train(out, data, **{**RUN, "my_exit_tokens": CTX * 4 * 2}) == 0
+    assert not any(path.exists() for path in left)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, data, monkeypatch, capfd):  # noqa: F811

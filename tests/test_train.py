@@ -182,6 +182,15 @@ def test_weight_swap_begins_a_new_run_and_keeps_the_old_one(tmp_path, data):
     assert not (out / "previous-2").exists()
 
 
+def test_a_complete_folder_answers_for_its_own_run_only(tmp_path, data, capfd):
+    out = tmp_path / "run"
+    assert train(out, data) == 0
+    assert train(out, data) == 0
+    assert "is complete" in capfd.readouterr().out
+    assert train(out, data, n_layer=3) == 2
+    assert "--n_layer was 2, is 3" in capfd.readouterr().err
+
+
 def test_a_run_may_name_its_own_copy_of_the_tokenizer(tmp_path, data):
     folder, out = make_tokenizer(tmp_path / "tokenizer", None), tmp_path / "run"
     settings = {"vocab_size": 0, "my_exit_tokens": CTX * 4 * 2}

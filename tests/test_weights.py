@@ -121,3 +121,25 @@ def test_a_failed_save_leaves_the_earlier_file_whole(saved, monkeypatch):
         save_weights(model.state_dict(), path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["m.pth"]
+
+
+def test_files_that_are_not_state_dicts_say_what_they_are(saved, tmp_path, monkeypatch):
+    model, path = saved
+    weights = model.state_dict()
+    for wrong, words in (
+        ({"model": weights, "optimizer": {}}, r"'model', 'optimizer' is no such entry; the weights are in its part 'model'"),
+        ({**weights, 7: weights["head.weight"]}, "7 is no such entry"),
+        ({**weights, "emb.weight": weights["emb.weight"].to_sparse()}, "'emb.weight' is no such entry"),
+    ):
+        torch.save(wrong, tmp_path / "wrong.pth")
+        with pytest.raises(ValueError, match=words):
+            read_weights(tmp_path / "wrong.pth")
+    with pytest.raises(ValueError, match=r"a folder; name a weights file in it \(m.pth, wrong.pth\)"):
+        read_weights(tmp_path)
+
+    def refused(self, *args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "open", refused)  # root may read everything
+    with pytest.raises(ValueError, match=r"can't be read \(Permission denied\)"):
+        read_weights(path)

@@ -22,9 +22,16 @@ def read_weights(path: str | Path) -> Weights:
     Raises ValueError with the path and what to do when the file is missing, cut, not a weights file, or not safe to open.
     """
     path = Path(path)
+    if path.is_dir():
+        some = ", ".join(sorted(file.name for file in path.glob("*.pth"))[:4])
+        raise ValueError(f"{path}: a folder; name a weights file" + (f" in it ({some})" if some else " (.pth)"))
     if not path.is_file():
         raise ValueError(f"{path}: no such weights file; check the path (--load_model, --proj_dir)")
     loaded: object
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read ({error.strerror}); make it readable, or name another file") from error
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -39,10 +46,16 @@ def read_weights(path: str | Path) -> Weights:
                 "expected a state dict saved by torch.save"
             ) from error
         raise ValueError(
-            f"{path}: cut short or not a weights file; copy or download it again, or delete it"
+            f"{path}: cut short or not a weights file; copy or download it again, or name another file"
         ) from error
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(t, Tensor) for t in loaded.values()):
+    if not isinstance(loaded, dict) or not loaded:
         raise ValueError(f"{path}: not a state dict (a mapping from parameter names to tensors)")
+    strange = [key for key, t in loaded.items() if not (isinstance(key, str) and isinstance(t, Tensor) and t.layout == torch.strided)]
+    if strange:
+        inner = [key for key in strange if isinstance(loaded[key], dict) and "emb.weight" in map(_plain_name, map(str, loaded[key]))]
+        advice = f"; the weights are in its part {inner[0]!r}: save that alone (torch.save(torch.load(FILE)[{inner[0]!r}], NEW))" if inner else ""
+        some = ", ".join(map(repr, strange[:3]))
+        raise ValueError(f"{path}: not a state dict (a mapping from parameter names to tensors): {some} is no such entry{advice}")
     return {_plain_name(name): tensor for name, tensor in loaded.items()}
 
 

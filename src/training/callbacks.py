@@ -24,6 +24,8 @@ from src.training.schedule import RunLength
 
 TIME_LIMIT_MARGIN = 30.0  # seconds kept for the last save, beyond twice what the slowest one took: another may be under way
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
 
 class SetLearningRate(pl.Callback):
     """Before each step, every group's lr = learning_rate_at(step) * its lr_scale."""
@@ -149,7 +151,8 @@ class KeepState(AfterStep):
 
 
 class StopInTime(AfterStep):
-    """Ctrl-C, SIGTERM and the time limit end the run after the step under way, with its state saved; a second Ctrl-C at once."""
+    """Ctrl-C, SIGTERM, a terminal that is gone and the time limit end the run after the step under way, with its state saved; a second
+    Ctrl-C at once."""
 
     def __init__(self, first_step: int, ends_at: float) -> None:
         """`ends_at` by time.monotonic(): when the process has to be gone; infinity without a limit."""
@@ -178,13 +181,14 @@ class StopInTime(AfterStep):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # not earlier: Lightning installs a SIGTERM handler of its own, which would end the run without a word
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._receive)
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # nohup has SIGHUP ignored
+                self._before[number] = signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        self.received = self.received or number
 
     def after_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         now = time.monotonic() - self.reporter.paused

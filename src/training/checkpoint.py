@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,10 @@ def read_run(proj_dir: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        remembered = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(remembered, dict) or not all(isinstance(remembered.get(name, {}), dict) for name in ("origin", "settings")):
+            raise ValueError("not what a run wrote")
+        return remembered
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: can't be read ({error}); delete it to go on without what it remembers") from error
 
@@ -90,6 +94,15 @@ def is_swapped(proj_dir: Path, origin: Path | None) -> bool:
         and origin.is_file()
         and fingerprint(origin)["sha256"] != before["sha256"]
     )
+
+
+def sweep(proj_dir: Path) -> None:
+    """Removes what processes left that were killed while they wrote. Only for who holds the folder."""
+    left = [*proj_dir.glob(".rwkv-*.pth.*.tmp"), *proj_dir.glob(".run.json.*.tmp")]
+    for path in left:
+        path.unlink(missing_ok=True)
+    for folder in (proj_dir / "resume").glob(".step-*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_aside(proj_dir: Path) -> Path | None:

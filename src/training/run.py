@@ -24,7 +24,7 @@ from src.model.weights import fit_weights, read_weights
 from src.ops.build import BuildError
 from src.training import checkpoint
 from src.training.allocator import set_up_malloc
-from src.training.data import open_samples
+from src.training.data import Samples, open_samples
 from src.training.describe import settings_of, summary, words_for_complete
 from src.training.fit import Run, fit_whatever_comes
 from src.training.folder import BEST, FINAL, INIT, LOG, METRICS, PICTURE, TOKENIZER, VALIDATION
@@ -38,7 +38,9 @@ from src.training.processes import Company, join
 from src.training.reporting.environment import environment
 from src.training.reporting.log_files import read_columns
 from src.training.say import is_first, say, say_error
+from src.training.schedule import RunLength
 from src.training.start import (
+    FIXED_SETTINGS,
     build_model,
     compare_settings,
     find_start,
@@ -70,6 +72,8 @@ def run(config: RunConfig, notes: list[str]) -> int:
             if not is_first():
                 return 0
         else:
+            if config.data_type == "binidx":
+                open_samples(config)  # a mistake in the data is said before other processes are started
             company = join(hardware.devices, hardware.num_nodes, hardware.accelerator)
         for note in (*notes, *hardware.notes):
             say(f"note: {note}")
@@ -91,7 +95,9 @@ def run(config: RunConfig, notes: list[str]) -> int:
         return _fail(company, str(error), 2)
     except BuildError as error:
         return _fail(company, f"--kernel {config.kernel}: {error}", 2)
-    except (OSError, FloatingPointError, NotEnoughMemory) as error:
+    except OSError as error:
+        return _fail(company, _in_words(error, config), 1)
+    except (FloatingPointError, NotEnoughMemory) as error:
         return _fail(company, str(error), 1)
     except KeyboardInterrupt:
         if company.rank == 0:
@@ -108,6 +114,14 @@ def run(config: RunConfig, notes: list[str]) -> int:
 
 def _what_continues(config: RunConfig) -> str:
     return f"the same command{', without --restart,' if config.restart else ''} continues"
+
+
+def _in_words(error: OSError, config: RunConfig) -> str:
+    """Our own OSErrors explain themselves; the system's name a file at best."""
+    if error.errno is None:
+        return str(error)
+    where = error.filename or f"--proj_dir {config.proj_dir}"
+    return f"{where}: {error.strerror}; mend that (space, permission, connection), and {_what_continues(config)} from what was saved last"
 
 
 def _fail(company: Company, message: str, code: int) -> int:
@@ -175,6 +189,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Compa
         held_out.check_ids(config.vocab_size)
     company.decide(lambda: put_aside_other_run(config, proj_dir))
     if company.decide((proj_dir / FINAL).exists):
+        company.decide(lambda: _refuse_another_run(config, hardware, proj_dir, length, samples))
         say(words_for_complete(proj_dir))
         return 0
     seed = company.decide(lambda: _seed(config))
@@ -206,6 +221,14 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Compa
     if config.val_data_file and (rows := read_columns(proj_dir / VALIDATION)):
         say(_held_out_in_words(rows, proj_dir, config.val_data_file, start.length.steps))
     return 0
+
+
+def _refuse_another_run(config: RunConfig, hardware: Hardware, proj_dir: Path, length: RunLength, samples: Samples) -> None:
+    """A complete run answers only for its own settings. ValueError where another model, data or order is asked for."""
+    known = checkpoint.read_run(proj_dir).get("settings", {})
+    vocab_size = config.vocab_size or known.get("vocab_size") or find_vocab_size(config, None)
+    now = settings_of(config, config.model_config(vocab_size), hardware, length, samples, known.get("random_seed", 0))
+    compare_settings(known, {name: now[name] for name in FIXED_SETTINGS}, proj_dir)
 
 
 def _held_out_in_words(rows: dict[str, list[float]], proj_dir: Path, data: str, last_step: int) -> str:
@@ -285,6 +308,7 @@ def _alone_in(proj_dir: Path) -> Iterator[None]:
             raise ValueError(
                 f"--proj_dir {proj_dir}: another run is at work in this folder; wait for it or stop it, or choose another folder"
             ) from None
+        checkpoint.sweep(proj_dir)
         yield
 
 

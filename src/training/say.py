@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import Any, TextIO
 
 from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
+
+
+class _Outlet:
+    """A stream whose reader may go away (a closed terminal, `| head`, a full disk): from then on nothing is written, and nothing raised."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._to_nowhere()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._to_nowhere()
+
+    def _to_nowhere(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())  # what the stream holds back still has to go somewhere
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_the_listener() -> None:
+    """A run goes on when nobody reads what it says: its logs are files."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        setattr(sys, name, _Outlet(open(os.devnull, "w") if stream is None else stream))  # noqa: SIM115 (for the process's life)
 
 
 def is_first() -> bool:

@@ -77,7 +77,8 @@ def _begins_anew(config: RunConfig, proj_dir: Path) -> tuple[Path | None, str]:
     if origin is not None and not origin.is_file():
         if going_on and not config.restart:
             return None, ""  # the run goes on from its own files
-        raise ValueError(f"--load_model {origin}: no such file")
+        what = "a folder; name a weights file in it" if origin.is_dir() else "no such file"
+        raise ValueError(f"--load_model {origin}: {what}")
     inside = [*checkpoint.numbered(proj_dir).values(), proj_dir / FINAL, proj_dir / BEST]
     if config.load_model and origin is not None and any(path.exists() and path.samefile(origin) for path in inside):
         raise ValueError(
