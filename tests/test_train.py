@@ -191,6 +191,16 @@ def test_a_complete_folder_answers_for_its_own_run_only(tmp_path, data, capfd):
     assert "--n_layer was 2, is 3" in capfd.readouterr().err
 
 
+def test_a_tokenizer_that_is_not_there_is_found_before_training(tmp_path, data, capfd):
+    """Also where --vocab_size makes it unnecessary for building the model."""
+    assert train(tmp_path / "run", data, tokenizer="nothere") == 2
+    assert "--tokenizer nothere" in capfd.readouterr().err
+    folder = make_tokenizer(tmp_path / "tokenizer", None)
+    assert train(tmp_path / "run", data, tokenizer=folder) == 2
+    assert f"--vocab_size {VOCAB}: --tokenizer {folder} has " in capfd.readouterr().err
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
 def test_a_run_may_name_its_own_copy_of_the_tokenizer(tmp_path, data):
     folder, out = make_tokenizer(tmp_path / "tokenizer", None), tmp_path / "run"
     settings = {"vocab_size": 0, "my_exit_tokens": CTX * 4 * 2}
