@@ -243,11 +243,6 @@ def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:
     """--vocab_size, else the tokenizer's, else that of the weights, else what the data needs."""
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None  # a mistake in it is found now, not when samples are shown
     if config.vocab_size:
-        if tokenizer and tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"--vocab_size {config.vocab_size}: --tokenizer {config.tokenizer} has {tokenizer.vocab_size} entries; give at least as "
-                "many, or leave the flag out"
-            )
         return config.vocab_size
     if tokenizer:
         return tokenizer.vocab_size
