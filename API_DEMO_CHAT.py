@@ -183,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.prompt is not None:
             stream(conversation.ask(options.prompt))
             return 0
+        if sys.stdin is None:
+            raise ValueError("standard input is closed; ask with --prompt, or start it in a terminal")
         if not sys.stdin.isatty():
             return talk(conversation, read_line)
         read = prompt_reader(options.history)

@@ -213,6 +213,8 @@ def output_prefix(args: argparse.Namespace) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     parser, args = parse(arguments)
     prefix = output_prefix(args)
+    if not prefix.name:
+        parser.error(f"{args.out or args.inputs[0]}: a folder; expected a file name.")
     heldout = with_ending(prefix, "-heldout")
     try:
         tokenizer = load_once(args.tokenizer)

@@ -193,6 +193,16 @@ def test_reports_on_binidx_and_text_and_last_words(run, data, tokenizer, tmp_pat
     assert "2 texts" in capsys.readouterr().out
 
 
+def test_weights_that_are_not_numbers_have_no_loss(run, data, tmp_path, capsys):
+    weights = torch.load(run / "rwkv-final.pth")
+    weights["head.weight"][0, 0] = float("nan")
+    torch.save(weights, tmp_path / "nan.pth")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "nan.pth"), "--data", str(data.prefix), "--device", "cpu"])
+    assert stopped.value.code == 2
+    assert "its loss is nan" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

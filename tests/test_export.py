@@ -144,7 +144,7 @@ def test_heads_that_the_layout_cannot_express_are_refused_before_anything_is_wri
 
 
 @pytest.mark.parametrize(
-    ("out", "words"), [("{model}", "is MODEL itself"), ("x.gguf", "expected an ending"), ("{folder}", "is a folder; --format pth writes one file"), ("{file}/x.pth", "Not a directory|exists")]
+    ("out", "words"), [("{model}", "is MODEL itself"), ("x.gguf", "expected an ending"), ("{folder}", "is a folder; --format pth writes one file"), ("{file}/x.pth", "Not a directory|exists"), ("bare", "name it bare.safetensors")]
 )
 def test_mistakes_are_explained(weights, capsys, out, words):
     folder = weights.parent / "folder"
@@ -152,7 +152,7 @@ def test_mistakes_are_explained(weights, capsys, out, words):
     file = weights.parent / "file"
     file.write_text("")
     with pytest.raises(SystemExit) as stopped:
-        main([str(weights), out.format(model=weights, file=file, folder=folder), *(["--format", "pth"] if "folder" in out else [])])
+        main([str(weights), out.format(model=weights, file=file, folder=folder), *(["--format", "pth"] if "folder" in out else ["--format", "safetensors"] if out == "bare" else [])])
     assert stopped.value.code in (1, 2)
     said = capsys.readouterr().err
     assert any(word in said for word in words.split("|")), said

@@ -241,6 +241,7 @@ def test_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["x.jsonl", "1", "512", "--holdout", "1"], "--holdout 1.0: must be"),
         (["x.jsonl", "1", "512", "--workers", "100000"], "--workers 100000: expected at most"),
         (["-", "1", "512"], "--out NAME is needed"),
+        ([".", "1", "512"], ".: a folder; expected a file name"),
         (["x.jsonl", "1", "512", "--tokenizer", "gpt2"], r"--tokenizer gpt2: there is no tokenizer.json"),
     ],
 )

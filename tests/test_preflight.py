@@ -371,6 +371,11 @@ def test_dry_run_takes_the_runs_first_two_steps_and_keeps_nothing(tmp_path, data
         assert f"step {number}: loss {float(loss):.4f}" in words
 
 
+def test_dry_run_looks_at_the_held_out_data_too(tmp_path, data, capfd):
+    assert call(tmp_path / "run", data, dry_run=1, val_data_file=tmp_path / "nope") == 2
+    assert "nope.bin does not exist" in capfd.readouterr().err
+
+
 def test_dry_run_from_where_the_run_would_go_on(tmp_path, data, capfd):
     assert call(tmp_path / "run", data) == 0
     for name in ("rwkv-final.pth", "rwkv-1.pth"):

@@ -187,6 +187,8 @@ def _report(options: argparse.Namespace) -> str:
         assert tokenizer is not None
         tokens = read_text(path, tokenizer)
     result = heldout_loss(model, tokens, options.ctx_len, options.max_windows, options.micro_bsz)
+    if not math.isfinite(result.loss):
+        raise ValueError(f"{weights}: its loss is {result.loss}: the weights hold numbers that are not finite, or overflow in --dtype; try fp32")
     if tokenizer is None:
         bits = "(bits per byte: needs --tokenizer)"
     else:

@@ -103,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"OUT {options.out}: is MODEL itself; name another file")
         if format != "fla" and options.out.is_dir():
             raise ValueError(f"OUT {options.out}: is a folder; --format {format} writes one file, for example {options.out / f'model.{format}'}")
+        if format != "fla" and options.out.suffix != f".{format}":  # files are read by their ending
+            raise ValueError(f"OUT {options.out}: --format {format} writes a file that ends in .{format}; name it {options.out}.{format}")
         tokenizer = _tokenizer(weights, options.tokenizer) if format == "fla" else None
         found = export(weights, options.out, format, DTYPES[options.dtype] if options.dtype else None, tokenizer)
     except (ValueError, OSError, RuntimeError) as error:

@@ -203,14 +203,13 @@ class StateWriter:
     def _publish(self, beside: Path, step: int) -> None:
         sync_folder(beside)
         final = self.root / f"step-{step:08d}"
+        replaced = self.root / f".step-{step:08d}.replaced.tmp"
         if final.exists():  # the same step saved again: the new one takes its place
-            replaced = self.root / f".step-{step:08d}.replaced.tmp"
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
         beside.rename(final)
         sync_folder(self.root)
-        for stale in self.root.glob(".step-*.tmp"):  # of processes that were killed while they wrote
-            shutil.rmtree(stale, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
         for old in states(self.root.parent)[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
 

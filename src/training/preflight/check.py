@@ -16,7 +16,7 @@ from src.training.data import Samples, look_at_samples
 from src.training.folder import FINAL
 from src.training.preflight import capacity, machine
 from src.training.preflight.checklist import Checklist
-from src.training.preflight.data import check_data, check_held_out, document_ends
+from src.training.preflight.data import check_data, document_ends, look_at_held_out
 from src.training.preflight.kernel import check_kernel, kernel_agreement
 from src.training.preflight.out_of_memory import advice, estimate
 from src.training.preflight.speed import expected_speed
@@ -54,7 +54,7 @@ def check(config: RunConfig, notes: list[str]) -> int:
         samples, share = looked
         checks.attempt("data", lambda: check_data(checks, config, samples, share, vocab_size))
     if config.val_data_file:
-        checks.attempt("held-out", lambda: check_held_out(checks, config, vocab_size))
+        checks.attempt("held-out", lambda: checks.found("held-out", look_at_held_out(config, vocab_size)))
     capacity.check_memory(checks, config, hardware, model)
     positions = config.my_exit_tokens or (looked and round(looked[0].once / looked[1]))
     if positions:

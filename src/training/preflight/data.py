@@ -36,15 +36,14 @@ def check_data(checks: Checklist, config: RunConfig, samples: Samples, share: fl
         _check_text(checks, tokenizer, _first_window(config, samples), vocab_size, largest)
 
 
-def check_held_out(checks: Checklist, config: RunConfig, vocab_size: int) -> None:
-    """What --val_data_file holds. Raises ValueError when it can't be read, or its ids don't fit the vocabulary."""
+def look_at_held_out(config: RunConfig, vocab_size: int) -> str:
+    """What --val_data_file holds, in words. Raises ValueError when it can't be read, or its ids don't fit the vocabulary."""
     if config.data_type == "sft":  # to look at all of it would leave its tokens behind
         conversations, _ = look_at_conversations(config.val_data_file, config.tokenizer)
-        checks.found("held-out", f"{config.val_data_file}, {len(conversations.data):,} conversations looked at")
-    else:
-        held_out = HeldOut(config)
-        held_out.check_ids(vocab_size)
-        checks.found("held-out", f"{config.val_data_file}, {held_out.count} windows")
+        return f"{config.val_data_file}, {len(conversations.data):,} conversations looked at"
+    held_out = HeldOut(config)
+    held_out.check_ids(vocab_size)
+    return f"{config.val_data_file}, {held_out.count} windows"
 
 
 def document_ends(samples: Samples) -> Finding:

@@ -13,6 +13,7 @@ from src.training.data import look_at_samples
 from src.training.describe import summary, words_for_complete
 from src.training.fit import module_for, schedule, trainer_for
 from src.training.full_state import scatter_full_state
+from src.training.preflight.data import look_at_held_out
 from src.training.preflight.out_of_memory import explained
 from src.training.processes import Company
 from src.training.reporting.reporter import Reporter
@@ -58,6 +59,8 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Comp
         pl.seed_everything(config.random_seed, verbose=False)
     model, values = build_model(config, hardware, start, company)
     samples.check_ids(model.config.vocab_size)
+    if config.val_data_file:
+        look_at_held_out(config, model.config.vocab_size)
     say(summary(config, model, hardware, samples, start))
     steps = min(STEPS, length.steps - position.step)
     seen, bad_steps = Remember(), WatchBadSteps(STEPS, scale_loss=hardware.precision == "fp16")
