@@ -18,6 +18,7 @@ import torch
 from src.cli import parse
 from src.config import ModelConfig, RunConfig
 from src.dataset.binidx import BinIdxWriter
+from src.ops import build
 from src.ops.toolchain import BuildError
 from src.training.preflight import check, kernel, machine, out_of_memory, plan, speed
 from src.training.preflight.out_of_memory import SAFE, advice, estimate, is_out_of_memory, remedies
@@ -206,11 +207,17 @@ def test_packages_are_compared_with_requirements(tmp_path, monkeypatch):
     assert "no-such-package-at-all is missing" in machine.software().to_do
 
 
-def test_missing_compiler_is_on_the_list(monkeypatch, tmp_path):
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_missing_compiler_is_on_the_list_where_it_is_needed(monkeypatch, tmp_path, data, capfd, kernel):
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-    finding = machine.build_tools()
-    assert "CXX" in finding.to_do
-    assert "slow" in finding.to_do
+    monkeypatch.setattr(build, "_loaded", None)
+    monkeypatch.setattr(build, "_failure", None)
+    monkeypatch.setattr(speed, "TRIAL_SECONDS", 0.2)
+    assert call(tmp_path / "run", data, check=1, kernel=kernel) == (1 if kernel == "auto" else 0)
+    found, _, to_do = capfd.readouterr().out.partition("what to do:")
+    assert "CXX is set to" in found
+    assert ("CXX is set to" in to_do) == (kernel == "auto")
+    assert ("--kernel reference" in to_do) == (kernel == "auto")
 
 
 def no_nvcc():

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from test_build import fake_compiler
 from test_train import CTX, ROOT, VOCAB, data, flags, losses, train  # noqa: F401 (data is a fixture)
 
 from src.dataset.binidx import BinIdxWriter
@@ -185,6 +186,42 @@ def test_initial_weights_of_stage_3(tmp_path, data, capfd, make):  # noqa: F811
     assert train(tmp_path / "run", data, train_stage=3) == 2
     assert "rwkv-init.pth" in capfd.readouterr().err
     assert not (tmp_path / "executed").exists()
+
+
+COMPILERS = {
+    "none": (None, "no C\\+\\+ compiler"),
+    "does not run": ("echo 'wrong architecture' >&2; exit 3", "does not run .*\nwrong architecture"),
+    "refuses": ('[ "$1" = --version ] && exit; echo "unknown option" >&2; exit 1', "could not be built(.*\n)*unknown option"),
+    "killed": ('[ "$1" = --version ] && exit; echo "Killed signal" >&2; exit 1', "ran out of memory"),
+}
+
+
+@pytest.mark.parametrize("name", COMPILERS)
+def test_compiler(tmp_path, data, name):  # noqa: F811
+    """Without the native kernel a run would take many times as long: it begins only where that was asked for."""
+    script, words = COMPILERS[name]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": ""}
+    if script is None:
+        environment["PATH"] = str(tmp_path)
+    else:
+        environment["CXX"] = fake_compiler(tmp_path, script)
+
+    def call(**changed):
+        argv = flags(tmp_path / "run", data, my_exit_tokens=CTX * 4 * 2, **changed)
+        return subprocess.run(
+            [sys.executable, "train.py", *argv], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=200
+        )
+
+    done = call()
+    assert done.returncode == 2, done.stderr
+    assert re.search("train.py: --kernel auto: " + "(.*\n)*.*" + words, done.stderr), done.stderr
+    assert "--kernel reference" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run").glob("rwkv-*"))
+    if name == "none":
+        done = call(kernel="reference")
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "run" / "rwkv-final.pth").exists()
 
 
 def test_everything_that_is_wrong_is_said_at_once(tmp_path, data):  # noqa: F811

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.config import KERNELS
 from src.ops import build
 from src.ops.reference import wkv7_reference
 
-KERNELS = ("auto", "recurrent", "chunked", "reference")
 CPU_SEGMENT = 32  # tokens between two kept states; kSegment in cuda/wkv7_cpu.h
 CUDA_HEAD_SIZES = (32, 64, 128)
 CUDA_WINDOW = {32: 16, 64: 16, 128: 8}  # tokens between two kept states; Shape::window in cuda/wkv7_recurrent.cu
@@ -291,7 +291,10 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
 
 
 def describe_kernel(device: str, dtype: torch.dtype, head_size: int, kernel: str) -> str:
-    """Which maker serves these inputs, in words; builds it if need be. Raises BuildError when one asked by name can't be had."""
+    """Which maker serves these inputs, in words; builds it if need be.
+
+    Raises BuildError when only the reference could, but for kernel='reference': a run that takes ten times as long is worth a question.
+    """
     if kernel == "reference":
         return "plain PyTorch reference (slow), as asked for"
     reason = _why_not_native(device, dtype, head_size, kernel)
@@ -302,7 +305,4 @@ def describe_kernel(device: str, dtype: torch.dtype, head_size: int, kernel: str
         if _takes_chunked(device, dtype, head_size, kernel):
             return "CUDA kernel, chunked on tensor cores"
         return "CUDA kernel, exact recurrence" + (f" ({unfit})" if kernel == "auto" else ", as asked for")
-    if kernel != "auto":
-        raise build.BuildError(f"wkv7 kernel {kernel!r} can't be had: {reason}")
-    _warn_once(reason)
-    return "plain PyTorch reference (slow)"
+    raise build.BuildError(f"{reason}\nWithout the native kernel, many times slower: --kernel reference")

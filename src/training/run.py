@@ -22,6 +22,7 @@ from src.dataset.tokenizer import copy_tokenizer
 from src.model import RWKV7
 from src.model.weights import fit_weights, read_weights
 from src.ops.build import BuildError
+from src.ops.wkv7 import describe_kernel
 from src.training import checkpoint
 from src.training.allocator import set_up_malloc
 from src.training.data import Samples, open_samples
@@ -75,6 +76,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
             if config.data_type == "binidx":
                 open_samples(config)  # a mistake in the data is said before other processes are started
             company = join(hardware.devices, hardware.num_nodes, hardware.accelerator)
+            describe_kernel(hardware.device_type, hardware.dtype, config.head_size, config.kernel)  # there, before files move
         for note in (*notes, *hardware.notes):
             say(f"note: {note}")
         if config.dry_run:

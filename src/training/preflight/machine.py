@@ -44,15 +44,15 @@ def software() -> Finding:
 
 
 def build_tools() -> Finding:
-    """The compiler and ninja, that the native kernels are built with."""
-    shown, to_do = [], ""
+    """The compiler and ninja, that the native kernels are built with; whether one is needed, the look at the kernel says."""
+    shown = []
     try:
         compiler = find_compiler()
         shown.append(f"{_first_line([compiler, '--version'])} ({compiler})")
         shown.append(f"ninja {_first_line([find_ninja(), '--version'])}")
     except BuildError as error:
-        to_do = f"{error}; without it the kernels are plain PyTorch, which is many times slower"
-    return Finding("compiler", ", ".join(shown) or "none", to_do)
+        shown.append(str(error))
+    return Finding("compiler", ", ".join(shown))
 
 
 def cuda(wanted: bool = True) -> Finding:
