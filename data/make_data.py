@@ -143,6 +143,8 @@ def write(shuffle: ExternalShuffle, prefix: Path, dtype: np.dtype, n_epoch: int)
 def make(args: argparse.Namespace, prefix: Path, heldout: Path, tokenizer: Tokenizer) -> BrokenLines:
     """Reads, tokenises and shuffles the inputs and writes `prefix` and, with --holdout, `heldout`."""
     dtype = token_dtype(tokenizer.vocab_size)
+    if tokenizer.text_of_0:
+        print(f"note: id 0, which ends each document, is the text {tokenizer.text_of_0!r} in this tokenizer: the model can't tell them apart")
     limit = np.uint64(int(args.holdout * 2**64))
     lines = BrokenLines(args.on_error == "stop")
     total = check_inputs(args.inputs)
@@ -164,9 +166,13 @@ def make(args: argparse.Namespace, prefix: Path, heldout: Path, tokenizer: Token
         for shuffle, what in ((train, "documents"), (rest, "held-out documents")):
             if not shuffle.n_documents and (limit or shuffle is train):
                 raise ValueError(f"There are no {what} in {' '.join(args.inputs)}; {lines.summary()}.")
+        if limit:  # whoever is stopped between the two leaves no held-out data of an earlier call, which the new training data may hold
+            with_ending(heldout, ".idx").unlink(missing_ok=True)
+        elif with_ending(heldout, ".idx").exists():
+            print(f"note: {heldout}.bin was there before; if an earlier --holdout made it, its documents are in {prefix}.bin now")
+        write(train, prefix, dtype, args.n_epoch)
         if limit:
             write(rest, heldout, dtype, 1)
-        write(train, prefix, dtype, args.n_epoch)
     return lines
 
 

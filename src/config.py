@@ -341,7 +341,7 @@ class RunConfig:
             yield "--lr_init 0: nothing would be learned; expected more than 0, for example 6e-4"
         if self.data_type == "sft" and not self.tokenizer:
             yield (
-                "--tokenizer: missing; --data_type sft needs the folder of the model's tokenizer, with its chat template"
+                "--tokenizer: missing; --data_type sft needs that of the model: a folder with a chat template, or world"
             )
         if self.train_stage == 1 and self.load_model:
             yield (

@@ -211,6 +211,8 @@ def test_templates_are_found_by_name(folders, tmp_path):
     assert find_template("rwkv", tokenizer).source == RWKV_TEMPLATE
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
     assert find_template(str(tmp_path / "mine.jinja"), tokenizer).render([{"role": "user", "content": "x"}]) == "x"
+    (tmp_path / "special.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
+    assert find_template(str(tmp_path / "special.jinja"), tokenizer).render([{"role": "user", "content": "x"}]) == "x<|im_end|>"
     (tmp_path / "latin.jinja").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"--chat_template .*latin\.jinja: can't be read as UTF-8"):
         find_template(str(tmp_path / "latin.jinja"), tokenizer)

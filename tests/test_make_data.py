@@ -99,6 +99,25 @@ def test_held_out_documents_are_nowhere_else(tmp_path: Path, tokenizer: str) -> 
     assert len(held) / len(texts) == pytest.approx(0.1, abs=0.04)
 
 
+def test_held_out_data_of_an_earlier_call(tmp_path: Path, tokenizer: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left alone and named where this call keeps nothing aside; gone where a call that does is stopped before its own is written."""
+    source = write_jsonl(tmp_path / "x.jsonl", [f"text {i}" for i in range(400)])
+    make(source, tokenizer, tmp_path / "a", "--holdout", 0.1)
+    held = (tmp_path / "a-heldout.bin").read_bytes()
+    assert "was there before" not in capfd.readouterr().out
+    make(source, tokenizer, tmp_path / "a")
+    assert "a-heldout.bin was there before" in capfd.readouterr().out
+    assert (tmp_path / "a-heldout.bin").read_bytes() == held
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_data, "write", stopped)
+    with pytest.raises(SystemExit, match="Stopped"):
+        make(source, tokenizer, tmp_path / "a", "--holdout", 0.1, "--seed", 5)
+    assert not (tmp_path / "a-heldout.idx").exists()
+
+
 def test_all_kinds_of_input_give_the_same(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"text {i} 世界" * 3 for i in range(300)]
     source = write_jsonl(tmp_path / "x.jsonl", texts)

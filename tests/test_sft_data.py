@@ -1,5 +1,6 @@
 """Fine-tuning data: exactly the answers count, rows hold whole conversations, the order is a pure function."""
 
+import errno
 import json
 import os
 from itertools import pairwise
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from data import token_count
+from src.dataset import sft_cache
 from src.dataset.conversations import read_conversation, render_with_answers
 from src.dataset.packing import epoch_order, pack
 from src.dataset.sft import IGNORED, SftDataset, SftRows, collate, collate_shares
@@ -92,6 +94,20 @@ def test_exactly_the_answers_and_their_ends_count(
     text, answers = render_with_answers(tokenizer.chat_template, tokenizer.special_tokens, turns)
     for begin, _ in answers:
         assert text[:begin].endswith("<|im_start|>assistant\n"), "an answer begins after its header"
+
+
+def test_answers_of_world_conversations_count_with_the_blank_line_that_ends_them() -> None:
+    pytest.importorskip("pyrwkv_tokenizer")
+    world = chat_tokenizer("world")
+    turns = [
+        {"role": "user", "content": "什么?\n\nreally"},
+        {"role": "assistant", "content": "because 因为\n\nyes."},
+        {"role": "user", "content": "and"},
+        {"role": "assistant", "content": "🙂"},
+    ]
+    ids, counts, _ = encode_conversation(world, line_of(turns))
+    assert world.decode(ids) == "User: 什么?\nreally\n\nAssistant: because 因为\nyes.\n\nUser: and\n\nAssistant: 🙂\n\n"
+    assert world.decode(np.array(ids)[counts].tolist()) == " because 因为\nyes.\n\n 🙂\n\n"
 
 
 def test_a_template_that_trims_and_one_with_a_plain_end(tmp_path: Path) -> None:
@@ -214,6 +230,21 @@ def test_the_cache_is_made_once_and_again_after_a_change(tmp_path: Path, tmp_pat
     assert opened(marked)[0].data[0].tolist() != changed.data[0].tolist()
     tokens.write_bytes(tokens.read_bytes()[:-4])
     assert len(opened(marked)[0].data) == 3, "a cut cache is made again"
+
+
+def test_a_cache_in_a_folder_that_can_not_be_written(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished one serves; without one the error says what to do."""
+    path = write(tmp_path / "x.jsonl", [5, 6])
+    made = open_conversations(path, folder)
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(sft_cache, "only_one", read_only)
+    assert open_conversations(path, folder).data[0].tolist() == made.data[0].tolist()
+    (tmp_path / "x.jsonl.sft.json").unlink()
+    with pytest.raises(ValueError, match=r"Read-only file system.*copy it to a folder of yours"):
+        open_conversations(path, folder)
 
 
 def test_a_cache_does_not_depend_on_the_workers(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

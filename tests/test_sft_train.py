@@ -12,7 +12,11 @@ from tokenizers.decoders import ByteLevel
 from src.cli import parse
 from src.dataset.sft import collate
 from src.dataset.tokenizer import load_tokenizer
+from src.inference.chat import Conversation, find_template
+from src.inference.decoder import Decoder
 from src.inference.generate import generate
+from src.inference.load import find_tokenizer, pretrained_only
+from src.inference.sampling import Sampling
 from src.model import RWKV7, ModelConfig
 from src.ops.loss import cross_entropy_l2wrap
 from src.training.data import SftSamples
@@ -109,6 +113,18 @@ def test_a_tuned_model_answers_held_out_questions_better(files, tokenizer, capfd
         prompt = spec.apply_chat_template([{"role": "user", "content": f"name {i}"}], add_generation_prompt=True)
         answer = list(generate(model, prompt, 12, temperature=0, stop_ids=spec.eos_ids))
         right += spec.decode(answer).startswith(NUMBERS[i])
+    assert right >= 7
+
+
+def test_a_world_model_is_tuned_and_answers_in_its_own_format(files):
+    pytest.importorskip("pyrwkv_tokenizer")
+    assert run(*settings(files, "world", epochs=12, ctx_len=96, lr_init=1e-2)) == 0
+    world = load_tokenizer("world")
+    weights = files / "run" / "rwkv-final.pth"
+    assert find_tokenizer(weights, 65536, "").name == "world"
+    template = find_template("", world, pretrained_only(weights))
+    talk = Conversation(Decoder(RWKV7.from_checkpoint(weights)), world, template, Sampling(temperature=0), 0, 20)
+    right = sum("".join(talk.ask(f"say {i}")).strip() == NUMBERS[i] and not talk.reset() for i in range(10))
     assert right >= 7
 
 

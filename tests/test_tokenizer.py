@@ -59,16 +59,55 @@ def test_world_is_the_published_vocabulary() -> None:
         *[33520, 4600, 332, 59219, 21509, 47, 33],
         *[10381, 11639, 13091, 15597, 11685, 14734, 10250, 11639, 10080],
     ]
-    assert (world.name, world.vocab_size, world.eos_ids, world.chat_template) == ("world", 65536, (0,), None)
+    assert (world.name, world.vocab_size, world.eos_ids, world.text_of_0) == ("world", 65536, (0,), "")
     assert world.decode([0]) == ""
-    with pytest.raises(ValueError, match="no chat template"):
-        world.apply_chat_template(TALK)
+
+
+def test_world_speaks_in_turns_that_a_blank_line_ends() -> None:
+    pytest.importorskip("pyrwkv_tokenizer")
+    template = load_tokenizer("world").chat_template
+    assert template is not None
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " one\r\n\r\n\ntwo\n    three \n"},
+        {"role": "assistant", "content": "4\n\n5"},
+    ]
+    assert template.render(talk) == "System: Be brief.\n\nUser: one\ntwo\n    three\n\nAssistant: 4\n5\n\n"
+    assert template.render(talk[:2], add_generation_prompt=True).endswith("three\n\nAssistant:")
 
 
 def test_a_folder_in_our_words(folder: Path) -> None:
     ours = load_tokenizer(folder)
     assert (ours.name, ours.vocab_size, ours.eos_ids) == (str(folder), 314, (0, 2))
     assert ours.decode([0, 1, 2]) == "<|endoftext|><|im_start|><|im_end|>"
+
+
+def of_entries(folder: Path, entries: list[str], end: str) -> Path:
+    """A byte-level folder whose vocabulary is this list, an empty entry an id that is left out; `end` is its special eos_token."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Rust
+
+    rust = Rust(models.BPE(vocab={entry: number for number, entry in enumerate(entries) if entry}, merges=[]))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    rust.add_special_tokens([AddedToken(end, special=True)])
+    rust.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    return folder
+
+
+def test_a_vocabulary_whose_first_entry_is_text(tmp_path: Path) -> None:
+    """As GPT-2's and its kin: 0 is "!", which ends no answer."""
+    ours = load_tokenizer(of_entries(tmp_path, ["!", "H", "i", "<end>"], "<end>"))
+    assert ours.encode("Hi!") == [1, 2, 0]
+    assert (ours.text_of_0, ours.eos_ids) == ("!", (3,))
+
+
+def test_a_vocabulary_with_gaps_and_words_that_are_no_bytes(tmp_path: Path) -> None:
+    ours = load_tokenizer(of_entries(tmp_path, ["<end>", "H", "", "", "<unused 1>", "i"], "<end>"))
+    assert (ours.vocab_size, ours.eos_ids) == (6, (0,))
+    assert ours.decode(ours.encode("Hi")) == "Hi"
+    assert ours.decode([1, 3, 4, 5]) == "H\N{REPLACEMENT CHARACTER}<unused 1>i"
 
 
 @pytest.mark.parametrize("shape", TEMPLATES)

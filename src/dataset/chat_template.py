@@ -13,6 +13,16 @@ import jinja2.sandbox
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
+# How RWKV World models are spoken to. A blank line ends a turn, so there is none within one.
+RWKV_TEMPLATE = (
+    "{% for m in messages %}"
+    r"{% set text = m.content.replace('\r\n', '\n').strip().split('\n') | select | join('\n') %}"
+    "{% if m.role == 'assistant' %}{{ 'Assistant:' }}"
+    r"{% generation %}{{ ' ' + text + '\n\n' }}{% endgeneration %}"
+    r"{% else %}{{ m.role.capitalize() + ': ' + text + '\n\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
 
 class _Generation(jinja2.ext.Extension):
     """`{% generation %} ... {% endgeneration %}` encloses what the assistant writes.

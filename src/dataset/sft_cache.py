@@ -4,6 +4,7 @@ X.jsonl.sft.bin/.idx   a document a conversation, int32: a token that counts is 
 X.jsonl.sft.json       what it was made from, and what was left out
 """
 
+import errno
 import hashlib
 import json
 import tempfile
@@ -17,11 +18,12 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset, with_ending
+from src.dataset.chat_template import RWKV_TEMPLATE
 from src.dataset.conversations import check_template, read_conversation, render_with_answers
 from src.dataset.documents import Broken, broken, read_lines
 from src.dataset.lock import only_one
 from src.dataset.text_input import Piece, check_inputs, read_pieces
-from src.dataset.tokenizer import FolderTokenizer, load_tokenizer
+from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.dataset.workers import map_in_order, usable_cores
 from src.files import write_whole
 
@@ -43,11 +45,11 @@ class Conversations(NamedTuple):
         return np.where(coded < 0, ~coded, coded), coded >= 0
 
 
-def chat_tokenizer(folder: str) -> FolderTokenizer:
+def chat_tokenizer(folder: str) -> Tokenizer:
     """The tokenizer of a run on conversations. ValueError unless it has a chat template that can be masked."""
     tokenizer = load_tokenizer(folder)
-    if not isinstance(tokenizer, FolderTokenizer) or tokenizer.chat_template is None:
-        raise ValueError(f"--tokenizer {folder} has no chat template: give a Hugging Face tokenizer folder with one.")
+    if tokenizer.chat_template is None:
+        raise ValueError(f"--tokenizer {folder} has no chat template: give a Hugging Face tokenizer folder with one, or world.")
     try:
         check_template(tokenizer.chat_template, tokenizer.special_tokens)
     except ValueError as error:
@@ -67,7 +69,7 @@ class _Tokenised(NamedTuple):
     end: int
 
 
-def encode_conversation(tokenizer: FolderTokenizer, line: bytes) -> tuple[list[int], npt.NDArray[np.bool_], int]:
+def encode_conversation(tokenizer: Tokenizer, line: bytes) -> tuple[list[int], npt.NDArray[np.bool_], int]:
     """Ids of a conversation, which of them count, how many turns it has. ValueError, its text the reason."""
     assert tokenizer.chat_template is not None
     messages = read_conversation(line)
@@ -103,10 +105,14 @@ def open_conversations(path: str, folder: str, workers: int | None = None) -> Co
     used, and when no line of the file is a conversation.
     """
     prefix, made_from = _source(path, folder)
+    if found := _read(prefix, made_from):  # also where nothing can be written
+        return found
     try:
         with only_one(with_ending(prefix, ".lock"), wait=True):
             return _read(prefix, made_from) or _make(path, folder, prefix, made_from, workers or usable_cores())
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         raise ValueError(
             f"{error}: the tokens of --data_file are kept beside it, so its folder must allow it; copy it to a folder of yours."
         ) from error
@@ -160,10 +166,13 @@ def _fingerprint(path: Path) -> list[Any]:
     return [stat.st_size, stat.st_mtime_ns, digest.hexdigest()[:32]]
 
 
-def _tokenizer_hash(folder: str) -> str:
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    files = [Path(folder) / name for name in names]
-    return hashlib.blake2b(b"\0".join(file.read_bytes() for file in files if file.is_file())).hexdigest()[:32]
+def _tokenizer_hash(name_or_folder: str) -> str:
+    if name_or_folder == "world":  # its vocabulary never changes
+        parts = [b"world", RWKV_TEMPLATE.encode()]
+    else:
+        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        parts = [file.read_bytes() for name in names if (file := Path(name_or_folder) / name).is_file()]
+    return hashlib.blake2b(b"\0".join(parts)).hexdigest()[:32]
 
 
 def _read(prefix: Path, made_from: dict[str, Any]) -> Conversations | None:

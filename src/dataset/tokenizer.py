@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from src.dataset.chat_template import ChatTemplate, Message
+from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate, Message
 from src.files import write_whole
 
 WORLD_VOCAB_SIZE = 65536  # rows of the published models; the vocabulary itself ends at id 65529
@@ -27,13 +27,22 @@ class Tokenizer:
     name           "world", or the folder that it was read from
     vocab_size     ids are below it; the `--vocab_size` of a model for this tokenizer
     chat_template  how conversations become text, or None
-    eos_ids        ids after which generation ends (0 ends every document)
+    eos_ids        ids after which generation ends: the tokenizer's own, and 0, which ends every document, where it isn't text
+    text_of_0      what id 0 spells in a text; "" in most vocabularies, "!" in those of GPT-2's kind
+    specials       the texts of bos_token, eos_token and unk_token, as far as there are any, for chat templates
     """
 
     name: str
     vocab_size: int
+    specials: dict[str, str]
     eos_ids: tuple[int, ...] = (0,)
+    text_of_0: str = ""
     chat_template: ChatTemplate | None = None
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The texts of the tokens that structure a conversation, as `<|im_end|>`."""
+        return []
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added. ValueError for text that is no valid Unicode (lone surrogates)."""
@@ -42,6 +51,35 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, on all cores where the tokenizer can."""
         return [self.encode(text) for text in texts]
+
+    def encode_marked(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], npt.NDArray[np.bool_]]:
+        """Ids of `text`, and which of them hold something of its characters [begin, end) in `spans`."""
+        ids = self.encode_batch([text])[0]
+        data = text.encode()
+        if self._entries is not None and self.decode_bytes(ids) == data:
+            ends = np.cumsum(self._lengths[ids])
+            begins = ends - self._lengths[ids]
+            if len(data) != len(text):
+                spans = [(len(text[:begin].encode()), len(text[:end].encode())) for begin, end in spans]
+        else:  # a tokenizer that changes the text; what it says of places is exact enough, but slow
+            begins, ends = self._places(text)
+        marked = np.zeros(len(ids), np.bool_)
+        for begin, end in spans:
+            marked |= (begins < end) & (begin < ends)
+        return ids, marked
+
+    @property
+    def _entries(self) -> list[bytes] | None:
+        """Bytes of each id, or None for a tokenizer whose tokens don't stand for bytes one by one."""
+        raise NotImplementedError
+
+    @cached_property
+    def _lengths(self) -> npt.NDArray[np.int64]:
+        return np.array([len(entry) for entry in self._entries or ()])
+
+    def _places(self, text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where the characters of each token of `text` begin and end."""
+        raise NotImplementedError
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The UTF-8 bytes of `ids`; a character may be cut at either end. Ids that mean nothing give U+FFFD."""
@@ -73,6 +111,8 @@ class WorldTokenizer(Tokenizer):
         except ImportError as error:
             raise ValueError("--tokenizer world needs a package: pip install pyrwkv-tokenizer") from error
         self._rust = RWKVTokenizer()
+        self.specials = {}
+        self.chat_template = ChatTemplate(RWKV_TEMPLATE, self.specials)
 
     def encode(self, text: str) -> list[int]:
         return self._rust.encode(text)
@@ -121,17 +161,22 @@ class FolderTokenizer(Tokenizer):
         self._rust.no_truncation()
         self._rust.no_padding()
         config = _read_json(config_file) if config_file.is_file() else {}
-        self.vocab_size = self._rust.get_vocab_size(with_added_tokens=True)
-        self._specials = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "unk_token")}
+        self.vocab_size = max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # some leave ids out
+        names = ("bos_token", "eos_token", "unk_token")
+        self.specials = {name: text for name in names if (text := _token_text(config.get(name))) is not None}
+        self.text_of_0 = self._rust.decode([0], skip_special_tokens=True)
         end = self._special_id("eos_token")
-        self.eos_ids = tuple(sorted({0} | ({end} if end is not None else set())))
+        if end is None:
+            self.eos_ids = (0,)
+        else:
+            self.eos_ids = (end,) if self.text_of_0 or end == 0 else (0, end)
         template = folder / "chat_template.jinja"
         source = template.read_text(encoding="utf-8") if template.is_file() else _default_template(config)
         if source is not None:
-            self.chat_template = ChatTemplate(source, {k: v for k, v in self._specials.items() if v is not None})
+            self.chat_template = ChatTemplate(source, self.specials)
 
     def _special_id(self, name: str) -> int | None:
-        token = self._specials[name]
+        token = self.specials.get(name)
         if token is None:
             return None
         number = self._rust.token_to_id(token)
@@ -145,25 +190,12 @@ class FolderTokenizer(Tokenizer):
         except TypeError as error:  # all that the package says of a lone surrogate
             raise ValueError("text with lone surrogates is not valid Unicode") from error
 
-    def encode_marked(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], npt.NDArray[np.bool_]]:
-        """Ids of `text`, and which of them hold something of its characters [begin, end) in `spans`."""
-        ids = self.encode_batch([text])[0]
-        data = text.encode()
-        if self._entries is not None and self.decode_bytes(ids) == data:
-            ends = np.cumsum(self._lengths[ids])
-            begins = ends - self._lengths[ids]
-            if len(data) != len(text):
-                spans = [(len(text[:begin].encode()), len(text[:end].encode())) for begin, end in spans]
-        else:  # a tokenizer that changes the text; what it says of places is exact enough, but slow
-            begins, ends = np.array(self._rust.encode(text, add_special_tokens=False).offsets).reshape(-1, 2).T
-        marked = np.zeros(len(ids), np.bool_)
-        for begin, end in spans:
-            marked |= (begins < end) & (begin < ends)
-        return ids, marked
+    def _places(self, text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        begins, ends = np.array(self._rust.encode(text, add_special_tokens=False).offsets).reshape(-1, 2).T
+        return begins, ends
 
     @cached_property
     def special_tokens(self) -> list[str]:
-        """The texts of the tokens that structure a conversation, as `<|im_end|>`."""
         return [token.content for token in self._rust.get_added_tokens_decoder().values() if token.special]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -171,7 +203,6 @@ class FolderTokenizer(Tokenizer):
 
     @cached_property
     def _entries(self) -> list[bytes] | None:
-        """Bytes of each id, or None for a tokenizer whose tokens don't stand for bytes one by one."""
         from tokenizers import decoders
 
         if not isinstance(self._rust.decoder, decoders.ByteLevel):
@@ -180,12 +211,9 @@ class FolderTokenizer(Tokenizer):
         added = self._rust.get_added_tokens_decoder()
         entries = [_UNKNOWN] * self.vocab_size
         for token, number in self._rust.get_vocab(with_added_tokens=True).items():
-            entries[number] = token.encode() if number in added else bytes(alphabet[c] for c in token)
+            stands_for_bytes = number not in added and all(c in alphabet for c in token)
+            entries[number] = bytes(alphabet[c] for c in token) if stands_for_bytes else token.encode()
         return entries
-
-    @cached_property
-    def _lengths(self) -> npt.NDArray[np.int64]:
-        return np.array([len(entry) for entry in self._entries or ()])
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         if self._entries is None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from src.dataset.chat_template import ChatTemplate, Message
+from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate, Message
 from src.dataset.tokenizer import Tokenizer
 from src.files import write_whole
 from src.inference.characters import CharacterStream, UntilText
@@ -24,12 +24,6 @@ from src.inference.generate import generate
 from src.inference.sampling import Sampling
 from src.model import LayerState, State
 
-# How released RWKV World models are spoken to; an answer begins with a space, which belongs to it.
-RWKV_TEMPLATE = (
-    "{% for m in messages %}"
-    "{{ 'Assistant:' + m.content if m.role == 'assistant' else m.role.capitalize() + ': ' + m.content }}{{ '\\n\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
 NOT_COUNTED = " \t0123456789"  # tokens of these don't add to the frequency penalty, as in the `rwkv` package
 FORMAT = "rwkv7-conversation-1"
 
@@ -241,7 +235,7 @@ def find_template(name: str, tokenizer: Tokenizer, pretrained_only: bool = False
     if not path.is_file():
         raise ValueError(f"--chat_template {name}: no such file; expected none, tokenizer, rwkv, or a file with a Jinja template")
     try:
-        return ChatTemplate(path.read_text(encoding="utf-8"), {})
+        return ChatTemplate(path.read_text(encoding="utf-8"), tokenizer.specials)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--chat_template {name}: can't be read as UTF-8 text ({error})") from error
 

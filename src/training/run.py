@@ -266,7 +266,7 @@ def _remember(
     remembered["mini_epoch_samples"] = mini_epoch_samples
     remembered["tokenizer"] = config.tokenizer or remembered.get("tokenizer", "")
     folder = Path(config.tokenizer)
-    if config.tokenizer and folder.is_dir():  # a model that is moved elsewhere still knows its words
+    if config.tokenizer not in ("", "world") and folder.is_dir():  # a model that is moved elsewhere still knows its words
         copy_tokenizer(folder, proj_dir / TOKENIZER)
     checkpoint.write_run(proj_dir, remembered)
 
