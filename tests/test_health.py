@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from src.training.callbacks import WatchBadSteps
 from src.training.module import TrainingModule
-from src.training.optim import MasterAdamW
+from src.training.optim import LOSS_SCALE_POWER, MasterAdamW
 from src.training.reporting.health import (
     BEFORE,
     GRADIENTS_AT,
@@ -87,6 +88,25 @@ def test_warnings_are_given_once_with_what_to_try(capsys):
         assert flag in words
     watch.step(report(220, math.nan, grad_norm=math.nan))  # not finite: WatchBadSteps speaks of that
     assert capsys.readouterr().out == ""
+
+
+def test_overflows_find_the_scale_until_it_has_nowhere_to_go():
+    """fp16: the scale is halved sixteen times at most; what overflows after that has another cause."""
+    watch = WatchBadSteps(3, scale_loss=True)
+    for step in range(LOSS_SCALE_POWER):
+        watch.step(report(step, grad_norm=math.inf))
+    assert (watch.good, watch.in_row, watch.total) == (0, 0, 0)
+    for step in range(20, 22):
+        watch.step(report(step, grad_norm=math.nan))
+    assert (watch.in_row, watch.wish()) == (2, False)
+    watch.step(report(22))
+    assert (watch.good, watch.in_row, watch.wish()) == (1, 0, False)
+    for step in range(30, 30 + LOSS_SCALE_POWER + 3):
+        watch.step(report(step, grad_norm=math.inf))
+    assert watch.too_many == range(30 + LOSS_SCALE_POWER, 30 + LOSS_SCALE_POWER + 3)
+    watch = WatchBadSteps(3, scale_loss=False)
+    watch.step(report(0, grad_norm=math.inf))
+    assert watch.in_row == 1
 
 
 def run_steps(monkeypatch, steps, loader_seconds, step_seconds, idle):

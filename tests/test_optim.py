@@ -135,6 +135,18 @@ def test_loss_scale_is_taken_out_and_adapts():
     assert two.loss_scale.item() == before / 2
 
 
+def test_a_loss_scale_is_taken_over_only_between_runs_that_have_one():
+    scaled, plain, other = (build(small_model(), scale_loss=scales) for scales in (True, False, True))
+    first = scaled.loss_scale.item()
+    plain.load_counters({**scaled.counters(), "loss_scale": 256.0})
+    assert plain.loss_scale.item() == 1.0
+    scaled.load_counters(plain.counters())  # began in bf16: fp16 with a scale of 1 would lose small gradients
+    assert scaled.loss_scale.item() == first
+    other.load_counters({**scaled.counters(), "loss_scale": 256.0, "good_steps": 5.0})
+    assert other.counters()["loss_scale"] == 256.0
+    assert other.counters()["good_steps"] == 5.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_continuing_from_masters_moments_and_counters_gives_equal_bits(dtype):
     straight = small_model(dtype)

@@ -72,6 +72,10 @@ def test_a_run_is_read_back(run):
     assert len(curves.tokens) == STEPS
     assert curves.seconds[-1] == pytest.approx(240)
     assert curves.mini_epoch_tokens == UNIT * 8192
+    known = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**known, "mini_epoch_samples": 4000}))  # of the batch that it began with
+    assert read_curves(run).mini_epoch_tokens == 4000 * 512
+    (run / "run.json").write_text(json.dumps(known))
     assert curves.val_tokens.tolist() == [8192.0 * 500 * n for n in range(1, 7)]
     assert curves.seconds_at(curves.val_tokens)[0] == pytest.approx(40)
     assert [line.number for line in curves.mini_epochs] == list(range(STEPS // UNIT))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from chat_models import make_tokenizer
 from test_train import data, train  # noqa: F401 (data is a fixture)
 
 from src.config import ModelConfig
@@ -352,8 +353,23 @@ def test_pictures_are_drawn_beside_the_run(tmp_path, data, monkeypatch, capfd, b
     assert 1 <= len(drawn) <= 3  # not while one is under way
     assert {name for name, _ in drawn} == {"pictures"}
     assert all(steps >= 10 for _, steps in drawn)
-    assert ("loss.png could not be drawn: no ink" in capfd.readouterr().out) == broken
+    assert ("WARNING: no loss.png: OSError: no ink" in capfd.readouterr().out) == broken
     assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000  # the last one, drawn when all was done
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_complete_run_is_none_the_worse_for_pictures_and_samples_that_fail(tmp_path, data, monkeypatch, capfd):  # noqa: F811
+    def fail(*_):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("src.training.run.loss_picture", fail)
+    monkeypatch.setattr("src.training.reporting.samples.write_samples", fail)
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    assert train(tmp_path / "run", data, vocab_size=400, tokenizer=tokenizer) == 0
+    words = capfd.readouterr().out
+    assert "WARNING: no loss.png: RuntimeError: no ink" in words
+    assert "WARNING: no samples.json: RuntimeError: no ink" in words
+    assert (tmp_path / "run" / "rwkv-final.pth").exists()
     assert (tmp_path / "run" / "report.html").exists()
 
 

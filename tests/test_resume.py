@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import CTX, ROOT, data, flags, log_lines, losses, metrics, train  # noqa: F401 (data is a fixture)
+from test_train import CTX, ROOT, VOCAB, data, flags, log_lines, losses, metrics, train  # noqa: F401 (data is a fixture)
 
 from src.dataset.binidx import BinIdxWriter
 from src.files import sha256_of
-from src.training import fit, resume
+from src.model import RWKV7, ModelConfig
+from src.training import checkpoint, fit, resume
 from src.training.resume import DamagedState, newest_good, states, verify
 from src.training.schedule import learning_rate
 
@@ -146,11 +147,25 @@ def test_what_is_said_of_a_damaged_state_is_so(tmp_path):
 def test_only_the_last_states_are_kept_and_leftovers_are_swept(tmp_path, data, monkeypatch):  # noqa: F811
     out = tmp_path / "run"
     (out / "resume" / ".step-00000007.1.tmp").mkdir(parents=True)
+    (out / ".metrics.csv.1.tmp").touch()
+    (out / ".profile.json.gz.1.tmp").mkdir()
     assert train(out, data, keep_resume=3, save_minutes=1e-6, **RUN) == 0
     assert [int(path.name[5:]) for path in states(out)] == [60, 59, 58]
     assert sorted(p.name for p in (out / "resume").iterdir()) == sorted(p.name for p in states(out))
+    assert not list(out.glob(".*.tmp"))
     for folder in states(out):
         verify(folder)
+
+
+def test_a_state_whose_replacement_was_cut_off_stands_again(tmp_path):
+    """Killed between the two renames that put a newer state of the same step in its place."""
+    for name in (".step-00000020.replaced.tmp", ".step-00000020.7.tmp", ".step-00000040.replaced.tmp", "step-00000040"):
+        (tmp_path / "resume" / name).mkdir(parents=True)
+        (tmp_path / "resume" / name / "state.json").write_text(name)
+    checkpoint.sweep(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == ["step-00000020", "step-00000040"]
+    assert (tmp_path / "resume" / "step-00000020" / "state.json").read_text() == ".step-00000020.replaced.tmp"
+    assert (tmp_path / "resume" / "step-00000040" / "state.json").read_text() == "step-00000040"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
@@ -253,6 +268,50 @@ def test_time_limit_saves_and_stops_in_time(tmp_path, data, capfd):  # noqa: F81
     assert states(tmp_path / "run")
 
 
+def test_a_run_that_began_in_the_middle_is_continued_before_its_first_weights(tmp_path, data, monkeypatch, capfd):  # noqa: F811
+    """--epoch_begin 3 and --epoch_save 10: no rwkv-N.pth is written for a long time, and none is missed."""
+    base = tmp_path / "base.pth"
+    torch.save(RWKV7(ModelConfig(2, 32, VOCAB, head_size=16)).state_dict(), base)
+    settings = {**RUN, "epoch_steps": 10, "epoch_save": 10, "load_model": base, "epoch_begin": 3}
+    out = tmp_path / "run"
+    train_until(46, out, data, monkeypatch, save_minutes=1e-6, **settings)
+    assert not list(out.glob("rwkv-*.pth"))
+    assert train(out, data, **settings) == 0
+    assert "at step" in capfd.readouterr().out
+    assert [line[0] for line in log_lines(out)] == ["3", "4", "5"]
+
+
+def test_a_beginning_after_the_end_is_refused(tmp_path, data, capfd):  # noqa: F811
+    base = tmp_path / "base.pth"
+    torch.save(RWKV7(ModelConfig(2, 32, VOCAB, head_size=16)).state_dict(), base)
+    assert train(tmp_path / "run", data, load_model=base, epoch_begin=3, **RUN) == 2
+    assert "--epoch_begin 3: the run has only 3 mini-epochs" in capfd.readouterr().err
+    assert not list((tmp_path / "run").glob("rwkv-*"))
+
+
+@pytest.mark.parametrize("kept", ["state", "weights"])
+def test_an_end_that_was_moved_into_the_past_is_refused(tmp_path, data, monkeypatch, capfd, kept):  # noqa: F811
+    out = tmp_path / "run"
+    train_until(45, out, data, monkeypatch, **RUN)
+    if kept == "weights":
+        shutil.rmtree(out / "resume")
+    assert train(out, data, **{**RUN, "my_exit_tokens": CTX * 4 * 39}) == 2
+    assert f"--my_exit_tokens {CTX * 4 * 39}: the run is at {CTX * 4 * 40} tokens already" in capfd.readouterr().err
+    assert not (out / "rwkv-final.pth").exists()
+    assert train(out, data, **{**RUN, "my_exit_tokens": CTX * 4 * 50}) == 0
+    assert len(metrics(out)) == 50
+
+
+def test_the_seed_of_the_weights_is_that_of_the_last_beginning(tmp_path, data, monkeypatch):  # noqa: F811
+    """A start that dies before its first save is drawn anew by the next."""
+    out = tmp_path / "run"
+    train_until(5, out, data, monkeypatch, **{**RUN, "random_seed": 3})
+    assert checkpoint.read_run(out)["origin"]["seed"] == 3
+    train_until(25, out, data, monkeypatch, **{**RUN, "random_seed": 4})
+    assert train(out, data, **{**RUN, "random_seed": 5}) == 0
+    assert checkpoint.read_run(out)["origin"]["seed"] == 4
+
+
 def test_what_a_changed_setting_means(tmp_path, data, monkeypatch, capfd):  # noqa: F811
     out = tmp_path / "run"
     train_until(25, out, data, monkeypatch, **RUN)
@@ -292,6 +351,15 @@ def test_the_time_limit_knows_how_long_the_disk_takes(tmp_path, monkeypatch):
     handed_over = time.monotonic() - begin
     writer.wait()
     assert handed_over < 0.6 <= writer.slowest  # three files
+
+
+def test_the_time_limit_expects_a_first_save_to_take_long(tmp_path):
+    """Of a large model, whose state is minutes of a disk's time, before one was seen; then what was seen counts."""
+    writer = resume.StateWriter(tmp_path, keep=2, parameters=1_500_000_000)
+    assert 60 < writer.slowest < 120
+    writer.write(resume.Position(1, 4, 8), {}, {}, [("weight/master", torch.zeros(4))])
+    writer.wait()
+    assert 0 < writer.slowest < 30
 
 
 def test_a_failed_save_stops_the_run_and_leaves_the_earlier_states_whole(tmp_path, data, monkeypatch, capfd):  # noqa: F811
@@ -379,11 +447,13 @@ def test_going_back_to_the_beginning_draws_the_same_weights_and_keeps_nothing(tm
 
     for step in range(3):
         poisoned.add(rows_of_step(data, step)[0])
-    drawn, optimizers = [], []
+    drawn, optimizers, models = [], [], []
     original = fit.build_model
 
     def build(*args):
-        optimizers.append(sum(isinstance(thing, MasterAdamW) for thing in gc.get_objects()))
+        things = [type(thing) for thing in gc.get_objects()]
+        optimizers.append(things.count(MasterAdamW))
+        models.append(things.count(RWKV7))
         model, values = original(*args)
         drawn.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return model, values
@@ -396,6 +466,7 @@ def test_going_back_to_the_beginning_draws_the_same_weights_and_keeps_nothing(tm
     first, second = drawn
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert optimizers[1] == optimizers[0]
+    assert models[1] == models[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 

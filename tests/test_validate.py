@@ -1,5 +1,6 @@
 """The held-out loss on the way: the same for any number of processes, harmless to training, and its best weights are kept."""
 
+import math
 import os
 import signal
 import subprocess
@@ -143,6 +144,20 @@ def test_a_continued_run_remembers_the_best(tmp_path, data, held, whole, monkeyp
     assert train(out, data, **settings) == 0
     assert validations(out) == validations(whole)
     assert (out / "rwkv-best.pth").exists()
+
+
+def test_a_measurement_that_is_no_number_is_never_the_best(tmp_path, data, held, monkeypatch, capfd):  # noqa: F811
+    """Neither in the run that measured it nor in the one that goes on."""
+    out = tmp_path / "run"
+    settings = {"val_data_file": held, "val_every": "10steps", **RUN}
+    told = iter([(math.nan, 1), (3.0, 1), (math.nan, 1), (2.0, 1), (math.nan, 1), (2.5, 1)])
+    monkeypatch.setattr(validate, "mean_loss", lambda *_: next(told))
+    train_until(21, out, data, monkeypatch, **settings)
+    assert train(out, data, **settings) == 0
+    assert "lowest 2.0000 after step 40" in capfd.readouterr().out
+    best = torch.load(out / "rwkv-best.pth")
+    assert not all(torch.equal(best[name], tensor) for name, tensor in torch.load(out / "rwkv-final.pth").items())
+    assert read_curves(out).val_loss.tolist() == [3.0, 2.0, 2.5]
 
 
 @pytest.mark.parametrize("between", [False, True], ids=["at once", "after a start without"])

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from src.training.checkpoint import save_weights
+from src.training.checkpoint import numbered, save_weights
 from src.training.folder import FINAL
 from src.training.full_state import gather_full_state, gather_weights, scatter_full_state
 from src.training.module import TrainingModule
+from src.training.optim import LOSS_SCALE_POWER
 from src.training.reporting.reporter import Reporter
 from src.training.reporting.sink import Sink, StepReport
 from src.training.resume import LoadedState, Position, StateWriter
@@ -139,6 +140,7 @@ class KeepState(AfterStep):
             restarted_at_sample=self.position.restarted_at_sample,
             mini_epoch_losses=list(self.reporter.mini_epoch_losses),
             holes=self.position.holes,
+            weights_written=bool(numbered(self.weights.proj_dir)),
         )
         parameters = gather_full_state(trainer, module)
         tensors = ((f"{name}/{kind}", tensor) for name, kinds in parameters for kind, tensor in kinds.items())
@@ -207,17 +209,22 @@ class StopInTime(AfterStep):
 class WatchBadSteps(Sink):
     """A sink that counts steps left out because their loss or gradient was not finite; `too_many` is set when to go back.
 
-    With loss scaling (fp16) an overflow of the gradient alone is how the scale is found, and doesn't count.
+    With loss scaling (fp16) an overflow of the gradient alone is how the scale is found, and doesn't count, unless so many come in a row
+    that the scale has nowhere to go.
     """
 
     def __init__(self, limit: int, scale_loss: bool) -> None:
         self.limit, self.scale_loss = limit, scale_loss
-        self.good, self.total, self.first_in_row, self.in_row = 0, 0, 0, 0
+        self.good, self.total, self.first_in_row, self.in_row, self.overflows = 0, 0, 0, 0, 0
         self.too_many: range | None = None  # the steps in a row that were too many
 
     def step(self, report: StepReport) -> None:
-        if math.isfinite(report.loss) and (self.scale_loss or math.isfinite(report.grad_norm)):
+        if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
             self.good += 1
+            self.in_row = self.overflows = 0
+            return
+        if self.scale_loss and math.isfinite(report.loss) and self.overflows < LOSS_SCALE_POWER:
+            self.overflows += 1
             self.in_row = 0
             return
         self.first_in_row = report.step if self.in_row == 0 else self.first_in_row

@@ -98,11 +98,14 @@ def is_swapped(proj_dir: Path, origin: Path | None) -> bool:
 
 def sweep(proj_dir: Path) -> None:
     """Removes what processes left that were killed while they wrote. Only for who holds the folder."""
-    left = [*proj_dir.glob(".rwkv-*.pth.*.tmp"), *proj_dir.glob(".run.json.*.tmp")]
-    for path in left:
-        path.unlink(missing_ok=True)
+    for path in proj_dir.glob(".*.tmp"):  # as `write_whole` names them, and the folder of a profile
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     for folder in (proj_dir / "resume").glob(".step-*.tmp"):
-        shutil.rmtree(folder, ignore_errors=True)
+        step, replaced = folder.name[1:].split(".")[0], folder.name.endswith(".replaced.tmp")
+        if replaced and not (folder.parent / step).exists():  # killed before the new one took its place
+            folder.rename(folder.parent / step)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_aside(proj_dir: Path) -> Path | None:

@@ -23,6 +23,7 @@ from src.training.data import Samples
 from src.training.folder import FINAL, LOG, METRICS, TRACE, VALIDATION
 from src.training.module import TrainingModule
 from src.training.parts import Values
+from src.training.preflight.plan import parameter_count
 from src.training.processes import Company
 from src.training.reporting.health import Warnings, WatchNumbers, WatchPace
 from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile
@@ -69,12 +70,14 @@ class Run:
     ends_at: float
 
 
-def fit_whatever_comes(run: Run, model: RWKV7, values: Callable[[], Values], start: Start) -> End:
+def fit_whatever_comes(run: Run, made: list[tuple[RWKV7, Callable[[], Values]]], start: Start) -> End:
     """Fit to the end, or until `run.ends_at`; after too many bad steps, once more from the last good state without their samples.
 
+    `made` holds the model and its values. It is emptied: a return builds others, and nobody may keep the memory of these.
     Raises FloatingPointError when that doesn't get further; what a strategy, a callback or the data raises passes through.
     """
     config, company = run.config, run.company
+    model, values = made.pop()
     went_back_to = -1
     while True:
         end = _fit(run, model, values, start)
@@ -152,7 +155,7 @@ def _callbacks(run: Run, model: ModelConfig, start: Start) -> _Callbacks:
     reporter = Reporter(length, position.step, [*shown, bad_steps], position.mini_epoch_losses, wishes, peak)
     weights = SaveWeights(length, position.step, config.epoch_save, proj_dir)
     keeper = KeepState(
-        writer=StateWriter(proj_dir, config.keep_resume),
+        writer=StateWriter(proj_dir, config.keep_resume, parameter_count(model)),
         loaded=start.loaded,
         position=position,
         length=length,
@@ -172,7 +175,7 @@ def _callbacks(run: Run, model: ModelConfig, start: Start) -> _Callbacks:
         DrawPictures(length, position.step, proj_dir),
         keeper,
         stop,
-        ShowSamples(config, reporter, length, proj_dir),  # when everything is saved
+        ShowSamples(config, reporter, bad_steps, length, proj_dir),  # when everything is saved
         *([Profile(config.profile, proj_dir / TRACE)] if is_first() and config.profile > 0 else []),
         WatchPace(warn),
     ]

@@ -145,8 +145,9 @@ class MasterAdamW(torch.optim.Optimizer):
         for parameter in self.parameters:
             self.moments(parameter)["step"].fill_(counters["adam_steps"])
         self.skipped_steps.fill_(counters["skipped_steps"])
-        self.loss_scale.fill_(counters["loss_scale"])
-        self._good_steps.fill_(counters["good_steps"])
+        if self.scale_loss and counters["loss_scale"] > 1:  # 1 is what runs keep that need no scale: too little to begin fp16 with
+            self.loss_scale.fill_(counters["loss_scale"])
+            self._good_steps.fill_(counters["good_steps"])
 
 
 def adam_state(adam: torch.optim.AdamW, weights: nn.Parameter) -> dict[str, Tensor]:

@@ -30,6 +30,8 @@ from torch import Tensor
 from src.files import sha256_of, sync_folder
 
 FOLDER = "resume"
+STATE_BYTES = 12  # of a parameter: fp32 weight and two moments
+SLOW_DISK = 200e6  # bytes per second, with their checksums: what a plain network disk takes
 SHARD_BYTES = 1 << 30  # a save holds up to four in CPU memory: being filled, waiting, being written, and that one's bytes
 Tensors = dict[str, Tensor]
 
@@ -44,6 +46,7 @@ class Position:
     restarted_at_sample: int = 0  # where a fresh optimizer began on trained weights, for the warm-up; 0: never
     mini_epoch_losses: list[float] = field(default_factory=list)  # of the steps since the last mini-epoch's end
     holes: list[tuple[int, int]] = field(default_factory=list)  # samples left out for good: (first, count)
+    weights_written: bool = False  # whether there was a rwkv-N.pth already
 
 
 class DamagedState(Exception):
@@ -127,12 +130,19 @@ def _read(folder: Path) -> LoadedState:
 class StateWriter:
     """Writes states in a thread, one at a time. A write that fails is tried once more; then the next call here raises OSError."""
 
-    def __init__(self, proj_dir: Path, keep: int) -> None:
+    def __init__(self, proj_dir: Path, keep: int, parameters: int = 0) -> None:
+        """`parameters` of the model, for a guess at how long a save takes before one was seen."""
         self.root, self.keep = proj_dir / FOLDER, keep
+        self._guess = parameters * STATE_BYTES / SLOW_DISK
         self._tasks: queue.Queue[tuple[str, Any] | None] = queue.Queue(maxsize=1)
         self._failure: OSError | None = None
         self._thread: threading.Thread | None = None
-        self.slowest = 0.0  # seconds of a save, from its begin until it was on the disk
+        self._slowest = 0.0
+
+    @property
+    def slowest(self) -> float:
+        """Seconds of the slowest save so far, from its begin until it was on the disk; a guess before the first."""
+        return self._slowest or self._guess
 
     def write(
         self,
@@ -189,7 +199,7 @@ class StateWriter:
                     if kind == "state":
                         _write_twice(beside / "manifest.json", json.dumps({"files": files}, indent=1).encode())
                         self._publish(beside, step)
-                        self.slowest = max(self.slowest, time.monotonic() - begin)
+                        self._slowest = max(self._slowest, time.monotonic() - begin)
                 except Exception as error:  # whatever it is, the run has to hear of it, and the queue has to be emptied
                     failed = True
                     self._failure = OSError(

@@ -28,7 +28,7 @@ from src.training.allocator import set_up_malloc
 from src.training.data import Samples, open_samples
 from src.training.describe import settings_of, summary, words_for_complete
 from src.training.fit import Run, fit_whatever_comes
-from src.training.folder import BEST, FINAL, INIT, LOG, METRICS, PICTURE, TOKENIZER, VALIDATION
+from src.training.folder import BEST, FINAL, INIT, LOG, METRICS, PICTURE, REPORT, TOKENIZER, VALIDATION
 from src.training.html_report import write_report
 from src.training.plot import loss_picture
 from src.training.preflight import plan
@@ -38,10 +38,11 @@ from src.training.preflight.out_of_memory import NotEnoughMemory, explained, is_
 from src.training.processes import Company, join
 from src.training.reporting.environment import environment
 from src.training.reporting.log_files import read_columns
-from src.training.say import is_first, say, say_error
+from src.training.say import is_first, only_warn, say, say_error
 from src.training.schedule import RunLength
 from src.training.start import (
     FIXED_SETTINGS,
+    Start,
     build_model,
     compare_settings,
     find_start,
@@ -205,17 +206,22 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Compa
         known = start.loaded.settings if start.loaded else checkpoint.read_run(proj_dir).get("settings", {})
         company.decide(lambda: compare_settings(known, settings, proj_dir))
     say(summary(config, model, hardware, samples, start))
-    _remember(config, hardware, proj_dir, settings, start.length.unit)
+    _remember(config, hardware, proj_dir, settings, start)
     if company.rank == 0:
         warn_at_start(config, hardware, model.config, samples, start, proj_dir)
-    with explained(config, model.config, hardware, company):
+    sizes, made = model.config, [(model, values)]
+    del model, values
+    with explained(config, sizes, hardware, company):
         ingredients = Run(config, hardware, proj_dir, samples, held_out, settings, company, ends_at)
-        end = fit_whatever_comes(ingredients, model, values, start)
+        end = fit_whatever_comes(ingredients, made, start)
     if company.rank != 0:
         return end.exit_code
     drawn = []
     if read_columns(proj_dir / METRICS):
-        drawn = [loss_picture(proj_dir, proj_dir / PICTURE), write_report(proj_dir)]
+        with only_warn(PICTURE):
+            drawn.append(loss_picture(proj_dir, proj_dir / PICTURE))
+        with only_warn(REPORT):
+            drawn.append(write_report(proj_dir))
     if end.stopped:
         say(f"stopped: {end.stopped}; its state is saved, {_what_continues(config)} from there")
         return end.exit_code
@@ -236,8 +242,8 @@ def _refuse_another_run(config: RunConfig, hardware: Hardware, proj_dir: Path, l
 def _held_out_in_words(rows: dict[str, list[float]], proj_dir: Path, data: str, last_step: int) -> str:
     steps, losses = rows["steps"], rows["loss"]
     before = f"; before the run {losses[0]:.4f}" if steps[0] == 0 else ""
-    best = min(range(len(losses)), key=losses.__getitem__)
-    lowest = f"; lowest {losses[best]:.4f} after step {steps[best]:.0f}, kept as {proj_dir / BEST}"
+    best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+    lowest = f"; lowest {losses[best]:.4f} after step {steps[best]:.0f}, kept as {proj_dir / BEST}" * math.isfinite(losses[best])
     when = (
         "" if steps[-1] == last_step else f" after step {steps[-1]:.0f} (stopped before that of the end was measured)"
     )
@@ -251,19 +257,19 @@ def _seed(config: RunConfig) -> int:
 
 
 def _remember(
-    config: RunConfig, hardware: Hardware, proj_dir: Path, settings: dict[str, Any], mini_epoch_samples: int
+    config: RunConfig, hardware: Hardware, proj_dir: Path, settings: dict[str, Any], start: Start
 ) -> None:
     if not is_first():
         return
     remembered = checkpoint.read_run(proj_dir)
-    if "origin" not in remembered:
+    if "origin" not in remembered or start.position.step == 0:  # a start that was cut before its first save may have drawn another seed
         origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
         remembered["origin"] = {**checkpoint.fingerprint(origin), "seed": settings["random_seed"]}
     if config.val_data_file:
         _begin_held_out(remembered, {name: settings[name] for name in ("val_data_file", "val_windows")}, proj_dir)
     remembered["settings"] = settings
     remembered["environment"] = environment(hardware)
-    remembered["mini_epoch_samples"] = mini_epoch_samples
+    remembered["mini_epoch_samples"] = start.length.unit
     remembered["tokenizer"] = config.tokenizer or remembered.get("tokenizer", "")
     folder = Path(config.tokenizer)
     if config.tokenizer not in ("", "world") and folder.is_dir():  # a model that is moved elsewhere still knows its words

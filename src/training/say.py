@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from pytorch_lightning.utilities import rank_zero_only
@@ -58,3 +60,12 @@ def say(text: str) -> None:
 
 def say_error(text: str) -> None:
     print(f"train.py: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def only_warn(name: str) -> Iterator[None]:
+    """For what shows a run beside its weights and logs: the run is none the worse without it, and says so."""
+    try:
+        yield
+    except Exception as error:
+        say(f"WARNING: no {name}: {type(error).__name__}: {error}. Weights and logs have nothing to do with it")

@@ -119,21 +119,26 @@ def find_start(config: RunConfig, proj_dir: Path, length: RunLength, only_look: 
     numbered = checkpoint.numbered(proj_dir)
     if loaded is not None:
         position = loaded.position
-        if position.samples >= position.unit and not numbered:
+        if position.weights_written and not numbered:
             raise ValueError(
                 f"the weights rwkv-N.pth of the run in {proj_dir} were removed, but its full state at step {position.step} is there "
                 "and would go on. To begin again from the initial weights, add --restart 1 (the state moves to previous-1/); to "
                 "go on, put the newest rwkv-N.pth back"
             )
-        return Start(position, _continued(length, position), loaded=loaded)
+        return Start(position, _continued(length, position, loaded.settings), loaded=loaded)
     if numbered:
         n, path = list(numbered.items())[-1]
-        # in the batches and mini-epochs of the start that saved them, where that is known
+        # in the batches, mini-epochs and length of the start that saved them, where that is known
         known = checkpoint.read_run(proj_dir)
-        batch = known.get("settings", {}).get("global_batch", length.global_batch)
-        then = replace(length, global_batch=batch, unit=known.get("mini_epoch_samples", length.unit))
+        before = known.get("settings", {})
+        then = replace(
+            length,
+            exit_tokens=before.get("my_exit_tokens", length.exit_tokens),
+            global_batch=before.get("global_batch", length.global_batch),
+            unit=known.get("mini_epoch_samples", length.unit),
+        )
         position = _renewed(then, then.step_after(n))
-        return Start(position, _continued(length, position), weights=path)
+        return Start(position, _continued(length, position, before), weights=path)
     origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
     if origin is None and config.train_stage >= 2:
         raise ValueError(
@@ -141,6 +146,11 @@ def find_start(config: RunConfig, proj_dir: Path, length: RunLength, only_look: 
             "rwkv-N.pth; write the initial weights first (--train_stage 1), or start from a file with --load_model"
         )
     step = length.step_after(config.epoch_begin - 1) if config.epoch_begin else 0
+    if step >= length.steps:
+        raise ValueError(
+            f"--epoch_begin {config.epoch_begin}: the run has only {length.mini_epoch(length.steps - 1) + 1} mini-epochs, so nothing would "
+            "be trained; expected fewer, or a larger --my_exit_tokens"
+        )
     return Start(_renewed(length, step), length, weights=origin)
 
 
@@ -150,8 +160,15 @@ def _renewed(length: RunLength, step: int) -> Position:
     return Position(step, samples, length.unit, restarted_at_sample=samples)
 
 
-def _continued(length: RunLength, position: Position) -> RunLength:
-    """The rest of a run with this length's batch; its mini-epochs stay what they were."""
+def _continued(length: RunLength, position: Position, before: dict[str, Any]) -> RunLength:
+    """The rest of a run with this length's batch; its mini-epochs stay what they were. ValueError where its end was moved into the past,
+    by the settings `before`."""
+    passed = position.samples * length.ctx_len
+    if length.exit_tokens < min(passed, before.get("my_exit_tokens", 0)):
+        raise ValueError(
+            f"--my_exit_tokens {length.exit_tokens}: the run is at {passed} tokens already, and was to have {before['my_exit_tokens']}; "
+            "give at least the tokens that it is at, or take the weights that are saved"
+        )
     return RunLength(
         length.exit_tokens, length.ctx_len, length.global_batch, position.unit, position.step, position.samples
     )

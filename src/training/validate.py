@@ -210,4 +210,4 @@ def best_before(proj_dir: Path, step: int) -> float:
     """The lowest held-out loss up to `step` in val.csv, which holds losses on the same samples only; infinite where there is none."""
     columns = read_columns(proj_dir / VALIDATION)
     rows = zip(columns.get("steps", []), columns.get("loss", []), strict=True)
-    return min((loss for steps, loss in rows if steps <= step), default=math.inf)
+    return min((loss for steps, loss in rows if steps <= step and math.isfinite(loss)), default=math.inf)

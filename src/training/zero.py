@@ -269,7 +269,7 @@ class EngineAdamW(torch.optim.AdamW):
             adam_state(self, flat)["step"].fill_(counters["adam_steps"])
         self._skipped.fill_(counters["skipped_steps"])
         scaler = self.zero.loss_scaler
-        if hasattr(scaler, "last_overflow_iter"):  # fp16
+        if hasattr(scaler, "last_overflow_iter") and counters["loss_scale"] > 1:  # fp16, as MasterAdamW
             scaler.cur_scale = counters["loss_scale"]
             scaler.last_overflow_iter = scaler.cur_iter - int(counters["good_steps"])
 

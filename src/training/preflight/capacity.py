@@ -9,7 +9,7 @@ from src.training.preflight import machine, plan
 from src.training.preflight.checklist import Checklist, Finding
 from src.training.preflight.out_of_memory import SAFE, estimate, parts_in_words, remedies
 from src.training.preflight.plan import GIB
-from src.training.resume import states
+from src.training.resume import STATE_BYTES, states
 from src.training.start import Start
 from src.training.strategy import Hardware
 
@@ -36,7 +36,7 @@ def check_memory(checks: Checklist, config: RunConfig, hardware: Hardware, model
 def disk(config: RunConfig, hardware: Hardware, model: ModelConfig, start: Start, proj_dir: Path) -> Finding:
     """What the files of the rest of the run will take, and what is free."""
     weights = plan.BYTES[hardware.precision] * plan.parameter_count(model)
-    state = 12 * plan.parameter_count(model)  # fp32 weights and two moments
+    state = STATE_BYTES * plan.parameter_count(model)
     first = start.first_mini_epoch
     last = start.length.mini_epoch(max(0, start.length.steps - 1))
     more_states = max(0, config.keep_resume + 1 - len(states(proj_dir)))  # one is written before the oldest goes

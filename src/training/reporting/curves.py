@@ -76,8 +76,11 @@ def read_curves(run: str | Path) -> Curves:
     if not log.is_file() and not metrics.is_file():
         raise ValueError(f"{run}: expected the folder of a run ({METRICS}, {LOG}), or a log file")
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    mini_epochs, settings = read_log(text), _settings(folder, text)
-    mini_epoch_tokens = float(_mini_epoch_tokens(folder, settings))
+    remembered = _remembered(folder)
+    mini_epochs, settings = read_log(text), remembered.get("settings") or _settings(text)
+    # as the run remembers its mini-epochs: its batch may have changed since it began
+    samples = remembered.get("mini_epoch_samples") or settings.get("epoch_steps", 0) * settings.get("global_batch", 0)
+    mini_epoch_tokens = float((samples or MINI_EPOCH_SAMPLES) * settings.get("ctx_len", 1))
     name = run.resolve().name if run.is_dir() else str(run)
     if metrics.is_file() and run.name != LOG:
         columns = read_arrays(metrics)
@@ -87,7 +90,8 @@ def read_curves(run: str | Path) -> Curves:
             curves = _by_step(name, columns, mini_epochs, mini_epoch_tokens, settings)
             if (folder / VALIDATION).is_file():
                 val, none = read_arrays(folder / VALIDATION), np.empty(0)
-                curves.val_tokens, curves.val_loss = val.get("tokens", none), val.get("loss", none)
+                known = np.isfinite(val.get("loss", none))
+                curves.val_tokens, curves.val_loss = val.get("tokens", none)[known], val.get("loss", none)[known]
             return curves
     if not mini_epochs:
         raise ValueError(f"{run}: nothing has been logged in it yet")
@@ -151,13 +155,16 @@ def _by_mini_epoch(
     return Curves(name, False, tokens, seconds, loss, lr, speed, mini_epochs, mini_epoch_tokens, settings)
 
 
-def _settings(folder: Path, log: str) -> dict[str, Any]:
-    """From run.json, else from the log's last header: JSON as written here, or the printed dict of other RWKV training scripts."""
-    if (folder / RUN).is_file():
-        try:
-            return json.loads((folder / RUN).read_text(encoding="utf-8")).get("settings", {})
-        except ValueError:
-            pass  # the log may know
+def _remembered(folder: Path) -> dict[str, Any]:
+    """What run.json says; nothing where it can't be read: the log may know."""
+    try:
+        return json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _settings(log: str) -> dict[str, Any]:
+    """From the log's last header: JSON as written here, or the printed dict of other RWKV training scripts."""
     found: dict[str, Any] = {}
     for line in log.splitlines():
         if line.startswith("{"):
@@ -169,10 +176,3 @@ def _settings(folder: Path, log: str) -> dict[str, Any]:
                 if "real_bsz" in found:
                     found["global_batch"] = found["real_bsz"]
     return found
-
-
-def _mini_epoch_tokens(folder: Path, settings: dict[str, Any]) -> int:
-    samples = MINI_EPOCH_SAMPLES
-    if settings.get("epoch_steps") and settings.get("global_batch"):
-        samples = settings["epoch_steps"] * settings["global_batch"]
-    return samples * settings.get("ctx_len", 1)

@@ -12,7 +12,7 @@ from src.training.callbacks import AfterStep
 from src.training.folder import PICTURE
 from src.training.module import TrainingModule
 from src.training.plot import loss_picture
-from src.training.say import say
+from src.training.say import only_warn
 from src.training.schedule import RunLength
 
 DRAW_SECONDS = 60.0  # between two drawings at least
@@ -40,11 +40,8 @@ class DrawPictures(AfterStep):
 
     def _draw(self) -> None:
         begin = time.thread_time()
-        try:
+        with only_warn(PICTURE):
             loss_picture(self.proj_dir, self.proj_dir / PICTURE)
-        except (OSError, ValueError) as error:
-            # training goes on; the last picture, drawn by the run itself, must not fail
-            say(f"note: {PICTURE} could not be drawn: {error}")
         self._took = time.thread_time() - begin
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -13,10 +13,12 @@ from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.files import write_whole
 from src.inference.generate import generate
 from src.model import RWKV7
+from src.training.callbacks import WatchBadSteps
 from src.training.folder import SAMPLES
 from src.training.module import TrainingModule
 from src.training.reporting.reporter import Reporter
 from src.training.reporting.sink import Sample
+from src.training.say import only_warn
 from src.training.schedule import RunLength
 from src.training.validate import HeldOut
 
@@ -30,23 +32,24 @@ class ShowSamples(pl.Callback):
     Needs --tokenizer, and a model that is whole on one device (not ZeRO 3); without them there are none.
     """
 
-    def __init__(self, config: RunConfig, reporter: Reporter, length: RunLength, proj_dir: Path) -> None:
-        self.config, self.reporter, self.length, self.proj_dir = config, reporter, length, proj_dir
+    def __init__(
+        self, config: RunConfig, reporter: Reporter, bad_steps: WatchBadSteps, length: RunLength, proj_dir: Path
+    ) -> None:
+        self.config, self.reporter, self.bad_steps, self.length, self.proj_dir = config, reporter, bad_steps, length, proj_dir
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
         whole = not pl_module.hardware.model_in_parts
-        if not (
-            trainer.is_global_zero and self.config.tokenizer and whole and self.reporter.next_step >= self.length.steps
-        ):
+        complete = self.reporter.next_step >= self.length.steps and self.bad_steps.too_many is None
+        if not (trainer.is_global_zero and self.config.tokenizer and whole and complete):
             return
         source = self.config.val_data_file or self.config.data_file
-        config = replace(self.config, val_data_file=source, val_windows=COUNT)
-        held_out = HeldOut(config)
-        samples = write_samples(pl_module.model, load_tokenizer(self.config.tokenizer), held_out)
-        with write_whole(self.proj_dir / SAMPLES, "w") as file:
-            json.dump([asdict(sample) for sample in samples], file, indent=1, ensure_ascii=False)
-        self.reporter.show(samples)
+        with only_warn(SAMPLES):
+            held_out = HeldOut(replace(self.config, val_data_file=source, val_windows=COUNT))
+            samples = write_samples(pl_module.model, load_tokenizer(self.config.tokenizer), held_out)
+            with write_whole(self.proj_dir / SAMPLES, "w") as file:
+                json.dump([asdict(sample) for sample in samples], file, indent=1, ensure_ascii=False)
+            self.reporter.show(samples)
 
 
 def write_samples(model: RWKV7, tokenizer: Tokenizer, held_out: HeldOut) -> list[Sample]:
