@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+MOST_TOKENS = 10**18  # of a run: larger numbers are slips of the finger, and their steps no longer fit into 64 bits
 KERNELS = ("auto", "recurrent", "chunked", "reference")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 STRATEGIES = (
@@ -243,9 +244,9 @@ class RunConfig:
     micro_bsz: int = flag(12, "length", "samples per device and micro step", at_least=1)
     accumulate_grad_batches: int = flag(1, "length", "micro steps per optimizer step", at_least=1)
     my_exit_tokens: int = flag(
-        0, "length", "tokens (positions) to train on; the cosine ends there; 0: --epochs times the data", at_least=0
+        0, "length", "tokens (positions) to train on; the cosine ends there; 0: --epochs times the data", at_least=0, below=MOST_TOKENS
     )
-    epochs: float = flag(1.0, "length", "passes over the data, where --my_exit_tokens is not given", at_least=0)
+    epochs: float = flag(1.0, "length", "passes over the data, where --my_exit_tokens is not given", at_least=0, below=1e6)
     epoch_steps: int = flag(
         0, "length", f"optimizer steps per mini-epoch (a line of the log); 0: {MINI_EPOCH_SAMPLES} samples", at_least=0
     )

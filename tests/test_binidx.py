@@ -139,6 +139,9 @@ def test_a_foreign_index_says_what_it_is(pair: tuple[Path, list[list[int]]], at:
 def test_missing_files_are_named(tmp_path: Path) -> None:
     write(tmp_path / "x", [[1]])
     (tmp_path / "x.idx").unlink()
+    (tmp_path / "texts.jsonl").write_text('{"text": "hello"}')
+    with pytest.raises(ValueError, match=r"texts\.jsonl is no token data: data/make_data\.py makes"):
+        MMapIndexedDataset(tmp_path / "texts.jsonl")
     with pytest.raises(ValueError, match=r"x\.idx does not exist"):
         MMapIndexedDataset(tmp_path / "x.bin")
 

@@ -183,6 +183,7 @@ def test_other_held_out_data_begins_its_own_best(tmp_path, data, held, monkeypat
     assert train(out, data, val_data_file=data, **{**settings, "lr_init": 1.0, "lr_final": 1.0}) == 0
     words = capfd.readouterr().out
     assert "after step 40, the lowest so far" in words
+    assert "WARNING: --val_data_file is the training data itself" in words
     assert f"--val_data_file {held}: they are now in {out}/val-1.csv, the best weights by them {out}/rwkv-best-1.pth" in words
     assert (out / "val-1.csv").read_text() == earlier
     assert (out / "rwkv-best-1.pth").read_bytes() == best

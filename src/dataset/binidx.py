@@ -57,6 +57,11 @@ class MMapIndexedDataset:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.prefix = file_prefix(path)
         self.bin_path, self.idx_path = with_ending(self.prefix, ".bin"), with_ending(self.prefix, ".idx")
+        if self.prefix.is_file() and not self.bin_path.exists() and not self.idx_path.exists():
+            raise ValueError(
+                f"{path} is no token data: data/make_data.py makes X.bin and X.idx from texts (jsonl, txt, parquet); a jsonl of conversations "
+                "is read as it is, with --data_type sft"
+            )
         for file in (self.bin_path, self.idx_path):
             if not file.is_file():
                 raise ValueError(f"{file} does not exist; a dataset is the two files X.bin and X.idx, given as X (--data_file, --val_data_file, --data).")

@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 
 from src.config import RunConfig
+from src.dataset.binidx import file_prefix
 from src.dataset.lock import only_one
 from src.dataset.tokenizer import copy_tokenizer
 from src.model import RWKV7
@@ -186,8 +187,9 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Compa
     if config.data_type == "sft" and config.magic_prime:
         say("note: --magic_prime has no meaning for --data_type sft, whose order is a shuffle for each epoch")
     length = length_of_run(config, samples.once, hardware.world_size)
-
     held_out = HeldOut(config) if config.val_data_file else None
+    if config.val_data_file and file_prefix(config.val_data_file).resolve() == file_prefix(config.data_file).resolve():
+        say("WARNING: --val_data_file is the training data itself: its loss tells nothing of other text")
     if held_out and config.vocab_size:  # a mistake must not be found when files have been moved
         held_out.check_ids(config.vocab_size)
     company.decide(lambda: put_aside_other_run(config, proj_dir))
