@@ -131,6 +131,7 @@ def test_files_that_they_name_exist():
 FOREIGN = {
     *("dataset", "local_dir", "repo-type", "local-dir"),  # modelscope, hf
     *("nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "nodes", "ntasks-per-node", "gpus-per-node"),
+    *("time", "requeue", "kill-on-bad-exit"),  # sbatch, srun
     *("hostfile", "tool", "help"),
 }
 NOT_HERE = {"my_pile_stage", "head_size_a", "layerwise_lr", "pre_ffn"}
