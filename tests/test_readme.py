@@ -163,13 +163,37 @@ def test_environment_variables_that_the_code_reads_are_named():
 
 
 def test_settings_of_the_scripts_are_theirs():
-    """The names that docs/flags.md lists after each script stand in it as defaults."""
-    words = " ".join(read(ROOT / "docs/flags.md").split())
-    lists = re.findall(r"((?:`[A-Z_]+`(?:, | and )?)+)(?: and others)? \((demo-[\w-]+\.sh)\)", words)
-    assert len(lists) == 3
-    for names, script in lists:
+    """The table of docs/flags.md: each variable is read by the script that it names, and none that is read is missing."""
+    page = read(ROOT / "docs/flags.md")
+    prepare, run, fine_tuning = (read(ROOT / f"demo-training-{name}.sh") for name in ("prepare", "run", "run-sft"))
+    scripts = {"pretraining": [prepare + run], "fine-tuning": [prepare + fine_tuning]}
+    scripts["both"] = scripts["pretraining"] + scripts["fine-tuning"]
+    named = set()
+    for names, script in re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| ([\w-]+) \|", page, re.MULTILINE):
         for name in re.findall(r"`(\w+)`", names):
-            assert f"{name}=${{{name}:-" in read(ROOT / script), f"{script}: {name}"
+            assert all(f"${{{name}:-" in text for text in scripts[script]), name
+            named.add(name)
+    read_there = set(re.findall(r"\$\{([A-Z_]+):-", prepare + run + fine_tuning))
+    told_elsewhere = {"CXX", "CUDA_HOME"}
+    assert all(f"`{name}`" in page for name in told_elsewhere)
+    assert read_there - named == told_elsewhere | {"VIRTUAL_ENV", "CONDA_PREFIX"}
+
+
+def test_low_rank_sizes_of_the_releases():
+    """With the flags in the table of docs/from-rwkv-lm.md, a model has the sizes w, a, v, g of the release."""
+    released = {
+        "0.1B": (64, 64, 32, 128), "0.4B": (64, 64, 32, 128), "1.5B": (96, 96, 64, 256), "2.9B": (96, 96, 64, 320),
+        "7.2B": (128, 128, 96, 480), "13.3B": (192, 192, 128, 384),
+    }  # fmt: skip
+    rows = re.findall(r"^\| ([\d.]+B) \| (\d+), (\d+) \|(.*)\|", read(ROOT / "docs/from-rwkv-lm.md"), re.MULTILINE)
+    made = {}
+    for name, layers, width, flags in rows:
+        sizes = {flag: int(size) for flag, size in re.findall(r"--(d_\w+) (\d+)", flags)}
+        formula = ModelConfig(int(layers), int(width), 65536)
+        assert all(getattr(formula, flag) != size for flag, size in sizes.items()), "a flag that changes nothing"
+        c = ModelConfig(int(layers), int(width), 65536, **sizes)
+        made[name] = (c.d_decay_lora, c.d_aaa_lora, c.d_mv_lora, c.d_gate_lora)
+    assert made == released
 
 
 def test_published_learning_rates():
