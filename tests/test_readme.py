@@ -277,7 +277,8 @@ def test_a_tokenizer_of_ones_own(capsys, monkeypatch, tmp_path):
     demo_corpus.train_tokenizer(documents, Path("data/demo_tokenizer"))
     shutil.copy("data/demo_tokenizer/tokenizer_config.json", "data/my_tokenizer")
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    assert load_tokenizer("data/my_tokenizer").apply_chat_template(turns).count(2) == 2
+    tokenizer = load_tokenizer("data/my_tokenizer")
+    assert tokenizer.encode(tokenizer.chat_template.render(turns)).count(2) == 2
 
 
 def test_no_other_python_stands_there():
