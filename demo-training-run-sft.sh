@@ -54,6 +54,12 @@ if [ "$SETTING" = mini ]; then
     *) fail "mini $1: no such stage; expected 512, 1024 or 2048" ;;
     esac
 fi
+before=
+for word in "$@"; do # given as a flag, it is where the weights to start from have to be put
+    case $before in --proj_dir) PROJ_DIR=$word ;; esac
+    case $word in --proj_dir=*) PROJ_DIR=${word#*=} ;; esac
+    before=$word
+done
 WEIGHT_DECAY=${WEIGHT_DECAY:-0.001}
 WARMUP_STEPS=${WARMUP_STEPS:-10}
 GRAD_CP=${GRAD_CP:-0}

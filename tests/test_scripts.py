@@ -290,6 +290,11 @@ def test_conversations_of_ones_own_take_the_demos_model(pretrained):
     assert f"{stage} is there already, so BASE=other.pth is not read" in done.stdout
     done = fine_tune(CTX_LEN="32", BASE="out/L4-D256-x070")
     assert "is not read" not in done.stdout
+    done = run_script(
+        pretrained, *LOOK, "--proj_dir", "out/x", script="demo-training-run-sft.sh", DATA_FILE="mine.jsonl", CTX_LEN="32"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "out/x/rwkv-init.pth is a copy of" in done.stdout
 
 
 def test_conversations_of_ones_own_with_another_model(pretrained):
