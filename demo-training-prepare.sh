@@ -162,7 +162,12 @@ if [ "$SETTING" = environment ]; then
 fi
 find_python
 if [ -z "${CXX:-}" ] && ! command -v c++ >/dev/null && ! command -v g++ >/dev/null && ! command -v clang++ >/dev/null; then
-    say "Warning: no C++ compiler is found, so the slow reference in Python will serve. Install one first: apt install g++"
+    say "Warning: no C++ compiler is found, and training stops without one. Install it: apt install g++ (or train with --kernel reference,
+which takes no compiler, but many times as long)"
+fi
+if sees_nvidia_gpu && [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] && ! command -v nvcc >/dev/null; then
+    say "Warning: an NVIDIA GPU is here, but no nvcc, and training on the GPU stops without it. Install the CUDA toolkit of the major version
+that torch is built for, or train with --accelerator cpu."
 fi
 
 # ---- data -------------------------------------------------------------------------------------------------------------------

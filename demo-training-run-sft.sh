@@ -2,13 +2,17 @@
 # Fine-tunes a pretrained RWKV-7 model on conversations, so that it answers. Stop it with Ctrl-C; the same command continues.
 #
 #   sh demo-training-run-sft.sh                      the demo, after demo-training-run.sh: questions about Python's standard library
-#   DATA_FILE=X.jsonl sh demo-training-run-sft.sh    one stage on conversations of yours (N_LAYER, N_EMBD, TOKENIZER as in pretraining)
+#   DATA_FILE=X.jsonl sh demo-training-run-sft.sh    one stage on conversations of yours
 #   sh demo-training-run-sft.sh mini                 the published stages of the 34.2 M model, one after another: ctx 512, 1024, 2048
 #   sh demo-training-run-sft.sh mini 1024            one of them
 #
-# Each stage has a folder of its own and starts from the final weights of the one before: they are copied to the stage's
-# rwkv-init.pth, unless one is there already (put there by hand, say). Nothing is overwritten or deleted. Every setting is a default
-# that the environment overrides; further flags are passed on to train.py.
+# With a DATA_FILE of yours the model is the demo's, with the demo's settings. As soon as you name another one by N_LAYER, N_EMBD,
+# VOCAB_SIZE or TOKENIZER (a folder, or world), whatever you don't set is as for mini. BASE says where its weights are, a run's folder
+# or a .pth; by default that is the folder of the pretraining.
+#
+# Each stage has a folder of its own and starts from the final weights of the one before (BASE: the first one, or the only one). They
+# are copied to the stage's rwkv-init.pth, unless one is there already (put there by hand, say). Nothing is overwritten or deleted.
+# Every setting is a default that the environment overrides; further flags are passed on to train.py.
 
 set -eu
 cd "$(dirname "$0")"
@@ -24,13 +28,18 @@ case ${1:-} in
 *) SETTING=$1 && shift ;;
 esac
 STAGES=
-case $SETTING in
+MODEL_OF=$SETTING
+if [ "$SETTING" = own ]; then
+    MODEL_OF=demo
+    if [ -n "${N_LAYER:-}${N_EMBD:-}${VOCAB_SIZE:-}${TOKENIZER:-}" ]; then MODEL_OF=mini; fi
+fi
+case $MODEL_OF in
 demo)
     N_LAYER=${N_LAYER:-4} N_EMBD=${N_EMBD:-256} VOCAB_SIZE=${VOCAB_SIZE:-6400} TOKENIZER=${TOKENIZER:-data/demo_tokenizer}
     CTX_LEN=${CTX_LEN:-256} M_BSZ=${M_BSZ:-8} LR_INIT=${LR_INIT:-1e-3} LR_FINAL=${LR_FINAL:-1e-4} EPOCH_STEPS=${EPOCH_STEPS:-100}
     EPOCH_SAVE=${EPOCH_SAVE:-1}
     ;;
-own | mini)
+mini)
     N_LAYER=${N_LAYER:-8} N_EMBD=${N_EMBD:-512} VOCAB_SIZE=${VOCAB_SIZE:-6400} TOKENIZER=${TOKENIZER:-data/minimind_tokenizer}
     CTX_LEN=${CTX_LEN:-512} M_BSZ=${M_BSZ:-16} LR_INIT=${LR_INIT:-2e-5} LR_FINAL=${LR_FINAL:-1e-6} EPOCH_STEPS=${EPOCH_STEPS:-0}
     EPOCH_SAVE=${EPOCH_SAVE:-5}
@@ -45,6 +54,12 @@ if [ "$SETTING" = mini ]; then
     *) fail "mini $1: no such stage; expected 512, 1024 or 2048" ;;
     esac
 fi
+before=
+for word in "$@"; do # given as a flag, it is where the weights to start from have to be put
+    case $before in --proj_dir) PROJ_DIR=$word ;; esac
+    case $word in --proj_dir=*) PROJ_DIR=${word#*=} ;; esac
+    before=$word
+done
 WEIGHT_DECAY=${WEIGHT_DECAY:-0.001}
 WARMUP_STEPS=${WARMUP_STEPS:-10}
 GRAD_CP=${GRAD_CP:-0}
@@ -53,6 +68,7 @@ GPU_PER_NODE=${GPU_PER_NODE:-1}
 STRATEGY=${STRATEGY:-auto}
 WANDB=${WANDB:-}
 MODEL=out/L$N_LAYER-D$N_EMBD-x070
+NAMED_BASE=${BASE:-}
 BASE=${BASE:-$MODEL} # where the weights to start from are: a run's folder, or a .pth
 
 python=$(sh demo-training-prepare.sh environment)
@@ -69,10 +85,14 @@ stage() {
     folder=$1 base=$2 data=$3 ctx=$4 positions=$5
     shift 5
     if [ ! -f "$data" ]; then missing "$data"; fi
-    if [ ! -f "$TOKENIZER/tokenizer.json" ]; then missing "$TOKENIZER"; fi
-    if [ ! -f "$folder/rwkv-init.pth" ]; then
-        weights=$base
-        if [ -d "$base" ]; then weights=$base/rwkv-final.pth; fi
+    if [ "$TOKENIZER" != world ] && [ ! -f "$TOKENIZER/tokenizer.json" ]; then missing "$TOKENIZER"; fi
+    weights=$base
+    if [ -d "$base" ]; then weights=$base/rwkv-final.pth; fi
+    if [ -f "$folder/rwkv-init.pth" ]; then
+        if [ "$base" = "$NAMED_BASE" ] && ! cmp -s "$weights" "$folder/rwkv-init.pth"; then
+            say "note: $folder/rwkv-init.pth is there already, so BASE=$NAMED_BASE is not read; to begin anew from it, delete that file"
+        fi
+    else
         [ -f "$weights" ] || fail "$weights is not there: it has the weights to start from. Pretrain first (demo-training-run.sh), or put a
 base model at $folder/rwkv-init.pth, or name one: BASE=model.pth sh $0"
         mkdir -p "$folder"
@@ -95,7 +115,13 @@ tokenizer are MiniMind's. One of these fetches them:
   pip install huggingface_hub  && hf download jingyaogong/minimind_dataset ${1##*/} --repo-type dataset --local-dir data
   (tokenizer.json and tokenizer_config.json are in the repository github.com/jingyaogong/minimind, for $TOKENIZER)" ;;
     demo) fail "$1 is missing: run sh demo-training-run.sh first, which makes it" ;;
-    *) fail "$1 is missing; DATA_FILE is a jsonl of conversations, TOKENIZER the folder of the model's tokenizer" ;;
+    *)
+        if [ "$1" = data/demo_tokenizer ]; then
+            fail "$1 is missing: without another model (N_LAYER, N_EMBD, VOCAB_SIZE, TOKENIZER) this fine-tunes the demo's; run
+sh demo-training-run.sh first, which makes it, or name yours"
+        fi
+        fail "$1 is missing; DATA_FILE is a jsonl of conversations, TOKENIZER the folder of the model's tokenizer, or world"
+        ;;
     esac
 }
 
@@ -107,7 +133,7 @@ demo)
     was_complete=0
     if [ -f "$PROJ_DIR/rwkv-final.pth" ]; then was_complete=1; fi
     stage "$PROJ_DIR" "$BASE" data/demo-sft.jsonl "$CTX_LEN" "${MY_EXIT_TOKENS:-0}" --val_data_file data/demo-sft-heldout.jsonl "$@"
-    if [ $was_complete = 1 ]; then exit; fi
+    if [ $was_complete = 1 ] || [ ! -f "$PROJ_DIR/rwkv-final.pth" ]; then exit; fi # complete before, or only looked at (--check)
     for question in 'What does `textwrap.dedent` do?' 'What is the signature of `json.dumps`?'; do
         say "" "$question"
         "$python" API_DEMO_CHAT.py "$PROJ_DIR" --prompt "$question"

@@ -142,14 +142,16 @@ class RunConfig:
     train_stage: int = flag(
         0,
         "run",
-        "0: start from --load_model or new weights; 1: write rwkv-init.pth and stop; 2 or 3: continue what is in --proj_dir",
+        "1: write rwkv-init.pth and stop; 0, 2, 3: train, and go on where a run in --proj_dir stopped. A new run starts from "
+        "--load_model, else with 0 from new weights, with 2 or 3 from rwkv-init.pth, which must be there",
         at_least=0,
         below=4,
     )
     plan: float = flag(
         -1.0,
         "run",
-        "print parameters, memory per device, steps and, given the tokens per second of all processes, the time; then stop",
+        "print parameters, memory per device (of a GPU in bf16, unless --accelerator cpu), steps and, given the tokens per second of all "
+        "processes, the time; then stop",
         at_least=-1,
         alone=0.0,
     )
@@ -161,7 +163,7 @@ class RunConfig:
         below=2,
         alone=1,
     )
-    dry_run: int = flag(0, "run", "build everything, take two steps, keep nothing, stop", at_least=0, below=2, alone=1)
+    dry_run: int = flag(0, "run", "rehearse: take two real training steps, save nothing, stop", at_least=0, below=2, alone=1)
     proj_dir: str = flag("out", "run", "folder of the run: weights, logs, settings")
     load_model: str = flag("", "run", 'weights to start from (.pth); "0" or empty: none')
     load_partial: int = flag(
@@ -171,7 +173,7 @@ class RunConfig:
         0, "run", "1: begin again from the initial weights; what is there moves to previous-k/", at_least=0, below=2
     )
     save_minutes: float = flag(
-        15.0, "run", "minutes between two saves of the full state, besides those at saved mini-epochs", at_least=0
+        15.0, "run", "minutes between two saves of the full state, besides those at saved mini-epochs and stops; 0: only those", at_least=0
     )
     keep_resume: int = flag(2, "run", "full states that are kept", at_least=1)
     time_limit: float = flag(
@@ -238,24 +240,24 @@ class RunConfig:
     d_aaa_lora: int = flag(0, "model", "low-rank size of the in-context learning rate a; 0: by the formula", at_least=0)
     d_mv_lora: int = flag(0, "model", "low-rank size of the value residual; 0: by the formula", at_least=0)
     d_gate_lora: int = flag(0, "model", "low-rank size of the gate g; 0: by the formula", at_least=0)
-    my_testing: str = flag("x070", "model", "architecture name of existing scripts; leave it out", ("x070",))
+    my_testing: str = flag("x070", "model", "architecture name, accepted for compatibility; leave it out", ("x070",))
 
     # length, batch, learning rate
     micro_bsz: int = flag(12, "length", "samples per device and micro step", at_least=1)
     accumulate_grad_batches: int = flag(1, "length", "micro steps per optimizer step", at_least=1)
     my_exit_tokens: int = flag(
-        0, "length", "tokens (positions) to train on; the cosine ends there; 0: --epochs times the data", at_least=0, below=MOST_TOKENS
+        0, "length", "positions (tokens; in rows of conversations padding too) to train on; the cosine ends there; 0: --epochs times the data", at_least=0, below=MOST_TOKENS
     )
     epochs: float = flag(1.0, "length", "passes over the data, where --my_exit_tokens is not given", at_least=0, below=1e6)
     epoch_steps: int = flag(
         0, "length", f"optimizer steps per mini-epoch (a line of the log); 0: {MINI_EPOCH_SAMPLES} samples", at_least=0
     )
     epoch_save: int = flag(5, "length", "write rwkv-N.pth every this many mini-epochs", at_least=1)
-    epoch_begin: int = flag(0, "length", "with --load_model: the mini-epoch that these weights begin", at_least=0)
-    epoch_count: int = flag(0, "length", "of existing scripts; ignored, --my_exit_tokens ends the run")
+    epoch_begin: int = flag(0, "length", "with --load_model: the mini-epoch that these weights begin; it must lie within the run", at_least=0)
+    epoch_count: int = flag(0, "length", "accepted for compatibility and ignored: --my_exit_tokens ends the run")
     lr_init: float = flag(6e-4, "length", "learning rate at the start", at_least=0)
     lr_final: float = flag(1e-5, "length", "learning rate at the end of the cosine", at_least=0)
-    warmup_steps: int = flag(-1, "length", "steps of linear warm-up; -1: 10 when continuing, else 0", at_least=-1)
+    warmup_steps: int = flag(-1, "length", "steps of linear warm-up at the run's beginning; -1: none. Where rwkv-N.pth goes on without a full state: at least 10 more", at_least=-1)
 
     # optimizer
     beta1: float = flag(0.9, "optimizer", "Adam: decay of the first moment", at_least=0, below=1)

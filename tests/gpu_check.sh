@@ -1,5 +1,5 @@
 #!/bin/sh
-# All that only a machine with an NVIDIA GPU can tell, in one call: tests, compute-sanitizer, benchmarks. Writes it to a file (gpu_check.txt).
+# What a machine with one NVIDIA GPU can tell, in one call: tests, compute-sanitizer, benchmarks. Writes it to a file (gpu_check.txt).
 #
 #   sh tests/gpu_check.sh [FILE]          PYTHON=python3 with torch and the packages of requirements.txt and tests/requirements.txt
 #

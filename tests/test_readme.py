@@ -5,6 +5,7 @@ compared.
 """
 
 import dataclasses
+import json
 import math
 import re
 import shutil
@@ -20,6 +21,8 @@ import readme_tables
 import torch
 
 from src.config import GROUPS, ModelConfig, RunConfig
+from src.dataset import MMapIndexedDataset
+from src.dataset.tokenizer import load_tokenizer
 from src.model import RWKV7
 from src.ops.wkv7 import wkv7
 from src.training.schedule import learning_rate
@@ -89,7 +92,7 @@ def test_links_and_pictures_are_there(page):
 
 def test_readme_leads_to_every_page():
     for readme, pages in ((README, PAGES), (read(ROOT / "README_CN.md"), list(map(readme_tables.twin, TWINS)))):
-        linked = {Path(link).name for link in LINK.findall(readme)}
+        linked = {Path(link.split("#")[0]).name for link in LINK.findall(readme)}
         assert {page.name for page in pages if page.parent != ROOT} <= linked
 
 
@@ -128,6 +131,7 @@ def test_files_that_they_name_exist():
 FOREIGN = {
     *("dataset", "local_dir", "repo-type", "local-dir"),  # modelscope, hf
     *("nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "nodes", "ntasks-per-node", "gpus-per-node"),
+    *("time", "requeue", "kill-on-bad-exit"),  # sbatch, srun
     *("hostfile", "tool", "help"),
 }
 NOT_HERE = {"my_pile_stage", "head_size_a", "layerwise_lr", "pre_ffn"}
@@ -159,13 +163,37 @@ def test_environment_variables_that_the_code_reads_are_named():
 
 
 def test_settings_of_the_scripts_are_theirs():
-    """The names that docs/flags.md lists after each script stand in it as defaults."""
-    words = " ".join(read(ROOT / "docs/flags.md").split())
-    lists = re.findall(r"((?:`[A-Z_]+`(?:, | and )?)+)(?: and others)? \((demo-[\w-]+\.sh)\)", words)
-    assert len(lists) == 3
-    for names, script in lists:
+    """The table of docs/flags.md: each variable is read by the script that it names, and none that is read is missing."""
+    page = read(ROOT / "docs/flags.md")
+    prepare, run, fine_tuning = (read(ROOT / f"demo-training-{name}.sh") for name in ("prepare", "run", "run-sft"))
+    scripts = {"pretraining": [prepare + run], "fine-tuning": [prepare + fine_tuning]}
+    scripts["both"] = scripts["pretraining"] + scripts["fine-tuning"]
+    named = set()
+    for names, script in re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| ([\w-]+) \|", page, re.MULTILINE):
         for name in re.findall(r"`(\w+)`", names):
-            assert f"{name}=${{{name}:-" in read(ROOT / script), f"{script}: {name}"
+            assert all(f"${{{name}:-" in text for text in scripts[script]), name
+            named.add(name)
+    read_there = set(re.findall(r"\$\{([A-Z_]+):-", prepare + run + fine_tuning))
+    told_elsewhere = {"CXX", "CUDA_HOME"}
+    assert all(f"`{name}`" in page for name in told_elsewhere)
+    assert read_there - named == told_elsewhere | {"VIRTUAL_ENV", "CONDA_PREFIX"}
+
+
+def test_low_rank_sizes_of_the_releases():
+    """With the flags in the table of docs/from-rwkv-lm.md, a model has the sizes w, a, v, g of the release."""
+    released = {
+        "0.1B": (64, 64, 32, 128), "0.4B": (64, 64, 32, 128), "1.5B": (96, 96, 64, 256), "2.9B": (96, 96, 64, 320),
+        "7.2B": (128, 128, 96, 480), "13.3B": (192, 192, 128, 384),
+    }  # fmt: skip
+    rows = re.findall(r"^\| ([\d.]+B) \| (\d+), (\d+) \|(.*)\|", read(ROOT / "docs/from-rwkv-lm.md"), re.MULTILINE)
+    made = {}
+    for name, layers, width, flags in rows:
+        sizes = {flag: int(size) for flag, size in re.findall(r"--(d_\w+) (\d+)", flags)}
+        formula = ModelConfig(int(layers), int(width), 65536)
+        assert all(getattr(formula, flag) != size for flag, size in sizes.items()), "a flag that changes nothing"
+        c = ModelConfig(int(layers), int(width), 65536, **sizes)
+        made[name] = (c.d_decay_lora, c.d_aaa_lora, c.d_mv_lora, c.d_gate_lora)
+    assert made == released
 
 
 def test_published_learning_rates():
@@ -224,9 +252,39 @@ def test_the_harness_is_called_as_shown(capsys, monkeypatch, tmp_path):
     assert re.match(r"\(\['lambada_openai'\], \[\(-\d+\.\d+, (True|False)\)\]\)", capsys.readouterr().out)
 
 
+def test_a_tokenizer_of_ones_own(capsys, monkeypatch, tmp_path):
+    """The example runs as it stands, in any language; the commands beside it take what it makes, as a chat takes the demo's template."""
+    (example,) = python_blocks("docs/data.md")
+    monkeypatch.syspath_prepend(str(ROOT / "data"))
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    documents = [f"{word} {number} ist der Text, 文本 {number} 也在这里，и ещё один.\n" for word in "abc" for number in range(40)]
+    Path("data/mine.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    exec(compile(example, "data.md", "exec"), {"__name__": "readme"})
+    tokenizer = load_tokenizer("data/my_tokenizer")
+    assert [tokenizer.decode([number]) for number in range(3)] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert tokenizer.decode(tokenizer.encode(documents[7] + "ü")) == documents[7] + "ü"
+
+    import demo_corpus
+    import make_data
+
+    make_data.main("data/mine.jsonl 1 16 --tokenizer data/my_tokenizer --holdout 0.1 --workers 1".split())
+    assert "0 lines left out" in capsys.readouterr().out
+    data = MMapIndexedDataset(Path("data/mine"))
+    assert len(data) + len(MMapIndexedDataset(Path("data/mine-heldout"))) == len(documents)
+    assert data[0][-1] == 0
+
+    demo_corpus.train_tokenizer(documents, Path("data/demo_tokenizer"))
+    shutil.copy("data/demo_tokenizer/tokenizer_config.json", "data/my_tokenizer")
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    tokenizer = load_tokenizer("data/my_tokenizer")
+    assert tokenizer.encode(tokenizer.chat_template.render(turns)).count(2) == 2
+
+
 def test_no_other_python_stands_there():
     assert {page.name: len(python_blocks(name_of(page))) for page in PAGES if python_blocks(name_of(page))} == {
         "README.md": 1,
+        "data.md": 1,
         "model.md": 1,
         "using.md": 1,
     }

@@ -1,17 +1,22 @@
 """The shell scripts, and the fetch of minipile. pip is replaced by a stand-in that notes its arguments and installs empty packages."""
 
 import http.server
+import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from src.config import ModelConfig
 from src.dataset import BinIdxWriter
+from src.model import RWKV7
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [*sorted(ROOT.glob("*.sh")), ROOT / "tests" / "run.sh"]
@@ -246,6 +251,74 @@ def test_a_stage_without_the_one_before_it(tree):
     assert not (tree / "out").exists()
     done = run_script(tree, "mini", "100", script="demo-training-run-sft.sh")
     assert "expected 512, 1024 or 2048" in done.stderr
+
+
+def conversations_file(path, count=6):
+    turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a test."}]
+    path.write_text("".join(json.dumps({"conversations": turns}) + "\n" for _ in range(count)), encoding="utf-8")
+
+
+@pytest.fixture
+def pretrained(tree):
+    """A tree with what the demo's pretraining leaves: the tokenizer, and final weights of the demo's size, drawn at random."""
+    import demo_corpus
+
+    demo_corpus.train_tokenizer(["What is it? It is a test.\n"], tree / "data" / "demo_tokenizer")
+    folder = tree / "out" / "L4-D256-x070"
+    folder.mkdir(parents=True)
+    torch.save(RWKV7(ModelConfig(n_layer=4, n_embd=256, vocab_size=6400)).state_dict(), folder / "rwkv-final.pth")
+    return tree
+
+
+LOOK = ("--dry_run", "--kernel", "reference", "--accelerator", "cpu")
+
+
+def test_conversations_of_ones_own_take_the_demos_model(pretrained):
+    """DATA_FILE alone: the demo's model and settings. What BASE names afterwards isn't read where rwkv-init.pth is there."""
+    conversations_file(pretrained / "mine.jsonl")
+    fine_tune = partial(run_script, pretrained, *LOOK, script="demo-training-run-sft.sh", DATA_FILE="mine.jsonl")
+    done = fine_tune(CTX_LEN="32")
+    assert done.returncode == 0, done.stdout + done.stderr
+    stage = "out/L4-D256-x070-sft-mine/rwkv-init.pth"
+    assert f"{stage} is a copy of out/L4-D256-x070/rwkv-final.pth" in done.stdout
+    assert "lr 1e-05," in done.stdout  # a hundredth of the demo's 1e-3: the first step of the warm-up
+    assert "OK: 1 of 1 steps taken" in done.stdout
+
+    torch.save(RWKV7(ModelConfig(n_layer=4, n_embd=256, vocab_size=6400)).state_dict(), pretrained / "other.pth")
+    done = fine_tune(CTX_LEN="32", BASE="other.pth")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{stage} is there already, so BASE=other.pth is not read" in done.stdout
+    done = fine_tune(CTX_LEN="32", BASE="out/L4-D256-x070")
+    assert "is not read" not in done.stdout
+    done = run_script(
+        pretrained, *LOOK, "--proj_dir", "out/x", script="demo-training-run-sft.sh", DATA_FILE="mine.jsonl", CTX_LEN="32"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "out/x/rwkv-init.pth is a copy of" in done.stdout
+
+
+def test_conversations_of_ones_own_with_another_model(pretrained):
+    """One word about the model is enough for the settings of mini; world is a tokenizer without a folder."""
+    conversations_file(pretrained / "mine.jsonl")
+    fine_tune = partial(run_script, pretrained, script="demo-training-run-sft.sh", DATA_FILE="mine.jsonl")
+    done = fine_tune(TOKENIZER="world", N_LAYER="12", N_EMBD="768", VOCAB_SIZE="65536")
+    assert done.returncode == 1
+    assert "out/L12-D768-x070 is not there: it has the weights to start from" in done.stderr
+    done = fine_tune(TOKENIZER="data/demo_tokenizer")
+    assert "out/L8-D512-x070 is not there" in done.stderr
+    shutil.rmtree(pretrained / "data" / "demo_tokenizer")
+    done = fine_tune()
+    assert "data/demo_tokenizer is missing: without another model" in done.stderr
+    assert [path.name for path in (pretrained / "out").iterdir()] == ["L4-D256-x070"]
+
+
+def test_the_fine_tuning_demo_asks_nothing_of_a_model_that_was_only_looked_at(pretrained):
+    for name in ("demo-sft.jsonl", "demo-sft-heldout.jsonl"):
+        conversations_file(pretrained / "data" / name)
+    done = run_script(pretrained, *LOOK, script="demo-training-run-sft.sh")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing was kept" in done.stdout
+    assert "What does" not in done.stdout
 
 
 @pytest.mark.slow
