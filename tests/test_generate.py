@@ -17,7 +17,7 @@ from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.inference.characters import CharacterStream, UntilText
 from src.inference.decoder import PREFILL_TOKENS, Decoder
 from src.inference.generate import generate, generate_batch, main
-from src.inference.load import find_tokenizer, find_weights, newest_weights
+from src.inference.load import find_tokenizer, find_weights, load_model, newest_weights
 from src.inference.sampling import Sampler, Sampling, probabilities
 
 TOKENS = [t * 31 % 97 for t in range(40)]
@@ -346,6 +346,7 @@ def test_generate_continues_a_prompt_with_the_runs_own_tokenizer(tmp_path, capsy
         (["{several}"], "several/a.pth (there are 2)"),
         (["{run}", "--device", "cuda"], "sees no GPU"),
         (["{run}", "--device", "abacus"], "--device abacus: no such device"),
+        (["{run}", "--device", "mps"], "--device mps: not supported; expected cpu, cuda"),
         (["{run}", "--length", "-5"], "--length -5: expected at least 0"),
     ],
 )
@@ -361,6 +362,11 @@ def test_mistakes_are_explained(tmp_path, capsys, flags, words):
         main([flag.format(run=run, empty=tmp_path / "empty", several=tmp_path / "several") for flag in flags])
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_numbered_cpu_is_a_cpu(tmp_path):
+    weights = find_weights(make_run(tmp_path / "run"))
+    assert load_model(weights, device="cpu:0").emb.weight.dtype == torch.float32
 
 
 def test_the_furthest_weights_of_a_run_are_taken(tmp_path):
