@@ -291,6 +291,30 @@ def test_one_prompt_and_piped_turns(run, tmp_path):
     assert code == 1, "a command that failed shows in the exit code of a script"
 
 
+def test_a_line_that_is_no_text_is_said_and_left_out(run):
+    def called(lines):
+        strict = environment() | {"PYTHONIOENCODING": "utf-8:strict"}
+        done = subprocess.run(command(run), input=lines, env=strict, capture_output=True, timeout=100, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    code, said, faults = called(b"what is it?\ncaf\xe9\nand the list\n")
+    assert (0, said, b"") == called(b"what is it?\nand the list\n")
+    assert code == 1
+    assert faults == b"a line of the input is left out: it is no utf-8 text from its byte 4 on\n"
+
+
+@pytest.mark.parametrize("program", [[str(PROGRAM)], ["-m", "src.inference.generate"]], ids=["chat", "generate"])
+def test_a_reader_that_has_enough_ends_it_without_a_word(run, program):
+    arguments = [sys.executable, *program, str(run), "--device", "cpu", "--prompt", "def ", "--length", "100000"]
+    with subprocess.Popen(
+        arguments, cwd=PROGRAM.parent, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as writing:
+        assert writing.stdout.read(3)
+        writing.stdout.close()
+        assert writing.stderr.read() == b""
+    assert writing.returncode == -signal.SIGPIPE
+
+
 class Terminal:
     """The program in a pseudo-terminal."""
 
