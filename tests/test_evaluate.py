@@ -105,6 +105,30 @@ def test_scores_are_those_of_each_pair_alone(model, monkeypatch):
     assert scores[-1].greedy
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 300), (150, 151), (299, 2), (120, 1)])
+def test_a_long_pair_is_read_in_pieces_with_the_same_score(model, monkeypatch, before, after):
+    ids = [(7 * i * i + i) % 400 for i in range(before + after)]
+    pair = (ids[:before], ids[before:])
+    whole = score_continuations(model, [pair])[0]
+    monkeypatch.setattr("src.inference.scoring.TOKENS_AT_ONCE", 60)
+    lengths = []
+    hidden = type(model).hidden
+
+    def watched(self, tokens, *args, **kwargs):
+        lengths.append(tokens.shape[1])
+        return hidden(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "hidden", watched)
+    short = ([1, 2], [3])
+    first, pieces, last = score_continuations(model, [short, pair, short])
+    assert pieces.log_probability == pytest.approx(whole.log_probability, rel=1e-5)
+    assert pieces.greedy == whole.greedy
+    assert first == last
+    assert max(lengths) == 60
+    greedy = (ids[:70], list(generate(model, ids[:70], 100, temperature=0)))
+    assert score_continuations(model, [greedy])[0].greedy
+
+
 def test_last_words(model, tokenizer):
     context = "what is the answer"
     ids = [0, *tokenizer.encode(context)]
