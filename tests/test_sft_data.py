@@ -358,6 +358,24 @@ def test_a_step_is_the_mean_over_its_tokens_however_it_is_shared(
         torch.testing.assert_close(mean, loss(whole), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{}, {"packing": False}, {"truncate": "drop"}, {"count_all": True}], ids=str)
+@pytest.mark.parametrize(("ctx_len", "at_once"), [(64, 1), (64, 500), (40, 500), (64, 1 << 22)])
+def test_what_counts_in_a_row_is_known_without_making_it(
+    conversations: Conversations, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], ctx_len: int, at_once: int
+) -> None:
+    monkeypatch.setattr("src.dataset.sft._TOKENS_AT_ONCE", at_once)
+    rows = SftRows(conversations, ctx_len, **settings)
+    counted = [int((rows.row(number).targets != IGNORED).sum()) for number in range(len(rows))]
+    assert rows.counted.tolist() == counted
+    made = []
+    make = SftRows.row
+    monkeypatch.setattr(SftRows, "row", lambda self, number: made.append(number) or make(self, number))
+    share = SftDataset(rows, 3, 4, rank=1, world_size=4, micro_bsz=2, micro_batches=2)
+    _, mean = share[0]
+    assert mean == sum(counted[rows.number(n)] for n in range(3, 3 + 16)) / 8
+    assert len(made) == 1, "the other rows of the step are not made"
+
+
 def test_what_becomes_of_too_long_conversations(tmp_path: Path, folder: str) -> None:
     conversations = open_conversations(write(tmp_path / "x.jsonl", [4, 500, 4, 600]), folder)
     cut = SftRows(conversations, 128)
