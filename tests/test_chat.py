@@ -1,5 +1,6 @@
 """Chat: the state never reads the past again and is always that of the whole conversation; the program in a terminal and in a pipe."""
 
+import copy
 import fcntl
 import json
 import os
@@ -179,6 +180,24 @@ def test_a_saved_conversation_goes_on_as_if_it_had_not_been_interrupted(model, f
             other.load(tmp_path / name)
     with pytest.raises(ValueError, match=r"/save .*nowhere/talk: can't be written \(No such file or directory\)"):
         other.save(tmp_path / "nowhere" / "talk")
+
+
+def test_a_conversation_goes_on_with_its_own_weights_only(model, folders, tmp_path):
+    talk = conversation(model, folders["chatml"])
+    list(talk.ask("what is it?"))
+    talk.save(tmp_path / "talk.state")
+    tuned = copy.deepcopy(model)
+    tuned.head.weight[5] += 0.1
+    other = conversation(tuned, folders["chatml"])
+    with pytest.raises(ValueError, match=r"/load .*talk\.state: saved with other weights"):
+        other.load(tmp_path / "talk.state")
+    assert other.past.messages == []
+    conversation(copy.deepcopy(model).bfloat16(), folders["chatml"]).load(tmp_path / "talk.state")
+    record = torch.load(tmp_path / "talk.state")
+    del record["weights"]
+    torch.save(record, tmp_path / "old.state")
+    other.load(tmp_path / "old.state")
+    assert other.past == talk.past
 
 
 def test_an_answer_ends_where_the_template_ends_it(model, folders):
