@@ -14,7 +14,7 @@ from types import FrameType
 
 from src.inference.chat import Conversation, find_template
 from src.inference.decoder import Decoder
-from src.inference.generate import add_sampling_arguments, sampling_of
+from src.inference.generate import add_sampling_arguments, end_with_the_reader, sampling_of
 from src.inference.load import (
     add_model_arguments,
     find_tokenizer,
@@ -120,6 +120,10 @@ def talk(conversation: Conversation, read: Callable[[], str]) -> int:
         except KeyboardInterrupt:
             show("(Ctrl-D or /exit to leave)\n")
             continue
+        except UnicodeDecodeError as error:
+            failed = 1
+            print(f"a line of the input is left out: it is no {error.encoding} text from its byte {error.start + 1} on", file=sys.stderr, flush=True)
+            continue
         if not line.strip() and conversation.template is not None:
             continue
         try:
@@ -160,10 +164,10 @@ def prompt_reader(history: Path) -> Callable[[], str]:
 
 
 def read_line() -> str:
-    line = sys.stdin.readline()
+    line = sys.stdin.buffer.readline()  # bytes: decoding as it reads, a stream can't go on after a line that is no text
     if not line:
         raise EOFError
-    return line.rstrip("\r\n")
+    return line.decode(sys.stdin.encoding).rstrip("\r\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -208,6 +212,7 @@ def build(options: argparse.Namespace) -> Conversation:
 
 
 if __name__ == "__main__":
+    end_with_the_reader()
     try:
         sys.exit(main())
     except KeyboardInterrupt:

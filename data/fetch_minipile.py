@@ -51,10 +51,20 @@ def _continue(url: str, part: Path, n_bytes: int | None) -> None:
     if have == n_bytes:
         return
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=SILENCE_SECONDS) as answer:
+    try:
+        answering = urllib.request.urlopen(request, timeout=SILENCE_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:
+            raise
+        part.unlink()  # there is nothing after it: whole already, or of another file
+        return _continue(url, part, n_bytes)
+    with answering as answer:
         if answer.status != 206:
             have = 0  # the server sends the whole file
-        total = have + int(answer.headers["Content-Length"])
+        length = answer.headers["Content-Length"]
+        if length is None:
+            raise ValueError(f"{url}: the server doesn't say how long the file is, so a cut one couldn't be told; use another (--url)")
+        total = have + int(length)
         if n_bytes is not None and total != n_bytes:
             raise ValueError(f"{url} has {total:,} bytes, expected {n_bytes:,}: not the file that it should be")
         free = shutil.disk_usage(part.parent).free

@@ -58,6 +58,11 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     low, high = id_range(data)
+    if low < 0:
+        parser.error(
+            f"{data.bin_path} holds negative ids, as the cache of fine-tuning data (X.jsonl.sft) does for tokens that don't count. Look "
+            "into the X.jsonl that it was made from: python data/token_count.py X.jsonl CTX_LEN --tokenizer FOLDER --preview"
+        )
     bounds = np.concatenate([[0], np.cumsum(data.sizes, dtype=np.int64)])[data.doc_idx]
     lengths = np.diff(bounds)
     print(

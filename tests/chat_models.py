@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from src.dataset.tokenizer import Tokenizer
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -28,9 +30,10 @@ _TEXT = "def answer(question): return 'the answer' # what is it? It is the strin
 
 def make_tokenizer(folder: Path, template: str | None = CHATML) -> Path:
     """A byte-level BPE in a Hugging Face folder: `<|endoftext|>` 0, `<|im_start|>` 1, `<|im_end|>` 2."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Rust
+    from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    rust = Tokenizer(models.BPE())
+    rust = Rust(models.BPE())
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rust.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -46,3 +49,9 @@ def make_tokenizer(folder: Path, template: str | None = CHATML) -> Path:
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def chat_ids(tokenizer: Tokenizer, talk: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
+    """The tokens of a conversation by the tokenizer's own template."""
+    assert tokenizer.chat_template is not None
+    return tokenizer.encode(tokenizer.chat_template.render(talk, add_generation_prompt))

@@ -1,5 +1,6 @@
 """Chat: the state never reads the past again and is always that of the whole conversation; the program in a terminal and in a pipe."""
 
+import copy
 import fcntl
 import json
 import os
@@ -181,6 +182,24 @@ def test_a_saved_conversation_goes_on_as_if_it_had_not_been_interrupted(model, f
         other.save(tmp_path / "nowhere" / "talk")
 
 
+def test_a_conversation_goes_on_with_its_own_weights_only(model, folders, tmp_path):
+    talk = conversation(model, folders["chatml"])
+    list(talk.ask("what is it?"))
+    talk.save(tmp_path / "talk.state")
+    tuned = copy.deepcopy(model)
+    tuned.head.weight[5] += 0.1
+    other = conversation(tuned, folders["chatml"])
+    with pytest.raises(ValueError, match=r"/load .*talk\.state: saved with other weights"):
+        other.load(tmp_path / "talk.state")
+    assert other.past.messages == []
+    conversation(copy.deepcopy(model).bfloat16(), folders["chatml"]).load(tmp_path / "talk.state")
+    record = torch.load(tmp_path / "talk.state")
+    del record["weights"]
+    torch.save(record, tmp_path / "old.state")
+    other.load(tmp_path / "old.state")
+    assert other.past == talk.past
+
+
 def test_an_answer_ends_where_the_template_ends_it(model, folders):
     """Without an end token, at the text that follows an answer; what was written of it is not shown."""
     tokenizer = load_tokenizer(folders["none"])
@@ -291,6 +310,30 @@ def test_one_prompt_and_piped_turns(run, tmp_path):
     assert "never" not in said
     assert "/bogus: no such command" in faults
     assert code == 1, "a command that failed shows in the exit code of a script"
+
+
+def test_a_line_that_is_no_text_is_said_and_left_out(run):
+    def called(lines):
+        strict = environment() | {"PYTHONIOENCODING": "utf-8:strict"}
+        done = subprocess.run(command(run), input=lines, env=strict, capture_output=True, timeout=100, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    code, said, faults = called(b"what is it?\ncaf\xe9\nand the list\n")
+    assert (0, said, b"") == called(b"what is it?\nand the list\n")
+    assert code == 1
+    assert faults == b"a line of the input is left out: it is no utf-8 text from its byte 4 on\n"
+
+
+@pytest.mark.parametrize("program", [[str(PROGRAM)], ["-m", "src.inference.generate"]], ids=["chat", "generate"])
+def test_a_reader_that_has_enough_ends_it_without_a_word(run, program):
+    arguments = [sys.executable, *program, str(run), "--device", "cpu", "--prompt", "def ", "--length", "100000"]
+    with subprocess.Popen(
+        arguments, cwd=PROGRAM.parent, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as writing:
+        assert writing.stdout.read(3)
+        writing.stdout.close()
+        assert writing.stderr.read() == b""
+    assert writing.returncode == -signal.SIGPIPE
 
 
 class Terminal:

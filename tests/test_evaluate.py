@@ -1,17 +1,20 @@
 """Evaluation agrees with the plain definition of each figure."""
 
+import gzip
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from chat_models import make_tokenizer
 from random_model import random_model
+from test_tokenizer import of_entries
 
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
 from src.dataset.tokenizer import load_tokenizer
-from src.inference.evaluate import heldout_loss, last_words, main, windows
+from src.inference.evaluate import _bytes, encode_texts, heldout_loss, last_words, main, read_texts, windows
 from src.inference.generate import generate
 from src.inference.harness import Answers, harness_model
 from src.inference.scoring import score_continuations
@@ -71,6 +74,13 @@ def test_heldout_loss_is_the_mean_over_independent_windows(model, data):
     assert heldout_loss(model, data, 48, max_windows=2).tokens == 96
 
 
+def test_bytes_are_those_of_the_text(tmp_path, tokenizer):
+    """The end of a document has none, but where 0 is text in the vocabulary nobody can tell them apart."""
+    assert _bytes(np.array([*tokenizer.encode("Hi!"), 0]), tokenizer) == 3
+    exclaiming = load_tokenizer(of_entries(tmp_path, ["!", "H", "i", "<end>"], "<end>"))
+    assert _bytes(np.array(exclaiming.encode("Hi!")), exclaiming) == 3
+
+
 def test_bits_per_byte_are_those_of_a_uniform_guess(model, tokenizer):
     """A model without any preference needs log2 V bits a token."""
     uniform = random_model(n_layer=1, vocab_size=400)
@@ -101,6 +111,30 @@ def test_scores_are_those_of_each_pair_alone(model, monkeypatch):
         assert score.log_probability == pytest.approx(sum(plain_log_p(model, before + after, len(before))), rel=1e-4)
         assert score.greedy == (list(generate(model, before, len(after), temperature=0)) == after)
     assert scores[-1].greedy
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 300), (150, 151), (299, 2), (120, 1)])
+def test_a_long_pair_is_read_in_pieces_with_the_same_score(model, monkeypatch, before, after):
+    ids = [(7 * i * i + i) % 400 for i in range(before + after)]
+    pair = (ids[:before], ids[before:])
+    whole = score_continuations(model, [pair])[0]
+    monkeypatch.setattr("src.inference.scoring.TOKENS_AT_ONCE", 60)
+    lengths = []
+    hidden = type(model).hidden
+
+    def watched(self, tokens, *args, **kwargs):
+        lengths.append(tokens.shape[1])
+        return hidden(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "hidden", watched)
+    short = ([1, 2], [3])
+    first, pieces, last = score_continuations(model, [short, pair, short])
+    assert pieces.log_probability == pytest.approx(whole.log_probability, rel=1e-5)
+    assert pieces.greedy == whole.greedy
+    assert first == last
+    assert max(lengths) == 60
+    greedy = (ids[:70], list(generate(model, ids[:70], 100, temperature=0)))
+    assert score_continuations(model, [greedy])[0].greedy
 
 
 def test_last_words(model, tokenizer):
@@ -193,6 +227,39 @@ def test_reports_on_binidx_and_text_and_last_words(run, data, tokenizer, tmp_pat
     assert "2 texts" in capsys.readouterr().out
 
 
+def test_texts_are_read_as_make_data_reads_them(run, tokenizer, tmp_path, capsys):
+    """A byte order mark, packed files, empty lines: the same tokens as of the plain file."""
+    lines = b'{"text": "what is the answer"}\n\n{"text": "def return the string"}\n{"text": ""}\n'
+    (tmp_path / "mark.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(lines))
+    tokens = [i for text in ("what is the answer", "def return the string") for i in [*tokenizer.encode(text), 0]]
+    for name in ("mark.jsonl", "packed.jsonl.gz"):
+        texts = list(read_texts(tmp_path / name, "--data"))
+        assert encode_texts(texts, tokenizer).tolist() == tokens
+        assert main([str(run), "--last_word", str(tmp_path / name), "--device", "cpu"]) == 0
+        assert "2 texts" in capsys.readouterr().out
+    (tmp_path / "code.py").write_text("\ufeffdef\n", encoding="utf-8")
+    assert list(read_texts(tmp_path / "code.py", "--data")) == ["def\n"]
+
+
+@pytest.mark.parametrize("flag", ["--data", "--last_word"])
+def test_a_file_that_can_not_be_read_is_explained(run, tmp_path, capsys, monkeypatch, flag):
+    path = tmp_path / "secret.jsonl"
+    path.write_text('{"text": "what is the answer"}\n')
+    readable = open
+
+    def refused(file, *args, **kwargs):  # root may read everything
+        if Path(file) == path:
+            raise PermissionError(13, "Permission denied")
+        return readable(file, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(run), flag, str(path), "--device", "cpu"])
+    assert stopped.value.code == 2
+    assert f"{flag} {path}: can't be read (Permission denied)" in capsys.readouterr().err
+
+
 def test_weights_that_are_not_numbers_have_no_loss(run, data, tmp_path, capsys):
     weights = torch.load(run / "rwkv-final.pth")
     weights["head.weight"][0, 0] = float("nan")
@@ -207,18 +274,21 @@ def test_weights_that_are_not_numbers_have_no_loss(run, data, tmp_path, capsys):
     ("flags", "words"),
     [
         (["--data", "nowhere"], "--data nowhere: no such file"),
-        (["--data", "{bad}"], "line 2: not JSON"),
-        (["--last_word", "{bad}"], "line 2: not JSON"),
+        (["--data", "{bad}"], "bad.jsonl:2: no JSON"),
+        (["--last_word", "{bad}"], "bad.jsonl:2: no JSON"),
         (["--data", "{bad}", "--ctx_len", "0"], "--ctx_len 0"),
-        (["--last_word", "{latin}"], "latin.jsonl, line 1: not UTF-8"),
+        (["--last_word", "{latin}"], "latin.jsonl:1: bytes that are no UTF-8"),
+        (["--last_word", "{text}"], "text.txt: not lines of JSON by its name; expected a .jsonl"),
     ],
 )
 def test_mistakes_are_explained(run, tmp_path, capsys, flags, words):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a fine one"}\n{"text": \n')
+    text = tmp_path / "text.txt"
+    text.write_text("what is the answer")
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes('{"text": "caf\u00e9"}\n'.encode("latin-1"))
     with pytest.raises(SystemExit) as stopped:
-        main([str(run), "--device", "cpu", *(flag.format(bad=bad, latin=latin) for flag in flags)])
+        main([str(run), "--device", "cpu", *(flag.format(bad=bad, latin=latin, text=text) for flag in flags)])
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from chat_models import make_tokenizer
 from random_model import random_model
 
+from src.inference import export as export_module
 from src.inference.export import export, main
 from src.inference.fla import fla_name, from_fla, our_name, to_fla
 from src.inference.load import find_tokenizer, find_weights, load_model
@@ -48,6 +49,41 @@ def test_what_is_exported_is_the_model_and_comes_back_as_it_was(weights, tmp_pat
     for key, tensor in read_weights(back).items():
         if key not in IDLE_IN_LAYER_0 or name != "out":
             assert torch.equal(tensor, original[key].to(tensor.dtype)), key
+
+
+@pytest.mark.parametrize("name", ["out.pth", "out.safetensors", "out"])
+def test_an_earlier_export_stays_when_the_new_one_is_not_what_it_should_be(weights, tmp_path, capsys, monkeypatch, name):
+    def everything(folder):
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    out = tmp_path / "exports" / name
+    assert main([str(weights), str(out)]) == 0
+    before = everything(out.parent)
+    read = export_module.load_model
+
+    def damaged(path, *args):
+        model = read(path, *args)
+        if path != weights:
+            model.head.weight.data += 1
+        return model
+
+    monkeypatch.setattr(export_module, "load_model", damaged)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(weights), str(out), "--dtype", "bf16"])
+    assert stopped.value.code == 1
+    assert f"{out}: nothing was written there" in capsys.readouterr().err
+    assert everything(out.parent) == before
+    monkeypatch.undo()
+    assert main([str(weights), str(out), "--dtype", "bf16"]) == 0
+    assert everything(out.parent).keys() == before.keys()
+    assert load_model(find_weights(out), "as is", "cpu").emb.weight.dtype == torch.bfloat16
+
+
+def test_a_folder_with_other_weights_is_no_place_for_an_export(weights, tmp_path):
+    export(weights, tmp_path / "hf", "fla", None)
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "model-00001-of-00001.safetensors")
+    with pytest.raises(ValueError, match=r"holds other weights \(model-00001-of-00001\.safetensors\)"):
+        export(weights, tmp_path / "hf", "fla", None)
 
 
 def test_a_hugging_face_folder_brings_its_tokenizer(weights, tmp_path):

@@ -17,7 +17,7 @@ from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.inference.characters import CharacterStream, UntilText
 from src.inference.decoder import PREFILL_TOKENS, Decoder
 from src.inference.generate import generate, generate_batch, main
-from src.inference.load import find_tokenizer, find_weights, newest_weights
+from src.inference.load import find_tokenizer, find_weights, load_model, newest_weights
 from src.inference.sampling import Sampler, Sampling, probabilities
 
 TOKENS = [t * 31 % 97 for t in range(40)]
@@ -127,6 +127,10 @@ def test_a_batch_writes_what_each_prompt_alone_would(model):
     assert cut == [answer[:3] for answer in alone]
 
 
+def test_a_batch_of_no_prompts_has_no_answers(model):
+    assert generate_batch(model, [], 5) == []
+
+
 def test_a_decoder_has_read_all_that_was_written_when_the_iterator_ends(model):
     decoder = Decoder(model)
     written = list(generate(decoder, TOKENS, 6, seed=1))
@@ -225,6 +229,12 @@ def test_a_low_temperature_does_not_underflow():
     ids, p = probabilities(torch.linspace(-30, 30, 1000), Sampling(1e-4, 1.0))
     assert float(p.sum()) == pytest.approx(1)
     assert int(ids[p.argmax()]) == 999
+
+
+def test_the_lowest_temperatures_are_greedy():
+    for temperature in (1e-46, 5e-324):
+        ids, p = probabilities(torch.linspace(-30, 30, 1000), Sampling(temperature, 1.0))
+        assert (ids.tolist(), p.tolist()) == ([999], [1.0])
 
 
 def test_penalties_grow_with_use_and_fade_with_the_decay():
@@ -346,6 +356,9 @@ def test_generate_continues_a_prompt_with_the_runs_own_tokenizer(tmp_path, capsy
         (["{several}"], "several/a.pth (there are 2)"),
         (["{run}", "--device", "cuda"], "sees no GPU"),
         (["{run}", "--device", "abacus"], "--device abacus: no such device"),
+        (["{run}", "--device", "mps"], "--device mps: not supported; expected cpu, cuda"),
+        (["{run}", "--seed", str(2**64)], f"--seed {2**64}: expected a whole number from 0 to 2^63 - 1"),
+        (["{run}", "--seed", "-1"], "--seed -1: expected a whole number from 0"),
         (["{run}", "--length", "-5"], "--length -5: expected at least 0"),
     ],
 )
@@ -361,6 +374,25 @@ def test_mistakes_are_explained(tmp_path, capsys, flags, words):
         main([flag.format(run=run, empty=tmp_path / "empty", several=tmp_path / "several") for flag in flags])
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_numbered_cpu_is_a_cpu(tmp_path):
+    weights = find_weights(make_run(tmp_path / "run"))
+    assert load_model(weights, device="cpu:0").emb.weight.dtype == torch.float32
+
+
+def test_weights_that_give_no_numbers_are_one_line(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    weights = torch.load(run / "rwkv-final.pth")
+    weights["head.weight"][0, 0] = math.nan
+    torch.save(weights, run / "rwkv-final.pth")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(run), "--prompt", "def ", "--device", "cpu"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == "def \n"
+    assert said.err.startswith("python -m src.inference.generate: the model's logits are not finite")
+    assert said.err.count("\n") == 1
 
 
 def test_the_furthest_weights_of_a_run_are_taken(tmp_path):

@@ -1,5 +1,6 @@
 """inspect_data tells what is in a token file."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from chat_models import make_tokenizer
 
 from data import inspect_data
 from src.dataset import BinIdxWriter
+from src.dataset.sft_cache import open_conversations
 from src.dataset.tokenizer import load_tokenizer
 
 
@@ -38,3 +40,16 @@ def test_mistakes_are_explained(
     with pytest.raises(SystemExit):
         inspect_data.main()
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_cache_of_fine_tuning_data_is_none_to_look_into(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tokenizer(tmp_path / "tokenizer")
+    talk = {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "the answer"}]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(talk) + "\n")
+    open_conversations(str(tmp_path / "x.jsonl"), str(folder), workers=1)
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "x.jsonl.sft"), "--tokenizer", str(folder)])
+    with pytest.raises(SystemExit):
+        inspect_data.main()
+    assert "holds negative ids, as the cache of fine-tuning data" in capsys.readouterr().err

@@ -347,7 +347,7 @@ class Server:
     """A file server that knows ranges and can break off: `cuts` bytes per answer, one entry an answer, then everything."""
 
     def __init__(self, files):
-        self.files, self.cuts, self.ranges = files, [], []
+        self.files, self.cuts, self.ranges, self.says_length = files, [], [], True
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -358,8 +358,12 @@ class Server:
                     return
                 begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
                 server.ranges.append(begin)
+                if begin >= len(content):
+                    self.send_error(416)
+                    return
                 self.send_response(206 if begin else 200)
-                self.send_header("Content-Length", str(len(content) - begin))
+                if server.says_length:
+                    self.send_header("Content-Length", str(len(content) - begin))
                 self.end_headers()
                 cut = server.cuts.pop(0) if server.cuts else len(content)
                 self.wfile.write(content[begin : begin + cut])
@@ -397,6 +401,24 @@ def test_a_fetch_continues_an_earlier_one(server, tmp_path):
     fetch_minipile.fetch(f"{server.url}/x.bin", tmp_path / "x.bin", 10240, pause=0)
     assert (tmp_path / "x.bin").read_bytes() == server.files["/x.bin"]
     assert server.ranges == [5000]
+
+
+def test_a_whole_file_that_was_not_renamed_is_fetched_anew(server, tmp_path):
+    import fetch_minipile
+
+    (tmp_path / "x.bin.part").write_bytes(bytes(10240))
+    fetch_minipile.fetch(f"{server.url}/x.bin", tmp_path / "x.bin", pause=0)
+    assert (tmp_path / "x.bin").read_bytes() == server.files["/x.bin"]
+    assert server.ranges == [10240, 0]
+
+
+def test_a_server_that_does_not_say_the_length_is_refused(server, tmp_path):
+    import fetch_minipile
+
+    server.says_length = False
+    with pytest.raises(ValueError, match=r"/x\.bin: the server doesn't say how long the file is"):
+        fetch_minipile.fetch(f"{server.url}/x.bin", tmp_path / "x.bin")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_of_another_size_is_refused(server, tmp_path):

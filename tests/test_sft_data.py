@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chat_models import TEMPLATES, make_tokenizer
+from chat_models import TEMPLATES, chat_ids, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -86,7 +86,7 @@ def test_exactly_the_answers_and_their_ends_count(
 ) -> None:
     tokenizer = tokenizers[shape]
     ids, counts, n_turns = encode_conversation(tokenizer, line_of(turns))
-    assert ids == tokenizer.apply_chat_template(turns), "the tokens are those of the plain rendering"
+    assert ids == chat_ids(tokenizer, turns), "the tokens are those of the plain rendering"
     assert n_turns == len(turns)
     counted = tokenizer.decode(np.array(ids)[counts].tolist())
     assert counted == "".join(turn["content"] + "<|im_end|>" for turn in turns if turn["role"] == "assistant")
@@ -196,7 +196,7 @@ def test_damaged_files_are_an_error_or_read_right(tmp_path: Path, folder: str, d
     expected = []
     for line in bytes(content).removesuffix(b"\n").split(b"\n"):
         try:
-            expected.append(tokenizer.apply_chat_template(read_conversation(line)))
+            expected.append(chat_ids(tokenizer, read_conversation(line)))
         except ValueError:
             continue
     try:
@@ -387,6 +387,24 @@ def test_a_step_is_the_mean_over_its_tokens_however_it_is_shared(
         shares = [next(loader) for loader in loaders for _ in range(micro_batches)]
         mean = torch.stack([loss(targets) * weight for _, targets, _, weight in shares]).mean()
         torch.testing.assert_close(mean, loss(whole), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"packing": False}, {"truncate": "drop"}, {"count_all": True}], ids=str)
+@pytest.mark.parametrize(("ctx_len", "at_once"), [(64, 1), (64, 500), (40, 500), (64, 1 << 22)])
+def test_what_counts_in_a_row_is_known_without_making_it(
+    conversations: Conversations, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], ctx_len: int, at_once: int
+) -> None:
+    monkeypatch.setattr("src.dataset.sft._TOKENS_AT_ONCE", at_once)
+    rows = SftRows(conversations, ctx_len, **settings)
+    counted = [int((rows.row(number).targets != IGNORED).sum()) for number in range(len(rows))]
+    assert rows.counted.tolist() == counted
+    made = []
+    make = SftRows.row
+    monkeypatch.setattr(SftRows, "row", lambda self, number: made.append(number) or make(self, number))
+    share = SftDataset(rows, 3, 4, rank=1, world_size=4, micro_bsz=2, micro_batches=2)
+    _, mean = share[0]
+    assert mean == sum(counted[rows.number(n)] for n in range(3, 3 + 16)) / 8
+    assert len(made) == 1, "the other rows of the step are not made"
 
 
 def test_what_becomes_of_too_long_conversations(tmp_path: Path, folder: str) -> None:

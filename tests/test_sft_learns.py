@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_models import CHATML
+from chat_models import CHATML, chat_ids
 from torch.utils.data import DataLoader
 
 from src.dataset import BinIdxWriter, magic_prime
@@ -56,7 +56,7 @@ def right_answers(model: RWKV7, tokenizer: FolderTokenizer, names: list[str]) ->
     right = 0
     for name in names:
         question = [{"role": "user", "content": f"{name} ?"}]
-        ids = tokenizer.apply_chat_template(question, add_generation_prompt=True)
+        ids = chat_ids(tokenizer, question, add_generation_prompt=True)
         logits, _ = model(torch.tensor([ids]))
         right += int(logits[0, -1].argmax()) == tokenizer.encode(COLOR_OF[name])[0]
     return right / len(names)

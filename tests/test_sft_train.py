@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from chat_models import chat_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 
@@ -110,7 +111,7 @@ def test_a_tuned_model_answers_held_out_questions_better(files, tokenizer, capfd
     model = RWKV7.from_checkpoint(files / "run" / "rwkv-final.pth")
     right = 0
     for i in range(10):
-        prompt = spec.apply_chat_template([{"role": "user", "content": f"name {i}"}], add_generation_prompt=True)
+        prompt = chat_ids(spec, [{"role": "user", "content": f"name {i}"}], add_generation_prompt=True)
         answer = list(generate(model, prompt, 12, temperature=0, stop_ids=spec.eos_ids))
         right += spec.decode(answer).startswith(NUMBERS[i])
     assert right >= 7

@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from chat_models import TEMPLATES, make_tokenizer
+from chat_models import TEMPLATES, chat_ids, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from src.dataset.chat_template import ChatTemplate
 from src.dataset.tokenizer import TOKENIZER_FILES, FolderTokenizer, Tokenizer, copy_tokenizer, load_tokenizer
 
 TALK = [
@@ -32,6 +33,12 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return load_tokenizer("world")
 
 
+def template_of(folder: Path) -> ChatTemplate:
+    template = load_tokenizer(folder).chat_template
+    assert template is not None
+    return template
+
+
 @settings(deadline=None)  # the first call reads the vocabulary
 @given(text=st.text())
 def test_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
@@ -45,6 +52,23 @@ def test_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
 def test_ids_that_mean_nothing_do_not_break_the_decoder(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([tokenizer.vocab_size - 1, 0, 300])
     assert tokenizer.decode([]) == ""
+
+
+def test_ids_outside_the_vocabulary_are_replacement_characters(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Rust
+    from tokenizers import decoders
+
+    if tokenizer.name == "world":
+        tokenizers = [tokenizer]
+    else:  # one whose tokens don't stand for bytes one by one too
+        folder = make_tokenizer(tmp_path)
+        rust = Rust.from_file(str(folder / "tokenizer.json"))
+        rust.decoder = decoders.Fuse()
+        rust.save(str(folder / "tokenizer.json"))
+        tokenizers = [tokenizer, load_tokenizer(folder)]
+    for each in tokenizers:
+        word = each.encode("a")
+        assert each.decode([-1, *word, 70000, *word, -65536]) == "\ufffda\ufffda\ufffd"
 
 
 def test_lone_surrogates_are_a_value_error(tokenizer: Tokenizer) -> None:
@@ -119,7 +143,7 @@ def test_conversations_are_rendered_as_by_transformers(tmp_path: Path, shape: st
     for talk in (TALK, TALK[:1], [{"role": "system", "content": "S"}, *TALK]):
         for generation in (False, True):
             text = theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=generation)
-            assert ours.apply_chat_template(talk, generation) == theirs.encode(text, add_special_tokens=False)
+            assert chat_ids(ours, talk, generation) == theirs.encode(text, add_special_tokens=False)
 
 
 def test_a_template_in_its_own_file_and_the_list_form(tmp_path: Path) -> None:
@@ -128,13 +152,9 @@ def test_a_template_in_its_own_file_and_the_list_form(tmp_path: Path) -> None:
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["chat_template"] = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    template = load_tokenizer(folder).chat_template
-    assert template is not None
-    assert template.render(TALK) == "D"
+    assert template_of(folder).render(TALK) == "D"
     (folder / "chat_template.jinja").write_text("{{ eos_token }}{{ messages | tojson }}")
-    template = load_tokenizer(folder).chat_template
-    assert template is not None
-    assert template.render(TALK) == "<|im_end|>" + json.dumps(TALK, ensure_ascii=False)
+    assert template_of(folder).render(TALK) == "<|im_end|>" + json.dumps(TALK, ensure_ascii=False)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +164,7 @@ def test_a_template_in_its_own_file_and_the_list_form(tmp_path: Path) -> None:
 def test_a_template_that_fails_says_why(tmp_path: Path, template: str, words: str) -> None:
     make_tokenizer(tmp_path, template)
     with pytest.raises(ValueError, match=words):
-        load_tokenizer(tmp_path).apply_chat_template(TALK)
+        template_of(tmp_path).render(TALK)
 
 
 def test_a_copy_is_the_tokenizer_and_nothing_else(folder: Path, tmp_path: Path) -> None:

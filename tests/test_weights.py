@@ -109,6 +109,24 @@ def test_missing_and_unknown_parameters_are_named(saved):
         RWKV7.from_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop("blocks.0.att.a1"), r"blocks\.0\.att\.a1 is missing"),
+        (lambda w: w.pop("blocks.0.att.g1"), r"blocks\.0\.att\.g1 is missing"),
+        (lambda w: w.update({"blocks.0.att.r_k": w["blocks.0.att.r_k"].flatten()}), r"blocks\.0\.att\.r_k is \[64\], expected two dimensions"),
+        (lambda w: w.update({"blocks.1.att.v1": w["blocks.1.att.v1"].flatten()}), r"blocks\.1\.att\.v1 is \[1536\]"),
+        (lambda w: w.update({"emb.weight": w["emb.weight"].long()}), r"emb\.weight is int64: expected floating point"),
+        (lambda w: w.update({"blocks.1.ffn.key.weight": w["blocks.1.ffn.key.weight"].to(torch.int8)}), r"blocks\.1\.ffn\.key\.weight is int8"),
+    ],
+)
+def test_weights_whose_sizes_or_numbers_make_no_model_are_named(saved, change, words):
+    _, path = saved
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=rf"m\.pth: .*{words}"):
+        RWKV7.from_checkpoint(path)
+
+
 def test_a_failed_save_leaves_the_earlier_file_whole(saved, monkeypatch):
     model, path = saved
     before = path.read_bytes()

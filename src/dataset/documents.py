@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from src.dataset.text_input import Piece
 
+EMPTY_LINE, EMPTY_TEXT = "an empty line", "an empty text"  # the reasons of lines with which nothing is lost
+
 
 class Broken(NamedTuple):
     """A line that gives no document: `place` is "file:line", `reason` what it has or lacks, `excerpt` how the line begins."""
@@ -37,7 +39,7 @@ def read_lines(piece: Piece) -> Iterator[tuple[int, bytes | str | None]]:
 def read_json(line: bytes) -> Any:
     """The value of a JSON line, or a ValueError whose text is the reason."""
     if not line.strip():
-        raise ValueError("an empty line")
+        raise ValueError(EMPTY_LINE)
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError:
@@ -64,7 +66,7 @@ def _text(line: bytes | str | None, field: str, is_json: bool) -> str:
     if not isinstance(value, str):
         raise ValueError("a text that is no string")
     if not value:
-        raise ValueError("an empty text")
+        raise ValueError(EMPTY_TEXT)
     if not value.isascii():
         try:
             value.encode()

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 PIECE_BYTES = 1 << 20  # a quarter of a million tokens: some tenths of a second of work
-ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+ENDINGS = (*JSON_LINES, ".parquet", ".txt")
 STDIN = "-"
 
 

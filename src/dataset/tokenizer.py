@@ -7,13 +7,14 @@ import ast
 import json
 import os
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate, Message
+from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate
 from src.files import write_whole
 
 WORLD_VOCAB_SIZE = 65536  # rows of the published models; the vocabulary itself ends at id 65529
@@ -89,12 +90,6 @@ class Tokenizer:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def apply_chat_template(self, messages: list[Message], add_generation_prompt: bool = False) -> list[int]:
-        """Ids of a conversation. ValueError when the tokenizer has no template or the template refuses it."""
-        if self.chat_template is None:
-            raise ValueError(f"--tokenizer {self.name} has no chat template; give a folder whose tokenizer has one.")
-        return self.encode(self.chat_template.render(messages, add_generation_prompt))
-
 
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
 
@@ -130,7 +125,8 @@ class WorldTokenizer(Tokenizer):
         return entries
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        return b"".join(map(self._entries.__getitem__, ids))
+        entries = self._entries
+        return b"".join(entries[i] if 0 <= i < len(entries) else _UNKNOWN for i in ids)
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -216,9 +212,14 @@ class FolderTokenizer(Tokenizer):
         return entries
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        if self._entries is None:
-            return self._rust.decode(ids, skip_special_tokens=False).encode()
-        return b"".join(self._entries[i] if i < self.vocab_size else _UNKNOWN for i in ids)
+        entries = self._entries
+        if entries is not None:
+            return b"".join(entries[i] if 0 <= i < len(entries) else _UNKNOWN for i in ids)
+        runs = groupby(ids, key=lambda i: 0 <= i < self.vocab_size)  # the package leaves unknown ids out, or breaks off
+        return b"".join(
+            self._rust.decode(list(run), skip_special_tokens=False).encode() if known else _UNKNOWN * len(list(run))
+            for known, run in runs
+        )
 
 
 def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> Tokenizer:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import codecs
 
-from src.dataset.tokenizer import Tokenizer
+from src.dataset.tokenizer import _UNKNOWN, Tokenizer
 
-_UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
 _LONGEST = 4  # bytes of a UTF-8 character: more tokens than that are never waited for
 
 

@@ -8,6 +8,7 @@ answer, drops a thought) is it read anew. Without a template the model continues
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -155,6 +156,7 @@ class Conversation:
         record = {
             "format": FORMAT,
             "model": self._model_sizes(),
+            "weights": self._weights_hash(),
             "messages": self.past.messages,
             "fed": self.past.fed.decode("latin-1"),  # bytes as characters: plain types only, so that loading runs no code
             "unfed": self.past.unfed,
@@ -178,6 +180,8 @@ class Conversation:
             raise ValueError(f"/load {path}: no saved conversation; expected a file written by /save")
         if record["model"] != self._model_sizes():
             raise ValueError(f"/load {path}: saved with a model of other sizes ({record['model']}, here {self._model_sizes()})")
+        if record.get("weights", here := self._weights_hash()) != here:  # older files don't say
+            raise ValueError(f"/load {path}: saved with other weights (or one of the two is in fp16), whose state means nothing to these; load it with its own model and --dtype")
         self.decoder.state = State([LayerState(*layer) for layer in record["layers"]])
         self.past = Past(record["messages"], record["fed"].encode("latin-1"), record["unfed"])
         self._before = None
@@ -185,6 +189,12 @@ class Conversation:
     def _model_sizes(self) -> dict[str, int]:
         config = self.decoder.config
         return {name: getattr(config, name) for name in ("n_layer", "n_embd", "head_size", "vocab_size")}
+
+    def _weights_hash(self) -> str:
+        """Tells models of equal sizes apart, fine-tuned ones too; in bf16, the same for a model that is loaded in fp32 or bf16."""
+        model = self.decoder.model
+        some = (model.emb.weight[:64], model.head.weight[:64])
+        return hashlib.sha256(b"".join(t.bfloat16().view(torch.int16).cpu().numpy().tobytes() for t in some)).hexdigest()[:16]
 
     # ---- settings -----------------------------------------------------------------------------------------------------------
 

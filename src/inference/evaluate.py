@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.dataset.binidx import MMapIndexedDataset, with_ending
+from src.dataset.documents import EMPTY_LINE, EMPTY_TEXT, read_documents
+from src.dataset.text_input import JSON_LINES, Piece, read_pieces
 from src.dataset.tokenizer import Tokenizer
 from src.inference.load import add_model_arguments, find_tokenizer, find_weights, load_model
 from src.inference.scoring import LOGIT_ROWS, score_continuations
@@ -95,31 +96,27 @@ def _summed_loss(model: RWKV7, batch: Tensor) -> float:
     return float(torch.stack(parts).double().sum())
 
 
-def read_text(path: Path, tokenizer: Tokenizer) -> Tokens:
-    """The ids of a text file: a .jsonl of {"text": ...} lines is a document a line, anything else is one document; each ends with 0."""
+def read_texts(path: Path, flag: str) -> Iterator[str]:
+    """The documents of a file, without the empty ones: in a .jsonl (.gz, .zst) the "text" of each line, any other file is one.
+
+    ValueError that names `flag` and the line when one is no text, or the file can't be read.
+    """
+    name = str(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--data {path}: can't be read as UTF-8 text ({error})") from error
-    documents = [record["text"] for record in read_jsonl(path, "text")] if path.suffix == ".jsonl" else [text]
-    return np.array([token for document in documents for token in (*tokenizer.encode(document), 0)], dtype=np.int64)
+        lines = name.lower().endswith(JSON_LINES)
+        for piece in read_pieces([name], "text") if lines else [Piece(name, 1, 0, [path.read_bytes()], 0)]:
+            for _, text in read_documents(piece, "text"):
+                if isinstance(text, str):
+                    yield text
+                elif text.reason not in (EMPTY_LINE, EMPTY_TEXT):
+                    raise ValueError(f"{flag} {text}")
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: can't be read ({error.strerror}); make it readable, or name another file") from error
 
 
-def read_jsonl(path: Path, key: str) -> Iterator[dict[str, Any]]:
-    """The records of a jsonl file, each with `key`. ValueError names the line that is wrong."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode())
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not UTF-8 ({error})") from error
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(record, dict) or not isinstance(record.get(key), str):
-                raise ValueError(f'{path}, line {number}: expected {{"{key}": "..."}}')
-            yield record
+def encode_texts(texts: Iterable[str], tokenizer: Tokenizer) -> Tokens:
+    """The ids of all texts in a row, each followed by 0."""
+    return np.fromiter((token for text in texts for token in (*tokenizer.encode(text), 0)), np.int64)
 
 
 @dataclass(frozen=True)
@@ -152,8 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_model_arguments(parser)
     judged = parser.add_mutually_exclusive_group(required=True)
-    judged.add_argument("--last_word", help='.jsonl of {"text": ...}: is the last word foreseen (LAMBADA)')
-    judged.add_argument("--data", help="held-out binidx (X, X.bin), text (.txt, .py, ...) or .jsonl of {\"text\": ...}")
+    judged.add_argument("--last_word", help='.jsonl (.gz, .zst) of {"text": ...}: is the last word foreseen (LAMBADA)')
+    judged.add_argument("--data", help="held-out binidx (X, X.bin), text (.txt, .py, ...) or .jsonl (.gz, .zst) of {\"text\": ...}")
     parser.add_argument("--ctx_len", type=int, default=512, help="tokens that a window is read with [%(default)s]")
     parser.add_argument("--max_windows", type=int, default=None, help="evenly spaced; default: all")
     parser.add_argument("--micro_bsz", type=int, default=8, help="windows at once [%(default)s]")
@@ -185,7 +182,7 @@ def _report(options: argparse.Namespace) -> str:
         tokens: Tokens = MMapIndexedDataset(path).tokens
     else:
         assert tokenizer is not None
-        tokens = read_text(path, tokenizer)
+        tokens = encode_texts(read_texts(path, "--data"), tokenizer)
     result = heldout_loss(model, tokens, options.ctx_len, options.max_windows, options.micro_bsz)
     if not math.isfinite(result.loss):
         raise ValueError(f"{weights}: its loss is {result.loss}: the weights hold numbers that are not finite, or overflow in --dtype; try fp32")
@@ -199,16 +196,18 @@ def _report(options: argparse.Namespace) -> str:
 
 def _last_word_report(options: argparse.Namespace) -> str:
     weights, path = find_weights(options.model), Path(options.last_word)
-    if not path.is_file():
-        raise ValueError(f'--last_word {path}: no such file; expected a .jsonl of {{"text": ...}}')
+    if not path.is_file() or not path.name.lower().endswith(JSON_LINES):
+        what = "not lines of JSON by its name" if path.is_file() else "no such file"
+        raise ValueError(f'--last_word {path}: {what}; expected a .jsonl (.gz, .zst) of {{"text": ...}}')
     model = load_model(weights, options.dtype, options.device)
     tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer)
-    result = last_words(model, tokenizer, (record["text"] for record in read_jsonl(path, "text")))
+    result = last_words(model, tokenizer, read_texts(path, "--last_word"))
     return f"{weights} on {path}: accuracy {result.accuracy:.4f}, perplexity {result.perplexity:.4f}, {result.texts:,} texts"
 
 
 def _bytes(ids: Tokens, tokenizer: Tokenizer) -> int:
-    return len(tokenizer.decode_bytes(ids[ids != 0].tolist()))  # 0 ends a document and is no text
+    text = ids if tokenizer.text_of_0 else ids[ids != 0]  # 0 ends a document; in some vocabularies it is text as well
+    return len(tokenizer.decode_bytes(text.tolist()))
 
 
 if __name__ == "__main__":

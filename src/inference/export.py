@@ -12,14 +12,16 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from src.dataset.tokenizer import Tokenizer, copy_tokenizer
-from src.files import write_whole
-from src.inference.fla import write_fla
+from src.files import sync_folder, write_whole
+from src.inference.fla import TENSORS, write_fla
 from src.inference.load import DTYPES, MODEL_HELP, find_tokenizer, find_weights, load_model
 from src.model import RWKV7
+from src.model.weights import Weights
 
 FORMATS = ("pth", "safetensors", "fla")
 CHECKED_TOKENS = 64
@@ -48,30 +50,46 @@ class Parity:
 def export(model: Path, out: Path, format: str, dtype: torch.dtype | None, tokenizer: Tokenizer | None = None) -> Parity:
     """Write `model` (whatever `find_weights` gives) to `out` and compare the logits of what is read back.
 
-    dtype None keeps that of the file. Raises ValueError when the format can't hold the model, OSError when it can't be
-    written, RuntimeError when what is read back is another model.
+    dtype None keeps that of the file. What stood there before stays until the new one has been checked. Raises ValueError when the
+    format can't hold the model or `out` holds another, OSError when it can't be written, RuntimeError when what is read back is another
+    model.
     """
+    is_folder = format == "fla"
+    if is_folder and (others := sorted(file.name for file in out.glob("*.safetensors") if file.name != TENSORS)):
+        raise ValueError(f"OUT {out}: holds other weights ({others[0]}), which would be read together with these; name another folder")
     original = load_model(model, "as is", "cpu")
     weights = {name: t.to(dtype or t.dtype).contiguous() for name, t in original.state_dict().items()}
-    if format == "fla":
-        write_fla(weights, original.config, out, eos_id=max(tokenizer.eos_ids) if tokenizer else 0)
-        if tokenizer and tokenizer.name != "world":
-            copy_tokenizer(Path(tokenizer.name), out)
-    else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(out) as file:
-            if format == "pth":
-                torch.save(weights, file)
-            else:
-                from safetensors.torch import save_file
-
-                save_file(weights, file.name)
-    meant = load_model(model, "as is", "cpu")
-    meant.load_state_dict(weights, assign=True)
-    found = parity(original, meant, load_model(find_weights(out), "as is", "cpu"))
-    if not found.written <= SAME:
-        raise RuntimeError(f"{out}: is not the model that should have been written ({found})")
+    meant = RWKV7.from_weights(weights, str(model)) if dtype else original
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".export-", dir=out if is_folder and out.is_dir() else out.parent) as beside:
+        new = Path(beside) / f"model.{format}"
+        if is_folder:
+            write_fla(weights, original.config, new, eos_id=max(tokenizer.eos_ids) if tokenizer else 0)
+        else:
+            _write_file(weights, new)
+        found = parity(original, meant, load_model(new, "as is", "cpu"))
+        if not found.written <= SAME:
+            raise RuntimeError(f"{out}: nothing was written there, because what was read back is not the model that should be ({found})")
+        if is_folder:
+            out.mkdir(exist_ok=True)
+            for file in new.iterdir():
+                file.replace(out / file.name)
+        else:
+            new.replace(out)
+    if is_folder and tokenizer and tokenizer.name != "world":
+        copy_tokenizer(Path(tokenizer.name), out)
+    sync_folder(out if is_folder else out.parent)
     return found
+
+
+def _write_file(weights: Weights, path: Path) -> None:
+    with write_whole(path) as file:
+        if path.suffix == ".pth":
+            torch.save(weights, file)
+        else:
+            from safetensors.torch import save_file
+
+            save_file(weights, file.name)
 
 
 @torch.no_grad()

@@ -74,6 +74,8 @@ def generate_batch(
     Prompt i draws with seed + i, so its answer is that of `generate` with this seed. `ended(answer)`, asked after each token,
     ends an answer with that token. ValueError as there.
     """
+    if not prompts:
+        return []
     decoder = Decoder(model, batch=len(prompts))
     samplers = [Sampler(sampling, None if seed is None else seed + i, uncounted_ids) for i in range(len(prompts))]
     answers: list[list[int]] = [[] for _ in prompts]
@@ -116,6 +118,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def sampling_of(options: argparse.Namespace) -> Sampling:
     """What the flags of `add_sampling_arguments` say. ValueError that names the flag."""
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1")
     try:
         return Sampling(**{field.name: getattr(options, field.name) for field in fields(Sampling)})
     except ValueError as error:
@@ -149,6 +153,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _show("\n")
         return 130
+    except ValueError as error:  # weights that give no numbers show only now
+        _show("\n")
+        parser.exit(2, f"{parser.prog}: {error}\n")
     return 0
 
 
@@ -157,6 +164,12 @@ def _show(text: str) -> None:
     sys.stdout.flush()
 
 
+def end_with_the_reader() -> None:
+    """Lets `| head` end the program as it ends other tools, without a traceback."""
+    if hasattr(signal, "SIGPIPE"):  # Windows has none
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it as it ends other tools
+    end_with_the_reader()
     sys.exit(main())

@@ -35,7 +35,7 @@ class Answers:
         return [(score.log_probability, score.greedy) for score in score_continuations(self.scored, pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """log p of each whole text, read in one go: a recurrent model needs no windows."""
+        """log p of each whole text: a recurrent model needs no windows."""
         pairs = [(START, self.tokenizer.encode(request.args[0]) or START) for request in requests]
         return [score.log_probability for score in score_continuations(self.scored, pairs)]
 

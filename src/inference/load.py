@@ -121,11 +121,13 @@ def load_model(weights: Path, dtype: str | None = None, device: str | None = Non
         named = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"--device {device}: no such device; expected cpu, cuda or cuda:1") from error
+    if named.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: not supported; expected cpu, cuda or cuda:1 (AMD's GPUs are cuda too)")
     if named.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch sees no GPU; leave the flag out to use the CPU")
     if named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
-    chosen = None if dtype == "as is" else DTYPES[dtype or ("fp32" if device == "cpu" else "bf16")]
+    chosen = None if dtype == "as is" else DTYPES[dtype or ("fp32" if named.type == "cpu" else "bf16")]
     if weights.is_dir():
         model = RWKV7.from_weights(read_fla(weights), str(weights), chosen, device)
     else:

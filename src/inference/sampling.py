@@ -9,12 +9,15 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+# Temperatures that fp32 rounds to 0 would divide 0 by 0; long before that the likeliest token is as good as certain.
+GREEDY_BELOW = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. Everything is a ValueError that names the setting when it is out of range.
 
-    temperature        p becomes p^(1/temperature); 0: always the likeliest token
+    temperature        p becomes p^(1/temperature); 0, and anything below 1e-6: always the likeliest token
     top_p              draw from the likeliest tokens that together reach this probability (before the temperature); 1: all
     top_k              draw from this many likeliest tokens; 0: all
     presence_penalty   taken from the logit of every token that has been written
@@ -49,7 +52,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     top_p and top_k look at softmax(logits), the temperature is applied to what they leave; the same order as in the `rwkv` package.
     """
     p = torch.softmax(logits.float(), dim=-1)
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY_BELOW:
         best = p.argmax()
         return best.unsqueeze(0), p.new_ones(1)
     ids = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from src.inference.decoder import check_tokens
-from src.model import RWKV7
+from src.model import RWKV7, State
 
 TOKENS_AT_ONCE = 4096
 LOGIT_ROWS = 1024  # rows of logits that exist at once
@@ -24,7 +24,8 @@ class Score:
 
 
 def score_continuations(model: RWKV7, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
-    """A Score for each (context, continuation), token ids. Pairs are packed into rows, each with a state of its own.
+    """A Score for each (context, continuation), token ids. Pairs are packed into rows, each with a state of its own; one that is longer
+    than a row is read in pieces, with the state carried, so that activations don't grow with its length.
 
     ValueError for an empty context or continuation and for ids outside the vocabulary.
     """
@@ -64,9 +65,16 @@ def _score_pack(model: RWKV7, pack: list[tuple[Sequence[int], Sequence[int]]]) -
         bounds.append(len(packed))
         places += range(first, len(packed))
         targets += continuation
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
-    hidden, _ = model.hidden(torch.tensor([packed], device=device), cu_seqlens=cu_seqlens if len(pack) > 1 else None)
-    log_p, greedy = _judge(model, hidden[0, places], torch.tensor(targets, device=device))
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device) if len(pack) > 1 else None
+    place, target = torch.tensor(places, device=device), torch.tensor(targets, device=device)
+    state: State | None = None
+    judged: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(packed), TOKENS_AT_ONCE):  # once, unless it is a single long pair
+        piece = packed[start : start + TOKENS_AT_ONCE]
+        hidden, state = model.hidden(torch.tensor([piece], device=device), state, cu_seqlens)
+        here = (place >= start) & (place < start + len(piece))
+        judged.append(_judge(model, hidden[0, place[here] - start], target[here]))
+    log_p, greedy = map(torch.cat, zip(*judged, strict=True))
     lengths = [len(continuation) for _, continuation in pack]
     parts = zip(log_p.split(lengths), greedy.split(lengths), strict=True)
     return [Score(float(p.sum()), bool(likeliest.all())) for p, likeliest in parts]

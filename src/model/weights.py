@@ -76,16 +76,18 @@ def _plain_name(name: str) -> str:
 
 def config_from_weights(weights: Weights, source: str, kernel: str = "auto") -> ModelConfig:
     """The model that a state dict belongs to. Raises ValueError when it is no RWKV-7 model's."""
-    needed = ("emb.weight", "head.weight", "blocks.0.att.r_k", "blocks.0.att.w1", "blocks.0.ffn.key.weight")
+    needed = ("emb.weight", "head.weight", *(f"blocks.0.att.{name}" for name in ("r_k", "w1", "a1", "g1")), "blocks.0.ffn.key.weight")
     lacking = [name for name in needed if name not in weights]
     if lacking:
         some = ", ".join(list(weights)[:3])
         raise ValueError(f"{source}: not RWKV-7 weights: {lacking[0]} is missing (the file begins with {some}); expected the state dict of an RWKV-7 (x070) model")
+    if flat := [f"{name} is {list(weights[name].shape)}" for name in needed if weights[name].dim() != 2]:
+        raise ValueError(f"{source}: the model's sizes can't be read: {', '.join(flat)}, expected two dimensions each; save it with its own shape")
     layers = {int(m.group(1)) for m in (re.match(r"blocks\.(\d+)\.", name) for name in weights) if m}
     if layers != set(range(len(layers))):
         raise ValueError(f"{source}: blocks {sorted(set(range(max(layers))) - layers)} are missing; copy or download it again, whole")
     vocab_size, n_embd = weights["emb.weight"].shape
-    value_residual = next((weights[f"blocks.{i}.att.v1"] for i in (1, 0) if f"blocks.{i}.att.v1" in weights), None)
+    value_residuals = [v1 for i in (1, 0) if (v1 := weights.get(f"blocks.{i}.att.v1")) is not None and v1.dim() == 2]
     return ModelConfig(
         n_layer=len(layers),
         n_embd=n_embd,
@@ -94,7 +96,7 @@ def config_from_weights(weights: Weights, source: str, kernel: str = "auto") -> 
         dim_ffn=weights["blocks.0.ffn.key.weight"].shape[0],
         d_decay_lora=weights["blocks.0.att.w1"].shape[1],
         d_aaa_lora=weights["blocks.0.att.a1"].shape[1],
-        d_mv_lora=0 if value_residual is None else value_residual.shape[1],
+        d_mv_lora=value_residuals[0].shape[1] if value_residuals else 0,
         d_gate_lora=weights["blocks.0.att.g1"].shape[1],
         kernel=kernel,
     )
@@ -104,8 +106,11 @@ def fit_weights(weights: Weights, model: nn.Module, source: str, partial: bool =
     """`weights` completed and checked for `model`: the same names and shapes, all there.
 
     Layer 0's idle v0, v1, v2 are made up where a file lacks them. With `partial`, parameters that the file lacks keep the
-    model's values. Raises ValueError with the first names that don't fit and the sizes that would.
+    model's values. Raises ValueError with the first names that don't fit and the sizes that would, and for numbers that are no
+    floating point ones: those of a quantised file mean nothing without their scales.
     """
+    if whole := [f"{name} is {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in weights.items() if not tensor.is_floating_point()]:
+        raise ValueError(f"{source}: {', '.join(whole[:3])}: expected floating point weights (fp32, bf16, fp16); use the file before it was quantised")
     wanted = model.state_dict()
     fitted = dict(weights)
     for name in IDLE_IN_LAYER_0:
@@ -143,7 +148,7 @@ def fit_weights(weights: Weights, model: nn.Module, source: str, partial: bool =
 def _size_that_would_fit(weights: Weights, source: str) -> str:
     try:
         own = config_from_weights(weights, source)
-    except (ValueError, KeyError, IndexError) as error:
+    except ValueError as error:
         return f"They are not a whole RWKV-7 model: {error}"
     return (
         f"They would fit --n_layer {own.n_layer} --n_embd {own.n_embd} --vocab_size {own.vocab_size} --head_size {own.head_size}"
