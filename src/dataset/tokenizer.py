@@ -91,7 +91,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
-_UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
+UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
 
 
 class WorldTokenizer(Tokenizer):
@@ -115,7 +115,7 @@ class WorldTokenizer(Tokenizer):
     @cached_property
     def _entries(self) -> list[bytes]:
         """Bytes of each id. The package's own decoder can't give half a character and panics beyond the vocabulary."""
-        entries = [_UNKNOWN] * self.vocab_size
+        entries = [UNKNOWN] * self.vocab_size
         entries[0] = b""  # the end of a document has no text
         with open(self._rust.vocab_filepath, encoding="utf-8") as lines:
             for line in lines:  # "230 '\xe5' 1": id, Python literal, length in bytes
@@ -126,7 +126,7 @@ class WorldTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         entries = self._entries
-        return b"".join(entries[i] if 0 <= i < len(entries) else _UNKNOWN for i in ids)
+        return b"".join(entries[i] if 0 <= i < len(entries) else UNKNOWN for i in ids)
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -205,7 +205,7 @@ class FolderTokenizer(Tokenizer):
             return None
         alphabet = _byte_level_alphabet()
         added = self._rust.get_added_tokens_decoder()
-        entries = [_UNKNOWN] * self.vocab_size
+        entries = [UNKNOWN] * self.vocab_size
         for token, number in self._rust.get_vocab(with_added_tokens=True).items():
             stands_for_bytes = number not in added and all(c in alphabet for c in token)
             entries[number] = bytes(alphabet[c] for c in token) if stands_for_bytes else token.encode()
@@ -214,10 +214,10 @@ class FolderTokenizer(Tokenizer):
     def decode_bytes(self, ids: list[int]) -> bytes:
         entries = self._entries
         if entries is not None:
-            return b"".join(entries[i] if 0 <= i < len(entries) else _UNKNOWN for i in ids)
+            return b"".join(entries[i] if 0 <= i < len(entries) else UNKNOWN for i in ids)
         runs = groupby(ids, key=lambda i: 0 <= i < self.vocab_size)  # the package leaves unknown ids out, or breaks off
         return b"".join(
-            self._rust.decode(list(run), skip_special_tokens=False).encode() if known else _UNKNOWN * len(list(run))
+            self._rust.decode(list(run), skip_special_tokens=False).encode() if known else UNKNOWN * len(list(run))
             for known, run in runs
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 
-from src.dataset.tokenizer import _UNKNOWN, Tokenizer
+from src.dataset.tokenizer import UNKNOWN, Tokenizer
 
 _LONGEST = 4  # bytes of a UTF-8 character: more tokens than that are never waited for
 
@@ -25,7 +25,7 @@ class CharacterStream:
         self._waiting.append(token)
         before = self._tokenizer.decode_bytes(self._shown)
         now = self._tokenizer.decode_bytes(self._shown + self._waiting)
-        if now.endswith(_UNKNOWN) and len(self._waiting) < _LONGEST:
+        if now.endswith(UNKNOWN) and len(self._waiting) < _LONGEST:
             return ""  # a tokenizer that decodes to text may put this for half a character
         self._shown, self._waiting = self._waiting[-1:], []
         return self._utf8.decode(now[len(before) :])
