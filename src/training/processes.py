@@ -7,6 +7,7 @@ are there from the beginning, rank 0 decides what has to be decided once, and ea
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -203,3 +204,21 @@ def _start_others(place: Place) -> list[subprocess.Popen]:
         )
         for i in range(1, place.local_size)
     ]
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """A DataLoader's worker_init_fn. Ctrl-C, a closed terminal and a job's end signal whole process groups: the run still needs its worker
+    for the step under way, and ends it then."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # everywhere but on Windows, which has no groups of that kind, and on macOS, which has no worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_run_says, daemon=True).start()
+
+
+def _end_when_the_run_says() -> None:
+    """SIGTERM can't be ignored altogether: it is also how multiprocessing ends a worker that it couldn't ask, and then waits for."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
