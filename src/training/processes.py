@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning_fabric.plugins.environments import ClusterEnvironment
+from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 
 from src.training.places import Place, PlacesForLightning, first_place, place_from_launcher
@@ -37,7 +37,7 @@ class Company:
     """
 
     rank, size = 0, 1
-    environment: ClusterEnvironment | None = None
+    environment: ClusterEnvironment = LightningEnvironment()  # named, or Lightning would look for Slurm and act on what it finds
 
     def decide(self, question: Callable[[], T]) -> T:
         return question()
@@ -212,7 +212,7 @@ def leave_signals_to_the_run(worker: int) -> None:
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # everywhere but on Windows, which has no groups of that kind, and on macOS, which has no worker
+    if hasattr(signal, "sigwaitinfo"):  # not on Windows, where no SIGTERM is sent to groups, nor on macOS, where no run has a worker
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_the_run_says, daemon=True).start()
 

@@ -12,7 +12,6 @@ from src.config import RunConfig
 from src.training import zero
 from src.training.cpu_precision import cpu_precision
 from src.training.places import place_from_launcher
-from src.training.processes import Company
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -139,16 +138,15 @@ def engine_settings(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
     )
 
 
-def lightning_strategy(config: RunConfig, hardware: Hardware, company: Company) -> Any:
+def lightning_strategy(config: RunConfig, hardware: Hardware) -> Any:
     """For Lightning's Trainer, with every process there already."""
     if hardware.strategy == "plain":
         return "auto"
     if hardware.strategy == "deepspeed":
-        return zero.ZeroStrategy(engine_settings(config, hardware), hardware.accelerator, company)
+        return zero.ZeroStrategy(engine_settings(config, hardware), hardware.accelerator)
     from pytorch_lightning.strategies import DDPStrategy
 
     return DDPStrategy(
-        cluster_environment=company.environment,
         process_group_backend="nccl" if hardware.accelerator == "gpu" else "gloo",
         gradient_as_bucket_view=True,
     )

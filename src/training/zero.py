@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from src.model import RWKV7
 from src.training.optim import LOSS_SCALE_GROWTH_STEPS, LOSS_SCALE_POWER, adam_state
-from src.training.processes import Company
 
 REQUIREMENT = "deepspeed>=0.19,<0.20"  # what the tests run; nothing of it has to be compiled
 
@@ -95,11 +94,10 @@ def engine_settings(
 class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy on GPUs and on CPU processes, which Lightning refuses. Its model is a DeepSpeedEngine."""
 
-    def __init__(self, settings: dict[str, Any], accelerator: str, company: Company) -> None:
+    def __init__(self, settings: dict[str, Any], accelerator: str) -> None:
         self.deepspeed = import_deepspeed(accelerator)
         super().__init__(
             config=settings,
-            cluster_environment=company.environment,
             precision_plugin=EnginePrecision("32-true"),
             process_group_backend="nccl" if accelerator == "gpu" else "gloo",
             logging_level=logging.ERROR,
