@@ -18,7 +18,7 @@ from src.training.places import Place, first_place, place_from_launcher
 ROOT = Path(__file__).parents[1]
 STAGES = {"deepspeed_stage_1": 1, "deepspeed_stage_2": 2, "deepspeed_stage_3": 3}
 OFFLOADS = {f"{name}_offload": stage for name, stage in STAGES.items()}
-needs_deepspeed = pytest.mark.skipif(not zero.is_installed(), reason="the package deepspeed is not installed")
+needs_deepspeed = pytest.mark.skipif(not zero.is_usable(), reason=f"{zero.REQUIREMENT} is not installed")
 
 SGD = {"optimizer": "sgd", "lr_init": 0.5, "grad_clip": 0.0, "accumulate_grad_batches": 2}
 
@@ -60,15 +60,16 @@ def quick(tmp_path_factory):
     """A few steps of SGD with accumulation and without clipping under each strategy, and in one process."""
     folder = tmp_path_factory.mktemp("quick")
     fit = {**SGD, "steps": 5}
-    names = ["ddp", *(STAGES if zero.is_installed() else ())]
+    names = ["ddp", *(STAGES if zero.is_usable() else ())]
     fits = {name: {**fit, "strategy": name} for name in names}
     fits.update({f"recomputed {name}": {**fits[name], "grad_cp": 1, "kernel": "auto"} for name in names})
-    if zero.is_installed():
+    if zero.is_usable():
         fits["stage 3, recomputed and chunked"] = {**fits["deepspeed_stage_3"], "grad_cp": 1, "head_chunk": 5}
         fits["divided twice"] = {**fits["deepspeed_stage_2"], "backward_of_lightning": True}
         fits["fp16"] = {"strategy": "deepspeed_stage_2", "precision": "fp16", "steps": 3, "poison": 1}
         fits["adam"] = {"strategy": "deepspeed_stage_2", "steps": 3}
         fits["adam"]["poison"] = 1
+        fits["bf16"] = {**fits["adam"], "precision": "bf16"}
     results = launch(folder, 2, fits)
     results["one"] = launch(folder, 1, {"one": with_one_process(fit)})["one"]
     return results
@@ -120,10 +121,11 @@ def test_fp16_finds_its_scale_and_leaves_out_what_overflows(quick):
 
 
 @needs_deepspeed
-def test_a_step_that_is_not_finite_on_one_process_is_left_out_on_all(quick):
-    assert quick["adam"]["counters"]["skipped_steps"] == 1
-    assert quick["adam"]["counters"]["adam_steps"] == 2
-    assert all(tensor.isfinite().all() for tensor in quick["adam"]["weights"].values())
+@pytest.mark.parametrize("name", ["adam", "bf16"])
+def test_a_step_that_is_not_finite_on_one_process_is_left_out_on_all(quick, name):
+    assert quick[name]["counters"]["skipped_steps"] == 1
+    assert quick[name]["counters"]["adam_steps"] == 2
+    assert all(tensor.isfinite().all() for tensor in quick[name]["weights"].values())
 
 
 @pytest.fixture(scope="module")
@@ -317,10 +319,14 @@ def test_what_one_process_makes_of_deepspeed(monkeypatch):
     assert (hardware.strategy, hardware.model_in_parts) == ("plain", False)
     assert "deepspeed_stage_3" in hardware.notes[0]
     config.devices = "2"
-    monkeypatch.setattr(zero, "is_installed", lambda: False)
-    with pytest.raises(ValueError, match=r"--strategy deepspeed_stage_3.*pip install 'deepspeed"):
+    monkeypatch.setattr(zero, "version", lambda: "")
+    with pytest.raises(ValueError, match=r"--strategy deepspeed_stage_3: the package deepspeed is missing.*pip install 'deepspeed"):
         strategy.choose_hardware(config)
-    monkeypatch.setattr(zero, "is_installed", lambda: True)
+    for other in ("0.19.0", "0.19.7", "0.20.0"):
+        monkeypatch.setattr(zero, "version", lambda other=other: other)
+        with pytest.raises(ValueError, match=rf"--strategy deepspeed_stage_3: deepspeed {other} can't be used.*pip install 'deepspeed>=0.19.8"):
+            strategy.choose_hardware(config)
+    monkeypatch.setattr(zero, "version", lambda: "0.19.8")
     monkeypatch.setattr(zero, "takes_fp16", lambda accelerator: False)
     assert strategy.choose_hardware(config).model_in_parts
     config.precision = "fp16"

@@ -18,7 +18,7 @@ from src.training import zero
 from src.training.resume import states
 
 pytestmark = pytest.mark.slow
-needs_deepspeed = pytest.mark.skipif(not zero.is_installed(), reason="the package deepspeed is not installed")
+needs_deepspeed = pytest.mark.skipif(not zero.is_usable(), reason=f"{zero.REQUIREMENT} is not installed")
 STEPS, SAMPLES = 120, 6  # of a step, however many processes share them
 
 

@@ -7,7 +7,7 @@ The engine partitions and communicates; what an optimizer step is (lr of the gro
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import importlib.metadata
 import logging
 import os
 import warnings
@@ -19,6 +19,7 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from packaging.requirements import Requirement
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
@@ -26,11 +27,21 @@ from torch import Tensor, nn
 from src.model import RWKV7
 from src.training.optim import LOSS_SCALE_GROWTH_STEPS, LOSS_SCALE_POWER, adam_state
 
-REQUIREMENT = "deepspeed>=0.19,<0.20"  # what the tests run; nothing of it has to be compiled
+# What the tests run; nothing of it has to be compiled. Older ones (0.19.0) give -1 for a gradient norm that is not finite: `EngineAdamW` would take the step.
+REQUIREMENT = "deepspeed>=0.19.8,<0.20"
 
 
-def is_installed() -> bool:
-    return importlib.util.find_spec("deepspeed") is not None
+def version() -> str:
+    """Of the DeepSpeed here; '' where there is none."""
+    try:
+        return importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def is_usable() -> bool:
+    """Whether a DeepSpeed is here that REQUIREMENT allows."""
+    return bool(here := version()) and Requirement(REQUIREMENT).specifier.contains(here, prereleases=True)
 
 
 def takes_fp16(accelerator: str) -> bool:
