@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 
+from src.cli import parse
 from src.config import RunConfig
 from src.model import RWKV7, ModelConfig
 from src.training import strategy, zero
 from src.training.parts import fresh_values
 from src.training.places import Place, first_place, place_from_launcher
+from src.training.run import run
 
 ROOT = Path(__file__).parents[1]
 STAGES = {"deepspeed_stage_1": 1, "deepspeed_stage_2": 2, "deepspeed_stage_3": 3}
@@ -295,6 +298,20 @@ def test_places_are_read_from_launchers(launcher):
     port = 16234 if launcher == "srun" else 1234
     assert place == Place(rank=5, size=8, local_rank=1, local_size=4, address="node0", port=port)
     assert place.node_rank == 1
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("flag", ["train_stage", "check"])
+def test_of_a_launchers_processes_only_the_first_acts(tmp_path, monkeypatch, capfd, launcher, flag):
+    """Where one is enough, the others leave without a word; they don't even meet."""
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # what Lightning makes of a launcher that it doesn't know
+    for name, value in LAUNCHERS[launcher].items():
+        monkeypatch.setenv(name, value)
+    sizes = ["--n_layer", "1", "--n_embd", "32", "--head_size", "16", "--vocab_size", "64", "--ctx_len", "16"]
+    where = ["--proj_dir", str(tmp_path / "run"), "--data_file", str(tmp_path / "none"), "--accelerator", "cpu"]
+    assert run(*parse([*where, *sizes, f"--{flag}", "1"])) == 0
+    assert capfd.readouterr() == ("", "")
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_a_launcher_a_process_starts_the_others():
