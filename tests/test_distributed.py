@@ -275,6 +275,36 @@ def test_values_drawn_piece_by_piece_are_those_of_the_whole_model():
         assert torch.equal(pieces[name], tensor), name
 
 
+# ---- cores on a CPU ------------------------------------------------------------------------------------------------------------
+
+THREADS = """
+import os, sys, torch
+from src.training.processes import join
+rank = int(os.environ.get("RANK", 0))
+os.sched_getaffinity = lambda pid: set(range(6)) if sys.argv[1] == "shared" else set(range(3 * rank, 3 * rank + 3))
+company = join(2, 1, "cpu")
+os.write(1, f"{torch.get_num_threads()} threads\\n".encode())
+company.leave()
+"""
+
+
+@pytest.mark.parametrize("cores", ["shared", "own"])
+def test_processes_share_the_cores_that_they_may_use(cores):
+    """Six cores for two processes: both may use all, or a launcher has given each three."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS, cores], cwd=ROOT, env=environment, timeout=100, text=True, capture_output=True
+    )
+    assert done.stdout == "3 threads\n" * 2, done.stderr
+
+
+def test_more_processes_than_cores_are_remarked_upon(monkeypatch):
+    monkeypatch.setattr(strategy, "usable_cores", lambda: 3)
+    assert strategy.choose_hardware(RunConfig(accelerator="cpu", devices="3")).notes == ()
+    (note,) = strategy.choose_hardware(RunConfig(accelerator="cpu", devices="4")).notes
+    assert note.startswith("--devices 4: this machine lets them use 3 cores")
+
+
 # ---- who is who ----------------------------------------------------------------------------------------------------------------
 
 RANKS = {"MASTER_ADDR": "node0", "MASTER_PORT": "1234"}

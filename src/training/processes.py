@@ -157,8 +157,6 @@ def join(devices: int, num_nodes: int, accelerator: str) -> Company:
     os.environ.update(_variables(place))
     rank_zero_only.rank = place.rank  # type: ignore[attr-defined]
     children = _start_others(place) if started_here else []
-    if accelerator == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
     try:
         store = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))[0]
         company = ManyProcesses(place, dist.PrefixStore("company", store), children)
@@ -172,6 +170,10 @@ def join(devices: int, num_nodes: int, accelerator: str) -> Company:
             device_id=device,
         )
         company.meet()
+        if accelerator == "cpu":
+            threads = _share_of_cores(place)
+            if "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(threads)
     except RuntimeError as error:
         for child in children:
             child.kill()
@@ -180,6 +182,16 @@ def join(devices: int, num_nodes: int, accelerator: str) -> Company:
             "check that every machine was started, and that they reach each other at that address"
         ) from error
     return company
+
+
+def _share_of_cores(place: Place) -> int:
+    """How many cores this process may use, divided by the processes of this machine that may use them too: a launcher may have given each
+    its own. Asks all ranks."""
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    of_all: list[Any] = [None] * place.size
+    dist.all_gather_object(of_all, own)
+    here = of_all[place.rank - place.local_rank :][: place.local_size]
+    return max(1, len(own) // sum(not own.isdisjoint(cores) for cores in here))
 
 
 def _variables(place: Place) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from src.config import RunConfig
+from src.dataset.workers import usable_cores
 from src.training import zero
 from src.training.cpu_precision import cpu_precision
 from src.training.places import place_from_launcher
@@ -78,6 +79,11 @@ def choose_hardware(config: RunConfig) -> Hardware:
     devices, num_nodes = _processes(config, accelerator)
     if accelerator == "gpu" and devices > torch.cuda.device_count():
         raise ValueError(f"--devices {devices}: expected at most {torch.cuda.device_count()}, the GPUs that torch sees")
+    if accelerator == "cpu" and devices > (cores := usable_cores()) and place_from_launcher(os.environ) is None:
+        notes.append(
+            f"--devices {devices}: this machine lets them use {cores} core{'s' * (cores > 1)}, which they share; with --devices {cores} "
+            "each has its own"
+        )
     strategy, stage, offload = _sharing(config, devices * num_nodes, accelerator, notes)
     precision = config.precision or ("bf16" if accelerator == "gpu" else "")
     if precision == "fp16":
