@@ -117,7 +117,7 @@ def fit(company, name, scenario, out):
         model, config, hardware, lambda rank, size: Numbers(first_step, steps, rank, size, config, poison), values=values,
         optimizer=optimizer, poison=poison,
     )  # fmt: skip
-    strategy = lightning_strategy(config, hardware, company)
+    strategy = lightning_strategy(config, hardware)
     if as_lightning_does:  # for the test that has to notice it
         strategy.precision_plugin.backward = DeepSpeedPrecision("32-true").backward
 
@@ -130,6 +130,7 @@ def fit(company, name, scenario, out):
 
     trainer = pl.Trainer(
         accelerator="cpu", devices=hardware.devices, num_nodes=hardware.num_nodes, strategy=strategy, precision="32-true",
+        plugins=[company.environment],
         max_epochs=1, max_steps=steps, accumulate_grad_batches=config.accumulate_grad_batches, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         callbacks=[Restore(), SetLearningRate(lambda step: config.lr_init / (1 + 0.1 * step), first_step)],

@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 
+from src.cli import parse
 from src.config import RunConfig
 from src.model import RWKV7, ModelConfig
 from src.training import strategy, zero
 from src.training.parts import fresh_values
 from src.training.places import Place, first_place, place_from_launcher
+from src.training.run import run
 
 ROOT = Path(__file__).parents[1]
 STAGES = {"deepspeed_stage_1": 1, "deepspeed_stage_2": 2, "deepspeed_stage_3": 3}
 OFFLOADS = {f"{name}_offload": stage for name, stage in STAGES.items()}
-needs_deepspeed = pytest.mark.skipif(not zero.is_installed(), reason="the package deepspeed is not installed")
+needs_deepspeed = pytest.mark.skipif(not zero.is_usable(), reason=f"{zero.REQUIREMENT} is not installed")
 
 SGD = {"optimizer": "sgd", "lr_init": 0.5, "grad_clip": 0.0, "accumulate_grad_batches": 2}
 
@@ -60,15 +63,16 @@ def quick(tmp_path_factory):
     """A few steps of SGD with accumulation and without clipping under each strategy, and in one process."""
     folder = tmp_path_factory.mktemp("quick")
     fit = {**SGD, "steps": 5}
-    names = ["ddp", *(STAGES if zero.is_installed() else ())]
+    names = ["ddp", *(STAGES if zero.is_usable() else ())]
     fits = {name: {**fit, "strategy": name} for name in names}
     fits.update({f"recomputed {name}": {**fits[name], "grad_cp": 1, "kernel": "auto"} for name in names})
-    if zero.is_installed():
+    if zero.is_usable():
         fits["stage 3, recomputed and chunked"] = {**fits["deepspeed_stage_3"], "grad_cp": 1, "head_chunk": 5}
         fits["divided twice"] = {**fits["deepspeed_stage_2"], "backward_of_lightning": True}
         fits["fp16"] = {"strategy": "deepspeed_stage_2", "precision": "fp16", "steps": 3, "poison": 1}
         fits["adam"] = {"strategy": "deepspeed_stage_2", "steps": 3}
         fits["adam"]["poison"] = 1
+        fits["bf16"] = {**fits["adam"], "precision": "bf16"}
     results = launch(folder, 2, fits)
     results["one"] = launch(folder, 1, {"one": with_one_process(fit)})["one"]
     return results
@@ -120,10 +124,11 @@ def test_fp16_finds_its_scale_and_leaves_out_what_overflows(quick):
 
 
 @needs_deepspeed
-def test_a_step_that_is_not_finite_on_one_process_is_left_out_on_all(quick):
-    assert quick["adam"]["counters"]["skipped_steps"] == 1
-    assert quick["adam"]["counters"]["adam_steps"] == 2
-    assert all(tensor.isfinite().all() for tensor in quick["adam"]["weights"].values())
+@pytest.mark.parametrize("name", ["adam", "bf16"])
+def test_a_step_that_is_not_finite_on_one_process_is_left_out_on_all(quick, name):
+    assert quick[name]["counters"]["skipped_steps"] == 1
+    assert quick[name]["counters"]["adam_steps"] == 2
+    assert all(tensor.isfinite().all() for tensor in quick[name]["weights"].values())
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +275,36 @@ def test_values_drawn_piece_by_piece_are_those_of_the_whole_model():
         assert torch.equal(pieces[name], tensor), name
 
 
+# ---- cores on a CPU ------------------------------------------------------------------------------------------------------------
+
+THREADS = """
+import os, sys, torch
+from src.training.processes import join
+rank = int(os.environ.get("RANK", 0))
+os.sched_getaffinity = lambda pid: set(range(6)) if sys.argv[1] == "shared" else set(range(3 * rank, 3 * rank + 3))
+company = join(2, 1, "cpu")
+os.write(1, f"{torch.get_num_threads()} threads\\n".encode())
+company.leave()
+"""
+
+
+@pytest.mark.parametrize("cores", ["shared", "own"])
+def test_processes_share_the_cores_that_they_may_use(cores):
+    """Six cores for two processes: both may use all, or a launcher has given each three."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS, cores], cwd=ROOT, env=environment, timeout=100, text=True, capture_output=True
+    )
+    assert done.stdout == "3 threads\n" * 2, done.stderr
+
+
+def test_more_processes_than_cores_are_remarked_upon(monkeypatch):
+    monkeypatch.setattr(strategy, "usable_cores", lambda: 3)
+    assert strategy.choose_hardware(RunConfig(accelerator="cpu", devices="3")).notes == ()
+    (note,) = strategy.choose_hardware(RunConfig(accelerator="cpu", devices="4")).notes
+    assert note.startswith("--devices 4: this machine lets them use 3 cores")
+
+
 # ---- who is who ----------------------------------------------------------------------------------------------------------------
 
 RANKS = {"MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
@@ -295,6 +330,20 @@ def test_places_are_read_from_launchers(launcher):
     assert place.node_rank == 1
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("flag", ["train_stage", "check"])
+def test_of_a_launchers_processes_only_the_first_acts(tmp_path, monkeypatch, capfd, launcher, flag):
+    """Where one is enough, the others leave without a word; they don't even meet."""
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # what Lightning makes of a launcher that it doesn't know
+    for name, value in LAUNCHERS[launcher].items():
+        monkeypatch.setenv(name, value)
+    sizes = ["--n_layer", "1", "--n_embd", "32", "--head_size", "16", "--vocab_size", "64", "--ctx_len", "16"]
+    where = ["--proj_dir", str(tmp_path / "run"), "--data_file", str(tmp_path / "none"), "--accelerator", "cpu"]
+    assert run(*parse([*where, *sizes, f"--{flag}", "1"])) == 0
+    assert capfd.readouterr() == ("", "")
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_a_launcher_a_process_starts_the_others():
     assert place_from_launcher({}) is None
     assert place_from_launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None  # a batch script
@@ -317,10 +366,14 @@ def test_what_one_process_makes_of_deepspeed(monkeypatch):
     assert (hardware.strategy, hardware.model_in_parts) == ("plain", False)
     assert "deepspeed_stage_3" in hardware.notes[0]
     config.devices = "2"
-    monkeypatch.setattr(zero, "is_installed", lambda: False)
-    with pytest.raises(ValueError, match=r"--strategy deepspeed_stage_3.*pip install 'deepspeed"):
+    monkeypatch.setattr(zero, "version", lambda: "")
+    with pytest.raises(ValueError, match=r"--strategy deepspeed_stage_3: the package deepspeed is missing.*pip install 'deepspeed"):
         strategy.choose_hardware(config)
-    monkeypatch.setattr(zero, "is_installed", lambda: True)
+    for other in ("0.19.0", "0.19.7", "0.20.0"):
+        monkeypatch.setattr(zero, "version", lambda other=other: other)
+        with pytest.raises(ValueError, match=rf"--strategy deepspeed_stage_3: deepspeed {other} can't be used.*pip install 'deepspeed>=0.19.8"):
+            strategy.choose_hardware(config)
+    monkeypatch.setattr(zero, "version", lambda: "0.19.8")
     monkeypatch.setattr(zero, "takes_fp16", lambda accelerator: False)
     assert strategy.choose_hardware(config).model_in_parts
     config.precision = "fp16"

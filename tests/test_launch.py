@@ -18,7 +18,7 @@ from src.training import zero
 from src.training.resume import states
 
 pytestmark = pytest.mark.slow
-needs_deepspeed = pytest.mark.skipif(not zero.is_installed(), reason="the package deepspeed is not installed")
+needs_deepspeed = pytest.mark.skipif(not zero.is_usable(), reason=f"{zero.REQUIREMENT} is not installed")
 STEPS, SAMPLES = 120, 6  # of a step, however many processes share them
 
 
@@ -163,6 +163,23 @@ def test_one_that_falls_silent_ends_the_others(tmp_path, data):  # noqa: F811
     assert process.returncode == 1
     assert "process 1 has given no sign of life" in words
     wait_for(lambda: not os.path.exists(f"/proc/{ranks[1]}"), seconds=20)
+
+
+IMPATIENT = "import sys, train; from src.training import watch; watch.SILENT_ROUNDS = 10; sys.exit(train.main())"
+
+
+def test_all_may_stand_still_for_longer_than_one_may_be_silent(tmp_path, data, straight):  # noqa: F811
+    """Ctrl-Z and fg, a job that is suspended, a machine that is paused."""
+    process = start([sys.executable, "-c", IMPATIENT, *settings(tmp_path, data, 2, devices=2)])
+    wait_for(lambda: states(tmp_path) or process.poll() is not None)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGSTOP)
+        time.sleep(14)
+        os.killpg(process.pid, signal.SIGCONT)
+        time.sleep(1)
+    words = finish(process)
+    assert process.returncode == 0, words
+    assert_same_run(tmp_path, straight)
 
 
 def may_make_networks():

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from src.config import ModelConfig, RunConfig
 from src.dataset.binidx import BinIdxWriter
 from src.ops import build
 from src.ops.toolchain import BuildError
+from src.training.module import TrainingModule
 from src.training.preflight import check, kernel, machine, out_of_memory, plan, speed
 from src.training.preflight.out_of_memory import SAFE, advice, estimate, is_out_of_memory, remedies
 from src.training.run import run
@@ -376,6 +378,21 @@ def test_dry_run_takes_the_runs_first_two_steps_and_keeps_nothing(tmp_path, data
     losses = [line.split(",")[2] for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:3]]
     for number, loss in enumerate(losses, start=1):
         assert f"step {number}: loss {float(loss):.4f}" in words
+
+
+def test_ctrl_c_ends_a_dry_run_with_a_word(tmp_path, data, monkeypatch, capfd):
+    def step(self, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGINT)
+        return training_step(self, batch, batch_idx)
+
+    training_step = TrainingModule.training_step
+    monkeypatch.setattr(TrainingModule, "training_step", step)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert call(tmp_path / "run", data, dry_run=1) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "train.py: stopped at once" in capfd.readouterr().err
 
 
 def test_dry_run_looks_at_the_held_out_data_too(tmp_path, data, capfd):

@@ -239,7 +239,8 @@ def trainer_for(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
-        strategy=lightning_strategy(config, hardware, company),
+        strategy=lightning_strategy(config, hardware),
+        plugins=[company.environment],
         precision="32-true",  # ours: parameters have their dtype already, the optimizer keeps fp32 masters
         max_epochs=1,
         max_steps=steps,
@@ -251,7 +252,7 @@ def trainer_for(
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
-        default_root_dir=proj_dir,
+        default_root_dir=proj_dir / "lightning",  # which is never made: in a Slurm job Lightning takes up an hpc_ckpt_*.ckpt that it finds there
     )
 
 

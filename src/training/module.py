@@ -16,6 +16,7 @@ from src.model import RWKV7
 from src.ops.loss import cross_entropy_l2wrap, linear_cross_entropy_l2wrap
 from src.training.optim import MasterAdamW, parameter_groups
 from src.training.parts import Values, partition
+from src.training.processes import leave_signals_to_the_run
 from src.training.strategy import Hardware, engine_settings
 from src.training.zero import EngineAdamW
 
@@ -121,6 +122,7 @@ class TrainingModule(pl.LightningModule):
             batch_size=self.config.micro_bsz,
             shuffle=False,
             collate_fn=self.collate,
+            worker_init_fn=leave_signals_to_the_run,
             num_workers=1 if on_gpu else 0,
             persistent_workers=on_gpu,
             prefetch_factor=8 if on_gpu else None,

@@ -7,6 +7,7 @@ are there from the beginning, rank 0 decides what has to be decided once, and ea
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning_fabric.plugins.environments import ClusterEnvironment
+from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 
 from src.training.places import Place, PlacesForLightning, first_place, place_from_launcher
@@ -36,7 +37,7 @@ class Company:
     """
 
     rank, size = 0, 1
-    environment: ClusterEnvironment | None = None
+    environment: ClusterEnvironment = LightningEnvironment()  # named, or Lightning would look for Slurm and act on what it finds
 
     def decide(self, question: Callable[[], T]) -> T:
         return question()
@@ -156,8 +157,6 @@ def join(devices: int, num_nodes: int, accelerator: str) -> Company:
     os.environ.update(_variables(place))
     rank_zero_only.rank = place.rank  # type: ignore[attr-defined]
     children = _start_others(place) if started_here else []
-    if accelerator == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
     try:
         store = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))[0]
         company = ManyProcesses(place, dist.PrefixStore("company", store), children)
@@ -171,6 +170,10 @@ def join(devices: int, num_nodes: int, accelerator: str) -> Company:
             device_id=device,
         )
         company.meet()
+        if accelerator == "cpu":
+            threads = _share_of_cores(place)
+            if "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(threads)
     except RuntimeError as error:
         for child in children:
             child.kill()
@@ -179,6 +182,16 @@ def join(devices: int, num_nodes: int, accelerator: str) -> Company:
             "check that every machine was started, and that they reach each other at that address"
         ) from error
     return company
+
+
+def _share_of_cores(place: Place) -> int:
+    """How many cores this process may use, divided by the processes of this machine that may use them too: a launcher may have given each
+    its own. Asks all ranks."""
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    of_all: list[Any] = [None] * place.size
+    dist.all_gather_object(of_all, own)
+    here = of_all[place.rank - place.local_rank :][: place.local_size]
+    return max(1, len(own) // sum(not own.isdisjoint(cores) for cores in here))
 
 
 def _variables(place: Place) -> dict[str, str]:
@@ -203,3 +216,21 @@ def _start_others(place: Place) -> list[subprocess.Popen]:
         )
         for i in range(1, place.local_size)
     ]
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """A DataLoader's worker_init_fn. Ctrl-C, a closed terminal and a job's end signal whole process groups: the run still needs its worker
+    for the step under way, and ends it then."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on Windows, where no SIGTERM is sent to groups, nor on macOS, where no run has a worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_run_says, daemon=True).start()
+
+
+def _end_when_the_run_says() -> None:
+    """SIGTERM can't be ignored altogether: it is also how multiprocessing ends a worker that it couldn't ask, and then waits for."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import secrets
 import time
 import warnings
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 
 from src.config import RunConfig
 from src.dataset.binidx import file_prefix
@@ -31,6 +33,7 @@ from src.training.describe import settings_of, summary, words_for_complete
 from src.training.fit import Run, fit_whatever_comes
 from src.training.folder import BEST, FINAL, INIT, LOG, METRICS, PICTURE, REPORT, TOKENIZER, VALIDATION
 from src.training.html_report import write_report
+from src.training.places import place_from_launcher
 from src.training.plot import loss_picture
 from src.training.preflight import plan
 from src.training.preflight.check import check, warn_at_start
@@ -63,6 +66,8 @@ def run(config: RunConfig, notes: list[str]) -> int:
     _quiet_libraries()
     company = Company()
     try:
+        if place := place_from_launcher(os.environ):  # who speaks and writes: Lightning doesn't know every launcher's ranks
+            rank_zero_only.rank = place.rank  # type: ignore[attr-defined]
         if config.plan >= 0:
             return _plan(config)
         if config.accelerator == "cpu" or not torch.cuda.is_available():

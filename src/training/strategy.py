@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from src.config import RunConfig
+from src.dataset.workers import usable_cores
 from src.training import zero
 from src.training.cpu_precision import cpu_precision
 from src.training.places import place_from_launcher
-from src.training.processes import Company
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -79,6 +79,11 @@ def choose_hardware(config: RunConfig) -> Hardware:
     devices, num_nodes = _processes(config, accelerator)
     if accelerator == "gpu" and devices > torch.cuda.device_count():
         raise ValueError(f"--devices {devices}: expected at most {torch.cuda.device_count()}, the GPUs that torch sees")
+    if accelerator == "cpu" and devices > (cores := usable_cores()) and place_from_launcher(os.environ) is None:
+        notes.append(
+            f"--devices {devices}: this machine lets them use {cores} core{'s' * (cores > 1)}, which they share; with --devices {cores} "
+            "each has its own"
+        )
     strategy, stage, offload = _sharing(config, devices * num_nodes, accelerator, notes)
     precision = config.precision or ("bf16" if accelerator == "gpu" else "")
     if precision == "fp16":
@@ -124,11 +129,9 @@ def _sharing(config: RunConfig, processes: int, accelerator: str, notes: list[st
     if processes == 1 and not (offload and accelerator == "gpu"):
         notes.append(f"--strategy {config.strategy}: one process needs no DeepSpeed; the plain strategy is used")
         return "plain", 0, False
-    if not zero.is_installed():
-        raise ValueError(
-            f"--strategy {config.strategy}: the package deepspeed is missing; install it (pip install '{zero.REQUIREMENT}') or "
-            "use --strategy ddp"
-        )
+    if not zero.is_usable():
+        here = f"deepspeed {found} can't be used here" if (found := zero.version()) else "the package deepspeed is missing"
+        raise ValueError(f"--strategy {config.strategy}: {here}; pip install '{zero.REQUIREMENT}', or use --strategy ddp")
     return "deepspeed", stage, offload
 
 
@@ -139,16 +142,15 @@ def engine_settings(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
     )
 
 
-def lightning_strategy(config: RunConfig, hardware: Hardware, company: Company) -> Any:
+def lightning_strategy(config: RunConfig, hardware: Hardware) -> Any:
     """For Lightning's Trainer, with every process there already."""
     if hardware.strategy == "plain":
         return "auto"
     if hardware.strategy == "deepspeed":
-        return zero.ZeroStrategy(engine_settings(config, hardware), hardware.accelerator, company)
+        return zero.ZeroStrategy(engine_settings(config, hardware), hardware.accelerator)
     from pytorch_lightning.strategies import DDPStrategy
 
     return DDPStrategy(
-        cluster_environment=company.environment,
         process_group_backend="nccl" if hardware.accelerator == "gpu" else "gloo",
         gradient_as_bucket_view=True,
     )

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from src.training.places import Place
 
 BEAT_SECONDS = 1.0
-SILENT_SECONDS = 40.0  # without a beat, a process counts as dead; far beyond what a busy one needs
+# Without a beat in so many rounds of another, a process counts as dead: seconds, far more than a busy one needs. Rounds, not the clock, which
+# goes on while everything stands still (Ctrl-Z, a suspended job, a paused machine).
+SILENT_ROUNDS = 40
 GRACE_SECONDS = 4.0  # for the others to read why
 
 
@@ -29,7 +31,7 @@ class Watch:
         self._parent = os.getppid()
         self._store = _connect(place, timeout)  # a connection of its own: a store serves one thread at a time
         self._store.set(f"beat/{place.rank}", "0")
-        self._last_beat = time.monotonic()
+        self._beats = 0
 
     def start(self) -> None:
         for work in (self._beat, self._guard):
@@ -47,17 +49,15 @@ class Watch:
             self._stop_children()
 
     def _beat(self) -> None:
-        seen: dict[int, tuple[bytes, float]] = {}
-        count = 0
+        seen: dict[int, tuple[bytes, int]] = {}
         while not (self.finished or self.ended):
             time.sleep(BEAT_SECONDS)
-            count += 1
             try:
-                self._store.set(f"beat/{self.place.rank}", str(count))
-                self._last_beat = time.monotonic()
+                self._store.set(f"beat/{self.place.rank}", str(self._beats + 1))
+                self._beats += 1
                 if self._store.check(["ended"]) and not self.ended:
                     self._end(self._store.get("ended").decode())
-                if self.place.rank == 0 and count % 2 == 0:
+                if self.place.rank == 0 and self._beats % 2 == 0:
                     self._look_at_all(seen)
                 self._look_at_family()
             except RuntimeError:
@@ -65,18 +65,17 @@ class Watch:
                     self._end("process 0 is gone: it ended, was killed, or its machine can't be reached")
                 return
 
-    def _look_at_all(self, seen: dict[int, tuple[bytes, float]]) -> None:
-        """On rank 0: whose beats have stopped?"""
-        now = time.monotonic()
+    def _look_at_all(self, seen: dict[int, tuple[bytes, int]]) -> None:
+        """On rank 0: whose beats have stopped? `seen`: the last beat of each rank, and this process's own number then."""
         others = [rank for rank in range(1, self.place.size) if not self._store.check([f"done/{rank}"])]
         for rank in others:
             if not self._store.check([f"beat/{rank}"]):
                 continue  # it has not come yet; that has a time limit of its own
             beat = self._store.get(f"beat/{rank}")
             if rank not in seen or seen[rank][0] != beat:
-                seen[rank] = (beat, now)
-            elif now - seen[rank][1] > SILENT_SECONDS:
-                self._end(f"process {rank} has given no sign of life for {SILENT_SECONDS:.0f} s")
+                seen[rank] = (beat, self._beats)
+            elif self._beats - seen[rank][1] > SILENT_ROUNDS:
+                self._end(f"process {rank} has given no sign of life for {SILENT_ROUNDS * BEAT_SECONDS:.0f} s")
 
     def _look_at_family(self) -> None:
         for rank, child in enumerate(self.children, start=self.place.rank + 1):
@@ -88,9 +87,11 @@ class Watch:
             self._end("the process that started this one is gone")
 
     def _guard(self) -> None:
+        beats = rounds = 0
         while not (self.finished or self.leaving or self.ended):
             time.sleep(BEAT_SECONDS)
-            if time.monotonic() - self._last_beat > SILENT_SECONDS:
+            beats, rounds = self._beats, (rounds + 1 if self._beats == beats else 0)
+            if rounds > SILENT_ROUNDS:
                 self._end("process 0 can't be reached")
 
     def _end(self, reason: str) -> NoReturn:

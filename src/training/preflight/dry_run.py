@@ -70,7 +70,10 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Comp
         callbacks.append(RestoreState(start.loaded))
     with explained(config, model.config, hardware, company), tempfile.TemporaryDirectory() as nowhere:
         trainer = trainer_for(config, hardware, Path(nowhere), company, steps, callbacks)
-        trainer.fit(module_for(config, hardware, samples, model, values, start, steps))
+        try:
+            trainer.fit(module_for(config, hardware, samples, model, values, start, steps))
+        except SystemExit:  # Lightning makes this of a KeyboardInterrupt
+            raise KeyboardInterrupt from None
     for report in seen.reports:
         say(
             f"step {report.step + 1}: loss {report.loss:.4f}, gradient norm {report.grad_norm:.4g}, lr {report.lr:.3g}, "

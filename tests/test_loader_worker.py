@@ -1,0 +1,91 @@
+"""The DataLoader's worker process outlives what is meant for the run, and never outlives the run."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_train import CTX, ROOT, data, flags, metrics  # noqa: F401 (data is a fixture)
+
+from src.training.processes import leave_signals_to_the_run
+from src.training.resume import newest_good
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a worker as a Linux machine with a GPU has it")
+RUN = {"accumulate_grad_batches": 50, "my_exit_tokens": CTX * 4 * 50 * 3000, "epoch_steps": 1000, "save_minutes": 0}
+
+
+def start(*argv):
+    """In a process group of its own, as a terminal or a scheduler starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.worker_run", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def members(group):
+    """The processes of a group by their number: zombies too."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,pgid="], capture_output=True, text=True, check=True).stdout
+    return [int(pid) for pid, of in map(str.split, listed.splitlines()) if int(of) == group]
+
+
+def finish(process):
+    try:
+        words, _ = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"it hangs: {process.communicate()[0][-3000:]}")
+    assert members(process.pid) == []
+    return words
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_saves_and_stops(tmp_path, data, number):  # noqa: F811
+    out = tmp_path / "run"
+    process = start(*flags(out, data, **RUN))
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not ((out / "metrics.csv").exists() and len(metrics(out)) > 2):
+        time.sleep(0.05)
+    assert len(members(process.pid)) == 2
+    os.killpg(process.pid, number)
+    words = finish(process)
+    assert process.returncode == 128 + number, words
+    assert f"{number.name} received; its state is saved" in words
+    assert "Traceback" not in words
+    state, complaints = newest_good(out)
+    assert not complaints
+    assert state.position.step == len(metrics(out)) > 2
+
+
+def test_it_goes_with_a_run_that_is_done_and_with_one_that_fails(tmp_path, data):  # noqa: F811
+    short = {**RUN, "accumulate_grad_batches": 2, "my_exit_tokens": CTX * 4 * 2 * 5}
+    process = start(*flags(tmp_path / "done", data, **short))
+    words = finish(process)
+    assert process.returncode == 0, words
+    process = start("--fail", *flags(tmp_path / "failed", data, **short))
+    words = finish(process)
+    assert process.returncode == 1, words
+    assert "a step that fails" in words
+
+
+def worker(ready):
+    leave_signals_to_the_run(0)
+    ready.send(True)
+    time.sleep(60)
+
+
+def test_the_run_itself_can_still_end_it():
+    """As multiprocessing does at the interpreter's end with a worker that nobody has told to go."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=worker, args=(theirs,), daemon=True)
+    process.start()
+    assert ours.recv()
+    for name in ("INT", "HUP", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
+    process.join(timeout=1)
+    assert process.is_alive()
+    process.terminate()
+    process.join(timeout=10)
+    assert process.exitcode == 0
