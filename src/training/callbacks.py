@@ -83,8 +83,18 @@ def write_weights(trainer: pl.Trainer, module: TrainingModule, path: Path) -> No
         save_weights(weights, path)
 
 
+class RestoreState(pl.Callback):
+    """The full state that a run goes on from: masters, moments and counters."""
+
+    def __init__(self, loaded: LoadedState) -> None:
+        self.loaded = loaded
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        scatter_full_state(trainer, pl_module, self.loaded.tensors(), self.loaded.counters)
+
+
 class KeepState(AfterStep):
-    """The full state of the run: restored at the start, saved when the clock, a mini-epoch's weights or a stop asks for it.
+    """The full state of the run, saved when the clock, a mini-epoch's weights or a stop asks for it.
 
     rwkv-final.pth comes after the last state, so that a run that is complete is complete in every part.
     """
@@ -93,7 +103,6 @@ class KeepState(AfterStep):
         self,
         *,
         writer: StateWriter,
-        loaded: LoadedState | None,
         position: Position,
         length: RunLength,
         reporter: Reporter,
@@ -103,7 +112,7 @@ class KeepState(AfterStep):
         save_minutes: float,
     ) -> None:
         super().__init__(position.step)
-        self.writer, self.loaded, self.position, self.length = writer, loaded, position, length
+        self.writer, self.position, self.length = writer, position, length
         self.reporter, self.weights, self.bad_steps, self.settings = reporter, weights, bad_steps, settings
         self.save_seconds = save_minutes * 60
         self.saved_at = time.monotonic()
@@ -111,10 +120,6 @@ class KeepState(AfterStep):
     def due(self) -> bool:
         """A wish for the Reporter: has the clock run out on this rank?"""
         return self.save_seconds > 0 and time.monotonic() - self.saved_at >= self.save_seconds
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.loaded is not None:
-            scatter_full_state(trainer, pl_module, self.loaded.tensors(), self.loaded.counters)
 
     def after_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         self.writer.check()

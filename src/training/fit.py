@@ -18,7 +18,7 @@ from src.config import ModelConfig, RunConfig
 from src.dataset.sampling import skip_holes
 from src.model import RWKV7
 from src.training import checkpoint
-from src.training.callbacks import KeepState, SaveWeights, SetLearningRate, StopInTime, WatchBadSteps
+from src.training.callbacks import KeepState, RestoreState, SaveWeights, SetLearningRate, StopInTime, WatchBadSteps
 from src.training.data import Samples
 from src.training.folder import FINAL, LOG, METRICS, TRACE, VALIDATION
 from src.training.module import TrainingModule
@@ -125,11 +125,8 @@ def _fit(run: Run, model: RWKV7, values: Callable[[], Values], start: Start) -> 
             checkpoint.save_weights(weights_now, run.proj_dir / FINAL)
         return End()
     callbacks = _callbacks(run, model.config, start)
-    trainer = trainer_for(config, hardware, run.proj_dir, run.company, steps, callbacks.in_order)
-    try:
-        trainer.fit(module_for(config, hardware, run.samples, model, values, start, steps))
-    except SystemExit:  # Lightning makes this of a KeyboardInterrupt: a second Ctrl-C, or one before the first step
-        raise KeyboardInterrupt from None
+    module = module_for(config, hardware, run.samples, model, values, start, steps)
+    take_steps(config, hardware, run.proj_dir, run.company, steps, callbacks.in_order, module)
     return _end(callbacks, start.length.steps, limited=math.isfinite(run.ends_at))
 
 
@@ -156,7 +153,6 @@ def _callbacks(run: Run, model: ModelConfig, start: Start) -> _Callbacks:
     weights = SaveWeights(length, position.step, config.epoch_save, proj_dir)
     keeper = KeepState(
         writer=StateWriter(proj_dir, config.keep_resume, parameter_count(model)),
-        loaded=start.loaded,
         position=position,
         length=length,
         reporter=reporter,
@@ -168,6 +164,7 @@ def _callbacks(run: Run, model: ModelConfig, start: Start) -> _Callbacks:
     wishes["save"] = keeper.due
     stop.reporter, stop.keeper = reporter, keeper
     in_order = [
+        *([RestoreState(start.loaded)] if start.loaded is not None else []),
         SetLearningRate(schedule(config, start), position.step),
         reporter,
         weights,
@@ -226,16 +223,17 @@ def module_for(
     return TrainingModule(model, config, hardware, make_dataset, samples.collate, in_parts)
 
 
-def trainer_for(
+def take_steps(
     config: RunConfig,
     hardware: Hardware,
     proj_dir: Path,
     company: Company,
     steps: int,
     callbacks: list[pl.Callback],
-) -> pl.Trainer:
+    module: TrainingModule,
+) -> None:
     """Lightning's part of a run of so many steps: devices, strategy and the loop; everything else is ours, in the callbacks."""
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
@@ -254,6 +252,10 @@ def trainer_for(
         num_sanity_val_steps=0,
         default_root_dir=proj_dir / "lightning",  # which is never made: in a Slurm job Lightning takes up an hpc_ckpt_*.ckpt that it finds there
     )
+    try:
+        trainer.fit(module)
+    except SystemExit:  # Lightning makes this of a KeyboardInterrupt: a second Ctrl-C, or one before the first step
+        raise KeyboardInterrupt from None
 
 
 def schedule(config: RunConfig, start: Start) -> Callable[[int], float]:

@@ -8,17 +8,15 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from src.config import RunConfig
-from src.training.callbacks import SetLearningRate, WatchBadSteps
+from src.training.callbacks import RestoreState, SetLearningRate, WatchBadSteps
 from src.training.data import look_at_samples
 from src.training.describe import summary, words_for_complete
-from src.training.fit import module_for, schedule, trainer_for
-from src.training.full_state import scatter_full_state
+from src.training.fit import module_for, schedule, take_steps
 from src.training.preflight.data import look_at_held_out
 from src.training.preflight.out_of_memory import explained
 from src.training.processes import Company
 from src.training.reporting.reporter import Reporter
 from src.training.reporting.sink import Sink, StepReport
-from src.training.resume import LoadedState
 from src.training.say import say
 from src.training.start import build_model, length_of_run, look_at_start
 from src.training.strategy import Hardware
@@ -34,16 +32,6 @@ class Remember(Sink):
 
     def step(self, report: StepReport) -> None:
         self.reports.append(report)
-
-
-class RestoreState(pl.Callback):
-    """The optimizer's state, where the run would continue with it."""
-
-    def __init__(self, loaded: LoadedState) -> None:
-        self.loaded = loaded
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        scatter_full_state(trainer, pl_module, self.loaded.tensors(), self.loaded.counters)
 
 
 def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Company) -> int:
@@ -69,11 +57,8 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Comp
     if start.loaded is not None:
         callbacks.append(RestoreState(start.loaded))
     with explained(config, model.config, hardware, company), tempfile.TemporaryDirectory() as nowhere:
-        trainer = trainer_for(config, hardware, Path(nowhere), company, steps, callbacks)
-        try:
-            trainer.fit(module_for(config, hardware, samples, model, values, start, steps))
-        except SystemExit:  # Lightning makes this of a KeyboardInterrupt
-            raise KeyboardInterrupt from None
+        module = module_for(config, hardware, samples, model, values, start, steps)
+        take_steps(config, hardware, Path(nowhere), company, steps, callbacks, module)
     for report in seen.reports:
         say(
             f"step {report.step + 1}: loss {report.loss:.4f}, gradient norm {report.grad_norm:.4g}, lr {report.lr:.3g}, "
