@@ -135,8 +135,7 @@ def parts_in_words(memory: Memory) -> str:
 @contextmanager
 def explained(config: RunConfig, model: ModelConfig, hardware: Hardware, company: Company) -> Iterator[None]:
     """Turns an error of this block that means "no memory" into NotEnoughMemory."""
-    device = company.environment.local_rank() if company.environment else 0
-    free = free_memory(hardware.accelerator, hardware.devices, device)
+    free = free_memory(hardware.accelerator, hardware.devices, company.environment.local_rank())
     try:
         yield
     except Exception as error:
