@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -21,17 +20,16 @@ from pytorch_lightning.utilities import rank_zero_only
 from src.config import RunConfig
 from src.dataset.binidx import file_prefix
 from src.dataset.lock import only_one
-from src.dataset.tokenizer import copy_tokenizer
 from src.model import RWKV7
 from src.model.weights import fit_weights, read_weights
 from src.ops.build import BuildError
 from src.ops.wkv7 import describe_kernel
 from src.training import checkpoint
 from src.training.allocator import set_up_malloc
-from src.training.data import Samples, open_samples
+from src.training.data import open_samples
 from src.training.describe import settings_of, summary, words_for_complete
 from src.training.fit import Run, fit_whatever_comes
-from src.training.folder import BEST, FINAL, INIT, LOG, METRICS, PICTURE, REPORT, TOKENIZER, VALIDATION
+from src.training.folder import BEST, FINAL, INIT, LOG, METRICS, PICTURE, REPORT, VALIDATION
 from src.training.html_report import write_report
 from src.training.places import place_from_launcher
 from src.training.plot import loss_picture
@@ -40,13 +38,10 @@ from src.training.preflight.check import check, warn_at_start
 from src.training.preflight.dry_run import dry_run
 from src.training.preflight.out_of_memory import NotEnoughMemory, explained, is_out_of_memory
 from src.training.processes import Company, join
-from src.training.reporting.environment import environment
+from src.training.remember import refuse_another_run, remember
 from src.training.reporting.log_files import read_columns
 from src.training.say import is_first, only_warn, say, say_error
-from src.training.schedule import RunLength
 from src.training.start import (
-    FIXED_SETTINGS,
-    Start,
     build_model,
     compare_settings,
     find_start,
@@ -199,7 +194,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Compa
         held_out.check_ids(config.vocab_size)
     company.decide(lambda: put_aside_other_run(config, proj_dir))
     if company.decide((proj_dir / FINAL).exists):
-        company.decide(lambda: _refuse_another_run(config, hardware, proj_dir, length, samples))
+        company.decide(lambda: refuse_another_run(config, hardware, proj_dir, length, samples))
         say(words_for_complete(proj_dir))
         return 0
     seed = company.decide(lambda: _seed(config))
@@ -213,7 +208,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Compa
         known = start.loaded.settings if start.loaded else checkpoint.read_run(proj_dir).get("settings", {})
         company.decide(lambda: compare_settings(known, settings, proj_dir))
     say(summary(config, model, hardware, samples, start))
-    _remember(config, hardware, proj_dir, settings, start)
+    remember(config, hardware, proj_dir, settings, start)
     if company.rank == 0:
         warn_at_start(config, hardware, model.config, samples, start, proj_dir)
     sizes, made = model.config, [(model, values)]
@@ -238,14 +233,6 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Compa
     return 0
 
 
-def _refuse_another_run(config: RunConfig, hardware: Hardware, proj_dir: Path, length: RunLength, samples: Samples) -> None:
-    """A complete run answers only for its own settings. ValueError where another model, data or order is asked for."""
-    known = checkpoint.read_run(proj_dir).get("settings", {})
-    vocab_size = config.vocab_size or known.get("vocab_size") or find_vocab_size(config, None)
-    now = settings_of(config, config.model_config(vocab_size), hardware, length, samples, known.get("random_seed", 0))
-    compare_settings(known, {name: now[name] for name in FIXED_SETTINGS}, proj_dir)
-
-
 def _held_out_in_words(rows: dict[str, list[float]], proj_dir: Path, data: str, last_step: int) -> str:
     steps, losses = rows["steps"], rows["loss"]
     before = f"; before the run {losses[0]:.4f}" if steps[0] == 0 else ""
@@ -261,39 +248,6 @@ def _seed(config: RunConfig) -> int:
     seed = config.random_seed if config.random_seed >= 0 else secrets.randbelow(2**31)
     pl.seed_everything(seed, verbose=False)
     return seed
-
-
-def _remember(
-    config: RunConfig, hardware: Hardware, proj_dir: Path, settings: dict[str, Any], start: Start
-) -> None:
-    if not is_first():
-        return
-    remembered = checkpoint.read_run(proj_dir)
-    if "origin" not in remembered or start.position.step == 0:  # a start that was cut before its first save may have drawn another seed
-        origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
-        remembered["origin"] = {**checkpoint.fingerprint(origin), "seed": settings["random_seed"]}
-    if config.val_data_file:
-        _begin_held_out(remembered, {name: settings[name] for name in ("val_data_file", "val_windows")}, proj_dir)
-    remembered["settings"] = settings
-    remembered["environment"] = environment(hardware)
-    remembered["mini_epoch_samples"] = start.length.unit
-    remembered["tokenizer"] = config.tokenizer or remembered.get("tokenizer", "")
-    folder = Path(config.tokenizer)
-    if config.tokenizer not in ("", "world") and folder.is_dir():  # a model that is moved elsewhere still knows its words
-        copy_tokenizer(folder, proj_dir / TOKENIZER)
-    checkpoint.write_run(proj_dir, remembered)
-
-
-def _begin_held_out(remembered: dict[str, Any], now: dict[str, Any], proj_dir: Path) -> None:
-    """val.csv holds losses on the same samples only: those of other ones are put aside, with the best weights by them, and run.json
-    remembers whose they are."""
-    before = remembered.get("held_out") or {name: remembered.get("settings", {}).get(name) for name in now}
-    remembered["held_out"] = now
-    if before != now and (aside := checkpoint.put_aside_one(proj_dir / VALIDATION)):
-        what = ", ".join(f"--{name} {before[name]}" for name in now if before[name] != now[name])
-        best = checkpoint.put_aside_one(proj_dir / BEST)
-        weights = f", the best weights by them {best}" if best else ""
-        say(f"note: the held-out losses so far are of {what}: they are now in {aside}{weights}; a new {VALIDATION} begins")
 
 
 def _writable_folder(name: str) -> Path:
