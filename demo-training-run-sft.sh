@@ -89,7 +89,9 @@ stage() {
     weights=$base
     if [ -d "$base" ]; then weights=$base/rwkv-final.pth; fi
     if [ -f "$folder/rwkv-init.pth" ]; then
-        if [ "$base" = "$NAMED_BASE" ] && ! cmp -s "$weights" "$folder/rwkv-init.pth"; then
+        if [ "$base" = "$NAMED_BASE" ] && [ ! -f "$weights" ]; then
+            say "note: BASE=$NAMED_BASE is not there; $folder/rwkv-init.pth is, and goes on"
+        elif [ "$base" = "$NAMED_BASE" ] && ! cmp -s "$weights" "$folder/rwkv-init.pth"; then
             say "note: $folder/rwkv-init.pth is there already, so BASE=$NAMED_BASE is not read; to begin anew from it, delete that file"
         fi
     else

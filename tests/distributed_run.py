@@ -74,7 +74,7 @@ class Fit(TrainingModule):
     def training_step(self, batch, batch_idx):
         step = batch_idx // self.config.accumulate_grad_batches
         out = super().training_step(batch, batch_idx)
-        if step == self.poison and self.trainer.global_rank == self.trainer.world_size - 1:
+        if (step == self.poison or self.poison == "all") and self.trainer.global_rank == self.trainer.world_size - 1:
             out["loss"] = out["loss"] * float("nan")  # on one process only
         return out
 

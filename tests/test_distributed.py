@@ -70,6 +70,7 @@ def quick(tmp_path_factory):
         fits["stage 3, recomputed and chunked"] = {**fits["deepspeed_stage_3"], "grad_cp": 1, "head_chunk": 5}
         fits["divided twice"] = {**fits["deepspeed_stage_2"], "backward_of_lightning": True}
         fits["fp16"] = {"strategy": "deepspeed_stage_2", "precision": "fp16", "steps": 3, "poison": 1}
+        fits["fp16 without end"] = {**fits["fp16"], "steps": 19, "poison": "all"}
         fits["adam"] = {"strategy": "deepspeed_stage_2", "steps": 3}
         fits["adam"]["poison"] = 1
         fits["bf16"] = {**fits["adam"], "precision": "bf16"}
@@ -121,6 +122,14 @@ def test_fp16_finds_its_scale_and_leaves_out_what_overflows(quick):
     assert other["counters"]["adam_steps"] == 3 - other["counters"]["skipped_steps"]
     assert other["counters"]["loss_scale"] == 2.0 ** (16 - other["counters"]["skipped_steps"])
     assert all(tensor.isfinite().all() and tensor.dtype == torch.float16 for tensor in other["weights"].values())
+
+
+@needs_deepspeed
+def test_fp16_that_overflows_without_end_is_left_to_those_who_watch(quick):
+    """The scale stays at 1, and the engine doesn't break off."""
+    other = quick["fp16 without end"]
+    assert other["counters"]["skipped_steps"] == len(other["losses"]) == 19
+    assert other["counters"]["loss_scale"] == 1.0
 
 
 @needs_deepspeed

@@ -1,11 +1,13 @@
 """The DataLoader's worker process outlives what is meant for the run, and never outlives the run."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from test_train import CTX, ROOT, data, flags, metrics  # noqa: F401 (data is a fixture)
@@ -27,8 +29,12 @@ def start(*argv):
 
 def members(group):
     """The processes of a group by their number: zombies too."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,pgid="], capture_output=True, text=True, check=True).stdout
-    return [int(pid) for pid, of in map(str.split, listed.splitlines()) if int(of) == group]
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone in the meantime
+            _, _, of = (folder / "stat").read_text().rpartition(")")[2].split()[:3]  # after the name: state, parent, group
+            found += [int(folder.name)] * (int(of) == group)
+    return found
 
 
 def finish(process):
@@ -83,7 +89,8 @@ def test_the_run_itself_can_still_end_it():
     process.start()
     assert ours.recv()
     for name in ("INT", "HUP", "TERM"):
-        subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
+        send = f"import os, signal; os.kill({process.pid}, signal.SIG{name})"  # another process than the run
+        subprocess.run([sys.executable, "-c", send], check=True)
     process.join(timeout=1)
     assert process.is_alive()
     process.terminate()

@@ -148,11 +148,12 @@ def test_only_the_last_states_are_kept_and_leftovers_are_swept(tmp_path, data, m
     out = tmp_path / "run"
     (out / "resume" / ".step-00000007.1.tmp").mkdir(parents=True)
     (out / ".metrics.csv.1.tmp").touch()
-    (out / ".profile.json.gz.1.tmp").mkdir()
+    (out / ".profile.json.gz.xyz").mkdir()
+    (out / ".mine.tmp").mkdir()
     assert train(out, data, keep_resume=3, save_minutes=1e-6, **RUN) == 0
     assert [int(path.name[5:]) for path in states(out)] == [60, 59, 58]
     assert sorted(p.name for p in (out / "resume").iterdir()) == sorted(p.name for p in states(out))
-    assert not list(out.glob(".*.tmp"))
+    assert [path.name for path in out.glob(".*") if path.name != ".lock"] == [".mine.tmp"]
     for folder in states(out):
         verify(folder)
 
@@ -296,7 +297,7 @@ def test_an_end_that_was_moved_into_the_past_is_refused(tmp_path, data, monkeypa
     if kept == "weights":
         shutil.rmtree(out / "resume")
     assert train(out, data, **{**RUN, "my_exit_tokens": CTX * 4 * 39}) == 2
-    assert f"--my_exit_tokens {CTX * 4 * 39}: the run is at {CTX * 4 * 40} tokens already" in capfd.readouterr().err
+    assert f"{CTX * 4 * 39}: the run is at {CTX * 4 * 40} tokens already" in capfd.readouterr().err
     assert not (out / "rwkv-final.pth").exists()
     assert train(out, data, **{**RUN, "my_exit_tokens": CTX * 4 * 50}) == 0
     assert len(metrics(out)) == 50
@@ -354,9 +355,12 @@ def test_the_time_limit_knows_how_long_the_disk_takes(tmp_path, monkeypatch):
 
 
 def test_the_time_limit_expects_a_first_save_to_take_long(tmp_path):
-    """Of a large model, whose state is minutes of a disk's time, before one was seen; then what was seen counts."""
-    writer = resume.StateWriter(tmp_path, keep=2, parameters=1_500_000_000)
-    assert 60 < writer.slowest < 120
+    """Of a large model, whose state is minutes of a disk's time, before one was seen; then what was seen counts. Never half of a short limit."""
+    large = ModelConfig(24, 2048, 65536)
+    assert 60 < fit.first_save_seconds(large, time_limit=0) == fit.first_save_seconds(large, time_limit=1440) < 120
+    assert fit.first_save_seconds(large, time_limit=4) == 30
+    writer = resume.StateWriter(tmp_path, keep=2, guess=90.0)
+    assert writer.slowest == 90
     writer.write(resume.Position(1, 4, 8), {}, {}, [("weight/master", torch.zeros(4))])
     writer.wait()
     assert 0 < writer.slowest < 30

@@ -222,6 +222,9 @@ def test_compiler(tmp_path, data, name):  # noqa: F811
         done = call(kernel="reference")
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "run" / "rwkv-final.pth").exists()
+        done = call()
+        assert done.returncode == 0, done.stderr  # a complete run needs no compiler to say so
+        assert "is complete" in done.stdout
 
 
 def test_everything_that_is_wrong_is_said_at_once(tmp_path, data):  # noqa: F811

@@ -105,9 +105,9 @@ def open_conversations(path: str, folder: str, workers: int | None = None) -> Co
     used, and when no line of the file is a conversation.
     """
     prefix, made_from = _source(path, folder)
-    if found := _read(prefix, made_from):  # also where nothing can be written
-        return found
     try:
+        if found := _read(prefix, made_from):  # also where nothing can be written
+            return found
         with only_one(with_ending(prefix, ".lock"), wait=True):
             return _read(prefix, made_from) or _make(path, folder, prefix, made_from, workers or usable_cores())
     except OSError as error:

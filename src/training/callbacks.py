@@ -90,7 +90,10 @@ class RestoreState(pl.Callback):
         self.loaded = loaded
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        scatter_full_state(trainer, pl_module, self.loaded.tensors(), self.loaded.counters)
+        counters = self.loaded.counters
+        if self.loaded.settings.get("precision") != "fp16":  # its scale of 1 would lose small gradients in fp16
+            counters = {name: value for name, value in counters.items() if name not in ("loss_scale", "good_steps")}
+        scatter_full_state(trainer, pl_module, self.loaded.tensors(), counters)
 
 
 class KeepState(AfterStep):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from src.files import sha256_of, write_whole
-from src.training.folder import BEST, FINAL, INIT, KEPT, RUN, VALIDATION
+from src.training.folder import BEST, FINAL, INIT, KEPT, RUN, TRACE, VALIDATION
 
 
 def numbered(proj_dir: Path) -> dict[int, Path]:
@@ -98,8 +98,11 @@ def is_swapped(proj_dir: Path, origin: Path | None) -> bool:
 
 def sweep(proj_dir: Path) -> None:
     """Removes what processes left that were killed while they wrote. Only for who holds the folder."""
-    for path in proj_dir.glob(".*.tmp"):  # as `write_whole` names them, and the folder of a profile
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in proj_dir.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file():  # as `write_whole` names them
+            path.unlink(missing_ok=True)
+    for folder in proj_dir.glob(f".{TRACE}.*"):
+        shutil.rmtree(folder, ignore_errors=True)
     for folder in (proj_dir / "resume").glob(".step-*.tmp"):
         step, replaced = folder.name[1:].split(".")[0], folder.name.endswith(".replaced.tmp")
         if replaced and not (folder.parent / step).exists():  # killed before the new one took its place

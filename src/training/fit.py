@@ -35,13 +35,14 @@ from src.training.reporting.progress import ProgressLine, has_live_line
 from src.training.reporting.reporter import Reporter
 from src.training.reporting.samples import ShowSamples
 from src.training.reporting.sink import Sink
-from src.training.resume import StateWriter
+from src.training.resume import STATE_BYTES, StateWriter
 from src.training.say import is_first, say
 from src.training.schedule import RunLength, learning_rate
 from src.training.start import Start, build_model, find_start
 from src.training.strategy import Hardware, lightning_strategy
 from src.training.validate import HeldOut, Validate, best_before, was_left_out
 
+SLOW_DISK = 200e6  # bytes per second, checksums included
 TIME_LIMIT_EXIT_CODE = 124  # what `timeout` gives; Ctrl-C and SIGTERM give 128 + the signal's number
 
 
@@ -152,7 +153,7 @@ def _callbacks(run: Run, model: ModelConfig, start: Start) -> _Callbacks:
     reporter = Reporter(length, position.step, [*shown, bad_steps], position.mini_epoch_losses, wishes, peak)
     weights = SaveWeights(length, position.step, config.epoch_save, proj_dir)
     keeper = KeepState(
-        writer=StateWriter(proj_dir, config.keep_resume, parameter_count(model)),
+        writer=StateWriter(proj_dir, config.keep_resume, first_save_seconds(model, config.time_limit)),
         position=position,
         length=length,
         reporter=reporter,
@@ -177,6 +178,13 @@ def _callbacks(run: Run, model: ModelConfig, start: Start) -> _Callbacks:
         WatchPace(warn),
     ]
     return _Callbacks(in_order, reporter, stop, bad_steps)
+
+
+def first_save_seconds(model: ModelConfig, time_limit: float) -> float:
+    """What a save of the full state is expected to take before one was seen: on a plain network disk, but not so long that keeping twice
+    that of --time_limit (minutes) leaves too little for training."""
+    expected = STATE_BYTES * parameter_count(model) / SLOW_DISK
+    return min(expected, time_limit * 60 / 8) if time_limit else expected
 
 
 def _validation(run: Run, held_out: HeldOut, start: Start, reporter: Reporter, stop: StopInTime) -> Validate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,8 @@ class TrainingModule(pl.LightningModule):
             collate_fn=self.collate,
             worker_init_fn=leave_signals_to_the_run,
             num_workers=1 if on_gpu else 0,
+            # Python's default since 3.14 has a server between: the worker would take its end for the run's, and the run's word for a stranger's
+            multiprocessing_context="fork" if on_gpu and sys.platform == "linux" else None,
             persistent_workers=on_gpu,
             prefetch_factor=8 if on_gpu else None,
             pin_memory=on_gpu,

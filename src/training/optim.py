@@ -141,11 +141,11 @@ class MasterAdamW(torch.optim.Optimizer):
         }
 
     def load_counters(self, counters: dict[str, float]) -> None:
-        """Sets what `counters` gave, of this class or of `EngineAdamW`."""
+        """Sets what `counters` gave, of this class or of `EngineAdamW`; a loss scale only where there is one and it is needed."""
         for parameter in self.parameters:
             self.moments(parameter)["step"].fill_(counters["adam_steps"])
         self.skipped_steps.fill_(counters["skipped_steps"])
-        if self.scale_loss and counters["loss_scale"] > 1:  # 1 is what runs keep that need no scale: too little to begin fp16 with
+        if self.scale_loss and "loss_scale" in counters:
             self.loss_scale.fill_(counters["loss_scale"])
             self._good_steps.fill_(counters["good_steps"])
 

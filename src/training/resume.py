@@ -31,7 +31,6 @@ from src.files import sha256_of, sync_folder
 
 FOLDER = "resume"
 STATE_BYTES = 12  # of a parameter: fp32 weight and two moments
-SLOW_DISK = 200e6  # bytes per second, with their checksums: what a plain network disk takes
 SHARD_BYTES = 1 << 30  # a save holds up to four in CPU memory: being filled, waiting, being written, and that one's bytes
 Tensors = dict[str, Tensor]
 
@@ -123,6 +122,8 @@ def _read(folder: Path) -> LoadedState:
     told = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     known = {number.name for number in fields(Position)}  # other versions of the program may have others
     position = Position(**{name: value for name, value in told["position"].items() if name in known})
+    if "weights_written" not in told["position"]:  # of an earlier version
+        position.weights_written = position.samples >= position.unit
     position.holes = [(int(first), int(count)) for first, count in position.holes]
     return LoadedState(folder, position, told["settings"], told["counters"], told["saved_at"])
 
@@ -130,10 +131,9 @@ def _read(folder: Path) -> LoadedState:
 class StateWriter:
     """Writes states in a thread, one at a time. A write that fails is tried once more; then the next call here raises OSError."""
 
-    def __init__(self, proj_dir: Path, keep: int, parameters: int = 0) -> None:
-        """`parameters` of the model, for a guess at how long a save takes before one was seen."""
-        self.root, self.keep = proj_dir / FOLDER, keep
-        self._guess = parameters * STATE_BYTES / SLOW_DISK
+    def __init__(self, proj_dir: Path, keep: int, guess: float = 0.0) -> None:
+        """`guess`: the seconds that a save may take, as long as none was seen."""
+        self.root, self.keep, self._guess = proj_dir / FOLDER, keep, guess
         self._tasks: queue.Queue[tuple[str, Any] | None] = queue.Queue(maxsize=1)
         self._failure: OSError | None = None
         self._thread: threading.Thread | None = None

@@ -48,6 +48,7 @@ from src.training.start import (
     find_vocab_size,
     length_of_run,
     put_aside_other_run,
+    refuse_end_in_the_past,
 )
 from src.training.strategy import Hardware, choose_hardware
 from src.training.validate import HeldOut
@@ -78,7 +79,6 @@ def run(config: RunConfig, notes: list[str]) -> int:
             if config.data_type == "binidx":
                 open_samples(config)  # a mistake in the data is said before other processes are started
             company = join(hardware.devices, hardware.num_nodes, hardware.accelerator)
-            describe_kernel(hardware.device_type, hardware.dtype, config.head_size, config.kernel)  # there, before files move
         for note in (*notes, *hardware.notes):
             say(f"note: {note}")
         if config.dry_run:
@@ -192,6 +192,8 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Compa
         say("WARNING: --val_data_file is the training data itself: its loss tells nothing of other text")
     if held_out and config.vocab_size:  # a mistake must not be found when files have been moved
         held_out.check_ids(config.vocab_size)
+    if config.restart or not (proj_dir / FINAL).exists():  # a kernel that can't be had is said before files move
+        describe_kernel(hardware.device_type, hardware.dtype, config.head_size, config.kernel)
     company.decide(lambda: put_aside_other_run(config, proj_dir))
     if company.decide((proj_dir / FINAL).exists):
         company.decide(lambda: refuse_another_run(config, hardware, proj_dir, length, samples))
@@ -207,6 +209,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Compa
     if start.position.step:
         known = start.loaded.settings if start.loaded else checkpoint.read_run(proj_dir).get("settings", {})
         company.decide(lambda: compare_settings(known, settings, proj_dir))
+        company.decide(lambda: refuse_end_in_the_past(known, start))
     say(summary(config, model, hardware, samples, start))
     remember(config, hardware, proj_dir, settings, start)
     if company.rank == 0:

@@ -125,7 +125,7 @@ def find_start(config: RunConfig, proj_dir: Path, length: RunLength, only_look: 
                 "and would go on. To begin again from the initial weights, add --restart 1 (the state moves to previous-1/); to "
                 "go on, put the newest rwkv-N.pth back"
             )
-        return Start(position, _continued(length, position, loaded.settings), loaded=loaded)
+        return Start(position, _continued(length, position), loaded=loaded)
     if numbered:
         n, path = list(numbered.items())[-1]
         # in the batches, mini-epochs and length of the start that saved them, where that is known
@@ -138,7 +138,7 @@ def find_start(config: RunConfig, proj_dir: Path, length: RunLength, only_look: 
             unit=known.get("mini_epoch_samples", length.unit),
         )
         position = _renewed(then, then.step_after(n))
-        return Start(position, _continued(length, position, before), weights=path)
+        return Start(position, _continued(length, position), weights=path)
     origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
     if origin is None and config.train_stage >= 2:
         raise ValueError(
@@ -160,15 +160,8 @@ def _renewed(length: RunLength, step: int) -> Position:
     return Position(step, samples, length.unit, restarted_at_sample=samples)
 
 
-def _continued(length: RunLength, position: Position, before: dict[str, Any]) -> RunLength:
-    """The rest of a run with this length's batch; its mini-epochs stay what they were. ValueError where its end was moved into the past,
-    by the settings `before`."""
-    passed = position.samples * length.ctx_len
-    if length.exit_tokens < min(passed, before.get("my_exit_tokens", 0)):
-        raise ValueError(
-            f"--my_exit_tokens {length.exit_tokens}: the run is at {passed} tokens already, and was to have {before['my_exit_tokens']}; "
-            "give at least the tokens that it is at, or take the weights that are saved"
-        )
+def _continued(length: RunLength, position: Position) -> RunLength:
+    """The rest of a run with this length's batch; its mini-epochs stay what they were."""
     return RunLength(
         length.exit_tokens, length.ctx_len, length.global_batch, position.unit, position.step, position.samples
     )
@@ -192,6 +185,17 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path
             say(f"note: --epoch_steps {new}: this run's mini-epochs stay as they began, with {old}")
         elif name not in FREE_SETTINGS:
             say(f"note: --{name} was {old} at the last start, is {new} now")
+
+
+def refuse_end_in_the_past(before: dict[str, Any], start: Start) -> None:
+    """ValueError where a run that was to be longer by its settings `before` has passed its end of now."""
+    length, planned = start.length, before.get("my_exit_tokens", 0)
+    passed = start.position.samples * length.ctx_len
+    if length.exit_tokens < min(passed, planned):
+        raise ValueError(
+            f"--my_exit_tokens (or --epochs times the data) {length.exit_tokens}: the run is at {passed} tokens already, and was to have "
+            f"{planned}; give at least the tokens that it is at, or take the weights that are saved"
+        )
 
 
 def build_model(

@@ -198,6 +198,7 @@ class EngineAdamW(torch.optim.AdamW):
     def follow(self, engine: Any) -> None:
         """Take gradient norms from this engine's ZeRO optimizer."""
         self._engine = engine
+        self.zero.loss_scaler.raise_error_at_min_scale = False  # fp16: WatchBadSteps says what it means, and the run goes back
 
     @property
     def zero(self) -> Any:
@@ -278,7 +279,7 @@ class EngineAdamW(torch.optim.AdamW):
             adam_state(self, flat)["step"].fill_(counters["adam_steps"])
         self._skipped.fill_(counters["skipped_steps"])
         scaler = self.zero.loss_scaler
-        if hasattr(scaler, "last_overflow_iter") and counters["loss_scale"] > 1:  # fp16, as MasterAdamW
+        if hasattr(scaler, "last_overflow_iter") and "loss_scale" in counters:  # fp16
             scaler.cur_scale = counters["loss_scale"]
             scaler.last_overflow_iter = scaler.cur_iter - int(counters["good_steps"])
 
