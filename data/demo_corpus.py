@@ -5,7 +5,6 @@ about a tenth of the files, demo-heldout.bin/.idx. What is there and whole is ke
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -15,56 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from tqdm import tqdm
 
+from data.train_tokenizer import train_tokenizer
 from src.dataset import BinIdxWriter, MMapIndexedDataset
 from src.dataset.standard_library import is_held_out, library_sources
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB_SIZE = 6400
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
-
-# ChatML; the marks tell what the assistant writes, which is what fine-tuning counts.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
-    "{{ '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-def train_tokenizer(texts: list[str], folder: Path) -> None:
-    from tokenizers import Tokenizer as Rust
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    rust = Rust(models.BPE())
-    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    rust.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=SPECIALS,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=sys.stderr.isatty(),
-    )
-    rust.train_from_iterator(texts, trainer)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 32768,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    # tokenizer.json comes last and whole: where it stands, the folder is complete.
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    part = folder / "tokenizer.json.part"
-    rust.save(str(part))
-    part.replace(folder / "tokenizer.json")
 
 
 def write_documents(texts: list[str], tokenizer: Tokenizer, prefix: Path) -> None:
@@ -102,7 +57,7 @@ def main() -> None:
         print(f"Python {sys.version.split()[0]}'s standard library: {len(sources)} files, {megabytes:.1f} MB")
         if not (folder / "tokenizer.json").is_file():
             print(f"Training a tokenizer of {VOCAB_SIZE} entries on it ...", flush=True)
-            train_tokenizer(parts[train], folder)
+            train_tokenizer(parts[train], folder, VOCAB_SIZE)
         tokenizer = load_tokenizer(folder)
         for prefix, texts in parts.items():
             if not is_whole(prefix):

@@ -5,7 +5,6 @@ compared.
 """
 
 import dataclasses
-import json
 import math
 import re
 import shutil
@@ -21,8 +20,6 @@ import readme_tables
 import torch
 
 from src.config import GROUPS, ModelConfig, RunConfig
-from src.dataset import MMapIndexedDataset
-from src.dataset.tokenizer import load_tokenizer
 from src.model import RWKV7
 from src.ops.wkv7 import wkv7
 from src.training.schedule import learning_rate
@@ -252,39 +249,9 @@ def test_the_harness_is_called_as_shown(capsys, monkeypatch, tmp_path):
     assert re.match(r"\(\['lambada_openai'\], \[\(-\d+\.\d+, (True|False)\)\]\)", capsys.readouterr().out)
 
 
-def test_a_tokenizer_of_ones_own(capsys, monkeypatch, tmp_path):
-    """The example runs as it stands, in any language; the commands beside it take what it makes, as a chat takes the demo's template."""
-    (example,) = python_blocks("docs/data.md")
-    monkeypatch.syspath_prepend(str(ROOT / "data"))
-    monkeypatch.chdir(tmp_path)
-    Path("data").mkdir()
-    documents = [f"{word} {number} ist der Text, 文本 {number} 也在这里，и ещё один.\n" for word in "abc" for number in range(40)]
-    Path("data/mine.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
-    exec(compile(example, "data.md", "exec"), {"__name__": "readme"})
-    tokenizer = load_tokenizer("data/my_tokenizer")
-    assert [tokenizer.decode([number]) for number in range(3)] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    assert tokenizer.decode(tokenizer.encode(documents[7] + "ü")) == documents[7] + "ü"
-
-    import demo_corpus
-    import make_data
-
-    make_data.main("data/mine.jsonl 1 16 --tokenizer data/my_tokenizer --holdout 0.1 --workers 1".split())
-    assert "0 lines left out" in capsys.readouterr().out
-    data = MMapIndexedDataset(Path("data/mine"))
-    assert len(data) + len(MMapIndexedDataset(Path("data/mine-heldout"))) == len(documents)
-    assert data[0][-1] == 0
-
-    demo_corpus.train_tokenizer(documents, Path("data/demo_tokenizer"))
-    shutil.copy("data/demo_tokenizer/tokenizer_config.json", "data/my_tokenizer")
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    tokenizer = load_tokenizer("data/my_tokenizer")
-    assert tokenizer.encode(tokenizer.chat_template.render(turns)).count(2) == 2
-
-
 def test_no_other_python_stands_there():
     assert {page.name: len(python_blocks(name_of(page))) for page in PAGES if python_blocks(name_of(page))} == {
         "README.md": 1,
-        "data.md": 1,
         "model.md": 1,
         "using.md": 1,
     }

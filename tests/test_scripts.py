@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.train_tokenizer import train_tokenizer
 from src.config import ModelConfig
 from src.dataset import BinIdxWriter
 from src.model import RWKV7
@@ -261,9 +262,7 @@ def conversations_file(path, count=6):
 @pytest.fixture
 def pretrained(tree):
     """A tree with what the demo's pretraining leaves: the tokenizer, and final weights of the demo's size, drawn at random."""
-    import demo_corpus
-
-    demo_corpus.train_tokenizer(["What is it? It is a test.\n"], tree / "data" / "demo_tokenizer")
+    train_tokenizer(["What is it? It is a test.\n"], tree / "data" / "demo_tokenizer", 6400)
     folder = tree / "out" / "L4-D256-x070"
     folder.mkdir(parents=True)
     torch.save(RWKV7(ModelConfig(n_layer=4, n_embd=256, vocab_size=6400)).state_dict(), folder / "rwkv-final.pth")
