@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train import CTX, ROOT, data, flags, metrics  # noqa: F401 (data is a fixture)
+from test_train import CTX, ROOT, as_from_a_terminal, data, flags, metrics  # noqa: F401 (data is a fixture)
 
 from src.training.processes import leave_signals_to_the_run
 from src.training.resume import newest_good
@@ -23,7 +23,7 @@ def start(*argv):
     """In a process group of its own, as a terminal or a scheduler starts it."""
     return subprocess.Popen(
         [sys.executable, "-m", "tests.worker_run", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=as_from_a_terminal,
     )  # fmt: skip
 
 

@@ -387,7 +387,7 @@ def test_ctrl_c_ends_a_dry_run_with_a_word(tmp_path, data, monkeypatch, capfd):
 
     training_step = TrainingModule.training_step
     monkeypatch.setattr(TrainingModule, "training_step", step)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     try:
         assert call(tmp_path / "run", data, dry_run=1) == 130
     finally:

@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import CTX, ROOT, VOCAB, data, flags, log_lines, losses, metrics, train  # noqa: F401 (data is a fixture)
+from test_train import (  # noqa: F401 (data is a fixture)
+    CTX,
+    ROOT,
+    VOCAB,
+    as_from_a_terminal,
+    data,
+    flags,
+    log_lines,
+    losses,
+    metrics,
+    train,
+)
 
 from src.dataset.binidx import BinIdxWriter
 from src.files import sha256_of
@@ -175,7 +186,7 @@ def test_signals_save_and_stop(tmp_path, data, whole, number, code):  # noqa: F8
     argv = flags(out, data, save_minutes=0, **{**RUN, "epoch_steps": 1000, "my_exit_tokens": CTX * 4 * 3000})
     process = subprocess.Popen(
         [sys.executable, "train.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=as_from_a_terminal,
     )  # fmt: skip
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline and not ((out / "metrics.csv").exists() and len(metrics(out)) > 5):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,12 @@ def flags(proj_dir, data, **changed):
 
 def train(proj_dir, data, **changed):
     return run(*parse(flags(proj_dir, data, **changed)))
+
+
+def as_from_a_terminal():
+    """In a new process, before its program: signals as a terminal leaves them. nohup and shells that start jobs have some ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def train_process(argv, **kwargs):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from test_build import fake_compiler
-from test_train import CTX, ROOT, VOCAB, data, flags, losses, train  # noqa: F401 (data is a fixture)
+from test_train import CTX, ROOT, VOCAB, as_from_a_terminal, data, flags, losses, train  # noqa: F401 (data is a fixture)
 
 from src.dataset.binidx import BinIdxWriter
 from src.model import RWKV7, ModelConfig
@@ -247,8 +247,7 @@ def test_ctrl_c_at_any_moment_ends_cleanly(tmp_path, data, seconds):  # noqa: F8
     process = subprocess.Popen(
         [sys.executable, "train.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        # a shell that runs this in the background has its children ignore Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=as_from_a_terminal,
     )  # fmt: skip
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
