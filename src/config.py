@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-MOST_TOKENS = 10**18  # of a run: larger numbers are slips of the finger, and their steps no longer fit into 64 bits
+MOST_TOKENS = 10**18  # of a run: a larger number is a slip of the finger, and sums of them would soon pass 64 bits
 KERNELS = ("auto", "recurrent", "chunked", "reference")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 STRATEGIES = (

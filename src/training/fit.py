@@ -42,7 +42,7 @@ from src.training.start import Start, build_model, find_start
 from src.training.strategy import Hardware, lightning_strategy
 from src.training.validate import HeldOut, Validate, best_before, was_left_out
 
-SLOW_DISK = 200e6  # bytes per second, checksums included
+SLOW_DISK = 200e6  # bytes per second: assumed of a disk that nothing is known of yet
 TIME_LIMIT_EXIT_CODE = 124  # what `timeout` gives; Ctrl-C and SIGTERM give 128 + the signal's number
 
 
@@ -181,8 +181,8 @@ def _callbacks(run: Run, model: ModelConfig, start: Start) -> _Callbacks:
 
 
 def first_save_seconds(model: ModelConfig, time_limit: float) -> float:
-    """What a save of the full state is expected to take before one was seen: on a plain network disk, but not so long that keeping twice
-    that of --time_limit (minutes) leaves too little for training."""
+    """What a save of the full state is expected to take before one was seen: as on a SLOW_DISK, but not so long that keeping twice that
+    of --time_limit (minutes) leaves too little for training."""
     expected = STATE_BYTES * parameter_count(model) / SLOW_DISK
     return min(expected, time_limit * 60 / 8) if time_limit else expected
 
