@@ -293,7 +293,7 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
 def describe_kernel(device: str, dtype: torch.dtype, head_size: int, kernel: str) -> str:
     """Which maker serves these inputs, in words; builds it if need be.
 
-    Raises BuildError when only the reference could, but for kernel='reference': a run that takes ten times as long is worth a question.
+    Raises BuildError when only the reference could, but for kernel='reference': a run that takes many times as long is worth a question.
     """
     if kernel == "reference":
         return "plain PyTorch reference (slow), as asked for"
