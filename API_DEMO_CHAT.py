@@ -1,8 +1,8 @@
 """Chat with a trained model in the terminal.
 
-    python API_DEMO_CHAT.py [MODEL]                    the newest weights under out/, or those named
-    python API_DEMO_CHAT.py [MODEL] --prompt "Hello"   one answer, nothing else
-    echo "Hello" | python API_DEMO_CHAT.py [MODEL]     a turn per line
+python API_DEMO_CHAT.py [MODEL]                    the newest weights under out/, or those named
+python API_DEMO_CHAT.py [MODEL] --prompt "Hello"   one answer, nothing else
+echo "Hello" | python API_DEMO_CHAT.py [MODEL]     a turn per line
 """
 
 import argparse
@@ -122,7 +122,11 @@ def talk(conversation: Conversation, read: Callable[[], str]) -> int:
             continue
         except UnicodeDecodeError as error:
             failed = 1
-            print(f"a line of the input is left out: it is no {error.encoding} text from its byte {error.start + 1} on", file=sys.stderr, flush=True)
+            print(
+                f"a line of the input is left out: it is no {error.encoding} text from its byte {error.start + 1} on",
+                file=sys.stderr,
+                flush=True,
+            )
             continue
         if not line.strip() and conversation.template is not None:
             continue
@@ -141,7 +145,9 @@ def prompt_reader(history: Path) -> Callable[[], str]:
         from prompt_toolkit.history import FileHistory
         from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     except ImportError as error:
-        raise ValueError("chatting in a terminal needs a package: pip install prompt_toolkit (or use --prompt)") from error
+        raise ValueError(
+            "chatting in a terminal needs a package: pip install prompt_toolkit (or use --prompt)"
+        ) from error
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -176,9 +182,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_model_arguments(parser, optional=True)
     parser.add_argument("--prompt", default=None, help="answer this and end")
-    parser.add_argument("--chat_template", default="", help="none, tokenizer (its own), rwkv (User: ... Assistant: ...) or a Jinja file; default: the tokenizer's, after pretraining none")
+    parser.add_argument(
+        "--chat_template",
+        default="",
+        help="none, tokenizer (its own), rwkv (User: ... Assistant: ...) or a Jinja file; default: the tokenizer's, after pretraining none",
+    )
     parser.add_argument("--length", type=int, default=1024, help="tokens of an answer at most [%(default)s]")
-    parser.add_argument("--history", type=Path, default=Path.home() / ".rwkv7_chat_history", help="file that keeps what you type [%(default)s]")
+    parser.add_argument(
+        "--history",
+        type=Path,
+        default=Path.home() / ".rwkv7_chat_history",
+        help="file that keeps what you type [%(default)s]",
+    )
     add_sampling_arguments(parser)
     parser.set_defaults(presence_penalty=0.2, frequency_penalty=0.2)  # as chat programs for RWKV do
     options = parser.parse_args(argv)
@@ -194,7 +209,11 @@ def main(argv: list[str] | None = None) -> int:
         read = prompt_reader(options.history)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    mode = "chat" if conversation.template is not None else "continues your text (--chat_template rwkv or tokenizer makes it chat, if it has learned to)"
+    mode = (
+        "chat"
+        if conversation.template is not None
+        else "continues your text (--chat_template rwkv or tokenizer makes it chat, if it has learned to)"
+    )
     show(f"{options.weights}, {conversation.decoder.config.title}, {mode}; /help\n")
     talk(conversation, read)
     return 0

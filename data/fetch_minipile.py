@@ -63,7 +63,9 @@ def _continue(url: str, part: Path, n_bytes: int | None) -> None:
             have = 0  # the server sends the whole file
         length = answer.headers["Content-Length"]
         if length is None:
-            raise ValueError(f"{url}: the server doesn't say how long the file is, so a cut one couldn't be told; use another (--url)")
+            raise ValueError(
+                f"{url}: the server doesn't say how long the file is, so a cut one couldn't be told; use another (--url)"
+            )
         total = have + int(length)
         if n_bytes is not None and total != n_bytes:
             raise ValueError(f"{url} has {total:,} bytes, expected {n_bytes:,}: not the file that it should be")

@@ -144,7 +144,9 @@ def make(args: argparse.Namespace, prefix: Path, heldout: Path, tokenizer: Token
     """Reads, tokenises and shuffles the inputs and writes `prefix` and, with --holdout, `heldout`."""
     dtype = token_dtype(tokenizer.vocab_size)
     if tokenizer.text_of_0:
-        print(f"note: id 0, which ends each document, is the text {tokenizer.text_of_0!r} in this tokenizer: the model can't tell them apart")
+        print(
+            f"note: id 0, which ends each document, is the text {tokenizer.text_of_0!r} in this tokenizer: the model can't tell them apart"
+        )
     limit = np.uint64(int(args.holdout * 2**64))
     lines = BrokenLines(args.on_error == "stop")
     total = check_inputs(args.inputs)
@@ -169,7 +171,9 @@ def make(args: argparse.Namespace, prefix: Path, heldout: Path, tokenizer: Token
         if limit:  # whoever is stopped between the two leaves no held-out data of an earlier call, which the new training data may hold
             with_ending(heldout, ".idx").unlink(missing_ok=True)
         elif with_ending(heldout, ".idx").exists():
-            print(f"note: {heldout}.bin was there before; if an earlier --holdout made it, its documents are in {prefix}.bin now")
+            print(
+                f"note: {heldout}.bin was there before; if an earlier --holdout made it, its documents are in {prefix}.bin now"
+            )
         write(train, prefix, dtype, args.n_epoch)
         if limit:
             write(rest, heldout, dtype, 1)
@@ -193,14 +197,21 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser.add_argument("--out", help="name of the result without .bin [the first input's without its ending]")
     parser.add_argument("--field", default="text", help="the text's field or column [text]")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another order [0]")
-    parser.add_argument("--holdout", type=float, default=0.0, help="share of the documents that is kept aside in OUT-heldout.bin: 0.01 is one in a hundred [0]")
+    parser.add_argument(
+        "--holdout",
+        type=float,
+        default=0.0,
+        help="share of the documents that is kept aside in OUT-heldout.bin: 0.01 is one in a hundred [0]",
+    )
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes [the cores; here %(default)s]")
     parser.add_argument("--on_error", choices=["skip", "stop"], default="skip", help="what a broken line does [skip]")
     args = parser.parse_args(arguments)
     if args.n_epoch < 1 or args.ctx_len < 1 or args.workers < 1:
         parser.error("N_EPOCH, CTX_LEN and --workers must be 1 or more.")
     if args.workers > MOST_WORKERS * usable_cores():
-        parser.error(f"--workers {args.workers}: expected at most {MOST_WORKERS * usable_cores()}, {MOST_WORKERS} for each of {usable_cores()} cores.")
+        parser.error(
+            f"--workers {args.workers}: expected at most {MOST_WORKERS * usable_cores()}, {MOST_WORKERS} for each of {usable_cores()} cores."
+        )
     if not 0 <= args.holdout < 1:
         parser.error(f"--holdout {args.holdout}: must be 0 or more and less than 1, as 0.01 for a hundredth.")
     if args.out is None and args.inputs[0] == STDIN:

@@ -85,12 +85,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="FILE", help=f"{' '.join(ENDINGS)}, as for make_data.py")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the tokenizer's folder, a new one")
-    parser.add_argument("--vocab_size", type=int, default=8000, help="entries; more make texts shorter and the model larger [%(default)s]")
+    parser.add_argument(
+        "--vocab_size",
+        type=int,
+        default=8000,
+        help="entries; more make texts shorter and the model larger [%(default)s]",
+    )
     parser.add_argument("--field", default="text", help="the text's field or column [text]")
-    parser.add_argument("--megabytes", type=float, default=200.0, help="text that is looked at, from the beginning of each file: more takes longer and changes little [%(default)s]")
+    parser.add_argument(
+        "--megabytes",
+        type=float,
+        default=200.0,
+        help="text that is looked at, from the beginning of each file: more takes longer and changes little [%(default)s]",
+    )
     args = parser.parse_args(arguments)
     if args.vocab_size < LEAST:
-        parser.error(f"--vocab_size {args.vocab_size}: expected at least {LEAST}, for 256 bytes and {len(SPECIALS)} special tokens")
+        parser.error(
+            f"--vocab_size {args.vocab_size}: expected at least {LEAST}, for 256 bytes and {len(SPECIALS)} special tokens"
+        )
     if args.megabytes <= 0:
         parser.error(f"--megabytes {args.megabytes}: expected more than 0")
     if (args.out / "tokenizer.json").exists():
@@ -101,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
         texts = (text for name in args.inputs for text in texts_of(name, args.field, share))
         first = next(texts, None)
         if first is None:
-            raise ValueError(f"no text in {' '.join(args.inputs)}; expected lines like {{\"{args.field}\": \"...\"}}")
+            raise ValueError(f'no text in {" ".join(args.inputs)}; expected lines like {{"{args.field}": "..."}}')
         bar = tqdm(chain([first], texts), desc="reading", unit=" documents", unit_scale=True)
         entries = train_tokenizer(bar, args.out, args.vocab_size)
     except ValueError as error:

@@ -163,7 +163,9 @@ class RunConfig:
         below=2,
         alone=1,
     )
-    dry_run: int = flag(0, "run", "rehearse: take two real training steps, save nothing, stop", at_least=0, below=2, alone=1)
+    dry_run: int = flag(
+        0, "run", "rehearse: take two real training steps, save nothing, stop", at_least=0, below=2, alone=1
+    )
     proj_dir: str = flag("out", "run", "folder of the run: weights, logs, settings")
     load_model: str = flag("", "run", 'weights to start from (.pth); "0" or empty: none')
     load_partial: int = flag(
@@ -173,7 +175,10 @@ class RunConfig:
         0, "run", "1: begin again from the initial weights; what is there moves to previous-k/", at_least=0, below=2
     )
     save_minutes: float = flag(
-        15.0, "run", "minutes between two saves of the full state, besides those at saved mini-epochs and stops; 0: only those", at_least=0
+        15.0,
+        "run",
+        "minutes between two saves of the full state, besides those at saved mini-epochs and stops; 0: only those",
+        at_least=0,
     )
     keep_resume: int = flag(2, "run", "full states that are kept", at_least=1)
     time_limit: float = flag(
@@ -199,7 +204,9 @@ class RunConfig:
         0, "data", "rows of the embedding; 0: from the tokenizer, the weights or the data", at_least=0
     )
     ctx_len: int = flag(1024, "data", "context length: tokens per sample", at_least=1)
-    magic_prime: int = flag(0, "data", "fixes the order in which windows of the data are read; 0: worked out from the data", at_least=0)
+    magic_prime: int = flag(
+        0, "data", "fixes the order in which windows of the data are read; 0: worked out from the data", at_least=0
+    )
     sft_loss: str = flag(
         "answers",
         "data",
@@ -236,7 +243,12 @@ class RunConfig:
     head_size: int = flag(64, "model", "width of a head (N); n_embd is a multiple of it", at_least=1)
     dim_att: int = flag(0, "model", "0 or n_embd: the time mix is as wide as the model", at_least=0)
     dim_ffn: int = flag(0, "model", "hidden width of the channel mix; 0: 4 * n_embd", at_least=0)
-    d_decay_lora: int = flag(0, "model", "low-rank size of the decay w, a part of RWKV-7 (not LoRA fine-tuning); 0: by the formula", at_least=0)
+    d_decay_lora: int = flag(
+        0,
+        "model",
+        "low-rank size of the decay w, a part of RWKV-7 (not LoRA fine-tuning); 0: by the formula",
+        at_least=0,
+    )
     d_aaa_lora: int = flag(0, "model", "low-rank size of the in-context learning rate a; 0: by the formula", at_least=0)
     d_mv_lora: int = flag(0, "model", "low-rank size of the value residual; 0: by the formula", at_least=0)
     d_gate_lora: int = flag(0, "model", "low-rank size of the gate g; 0: by the formula", at_least=0)
@@ -246,18 +258,34 @@ class RunConfig:
     micro_bsz: int = flag(12, "length", "samples per device and micro step", at_least=1)
     accumulate_grad_batches: int = flag(1, "length", "micro steps per optimizer step", at_least=1)
     my_exit_tokens: int = flag(
-        0, "length", "positions (tokens; in rows of conversations padding too) to train on; the cosine ends there; 0: --epochs times the data", at_least=0, below=MOST_TOKENS
+        0,
+        "length",
+        "positions (tokens; in rows of conversations padding too) to train on; the cosine ends there; 0: --epochs times the data",
+        at_least=0,
+        below=MOST_TOKENS,
     )
-    epochs: float = flag(1.0, "length", "passes over the data, where --my_exit_tokens is not given", at_least=0, below=1e6)
+    epochs: float = flag(
+        1.0, "length", "passes over the data, where --my_exit_tokens is not given", at_least=0, below=1e6
+    )
     epoch_steps: int = flag(
         0, "length", f"optimizer steps per mini-epoch (a line of the log); 0: {MINI_EPOCH_SAMPLES} samples", at_least=0
     )
     epoch_save: int = flag(5, "length", "write rwkv-N.pth every this many mini-epochs", at_least=1)
-    epoch_begin: int = flag(0, "length", "with --load_model: the mini-epoch that these weights begin; it must lie within the run", at_least=0)
+    epoch_begin: int = flag(
+        0,
+        "length",
+        "with --load_model: the mini-epoch that these weights begin; it must lie within the run",
+        at_least=0,
+    )
     epoch_count: int = flag(0, "length", "accepted for compatibility and ignored: --my_exit_tokens ends the run")
     lr_init: float = flag(6e-4, "length", "learning rate at the start", at_least=0)
     lr_final: float = flag(1e-5, "length", "learning rate at the end of the cosine", at_least=0)
-    warmup_steps: int = flag(-1, "length", "steps of linear warm-up at the run's beginning; -1: none. Where rwkv-N.pth goes on without a full state: at least 10 more", at_least=-1)
+    warmup_steps: int = flag(
+        -1,
+        "length",
+        "steps of linear warm-up at the run's beginning; -1: none. Where rwkv-N.pth goes on without a full state: at least 10 more",
+        at_least=-1,
+    )
 
     # optimizer
     beta1: float = flag(0.9, "optimizer", "Adam: decay of the first moment", at_least=0, below=1)
@@ -267,8 +295,15 @@ class RunConfig:
     grad_clip: float = flag(1.0, "optimizer", "largest global gradient norm; 0: off", at_least=0)
 
     # memory and speed
-    grad_cp: int = flag(0, "speed", "1: gradient checkpointing: recompute activations in backward, for less memory", at_least=0, below=2)
-    head_chunk: int = flag(0, "speed", "token rows of logits that exist at once: 4096 saves memory with a large vocabulary; 0: all", at_least=0)
+    grad_cp: int = flag(
+        0, "speed", "1: gradient checkpointing: recompute activations in backward, for less memory", at_least=0, below=2
+    )
+    head_chunk: int = flag(
+        0,
+        "speed",
+        "token rows of logits that exist at once: 4096 saves memory with a large vocabulary; 0: all",
+        at_least=0,
+    )
     kernel: str = flag("auto", "speed", "how the recurrence is computed", KERNELS)
     compile: int = flag(0, "speed", "1: fuse the elementwise work with torch.compile", at_least=0, below=2)
 

@@ -12,5 +12,8 @@ def random_model(seed: int = 0, **sizes: int) -> RWKV7:
         torch.manual_seed(seed)
         model = RWKV7(config).eval().requires_grad_(False)
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.squeeze().dim() < 2 else 0.5 * parameter.shape[-1] ** -0.5))
+            parameter.add_(
+                torch.randn_like(parameter)
+                * (0.3 if parameter.squeeze().dim() < 2 else 0.5 * parameter.shape[-1] ** -0.5)
+            )
     return model

@@ -64,7 +64,13 @@ def test_imports_follow_the_order(path):
 
 def test_imports_are_seen_wherever_they_stand():
     source = "from src import training\nfrom .rwkv7 import RWKV7\nfrom . import init\ndef f():\n    import wandb.sdk\n"
-    assert set(imported(source, ("src", "model"))) == {"src", "src.training", "src.model.rwkv7", "src.model", "wandb.sdk"}
+    assert set(imported(source, ("src", "model"))) == {
+        "src",
+        "src.training",
+        "src.model.rwkv7",
+        "src.model",
+        "wandb.sdk",
+    }
 
 
 IMPORT_ALL = """

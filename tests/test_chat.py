@@ -80,7 +80,10 @@ def test_what_was_read_is_the_rendered_conversation_once(model, folders, templat
     questions = ["what is it?", "the answer\nin two lines", "and the list"]
     for turn, question in enumerate(questions):
         answer = "".join(talk.ask(question))
-        assert talk.past.messages[2 * turn :] == [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        assert talk.past.messages[2 * turn :] == [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
         asked = talk.tokenizer.chat_template.render(talk.past.messages[:-1], add_generation_prompt=True)
         read = talk.tokenizer.decode_bytes(talk.decoder.read)
         assert read.startswith(asked.encode())
@@ -218,7 +221,9 @@ def test_an_answer_ends_where_the_template_ends_it(model, folders):
     pieces = list(talk.ask("what"))
     assert "".join(pieces) == " the answer"
     assert talk.past.messages[-1]["content"] == " the answer"
-    rendered = talk.template.render([*talk.past.messages, {"role": "user", "content": "more"}], add_generation_prompt=True)
+    rendered = talk.template.render(
+        [*talk.past.messages, {"role": "user", "content": "more"}], add_generation_prompt=True
+    )
     assert rendered == "User: what\n\nAssistant: the answer\n\nUser: more\n\nAssistant:"
     assert rendered.encode().startswith(talk.past.fed)
 
@@ -231,7 +236,10 @@ def test_templates_are_found_by_name(folders, tmp_path):
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
     assert find_template(str(tmp_path / "mine.jinja"), tokenizer).render([{"role": "user", "content": "x"}]) == "x"
     (tmp_path / "special.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
-    assert find_template(str(tmp_path / "special.jinja"), tokenizer).render([{"role": "user", "content": "x"}]) == "x<|im_end|>"
+    assert (
+        find_template(str(tmp_path / "special.jinja"), tokenizer).render([{"role": "user", "content": "x"}])
+        == "x<|im_end|>"
+    )
     (tmp_path / "latin.jinja").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"--chat_template .*latin\.jinja: can't be read as UTF-8"):
         find_template(str(tmp_path / "latin.jinja"), tokenizer)
@@ -294,14 +302,22 @@ def environment():
 def test_one_prompt_and_piped_turns(run, tmp_path):
     def called(*flags, text=""):
         done = subprocess.run(
-            command(run, *flags), input=text, env=environment(), capture_output=True, text=True, timeout=100, check=False
+            command(run, *flags),
+            input=text,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
         )
         return done.returncode, done.stdout, done.stderr
 
     code, answer, _ = called("--prompt", "what is it?")
     assert code == 0
     assert answer.strip("\n")
-    script = f"what is it?\n/save {tmp_path}/talk\n/bogus\n/set top_k 1\nand\n/load {tmp_path}/talk\nand\n/exit\nnever\n"
+    script = (
+        f"what is it?\n/save {tmp_path}/talk\n/bogus\n/set top_k 1\nand\n/load {tmp_path}/talk\nand\n/exit\nnever\n"
+    )
     code, said, faults = called(text=script)
     first, after = said.split(f"saved to {tmp_path}/talk\n")
     assert first == answer
@@ -326,7 +342,19 @@ def test_a_line_that_is_no_text_is_said_and_left_out(run):
 
 @pytest.mark.parametrize("program", [[str(PROGRAM)], ["-m", "src.inference.generate"]], ids=["chat", "generate"])
 def test_a_reader_that_has_enough_ends_it_without_a_word(run, program):
-    arguments = [sys.executable, *program, str(run), "--device", "cpu", "--prompt", "def ", "--length", "100000", "--seed", "1"]
+    arguments = [
+        sys.executable,
+        *program,
+        str(run),
+        "--device",
+        "cpu",
+        "--prompt",
+        "def ",
+        "--length",
+        "100000",
+        "--seed",
+        "1",
+    ]
     with subprocess.Popen(
         arguments, cwd=PROGRAM.parent, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as writing:
@@ -382,7 +410,10 @@ class Terminal:
 
 def test_a_talk_in_a_terminal(run, tmp_path):
     history = tmp_path / "history"
-    terminal = Terminal(command(run, "--length", "100000", "--history", str(history), "--top_p", "1", "--presence_penalty", "0"), tmp_path)
+    terminal = Terminal(
+        command(run, "--length", "100000", "--history", str(history), "--top_p", "1", "--presence_penalty", "0"),
+        tmp_path,
+    )
     try:
         terminal.wait("L2-D64, chat; /help")
         terminal.wait(READY)

@@ -158,7 +158,8 @@ def test_stage_1_refuses_weights_that_it_would_ignore(capsys):
 
 
 @pytest.mark.parametrize(
-    ("data", "held_out"), [("data/x", "data/x-heldout"), ("x.bin", "x-heldout.bin"), ("a.b/x.jsonl", "a.b/x-heldout.jsonl")]
+    ("data", "held_out"),
+    [("data/x", "data/x-heldout"), ("x.bin", "x-heldout.bin"), ("a.b/x.jsonl", "a.b/x-heldout.jsonl")],
 )
 def test_the_part_that_was_kept_aside_is_found_by_its_name(data, held_out):
     assert parse(["--data_file", data, "--val_data_file", "heldout"])[0].val_data_file == held_out

@@ -316,7 +316,9 @@ def test_step_benchmark_gives_each_kernel_to_a_part(monkeypatch):
         return op
 
     def gpu(name, start, end, mark=False):
-        events.append(FunctionEvent(len(events), name, 7, start, end, device_type=DeviceType.CUDA, is_user_annotation=mark))
+        events.append(
+            FunctionEvent(len(events), name, 7, start, end, device_type=DeviceType.CUDA, is_user_annotation=mark)
+        )
 
     event("aten::mm", 0, 4000, "nvjet_hsh_128x256")
     event("rwkv7::wkv7_forward", 4000, 5000, "wkv7_chunked_forward(Forward)")
@@ -340,7 +342,14 @@ def test_gpu_check_goes_through_all_steps_and_says_what_failed(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         result = (tmp_path / "result").read_text()
         assert done.stdout == result
-        for words in ("python -m pytest -q -m gpu tests", "--tool memcheck", "--tool racecheck", "tests/bench/wkv7.py", "tests/bench/train_step.py", "--config 1.5b"):
+        for words in (
+            "python -m pytest -q -m gpu tests",
+            "--tool memcheck",
+            "--tool racecheck",
+            "tests/bench/wkv7.py",
+            "tests/bench/train_step.py",
+            "--config 1.5b",
+        ):
             assert words in result
         assert result.splitlines()[-1].startswith("failed: memcheck, racecheck" if broken else "all passed")
         assert done.returncode == (1 if broken else 0)

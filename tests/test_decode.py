@@ -42,7 +42,10 @@ def assert_as_exact_as_the_forward(logits, state, sizes, tokens):
     """At most twice as far from the network in float64 as the training forward in fp32 is."""
     plain, plain_state = forward(random_model(**sizes), tokens)
     exact, exact_state = forward(random_model(**sizes, kernel="reference").double(), tokens)
-    mine, theirs, true = ([x, *(t for layer in s.layers for t in layer)] for x, s in ((logits, state), (plain, plain_state), (exact, exact_state)))
+    mine, theirs, true = (
+        [x, *(t for layer in s.layers for t in layer)]
+        for x, s in ((logits, state), (plain, plain_state), (exact, exact_state))
+    )
     for m, p, e in zip(mine, theirs, true, strict=True):
         assert m.isfinite().all()
         rounding = torch.finfo(torch.float32).eps * e.norm()
@@ -215,7 +218,11 @@ def test_mistakes_are_errors_and_leave_the_state_alone():
         with pytest.raises(RuntimeError, match="outside the vocabulary of 97"):
             decode_step(torch.tensor(tokens), decoder.native_weights, *decoder._stacked)
     att_shift, wkv, ffn_shift = decoder._stacked
-    for wrong in ((att_shift[:2], wkv, ffn_shift), (att_shift, wkv.double(), ffn_shift), (att_shift, wkv, ffn_shift.transpose(0, 1))):
+    for wrong in (
+        (att_shift[:2], wkv, ffn_shift),
+        (att_shift, wkv.double(), ffn_shift),
+        (att_shift, wkv, ffn_shift.transpose(0, 1)),
+    ):
         with pytest.raises(RuntimeError, match="decode_step"):
             decode_step(torch.tensor([1, 2]), decoder.native_weights, *wrong)
     weights = decoder.native_weights
@@ -233,7 +240,18 @@ def test_mistakes_are_errors_and_leave_the_state_alone():
 class _MallInfo(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
     ]
 
 

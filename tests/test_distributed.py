@@ -228,7 +228,14 @@ def continued(tmp_path_factory):
     straight = {f"{name} 8": {"strategy": name, "steps": 8, "precision": "bf16"} for name in names}
     half = {f"{name} 4": {"strategy": name, "steps": 4, "precision": "bf16"} for name in names}
     rest = {
-        f"{name} 4+4": {"strategy": name, "steps": 4, "first_step": 4, "load": f"{name} 4", "init_seed": 6, "precision": "bf16"}
+        f"{name} 4+4": {
+            "strategy": name,
+            "steps": 4,
+            "first_step": 4,
+            "load": f"{name} 4",
+            "init_seed": 6,
+            "precision": "bf16",
+        }
         for name in names
     }
     results = launch(folder, 2, {**straight, **half, **rest}, timeout=900)
@@ -376,11 +383,16 @@ def test_what_one_process_makes_of_deepspeed(monkeypatch):
     assert "deepspeed_stage_3" in hardware.notes[0]
     config.devices = "2"
     monkeypatch.setattr(zero, "version", lambda: "")
-    with pytest.raises(ValueError, match=r"--strategy deepspeed_stage_3: the package deepspeed is missing.*pip install 'deepspeed"):
+    with pytest.raises(
+        ValueError, match=r"--strategy deepspeed_stage_3: the package deepspeed is missing.*pip install 'deepspeed"
+    ):
         strategy.choose_hardware(config)
     for other in ("0.19.0", "0.19.7", "0.20.0"):
         monkeypatch.setattr(zero, "version", lambda other=other: other)
-        with pytest.raises(ValueError, match=rf"--strategy deepspeed_stage_3: deepspeed {other} can't be used.*pip install 'deepspeed>=0.19.8"):
+        with pytest.raises(
+            ValueError,
+            match=rf"--strategy deepspeed_stage_3: deepspeed {other} can't be used.*pip install 'deepspeed>=0.19.8",
+        ):
             strategy.choose_hardware(config)
     monkeypatch.setattr(zero, "version", lambda: "0.19.8")
     monkeypatch.setattr(zero, "takes_fp16", lambda accelerator: False)

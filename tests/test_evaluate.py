@@ -102,7 +102,9 @@ def test_unusable_data_is_explained(model, tokens, words):
 def test_scores_are_those_of_each_pair_alone(model, monkeypatch):
     monkeypatch.setattr("src.inference.scoring.TOKENS_AT_ONCE", 60)
     monkeypatch.setattr("src.inference.scoring.LOGIT_ROWS", 7)
-    pairs = [([(i * n) % 400 for i in range(1, n)], [(i * n + 1) % 400 for i in range(n % 5 + 1)]) for n in range(2, 24)]
+    pairs = [
+        ([(i * n) % 400 for i in range(1, n)], [(i * n + 1) % 400 for i in range(n % 5 + 1)]) for n in range(2, 24)
+    ]
     context = [5, 6, 7]
     pairs.append((context, list(generate(model, context, 4, temperature=0))))
     scores = score_continuations(model, pairs)
@@ -161,12 +163,18 @@ def test_answers_to_the_harness(model, tokenizer):
     answers = Answers(model, tokenizer)
     scored = answers.loglikelihood([Request("what is ", "the answer"), Request("", "def")])
     ids = [0, *tokenizer.encode("what is")]
-    assert scored[0][0] == pytest.approx(sum(plain_log_p(model, ids + tokenizer.encode(" the answer"), len(ids))), rel=1e-4)
+    assert scored[0][0] == pytest.approx(
+        sum(plain_log_p(model, ids + tokenizer.encode(" the answer"), len(ids))), rel=1e-4
+    )
     assert isinstance(scored[1][1], bool)
     text = "def answer(question): return"
     whole = [0, *tokenizer.encode(text)]
-    assert answers.loglikelihood_rolling([Request(text)])[0] == pytest.approx(sum(plain_log_p(model, whole, 1)), rel=1e-4)
-    free, short = answers.generate_until([Request("def ", {"until": [], "max_gen_toks": 9}), Request("def ", {"until": ["e"], "max_gen_toks": 9})])
+    assert answers.loglikelihood_rolling([Request(text)])[0] == pytest.approx(
+        sum(plain_log_p(model, whole, 1)), rel=1e-4
+    )
+    free, short = answers.generate_until(
+        [Request("def ", {"until": [], "max_gen_toks": 9}), Request("def ", {"until": ["e"], "max_gen_toks": 9})]
+    )
     assert short == free.partition("e")[0]
 
 
@@ -188,7 +196,10 @@ def test_a_local_task_runs_in_the_harness(model, tokenizer, tmp_path):
         "metric_list": [{"metric": "acc"}],
     }
     found = lm_eval.simple_evaluate(
-        harness_model(model, tokenizer), tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
+        harness_model(model, tokenizer),
+        tasks=[task],
+        task_manager=TaskManager(include_defaults=False),
+        bootstrap_iters=0,
     )
     expected = 0
     for row in rows:

@@ -52,7 +52,9 @@ def test_what_is_exported_is_the_model_and_comes_back_as_it_was(weights, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["out.pth", "out.safetensors", "out"])
-def test_an_earlier_export_stays_when_the_new_one_is_not_what_it_should_be(weights, tmp_path, capsys, monkeypatch, name):
+def test_an_earlier_export_stays_when_the_new_one_is_not_what_it_should_be(
+    weights, tmp_path, capsys, monkeypatch, name
+):
     def everything(folder):
         return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -167,7 +169,9 @@ def test_files_of_released_models_are_read(tmp_path, size):
         assert getattr(read.config, field) == value
     expected = model.bfloat16().float()(torch.tensor([TOKENS[:5]]).remainder(65))[0]
     torch.testing.assert_close(read(torch.tensor([TOKENS[:5]]).remainder(65))[0], expected, rtol=0, atol=1e-5)
-    base = random_model(n_layer=2, n_embd=192, vocab_size=65, **sizes)  # as a base for fine-tuning: the run's model takes it whole
+    base = random_model(
+        n_layer=2, n_embd=192, vocab_size=65, **sizes
+    )  # as a base for fine-tuning: the run's model takes it whole
     assert fit_weights(read_weights(tmp_path / "RWKV-x070.pth"), base, "released").keys() == base.state_dict().keys()
 
 
@@ -180,7 +184,14 @@ def test_heads_that_the_layout_cannot_express_are_refused_before_anything_is_wri
 
 
 @pytest.mark.parametrize(
-    ("out", "words"), [("{model}", "is MODEL itself"), ("x.gguf", "expected an ending"), ("{folder}", "is a folder; --format pth writes one file"), ("{file}/x.pth", "Not a directory|exists"), ("bare", "name it bare.safetensors")]
+    ("out", "words"),
+    [
+        ("{model}", "is MODEL itself"),
+        ("x.gguf", "expected an ending"),
+        ("{folder}", "is a folder; --format pth writes one file"),
+        ("{file}/x.pth", "Not a directory|exists"),
+        ("bare", "name it bare.safetensors"),
+    ],
 )
 def test_mistakes_are_explained(weights, capsys, out, words):
     folder = weights.parent / "folder"
@@ -188,7 +199,13 @@ def test_mistakes_are_explained(weights, capsys, out, words):
     file = weights.parent / "file"
     file.write_text("")
     with pytest.raises(SystemExit) as stopped:
-        main([str(weights), out.format(model=weights, file=file, folder=folder), *(["--format", "pth"] if "folder" in out else ["--format", "safetensors"] if out == "bare" else [])])
+        main(
+            [
+                str(weights),
+                out.format(model=weights, file=file, folder=folder),
+                *(["--format", "pth"] if "folder" in out else ["--format", "safetensors"] if out == "bare" else []),
+            ]
+        )
     assert stopped.value.code in (1, 2)
     said = capsys.readouterr().err
     assert any(word in said for word in words.split("|")), said

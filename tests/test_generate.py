@@ -42,7 +42,9 @@ def world():
 
 
 @pytest.mark.parametrize("split", [1, 7, 39])
-@pytest.mark.parametrize("sizes", [{}, {"n_layer": 1}, {"n_embd": 96, "head_size": 32}, {"d_decay_lora": 16, "d_gate_lora": 48}])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"n_layer": 1}, {"n_embd": 96, "head_size": 32}, {"d_decay_lora": 16, "d_gate_lora": 48}]
+)
 def test_steps_after_a_prompt_give_the_logits_of_the_whole_sequence(split, sizes):
     model = random_model(**sizes)
     whole, state = model(torch.tensor([TOKENS]))
@@ -118,7 +120,11 @@ def test_a_batch_writes_what_each_prompt_alone_would(model):
     prompts = [TOKENS[:1], TOKENS, TOKENS[3:9], TOKENS[20:24], [0]]
     sampling = Sampling(top_p=0.95, presence_penalty=0.3, frequency_penalty=0.3)
     alone = [
-        list(generate(model, p, 25, 1.0, 0.95, seed=5 + i, stop_ids=range(8), presence_penalty=0.3, frequency_penalty=0.3))
+        list(
+            generate(
+                model, p, 25, 1.0, 0.95, seed=5 + i, stop_ids=range(8), presence_penalty=0.3, frequency_penalty=0.3
+            )
+        )
         for i, p in enumerate(prompts)
     ]
     assert len({len(answer) for answer in alone}) > 2, "answers of one length would not test how they end"
@@ -259,7 +265,9 @@ def test_logits_that_are_not_numbers_are_an_error():
         Sampler(Sampling())(torch.tensor([0.0, math.nan]))
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 1.5}, {"top_k": -1}, {"penalty_decay": 2}, {"presence_penalty": math.nan}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"top_p": 1.5}, {"top_k": -1}, {"penalty_decay": 2}, {"presence_penalty": math.nan}]
+)
 def test_a_setting_out_of_range_is_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)

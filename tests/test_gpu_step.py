@@ -56,7 +56,9 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        self.calls.append((op.name(), max((x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)), default=0)))
+        self.calls.append(
+            (op.name(), max((x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)), default=0))
+        )
         if "wkv7_" in op.name():
             self.dense &= all(x.is_contiguous() for x in args if isinstance(x, torch.Tensor))
         return out
@@ -112,7 +114,10 @@ def test_a_step_that_waits_would_be_noticed(as_on_a_gpu, planted):
 
 
 COPIES = ("aten::clone", "aten::copy_", "aten::contiguous", "aten::_to_copy")
-PRODUCTS = (6 + 2 * 3, 6 + 2 * 4)  # of layer 0, which mixes no other layer's values in, and of another; twice as many backward
+PRODUCTS = (
+    6 + 2 * 3,
+    6 + 2 * 4,
+)  # of layer 0, which mixes no other layer's values in, and of another; twice as many backward
 
 
 def test_no_operand_is_copied_and_products_are_as_few_as_can_be(as_on_a_gpu):
@@ -132,8 +137,16 @@ def test_nor_in_what_is_compiled(as_on_a_gpu):
 
     def look(graph, inputs):
         nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
-        sizes = [sum(x.numel() for x in tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor)) for node in nodes]
-        graphs.append([(node.target.name().split(".")[0], size) for node, size in zip(nodes, sizes, strict=True) if hasattr(node.target, "name")])
+        sizes = [
+            sum(x.numel() for x in tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor)) for node in nodes
+        ]
+        graphs.append(
+            [
+                (node.target.name().split(".")[0], size)
+                for node, size in zip(nodes, sizes, strict=True)
+                if hasattr(node.target, "name")
+            ]
+        )
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(fw_compiler=look, bw_compiler=look, partition_fn=min_cut_rematerialization_partition)
@@ -177,7 +190,9 @@ def train(tokens, folder, **changed):
 def in_each_step(monkeypatch, call):
     """call(number of the step) at the beginning of each step of a run."""
     step, number = TrainingModule.training_step, iter(range(10**6))
-    monkeypatch.setattr(TrainingModule, "training_step", lambda self, *given: (call(next(number)), step(self, *given))[1])
+    monkeypatch.setattr(
+        TrainingModule, "training_step", lambda self, *given: (call(next(number)), step(self, *given))[1]
+    )
 
 
 def test_the_loop_reads_nothing_back(monkeypatch, tmp_path, tokens):
@@ -230,7 +245,12 @@ def test_gpu_step_waits_for_nothing(forbid, setting, compiled):
 @needs_gpu
 @pytest.mark.parametrize(
     "changed",
-    [{}, {"grad_cp": 1, "head_chunk": 24}, {"compile": 1, "grad_cp": 1}, {"strategy": "deepspeed_stage_2_offload", "grad_cp": 1}],
+    [
+        {},
+        {"grad_cp": 1, "head_chunk": 24},
+        {"compile": 1, "grad_cp": 1},
+        {"strategy": "deepspeed_stage_2_offload", "grad_cp": 1},
+    ],
     ids=["plain", "lean", "compiled", "deepspeed"],
 )
 def test_gpu_run(monkeypatch, tmp_path, tokens, forbid, changed):
@@ -247,7 +267,9 @@ def test_gpu_memory_is_as_planned(grad_cp):
     model = ModelConfig(8, 512, 6400, grad_cp=bool(grad_cp))
     config = RunConfig(n_layer=8, n_embd=512, ctx_len=512, micro_bsz=8, grad_cp=grad_cp, compile=1)
     with torch.device("cuda"):
-        module = TrainingModule(RWKV7(model).bfloat16(), config, Hardware("gpu", 1, 1, "bf16", "plain"), make_dataset=None)
+        module = TrainingModule(
+            RWKV7(model).bfloat16(), config, Hardware("gpu", 1, 1, "bf16", "plain"), make_dataset=None
+        )
         optimizer = module.configure_optimizers()
         batch = torch.zeros(8, 512, dtype=torch.long), torch.ones(8, 512, dtype=torch.long)
     module.model.compile_blocks()

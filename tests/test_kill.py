@@ -14,7 +14,14 @@ import torch
 from test_train import CTX, ROOT, data, flags, log_lines, losses, metrics  # noqa: F401 (data is a fixture)
 
 KILLS = 100
-RUN = {"n_embd": 96, "head_size": 32, "my_exit_tokens": CTX * 4 * 40, "epoch_steps": 10, "epoch_save": 1, "save_minutes": 1e-6}
+RUN = {
+    "n_embd": 96,
+    "head_size": 32,
+    "my_exit_tokens": CTX * 4 * 40,
+    "epoch_steps": 10,
+    "epoch_save": 1,
+    "save_minutes": 1e-6,
+}
 
 
 class Runs:

@@ -32,7 +32,9 @@ def members(group):
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # gone in the meantime
-            _, _, of = (folder / "stat").read_text().rpartition(")")[2].split()[:3]  # after the name: state, parent, group
+            _, _, of = (
+                (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            )  # after the name: state, parent, group
             found += [int(folder.name)] * (int(of) == group)
     return found
 

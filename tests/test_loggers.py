@@ -87,7 +87,9 @@ def read_back(folder):
                 ids.add(record.run.run_id)
                 config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
             if record.WhichOneof("record_type") == "history":
-                items = {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
+                items = {
+                    (item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item
+                }
                 rows.setdefault(items.pop("_step", record.history.step.num), {}).update(items)
     return rows, config, ids
 
@@ -130,7 +132,9 @@ def test_wandb_offline_keeps_one_run_over_two_starts(tmp_path, data, held, monke
     table = json.loads(tables[0].read_text())
     assert table["columns"] == ["prompt", "the model goes on", "the data goes on"]
     assert len(table["data"]) == samples.COUNT
-    assert [row["prompt"] for row in json.loads((out / "samples.json").read_text())] == [row[0] for row in table["data"]]
+    assert [row["prompt"] for row in json.loads((out / "samples.json").read_text())] == [
+        row[0] for row in table["data"]
+    ]
 
 
 def test_wandb_as_the_environment_says(tmp_path, monkeypatch, offline, capfd):
@@ -171,7 +175,9 @@ def test_tensorboard_over_two_starts(tmp_path, data, held, monkeypatch, with_sam
     events.Reload()
     last = {event.step: event.value for event in events.Scalars("loss")}
     assert [last[step] for step in range(STEPS)] == pytest.approx(losses(out), rel=1e-6)
-    assert [event.step for event in events.Scalars("val_loss" if "val_loss" in events.Tags()["scalars"] else "val loss")][-1] == 59
+    assert [
+        event.step for event in events.Scalars("val_loss" if "val_loss" in events.Tags()["scalars"] else "val loss")
+    ][-1] == 59
     assert any("samples" in tag for tag in events.Tags()["tensors"])
 
 
@@ -188,7 +194,11 @@ def test_where_steps_are_short_some_are_left_out(tmp_path, data, monkeypatch):  
     assert train(tmp_path / "run", data, logger="csv", **RUN) == 0
     (file,) = (tmp_path / "run" / "csv").rglob("metrics.csv")
     with open(file, newline="") as rows:
-        assert [row["step"] for row in csv.DictReader(rows) if row["loss"]] == ["0", "1", "50"]  # the first is free, 50 is measured
+        assert [row["step"] for row in csv.DictReader(rows) if row["loss"]] == [
+            "0",
+            "1",
+            "50",
+        ]  # the first is free, 50 is measured
     assert len(losses(tmp_path / "run")) == STEPS
 
 

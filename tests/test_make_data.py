@@ -99,7 +99,9 @@ def test_held_out_documents_are_nowhere_else(tmp_path: Path, tokenizer: str) -> 
     assert len(held) / len(texts) == pytest.approx(0.1, abs=0.04)
 
 
-def test_held_out_data_of_an_earlier_call(tmp_path: Path, tokenizer: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_data_of_an_earlier_call(
+    tmp_path: Path, tokenizer: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Left alone and named where this call keeps nothing aside; gone where a call that does is stopped before its own is written."""
     source = write_jsonl(tmp_path / "x.jsonl", [f"text {i}" for i in range(400)])
     make(source, tokenizer, tmp_path / "a", "--holdout", 0.1)

@@ -42,11 +42,17 @@ def run(tmp_path_factory):
         **published.SETTINGS, "epoch_steps": UNIT, "data_file": "data/<mini>pile", "tokenizer": "world", "head_size": 64, "random_seed": 7,
         "dim_ffn": 3072, "d_decay_lora": 64, "d_aaa_lora": 64, "d_mv_lora": 32, "d_gate_lora": 128, "load_model": "", "precision": "bf16",
     }  # fmt: skip
-    sinks = [MetricsFile(out / "metrics.csv", 0, 8192), ValidationFile(out / "val.csv", 0), TrainLog(out / "train_log.txt", 0, 0, settings)]
+    sinks = [
+        MetricsFile(out / "metrics.csv", 0, 8192),
+        ValidationFile(out / "val.csv", 0),
+        TrainLog(out / "train_log.txt", 0, 0, settings),
+    ]
     noise = np.random.default_rng(0).normal(0, 0.2, STEPS)
     for step in range(STEPS):
         loss = float(3 + 6 * np.exp(-step / 300) + noise[step])
-        report = StepReport(step, 8192 * (step + 1), loss, 6e-4 * (1 - step / STEPS), 0.4, 1e5, (step + 1) * 0.08, 11.5, 0.41)
+        report = StepReport(
+            step, 8192 * (step + 1), loss, 6e-4 * (1 - step / STEPS), 0.4, 1e5, (step + 1) * 0.08, 11.5, 0.41
+        )
         for sink in sinks:
             sink.step(report)
         if (step + 1) % UNIT == 0:
@@ -57,7 +63,12 @@ def run(tmp_path_factory):
                 sink.validation(ValidationReport(step + 1, 8192 * (step + 1), loss + 0.1, 1000, 1.0, is_best=True))
     for sink in sinks:
         sink.close()
-    known = {"settings": settings, "tokenizer": "data/tok", "environment": {"git commit": "abc123", "GPU": "NVIDIA H200"}, "origin": {"sha256": "", "path": ""}}
+    known = {
+        "settings": settings,
+        "tokenizer": "data/tok",
+        "environment": {"git commit": "abc123", "GPU": "NVIDIA H200"},
+        "origin": {"sha256": "", "path": ""},
+    }
     (out / "run.json").write_text(json.dumps(known))
     samples = [{"prompt": "def <f>", "answer": "(x): return x", "in_data": "(y)"}]
     (out / "samples.json").write_text(json.dumps(samples))
@@ -154,7 +165,11 @@ def test_runs_are_compared_from_their_logs(run, tmp_path, capsys):
     assert "24,576,000" in first
     assert "3.6600" in second
     figure = plot.draw_comparison([read_curves(run), read_curves(foreign)])
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["L12-D768-x070", "L12-D768-x070, held-out", "other"]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
+        "L12-D768-x070",
+        "L12-D768-x070, held-out",
+        "other",
+    ]
 
 
 # ---- the report -------------------------------------------------------------------------------------------------------------
@@ -165,7 +180,15 @@ def test_the_report_stands_alone(run, tmp_path):
     shutil.copytree(run, copy)
     page = html_report.write_report(copy).read_text()
     titles = re.findall(r"<h2>(.*?)</h2>", page)
-    assert titles == ["Curves", "Speed", "Mini-epochs", "What it writes", "How to do it again", "Where it ran", "Settings"]
+    assert titles == [
+        "Curves",
+        "Speed",
+        "Mini-epochs",
+        "What it writes",
+        "How to do it again",
+        "Where it ran",
+        "Settings",
+    ]
     assert "<svg" in page
     assert not re.findall(r"""(?:src|href)=["'](?!#)[^"']*["']""", page)  # nothing is fetched
     assert "def &lt;f&gt;" in page
@@ -219,9 +242,19 @@ def published_log(change=None, lines=12):
     [
         ((), 12, 0, "PASS: 12 of 12"),
         ((), 3, 0, "PASS: 3 of 12"),
-        ([(5, 1, 3.530906)], 12, 1, "LEFT the published run at mini-epoch 5: loss 3.526906, published 3.510906: off by +0.016000"),
+        (
+            [(5, 1, 3.530906)],
+            12,
+            1,
+            "LEFT the published run at mini-epoch 5: loss 3.526906, published 3.510906: off by +0.016000",
+        ),
         ([(2, 1, float("nan"))], 12, 1, "LEFT the published run at mini-epoch 2"),
-        ([(7, 2, "0.00058398")], 12, 1, "LEFT the published run at mini-epoch 7: learning rate 0.00058398, published 0.00058399"),
+        (
+            [(7, 2, "0.00058398")],
+            12,
+            1,
+            "LEFT the published run at mini-epoch 7: learning rate 0.00058398, published 0.00058399",
+        ),
         ([(4, 0, 5)], 12, 1, "mini-epoch 4 is missing"),
     ],
     ids=["whole", "under way", "loss", "not a number", "rate", "gap"],

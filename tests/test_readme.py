@@ -97,7 +97,9 @@ def test_readme_leads_to_every_page():
 
 
 @pytest.mark.parametrize(
-    ("name", "page", "chinese"), readme_tables.places(), ids=lambda value: value.name if isinstance(value, Path) else None
+    ("name", "page", "chinese"),
+    readme_tables.places(),
+    ids=lambda value: value.name if isinstance(value, Path) else None,
 )
 def test_tables_are_those_of_the_code(name, page, chinese):
     (found,) = readme_tables.section(name).finditer(read(page))
@@ -138,7 +140,12 @@ NOT_HERE = {"my_pile_stage", "head_size_a", "layerwise_lr", "pre_ffn"}
 def test_flags_that_it_names_exist(page):
     """In commands of train.py and of the scripts that pass flags on: its flags; in code anywhere else: those of some program here."""
     own = {field.name for field in dataclasses.fields(RunConfig)}
-    programs = [*(ROOT / "src").rglob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("*.py"), *(ROOT / "tests/bench").glob("*.py")]
+    programs = [
+        *(ROOT / "src").rglob("*.py"),
+        *ROOT.glob("*/*.py"),
+        *ROOT.glob("*.py"),
+        *(ROOT / "tests/bench").glob("*.py"),
+    ]
     tools = {flag for path in programs for flag in re.findall(r'add_argument\(\s*"--([\w-]+)"', read(path))}
     text = read(page)
     code = [*FENCED.findall(text), *re.findall(r"`([^`\n]+)`", FENCED.sub("", text))]

@@ -119,13 +119,18 @@ def test_compiled_backward_has_no_recurrence_in_its_graph(bounds):
         return compile_graph
 
     backend = aot_autograd(
-        fw_compiler=counting("forward"), bw_compiler=counting("backward"), partition_fn=min_cut_rematerialization_partition
+        fw_compiler=counting("forward"),
+        bw_compiler=counting("backward"),
+        partition_fn=min_cut_rematerialization_partition,
     )
     expected = gradients(busy_model(False), BOUNDS[bounds])
     model = busy_model(True)
     for block in model.blocks:
         block.compile(backend=backend, fullgraph=True)
     compiled = gradients(model, BOUNDS[bounds])
-    assert counts == {"forward": 2, "backward": 0}  # once in each graph: that of the first block, and that of the others
+    assert counts == {
+        "forward": 2,
+        "backward": 0,
+    }  # once in each graph: that of the first block, and that of the others
     for a, b in zip(compiled, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)

@@ -33,7 +33,14 @@ LENGTH = RunLength.of(exit_tokens=64_000, ctx_len=16, global_batch=4, epoch_step
 
 
 def report(step, loss=3.0, **changed):
-    values = {"step": step, "tokens": 64 * (step + 1), "loss": loss, "lr": 6e-4, "grad_norm": 0.5, "tokens_per_second": 6400.0}
+    values = {
+        "step": step,
+        "tokens": 64 * (step + 1),
+        "loss": loss,
+        "lr": 6e-4,
+        "grad_norm": 0.5,
+        "tokens_per_second": 6400.0,
+    }
     return StepReport(**{**values, "seconds": (step + 1) / 100, "memory_gib": 1.25, **changed})
 
 
@@ -157,7 +164,9 @@ def test_a_table_is_read_in_pieces_as_it_stands(tmp_path, monkeypatch, piece):
     metrics = MetricsFile(path, 0, 64)
     for step in range(60):
         ratios = {"w0": 1e-3, "matrices": 2e-3, "others": 3e-3}
-        metrics.step(report(step, loss=math.nan if step == 7 else 3 + step / 7, update_ratios=ratios if step % 50 == 0 else {}))
+        metrics.step(
+            report(step, loss=math.nan if step == 7 else 3 + step / 7, update_ratios=ratios if step % 50 == 0 else {})
+        )
     metrics.close()
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -176,7 +185,9 @@ def test_a_table_is_read_in_pieces_as_it_stands(tmp_path, monkeypatch, piece):
 
 def test_metrics_of_an_earlier_version_are_read_and_continued(tmp_path):
     path = tmp_path / "metrics.csv"
-    path.write_text("step,tokens,loss,lr,grad_norm,tokens_per_second\n0,64,3.5,0.0006,0.5,6400\n1,128,3.4,0.0006,0.5,6400\n")
+    path.write_text(
+        "step,tokens,loss,lr,grad_norm,tokens_per_second\n0,64,3.5,0.0006,0.5,6400\n1,128,3.4,0.0006,0.5,6400\n"
+    )
     metrics = MetricsFile(path, 1, 64)
     metrics.step(report(1))
     metrics.close()
@@ -220,7 +231,11 @@ def test_update_ratios_are_those_of_the_real_step(dtype):
         optimizer.step()
     expected = []
     for group in optimizer.param_groups:
-        pairs = [(optimizer.master_of(p), b) for p, b in zip(optimizer.parameters, before, strict=True) if any(p is q for q in group["params"])]
+        pairs = [
+            (optimizer.master_of(p), b)
+            for p, b in zip(optimizer.parameters, before, strict=True)
+            if any(p is q for q in group["params"])
+        ]
         moved = math.sqrt(sum(float((now - then).detach().double().square().sum()) for now, then in pairs))
         expected.append(moved / math.sqrt(sum(float(now.detach().double().square().sum()) for now, _ in pairs)))
     assert update_ratios(optimizer).tolist() == pytest.approx(expected, rel=1e-4)
@@ -234,7 +249,11 @@ def test_update_ratios_are_those_of_the_real_step(dtype):
 @pytest.mark.parametrize("chunk", [0, 3])
 def test_largest_logit(chunk):
     head = torch.nn.Linear(8, 50, bias=False)
-    module, hidden, targets = HeadLoss(head, chunk), torch.randn(2, 5, 8, requires_grad=True), torch.zeros(2, 5, dtype=torch.long)
+    module, hidden, targets = (
+        HeadLoss(head, chunk),
+        torch.randn(2, 5, 8, requires_grad=True),
+        torch.zeros(2, 5, dtype=torch.long),
+    )
     module(hidden, targets)
     assert math.isnan(module.largest_logit)
     module.measures = True
@@ -244,7 +263,10 @@ def test_largest_logit(chunk):
 
 
 def test_peaks_of_gpus():
-    peak = {name: peak_flops.peak_flops(name) for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA L40S", "NVIDIA L4")}
+    peak = {
+        name: peak_flops.peak_flops(name)
+        for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA L40S", "NVIDIA L4")
+    }
     assert list(peak.values()) == [989.4e12, 989.4e12, 756e12, 362e12, 121e12]
     assert peak_flops.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops.peak_flops("NVIDIA GeForce RTX 4090") == 165.2e12

@@ -119,7 +119,13 @@ DAMAGES = {
 @pytest.mark.parametrize("victim", ["tensors-0000.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_state_is_named_and_the_one_before_is_taken(
-    tmp_path, data, whole, capfd, damage, victim, monkeypatch  # noqa: F811
+    tmp_path,
+    data,
+    whole,
+    capfd,
+    damage,
+    victim,
+    monkeypatch,  # noqa: F811
 ):
     if damage == "flipped" and victim == "manifest.json":
         pytest.skip("a flipped bit of the manifest is one of the checks of the other files")
@@ -249,7 +255,10 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, data, monkeypatch, capfd):  # n
 
 
 def test_weights_alone_continue_with_another_batch_and_the_renewed_warm_up_is_not_repeated(
-    tmp_path, data, monkeypatch, capfd  # noqa: F811
+    tmp_path,
+    data,
+    monkeypatch,
+    capfd,  # noqa: F811
 ):
     """Mini-epochs stay 20 batches of 4 samples; the weights of mini-epoch 1 stand for 160 samples, whatever the batch is now."""
     out = tmp_path / "run"

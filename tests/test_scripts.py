@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = [*sorted(ROOT.glob("*.sh")), ROOT / "tests" / "run.sh"]
 sys.path.insert(0, str(ROOT / "data"))
 
-PIP = '''
+PIP = """
 import os, re, sys, sysconfig
 from pathlib import Path
 words = sys.argv[1:]
@@ -45,7 +45,7 @@ for requirement in wanted:
         folder = Path(sysconfig.get_path("purelib")) / f"{name.replace('-', '_')}-{version}.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
-'''
+"""
 
 
 class House:
@@ -170,7 +170,9 @@ def test_a_version_that_is_too_old_or_too_new_is_replaced(house):
         assert len(house.pip_calls()) == calls
         shutil.rmtree(house.folder / ".venv")
         house.calls.unlink()
-        subprocess.run([house.folder / "bin" / "python3", "-m", "venv", "--without-pip", house.folder / ".venv"], check=True)
+        subprocess.run(
+            [house.folder / "bin" / "python3", "-m", "venv", "--without-pip", house.folder / ".venv"], check=True
+        )
 
 
 def test_no_python_that_is_new_enough(house):
@@ -291,7 +293,13 @@ def test_conversations_of_ones_own_take_the_demos_model(pretrained):
     done = fine_tune(CTX_LEN="32", BASE="out/L4-D256-x070")
     assert "is not read" not in done.stdout
     done = run_script(
-        pretrained, *LOOK, "--proj_dir", "out/x", script="demo-training-run-sft.sh", DATA_FILE="mine.jsonl", CTX_LEN="32"
+        pretrained,
+        *LOOK,
+        "--proj_dir",
+        "out/x",
+        script="demo-training-run-sft.sh",
+        DATA_FILE="mine.jsonl",
+        CTX_LEN="32",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "out/x/rwkv-init.pth is a copy of" in done.stdout
@@ -334,7 +342,11 @@ def test_both_demos_on_the_real_corpus(tree):
     assert re.search(r"held-out loss \d+\.\d+ before the run", done.stdout), done.stdout
     assert "What does `textwrap.dedent` do?" in done.stdout
     stage = tree / "out" / "L2-D64-x070-sft"
-    assert (stage / "rwkv-init.pth").read_bytes() == final == (tree / "out" / "L2-D64-x070" / "rwkv-final.pth").read_bytes()
+    assert (
+        (stage / "rwkv-init.pth").read_bytes()
+        == final
+        == (tree / "out" / "L2-D64-x070" / "rwkv-final.pth").read_bytes()
+    )
     assert (stage / "rwkv-final.pth").read_bytes() != final
     again = run_script(tree, script="demo-training-run-sft.sh", MY_EXIT_TOKENS="60000", **sizes)
     assert "complete" in again.stdout

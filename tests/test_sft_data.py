@@ -164,7 +164,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("ending", [".txt", ".parquet"])
-def test_a_file_that_can_not_hold_conversations_is_refused_by_check_and_run(tmp_path: Path, folder: str, ending: str) -> None:
+def test_a_file_that_can_not_hold_conversations_is_refused_by_check_and_run(
+    tmp_path: Path, folder: str, ending: str
+) -> None:
     path = tmp_path / f"talk{ending}"
     path.write_bytes(b"")
     for function in (open_conversations, look_at_conversations):
@@ -232,7 +234,9 @@ def test_the_cache_is_made_once_and_again_after_a_change(tmp_path: Path, tmp_pat
     assert len(opened(marked)[0].data) == 3, "a cut cache is made again"
 
 
-def test_a_cache_in_a_folder_that_can_not_be_written(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_in_a_folder_that_can_not_be_written(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A finished one serves; without one the error says what to do."""
     path = write(tmp_path / "x.jsonl", [5, 6])
     made = open_conversations(path, folder)

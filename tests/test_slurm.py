@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 from test_train import CTX, data, flags, metrics, train_process  # noqa: F401 (data is a fixture)
 
-JOB = {"SLURM_JOB_ID": "901234", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "4", "SLURM_NODELIST": "node[0-1]", "SLURM_PROCID": "0"}
+JOB = {
+    "SLURM_JOB_ID": "901234",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_NTASKS": "4",
+    "SLURM_NODELIST": "node[0-1]",
+    "SLURM_PROCID": "0",
+}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -21,7 +27,9 @@ def test_lightning_acts_on_nothing_of_slurm(tmp_path, data, monkeypatch):  # noq
     (out / "hpc_ckpt_1.ckpt").write_bytes(b"what Lightning would load in a Slurm job")
     process = train_process(flags(out, data, my_exit_tokens=CTX * 4 * 1000))
     deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and process.poll() is None and not ((out / "metrics.csv").exists() and metrics(out)):
+    while (
+        time.monotonic() < deadline and process.poll() is None and not ((out / "metrics.csv").exists() and metrics(out))
+    ):
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]
     handled = re.search(r"^SigCgt:\s+(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
@@ -30,4 +38,6 @@ def test_lightning_acts_on_nothing_of_slurm(tmp_path, data, monkeypatch):  # noq
     assert handled
     signals = {number for number in signal.Signals if int(handled[1], 16) >> (number - 1) & 1}
     assert signal.SIGTERM in signals
-    assert signal.SIGUSR1 not in signals  # Lightning's would write its own kind of state and put the job into the queue again
+    assert (
+        signal.SIGUSR1 not in signals
+    )  # Lightning's would write its own kind of state and put the job into the queue again

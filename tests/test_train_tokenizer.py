@@ -11,7 +11,9 @@ from src.dataset import MMapIndexedDataset
 from src.dataset.sft_cache import chat_tokenizer
 from src.dataset.tokenizer import load_tokenizer
 
-TEXTS = [f"{word} {number} ist der Text, 文本 {number} 也在这里，и ещё один.\n" for word in "abc" for number in range(40)]
+TEXTS = [
+    f"{word} {number} ist der Text, 文本 {number} 也在这里，и ещё один.\n" for word in "abc" for number in range(40)
+]
 
 
 @pytest.fixture
@@ -21,7 +23,9 @@ def mine(tmp_path: Path) -> Path:
     return path
 
 
-def test_it_spells_any_text_and_the_other_tools_take_it(mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_spells_any_text_and_the_other_tools_take_it(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "tokenizer"
     train_tokenizer.main([str(mine), "--out", str(folder), "--vocab_size", "300"])
     assert f"--tokenizer {folder}" in capsys.readouterr().out
@@ -37,7 +41,9 @@ def test_it_spells_any_text_and_the_other_tools_take_it(mine: Path, tmp_path: Pa
     assert data[0][-1] == 0
 
 
-def test_little_text_gives_fewer_entries_and_says_so(mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_little_text_gives_fewer_entries_and_says_so(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train_tokenizer.main([str(mine), "--out", str(tmp_path / "few"), "--vocab_size", "50000"])
     entries = load_tokenizer(tmp_path / "few").vocab_size
     assert f"note: {entries} entries: there is too little text for 50000" in capsys.readouterr().out
@@ -60,7 +66,9 @@ def test_no_more_text_is_read_than_was_asked_for(mine: Path) -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_mistakes_are_named(mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: list[str], words: str) -> None:
+def test_mistakes_are_named(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: list[str], words: str
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         train_tokenizer.main([str(mine), *changed, "--out", str(tmp_path / "tokenizer")])
     assert stopped.value.code == 2

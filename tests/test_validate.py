@@ -63,7 +63,11 @@ def test_every_window_counts_once_however_they_are_shared(data, held, world_size
         if (wanted >= 0).all()
     ]
     assert all(((targets >= 0).all(1) | (targets < 0).all(1)).all() for share in shares for _, targets in share)
-    alone = [tuple(row.tolist()) for inputs, targets in HeldOut(config_of(data, held, micro_bsz=1)).batches(0, 1) for row in inputs]
+    alone = [
+        tuple(row.tolist())
+        for inputs, targets in HeldOut(config_of(data, held, micro_bsz=1)).batches(0, 1)
+        for row in inputs
+    ]
     assert sorted(counted) == sorted(alone)
     assert len(alone) == WINDOWS
 
@@ -184,7 +188,10 @@ def test_other_held_out_data_begins_its_own_best(tmp_path, data, held, monkeypat
     words = capfd.readouterr().out
     assert "after step 40, the lowest so far" in words
     assert "WARNING: --val_data_file is the training data itself" in words
-    assert f"--val_data_file {held}: they are now in {out}/val-1.csv, the best weights by them {out}/rwkv-best-1.pth" in words
+    assert (
+        f"--val_data_file {held}: they are now in {out}/val-1.csv, the best weights by them {out}/rwkv-best-1.pth"
+        in words
+    )
     assert (out / "val-1.csv").read_text() == earlier
     assert (out / "rwkv-best-1.pth").read_bytes() == best
     assert validations(out)["steps"] == [40, 50, 60]  # of one file only
@@ -203,7 +210,9 @@ def test_the_same_held_out_data_keeps_its_rows(tmp_path, data, held, whole, monk
     assert train(out, data, **settings) == 0
     assert not (out / "val-1.csv").exists()
     rows, expected = validations(out), validations(whole)
-    assert set(zip(rows["steps"], rows["loss"], strict=True)) <= set(zip(expected["steps"], expected["loss"], strict=True))
+    assert set(zip(rows["steps"], rows["loss"], strict=True)) <= set(
+        zip(expected["steps"], expected["loss"], strict=True)
+    )
     assert rows["steps"][-1] == 60
 
 
@@ -299,7 +308,18 @@ def test_two_processes_find_what_one_finds(tmp_path, data, held, strategy):  # n
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("held-out loss") == 4, done.stdout  # before, twice on the way, at the end: one voice
     again = tmp_path / "again"
-    assert train(again, data, val_data_file=held, val_windows=WINDOWS, val_every="10steps", load_model=_weights(tmp_path, data), **short) == 0
+    assert (
+        train(
+            again,
+            data,
+            val_data_file=held,
+            val_windows=WINDOWS,
+            val_every="10steps",
+            load_model=_weights(tmp_path, data),
+            **short,
+        )
+        == 0
+    )
     one, two = validations(again), validations(out)
     assert one["steps"] == two["steps"] == [0, 10, 20]
     assert one["counted"] == two["counted"]

@@ -114,10 +114,16 @@ def test_missing_and_unknown_parameters_are_named(saved):
     [
         (lambda w: w.pop("blocks.0.att.a1"), r"blocks\.0\.att\.a1 is missing"),
         (lambda w: w.pop("blocks.0.att.g1"), r"blocks\.0\.att\.g1 is missing"),
-        (lambda w: w.update({"blocks.0.att.r_k": w["blocks.0.att.r_k"].flatten()}), r"blocks\.0\.att\.r_k is \[64\], expected two dimensions"),
+        (
+            lambda w: w.update({"blocks.0.att.r_k": w["blocks.0.att.r_k"].flatten()}),
+            r"blocks\.0\.att\.r_k is \[64\], expected two dimensions",
+        ),
         (lambda w: w.update({"blocks.1.att.v1": w["blocks.1.att.v1"].flatten()}), r"blocks\.1\.att\.v1 is \[1536\]"),
         (lambda w: w.update({"emb.weight": w["emb.weight"].long()}), r"emb\.weight is int64: expected floating point"),
-        (lambda w: w.update({"blocks.1.ffn.key.weight": w["blocks.1.ffn.key.weight"].to(torch.int8)}), r"blocks\.1\.ffn\.key\.weight is int8"),
+        (
+            lambda w: w.update({"blocks.1.ffn.key.weight": w["blocks.1.ffn.key.weight"].to(torch.int8)}),
+            r"blocks\.1\.ffn\.key\.weight is int8",
+        ),
     ],
 )
 def test_weights_whose_sizes_or_numbers_make_no_model_are_named(saved, change, words):
@@ -145,7 +151,10 @@ def test_files_that_are_not_state_dicts_say_what_they_are(saved, tmp_path, monke
     model, path = saved
     weights = model.state_dict()
     for wrong, words in (
-        ({"model": weights, "optimizer": {}}, r"'model', 'optimizer' is no such entry; the weights are in its part 'model'"),
+        (
+            {"model": weights, "optimizer": {}},
+            r"'model', 'optimizer' is no such entry; the weights are in its part 'model'",
+        ),
         ({**weights, 7: weights["head.weight"]}, "7 is no such entry"),
         ({**weights, "emb.weight": weights["emb.weight"].to_sparse()}, "'emb.weight' is no such entry"),
     ):

@@ -191,7 +191,10 @@ def test_initial_weights_of_stage_3(tmp_path, data, capfd, make):  # noqa: F811
 COMPILERS = {
     "none": (None, "no C\\+\\+ compiler"),
     "does not run": ("echo 'wrong architecture' >&2; exit 3", "does not run .*\nwrong architecture"),
-    "refuses": ('[ "$1" = --version ] && exit; echo "unknown option" >&2; exit 1', "could not be built(.*\n)*unknown option"),
+    "refuses": (
+        '[ "$1" = --version ] && exit; echo "unknown option" >&2; exit 1',
+        "could not be built(.*\n)*unknown option",
+    ),
     "killed": ('[ "$1" = --version ] && exit; echo "Killed signal" >&2; exit 1', "ran out of memory"),
 }
 

@@ -65,7 +65,9 @@ def main(argv: list[str]) -> int:
             print(f"     {fault}")
         return 1
     compared = min(len(lines), len(MINI_EPOCHS))
-    print(f"PASS: {compared} of {len(MINI_EPOCHS)} published mini-epochs, losses within {LOSS_TOLERANCE}, learning rates to the last digit")
+    print(
+        f"PASS: {compared} of {len(MINI_EPOCHS)} published mini-epochs, losses within {LOSS_TOLERANCE}, learning rates to the last digit"
+    )
     return 0
 
 

@@ -64,7 +64,9 @@ class MMapIndexedDataset:
             )
         for file in (self.bin_path, self.idx_path):
             if not file.is_file():
-                raise ValueError(f"{file} does not exist; a dataset is the two files X.bin and X.idx, given as X (--data_file, --val_data_file, --data).")
+                raise ValueError(
+                    f"{file} does not exist; a dataset is the two files X.bin and X.idx, given as X (--data_file, --val_data_file, --data)."
+                )
         self.dtype, n_items, n_bounds = self._read_header()
         start = _HEADER.size
         self.sizes = _map(self.idx_path, np.int32, start, n_items)

@@ -220,6 +220,8 @@ class SftDataset(Dataset[tuple[SftBatch, float]]):
         step = index // (self.micro_bsz * self.micro_batches)
         if self._mean_of_step[0] != step:
             first = self.first_sample + step * self.micro_bsz * shares
-            numbers = [self.rows.number(skip_holes(n, self.holes)) for n in range(first, first + self.micro_bsz * shares)]
+            numbers = [
+                self.rows.number(skip_holes(n, self.holes)) for n in range(first, first + self.micro_bsz * shares)
+            ]
             self._mean_of_step = (step, int(self.rows.counted[numbers].sum(dtype=np.int64)) / shares)
         return self._mean_of_step[1]

@@ -49,7 +49,9 @@ def chat_tokenizer(folder: str) -> Tokenizer:
     """The tokenizer of a run on conversations. ValueError unless it has a chat template that can be masked."""
     tokenizer = load_tokenizer(folder)
     if tokenizer.chat_template is None:
-        raise ValueError(f"--tokenizer {folder} has no chat template: give a Hugging Face tokenizer folder with one, or world.")
+        raise ValueError(
+            f"--tokenizer {folder} has no chat template: give a Hugging Face tokenizer folder with one, or world."
+        )
     try:
         check_template(tokenizer.chat_template, tokenizer.special_tokens)
     except ValueError as error:

@@ -157,7 +157,9 @@ class FolderTokenizer(Tokenizer):
         self._rust.no_truncation()
         self._rust.no_padding()
         config = _read_json(config_file) if config_file.is_file() else {}
-        self.vocab_size = max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # some leave ids out
+        self.vocab_size = (
+            max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        )  # some leave ids out
         names = ("bos_token", "eos_token", "unk_token")
         self.specials = {name: text for name in names if (text := _token_text(config.get(name))) is not None}
         self.text_of_0 = self._rust.decode([0], skip_special_tokens=True)

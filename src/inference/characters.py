@@ -18,7 +18,9 @@ class CharacterStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._shown: list[int] = []  # the last token shown: some tokenizers write a token differently at the start of a text
+        self._shown: list[
+            int
+        ] = []  # the last token shown: some tokenizers write a token differently at the start of a text
         self._waiting: list[int] = []
 
     def feed(self, token: int) -> str:

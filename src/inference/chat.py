@@ -158,7 +158,9 @@ class Conversation:
             "model": self._model_sizes(),
             "weights": self._weights_hash(),
             "messages": self.past.messages,
-            "fed": self.past.fed.decode("latin-1"),  # bytes as characters: plain types only, so that loading runs no code
+            "fed": self.past.fed.decode(
+                "latin-1"
+            ),  # bytes as characters: plain types only, so that loading runs no code
             "unfed": self.past.unfed,
             "layers": layers,
         }
@@ -166,7 +168,9 @@ class Conversation:
             with write_whole(path) as file:
                 torch.save(record, file)
         except OSError as error:
-            raise ValueError(f"/save {path}: can't be written ({error.strerror}); name a file in a folder that can be") from error
+            raise ValueError(
+                f"/save {path}: can't be written ({error.strerror}); name a file in a folder that can be"
+            ) from error
 
     def load(self, path: str | Path) -> None:
         """Go on where a saved conversation ended. ValueError when the file is not one, or is another model's."""
@@ -174,14 +178,22 @@ class Conversation:
             record = torch.load(path, map_location="cpu", weights_only=True)
         except OSError as error:
             raise ValueError(f"/load {path}: can't be read ({error.strerror})") from error
-        except Exception as error:  # torch raises half a dozen types here; all mean that it is none of its files, or a damaged one
-            raise ValueError(f"/load {path}: no saved conversation, or cut short; expected a file written by /save") from error
+        except (
+            Exception
+        ) as error:  # torch raises half a dozen types here; all mean that it is none of its files, or a damaged one
+            raise ValueError(
+                f"/load {path}: no saved conversation, or cut short; expected a file written by /save"
+            ) from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError(f"/load {path}: no saved conversation; expected a file written by /save")
         if record["model"] != self._model_sizes():
-            raise ValueError(f"/load {path}: saved with a model of other sizes ({record['model']}, here {self._model_sizes()})")
+            raise ValueError(
+                f"/load {path}: saved with a model of other sizes ({record['model']}, here {self._model_sizes()})"
+            )
         if record.get("weights", here := self._weights_hash()) != here:  # older files don't say
-            raise ValueError(f"/load {path}: saved with other weights (or one of the two is in fp16), whose state means nothing to these; load it with its own model and --dtype")
+            raise ValueError(
+                f"/load {path}: saved with other weights (or one of the two is in fp16), whose state means nothing to these; load it with its own model and --dtype"
+            )
         self.decoder.state = State([LayerState(*layer) for layer in record["layers"]])
         self.past = Past(record["messages"], record["fed"].encode("latin-1"), record["unfed"])
         self._before = None
@@ -194,7 +206,9 @@ class Conversation:
         """Tells models of equal sizes apart, fine-tuned ones too; in bf16, the same for a model that is loaded in fp32 or bf16."""
         model = self.decoder.model
         some = (model.emb.weight[:64], model.head.weight[:64])
-        return hashlib.sha256(b"".join(t.bfloat16().view(torch.int16).cpu().numpy().tobytes() for t in some)).hexdigest()[:16]
+        return hashlib.sha256(
+            b"".join(t.bfloat16().view(torch.int16).cpu().numpy().tobytes() for t in some)
+        ).hexdigest()[:16]
 
     # ---- settings -----------------------------------------------------------------------------------------------------------
 
@@ -237,13 +251,17 @@ def find_template(name: str, tokenizer: Tokenizer, pretrained_only: bool = False
         return tokenizer.chat_template
     if name == "tokenizer":
         if tokenizer.chat_template is None:
-            raise ValueError(f"--chat_template tokenizer: the tokenizer {tokenizer.name} has none; expected none, rwkv or a Jinja file")
+            raise ValueError(
+                f"--chat_template tokenizer: the tokenizer {tokenizer.name} has none; expected none, rwkv or a Jinja file"
+            )
         return tokenizer.chat_template
     if name == "rwkv":
         return ChatTemplate(RWKV_TEMPLATE, {})
     path = Path(name)
     if not path.is_file():
-        raise ValueError(f"--chat_template {name}: no such file; expected none, tokenizer, rwkv, or a file with a Jinja template")
+        raise ValueError(
+            f"--chat_template {name}: no such file; expected none, tokenizer, rwkv, or a file with a Jinja template"
+        )
     try:
         return ChatTemplate(path.read_text(encoding="utf-8"), tokenizer.specials)
     except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
 """How well a model predicts text that it was not trained on.
 
-    python -m src.inference.evaluate MODEL --data held-out[.bin | .txt | .jsonl]      loss, perplexity, bits per byte
-    python -m src.inference.evaluate MODEL --last_word lambada.jsonl                  how often the last word is foreseen
+python -m src.inference.evaluate MODEL --data held-out[.bin | .txt | .jsonl]      loss, perplexity, bits per byte
+python -m src.inference.evaluate MODEL --last_word lambada.jsonl                  how often the last word is foreseen
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def heldout_loss(
         batch = np.stack([tokens[window] for window in chosen[first : first + micro_bsz]]).astype(np.int64)
         if batch.min() < 0 or batch.max() >= model.config.vocab_size:
             wrong = batch.min() if batch.min() < 0 else batch.max()
-            raise ValueError(f"--data has token id {wrong}, the model {model.config.vocab_size} rows: it was made with another tokenizer")
+            raise ValueError(
+                f"--data has token id {wrong}, the model {model.config.vocab_size} rows: it was made with another tokenizer"
+            )
         total += _summed_loss(model, torch.from_numpy(batch))
         count += batch.shape[0] * (batch.shape[1] - 1)
     return HeldOutLoss(total / count, count)
@@ -111,7 +113,9 @@ def read_texts(path: Path, flag: str) -> Iterator[str]:
                 elif text.reason not in (EMPTY_LINE, EMPTY_TEXT):
                     raise ValueError(f"{flag} {text}")
     except OSError as error:
-        raise ValueError(f"{flag} {path}: can't be read ({error.strerror}); make it readable, or name another file") from error
+        raise ValueError(
+            f"{flag} {path}: can't be read ({error.strerror}); make it readable, or name another file"
+        ) from error
 
 
 def encode_texts(texts: Iterable[str], tokenizer: Tokenizer) -> Tokens:
@@ -145,12 +149,16 @@ def last_words(model: RWKV7, tokenizer: Tokenizer, texts: Iterable[str]) -> Last
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m src.inference.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m src.inference.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
     judged = parser.add_mutually_exclusive_group(required=True)
     judged.add_argument("--last_word", help='.jsonl (.gz, .zst) of {"text": ...}: is the last word foreseen (LAMBADA)')
-    judged.add_argument("--data", help="held-out binidx (X, X.bin), text (.txt, .py, ...) or .jsonl (.gz, .zst) of {\"text\": ...}")
+    judged.add_argument(
+        "--data", help='held-out binidx (X, X.bin), text (.txt, .py, ...) or .jsonl (.gz, .zst) of {"text": ...}'
+    )
     parser.add_argument("--ctx_len", type=int, default=512, help="tokens that a window is read with [%(default)s]")
     parser.add_argument("--max_windows", type=int, default=None, help="evenly spaced; default: all")
     parser.add_argument("--micro_bsz", type=int, default=8, help="windows at once [%(default)s]")
@@ -171,7 +179,9 @@ def _report(options: argparse.Namespace) -> str:
     path, vocab_size = Path(options.data), model.config.vocab_size
     is_binidx = path.suffix in (".bin", ".idx") or with_ending(path, ".bin").is_file()
     if not is_binidx and not path.is_file():
-        raise ValueError(f"--data {path}: no such file; expected binidx data (X, X.bin), a text file or a .jsonl of texts")
+        raise ValueError(
+            f"--data {path}: no such file; expected binidx data (X, X.bin), a text file or a .jsonl of texts"
+        )
     tokenizer: Tokenizer | None = None
     try:
         tokenizer = find_tokenizer(weights, vocab_size, options.tokenizer)
@@ -185,11 +195,15 @@ def _report(options: argparse.Namespace) -> str:
         tokens = encode_texts(read_texts(path, "--data"), tokenizer)
     result = heldout_loss(model, tokens, options.ctx_len, options.max_windows, options.micro_bsz)
     if not math.isfinite(result.loss):
-        raise ValueError(f"{weights}: its loss is {result.loss}: the weights hold numbers that are not finite, or overflow in --dtype; try fp32")
+        raise ValueError(
+            f"{weights}: its loss is {result.loss}: the weights hold numbers that are not finite, or overflow in --dtype; try fp32"
+        )
     if tokenizer is None:
         bits = "(bits per byte: needs --tokenizer)"
     else:
-        n_bytes = sum(_bytes(tokens[w][1:], tokenizer) for w in windows(len(tokens), options.ctx_len, options.max_windows))
+        n_bytes = sum(
+            _bytes(tokens[w][1:], tokenizer) for w in windows(len(tokens), options.ctx_len, options.max_windows)
+        )
         bits = f"bits per byte {result.bits_per_byte(n_bytes):.4f}"
     return f"{weights} on {options.data}: loss {result.loss:.4f}, perplexity {result.perplexity:.4f}, {bits}, {result.tokens:,} tokens"
 

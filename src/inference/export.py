@@ -47,7 +47,9 @@ class Parity:
         )
 
 
-def export(model: Path, out: Path, format: str, dtype: torch.dtype | None, tokenizer: Tokenizer | None = None) -> Parity:
+def export(
+    model: Path, out: Path, format: str, dtype: torch.dtype | None, tokenizer: Tokenizer | None = None
+) -> Parity:
     """Write `model` (whatever `find_weights` gives) to `out` and compare the logits of what is read back.
 
     dtype None keeps that of the file. What stood there before stays until the new one has been checked. Raises ValueError when the
@@ -56,7 +58,9 @@ def export(model: Path, out: Path, format: str, dtype: torch.dtype | None, token
     """
     is_folder = format == "fla"
     if is_folder and (others := sorted(file.name for file in out.glob("*.safetensors") if file.name != TENSORS)):
-        raise ValueError(f"OUT {out}: holds other weights ({others[0]}), which would be read together with these; name another folder")
+        raise ValueError(
+            f"OUT {out}: holds other weights ({others[0]}), which would be read together with these; name another folder"
+        )
     original = load_model(model, "as is", "cpu")
     weights = {name: t.to(dtype or t.dtype).contiguous() for name, t in original.state_dict().items()}
     meant = RWKV7.from_weights(weights, str(model)) if dtype else original
@@ -69,7 +73,9 @@ def export(model: Path, out: Path, format: str, dtype: torch.dtype | None, token
             _write_file(weights, new)
         found = parity(original, meant, load_model(new, "as is", "cpu"))
         if not found.written <= SAME:
-            raise RuntimeError(f"{out}: nothing was written there, because what was read back is not the model that should be ({found})")
+            raise RuntimeError(
+                f"{out}: nothing was written there, because what was read back is not the model that should be ({found})"
+            )
         if is_folder:
             out.mkdir(exist_ok=True)
             for file in new.iterdir():
@@ -120,9 +126,13 @@ def main(argv: list[str] | None = None) -> int:
         if options.out.exists() and options.out.resolve() == weights.resolve():
             raise ValueError(f"OUT {options.out}: is MODEL itself; name another file")
         if format != "fla" and options.out.is_dir():
-            raise ValueError(f"OUT {options.out}: is a folder; --format {format} writes one file, for example {options.out / f'model.{format}'}")
+            raise ValueError(
+                f"OUT {options.out}: is a folder; --format {format} writes one file, for example {options.out / f'model.{format}'}"
+            )
         if format != "fla" and options.out.suffix != f".{format}":  # files are read by their ending
-            raise ValueError(f"OUT {options.out}: --format {format} writes a file that ends in .{format}; name it {options.out}.{format}")
+            raise ValueError(
+                f"OUT {options.out}: --format {format} writes a file that ends in .{format}; name it {options.out}.{format}"
+            )
         tokenizer = _tokenizer(weights, options.tokenizer) if format == "fla" else None
         found = export(weights, options.out, format, DTYPES[options.dtype] if options.dtype else None, tokenizer)
     except (ValueError, OSError, RuntimeError) as error:

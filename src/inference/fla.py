@@ -149,7 +149,9 @@ def read_fla(folder: Path) -> Weights:
         try:
             tensors |= load_file(file)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: cut short or not a safetensors file ({error}); copy or download it again") from error
+            raise ValueError(
+                f"{file}: cut short or not a safetensors file ({error}); copy or download it again"
+            ) from error
     return from_fla(tensors)
 
 

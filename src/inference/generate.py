@@ -1,6 +1,6 @@
 """Continue a text: `generate` gives token after token, `generate_batch` continues many prompts at once.
 
-    python -m src.inference.generate MODEL --prompt "def "
+python -m src.inference.generate MODEL --prompt "def "
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def generate_batch(
     decoder = Decoder(model, batch=len(prompts))
     samplers = [Sampler(sampling, None if seed is None else seed + i, uncounted_ids) for i in range(len(prompts))]
     answers: list[list[int]] = [[] for _ in prompts]
-    running = list(range(len(prompts)))  # running[row]: the prompt in that row of the decoder; -1: ended, its row runs along idle
+    running = list(
+        range(len(prompts))
+    )  # running[row]: the prompt in that row of the decoder; -1: ended, its row runs along idle
     logits = decoder.prefill(prompts)
     for count in range(1, max_new_tokens + 1):
         fed = [0] * len(running)
@@ -104,7 +106,9 @@ def generate_batch(
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0: always the likeliest [%(default)s]")
+    parser.add_argument(
+        "--temperature", type=float, default=Sampling.temperature, help="0: always the likeliest [%(default)s]"
+    )
     parser.add_argument("--top_p", type=float, default=Sampling.top_p, help="1: off [%(default)s]")
     parser.add_argument("--top_k", type=int, default=Sampling.top_k, help="0: off [%(default)s]")
     for name, help in (
@@ -127,7 +131,9 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m src.inference.generate", description="Continue a text with a trained model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m src.inference.generate", description="Continue a text with a trained model."
+    )
     add_model_arguments(parser)
     parser.add_argument("--prompt", default="", help="text to continue; empty: a new document")
     parser.add_argument("--length", type=int, default=200, help="tokens to write at most [%(default)s]")
@@ -141,7 +147,9 @@ def main(argv: list[str] | None = None) -> int:
         model = load_model(weights, options.dtype, options.device)
         tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer)
         prompt = tokenizer.encode(options.prompt) or [0]
-        tokens = generate(model, prompt, options.length, **asdict(sampling), seed=options.seed, stop_ids=tokenizer.eos_ids)
+        tokens = generate(
+            model, prompt, options.length, **asdict(sampling), seed=options.seed, stop_ids=tokenizer.eos_ids
+        )
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     stream = CharacterStream(tokenizer)

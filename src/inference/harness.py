@@ -1,8 +1,8 @@
 """EleutherAI's lm-evaluation-harness on our models.
 
-    import lm_eval
-    from src.inference.harness import harness_model
-    lm_eval.simple_evaluate(harness_model(model, tokenizer), tasks=["lambada_openai"])
+import lm_eval
+from src.inference.harness import harness_model
+lm_eval.simple_evaluate(harness_model(model, tokenizer), tasks=["lambada_openai"])
 """
 
 from __future__ import annotations

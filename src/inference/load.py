@@ -31,13 +31,23 @@ def find_weights(model: str | Path) -> Path:
         return path
     others = sorted(path.name for path in model.iterdir() if path.suffix in (".pth", ".safetensors"))
     one_of = f", for example {model / others[0]} (there are {len(others)})" if others else ""
-    raise ValueError(f"MODEL {model}: the folder holds no rwkv-final.pth, rwkv-N.pth or rwkv-init.pth; name the weights file itself{one_of}")
+    raise ValueError(
+        f"MODEL {model}: the folder holds no rwkv-final.pth, rwkv-N.pth or rwkv-init.pth; name the weights file itself{one_of}"
+    )
 
 
 def _weights_of_run(folder: Path) -> Iterator[Path]:
     """A run's weights, the furthest trained first."""
-    numbered = [(int(m.group(1)), path) for path in folder.glob("rwkv-*.pth") if (m := re.fullmatch(r"rwkv-(\d+)\.pth", path.name))]
-    candidates = [folder / "rwkv-final.pth", *(path for _, path in sorted(numbered, reverse=True)), folder / "rwkv-init.pth"]
+    numbered = [
+        (int(m.group(1)), path)
+        for path in folder.glob("rwkv-*.pth")
+        if (m := re.fullmatch(r"rwkv-(\d+)\.pth", path.name))
+    ]
+    candidates = [
+        folder / "rwkv-final.pth",
+        *(path for _, path in sorted(numbered, reverse=True)),
+        folder / "rwkv-init.pth",
+    ]
     return (path for path in candidates if path.is_file())
 
 
@@ -71,7 +81,9 @@ def _record(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     except (OSError, ValueError) as error:
-        raise ValueError(f"{record}: can't be read ({error}); mend it, or move the weights to a folder of their own") from error
+        raise ValueError(
+            f"{record}: can't be read ({error}); mend it, or move the weights to a folder of their own"
+        ) from error
 
 
 def _recorded_tokenizer(folder: Path) -> str:
@@ -96,17 +108,23 @@ def newest_weights(out: Path) -> Path:
     """The trained weights that were written last in the runs under `out`. ValueError when there are none."""
     found = [path for path in out.glob("**/rwkv-*.pth") if path.name != "rwkv-init.pth"]
     if not found:
-        raise ValueError(f"MODEL: missing, and there are no trained weights under {out}/; name a .pth file or a run's folder")
+        raise ValueError(
+            f"MODEL: missing, and there are no trained weights under {out}/; name a .pth file or a run's folder"
+        )
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """MODEL and how to load it: the same words for every program here."""
     if optional:
-        parser.add_argument("model", metavar="MODEL", nargs="?", default="", help=f"{MODEL_HELP}; default: the newest under out/")
+        parser.add_argument(
+            "model", metavar="MODEL", nargs="?", default="", help=f"{MODEL_HELP}; default: the newest under out/"
+        )
     else:
         parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--tokenizer", default="", help='"world" or a Hugging Face folder; default: what the run recorded')
+    parser.add_argument(
+        "--tokenizer", default="", help='"world" or a Hugging Face folder; default: what the run recorded'
+    )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
 

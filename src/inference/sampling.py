@@ -68,7 +68,9 @@ def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     if ids is None:
         ids = torch.arange(p.numel(), device=p.device)
     if sampling.temperature != 1:
-        p = torch.exp((p.log() - p.max().log()) / sampling.temperature)  # relative to the best: can't underflow as a whole
+        p = torch.exp(
+            (p.log() - p.max().log()) / sampling.temperature
+        )  # relative to the best: can't underflow as a whole
     return ids, p / p.sum()
 
 
@@ -85,13 +87,17 @@ class Sampler:
             self._random.seed()
         else:
             self._random.manual_seed(seed)
-        self._written = self._counts = torch.zeros(0)  # fp32 [V] each: 1 for what has been written; how often, with the decay
+        self._written = self._counts = torch.zeros(
+            0
+        )  # fp32 [V] each: 1 for what has been written; how often, with the decay
 
     def __call__(self, logits: Tensor) -> int:
         """The next token for logits [V] of any device and dtype. ValueError when they are not numbers."""
         logits = logits.detach().to("cpu", torch.float32)  # the same draws on every device
         if not bool(logits.isfinite().all()):
-            raise ValueError("the model's logits are not finite: the weights are damaged, or --dtype is too narrow for them")
+            raise ValueError(
+                "the model's logits are not finite: the weights are damaged, or --dtype is too narrow for them"
+            )
         ids, p = probabilities(self._penalised(logits), self.sampling)
         token = int(ids[torch.multinomial(p, 1, generator=self._random)])
         self._remember(token)

@@ -77,7 +77,12 @@ class TimeMix(nn.Module):
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         # Whether it is the first, not its number: all others are one graph to torch.compile.
-        self.first, self.n_head, self.head_size, self.kernel = layer == 0, config.n_head, config.head_size, config.kernel
+        self.first, self.n_head, self.head_size, self.kernel = (
+            layer == 0,
+            config.n_head,
+            config.head_size,
+            config.kernel,
+        )
         width = config.n_embd
         for mix in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "v0", "k_k", "k_a"):
             self.register_parameter(mix, nn.Parameter(torch.empty(1, 1, width)))

@@ -50,12 +50,26 @@ def read_weights(path: str | Path) -> Weights:
         ) from error
     if not isinstance(loaded, dict) or not loaded:
         raise ValueError(f"{path}: not a state dict (a mapping from parameter names to tensors)")
-    strange = [key for key, t in loaded.items() if not (isinstance(key, str) and isinstance(t, Tensor) and t.layout == torch.strided)]
+    strange = [
+        key
+        for key, t in loaded.items()
+        if not (isinstance(key, str) and isinstance(t, Tensor) and t.layout == torch.strided)
+    ]
     if strange:
-        inner = [key for key in strange if isinstance(loaded[key], dict) and "emb.weight" in map(_plain_name, map(str, loaded[key]))]
-        advice = f"; the weights are in its part {inner[0]!r}: save that alone (torch.save(torch.load(FILE)[{inner[0]!r}], NEW))" if inner else ""
+        inner = [
+            key
+            for key in strange
+            if isinstance(loaded[key], dict) and "emb.weight" in map(_plain_name, map(str, loaded[key]))
+        ]
+        advice = (
+            f"; the weights are in its part {inner[0]!r}: save that alone (torch.save(torch.load(FILE)[{inner[0]!r}], NEW))"
+            if inner
+            else ""
+        )
         some = ", ".join(map(repr, strange[:3]))
-        raise ValueError(f"{path}: not a state dict (a mapping from parameter names to tensors): {some} is no such entry{advice}")
+        raise ValueError(
+            f"{path}: not a state dict (a mapping from parameter names to tensors): {some} is no such entry{advice}"
+        )
     return {_plain_name(name): tensor for name, tensor in loaded.items()}
 
 
@@ -76,16 +90,27 @@ def _plain_name(name: str) -> str:
 
 def config_from_weights(weights: Weights, source: str, kernel: str = "auto") -> ModelConfig:
     """The model that a state dict belongs to. Raises ValueError when it is no RWKV-7 model's."""
-    needed = ("emb.weight", "head.weight", *(f"blocks.0.att.{name}" for name in ("r_k", "w1", "a1", "g1")), "blocks.0.ffn.key.weight")
+    needed = (
+        "emb.weight",
+        "head.weight",
+        *(f"blocks.0.att.{name}" for name in ("r_k", "w1", "a1", "g1")),
+        "blocks.0.ffn.key.weight",
+    )
     lacking = [name for name in needed if name not in weights]
     if lacking:
         some = ", ".join(list(weights)[:3])
-        raise ValueError(f"{source}: not RWKV-7 weights: {lacking[0]} is missing (the file begins with {some}); expected the state dict of an RWKV-7 (x070) model")
+        raise ValueError(
+            f"{source}: not RWKV-7 weights: {lacking[0]} is missing (the file begins with {some}); expected the state dict of an RWKV-7 (x070) model"
+        )
     if flat := [f"{name} is {list(weights[name].shape)}" for name in needed if weights[name].dim() != 2]:
-        raise ValueError(f"{source}: the model's sizes can't be read: {', '.join(flat)}, expected two dimensions each; save it with its own shape")
+        raise ValueError(
+            f"{source}: the model's sizes can't be read: {', '.join(flat)}, expected two dimensions each; save it with its own shape"
+        )
     layers = {int(m.group(1)) for m in (re.match(r"blocks\.(\d+)\.", name) for name in weights) if m}
     if layers != set(range(len(layers))):
-        raise ValueError(f"{source}: blocks {sorted(set(range(max(layers))) - layers)} are missing; copy or download it again, whole")
+        raise ValueError(
+            f"{source}: blocks {sorted(set(range(max(layers))) - layers)} are missing; copy or download it again, whole"
+        )
     vocab_size, n_embd = weights["emb.weight"].shape
     value_residuals = [v1 for i in (1, 0) if (v1 := weights.get(f"blocks.{i}.att.v1")) is not None and v1.dim() == 2]
     return ModelConfig(
@@ -109,8 +134,14 @@ def fit_weights(weights: Weights, model: nn.Module, source: str, partial: bool =
     model's values. Raises ValueError with the first names that don't fit and the sizes that would, and for numbers that are no
     floating point ones: those of a quantised file mean nothing without their scales.
     """
-    if whole := [f"{name} is {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in weights.items() if not tensor.is_floating_point()]:
-        raise ValueError(f"{source}: {', '.join(whole[:3])}: expected floating point weights (fp32, bf16, fp16); use the file before it was quantised")
+    if whole := [
+        f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in weights.items()
+        if not tensor.is_floating_point()
+    ]:
+        raise ValueError(
+            f"{source}: {', '.join(whole[:3])}: expected floating point weights (fp32, bf16, fp16); use the file before it was quantised"
+        )
     wanted = model.state_dict()
     fitted = dict(weights)
     for name in IDLE_IN_LAYER_0:

@@ -101,4 +101,6 @@ def decode_step(tokens: Tensor, weights: DecodeWeights, att_shift: Tensor, wkv: 
     ids outside the vocabulary.
     """
     w = weights
-    return torch.ops.rwkv7.decode_step(tokens, w.embedding, w.head, w.ends, w.layers, *w.ranks, att_shift, wkv, ffn_shift)
+    return torch.ops.rwkv7.decode_step(
+        tokens, w.embedding, w.head, w.ends, w.layers, *w.ranks, att_shift, wkv, ffn_shift
+    )

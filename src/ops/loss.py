@@ -61,7 +61,9 @@ def linear_cross_entropy_l2wrap(
 
 def _check_device(x: Tensor, targets: Tensor) -> None:
     if x.device != targets.device:
-        raise ValueError(f"targets must be on the device of what they are compared with, {x.device}, got {targets.device}")
+        raise ValueError(
+            f"targets must be on the device of what they are compared with, {x.device}, got {targets.device}"
+        )
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

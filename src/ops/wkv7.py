@@ -305,4 +305,8 @@ def describe_kernel(device: str, dtype: torch.dtype, head_size: int, kernel: str
         if _takes_chunked(device, dtype, head_size, kernel):
             return "CUDA kernel, chunked on tensor cores"
         return "CUDA kernel, exact recurrence" + (f" ({unfit})" if kernel == "auto" else ", as asked for")
-    raise build.BuildError(reason if "--kernel" in reason else f"{reason}\nWithout the native kernel, many times slower: --kernel reference")
+    raise build.BuildError(
+        reason
+        if "--kernel" in reason
+        else f"{reason}\nWithout the native kernel, many times slower: --kernel reference"
+    )

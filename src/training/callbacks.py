@@ -23,7 +23,9 @@ from src.training.resume import LoadedState, Position, StateWriter
 from src.training.say import say
 from src.training.schedule import RunLength
 
-TIME_LIMIT_MARGIN = 30.0  # seconds kept for the last save, beyond twice what the slowest one took: another may be under way
+TIME_LIMIT_MARGIN = (
+    30.0  # seconds kept for the last save, beyond twice what the slowest one took: another may be under way
+)
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 

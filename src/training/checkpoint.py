@@ -64,7 +64,9 @@ def read_run(proj_dir: Path) -> dict[str, Any]:
         return {}
     try:
         remembered = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(remembered, dict) or not all(isinstance(remembered.get(name, {}), dict) for name in ("origin", "settings")):
+        if not isinstance(remembered, dict) or not all(
+            isinstance(remembered.get(name, {}), dict) for name in ("origin", "settings")
+        ):
             raise ValueError("not what a run wrote")
         return remembered
     except (OSError, ValueError) as error:

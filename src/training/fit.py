@@ -102,7 +102,9 @@ def fit_whatever_comes(run: Run, made: list[tuple[RWKV7, Callable[[], Values]]],
         start = replace(again, position=replace(again.position, holes=_with_holes(again.position.holes, bad)))
         del model, values
         gc.collect()  # trainer and module refer to each other: their weights and moments have to go before the next ones come
-        pl.seed_everything(run.settings["random_seed"], verbose=False)  # a return to step 0 draws the same weights again
+        pl.seed_everything(
+            run.settings["random_seed"], verbose=False
+        )  # a return to step 0 draws the same weights again
         model, values = build_model(config, run.hardware, start, company)
 
 
@@ -258,7 +260,8 @@ def take_steps(
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
-        default_root_dir=proj_dir / "lightning",  # which is never made: in a Slurm job Lightning takes up an hpc_ckpt_*.ckpt that it finds there
+        default_root_dir=proj_dir
+        / "lightning",  # which is never made: in a Slurm job Lightning takes up an hpc_ckpt_*.ckpt that it finds there
     )
     try:
         trainer.fit(module)

@@ -71,7 +71,9 @@ def scatter_full_state(
             optimizer.moments(parameter)[kind].copy_(tensor)
         left.discard(key)
     if left:
-        raise ValueError(f"the saved state lacks {sorted(left)[0]}; it belongs to another model: give this one a --proj_dir of its own")
+        raise ValueError(
+            f"the saved state lacks {sorted(left)[0]}; it belongs to another model: give this one a --proj_dir of its own"
+        )
     if isinstance(optimizer, EngineAdamW):
         optimizer.round_masters_into_parameters()
     optimizer.load_counters(counters)

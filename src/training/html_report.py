@@ -144,7 +144,11 @@ def _again(settings: dict[str, Any], remembered: dict[str, Any]) -> str:
     words = ["python train.py"]
     for flag in dataclasses.fields(RunConfig):
         value = remembered.get("tokenizer", "") if flag.name == "tokenizer" else settings.get(flag.name, flag.default)
-        if value not in (flag.default, _worked_out(settings).get(flag.name)) and flag.name not in ("restart", "plan", "epochs"):
+        if value not in (flag.default, _worked_out(settings).get(flag.name)) and flag.name not in (
+            "restart",
+            "plan",
+            "epochs",
+        ):
             words.append(f"--{flag.name} {_quoted(value)}")
     known = {
         "program": remembered.get("environment", {}).get("git commit", ""),

@@ -78,7 +78,9 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
         """`loss` for backward (scaled where the optimizer scales, fp16), and `plain_loss` for people, without a gradient."""
-        tokens, targets, *packed = batch  # packed rows bring the bounds of their documents, and their weight in the step
+        tokens, targets, *packed = (
+            batch  # packed rows bring the bounds of their documents, and their weight in the step
+        )
         hidden, _ = self.model.hidden(tokens, cu_seqlens=packed[0] if packed else None)
         loss = self.head_loss(hidden, targets)
         if packed:

@@ -37,7 +37,9 @@ class Company:
     """
 
     rank, size = 0, 1
-    environment: ClusterEnvironment = LightningEnvironment()  # named, or Lightning would look for Slurm and act on what it finds
+    environment: ClusterEnvironment = (
+        LightningEnvironment()
+    )  # named, or Lightning would look for Slurm and act on what it finds
 
     def decide(self, question: Callable[[], T]) -> T:
         return question()
@@ -69,7 +71,11 @@ class ManyProcesses(Company):
 
     def meet(self) -> None:
         """When torch.distributed is there: a group for words instead of tensors, on the CPU, so that nothing waits for a device."""
-        self._words = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        self._words = (
+            dist.group.WORLD
+            if dist.get_backend() == "gloo"
+            else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        )
 
     def decide(self, question: Callable[[], T]) -> T:
         """What rank 0 answers, on every rank; a ValueError or OSError of rank 0 is raised on every rank too."""
@@ -224,7 +230,9 @@ def leave_signals_to_the_run(worker: int) -> None:
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on Windows, where no SIGTERM is sent to groups, nor on macOS, where no run has a worker
+    if hasattr(
+        signal, "sigwaitinfo"
+    ):  # not on Windows, where no SIGTERM is sent to groups, nor on macOS, where no run has a worker
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_the_run_says, daemon=True).start()
 

@@ -34,7 +34,9 @@ def remember(config: RunConfig, hardware: Hardware, proj_dir: Path, settings: di
     remembered["mini_epoch_samples"] = start.length.unit
     remembered["tokenizer"] = config.tokenizer or remembered.get("tokenizer", "")
     folder = Path(config.tokenizer)
-    if config.tokenizer not in ("", "world") and folder.is_dir():  # a model that is moved elsewhere still knows its words
+    if (
+        config.tokenizer not in ("", "world") and folder.is_dir()
+    ):  # a model that is moved elsewhere still knows its words
         copy_tokenizer(folder, proj_dir / TOKENIZER)
     checkpoint.write_run(proj_dir, remembered)
 
@@ -48,10 +50,14 @@ def _begin_held_out(remembered: dict[str, Any], now: dict[str, Any], proj_dir: P
         what = ", ".join(f"--{name} {before[name]}" for name in now if before[name] != now[name])
         best = checkpoint.put_aside_one(proj_dir / BEST)
         weights = f", the best weights by them {best}" if best else ""
-        say(f"note: the held-out losses so far are of {what}: they are now in {aside}{weights}; a new {VALIDATION} begins")
+        say(
+            f"note: the held-out losses so far are of {what}: they are now in {aside}{weights}; a new {VALIDATION} begins"
+        )
 
 
-def refuse_another_run(config: RunConfig, hardware: Hardware, proj_dir: Path, length: RunLength, samples: Samples) -> None:
+def refuse_another_run(
+    config: RunConfig, hardware: Hardware, proj_dir: Path, length: RunLength, samples: Samples
+) -> None:
     """A complete run answers only for its own settings. ValueError where another model, data or order is asked for."""
     known = checkpoint.read_run(proj_dir).get("settings", {})
     vocab_size = config.vocab_size or known.get("vocab_size") or find_vocab_size(config, None)

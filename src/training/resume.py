@@ -31,7 +31,9 @@ from src.files import sha256_of, sync_folder
 
 FOLDER = "resume"
 STATE_BYTES = 12  # of a parameter: fp32 weight and two moments
-SHARD_BYTES = 1 << 30  # a save holds up to four in CPU memory: being filled, waiting, being written, and that one's bytes
+SHARD_BYTES = (
+    1 << 30
+)  # a save holds up to four in CPU memory: being filled, waiting, being written, and that one's bytes
 Tensors = dict[str, Tensor]
 
 

@@ -62,7 +62,9 @@ def run(config: RunConfig, notes: list[str]) -> int:
     _quiet_libraries()
     company = Company()
     try:
-        if place := place_from_launcher(os.environ):  # who speaks and writes: Lightning doesn't know every launcher's ranks
+        if place := place_from_launcher(
+            os.environ
+        ):  # who speaks and writes: Lightning doesn't know every launcher's ranks
             rank_zero_only.rank = place.rank  # type: ignore[attr-defined]
         if config.plan >= 0:
             return _plan(config)
@@ -240,7 +242,9 @@ def _held_out_in_words(rows: dict[str, list[float]], proj_dir: Path, data: str, 
     steps, losses = rows["steps"], rows["loss"]
     before = f"; before the run {losses[0]:.4f}" if steps[0] == 0 else ""
     best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
-    lowest = f"; lowest {losses[best]:.4f} after step {steps[best]:.0f}, kept as {proj_dir / BEST}" * math.isfinite(losses[best])
+    lowest = f"; lowest {losses[best]:.4f} after step {steps[best]:.0f}, kept as {proj_dir / BEST}" * math.isfinite(
+        losses[best]
+    )
     when = (
         "" if steps[-1] == last_step else f" after step {steps[-1]:.0f} (stopped before that of the end was measured)"
     )

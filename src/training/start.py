@@ -210,7 +210,9 @@ def build_model(
     if start.weights is not None and company.rank == 0:
         weights = read_weights(start.weights)
     before = start.loaded.settings if start.loaded is not None else {}
-    known = 0 if config.vocab_size else before.get("vocab_size", 0)  # a state knows its vocabulary, whatever the data needs
+    known = (
+        0 if config.vocab_size else before.get("vocab_size", 0)
+    )  # a state knows its vocabulary, whatever the data needs
     sizes = company.decide(lambda: config.model_config(known or find_vocab_size(config, weights)))
     _refuse_other_sizes(before, sizes)
     with torch.device("meta"):
@@ -262,7 +264,9 @@ def _values_of_state(loaded: LoadedState) -> Values:
 
 def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:
     """--vocab_size, else the tokenizer's, else that of the weights, else what the data needs."""
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None  # a mistake in it is found now, not when samples are shown
+    tokenizer = (
+        load_tokenizer(config.tokenizer) if config.tokenizer else None
+    )  # a mistake in it is found now, not when samples are shown
     if config.vocab_size:
         return config.vocab_size
     if tokenizer:

@@ -130,8 +130,12 @@ def _sharing(config: RunConfig, processes: int, accelerator: str, notes: list[st
         notes.append(f"--strategy {config.strategy}: one process needs no DeepSpeed; the plain strategy is used")
         return "plain", 0, False
     if not zero.is_usable():
-        here = f"deepspeed {found} can't be used here" if (found := zero.version()) else "the package deepspeed is missing"
-        raise ValueError(f"--strategy {config.strategy}: {here}; pip install '{zero.REQUIREMENT}', or use --strategy ddp")
+        here = (
+            f"deepspeed {found} can't be used here" if (found := zero.version()) else "the package deepspeed is missing"
+        )
+        raise ValueError(
+            f"--strategy {config.strategy}: {here}; pip install '{zero.REQUIREMENT}', or use --strategy ddp"
+        )
     return "deepspeed", stage, offload
 
 

@@ -198,7 +198,9 @@ class EngineAdamW(torch.optim.AdamW):
     def follow(self, engine: Any) -> None:
         """Take gradient norms from this engine's ZeRO optimizer."""
         self._engine = engine
-        self.zero.loss_scaler.raise_error_at_min_scale = False  # fp16: WatchBadSteps says what it means, and the run goes back
+        self.zero.loss_scaler.raise_error_at_min_scale = (
+            False  # fp16: WatchBadSteps says what it means, and the run goes back
+        )
 
     @property
     def zero(self) -> Any:

@@ -78,8 +78,14 @@ def compare(options: argparse.Namespace) -> list[dict[str, float]]:
     decoders = {batch: Decoder(model, batch) for batch in (1, *BATCHES)}
     decoder = decoders[1]
 
-    first_prefill = {"rwkv": seconds(lambda: package.forward(prompt, None)), "ours": seconds(lambda: decoder.prefill([prompt]))}
-    print("first prompt of the process: " + ", ".join(f"{name} {taken:.1f} s" for name, taken in first_prefill.items()), flush=True)
+    first_prefill = {
+        "rwkv": seconds(lambda: package.forward(prompt, None)),
+        "ours": seconds(lambda: decoder.prefill([prompt])),
+    }
+    print(
+        "first prompt of the process: " + ", ".join(f"{name} {taken:.1f} s" for name, taken in first_prefill.items()),
+        flush=True,
+    )
     theirs, state = package.forward(prompt, None)  # once to look, once to compile
     decoder.reset()
     difference = float((decoder.prefill([prompt])[0] - theirs).abs().max())
@@ -110,7 +116,11 @@ def compare(options: argparse.Namespace) -> list[dict[str, float]]:
             "prefill ratio": their_prefill / our_prefill,
         }
         quiet = abs(before - after) / max(before, after) <= DISTURBED
-        print(f"round {number}{'' if quiet else ' (disturbed, dropped)'}: " + ", ".join(f"{k} {v:.2f}" for k, v in row.items()), flush=True)
+        print(
+            f"round {number}{'' if quiet else ' (disturbed, dropped)'}: "
+            + ", ".join(f"{k} {v:.2f}" for k, v in row.items()),
+            flush=True,
+        )
         if quiet:
             rounds.append(row)
     return rounds
@@ -122,7 +132,12 @@ def main() -> None:
     parser.add_argument("--n_embd", type=int, default=768)
     parser.add_argument("--vocab_size", type=int, default=65536)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--weights", choices=("bf16", "fp32"), default="bf16", help="bf16: fp32 numbers as a file saved in bf16 gives them")
+    parser.add_argument(
+        "--weights",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="bf16: fp32 numbers as a file saved in bf16 gives them",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="decoding steps per round")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")

@@ -47,7 +47,11 @@ def main() -> None:
 
     pairs = {
         "beside": (lambda: [x @ value.t(), x @ v1], side_by_side, [x, value, v1]),
-        "batched": (lambda: [m @ first for m, first in zip(mixed.unbind(0), firsts, strict=True)], batched, [mixed, *firsts]),
+        "batched": (
+            lambda: [m @ first for m, first in zip(mixed.unbind(0), firsts, strict=True)],
+            batched,
+            [mixed, *firsts],
+        ),
     }
     print(f"{tokens} tokens, n_embd {width}, {dtype}, {args.device}, {torch.get_num_threads()} threads")
     for name, (separate, joined, inputs) in pairs.items():
@@ -59,7 +63,9 @@ def main() -> None:
             run = Timer("torch.autograd.grad(make(), inputs, incoming)", globals={"torch": torch, "make": make, "inputs": inputs, "incoming": incoming},
                         num_threads=torch.get_num_threads())  # fmt: skip
             seconds.append(run.blocked_autorange(min_run_time=3).median)
-        print(f"{name:<8} separate {1e3 * seconds[0]:.3f} ms, joined {1e3 * seconds[1]:.3f} ms, ratio {seconds[1] / seconds[0]:.2f}")
+        print(
+            f"{name:<8} separate {1e3 * seconds[0]:.3f} ms, joined {1e3 * seconds[1]:.3f} ms, ratio {seconds[1] / seconds[0]:.2f}"
+        )
 
 
 if __name__ == "__main__":

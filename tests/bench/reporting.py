@@ -1,6 +1,6 @@
 """What seeing a run costs it: the share of training time that reports, files, live line, wandb (offline), pictures and measurements take.
 
-    python tests/bench/reporting.py [STEPS] [flags of train.py]      default: 120 steps of L4-D256, context 256, batch 8
+python tests/bench/reporting.py [STEPS] [flags of train.py]      default: 120 steps of L4-D256, context 256, batch 8
 """
 
 import resource
@@ -43,7 +43,12 @@ def clocked(owner: type, method: str, name: str) -> None:
 
 def main() -> None:
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 120
-    for sink, name in ((MetricsFile, "metrics.csv"), (TrainLog, "train_log.txt"), (ProgressLine, "live line"), (LoggerSink, "wandb")):
+    for sink, name in (
+        (MetricsFile, "metrics.csv"),
+        (TrainLog, "train_log.txt"),
+        (ProgressLine, "live line"),
+        (LoggerSink, "wandb"),
+    ):
         for method in ("step", "mini_epoch"):
             clocked(sink, method, name)
     clocked(Reporter, "_measure", f"update ratios, memory (every {MEASURED_EVERY} steps)")
@@ -79,7 +84,9 @@ def main() -> None:
     whole, reported = ends[-1] - ends[first], sum(per_step[first + 1 :])
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"\n{steps} steps, {whole / (len(ends) - first - 1):.4f} s each")
-    print(f"reporting, all sinks and measurements: {reported / whole:.3%} of the time, median {np.median(per_step[first + 1 :]) * 1e3:.2f} ms a step")
+    print(
+        f"reporting, all sinks and measurements: {reported / whole:.3%} of the time, median {np.median(per_step[first + 1 :]) * 1e3:.2f} ms a step"
+    )
     for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"  {seconds / (ends[-1] - ends[0]):8.3%}  {name}")
     print(f"CPU time of processes beside (wandb, git): {children.ru_utime + children.ru_stime:.1f} s in all")

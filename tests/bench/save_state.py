@@ -1,6 +1,6 @@
 """How long saving the full state of the 34.2 M model stops training, beside the time that writing it takes in the background.
 
-    python tests/bench/save_state.py [FOLDER]      FOLDER: the disk to write to (default: here)
+python tests/bench/save_state.py [FOLDER]      FOLDER: the disk to write to (default: here)
 """
 
 import sys

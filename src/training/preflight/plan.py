@@ -63,7 +63,9 @@ def activation_bytes(c: ModelConfig, tokens: int, precision: str, on_gpu: bool =
     """What a forward pass over `tokens` keeps for backward, without the head; with grad_cp what one block at work takes besides."""
     vector = BYTES[precision] * c.n_embd
     if c.grad_cp:
-        given = vector + kept_by_recurrence(c, precision, on_gpu)  # the recurrence's output, and what its gradients need
+        given = vector + kept_by_recurrence(
+            c, precision, on_gpu
+        )  # the recurrence's output, and what its gradients need
         return tokens * (2 * vector + c.n_layer * (vector + given)) + recomputed_bytes(c, tokens, precision, on_gpu)
     return tokens * (2 * vector + c.n_layer * kept_by_block(c, precision, on_gpu))
 

@@ -25,7 +25,9 @@ STEP_NAMES = ("loss", "lr", "wd", "Gtokens", "kt/s", "tokens", "grad norm", "lar
 UPDATE_NAMES = tuple(f"update ratio/{group}" for group in UPDATE_GROUPS)
 OTHER_NAMES = ("val loss", "mini-epoch loss")
 SAMPLE_TABLE = "samples"
-TIME_SHARE = 0.003  # of the run that logging steps may take: where steps are short, some are left out (metrics.csv has all)
+TIME_SHARE = (
+    0.003  # of the run that logging steps may take: where steps are short, some are left out (metrics.csv has all)
+)
 
 
 class LoggerSink(Sink):

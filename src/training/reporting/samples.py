@@ -35,7 +35,13 @@ class ShowSamples(pl.Callback):
     def __init__(
         self, config: RunConfig, reporter: Reporter, bad_steps: WatchBadSteps, length: RunLength, proj_dir: Path
     ) -> None:
-        self.config, self.reporter, self.bad_steps, self.length, self.proj_dir = config, reporter, bad_steps, length, proj_dir
+        self.config, self.reporter, self.bad_steps, self.length, self.proj_dir = (
+            config,
+            reporter,
+            bad_steps,
+            length,
+            proj_dir,
+        )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
