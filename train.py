@@ -15,12 +15,12 @@ def main() -> int:
     from src.cli import parse
 
     config, notes = parse(sys.argv[1:])
+    from src.training.console import ignore_broken_pipe
     from src.training.run import run  # torch and Lightning load here, so that --help answers at once
-    from src.training.say import outlive_the_listener
 
     if signal.getsignal(signal.SIGINT) is stop_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    outlive_the_listener()
+    ignore_broken_pipe()
     return run(config, notes)
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from src.errors import UserError
+
 MOST_TOKENS = 10**18  # of a run: a larger number is a slip of the finger, and sums of them would soon pass 64 bits
 KERNELS = ("auto", "recurrent", "chunked", "reference")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
@@ -89,7 +91,7 @@ class ModelConfig:
         if self.kernel not in KERNELS:
             faults.append(f"--kernel {self.kernel}: expected one of {', '.join(KERNELS)}")
         if faults:
-            raise ValueError("\n".join(faults))
+            raise UserError("\n".join(faults))
         derived = {
             "dim_ffn": 4 * self.n_embd,
             "d_decay_lora": low_rank_size(2.5, self.n_embd, self.head_size),

@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 
 from src.config import RunConfig
 from src.model import RWKV7
-from src.training import zero
-from src.training.callbacks import SetLearningRate
-from src.training.full_state import gather_full_state, gather_weights, scatter_full_state
+from src.training.checkpoint.callbacks import SetLearningRate
+from src.training.checkpoint.state import gather_full_state, gather_weights, scatter_full_state
+from src.training.distributed import zero
+from src.training.distributed.process_group import join
+from src.training.distributed.sharded_init import fresh_values
+from src.training.hardware.selection import choose_hardware, lightning_strategy
 from src.training.module import TrainingModule
-from src.training.parts import fresh_values
-from src.training.processes import join
-from src.training.strategy import choose_hardware, lightning_strategy
 
 CTX, VOCAB = 16, 64
 
@@ -85,7 +85,7 @@ class Fit(TrainingModule):
         self.lrs.append([group["lr"] for group in self.trainer.optimizers[0].param_groups])
 
 
-def fit(company, name, scenario, out):
+def fit(process_group, name, scenario, out):
     scenario = dict(scenario)
     optimizer, steps = scenario.pop("optimizer", "adam"), scenario.pop("steps", 4)
     poison, first_step = scenario.pop("poison", -1), scenario.pop("first_step", 0)
@@ -111,7 +111,7 @@ def fit(company, name, scenario, out):
             return fresh_values(config.model_config(VOCAB))
     else:
         model = RWKV7(config.model_config(VOCAB)).to(hardware.dtype)
-    if config.compile:  # as src/training/fit.py does
+    if config.compile:  # as src/training/trainer.py does
         model.compile_blocks()
     module = Fit(
         model, config, hardware, lambda rank, size: Numbers(first_step, steps, rank, size, config, poison), values=values,
@@ -126,11 +126,11 @@ def fit(company, name, scenario, out):
             if load:
                 kept = torch.load(out / f"{load}.pt")
                 shards = [{f"{name}/{kind}": t for name, kinds in kept["state"].items() for kind, t in kinds.items()}]
-                scatter_full_state(trainer, module, shards if company.rank == 0 else [], kept["counters"])
+                scatter_full_state(trainer, module, shards if process_group.rank == 0 else [], kept["counters"])
 
     trainer = pl.Trainer(
         accelerator="cpu", devices=hardware.devices, num_nodes=hardware.num_nodes, strategy=strategy, precision="32-true",
-        plugins=[company.environment],
+        plugins=[process_group.environment],
         max_epochs=1, max_steps=steps, accumulate_grad_batches=config.accumulate_grad_batches, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         callbacks=[Restore(), SetLearningRate(lambda step: config.lr_init / (1 + 0.1 * step), first_step)],
@@ -142,7 +142,7 @@ def fit(company, name, scenario, out):
         result["stage"] = trainer.strategy.model.zero_optimization_stage()
     if config.compile:
         result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    result["weights"] = gather_weights(module.model, company.rank)
+    result["weights"] = gather_weights(module.model, process_group.rank)
     result["held"] = sum(p.numel() for p in module.model.parameters())
     if optimizer == "adam":
         result["state"] = {
@@ -150,19 +150,19 @@ def fit(company, name, scenario, out):
             for name, kinds in gather_full_state(trainer, module)
         }
         result["counters"] = module.optimizer.counters()
-    if company.rank == 0:
+    if process_group.rank == 0:
         torch.save(result, out / f"{name}.pt")
 
 
 def main():
     out, scenario = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    company = join(scenario["processes"], 1, "cpu")
+    process_group = join(scenario["processes"], 1, "cpu")
     import logging
 
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     for name, one in scenario["fits"].items():
-        fit(company, name, {"devices": str(scenario["processes"]), **one}, out)
-    company.leave()
+        fit(process_group, name, {"devices": str(scenario["processes"]), **one}, out)
+    process_group.leave()
 
 
 if __name__ == "__main__":

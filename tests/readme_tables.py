@@ -20,8 +20,8 @@ import torch
 from src.config import GROUPS, ModelConfig, RunConfig
 from src.model import RWKV7
 from src.model.init import row_of
+from src.training.figures import published
 from src.training.preflight import plan
-from src.training.reporting import published
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if not path.stem.endswith("_CN"))]

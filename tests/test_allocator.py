@@ -1,4 +1,4 @@
-"""Large tensors that come and go cost no page faults a second time; a lean run has no holes between them instead."""
+"""Large tensors that come and go cost no page faults a second time; a lean run has no skipped_samples between them instead."""
 
 import platform
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = """
 import resource, torch
-from src.training.allocator import set_up_malloc
+from src.training.hardware.allocator import set_up_malloc
 if {keep}:
     set_up_malloc(lean=False)
 for n in range(16):
@@ -36,7 +36,7 @@ def test_memory_that_was_freed_is_used_again():
 
 HOLES = """
 import torch
-from src.training.allocator import set_up_malloc
+from src.training.hardware.allocator import set_up_malloc
 set_up_malloc(lean=True)
 peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
 before = peak()
@@ -52,4 +52,4 @@ print(peak() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told")
 def test_a_lean_run_has_no_holes():
     taken = float(subprocess.check_output([sys.executable, "-c", HOLES], cwd=Path(__file__).parents[1]))
-    assert 300 < taken < 350  # 320 MiB; with holes 50 to 160 more
+    assert 300 < taken < 350  # 320 MiB; with skipped_samples 50 to 160 more

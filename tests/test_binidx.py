@@ -157,7 +157,7 @@ def test_several_items_in_a_document(tmp_path: Path) -> None:
 
 
 def test_nine_gigabytes_are_read_and_written(tmp_path: Path) -> None:
-    """Pointers pass 2^32 and 2^33 bytes; the holes of a sparse file take no room."""
+    """Pointers pass 2^32 and 2^33 bytes; the skipped_samples of a sparse file take no room."""
     size = 1_500_000_000
     with BinIdxWriter(tmp_path / "big", "uint16") as out:
         for number in range(3):

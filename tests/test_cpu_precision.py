@@ -5,9 +5,10 @@ import time
 
 import pytest
 
+from src import run_folder
 from src.config import RunConfig
-from src.training import checkpoint, cpu_precision
-from src.training.strategy import choose_hardware
+from src.training.hardware import cpu_precision
+from src.training.hardware.selection import choose_hardware
 
 
 def config(folder, **changed):
@@ -35,7 +36,7 @@ def test_a_new_run_in_an_old_folder_is_measured(tmp_path, monkeypatch):
     """The swap by hand: other weights under the name rwkv-init.pth begin another run, which inherits nothing."""
     weights = tmp_path / "rwkv-init.pth"
     weights.write_bytes(b"old")
-    origin = checkpoint.fingerprint(weights)
+    origin = run_folder.fingerprint(weights)
     (tmp_path / "run.json").write_text(
         json.dumps({"settings": {"precision": "fp32", "accelerator": "cpu"}, "origin": origin})
     )

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from src.ops import wkv7
 from src.ops.build import BuildError, cuda_recipe, gpu_targets
 from src.ops.build import build as build_library
+from src.ops.recurrence import CHUNKED_SEGMENT, CHUNKED_SLOT, CUDA_WINDOW
 from src.ops.rocm import rocm_recipe
 from src.ops.toolchain import find_hipcc, find_nvcc, version_of
-from src.ops.wkv7 import CHUNKED_SEGMENT, CHUNKED_SLOT, CUDA_WINDOW
 
 NAMES = "rwkvab"
 TESTS = Path(__file__).parent

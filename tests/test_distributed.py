@@ -13,9 +13,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from src.cli import parse
 from src.config import RunConfig
 from src.model import RWKV7, ModelConfig
-from src.training import strategy, zero
-from src.training.parts import fresh_values
-from src.training.places import Place, first_place, place_from_launcher
+from src.training.distributed import zero
+from src.training.distributed.launch import RankInfo, rank_from_launcher, rank_of_first_process
+from src.training.distributed.sharded_init import fresh_values
+from src.training.hardware import selection
 from src.training.run import run
 
 ROOT = Path(__file__).parents[1]
@@ -295,12 +296,12 @@ def test_values_drawn_piece_by_piece_are_those_of_the_whole_model():
 
 THREADS = """
 import os, sys, torch
-from src.training.processes import join
+from src.training.distributed.process_group import join
 rank = int(os.environ.get("RANK", 0))
 os.sched_getaffinity = lambda pid: set(range(6)) if sys.argv[1] == "shared" else set(range(3 * rank, 3 * rank + 3))
-company = join(2, 1, "cpu")
+process_group = join(2, 1, "cpu")
 os.write(1, f"{torch.get_num_threads()} threads\\n".encode())
-company.leave()
+process_group.leave()
 """
 
 
@@ -315,9 +316,9 @@ def test_processes_share_the_cores_that_they_may_use(cores):
 
 
 def test_more_processes_than_cores_are_remarked_upon(monkeypatch):
-    monkeypatch.setattr(strategy, "usable_cores", lambda: 3)
-    assert strategy.choose_hardware(RunConfig(accelerator="cpu", devices="3")).notes == ()
-    (note,) = strategy.choose_hardware(RunConfig(accelerator="cpu", devices="4")).notes
+    monkeypatch.setattr(selection, "usable_cores", lambda: 3)
+    assert selection.choose_hardware(RunConfig(accelerator="cpu", devices="3")).notes == ()
+    (note,) = selection.choose_hardware(RunConfig(accelerator="cpu", devices="4")).notes
     assert note.startswith("--devices 4: this machine lets them use 3 cores")
 
 
@@ -340,9 +341,9 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_places_are_read_from_launchers(launcher):
-    place = place_from_launcher(LAUNCHERS[launcher])
+    place = rank_from_launcher(LAUNCHERS[launcher])
     port = 16234 if launcher == "srun" else 1234
-    assert place == Place(rank=5, size=8, local_rank=1, local_size=4, address="node0", port=port)
+    assert place == RankInfo(rank=5, size=8, local_rank=1, local_size=4, address="node0", port=port)
     assert place.node_rank == 1
 
 
@@ -361,14 +362,14 @@ def test_of_a_launchers_processes_only_the_first_acts(tmp_path, monkeypatch, cap
 
 
 def test_without_a_launcher_a_process_starts_the_others():
-    assert place_from_launcher({}) is None
-    assert place_from_launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None  # a batch script
-    alone = first_place({}, devices=4, num_nodes=1)
+    assert rank_from_launcher({}) is None
+    assert rank_from_launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None  # a batch script
+    alone = rank_of_first_process({}, devices=4, num_nodes=1)
     assert (alone.rank, alone.size, alone.local_size, alone.address) == (0, 4, 4, "127.0.0.1")
-    second = first_place({"NODE_RANK": "1", **RANKS}, devices=4, num_nodes=2)
+    second = rank_of_first_process({"NODE_RANK": "1", **RANKS}, devices=4, num_nodes=2)
     assert (second.rank, second.size, second.node_rank, second.address) == (4, 8, 1, "node0")
     with pytest.raises(ValueError, match="NODE_RANK"):
-        first_place(RANKS, devices=4, num_nodes=2)
+        rank_of_first_process(RANKS, devices=4, num_nodes=2)
 
 
 def test_the_deepspeed_that_is_recommended_is_the_one_that_is_tested():
@@ -378,7 +379,7 @@ def test_the_deepspeed_that_is_recommended_is_the_one_that_is_tested():
 
 def test_what_one_process_makes_of_deepspeed(monkeypatch):
     config = RunConfig(accelerator="cpu", strategy="deepspeed_stage_3")
-    hardware = strategy.choose_hardware(config)
+    hardware = selection.choose_hardware(config)
     assert (hardware.strategy, hardware.model_in_parts) == ("plain", False)
     assert "deepspeed_stage_3" in hardware.notes[0]
     config.devices = "2"
@@ -386,26 +387,26 @@ def test_what_one_process_makes_of_deepspeed(monkeypatch):
     with pytest.raises(
         ValueError, match=r"--strategy deepspeed_stage_3: the package deepspeed is missing.*pip install 'deepspeed"
     ):
-        strategy.choose_hardware(config)
+        selection.choose_hardware(config)
     for other in ("0.19.0", "0.19.7", "0.20.0"):
         monkeypatch.setattr(zero, "version", lambda other=other: other)
         with pytest.raises(
             ValueError,
             match=rf"--strategy deepspeed_stage_3: deepspeed {other} can't be used.*pip install 'deepspeed>=0.19.8",
         ):
-            strategy.choose_hardware(config)
+            selection.choose_hardware(config)
     monkeypatch.setattr(zero, "version", lambda: "0.19.8")
     monkeypatch.setattr(zero, "takes_fp16", lambda accelerator: False)
-    assert strategy.choose_hardware(config).model_in_parts
+    assert selection.choose_hardware(config).model_in_parts
     config.precision = "fp16"
     with pytest.raises(ValueError, match=r"--precision fp16.*use bf16 or fp32"):
-        strategy.choose_hardware(config)
+        selection.choose_hardware(config)
 
 
 def test_a_launcher_decides_how_many_processes_there_are(monkeypatch):
     for name, value in LAUNCHERS["torchrun"].items():
         monkeypatch.setenv(name, value)
-    hardware = strategy.choose_hardware(RunConfig(accelerator="cpu"))
+    hardware = selection.choose_hardware(RunConfig(accelerator="cpu"))
     assert (hardware.devices, hardware.num_nodes, hardware.strategy) == (4, 2, "ddp")
     with pytest.raises(ValueError, match="--devices 3: the launcher started 4"):
-        strategy.choose_hardware(RunConfig(accelerator="cpu", devices="3"))
+        selection.choose_hardware(RunConfig(accelerator="cpu", devices="3"))

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from test_train import CTX, ROOT, data, flags, losses, train  # noqa: F401 (data is a fixture)
+from training_runs import CTX, ROOT, flags, losses, train
 
-from src.training.resume import newest_good, states, verify
+from src.training.checkpoint.storage import newest_good, states, verify
 
 RUN = {"my_exit_tokens": CTX * 4 * 40, "epoch_steps": 10, "epoch_save": 1}
 
@@ -31,7 +31,7 @@ def train_in_a_mount(mount, folder, argv, afterwards=":"):
     )  # fmt: skip
 
 
-def test_a_full_disk_stops_the_run_loudly_and_what_was_saved_continues(tmp_path, data):  # noqa: F811
+def test_a_full_disk_stops_the_run_loudly_and_what_was_saved_continues(tmp_path, data):
     """Every state is kept, and five of them fill the disk."""
     small, kept = tmp_path / "small", tmp_path / "kept"
     small.mkdir()
@@ -53,7 +53,7 @@ def test_a_full_disk_stops_the_run_loudly_and_what_was_saved_continues(tmp_path,
     assert losses(kept) == losses(tmp_path / "whole")
 
 
-def test_a_read_only_folder_is_refused_before_the_start(tmp_path, data):  # noqa: F811
+def test_a_read_only_folder_is_refused_before_the_start(tmp_path, data):
     folder = tmp_path / "run"
     folder.mkdir()
     mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0"'

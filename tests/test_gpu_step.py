@@ -18,10 +18,10 @@ from src.config import RunConfig
 from src.dataset.binidx import BinIdxWriter
 from src.model import RWKV7, ModelConfig
 from src.ops.build import BuildError, load_native
+from src.training.hardware.selection import Hardware
 from src.training.module import TrainingModule
 from src.training.preflight import plan
 from src.training.run import run
-from src.training.strategy import Hardware
 
 VOCAB, CTX, BATCH = 100, 64, 2
 SETTINGS = [

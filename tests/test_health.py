@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src.training.callbacks import WatchBadSteps
+from src.training.checkpoint.callbacks import NonFiniteMonitor
 from src.training.module import TrainingModule
 from src.training.optim import LOSS_SCALE_POWER, MasterAdamW
 from src.training.reporting.health import (
@@ -86,13 +86,13 @@ def test_warnings_are_given_once_with_what_to_try(capsys):
     assert "from about 3." in words
     for flag in ("--lr_init", "--lr_final", "--ctx_len"):
         assert flag in words
-    watch.step(report(220, math.nan, grad_norm=math.nan))  # not finite: WatchBadSteps speaks of that
+    watch.step(report(220, math.nan, grad_norm=math.nan))  # not finite: NonFiniteMonitor speaks of that
     assert capsys.readouterr().out == ""
 
 
 def test_overflows_find_the_scale_until_it_has_nowhere_to_go():
     """fp16: the scale is halved sixteen times at most; what overflows after that has another cause."""
-    watch = WatchBadSteps(3, scale_loss=True)
+    watch = NonFiniteMonitor(3, scale_loss=True)
     for step in range(LOSS_SCALE_POWER):
         watch.step(report(step, grad_norm=math.inf))
     assert (watch.good, watch.in_row, watch.total) == (0, 0, 0)
@@ -104,7 +104,7 @@ def test_overflows_find_the_scale_until_it_has_nowhere_to_go():
     for step in range(30, 30 + LOSS_SCALE_POWER + 3):
         watch.step(report(step, grad_norm=math.inf))
     assert watch.too_many == range(30 + LOSS_SCALE_POWER, 30 + LOSS_SCALE_POWER + 3)
-    watch = WatchBadSteps(3, scale_loss=False)
+    watch = NonFiniteMonitor(3, scale_loss=False)
     watch.step(report(0, grad_norm=math.inf))
     assert watch.in_row == 1
 

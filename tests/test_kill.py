@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from test_train import CTX, ROOT, data, flags, log_lines, losses, metrics  # noqa: F401 (data is a fixture)
+from training_runs import CTX, ROOT, flags, log_lines, losses, metrics
 
 KILLS = 100
 RUN = {
@@ -54,7 +54,7 @@ def wait_for_a_save(out, seconds):
 
 
 @pytest.mark.slow
-def test_killed_runs_continue_to_the_same_weights(tmp_path, data):  # noqa: F811
+def test_killed_runs_continue_to_the_same_weights(tmp_path, data):
     runs, chance = Runs(), random.Random(1)
     whole = tmp_path / "whole"
     begin = time.monotonic()

@@ -12,17 +12,17 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_train import CTX, ROOT, data, flags, losses, metrics  # noqa: F401 (data is a fixture)
+from training_runs import CTX, ROOT, flags, losses, metrics
 
-from src.training import zero
-from src.training.resume import states
+from src.training.checkpoint.storage import states
+from src.training.distributed import zero
 
 pytestmark = pytest.mark.slow
 needs_deepspeed = pytest.mark.skipif(not zero.is_usable(), reason=f"{zero.REQUIREMENT} is not installed")
 STEPS, SAMPLES = 120, 6  # of a step, however many processes share them
 
 
-def settings(proj_dir, data, processes, **changed):  # noqa: F811
+def settings(proj_dir, data, processes, **changed):
     return flags(
         proj_dir, data, micro_bsz=SAMPLES // processes, my_exit_tokens=CTX * SAMPLES * STEPS, lr_init=1e-3, lr_final=1e-4,
         adam_eps=1e-8, **{"epoch_steps": 10, **changed},
@@ -58,7 +58,7 @@ def train_command(*arguments):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, data):  # noqa: F811
+def straight(tmp_path_factory, data):
     out = tmp_path_factory.mktemp("straight")
     run_to_the_end(train_command(*settings(out, data, 1)))
     return out
@@ -74,20 +74,20 @@ def assert_same_run(out, straight, tolerance=2e-3):
 
 
 @pytest.mark.parametrize("strategy", ["auto", pytest.param("deepspeed_stage_3", marks=needs_deepspeed)])
-def test_train_starts_the_others_itself(tmp_path, data, straight, strategy):  # noqa: F811
+def test_train_starts_the_others_itself(tmp_path, data, straight, strategy):
     words = run_to_the_end(train_command(*settings(tmp_path, data, 2, devices=2, strategy=strategy)))
     assert words.count("done:") == 1  # one voice
     assert_same_run(tmp_path, straight)
 
 
-def test_torchrun(tmp_path, data, straight):  # noqa: F811
+def test_torchrun(tmp_path, data, straight):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = run_to_the_end([*torchrun, "train.py", *settings(tmp_path, data, 2)])
     assert words.count("done:") == 1
     assert_same_run(tmp_path, straight)
 
 
-def test_a_mistake_is_told_once(tmp_path, data):  # noqa: F811
+def test_a_mistake_is_told_once(tmp_path, data):
     process = start(train_command(*settings(tmp_path, data, 2, devices=2, vocab_size=20)))
     words = finish(process)
     assert process.returncode == 2
@@ -115,7 +115,7 @@ def wait_for(condition, seconds=200):
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("deepspeed_stage_2", marks=needs_deepspeed)])
 @pytest.mark.parametrize("killed", [0, 1])
-def test_one_dies_and_the_run_goes_on_with_one_and_then_three(tmp_path, data, straight, strategy, killed):  # noqa: F811
+def test_one_dies_and_the_run_goes_on_with_one_and_then_three(tmp_path, data, straight, strategy, killed):
     common = {"strategy": strategy, "epoch_save": 1}
     process = start(train_command(*settings(tmp_path, data, 2, devices=2, **common)))
     wait_for(lambda: states(tmp_path) or process.poll() is not None)
@@ -141,7 +141,7 @@ def test_one_dies_and_the_run_goes_on_with_one_and_then_three(tmp_path, data, st
     assert_same_run(tmp_path, straight)
 
 
-def test_a_signal_stops_all_together_with_their_state_saved(tmp_path, data, straight):  # noqa: F811
+def test_a_signal_stops_all_together_with_their_state_saved(tmp_path, data, straight):
     command = train_command(*settings(tmp_path, data, 2, devices=2))
     process = start(command)
     wait_for(lambda: states(tmp_path) or process.poll() is not None)
@@ -154,7 +154,7 @@ def test_a_signal_stops_all_together_with_their_state_saved(tmp_path, data, stra
     assert_same_run(tmp_path, straight)
 
 
-def test_one_that_falls_silent_ends_the_others(tmp_path, data):  # noqa: F811
+def test_one_that_falls_silent_ends_the_others(tmp_path, data):
     process = start(train_command(*settings(tmp_path, data, 2, devices=2)))
     wait_for(lambda: states(tmp_path) or process.poll() is not None)
     ranks = ranks_of(process)
@@ -165,10 +165,10 @@ def test_one_that_falls_silent_ends_the_others(tmp_path, data):  # noqa: F811
     wait_for(lambda: not os.path.exists(f"/proc/{ranks[1]}"), seconds=20)
 
 
-IMPATIENT = "import sys, train; from src.training import watch; watch.SILENT_ROUNDS = 10; sys.exit(train.main())"
+IMPATIENT = "import sys, train; from src.training.distributed import watchdog; watchdog.SILENT_ROUNDS = 10; sys.exit(train.main())"
 
 
-def test_all_may_stand_still_for_longer_than_one_may_be_silent(tmp_path, data, straight):  # noqa: F811
+def test_all_may_stand_still_for_longer_than_one_may_be_silent(tmp_path, data, straight):
     """Ctrl-Z and fg, a job that is suspended, a machine that is paused."""
     process = start([sys.executable, "-c", IMPATIENT, *settings(tmp_path, data, 2, devices=2)])
     wait_for(lambda: states(tmp_path) or process.poll() is not None)
@@ -216,7 +216,7 @@ def two_machines():
 
 
 @pytest.mark.parametrize("launcher", ["by hand", "torchrun"])
-def test_two_machines(tmp_path, data, straight, two_machines, launcher):  # noqa: F811
+def test_two_machines(tmp_path, data, straight, two_machines, launcher):
     processes = []
     for node, machine in enumerate(two_machines):
         inside = ["ip", "netns", "exec", machine]

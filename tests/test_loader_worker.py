@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train import CTX, ROOT, as_from_a_terminal, data, flags, metrics  # noqa: F401 (data is a fixture)
+from training_runs import CTX, ROOT, as_from_a_terminal, flags, metrics
 
-from src.training.processes import leave_signals_to_the_run
-from src.training.resume import newest_good
+from src.training.checkpoint.storage import newest_good
+from src.training.distributed.process_group import leave_signals_to_the_run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a worker as a Linux machine with a GPU has it")
 RUN = {"accumulate_grad_batches": 50, "my_exit_tokens": CTX * 4 * 50 * 3000, "epoch_steps": 1000, "save_minutes": 0}
@@ -50,7 +50,7 @@ def finish(process):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_to_the_whole_group_saves_and_stops(tmp_path, data, number):  # noqa: F811
+def test_a_signal_to_the_whole_group_saves_and_stops(tmp_path, data, number):
     out = tmp_path / "run"
     process = start(*flags(out, data, **RUN))
     deadline = time.monotonic() + 100
@@ -67,7 +67,7 @@ def test_a_signal_to_the_whole_group_saves_and_stops(tmp_path, data, number):  #
     assert state.position.step == len(metrics(out)) > 2
 
 
-def test_it_goes_with_a_run_that_is_done_and_with_one_that_fails(tmp_path, data):  # noqa: F811
+def test_it_goes_with_a_run_that_is_done_and_with_one_that_fails(tmp_path, data):
     short = {**RUN, "accumulate_grad_batches": 2, "my_exit_tokens": CTX * 4 * 2 * 5}
     process = start(*flags(tmp_path / "done", data, **short))
     words = finish(process)

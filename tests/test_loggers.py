@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_resume import train_until
-from test_train import CTX, data, losses, metrics, train  # noqa: F401 (data is a fixture)
+from training_runs import CTX, losses, metrics, train, train_until
 
 from src.dataset.binidx import BinIdxWriter
 from src.training import dashboard
-from src.training.reporting import loggers, samples
+from src.training.reporting import generations, loggers
 from src.training.reporting.sink import Sample, StepReport
 
 STEPS = 60
@@ -45,7 +44,7 @@ class Letters:
 
 @pytest.fixture
 def with_samples(monkeypatch):
-    monkeypatch.setattr(samples, "load_tokenizer", lambda name: Letters())
+    monkeypatch.setattr(generations, "load_tokenizer", lambda name: Letters())
     return {"tokenizer": "world"}
 
 
@@ -94,7 +93,7 @@ def read_back(folder):
     return rows, config, ids
 
 
-def test_wandb_offline_keeps_one_run_over_two_starts(tmp_path, data, held, monkeypatch, offline, with_samples, capfd):  # noqa: F811
+def test_wandb_offline_keeps_one_run_over_two_starts(tmp_path, data, held, monkeypatch, offline, with_samples, capfd):
     pytest.importorskip("wandb")
     out = tmp_path / "run"
     settings = {**RUN, **with_samples, "wandb": "a-project", "val_data_file": held}
@@ -131,7 +130,7 @@ def test_wandb_offline_keeps_one_run_over_two_starts(tmp_path, data, held, monke
     assert len(tables) == 1
     table = json.loads(tables[0].read_text())
     assert table["columns"] == ["prompt", "the model goes on", "the data goes on"]
-    assert len(table["data"]) == samples.COUNT
+    assert len(table["data"]) == generations.COUNT
     assert [row["prompt"] for row in json.loads((out / "samples.json").read_text())] == [
         row[0] for row in table["data"]
     ]
@@ -155,7 +154,7 @@ def test_wandb_as_the_environment_says(tmp_path, monkeypatch, offline, capfd):
     assert loggers._wandb_mode("a-project", tmp_path) == "online"
 
 
-def test_a_missing_package_is_named(tmp_path, data, monkeypatch, capfd):  # noqa: F811
+def test_a_missing_package_is_named(tmp_path, data, monkeypatch, capfd):
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
     assert train(tmp_path / "run", data, wandb="a-project", **RUN) == 2
     assert "pip install wandb" in capfd.readouterr().err
@@ -163,7 +162,7 @@ def test_a_missing_package_is_named(tmp_path, data, monkeypatch, capfd):  # noqa
     assert "pip install tensorboard" in capfd.readouterr().err
 
 
-def test_tensorboard_over_two_starts(tmp_path, data, held, monkeypatch, with_samples):  # noqa: F811
+def test_tensorboard_over_two_starts(tmp_path, data, held, monkeypatch, with_samples):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -181,7 +180,7 @@ def test_tensorboard_over_two_starts(tmp_path, data, held, monkeypatch, with_sam
     assert any("samples" in tag for tag in events.Tags()["tensors"])
 
 
-def test_csv_logger(tmp_path, data):  # noqa: F811
+def test_csv_logger(tmp_path, data):
     assert train(tmp_path / "run", data, logger="csv", **{**RUN, "my_exit_tokens": CTX * 4 * 20}) == 0
     (file,) = (tmp_path / "run" / "csv").rglob("metrics.csv")
     with open(file, newline="") as rows:
@@ -189,7 +188,7 @@ def test_csv_logger(tmp_path, data):  # noqa: F811
     assert values == pytest.approx(losses(tmp_path / "run"), rel=1e-6)
 
 
-def test_where_steps_are_short_some_are_left_out(tmp_path, data, monkeypatch):  # noqa: F811
+def test_where_steps_are_short_some_are_left_out(tmp_path, data, monkeypatch):
     monkeypatch.setattr(loggers, "TIME_SHARE", 0.0)
     assert train(tmp_path / "run", data, logger="csv", **RUN) == 0
     (file,) = (tmp_path / "run" / "csv").rglob("metrics.csv")
@@ -221,13 +220,13 @@ def test_a_slow_first_call_costs_no_later_ones(monkeypatch):
     assert 100 < len(shown) <= 200 * 0.2 * 0.003 / 0.001 + 2
 
 
-def test_samples_begin_like_the_data(tmp_path, data, held, with_samples):  # noqa: F811
+def test_samples_begin_like_the_data(tmp_path, data, held, with_samples):
     assert train(tmp_path / "run", data, val_data_file=held, **with_samples, **RUN) == 0
     found = [Sample(**row) for row in json.loads((tmp_path / "run" / "samples.json").read_text())]
-    assert len(found) == samples.COUNT
+    assert len(found) == generations.COUNT
     for sample in found:
-        assert 1 <= len(sample.prompt) <= samples.PROMPT_TOKENS
-        assert len(sample.answer) <= samples.NEW_TOKENS
+        assert 1 <= len(sample.prompt) <= generations.PROMPT_TOKENS
+        assert len(sample.answer) <= generations.NEW_TOKENS
 
 
 def test_the_dashboard_shows_what_is_logged():

@@ -106,7 +106,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype, poison):
 def test_steps_in_pieces_are_the_steps_of_the_whole(dtype, monkeypatch):
     whole, cut = small_model(dtype), small_model(dtype)
     one = build(whole)
-    monkeypatch.setattr(optim, "PIECE", 5000)
+    monkeypatch.setattr(optim, "MAX_FP32_GRAD_NUMEL", 5000)
     other = build(cut)
     for seed in (1, 2):
         for model, optimizer in ((whole, one), (cut, other)):

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from src.cli import parse
 from src.model import RWKV7, ModelConfig
 from src.ops.build import load_native
-from src.ops.wkv7 import _register
+from src.ops.recurrence import _register
 from src.training import optim
 from src.training.module import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
@@ -180,7 +180,7 @@ def test_what_the_recurrence_keeps_is_what_its_kernels_are_given_to_fill(kernel,
 def test_a_step_has_no_second_copy_of_the_gradients(pieces, monkeypatch):
     """At rest: bf16 weights and gradients, fp32 masters and two moments. A step adds the fp32 gradients of a piece, no more."""
     if pieces:
-        monkeypatch.setattr(optim, "PIECE", 300_000)
+        monkeypatch.setattr(optim, "MAX_FP32_GRAD_NUMEL", 300_000)
     config = ModelConfig(4, 256, 1200)
     model = RWKV7(config).bfloat16()
     optimizer = MasterAdamW(parameter_groups(model, 0.0), lr=1e-3, betas=(0.9, 0.99), eps=1e-18, grad_clip=1.0)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from src.run_log import read_curves, read_log
 from src.training import html_report, plot
-from src.training.reporting import published
-from src.training.reporting.curves import read_curves, read_log
+from src.training.figures import published
 from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile
 from src.training.reporting.sink import MiniEpochReport, StepReport, ValidationReport
 

@@ -21,11 +21,11 @@ from src.config import ModelConfig, RunConfig
 from src.dataset.binidx import BinIdxWriter
 from src.ops import build
 from src.ops.toolchain import BuildError
+from src.training.hardware.selection import Hardware
 from src.training.module import TrainingModule
 from src.training.preflight import check, kernel, machine, out_of_memory, plan, speed
-from src.training.preflight.out_of_memory import SAFE, advice, estimate, is_out_of_memory, remedies
+from src.training.preflight.out_of_memory import SAFE, advice, estimate, is_out_of_memory, suggest_settings
 from src.training.run import run
-from src.training.strategy import Hardware
 
 ROOT = Path(__file__).parents[1]
 MINIMIND = ROOT.parent / "shared" / "data" / "minimind_tokenizer"
@@ -274,7 +274,7 @@ def large(**changed):
 
 @pytest.mark.parametrize("gib", [400, 150, 80, 45, 30])
 def test_what_is_offered_fits_and_keeps_the_samples_of_a_step(gib):
-    offers = remedies(large(), LARGE, GPU, gib * plan.GIB)
+    offers = suggest_settings(large(), LARGE, GPU, gib * plan.GIB)
     assert offers
     for offer in offers:
         flags = dict(zip(*[iter(offer.split("    ")[0].replace("--", "").split())] * 2, strict=True))
@@ -286,19 +286,19 @@ def test_what_is_offered_fits_and_keeps_the_samples_of_a_step(gib):
 
 def test_larger_change_only_where_the_smaller_does_not_do():
     need = estimate(large(), LARGE, GPU).total
-    assert any(offer.startswith("--head_chunk") for offer in remedies(large(), LARGE, GPU, 0.985 * need))
-    assert any("blocks are computed twice" in offer for offer in remedies(large(), LARGE, GPU, 80 * plan.GIB))
-    tight = remedies(large(), LARGE, GPU, 30 * plan.GIB)
+    assert any(offer.startswith("--head_chunk") for offer in suggest_settings(large(), LARGE, GPU, 0.985 * need))
+    assert any("blocks are computed twice" in offer for offer in suggest_settings(large(), LARGE, GPU, 80 * plan.GIB))
+    tight = suggest_settings(large(), LARGE, GPU, 30 * plan.GIB)
     assert len(tight) == 1
     assert "--grad_cp 1" in tight[0]
     assert "--micro_bsz" in tight[0]
 
 
 def test_what_cannot_fit_is_said():
-    offload = remedies(large(), LARGE, GPU, 12 * plan.GIB)
+    offload = suggest_settings(large(), LARGE, GPU, 12 * plan.GIB)
     assert "offload" in offload[0]
-    assert "a smaller model" in remedies(large(), LARGE, CPU, 1 * plan.GIB)[0]
-    assert "even --head_chunk 1024 --grad_cp 1 --micro_bsz 1" in remedies(large(), LARGE, CPU, 1 * plan.GIB)[0]
+    assert "a smaller model" in suggest_settings(large(), LARGE, CPU, 1 * plan.GIB)[0]
+    assert "even --head_chunk 1024 --grad_cp 1 --micro_bsz 1" in suggest_settings(large(), LARGE, CPU, 1 * plan.GIB)[0]
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="no such system")

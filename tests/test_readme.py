@@ -21,7 +21,7 @@ import torch
 
 from src.config import GROUPS, ModelConfig, RunConfig
 from src.model import RWKV7
-from src.ops.wkv7 import wkv7
+from src.ops.recurrence import wkv7
 from src.training.schedule import learning_rate
 
 ROOT = Path(__file__).parents[1]

@@ -13,21 +13,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 from chat_models import make_tokenizer
-from test_train import data, train  # noqa: F401 (data is a fixture)
+from training_runs import train
 
 from src.config import ModelConfig
 from src.model import RWKV7
+from src.run_log import read_columns
+from src.training.console import log
+from src.training.figures import background
+from src.training.hardware import peak_flops
+from src.training.hardware.selection import Hardware
 from src.training.module import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
-from src.training.reporting import log_files, peak_flops, pictures, progress
-from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile, read_columns
+from src.training.reporting import log_files, progress
+from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile
 from src.training.reporting.progress import ProgressLine, duration
 from src.training.reporting.reporter import MEASURED_EVERY, Reporter, memory_gib
 from src.training.reporting.sink import UPDATE_GROUPS, MiniEpochReport, Sink, StepReport, ValidationReport
-from src.training.reporting.update_size import update_ratios
-from src.training.say import say
+from src.training.reporting.update_ratio import update_ratios
 from src.training.schedule import RunLength
-from src.training.strategy import Hardware
 
 LENGTH = RunLength.of(exit_tokens=64_000, ctx_len=16, global_batch=4, epoch_steps=10)  # 1000 steps
 
@@ -95,7 +98,7 @@ def test_the_live_line_and_what_is_said_above_it(capsys):
     line.step(report(9))
     line.mini_epoch(MiniEpochReport(0, 3.5, report(9)))
     line.validation(ValidationReport(10, 640, 3.4, 100, 0.5, is_best=True))
-    say("WARNING: something")
+    log("WARNING: something")
     line.validation(ValidationReport(0, 0, 9.0, 100, 0.5, is_best=False))
     line.close()
     captured = capsys.readouterr()
@@ -360,7 +363,7 @@ def test_nothing_waits_for_the_gpu():
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_pictures_are_drawn_beside_the_run(tmp_path, data, monkeypatch, capfd, broken):  # noqa: F811
+def test_pictures_are_drawn_beside_the_run(tmp_path, data, monkeypatch, capfd, broken):
     """In a thread of their own, at each mini-epoch's end; one that fails is told, and the run goes on."""
     drawn = []
 
@@ -369,8 +372,8 @@ def test_pictures_are_drawn_beside_the_run(tmp_path, data, monkeypatch, capfd, b
         if broken:
             raise OSError("no ink")
 
-    monkeypatch.setattr(pictures, "loss_picture", draw)
-    monkeypatch.setattr(pictures, "DRAW_SECONDS", 0.0)
+    monkeypatch.setattr(background, "loss_picture", draw)
+    monkeypatch.setattr(background, "DRAW_SECONDS", 0.0)
     assert train(tmp_path / "run", data) == 0  # 40 steps, 10 in a mini-epoch
     assert 1 <= len(drawn) <= 3  # not while one is under way
     assert {name for name, _ in drawn} == {"pictures"}
@@ -380,12 +383,12 @@ def test_pictures_are_drawn_beside_the_run(tmp_path, data, monkeypatch, capfd, b
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_a_complete_run_is_none_the_worse_for_pictures_and_samples_that_fail(tmp_path, data, monkeypatch, capfd):  # noqa: F811
+def test_a_complete_run_is_none_the_worse_for_pictures_and_samples_that_fail(tmp_path, data, monkeypatch, capfd):
     def fail(*_):
         raise RuntimeError("no ink")
 
     monkeypatch.setattr("src.training.run.loss_picture", fail)
-    monkeypatch.setattr("src.training.reporting.samples.write_samples", fail)
+    monkeypatch.setattr("src.training.reporting.generations.write_samples", fail)
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     assert train(tmp_path / "run", data, vocab_size=400, tokenizer=tokenizer) == 0
     words = capfd.readouterr().out
@@ -395,7 +398,7 @@ def test_a_complete_run_is_none_the_worse_for_pictures_and_samples_that_fail(tmp
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_pictures_take_a_small_share_of_the_time(tmp_path, data, monkeypatch):  # noqa: F811
+def test_pictures_take_a_small_share_of_the_time(tmp_path, data, monkeypatch):
     """One that takes long is not drawn again soon."""
     drawn = []
 
@@ -405,12 +408,12 @@ def test_pictures_take_a_small_share_of_the_time(tmp_path, data, monkeypatch):  
         while time.thread_time() - begin < 0.05:  # 12 seconds of a run by TIME_SHARE
             pass
 
-    monkeypatch.setattr(pictures, "loss_picture", draw)
-    monkeypatch.setattr(pictures, "DRAW_SECONDS", 0.0)
+    monkeypatch.setattr(background, "loss_picture", draw)
+    monkeypatch.setattr(background, "DRAW_SECONDS", 0.0)
     assert train(tmp_path / "run", data, epoch_steps=2) == 0
     assert len(drawn) == 1
 
 
-def test_a_short_run_is_drawn_at_its_end_only(tmp_path, data, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(pictures, "loss_picture", lambda run, picture: pytest.fail("drawn too often"))
+def test_a_short_run_is_drawn_at_its_end_only(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(background, "loss_picture", lambda run, picture: pytest.fail("drawn too often"))
     assert train(tmp_path / "run", data) == 0

@@ -7,57 +7,36 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import (  # noqa: F401 (data is a fixture)
+from training_runs import (
     CTX,
     ROOT,
     VOCAB,
     as_from_a_terminal,
-    data,
     flags,
     log_lines,
     losses,
     metrics,
     train,
+    train_until,
 )
 
+from src import run_folder
 from src.dataset.binidx import BinIdxWriter
 from src.files import sha256_of
 from src.model import RWKV7, ModelConfig
-from src.training import checkpoint, fit, resume
-from src.training.resume import DamagedState, newest_good, states, verify
+from src.training import trainer
+from src.training.checkpoint import storage
+from src.training.checkpoint.storage import DamagedState, newest_good, states, verify
 from src.training.schedule import learning_rate
 
 STEPS = 60
 RUN = {"my_exit_tokens": CTX * 4 * STEPS, "epoch_steps": 20, "epoch_save": 1}
-
-
-class Killed(BaseException):
-    """Stands for a process that is gone: nothing of ours catches it."""
-
-
-def train_until(step, out, data, monkeypatch, **changed):  # noqa: F811
-    """Train, and die like a killed process before `step` is taken."""
-    original = fit.SetLearningRate.on_train_batch_start
-
-    def dying(self, trainer, module, batch, batch_idx):
-        if self.first_step + trainer.global_step == step:
-            raise Killed
-        original(self, trainer, module, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fit.SetLearningRate, "on_train_batch_start", dying)
-        with pytest.raises(Killed):
-            train(out, data, **changed)
-    for thread in threading.enumerate():  # a process that dies takes its writer along; here it may still be at work
-        if thread.name == "state-writer":
-            thread.join()
 
 
 def final(out):
@@ -73,7 +52,7 @@ def assert_same_run(one, two):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, data):  # noqa: F811
+def whole(tmp_path_factory, data):
     """The run that nothing happens to, in fp32 and in bf16."""
     runs = {}
     for precision in ("fp32", "bf16"):
@@ -84,7 +63,7 @@ def whole(tmp_path_factory, data):  # noqa: F811
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("deaths", [[25], [3, 20, 41, 59]], ids=str)
-def test_continued_runs_are_the_uninterrupted_run(tmp_path, data, whole, monkeypatch, precision, deaths):  # noqa: F811
+def test_continued_runs_are_the_uninterrupted_run(tmp_path, data, whole, monkeypatch, precision, deaths):
     out = tmp_path / "run"
     for step in deaths:
         train_until(step, out, data, monkeypatch, precision=precision, save_minutes=1e-6, **RUN)
@@ -93,7 +72,7 @@ def test_continued_runs_are_the_uninterrupted_run(tmp_path, data, whole, monkeyp
     assert_same_run(out, whole[precision])
 
 
-def test_the_comparison_notices_a_lost_moment(tmp_path, data, whole, monkeypatch):  # noqa: F811
+def test_the_comparison_notices_a_lost_moment(tmp_path, data, whole, monkeypatch):
     out = tmp_path / "run"
     train_until(25, out, data, monkeypatch, save_minutes=1e-6, **RUN)
     folder = states(out)[0]
@@ -125,7 +104,7 @@ def test_a_damaged_state_is_named_and_the_one_before_is_taken(
     capfd,
     damage,
     victim,
-    monkeypatch,  # noqa: F811
+    monkeypatch,
 ):
     if damage == "flipped" and victim == "manifest.json":
         pytest.skip("a flipped bit of the manifest is one of the checks of the other files")
@@ -161,7 +140,7 @@ def test_what_is_said_of_a_damaged_state_is_so(tmp_path):
         assert states(tmp_path) == []
 
 
-def test_only_the_last_states_are_kept_and_leftovers_are_swept(tmp_path, data, monkeypatch):  # noqa: F811
+def test_only_the_last_states_are_kept_and_leftovers_are_swept(tmp_path, data, monkeypatch):
     out = tmp_path / "run"
     (out / "resume" / ".step-00000007.1.tmp").mkdir(parents=True)
     (out / ".metrics.csv.1.tmp").touch()
@@ -180,14 +159,14 @@ def test_a_state_whose_replacement_was_cut_off_stands_again(tmp_path):
     for name in (".step-00000020.replaced.tmp", ".step-00000020.7.tmp", ".step-00000040.replaced.tmp", "step-00000040"):
         (tmp_path / "resume" / name).mkdir(parents=True)
         (tmp_path / "resume" / name / "state.json").write_text(name)
-    checkpoint.sweep(tmp_path)
+    run_folder.remove_leftovers(tmp_path)
     assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == ["step-00000020", "step-00000040"]
     assert (tmp_path / "resume" / "step-00000020" / "state.json").read_text() == ".step-00000020.replaced.tmp"
     assert (tmp_path / "resume" / "step-00000040" / "state.json").read_text() == "step-00000040"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_signals_save_and_stop(tmp_path, data, whole, number, code):  # noqa: F811
+def test_signals_save_and_stop(tmp_path, data, whole, number, code):
     out = tmp_path / "run"
     argv = flags(out, data, save_minutes=0, **{**RUN, "epoch_steps": 1000, "my_exit_tokens": CTX * 4 * 3000})
     process = subprocess.Popen(
@@ -206,7 +185,7 @@ def test_signals_save_and_stop(tmp_path, data, whole, number, code):  # noqa: F8
     assert state.position.step == len(metrics(out)) > 5
 
 
-def test_a_run_outlives_those_who_read_what_it_says(tmp_path, data):  # noqa: F811
+def test_a_run_outlives_those_who_read_what_it_says(tmp_path, data):
     out = tmp_path / "run"
     argv = flags(out, data, **RUN)
     process = subprocess.Popen(
@@ -221,7 +200,7 @@ def test_a_run_outlives_those_who_read_what_it_says(tmp_path, data):  # noqa: F8
     assert final(out)
 
 
-def test_what_killed_processes_left_is_swept(tmp_path, data):  # noqa: F811
+def test_what_killed_processes_left_is_swept(tmp_path, data):
     out = tmp_path / "run"
     left = [out / ".rwkv-7.pth.31383.tmp", out / "resume" / ".step-00000007.31383.tmp" / "tensors-0000.safetensors"]
     for path in left:
@@ -231,7 +210,7 @@ def test_what_killed_processes_left_is_swept(tmp_path, data):  # noqa: F811
     assert not any(path.exists() for path in left)
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path, data, monkeypatch, capfd):  # noqa: F811
+def test_a_second_ctrl_c_stops_at_once(tmp_path, data, monkeypatch, capfd):
     from src.training.module import TrainingModule
 
     original = TrainingModule.training_step
@@ -258,7 +237,7 @@ def test_weights_alone_continue_with_another_batch_and_the_renewed_warm_up_is_no
     tmp_path,
     data,
     monkeypatch,
-    capfd,  # noqa: F811
+    capfd,
 ):
     """Mini-epochs stay 20 batches of 4 samples; the weights of mini-epoch 1 stand for 160 samples, whatever the batch is now."""
     out = tmp_path / "run"
@@ -280,7 +259,7 @@ def test_weights_alone_continue_with_another_batch_and_the_renewed_warm_up_is_no
         assert float(row["lr"]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_time_limit_saves_and_stops_in_time(tmp_path, data, capfd):  # noqa: F811
+def test_time_limit_saves_and_stops_in_time(tmp_path, data, capfd):
     begin = time.monotonic()
     long = {**RUN, "my_exit_tokens": CTX * 4 * 100_000}
     assert train(tmp_path / "run", data, time_limit=0.55, **long) == 124  # 33 s, of which 30 are kept for the last save
@@ -289,7 +268,7 @@ def test_time_limit_saves_and_stops_in_time(tmp_path, data, capfd):  # noqa: F81
     assert states(tmp_path / "run")
 
 
-def test_a_run_that_began_in_the_middle_is_continued_before_its_first_weights(tmp_path, data, monkeypatch, capfd):  # noqa: F811
+def test_a_run_that_began_in_the_middle_is_continued_before_its_first_weights(tmp_path, data, monkeypatch, capfd):
     """--epoch_begin 3 and --epoch_save 10: no rwkv-N.pth is written for a long time, and none is missed."""
     base = tmp_path / "base.pth"
     torch.save(RWKV7(ModelConfig(2, 32, VOCAB, head_size=16)).state_dict(), base)
@@ -302,7 +281,7 @@ def test_a_run_that_began_in_the_middle_is_continued_before_its_first_weights(tm
     assert [line[0] for line in log_lines(out)] == ["3", "4", "5"]
 
 
-def test_a_beginning_after_the_end_is_refused(tmp_path, data, capfd):  # noqa: F811
+def test_a_beginning_after_the_end_is_refused(tmp_path, data, capfd):
     base = tmp_path / "base.pth"
     torch.save(RWKV7(ModelConfig(2, 32, VOCAB, head_size=16)).state_dict(), base)
     assert train(tmp_path / "run", data, load_model=base, epoch_begin=3, **RUN) == 2
@@ -311,7 +290,7 @@ def test_a_beginning_after_the_end_is_refused(tmp_path, data, capfd):  # noqa: F
 
 
 @pytest.mark.parametrize("kept", ["state", "weights"])
-def test_an_end_that_was_moved_into_the_past_is_refused(tmp_path, data, monkeypatch, capfd, kept):  # noqa: F811
+def test_an_end_that_was_moved_into_the_past_is_refused(tmp_path, data, monkeypatch, capfd, kept):
     out = tmp_path / "run"
     train_until(45, out, data, monkeypatch, **RUN)
     if kept == "weights":
@@ -323,17 +302,17 @@ def test_an_end_that_was_moved_into_the_past_is_refused(tmp_path, data, monkeypa
     assert len(metrics(out)) == 50
 
 
-def test_the_seed_of_the_weights_is_that_of_the_last_beginning(tmp_path, data, monkeypatch):  # noqa: F811
+def test_the_seed_of_the_weights_is_that_of_the_last_beginning(tmp_path, data, monkeypatch):
     """A start that dies before its first save is drawn anew by the next."""
     out = tmp_path / "run"
     train_until(5, out, data, monkeypatch, **{**RUN, "random_seed": 3})
-    assert checkpoint.read_run(out)["origin"]["seed"] == 3
+    assert run_folder.read_run(out)["origin"]["seed"] == 3
     train_until(25, out, data, monkeypatch, **{**RUN, "random_seed": 4})
     assert train(out, data, **{**RUN, "random_seed": 5}) == 0
-    assert checkpoint.read_run(out)["origin"]["seed"] == 4
+    assert run_folder.read_run(out)["origin"]["seed"] == 4
 
 
-def test_what_a_changed_setting_means(tmp_path, data, monkeypatch, capfd):  # noqa: F811
+def test_what_a_changed_setting_means(tmp_path, data, monkeypatch, capfd):
     out = tmp_path / "run"
     train_until(25, out, data, monkeypatch, **RUN)
     capfd.readouterr()
@@ -346,7 +325,7 @@ def test_what_a_changed_setting_means(tmp_path, data, monkeypatch, capfd):  # no
     assert "--weight_decay was 0.0 at the last start, is 0.01 now" in capfd.readouterr().out
 
 
-def test_other_data_under_the_same_name_is_refused(tmp_path, data, monkeypatch, capfd):  # noqa: F811
+def test_other_data_under_the_same_name_is_refused(tmp_path, data, monkeypatch, capfd):
     copy = tmp_path / "count"
     for end in (".bin", ".idx"):
         shutil.copy(f"{data}{end}", f"{copy}{end}")
@@ -359,16 +338,16 @@ def test_other_data_under_the_same_name_is_refused(tmp_path, data, monkeypatch, 
 
 
 def test_the_time_limit_knows_how_long_the_disk_takes(tmp_path, monkeypatch):
-    original = resume._write_twice
+    original = storage._write_twice
 
     def slowly(path, content):
         time.sleep(0.2)
         original(path, content)
 
-    monkeypatch.setattr(resume, "_write_twice", slowly)
-    writer = resume.StateWriter(tmp_path, keep=2)
+    monkeypatch.setattr(storage, "_write_twice", slowly)
+    writer = storage.StateWriter(tmp_path, keep=2)
     begin = time.monotonic()
-    writer.write(resume.Position(1, 4, 8), {}, {}, [("weight/master", torch.zeros(4))])
+    writer.write(storage.Position(1, 4, 8), {}, {}, [("weight/master", torch.zeros(4))])
     handed_over = time.monotonic() - begin
     writer.wait()
     assert handed_over < 0.6 <= writer.slowest  # three files
@@ -377,26 +356,28 @@ def test_the_time_limit_knows_how_long_the_disk_takes(tmp_path, monkeypatch):
 def test_the_time_limit_expects_a_first_save_to_take_long(tmp_path):
     """Of a large model, whose state is minutes of a disk's time, before one was seen; then what was seen counts. Never half of a short limit."""
     large = ModelConfig(24, 2048, 65536)
-    assert 60 < fit.first_save_seconds(large, time_limit=0) == fit.first_save_seconds(large, time_limit=1440) < 120
-    assert fit.first_save_seconds(large, time_limit=4) == 30
-    writer = resume.StateWriter(tmp_path, keep=2, guess=90.0)
+    assert (
+        60 < trainer.first_save_seconds(large, time_limit=0) == trainer.first_save_seconds(large, time_limit=1440) < 120
+    )
+    assert trainer.first_save_seconds(large, time_limit=4) == 30
+    writer = storage.StateWriter(tmp_path, keep=2, guess=90.0)
     assert writer.slowest == 90
-    writer.write(resume.Position(1, 4, 8), {}, {}, [("weight/master", torch.zeros(4))])
+    writer.write(storage.Position(1, 4, 8), {}, {}, [("weight/master", torch.zeros(4))])
     writer.wait()
     assert 0 < writer.slowest < 30
 
 
-def test_a_failed_save_stops_the_run_and_leaves_the_earlier_states_whole(tmp_path, data, monkeypatch, capfd):  # noqa: F811
+def test_a_failed_save_stops_the_run_and_leaves_the_earlier_states_whole(tmp_path, data, monkeypatch, capfd):
     out = tmp_path / "run"
     train_until(25, out, data, monkeypatch, **RUN)
     before = {path: path.read_bytes() for path in states(out)[0].iterdir()}
-    from src.training import resume
+    from src.training.checkpoint import storage
 
     def full(path, content):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "_write_twice", full)
+        patch.setattr(storage, "_write_twice", full)
         assert train(out, data, **RUN) == 1
     assert "No space left" in capfd.readouterr().err
     assert {path: path.read_bytes() for path in states(out)[0].iterdir()} == before
@@ -422,15 +403,15 @@ def poisoned(monkeypatch):
     return poison
 
 
-def rows_of_step(data, step):  # noqa: F811
+def rows_of_step(data, step):
     from src.dataset.pretrain import PretrainDataset
-    from src.dataset.sampling import magic_prime
+    from src.dataset.sample_order import magic_prime
 
     dataset = PretrainDataset(data, CTX, magic_prime(6000, CTX), step * 4, 4, 4, 0, 1, 64)
     return [tuple(dataset[j][0].tolist()) for j in range(4)]
 
 
-def test_one_bad_step_is_left_out_and_the_run_goes_on(tmp_path, data, poisoned, capfd):  # noqa: F811
+def test_one_bad_step_is_left_out_and_the_run_goes_on(tmp_path, data, poisoned, capfd):
     poisoned.add(rows_of_step(data, 30)[1])
     assert train(tmp_path / "run", data, **RUN) == 0
     words = capfd.readouterr().out
@@ -439,7 +420,7 @@ def test_one_bad_step_is_left_out_and_the_run_goes_on(tmp_path, data, poisoned, 
     assert all(torch.isfinite(tensor).all() for tensor in final(tmp_path / "run").values())
 
 
-def test_too_many_bad_steps_go_back_once_and_skip_their_samples(tmp_path, data, poisoned, capfd):  # noqa: F811
+def test_too_many_bad_steps_go_back_once_and_skip_their_samples(tmp_path, data, poisoned, capfd):
     for step in (30, 31, 32):
         poisoned.add(rows_of_step(data, step)[2])
     out = tmp_path / "run"
@@ -449,30 +430,30 @@ def test_too_many_bad_steps_go_back_once_and_skip_their_samples(tmp_path, data, 
     assert [int(row["step"]) for row in metrics(out)] == list(range(STEPS))
     assert all(np.isfinite(losses(out)))
     state, _ = newest_good(out)
-    (first, count), *rest = state.position.holes
+    (first, count), *rest = state.position.skipped_samples
     assert not rest
     assert first == 30 * 4
     assert count >= 3 * 4
 
 
-def test_bad_steps_at_the_very_end_are_made_up_for_too(tmp_path, data, poisoned):  # noqa: F811
+def test_bad_steps_at_the_very_end_are_made_up_for_too(tmp_path, data, poisoned):
     for step in range(STEPS - 3, STEPS):
         poisoned.add(rows_of_step(data, step)[0])
     out = tmp_path / "run"
     assert train(out, data, **RUN) == 0
     assert all(np.isfinite(losses(out)))
-    [(first, count)] = newest_good(out)[0].position.holes
+    [(first, count)] = newest_good(out)[0].position.skipped_samples
     assert first <= (STEPS - 3) * 4  # a poisoned row may stand in the steps before too
     assert first + count == STEPS * 4
 
 
-def test_going_back_to_the_beginning_draws_the_same_weights_and_keeps_nothing(tmp_path, data, poisoned, monkeypatch):  # noqa: F811
+def test_going_back_to_the_beginning_draws_the_same_weights_and_keeps_nothing(tmp_path, data, poisoned, monkeypatch):
     from src.training.optim import MasterAdamW
 
     for step in range(3):
         poisoned.add(rows_of_step(data, step)[0])
     drawn, optimizers, models = [], [], []
-    original = fit.build_model
+    original = trainer.build_model
 
     def build(*args):
         things = [type(thing) for thing in gc.get_objects()]
@@ -482,7 +463,7 @@ def test_going_back_to_the_beginning_draws_the_same_weights_and_keeps_nothing(tm
         drawn.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return model, values
 
-    monkeypatch.setattr(fit, "build_model", build)
+    monkeypatch.setattr(trainer, "build_model", build)
     monkeypatch.setattr("src.training.run.build_model", build)
     gc.collect()
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -495,7 +476,7 @@ def test_going_back_to_the_beginning_draws_the_same_weights_and_keeps_nothing(tm
 
 
 @pytest.mark.parametrize(("mini_epoch", "good_steps"), [(20, 5), (20, 0), (5, 0)])
-def test_bad_steps_everywhere_stop_the_run_with_a_report(tmp_path, data, monkeypatch, capfd, mini_epoch, good_steps):  # noqa: F811
+def test_bad_steps_everywhere_stop_the_run_with_a_report(tmp_path, data, monkeypatch, capfd, mini_epoch, good_steps):
     from src.training.module import TrainingModule
 
     original = TrainingModule.training_step

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.dataset import magic_prime, sample_offset
-from src.dataset.sampling import check_magic_prime, is_prime, sample_number, skip_holes
+from src.dataset.sample_order import check_magic_prime, is_prime, nth_kept_sample, sample_number
 
 PUBLISHED = {
     "minipile": (1498226207, 512, 2926181),
@@ -101,12 +101,12 @@ def test_a_nearly_best_prime_is_accepted() -> None:
 @given(runs=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 5)), max_size=6), start=st.integers(0, 80))
 def test_holes_are_skipped_and_the_others_move_up(runs: list[tuple[int, int]], start: int) -> None:
     left_out = {first + i for first, count in runs for i in range(count)}
-    holes: list[tuple[int, int]] = []
+    skipped_samples: list[tuple[int, int]] = []
     for n in sorted(left_out):
-        if holes and n == sum(holes[-1]):
-            holes[-1] = (holes[-1][0], holes[-1][1] + 1)
+        if skipped_samples and n == sum(skipped_samples[-1]):
+            skipped_samples[-1] = (skipped_samples[-1][0], skipped_samples[-1][1] + 1)
         else:
-            holes.append((n, 1))
+            skipped_samples.append((n, 1))
     others = (n for n in itertools.count() if n not in left_out)
     expected = list(itertools.islice(others, start, start + 30))
-    assert [skip_holes(n, holes) for n in range(start, start + 30)] == expected
+    assert [nth_kept_sample(n, skipped_samples) for n in range(start, start + 30)] == expected

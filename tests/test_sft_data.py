@@ -371,9 +371,9 @@ def test_a_batch_is_one_row_with_joint_bounds(conversations: Conversations) -> N
 def test_a_step_is_the_mean_over_its_tokens_however_it_is_shared(
     conversations: Conversations, ranks: int, micro_batches: int
 ) -> None:
-    """With any loss of a token (here a function of its place and target), holes and a restart included."""
+    """With any loss of a token (here a function of its place and target), skipped_samples and a restart included."""
     rows = SftRows(conversations, 64, seed=1)
-    batch, first, holes, steps = 8, 5, [(7, 2)], 3
+    batch, first, skipped_samples, steps = 8, 5, [(7, 2)], 3
     micro_bsz = batch // (ranks * micro_batches)
     numbers = [n for n in range(first, first + steps * batch + 2) if n not in (7, 8)]
 
@@ -382,7 +382,7 @@ def test_a_step_is_the_mean_over_its_tokens_however_it_is_shared(
         return (counted * 0.37).sin().sum() / max(1, len(counted))
 
     sets = [
-        SftDataset(rows, first, steps * batch // ranks, rank, ranks, holes, micro_bsz, micro_batches)
+        SftDataset(rows, first, steps * batch // ranks, rank, ranks, skipped_samples, micro_bsz, micro_batches)
         for rank in range(ranks)
     ]
     loaders = [iter(DataLoader(each, batch_size=micro_bsz, collate_fn=collate_shares)) for each in sets]

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train import CTX, data, flags, metrics, train_process  # noqa: F401 (data is a fixture)
+from training_runs import CTX, flags, metrics, train_process
 
 JOB = {
     "SLURM_JOB_ID": "901234",
@@ -19,7 +19,7 @@ JOB = {
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_lightning_acts_on_nothing_of_slurm(tmp_path, data, monkeypatch):  # noqa: F811
+def test_lightning_acts_on_nothing_of_slurm(tmp_path, data, monkeypatch):
     for name, value in JOB.items():
         monkeypatch.setenv(name, value)
     out = tmp_path / "run"

@@ -1,84 +1,23 @@
 """Runs of train.py: from nothing to weights, cut and continued, wrong input refused. Real files, real fits, tiny sizes."""
 
-import csv
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from chat_models import make_tokenizer
+from training_runs import CTX, VOCAB, flags, log_lines, losses, metrics, train, train_process
 
-from src.cli import parse
-from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
+from src import run_folder
+from src.dataset.binidx import MMapIndexedDataset
 from src.dataset.lock import only_one
 from src.dataset.pretrain import PretrainDataset
-from src.dataset.sampling import magic_prime
+from src.dataset.sample_order import magic_prime
 from src.model import RWKV7
 from src.ops.loss import cross_entropy_l2wrap
-from src.training import checkpoint
-from src.training.run import run
-
-ROOT = Path(__file__).parents[1]
-CTX, VOCAB = 16, 64
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """6,000 tokens of a language that can be learned: each document counts upwards from a random number."""
-    prefix = tmp_path_factory.mktemp("data") / "count"
-    numbers = np.random.default_rng(0)
-    with BinIdxWriter(prefix, np.uint16) as writer:
-        for _ in range(200):
-            first = int(numbers.integers(1, 30))
-            writer.add_document([first + i for i in range(29)] + [0])
-    return prefix
-
-
-def flags(proj_dir, data, **changed):
-    settings = {
-        "proj_dir": proj_dir, "data_file": data, "vocab_size": VOCAB, "ctx_len": CTX, "micro_bsz": 4, "n_layer": 2,
-        "n_embd": 32, "head_size": 16, "lr_init": 3e-3, "lr_final": 3e-4, "my_exit_tokens": CTX * 4 * 40, "epoch_steps": 10,
-        "epoch_save": 2, "random_seed": 7, "accelerator": "cpu", **changed,
-    }  # fmt: skip
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-
-
-def train(proj_dir, data, **changed):
-    return run(*parse(flags(proj_dir, data, **changed)))
-
-
-def as_from_a_terminal():
-    """In a new process, before its program: signals as a terminal leaves them. nohup and shells that start jobs have some ignored."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def train_process(argv, **kwargs):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "train.py", *argv],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
-    )  # fmt: skip
-
-
-def metrics(proj_dir):
-    with open(proj_dir / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def losses(proj_dir):
-    return [float(row["loss"]) for row in metrics(proj_dir)]
-
-
-def log_lines(proj_dir):
-    return [line.split() for line in (proj_dir / "train_log.txt").read_text().splitlines() if re.match(r"\d+ \d", line)]
 
 
 def test_end_to_end_then_complete(tmp_path, data):
@@ -229,10 +168,10 @@ def test_a_move_of_an_earlier_run_that_was_cut_is_finished_by_the_next_start(tmp
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", cut)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.put_aside(out)
-    assert checkpoint.read_run(out), "whose folder it is must be known until everything is moved"
-    checkpoint.put_aside(out)
-    assert not checkpoint.read_run(out)
+            run_folder.archive_run(out)
+    assert run_folder.read_run(out), "whose folder it is must be known until everything is moved"
+    run_folder.archive_run(out)
+    assert not run_folder.read_run(out)
     moved = {path.name for k in (1, 2) for path in (out / f"previous-{k}").iterdir()}
     assert moved == names - {"rwkv-init.pth"}
 

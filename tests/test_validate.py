@@ -11,20 +11,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_resume import train_until
-from test_train import CTX, ROOT, VOCAB, data, flags, losses, train  # noqa: F401 (data is a fixture)
+from training_runs import CTX, ROOT, VOCAB, flags, losses, train, train_until
 
 from src.cli import parse
 from src.config import RunConfig
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
 from src.inference.evaluate import heldout_loss
 from src.model import RWKV7
-from src.training import callbacks, validate, zero
+from src.run_log import read_columns, read_curves
+from src.training import validation
+from src.training.checkpoint import callbacks
+from src.training.distributed import zero
 from src.training.module import TrainingModule
-from src.training.reporting.curves import read_curves
-from src.training.reporting.log_files import read_columns
 from src.training.schedule import RunLength
-from src.training.validate import HeldOut, _schedule
+from src.training.validation import HeldOut, _schedule
 
 RUN = {"my_exit_tokens": CTX * 4 * 60, "epoch_steps": 20, "epoch_save": 1}
 WINDOWS = 11  # no multiple of the micro batch, nor of the processes
@@ -39,7 +39,7 @@ def held(tmp_path_factory):
     return prefix
 
 
-def config_of(data, held, **changed):  # noqa: F811
+def config_of(data, held, **changed):
     return parse(flags("unused", data, val_data_file=held, **{"val_windows": WINDOWS, **changed}))[0]
 
 
@@ -51,7 +51,7 @@ def validations(out):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_every_window_counts_once_however_they_are_shared(data, held, world_size):  # noqa: F811
+def test_every_window_counts_once_however_they_are_shared(data, held, world_size):
     held_out = HeldOut(config_of(data, held))
     shares = [list(held_out.batches(rank, world_size)) for rank in range(world_size)]
     assert len({tuple(tuple(batch[0].shape) for batch in share) for share in shares}) == 1  # all ranks do the same work
@@ -72,7 +72,7 @@ def test_every_window_counts_once_however_they_are_shared(data, held, world_size
     assert len(alone) == WINDOWS
 
 
-def test_ids_that_do_not_fit_are_named_before_training(data, held):  # noqa: F811
+def test_ids_that_do_not_fit_are_named_before_training(data, held):
     with pytest.raises(ValueError, match=r"--val_data_file .* token id \d+ doesn't fit --vocab_size 30"):
         HeldOut(config_of(data, held)).check_ids(30)
 
@@ -97,13 +97,13 @@ def test_wrong_val_every_is_refused_with_examples(wrong):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, data, held):  # noqa: F811
+def whole(tmp_path_factory, data, held):
     out = tmp_path_factory.mktemp("whole") / "run"
     assert train(out, data, val_data_file=held, val_windows=WINDOWS, val_every="10steps", **RUN) == 0
     return out
 
 
-def test_training_does_not_notice_it(tmp_path, data, whole):  # noqa: F811
+def test_training_does_not_notice_it(tmp_path, data, whole):
     assert train(tmp_path / "plain", data, **RUN) == 0
     assert losses(tmp_path / "plain") == losses(whole)
     one, two = (torch.load(out / "rwkv-final.pth") for out in (tmp_path / "plain", whole))
@@ -123,11 +123,11 @@ def test_it_is_the_loss_of_the_weights_at_that_step(whole, held):
     assert f"validation after step 60: {rows['loss'][-1]:.6f}" in (whole / "train_log.txt").read_text()
 
 
-def test_the_best_weights_are_kept(tmp_path, data, held, monkeypatch, capfd):  # noqa: F811
+def test_the_best_weights_are_kept(tmp_path, data, held, monkeypatch, capfd):
     """Told losses that fall, rise and fall again, but not as low: the last weights are not the best."""
     out = tmp_path / "run"
     told = iter([(3.0, 1), (2.0, 1), (4.0, 1), (1.0, 1), *[(5.0, 1)] * 7, (1.5, 1)])
-    monkeypatch.setattr(validate, "mean_loss", lambda *_: next(told))
+    monkeypatch.setattr(validation, "mean_loss", lambda *_: next(told))
     assert train(out, data, val_data_file=held, val_every="5steps", **{**RUN, "epoch_steps": 5}) == 0
     rows = validations(out)
     best = int(np.argmin(rows["loss"]))
@@ -140,7 +140,7 @@ def test_the_best_weights_are_kept(tmp_path, data, held, monkeypatch, capfd):  #
 
 
 @pytest.mark.parametrize("deaths", [[35], [5, 41]], ids=str)
-def test_a_continued_run_remembers_the_best(tmp_path, data, held, whole, monkeypatch, deaths):  # noqa: F811
+def test_a_continued_run_remembers_the_best(tmp_path, data, held, whole, monkeypatch, deaths):
     out = tmp_path / "run"
     settings = {"val_data_file": held, "val_windows": WINDOWS, "val_every": "10steps", **RUN}
     for step in deaths:
@@ -150,12 +150,12 @@ def test_a_continued_run_remembers_the_best(tmp_path, data, held, whole, monkeyp
     assert (out / "rwkv-best.pth").exists()
 
 
-def test_a_measurement_that_is_no_number_is_never_the_best(tmp_path, data, held, monkeypatch, capfd):  # noqa: F811
+def test_a_measurement_that_is_no_number_is_never_the_best(tmp_path, data, held, monkeypatch, capfd):
     """Neither in the run that measured it nor in the one that goes on."""
     out = tmp_path / "run"
     settings = {"val_data_file": held, "val_every": "10steps", **RUN}
     told = iter([(math.nan, 1), (3.0, 1), (math.nan, 1), (2.0, 1), (math.nan, 1), (2.5, 1)])
-    monkeypatch.setattr(validate, "mean_loss", lambda *_: next(told))
+    monkeypatch.setattr(validation, "mean_loss", lambda *_: next(told))
     train_until(21, out, data, monkeypatch, **settings)
     assert train(out, data, **settings) == 0
     assert "lowest 2.0000 after step 40" in capfd.readouterr().out
@@ -165,7 +165,7 @@ def test_a_measurement_that_is_no_number_is_never_the_best(tmp_path, data, held,
 
 
 @pytest.mark.parametrize("between", [False, True], ids=["at once", "after a start without"])
-def test_an_earlier_best_is_not_overwritten_by_worse_weights(tmp_path, data, held, monkeypatch, between):  # noqa: F811
+def test_an_earlier_best_is_not_overwritten_by_worse_weights(tmp_path, data, held, monkeypatch, between):
     """Continued at a learning rate that makes everything worse."""
     out = tmp_path / "run"
     settings = {"val_data_file": held, "val_windows": WINDOWS, "val_every": "10steps", **RUN}
@@ -179,7 +179,7 @@ def test_an_earlier_best_is_not_overwritten_by_worse_weights(tmp_path, data, hel
     assert (out / "rwkv-best.pth").read_bytes() == best
 
 
-def test_other_held_out_data_begins_its_own_best(tmp_path, data, held, monkeypatch, capfd):  # noqa: F811
+def test_other_held_out_data_begins_its_own_best(tmp_path, data, held, monkeypatch, capfd):
     out = tmp_path / "run"
     settings = {"val_windows": WINDOWS, "val_every": "10steps", **RUN}
     train_until(41, out, data, monkeypatch, val_data_file=held, **settings)
@@ -201,7 +201,7 @@ def test_other_held_out_data_begins_its_own_best(tmp_path, data, held, monkeypat
 
 
 @pytest.mark.parametrize("changed", [{}, {"val_data_file": ""}], ids=["the same", "without"])
-def test_the_same_held_out_data_keeps_its_rows(tmp_path, data, held, whole, monkeypatch, changed):  # noqa: F811
+def test_the_same_held_out_data_keeps_its_rows(tmp_path, data, held, whole, monkeypatch, changed):
     """A start in between that measures nothing changes nothing about them either."""
     out = tmp_path / "run"
     settings = {"val_data_file": held, "val_windows": WINDOWS, "val_every": "10steps", **RUN}
@@ -233,7 +233,7 @@ def interrupted(monkeypatch, number, act):
     return seen
 
 
-def test_a_signal_stops_a_validation_between_batches(tmp_path, data, held, whole, monkeypatch):  # noqa: F811
+def test_a_signal_stops_a_validation_between_batches(tmp_path, data, held, whole, monkeypatch):
     out = tmp_path / "run"
     settings = {"val_data_file": held, "val_windows": WINDOWS, "val_every": "10steps", **RUN}
     with monkeypatch.context() as patch:
@@ -247,7 +247,7 @@ def test_a_signal_stops_a_validation_between_batches(tmp_path, data, held, whole
     assert losses(out) == losses(whole)
 
 
-def test_a_signal_in_the_last_validation(tmp_path, data, held, monkeypatch, capfd):  # noqa: F811
+def test_a_signal_in_the_last_validation(tmp_path, data, held, monkeypatch, capfd):
     out = tmp_path / "run"
     settings = {"val_data_file": held, "val_windows": WINDOWS, "val_every": "10steps", **RUN}
     with monkeypatch.context() as patch:
@@ -257,7 +257,7 @@ def test_a_signal_in_the_last_validation(tmp_path, data, held, monkeypatch, capf
     assert "after step 50 (stopped before that of the end was measured)" in capfd.readouterr().out
 
 
-def test_the_time_limit_keeps_the_time_of_a_validation(tmp_path, data, held, monkeypatch, capfd):  # noqa: F811
+def test_the_time_limit_keeps_the_time_of_a_validation(tmp_path, data, held, monkeypatch, capfd):
     """The second one would take as long as the first, and end too late: the run stops before it, and measures when it goes on."""
     out = tmp_path / "run"
     settings = {"val_data_file": held, "val_windows": WINDOWS, "val_every": "10steps", **RUN}
@@ -268,7 +268,7 @@ def test_the_time_limit_keeps_the_time_of_a_validation(tmp_path, data, held, mon
             perf_counter=lambda: time.perf_counter() + 3600 * len(passed),
         )
         patch.setattr(callbacks, "time", clock)
-        patch.setattr(validate, "time", clock)
+        patch.setattr(validation, "time", clock)
         seen = interrupted(patch, 0, lambda: passed.append(1))
         assert train(out, data, time_limit=90, **settings) == 124
     assert "--time_limit" in capfd.readouterr().out
@@ -294,7 +294,7 @@ def test_curves_have_it(whole):
         "deepspeed_stage_3",
     ],
 )
-def test_two_processes_find_what_one_finds(tmp_path, data, held, strategy):  # noqa: F811
+def test_two_processes_find_what_one_finds(tmp_path, data, held, strategy):
     if strategy.startswith("deepspeed") and not zero.is_usable():
         pytest.skip(f"{zero.REQUIREMENT} is not installed")
     out = tmp_path / "run"
@@ -331,7 +331,7 @@ def test_two_processes_find_what_one_finds(tmp_path, data, held, strategy):  # n
         assert measured[1][name][0] == pytest.approx(measured[0][name][0], rel=1e-3), name
 
 
-def _weights(tmp_path, data):  # noqa: F811
+def _weights(tmp_path, data):
     """Initial weights that all these runs start from."""
     path = tmp_path / "initial.pth"
     if not path.exists():
@@ -341,7 +341,7 @@ def _weights(tmp_path, data):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_processes_stops_the_validation_of_both(tmp_path, data, held):  # noqa: F811
+def test_a_signal_to_one_of_two_processes_stops_the_validation_of_both(tmp_path, data, held):
     """What happens in a process of its own: the second sends itself a signal in its second validation, at its second batch."""
     out = tmp_path / "run"
     program = tmp_path / "train_and_signal.py"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from src.training import watch
-from src.training.places import Place
+from src.training.distributed import watchdog
+from src.training.distributed.launch import RankInfo
 
 
 class Ended(Exception):
@@ -45,9 +45,9 @@ class Store(dict):
 
 def watcher(monkeypatch, jumps_in_round, beats_in=()):
     clock = Clock(jumps_in_round)
-    monkeypatch.setattr(watch, "_connect", lambda place, timeout: Store(clock, beats_in))
-    monkeypatch.setattr(watch, "time", clock)
-    one = watch.Watch(Place(0, 2, 0, 2, "127.0.0.1", 1), [], None)
+    monkeypatch.setattr(watchdog, "_connect", lambda place, timeout: Store(clock, beats_in))
+    monkeypatch.setattr(watchdog, "time", clock)
+    one = watchdog.Watch(RankInfo(0, 2, 0, 2, "127.0.0.1", 1), [], None)
 
     def end(reason):
         raise Ended(reason)

@@ -1,4 +1,4 @@
-"""Weights files: read without running code, sizes found, misfits explained."""
+"""Weights files: read without running code, sizes found, misfits with_oom_advice."""
 
 import pickle
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from src.model import RWKV7, ModelConfig
-from src.model.weights import read_weights
-from src.training.checkpoint import save_weights
+from src.model.weights import read_weights, save_weights
 
 CONFIG = ModelConfig(2, 64, 40, head_size=32, d_decay_lora=8, d_aaa_lora=16, d_mv_lora=24, d_gate_lora=48, dim_ffn=96)
 

@@ -14,7 +14,7 @@ from src.ops import wkv7
 from src.ops.build import BuildError
 from src.ops.reference import wkv7_reference
 
-module = importlib.import_module("src.ops.wkv7")  # `src.ops.wkv7` is the function
+module = importlib.import_module("src.ops.recurrence")  # `src.ops.recurrence` is the function
 NAMES = ("y", "final_state", "dr", "dw", "dk", "dv", "da", "db", "dstate")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from test_build import fake_compiler
-from test_train import CTX, ROOT, VOCAB, as_from_a_terminal, data, flags, losses, train  # noqa: F401 (data is a fixture)
+from training_runs import CTX, ROOT, VOCAB, as_from_a_terminal, flags, train
 
 from src.dataset.binidx import BinIdxWriter
 from src.model import RWKV7, ModelConfig
@@ -74,7 +74,7 @@ DATA = {
 
 
 @pytest.mark.parametrize("damage", DATA, ids=lambda damage: damage.__name__)
-def test_data(tmp_path, data, capfd, damage):  # noqa: F811
+def test_data(tmp_path, data, capfd, damage):
     copies = [tmp_path / f"count{end}" for end in (".bin", ".idx")]
     for copy in copies:
         shutil.copy(data.with_name(copy.name), copy)
@@ -109,9 +109,9 @@ def refused(out, prefix, capfd, words, **changed):
     [(371, "353"), (367, "353"), (1009, "353"), (5, "353")],
     ids=["composite", "not 2 mod 3", "too large", "too small"],
 )
-def test_magic_prime(tmp_path, data, capfd, prime, words):  # noqa: F811
+def test_magic_prime(tmp_path, data, capfd, prime, words):
     """6,000 tokens are 375 windows of 16: the largest prime below 374 that is 2 mod 3 is 359 or 353; the message names the right one."""
-    from src.dataset.sampling import magic_prime
+    from src.dataset.sample_order import magic_prime
 
     right = magic_prime(6000, CTX)
     refused(tmp_path / "run", data, capfd, rf"--magic_prime {prime}[^\n]*{right}", magic_prime=prime)
@@ -170,7 +170,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("make", CHECKPOINTS, ids=lambda make: make.__name__)
-def test_checkpoint(tmp_path, data, capfd, make):  # noqa: F811
+def test_checkpoint(tmp_path, data, capfd, make):
     path = tmp_path / "weights.pth"
     make(path)
     before = path.read_bytes()
@@ -180,7 +180,7 @@ def test_checkpoint(tmp_path, data, capfd, make):  # noqa: F811
 
 
 @pytest.mark.parametrize("make", [truncated, hostile], ids=lambda make: make.__name__)
-def test_initial_weights_of_stage_3(tmp_path, data, capfd, make):  # noqa: F811
+def test_initial_weights_of_stage_3(tmp_path, data, capfd, make):
     (tmp_path / "run").mkdir()
     make(tmp_path / "run" / "rwkv-init.pth")
     assert train(tmp_path / "run", data, train_stage=3) == 2
@@ -200,7 +200,7 @@ COMPILERS = {
 
 
 @pytest.mark.parametrize("name", COMPILERS)
-def test_compiler(tmp_path, data, name):  # noqa: F811
+def test_compiler(tmp_path, data, name):
     """Without the native kernel a run would take many times as long: it begins only where that was asked for."""
     script, words = COMPILERS[name]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": ""}
@@ -230,7 +230,7 @@ def test_compiler(tmp_path, data, name):  # noqa: F811
         assert "is complete" in done.stdout
 
 
-def test_everything_that_is_wrong_is_said_at_once(tmp_path, data):  # noqa: F811
+def test_everything_that_is_wrong_is_said_at_once(tmp_path, data):
     wrong = {"n_embd": 40, "dim_att": 64, "lr_final": 1, "micro_bsz": 0, "train_stage": 7, "precision": "fp8"}
     argv = flags(tmp_path / "run", data, **wrong)
     done = subprocess.run(
@@ -244,7 +244,7 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path, data):  # noqa: F811
 
 
 @pytest.mark.parametrize("seconds", [0.3, 0.6, 1.2, 2.5, 4.0, 5.5])
-def test_ctrl_c_at_any_moment_ends_cleanly(tmp_path, data, seconds):  # noqa: F811
+def test_ctrl_c_at_any_moment_ends_cleanly(tmp_path, data, seconds):
     """While it imports, builds the model, trains: no traceback, code 130, and the same command goes on."""
     argv = flags(tmp_path / "run", data, my_exit_tokens=CTX * 4 * 3000, epoch_steps=100)
     process = subprocess.Popen(

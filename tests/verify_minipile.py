@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.training.reporting.curves import MiniEpoch, read_curves
-from src.training.reporting.published import LOSS_TOLERANCE, MINI_EPOCHS, differences
+from src.run_log import MiniEpoch, read_curves
+from src.training.figures.published import LOSS_TOLERANCE, MINI_EPOCHS, differences
 
 
 def faults(mini_epochs: list[MiniEpoch]) -> list[str]:

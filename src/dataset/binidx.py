@@ -17,6 +17,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from src.errors import UserError
 from src.files import write_whole
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -58,13 +59,13 @@ class MMapIndexedDataset:
         self.prefix = file_prefix(path)
         self.bin_path, self.idx_path = with_ending(self.prefix, ".bin"), with_ending(self.prefix, ".idx")
         if self.prefix.is_file() and not self.bin_path.exists() and not self.idx_path.exists():
-            raise ValueError(
+            raise UserError(
                 f"{path} is no token data: data/make_data.py makes X.bin and X.idx from texts (jsonl, txt, parquet); a jsonl of conversations "
                 "is read as it is, with --data_type sft"
             )
         for file in (self.bin_path, self.idx_path):
             if not file.is_file():
-                raise ValueError(
+                raise UserError(
                     f"{file} does not exist; a dataset is the two files X.bin and X.idx, given as X (--data_file, --val_data_file, --data)."
                 )
         self.dtype, n_items, n_bounds = self._read_header()
@@ -116,7 +117,7 @@ class MMapIndexedDataset:
         length = self.bin_path.stat().st_size
         if length != end:
             what = "cut short or of another dataset" if length < end else "of another dataset"
-            raise ValueError(
+            raise UserError(
                 f"{self.bin_path} is {length} bytes long and by {self.idx_path.name} should be {end}: one of the two "
                 f"files is {what}. Copy or make both again."
             )
@@ -160,7 +161,7 @@ class BinIdxWriter:
         self.prefix = file_prefix(prefix)
         self.dtype = np.dtype(dtype)
         if self.dtype not in _CODES:
-            raise ValueError(f"{self.dtype} is no token type; use one of {', '.join(map(str, _CODES))}.")
+            raise UserError(f"{self.dtype} is no token type; use one of {', '.join(map(str, _CODES))}.")
         self.n_tokens = 0
         self.n_documents = 0
         self._bin_part = with_ending(self.prefix, ".bin.part")
@@ -178,7 +179,7 @@ class BinIdxWriter:
         tokens = given.astype(self.dtype.newbyteorder("<"), copy=False)
         if not np.array_equal(given, tokens):
             span = f"{given.min()} to {given.max()}"
-            raise ValueError(f"document {self.n_documents}: its ids, {span}, do not fit {self.dtype}.")
+            raise UserError(f"document {self.n_documents}: its ids, {span}, do not fit {self.dtype}.")
         self.add_bytes(tokens.tobytes(), np.array([len(tokens)]))
 
     def add_bytes(self, tokens: bytes, sizes: npt.NDArray[Any]) -> None:

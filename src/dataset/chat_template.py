@@ -11,6 +11,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from src.errors import UserError
+
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
 # How RWKV World models are spoken to. A blank line ends a turn, so there is none within one.
@@ -60,7 +62,7 @@ class ChatTemplate:
         try:
             self._compiled = world.from_string(source)
         except jinja2.TemplateError as error:
-            raise ValueError(f"the tokenizer's chat template can't be read: {error}") from error
+            raise UserError(f"the tokenizer's chat template can't be read: {error}") from error
 
     def render(
         self, messages: list[Message], add_generation_prompt: bool = False, around_answers: tuple[str, str] = ("", "")
@@ -75,7 +77,7 @@ class ChatTemplate:
         try:
             return self._compiled.render({**self._specials, **variables, **marks})
         except (jinja2.TemplateError, TypeError) as error:  # TypeError: as of adding a text to nothing
-            raise ValueError(f"a chat template that refuses this conversation: {error}") from error
+            raise UserError(f"a chat template that refuses this conversation: {error}") from error
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from src.dataset.chat_template import ChatTemplate, Message
 from src.dataset.documents import read_json
+from src.errors import UserError
 
 ROLES = ("system", "user", "assistant")
 
@@ -18,31 +19,31 @@ def read_conversation(line: bytes) -> list[Message]:
     entry = read_json(line)
     turns = entry.get("conversations", entry.get("messages")) if isinstance(entry, dict) else None
     if not isinstance(turns, list):
-        raise ValueError('no list "conversations"')
+        raise UserError('no list "conversations"')
     messages: list[Message] = []
     for turn in turns:
         messages.append(_message(turn, messages))
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no answer")
+        raise UserError("no answer")
     return messages
 
 
 def _message(turn: Any, before: list[Message]) -> Message:
     content = turn.get("content") if isinstance(turn, dict) else None
     if not isinstance(content, str):
-        raise ValueError("a turn without text")
+        raise UserError("a turn without text")
     role = turn.get("role")
     if role is None:
         role = "assistant" if before and before[-1]["role"] == "user" else "user"
     if role not in ROLES:
-        raise ValueError("a role that is none of " + ", ".join(ROLES))
+        raise UserError("a role that is none of " + ", ".join(ROLES))
     if role == "system" and before:
-        raise ValueError("a system turn that is not the first")
+        raise UserError("a system turn that is not the first")
     if not content.isascii():
         try:
             content.encode()
         except UnicodeEncodeError:
-            raise ValueError("half of a surrogate pair") from None
+            raise UserError("half of a surrogate pair") from None
     return {"role": role, "content": content}
 
 
@@ -65,7 +66,7 @@ def render_with_answers(template: ChatTemplate, special_tokens: list[str], messa
     if template.marks_answers:
         marked = _cut_out(template.render(messages, around_answers=signs), signs)
         if marked is None or marked.text != plain or not marked.answers:
-            raise ValueError("generation marks of the chat template that do not enclose the answers")
+            raise UserError("generation marks of the chat template that do not enclose the answers")
         return marked
     count = sum(message["role"] == "assistant" for message in messages)
     for trimmed in (False, True):  # some templates take the white space around an answer away
@@ -73,7 +74,7 @@ def render_with_answers(template: ChatTemplate, special_tokens: list[str], messa
         found = _cut_out(template.render(signed), signs)
         if found is not None and found.text == plain and len(found.answers) == count:
             return _with_ends(found, special_tokens)
-    raise ValueError("answers that the chat template does not put in as they are")
+    raise UserError("answers that the chat template does not put in as they are")
 
 
 def check_template(template: ChatTemplate, special_tokens: list[str]) -> None:
@@ -87,7 +88,7 @@ def check_template(template: ChatTemplate, special_tokens: list[str]) -> None:
         except ValueError:  # some templates know no system turn
             render_with_answers(template, special_tokens, turns[1:])
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"its chat template can't be used for fine-tuning, because of {error}. Put {{% generation %}} ... "
             "{% endgeneration %} into it around what the assistant writes, the token that ends an answer included."
         ) from error
@@ -135,6 +136,6 @@ def _with_ends(found: Rendered, special_tokens: list[str]) -> Rendered:
     for begin, stop in found.answers:
         match = end.match(found.text, stop) if end else None
         if match is None:
-            raise ValueError("answers that no special token ends")
+            raise UserError("answers that no special token ends")
         answers.append((begin, match.end()))
     return Rendered(found.text, answers)

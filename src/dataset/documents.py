@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from src.dataset.text_input import Piece
+from src.errors import UserError
 
 EMPTY_LINE, EMPTY_TEXT = "an empty line", "an empty text"  # the reasons of lines with which nothing is lost
 
@@ -39,13 +40,13 @@ def read_lines(piece: Piece) -> Iterator[tuple[int, bytes | str | None]]:
 def read_json(line: bytes) -> Any:
     """The value of a JSON line, or a ValueError whose text is the reason."""
     if not line.strip():
-        raise ValueError(EMPTY_LINE)
+        raise UserError(EMPTY_LINE)
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError:
-        raise ValueError("bytes that are no UTF-8") from None
+        raise UserError("bytes that are no UTF-8") from None
     except (ValueError, RecursionError):  # the latter: nested a thousand deep
-        raise ValueError("no JSON") from None
+        raise UserError("no JSON") from None
 
 
 def _text(line: bytes | str | None, field: str, is_json: bool) -> str:
@@ -54,24 +55,24 @@ def _text(line: bytes | str | None, field: str, is_json: bool) -> str:
         assert isinstance(line, bytes)
         entry = read_json(line)
         if not isinstance(entry, dict):
-            raise ValueError("no JSON object")
+            raise UserError("no JSON object")
         if field not in entry:
-            raise ValueError(f"no field {field!r}")
+            raise UserError(f"no field {field!r}")
         value = entry[field]
     elif isinstance(line, bytes):
         try:
             value = line.decode().removeprefix("\ufeff")
         except UnicodeDecodeError:
-            raise ValueError("bytes that are no UTF-8") from None
+            raise UserError("bytes that are no UTF-8") from None
     if not isinstance(value, str):
-        raise ValueError("a text that is no string")
+        raise UserError("a text that is no string")
     if not value:
-        raise ValueError(EMPTY_TEXT)
+        raise UserError(EMPTY_TEXT)
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError("half of a surrogate pair") from None
+            raise UserError("half of a surrogate pair") from None
     return value
 
 

@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import Dataset
 
 from src.dataset.binidx import MMapIndexedDataset
-from src.dataset.sampling import check_magic_prime, sample_number, sample_offset, skip_holes
+from src.dataset.sample_order import check_magic_prime, nth_kept_sample, sample_number, sample_offset
+from src.errors import UserError
 
 
 class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -18,7 +19,7 @@ class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     prime         the magic prime of this data and ctx_len (`magic_prime(tokens, ctx_len)`)
     first_sample  number of the run's sample at which this start begins, over all ranks
     n_samples     how many samples this rank reads: its length, a multiple of `micro_bsz`
-    holes         samples left out for good, (first, count): the later ones move up
+    skipped_samples         samples left out for good, (first, count): the later ones move up
     vocab_size    every id must be below it; otherwise a ValueError names the id and where it stands
 
     Nothing changes after construction: any item can be read at any time, in any process.
@@ -35,7 +36,7 @@ class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         rank: int,
         world_size: int,
         vocab_size: int,
-        holes: Sequence[tuple[int, int]] = (),
+        skipped_samples: Sequence[tuple[int, int]] = (),
     ) -> None:
         assert 0 <= rank < world_size
         assert n_samples % micro_bsz == 0, "a rank reads whole micro batches"
@@ -48,7 +49,7 @@ class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self.rank = rank
         self.world_size = world_size
         self.vocab_size = vocab_size
-        self.holes = tuple(holes)
+        self.skipped_samples = tuple(skipped_samples)
 
     def __len__(self) -> int:
         return self.n_samples
@@ -56,12 +57,12 @@ class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         if not 0 <= index < self.n_samples:
             raise IndexError(f"sample {index} of {self.n_samples}")
-        n = skip_holes(sample_number(index, self.first_sample, self.rank, self.world_size), self.holes)
+        n = nth_kept_sample(sample_number(index, self.first_sample, self.rank, self.world_size), self.skipped_samples)
         offset = sample_offset(n, self.prime, self.ctx_len)
         window = self.data.tokens[offset : offset + self.ctx_len + 1].astype(np.int64)
         if window.max() >= self.vocab_size or window.min() < 0:
             at = int(np.flatnonzero((window >= self.vocab_size) | (window < 0))[0])
-            raise ValueError(
+            raise UserError(
                 f"{self.data.bin_path} holds the id {window[at]} at token {offset + at}, outside of --vocab_size "
                 f"{self.vocab_size}: give the vocabulary size of the tokenizer that made this data."
             )

@@ -17,8 +17,9 @@ import torch
 from torch.utils.data import Dataset
 
 from src.dataset.packing import Indices, Packing, epoch_order, one_each, pack
-from src.dataset.sampling import sample_number, skip_holes
+from src.dataset.sample_order import nth_kept_sample, sample_number
 from src.dataset.sft_cache import Conversations
+from src.errors import UserError
 
 IGNORED = -100  # a target that doesn't count
 _TOKENS_AT_ONCE = 1 << 22  # counted at once
@@ -88,7 +89,7 @@ class SftRows:
         too_long = positions > ctx_len
         if too_long.any() and truncate == "error":
             first = int(np.flatnonzero(too_long)[0])
-            raise ValueError(
+            raise UserError(
                 f"--ctx_len {ctx_len}: {int(too_long.sum())} of {len(positions)} conversations are longer, the first is "
                 f"number {first} with {positions[first]}. Raise --ctx_len, or choose --truncate end or drop."
             )
@@ -100,7 +101,7 @@ class SftRows:
         self.n_cut = int(too_long[used].sum())
         self.n_dropped = len(positions) - len(used)
         if not len(used):
-            raise ValueError(
+            raise UserError(
                 f"--ctx_len {ctx_len}: no conversation has an answer within it; use a larger --ctx_len or other data."
             )
         lengths = np.minimum(positions[used], ctx_len)
@@ -175,7 +176,7 @@ class SftDataset(Dataset[tuple[SftBatch, float]]):
 
     first_sample   number of the run's row at which this start begins, over all ranks
     n_samples      how many rows this rank reads: its length, a multiple of the micro batch
-    holes          rows left out for good, (first, count): the later ones move up
+    skipped_samples          rows left out for good, (first, count): the later ones move up
     micro_bsz      rows of a micro batch
     micro_batches  of a step, on each rank
     """
@@ -187,7 +188,7 @@ class SftDataset(Dataset[tuple[SftBatch, float]]):
         n_samples: int,
         rank: int,
         world_size: int,
-        holes: Sequence[tuple[int, int]] = (),
+        skipped_samples: Sequence[tuple[int, int]] = (),
         micro_bsz: int = 1,
         micro_batches: int = 1,
     ) -> None:
@@ -199,7 +200,7 @@ class SftDataset(Dataset[tuple[SftBatch, float]]):
         self.n_samples = n_samples
         self.rank = rank
         self.world_size = world_size
-        self.holes = tuple(holes)
+        self.skipped_samples = tuple(skipped_samples)
         if micro_batches * world_size > 1:
             rows.counted  # noqa: B018 (here, once, and not in each of the loader's processes)
 
@@ -210,7 +211,7 @@ class SftDataset(Dataset[tuple[SftBatch, float]]):
         if not 0 <= index < self.n_samples:
             raise IndexError(f"row {index} of {self.n_samples}")
         n = sample_number(index, self.first_sample, self.rank, self.world_size)
-        return self.rows.sample(skip_holes(n, self.holes)), self._mean_counted(index)
+        return self.rows.sample(nth_kept_sample(n, self.skipped_samples)), self._mean_counted(index)
 
     def _mean_counted(self, index: int) -> float:
         """Every rank counts all rows of the step: that needs no word between them, and a loader can do it ahead of time."""
@@ -221,7 +222,8 @@ class SftDataset(Dataset[tuple[SftBatch, float]]):
         if self._mean_of_step[0] != step:
             first = self.first_sample + step * self.micro_bsz * shares
             numbers = [
-                self.rows.number(skip_holes(n, self.holes)) for n in range(first, first + self.micro_bsz * shares)
+                self.rows.number(nth_kept_sample(n, self.skipped_samples))
+                for n in range(first, first + self.micro_bsz * shares)
             ]
             self._mean_of_step = (step, int(self.rows.counted[numbers].sum(dtype=np.int64)) / shares)
         return self._mean_of_step[1]

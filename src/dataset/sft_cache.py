@@ -25,6 +25,7 @@ from src.dataset.lock import only_one
 from src.dataset.text_input import Piece, check_inputs, read_pieces
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.dataset.workers import map_in_order, usable_cores
+from src.errors import UserError
 from src.files import write_whole
 
 _FORMAT = 1  # another number, and every cache is made again
@@ -49,13 +50,13 @@ def chat_tokenizer(folder: str) -> Tokenizer:
     """The tokenizer of a run on conversations. ValueError unless it has a chat template that can be masked."""
     tokenizer = load_tokenizer(folder)
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise UserError(
             f"--tokenizer {folder} has no chat template: give a Hugging Face tokenizer folder with one, or world."
         )
     try:
         check_template(tokenizer.chat_template, tokenizer.special_tokens)
     except ValueError as error:
-        raise ValueError(f"--tokenizer {folder}: {error}") from error
+        raise UserError(f"--tokenizer {folder}: {error}") from error
     return tokenizer
 
 
@@ -78,7 +79,7 @@ def encode_conversation(tokenizer: Tokenizer, line: bytes) -> tuple[list[int], n
     text, answers = render_with_answers(tokenizer.chat_template, tokenizer.special_tokens, messages)
     ids, counts = tokenizer.encode_marked(text, answers)
     if not counts[1:].any():  # the first token is never a target
-        raise ValueError("no answer")
+        raise UserError("no answer")
     return ids, counts, len(messages)
 
 
@@ -115,7 +116,7 @@ def open_conversations(path: str, folder: str, workers: int | None = None) -> Co
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        raise ValueError(
+        raise UserError(
             f"{error}: the tokens of --data_file are kept beside it, so its folder must allow it; copy it to a folder of yours."
         ) from error
 
@@ -124,7 +125,7 @@ def _source(path: str, folder: str) -> tuple[Path, dict[str, Any]]:
     """Where the tokens of `path` are kept, and what they are made from. ValueError for a file that can't hold conversations."""
     check_inputs([path])
     if not path.lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-        raise ValueError(f"--data_file {path}: conversations come as .jsonl, .jsonl.gz or .jsonl.zst.")
+        raise UserError(f"--data_file {path}: conversations come as .jsonl, .jsonl.gz or .jsonl.zst.")
     made_from = {"format": _FORMAT, "file": _fingerprint(Path(path)), "tokenizer": _tokenizer_hash(folder)}
     return with_ending(Path(path), ".sft"), made_from
 

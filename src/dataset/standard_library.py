@@ -6,6 +6,8 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
+from src.errors import UserError
+
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 AT_LEAST_BYTES = 4_000_000  # a whole library has about 12 MB; Debian's python3-minimal has 3
 
@@ -26,7 +28,7 @@ def library_sources(library: Path | None = None) -> dict[str, str]:
                 names.setdefault(text, name.as_posix())
     total = sum(map(len, names))
     if total < AT_LEAST_BYTES:
-        raise ValueError(
+        raise UserError(
             f"{library} holds {total} bytes of Python sources, the demo needs {AT_LEAST_BYTES} or more of the standard "
             f"library's. This Python ({sys.executable}) has it packed or only in part: install the full library "
             f"(Debian: apt install python3 libpython3-stdlib), or run with another Python."

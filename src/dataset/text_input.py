@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from src.errors import UserError
+
 PIECE_BYTES = 1 << 20  # a quarter of a million tokens: some tenths of a second of work
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ENDINGS = (*JSON_LINES, ".parquet", ".txt")
@@ -35,9 +37,9 @@ def check_inputs(paths: Sequence[str]) -> int:
         if path == STDIN:
             return 0
         if not path.lower().endswith(ENDINGS):
-            raise ValueError(f"{path}: the name must end in {' '.join(ENDINGS)}, or be - for JSON lines from stdin.")
+            raise UserError(f"{path}: the name must end in {' '.join(ENDINGS)}, or be - for JSON lines from stdin.")
         if not Path(path).is_file():
-            raise ValueError(f"{path} does not exist.")
+            raise UserError(f"{path} does not exist.")
         total += Path(path).stat().st_size
     return total
 
@@ -80,7 +82,7 @@ def _blocks(raw: IO[bytes], path: str) -> Iterator[bytes]:
     try:
         yield from unpack
     except damaged as error:
-        raise ValueError(f"{path} is damaged or cut: {error}") from error
+        raise UserError(f"{path} is damaged or cut: {error}") from error
 
 
 _Unpacking = tuple[Iterator[bytes], tuple[type[Exception], ...]]  # the content, and the errors of damage
@@ -95,7 +97,7 @@ def _zstd(raw: IO[bytes], path: str) -> _Unpacking:
     try:
         import zstandard
     except ImportError as error:
-        raise ValueError(f"{path}: reading .zst needs the package zstandard: pip install zstandard") from error
+        raise UserError(f"{path}: reading .zst needs the package zstandard: pip install zstandard") from error
 
     def unpack() -> Iterator[bytes]:  # by hand, because the package's stream reader takes a cut file for a whole one
         frame = None
@@ -134,15 +136,15 @@ def _read_parquet(path: str, field: str) -> Iterator[_Part]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError(f"{path}: reading .parquet needs the package pyarrow: pip install pyarrow") from error
+        raise UserError(f"{path}: reading .parquet needs the package pyarrow: pip install pyarrow") from error
     size = Path(path).stat().st_size
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
-                raise ValueError(f"{path} has no column {field!r}, it has {file.schema_arrow.names}: use --field.")
+                raise UserError(f"{path} has no column {field!r}, it has {file.schema_arrow.names}: use --field.")
             rows, done = max(1, file.metadata.num_rows), 0
             for batch in file.iter_batches(batch_size=512, columns=[field]):
                 done += len(batch)
                 yield batch.column(0).to_pylist(), len(batch), size * done // rows
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} can't be read as Parquet: {error}") from error
+        raise UserError(f"{path} can't be read as Parquet: {error}") from error

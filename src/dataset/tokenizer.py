@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate
+from src.errors import UserError
 from src.files import write_whole
 
 WORLD_VOCAB_SIZE = 65536  # rows of the published models; the vocabulary itself ends at id 65529
@@ -104,7 +105,7 @@ class WorldTokenizer(Tokenizer):
         try:
             from pyrwkv_tokenizer import RWKVTokenizer
         except ImportError as error:
-            raise ValueError("--tokenizer world needs a package: pip install pyrwkv-tokenizer") from error
+            raise UserError("--tokenizer world needs a package: pip install pyrwkv-tokenizer") from error
         self._rust = RWKVTokenizer()
         self.specials = {}
         self.chat_template = ChatTemplate(RWKV_TEMPLATE, self.specials)
@@ -146,14 +147,14 @@ class FolderTokenizer(Tokenizer):
         self.name = str(folder)
         model, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not model.is_file():
-            raise ValueError(
+            raise UserError(
                 f"--tokenizer {folder}: there is no tokenizer.json in it. Name a Hugging Face tokenizer folder, or "
                 f"`world`. (A folder with a slow tokenizer: save it once with transformers' AutoTokenizer.)"
             )
         try:
             self._rust = tokenizers.Tokenizer.from_file(str(model))
         except Exception as error:  # the package raises nothing narrower
-            raise ValueError(f"--tokenizer {folder}: tokenizer.json can't be read: {error}") from error
+            raise UserError(f"--tokenizer {folder}: tokenizer.json can't be read: {error}") from error
         self._rust.no_truncation()
         self._rust.no_padding()
         config = _read_json(config_file) if config_file.is_file() else {}
@@ -179,14 +180,14 @@ class FolderTokenizer(Tokenizer):
             return None
         number = self._rust.token_to_id(token)
         if number is None:
-            raise ValueError(f"--tokenizer {self.name}: its {name} {token!r} is not in its vocabulary.")
+            raise UserError(f"--tokenizer {self.name}: its {name} {token!r} is not in its vocabulary.")
         return number
 
     def encode(self, text: str) -> list[int]:
         try:
             return self._rust.encode(text, add_special_tokens=False).ids
         except TypeError as error:  # all that the package says of a lone surrogate
-            raise ValueError("text with lone surrogates is not valid Unicode") from error
+            raise UserError("text with lone surrogates is not valid Unicode") from error
 
     def _places(self, text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         begins, ends = np.array(self._rust.encode(text, add_special_tokens=False).offsets).reshape(-1, 2).T
@@ -251,7 +252,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
 def _token_text(entry: Any) -> str | None:

@@ -12,6 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import TypeVar
 
+from src.errors import UserError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -56,6 +58,6 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], work
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise ValueError("A worker process was killed, most likely for want of memory: use fewer --workers.") from error
+        raise UserError("A worker process was killed, most likely for want of memory: use fewer --workers.") from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -18,6 +18,7 @@ import torch
 
 from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate, Message
 from src.dataset.tokenizer import Tokenizer
+from src.errors import UserError
 from src.files import write_whole
 from src.inference.characters import CharacterStream, UntilText
 from src.inference.decoder import Decoder
@@ -71,7 +72,7 @@ class Conversation:
     def retry(self) -> Iterator[str]:
         """Another answer to the last question. ValueError when nothing has been asked."""
         if self._before is None:
-            raise ValueError("/retry: nothing has been asked yet")
+            raise UserError("/retry: nothing has been asked yet")
         self.undo()
         return self._answer(self._before[0])
 
@@ -168,7 +169,7 @@ class Conversation:
             with write_whole(path) as file:
                 torch.save(record, file)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"/save {path}: can't be written ({error.strerror}); name a file in a folder that can be"
             ) from error
 
@@ -177,21 +178,21 @@ class Conversation:
         try:
             record = torch.load(path, map_location="cpu", weights_only=True)
         except OSError as error:
-            raise ValueError(f"/load {path}: can't be read ({error.strerror})") from error
+            raise UserError(f"/load {path}: can't be read ({error.strerror})") from error
         except (
             Exception
         ) as error:  # torch raises half a dozen types here; all mean that it is none of its files, or a damaged one
-            raise ValueError(
+            raise UserError(
                 f"/load {path}: no saved conversation, or cut short; expected a file written by /save"
             ) from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ValueError(f"/load {path}: no saved conversation; expected a file written by /save")
+            raise UserError(f"/load {path}: no saved conversation; expected a file written by /save")
         if record["model"] != self._model_sizes():
-            raise ValueError(
+            raise UserError(
                 f"/load {path}: saved with a model of other sizes ({record['model']}, here {self._model_sizes()})"
             )
         if record.get("weights", here := self._weights_hash()) != here:  # older files don't say
-            raise ValueError(
+            raise UserError(
                 f"/load {path}: saved with other weights (or one of the two is in fp16), whose state means nothing to these; load it with its own model and --dtype"
             )
         self.decoder.state = State([LayerState(*layer) for layer in record["layers"]])
@@ -226,19 +227,19 @@ class Conversation:
         elif name in self.settings():
             self.sampling = replace(self.sampling, **{name: _number(name, value)})  # type: ignore[arg-type]
         else:
-            raise ValueError(f"/set {name}: no such setting; there are {', '.join(self.settings())}")
+            raise UserError(f"/set {name}: no such setting; there are {', '.join(self.settings())}")
 
 
 def _number(name: str, value: str) -> float:
     try:
         return float(value)
     except ValueError as error:
-        raise ValueError(f"/set {name} {value}: expected a number, for example /set {name} 0.5") from error
+        raise UserError(f"/set {name} {value}: expected a number, for example /set {name} 0.5") from error
 
 
 def _whole(name: str, value: str, at_least: int) -> int:
     if not value.isdecimal() or not at_least <= int(value) < 2**63:
-        raise ValueError(f"/set {name} {value}: expected a whole number of at least {at_least}")
+        raise UserError(f"/set {name} {value}: expected a whole number of at least {at_least}")
     return int(value)
 
 
@@ -251,7 +252,7 @@ def find_template(name: str, tokenizer: Tokenizer, pretrained_only: bool = False
         return tokenizer.chat_template
     if name == "tokenizer":
         if tokenizer.chat_template is None:
-            raise ValueError(
+            raise UserError(
                 f"--chat_template tokenizer: the tokenizer {tokenizer.name} has none; expected none, rwkv or a Jinja file"
             )
         return tokenizer.chat_template
@@ -259,13 +260,13 @@ def find_template(name: str, tokenizer: Tokenizer, pretrained_only: bool = False
         return ChatTemplate(RWKV_TEMPLATE, {})
     path = Path(name)
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"--chat_template {name}: no such file; expected none, tokenizer, rwkv, or a file with a Jinja template"
         )
     try:
         return ChatTemplate(path.read_text(encoding="utf-8"), tokenizer.specials)
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--chat_template {name}: can't be read as UTF-8 text ({error})") from error
+        raise UserError(f"--chat_template {name}: can't be read as UTF-8 text ({error})") from error
 
 
 def _end_of_answer(template: ChatTemplate | None) -> str:

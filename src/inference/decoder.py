@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from src.errors import UserError
 from src.inference.step import CudaGraphStep, TorchStep, overwrite
 from src.model import RWKV7, LayerState, State
 from src.ops.decode import MOST_SEQUENCES, DecodeWeights, can_decode, decode_step
@@ -133,9 +134,9 @@ class Decoder:
 def check_tokens(tokens: Sequence[int], vocab_size: int, what: str) -> None:
     """ValueError when there is no token, or one outside the vocabulary."""
     if not len(tokens):
-        raise ValueError(f"{what} is empty: expected at least one token (0, the end of a document, starts a new text)")
+        raise UserError(f"{what} is empty: expected at least one token (0, the end of a document, starts a new text)")
     least, most = min(tokens), max(tokens)
     if least < 0 or most >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{what} has token id {least if least < 0 else most}, the model has {vocab_size} rows: it was made with another tokenizer"
         )

@@ -24,6 +24,7 @@ from src.dataset.binidx import MMapIndexedDataset, with_ending
 from src.dataset.documents import EMPTY_LINE, EMPTY_TEXT, read_documents
 from src.dataset.text_input import JSON_LINES, Piece, read_pieces
 from src.dataset.tokenizer import Tokenizer
+from src.errors import UserError
 from src.inference.load import add_model_arguments, find_tokenizer, find_weights, load_model
 from src.inference.scoring import LOGIT_ROWS, score_continuations
 from src.model import RWKV7
@@ -53,7 +54,7 @@ def windows(n_tokens: int, ctx_len: int, max_windows: int | None = None) -> Iter
     A remainder shorter than that is left out, unless it is all there is. ValueError for less than two tokens.
     """
     if n_tokens < 2:
-        raise ValueError(f"--data has {n_tokens} tokens; expected at least 2, one to read and one to predict")
+        raise UserError(f"--data has {n_tokens} tokens; expected at least 2, one to read and one to predict")
     ctx_len = min(ctx_len, n_tokens - 1)
     count = (n_tokens - 1) // ctx_len
     chosen = count if max_windows is None else min(count, max_windows)
@@ -80,7 +81,7 @@ def heldout_loss(
         batch = np.stack([tokens[window] for window in chosen[first : first + micro_bsz]]).astype(np.int64)
         if batch.min() < 0 or batch.max() >= model.config.vocab_size:
             wrong = batch.min() if batch.min() < 0 else batch.max()
-            raise ValueError(
+            raise UserError(
                 f"--data has token id {wrong}, the model {model.config.vocab_size} rows: it was made with another tokenizer"
             )
         total += _summed_loss(model, torch.from_numpy(batch))
@@ -111,9 +112,9 @@ def read_texts(path: Path, flag: str) -> Iterator[str]:
                 if isinstance(text, str):
                     yield text
                 elif text.reason not in (EMPTY_LINE, EMPTY_TEXT):
-                    raise ValueError(f"{flag} {text}")
+                    raise UserError(f"{flag} {text}")
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{flag} {path}: can't be read ({error.strerror}); make it readable, or name another file"
         ) from error
 
@@ -138,10 +139,10 @@ def last_words(model: RWKV7, tokenizer: Tokenizer, texts: Iterable[str]) -> Last
     for text in texts:
         context, _, word = text.rstrip().rpartition(" ")
         if not context or not word:
-            raise ValueError(f"--last_word: {text!r} has no word before its last one")
+            raise UserError(f"--last_word: {text!r} has no word before its last one")
         pairs.append(([0, *tokenizer.encode(context)], tokenizer.encode(" " + word)))
     if not pairs:
-        raise ValueError("--last_word: there are no texts in it")
+        raise UserError("--last_word: there are no texts in it")
     scores = score_continuations(model, pairs)
     mean = sum(score.log_probability for score in scores) / len(scores)
     return LastWords(sum(score.greedy for score in scores) / len(scores), math.exp(min(-mean, 700.0)), len(scores))
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for name in ("ctx_len", "max_windows", "micro_bsz"):
             if getattr(options, name) is not None and getattr(options, name) < 1:
-                raise ValueError(f"--{name} {getattr(options, name)}: expected at least 1")
+                raise UserError(f"--{name} {getattr(options, name)}: expected at least 1")
         print(_last_word_report(options) if options.last_word else _report(options))
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
@@ -179,7 +180,7 @@ def _report(options: argparse.Namespace) -> str:
     path, vocab_size = Path(options.data), model.config.vocab_size
     is_binidx = path.suffix in (".bin", ".idx") or with_ending(path, ".bin").is_file()
     if not is_binidx and not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"--data {path}: no such file; expected binidx data (X, X.bin), a text file or a .jsonl of texts"
         )
     tokenizer: Tokenizer | None = None
@@ -195,7 +196,7 @@ def _report(options: argparse.Namespace) -> str:
         tokens = encode_texts(read_texts(path, "--data"), tokenizer)
     result = heldout_loss(model, tokens, options.ctx_len, options.max_windows, options.micro_bsz)
     if not math.isfinite(result.loss):
-        raise ValueError(
+        raise UserError(
             f"{weights}: its loss is {result.loss}: the weights hold numbers that are not finite, or overflow in --dtype; try fp32"
         )
     if tokenizer is None:
@@ -212,7 +213,7 @@ def _last_word_report(options: argparse.Namespace) -> str:
     weights, path = find_weights(options.model), Path(options.last_word)
     if not path.is_file() or not path.name.lower().endswith(JSON_LINES):
         what = "not lines of JSON by its name" if path.is_file() else "no such file"
-        raise ValueError(f'--last_word {path}: {what}; expected a .jsonl (.gz, .zst) of {{"text": ...}}')
+        raise UserError(f'--last_word {path}: {what}; expected a .jsonl (.gz, .zst) of {{"text": ...}}')
     model = load_model(weights, options.dtype, options.device)
     tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer)
     result = last_words(model, tokenizer, read_texts(path, "--last_word"))

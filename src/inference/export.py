@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from src.dataset.tokenizer import Tokenizer, copy_tokenizer
+from src.errors import UserError
 from src.files import sync_folder, write_whole
 from src.inference.fla import TENSORS, write_fla
 from src.inference.load import DTYPES, MODEL_HELP, find_tokenizer, find_weights, load_model
@@ -58,7 +59,7 @@ def export(
     """
     is_folder = format == "fla"
     if is_folder and (others := sorted(file.name for file in out.glob("*.safetensors") if file.name != TENSORS)):
-        raise ValueError(
+        raise UserError(
             f"OUT {out}: holds other weights ({others[0]}), which would be read together with these; name another folder"
         )
     original = load_model(model, "as is", "cpu")
@@ -124,13 +125,13 @@ def main(argv: list[str] | None = None) -> int:
         weights = find_weights(options.model)
         format = options.format or _format_of(options.out)
         if options.out.exists() and options.out.resolve() == weights.resolve():
-            raise ValueError(f"OUT {options.out}: is MODEL itself; name another file")
+            raise UserError(f"OUT {options.out}: is MODEL itself; name another file")
         if format != "fla" and options.out.is_dir():
-            raise ValueError(
+            raise UserError(
                 f"OUT {options.out}: is a folder; --format {format} writes one file, for example {options.out / f'model.{format}'}"
             )
         if format != "fla" and options.out.suffix != f".{format}":  # files are read by their ending
-            raise ValueError(
+            raise UserError(
                 f"OUT {options.out}: --format {format} writes a file that ends in .{format}; name it {options.out}.{format}"
             )
         tokenizer = _tokenizer(weights, options.tokenizer) if format == "fla" else None
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
 def _format_of(out: Path) -> str:
     endings = {".pth": "pth", ".safetensors": "safetensors", "": "fla"}
     if out.suffix not in endings:
-        raise ValueError(f"OUT {out}: expected an ending .pth or .safetensors, none for a folder, or --format")
+        raise UserError(f"OUT {out}: expected an ending .pth or .safetensors, none for a folder, or --format")
     return endings[out.suffix]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from src.config import ModelConfig
+from src.errors import UserError
 from src.files import write_whole
 from src.model.layers import GROUP_NORM_EPS, LAYER_NORM_EPS
 from src.model.weights import IDLE_IN_LAYER_0, Weights
@@ -50,7 +51,7 @@ def _renamed(name: str, names: dict[str, str]) -> str:
         match = re.match(re.escape(ours).replace(r"\{\}", r"(\d+)"), name)
         if match:
             return theirs.replace("{}", "".join(match.groups())) + name[match.end() :]
-    raise ValueError(f"{name}: no such parameter in an RWKV-7 model")
+    raise UserError(f"{name}: no such parameter in an RWKV-7 model")
 
 
 def fla_name(name: str) -> str:
@@ -95,7 +96,7 @@ def from_fla(tensors: Weights) -> Weights:
 def fla_config(config: ModelConfig, dtype: torch.dtype, eos_id: int) -> dict[str, Any]:
     """config.json of a model. ValueError for sizes that this layout can't express."""
     if config.head_size != 64:
-        raise ValueError(
+        raise UserError(
             f"--format fla: this layout ties GroupNorm's eps to the head size, which agrees with RWKV-7's {GROUP_NORM_EPS:g} for "
             f"heads of 64 only; this model has {config.head_size}. Use --format safetensors"
         )
@@ -140,16 +141,16 @@ def read_fla(folder: Path) -> Weights:
 
     config = _read_json(folder / CONFIG)
     if config.get("attn"):
-        raise ValueError(f"{folder}: a hybrid model with attention layers, not RWKV-7 alone")
+        raise UserError(f"{folder}: a hybrid model with attention layers, not RWKV-7 alone")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder}: holds {CONFIG} and no .safetensors file; download the weights too")
+        raise UserError(f"{folder}: holds {CONFIG} and no .safetensors file; download the weights too")
     tensors: Weights = {}
     for file in files:
         try:
             tensors |= load_file(file)
         except (SafetensorError, OSError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{file}: cut short or not a safetensors file ({error}); copy or download it again"
             ) from error
     return from_fla(tensors)
@@ -172,5 +173,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: can't be read ({error})") from error
+        raise UserError(f"{path}: can't be read ({error})") from error
     return read if isinstance(read, dict) else {}

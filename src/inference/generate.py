@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 
 from torch import Tensor
 
+from src.errors import UserError
 from src.inference.characters import CharacterStream
 from src.inference.decoder import PACK_TOKENS, Decoder
 from src.inference.load import add_model_arguments, find_tokenizer, find_weights, load_model
@@ -123,11 +124,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def sampling_of(options: argparse.Namespace) -> Sampling:
     """What the flags of `add_sampling_arguments` say. ValueError that names the flag."""
     if options.seed is not None and not 0 <= options.seed < 2**63:
-        raise ValueError(f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1")
+        raise UserError(f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1")
     try:
         return Sampling(**{field.name: getattr(options, field.name) for field in fields(Sampling)})
     except ValueError as error:
-        raise ValueError(f"--{error}") from error
+        raise UserError(f"--{error}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         sampling = sampling_of(options)
         if options.length < 0:
-            raise ValueError(f"--length {options.length}: expected at least 0 tokens")
+            raise UserError(f"--length {options.length}: expected at least 0 tokens")
         weights = find_weights(options.model)
         model = load_model(weights, options.dtype, options.device)
         tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer)

@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from src.dataset.tokenizer import Tokenizer
+from src.errors import UserError
 from src.inference.generate import generate_batch
 from src.inference.sampling import Sampling
 from src.inference.scoring import score_continuations
@@ -90,5 +91,5 @@ def harness_model(model: RWKV7, tokenizer: Tokenizer) -> Any:
     try:
         from lm_eval.api.model import LM
     except ImportError as error:
-        raise ValueError("the harness is missing: pip install lm-eval") from error
+        raise UserError("the harness is missing: pip install lm-eval") from error
     return type("RWKV7Harness", (Answers, LM), {})(model, tokenizer)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from src.dataset.tokenizer import WORLD_VOCAB_SIZE, Tokenizer, load_tokenizer
+from src.errors import UserError
 from src.inference.fla import is_fla_folder, read_fla
 from src.model import RWKV7
 
@@ -26,12 +27,12 @@ def find_weights(model: str | Path) -> Path:
     if model.is_file() or is_fla_folder(model):
         return model
     if not model.is_dir():
-        raise ValueError(f"MODEL {model}: no such file or folder; expected a .pth file or a run's folder (--proj_dir)")
+        raise UserError(f"MODEL {model}: no such file or folder; expected a .pth file or a run's folder (--proj_dir)")
     for path in _weights_of_run(model):
         return path
     others = sorted(path.name for path in model.iterdir() if path.suffix in (".pth", ".safetensors"))
     one_of = f", for example {model / others[0]} (there are {len(others)})" if others else ""
-    raise ValueError(
+    raise UserError(
         f"MODEL {model}: the folder holds no rwkv-final.pth, rwkv-N.pth or rwkv-init.pth; name the weights file itself{one_of}"
     )
 
@@ -59,7 +60,7 @@ def find_tokenizer(weights: Path, vocab_size: int, given: str = "") -> Tokenizer
     recorded = _tokenizer_within(weights) if weights.is_dir() else _recorded_tokenizer(weights.parent)
     tokenizer = load_tokenizer(given or recorded or _by_size(weights, vocab_size))
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} entries, {weights} only {vocab_size} rows: they don't belong "
             "together; give the tokenizer that the model was trained with"
         )
@@ -81,7 +82,7 @@ def _record(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{record}: can't be read ({error}); mend it, or move the weights to a folder of their own"
         ) from error
 
@@ -96,7 +97,7 @@ def _recorded_tokenizer(folder: Path) -> str:
 
 def _by_size(weights: Path, vocab_size: int) -> str:
     if vocab_size != WORLD_VOCAB_SIZE:
-        raise ValueError(f"--tokenizer: {weights} doesn't say which; expected world or a Hugging Face tokenizer folder")
+        raise UserError(f"--tokenizer: {weights} doesn't say which; expected world or a Hugging Face tokenizer folder")
     return "world"
 
 
@@ -108,7 +109,7 @@ def newest_weights(out: Path) -> Path:
     """The trained weights that were written last in the runs under `out`. ValueError when there are none."""
     found = [path for path in out.glob("**/rwkv-*.pth") if path.name != "rwkv-init.pth"]
     if not found:
-        raise ValueError(
+        raise UserError(
             f"MODEL: missing, and there are no trained weights under {out}/; name a .pth file or a run's folder"
         )
     return max(found, key=lambda path: path.stat().st_mtime)
@@ -138,13 +139,13 @@ def load_model(weights: Path, dtype: str | None = None, device: str | None = Non
     try:
         named = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"--device {device}: no such device; expected cpu, cuda or cuda:1") from error
+        raise UserError(f"--device {device}: no such device; expected cpu, cuda or cuda:1") from error
     if named.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device}: not supported; expected cpu, cuda or cuda:1 (AMD's GPUs are cuda too)")
+        raise UserError(f"--device {device}: not supported; expected cpu, cuda or cuda:1 (AMD's GPUs are cuda too)")
     if named.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: PyTorch sees no GPU; leave the flag out to use the CPU")
+        raise UserError(f"--device {device}: PyTorch sees no GPU; leave the flag out to use the CPU")
     if named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
+        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
     chosen = None if dtype == "as is" else DTYPES[dtype or ("fp32" if named.type == "cpu" else "bf16")]
     if weights.is_dir():
         model = RWKV7.from_weights(read_fla(weights), str(weights), chosen, device)

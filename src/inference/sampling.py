@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from src.errors import UserError
+
 # Temperatures that fp32 rounds to 0 would divide 0 by 0; long before that the likeliest token is as good as certain.
 GREEDY_BELOW = 1e-6
 
@@ -43,7 +45,7 @@ class Sampling:
             value = getattr(self, field.name)
             least, most, words = limits.get(field.name, (-math.inf, math.inf, "a finite number"))
             if not math.isfinite(value) or not least <= value <= most:
-                raise ValueError(f"{field.name} {value}: expected {words}")
+                raise UserError(f"{field.name} {value}: expected {words}")
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -95,7 +97,7 @@ class Sampler:
         """The next token for logits [V] of any device and dtype. ValueError when they are not numbers."""
         logits = logits.detach().to("cpu", torch.float32)  # the same draws on every device
         if not bool(logits.isfinite().all()):
-            raise ValueError(
+            raise UserError(
                 "the model's logits are not finite: the weights are damaged, or --dtype is too narrow for them"
             )
         ids, p = probabilities(self._penalised(logits), self.sampling)

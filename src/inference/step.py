@@ -17,7 +17,7 @@ from src.model import RWKV7, Block, LayerState, State, TimeMix
 from src.model.layers import GROUP_NORM_EPS
 from src.ops import wkv7
 from src.ops.build import BuildError
-from src.ops.wkv7 import describe_kernel
+from src.ops.recurrence import describe_kernel
 
 
 class _TimeMixWeights(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from src.ops.wkv7 import Remember
+from src.ops.recurrence import Remember
 
 Result = TypeVar("Result")
 

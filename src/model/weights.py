@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from src.config import ModelConfig
+from src.errors import UserError
+from src.files import write_whole
 
 Weights = dict[str, Tensor]
 IDLE_IN_LAYER_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # files may lack them
@@ -24,14 +26,14 @@ def read_weights(path: str | Path) -> Weights:
     path = Path(path)
     if path.is_dir():
         some = ", ".join(sorted(file.name for file in path.glob("*.pth"))[:4])
-        raise ValueError(f"{path}: a folder; name a weights file" + (f" in it ({some})" if some else " (.pth)"))
+        raise UserError(f"{path}: a folder; name a weights file" + (f" in it ({some})" if some else " (.pth)"))
     if not path.is_file():
-        raise ValueError(f"{path}: no such weights file; check the path (--load_model, --proj_dir)")
+        raise UserError(f"{path}: no such weights file; check the path (--load_model, --proj_dir)")
     loaded: object
     try:
         path.open("rb").close()
     except OSError as error:
-        raise ValueError(f"{path}: can't be read ({error.strerror}); make it readable, or name another file") from error
+        raise UserError(f"{path}: can't be read ({error.strerror}); make it readable, or name another file") from error
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -41,15 +43,15 @@ def read_weights(path: str | Path) -> Weights:
             loaded = _torch_load(path)
     except Exception as error:  # torch raises half a dozen types here; all mean that the file is not usable
         if called := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(
+            raise UserError(
                 f"{path}: holds more than plain tensors and was not opened: that could run code, it calls {called.group(1)}; "
                 "expected a state dict saved by torch.save"
             ) from error
-        raise ValueError(
+        raise UserError(
             f"{path}: cut short or not a weights file; copy or download it again, or name another file"
         ) from error
     if not isinstance(loaded, dict) or not loaded:
-        raise ValueError(f"{path}: not a state dict (a mapping from parameter names to tensors)")
+        raise UserError(f"{path}: not a state dict (a mapping from parameter names to tensors)")
     strange = [
         key
         for key, t in loaded.items()
@@ -67,7 +69,7 @@ def read_weights(path: str | Path) -> Weights:
             else ""
         )
         some = ", ".join(map(repr, strange[:3]))
-        raise ValueError(
+        raise UserError(
             f"{path}: not a state dict (a mapping from parameter names to tensors): {some} is no such entry{advice}"
         )
     return {_plain_name(name): tensor for name, tensor in loaded.items()}
@@ -99,16 +101,16 @@ def config_from_weights(weights: Weights, source: str, kernel: str = "auto") -> 
     lacking = [name for name in needed if name not in weights]
     if lacking:
         some = ", ".join(list(weights)[:3])
-        raise ValueError(
+        raise UserError(
             f"{source}: not RWKV-7 weights: {lacking[0]} is missing (the file begins with {some}); expected the state dict of an RWKV-7 (x070) model"
         )
     if flat := [f"{name} is {list(weights[name].shape)}" for name in needed if weights[name].dim() != 2]:
-        raise ValueError(
+        raise UserError(
             f"{source}: the model's sizes can't be read: {', '.join(flat)}, expected two dimensions each; save it with its own shape"
         )
     layers = {int(m.group(1)) for m in (re.match(r"blocks\.(\d+)\.", name) for name in weights) if m}
     if layers != set(range(len(layers))):
-        raise ValueError(
+        raise UserError(
             f"{source}: blocks {sorted(set(range(max(layers))) - layers)} are missing; copy or download it again, whole"
         )
     vocab_size, n_embd = weights["emb.weight"].shape
@@ -139,7 +141,7 @@ def fit_weights(weights: Weights, model: nn.Module, source: str, partial: bool =
         for name, tensor in weights.items()
         if not tensor.is_floating_point()
     ]:
-        raise ValueError(
+        raise UserError(
             f"{source}: {', '.join(whole[:3])}: expected floating point weights (fp32, bf16, fp16); use the file before it was quantised"
         )
     wanted = model.state_dict()
@@ -168,7 +170,7 @@ def fit_weights(weights: Weights, model: nn.Module, source: str, partial: bool =
     ]
     misfits += [f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in foreign]
     if misfits:
-        raise ValueError(
+        raise UserError(
             f"{source}: these weights don't fit the model: {'; '.join(misfits[:3])}"
             + (f"; and {len(misfits) - 3} more" if len(misfits) > 3 else "")
             + f".\n{_size_that_would_fit(weights, source)}"
@@ -186,3 +188,22 @@ def _size_that_would_fit(weights: Weights, source: str) -> str:
         f" --dim_ffn {own.dim_ffn} --d_decay_lora {own.d_decay_lora} --d_aaa_lora {own.d_aaa_lora}"
         f" --d_mv_lora {own.d_mv_lora} --d_gate_lora {own.d_gate_lora}"
     )
+
+
+def save_weights(weights: Weights, path: Path) -> None:
+    """Write a state dict under `path`, whole or not at all; tensors on any device.
+
+    Tried twice. Then OSError (disk full, folder gone, no permission) with the path: a run stops rather than train on without being saved.
+    """
+    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
+    for last_try in (False, True):
+        try:
+            with write_whole(path) as file:
+                torch.save(weights, file)
+            return
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            if last_try:
+                raise OSError(
+                    f"{path} could not be written ({str(error).splitlines()[0]}). The weights saved before are whole; "
+                    "free some space or repair the folder and run the same command again: it continues from them"
+                ) from error

@@ -2,7 +2,7 @@
 
 from src.ops.elementwise import relu_squared, time_mix_inputs, time_mix_output, token_shift
 from src.ops.loss import cross_entropy_l2wrap, linear_cross_entropy_l2wrap
-from src.ops.wkv7 import wkv7
+from src.ops.recurrence import wkv7
 
 __all__ = [
     "cross_entropy_l2wrap",

@@ -30,7 +30,7 @@ def wkv7_reference(
         S_t = S_{t-1} diag(decay_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T
         y_t = S_t r_t
 
-    Contract: `src.ops.wkv7.wkv7`.
+    Contract: `src.ops.recurrence.wkv7`.
     """
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()

@@ -12,6 +12,8 @@ import argparse
 import sys
 from typing import Any
 
+from src.errors import UserError
+
 NAME = "RWKV-7 training"
 # sections -> panels: title, x, what is drawn over it (names as reporting/loggers.py writes them), logarithmic
 LAYOUT: dict[str, tuple[tuple[str, str, tuple[str, ...], bool], ...]] = {
@@ -45,7 +47,7 @@ def workspace(project: str, entity: str) -> Any:
         import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as workspaces
     except ModuleNotFoundError as error:
-        raise ValueError("the package wandb-workspaces is missing; pip install wandb wandb-workspaces") from error
+        raise UserError("the package wandb-workspaces is missing; pip install wandb wandb-workspaces") from error
     sections = [
         workspaces.Section(
             name=name,
@@ -78,12 +80,12 @@ def save(project: str, entity: str) -> str:
     try:
         import wandb
     except ModuleNotFoundError as error:
-        raise ValueError("the package wandb is missing; pip install wandb wandb-workspaces") from error
+        raise UserError("the package wandb is missing; pip install wandb wandb-workspaces") from error
     try:
         view = workspace(project, entity or _own_entity())
         return view.save().url
     except (wandb.Error, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"wandb's server gave no access to {project} ({error}); it needs a login that works (`wandb login`), the network, and a "
             "project that has a run already"
         ) from error
@@ -94,7 +96,7 @@ def _own_entity() -> str:
 
     entity = wandb.Api().default_entity
     if not entity:
-        raise ValueError("this login has no default team or user; name one with --entity")
+        raise UserError("this login has no default team or user; name one with --entity")
     return entity
 
 

@@ -13,13 +13,14 @@ from torch.utils.data import Dataset
 from src.config import RunConfig
 from src.dataset.binidx import MMapIndexedDataset
 from src.dataset.pretrain import PretrainDataset
-from src.dataset.sampling import check_magic_prime, magic_prime, sample_offset
+from src.dataset.sample_order import check_magic_prime, magic_prime, sample_offset
 from src.dataset.sft import SftDataset, SftRows, collate_shares
 from src.dataset.sft_cache import Conversations, look_at_conversations, open_conversations
+from src.errors import UserError
 
 # windows of the data whose ids are compared with vocab_size before the start; every batch is checked later
 SAMPLED_WINDOWS = 256
-Holes = Sequence[tuple[int, int]]
+SkippedSamples = Sequence[tuple[int, int]]
 
 
 class Samples(Protocol):
@@ -31,8 +32,10 @@ class Samples(Protocol):
     words: str  # for the summary
     collate: Any  # how a list of samples becomes a batch; None: stacked as they are
 
-    def dataset(self, first: int, count: int, rank: int, world_size: int, holes: Holes, vocab_size: int) -> Dataset:
-        """The `count` samples of one rank, from the run's sample `first` on, without those in `holes`."""
+    def dataset(
+        self, first: int, count: int, rank: int, world_size: int, skipped_samples: SkippedSamples, vocab_size: int
+    ) -> Dataset:
+        """The `count` samples of one rank, from the run's sample `first` on, without those in `skipped_samples`."""
         ...
 
     def check_ids(self, vocab_size: int) -> None:
@@ -60,17 +63,19 @@ class PretrainSamples:
         self.identity = f"{self.data.n_tokens} tokens {ends.hexdigest()[:16]}"
         self.words = f"{config.data_file}, {self.data.n_tokens:,} tokens, magic prime {self.prime:,}"
 
-    def dataset(self, first: int, count: int, rank: int, world_size: int, holes: Holes, vocab_size: int) -> Dataset:
+    def dataset(
+        self, first: int, count: int, rank: int, world_size: int, skipped_samples: SkippedSamples, vocab_size: int
+    ) -> Dataset:
         c = self.config
         return PretrainDataset(
-            c.data_file, c.ctx_len, self.prime, first, count, c.micro_bsz, rank, world_size, vocab_size, holes
+            c.data_file, c.ctx_len, self.prime, first, count, c.micro_bsz, rank, world_size, vocab_size, skipped_samples
         )
 
     def check_ids(self, vocab_size: int) -> None:
         for at, ids in self.sampled_windows():
             largest = int(ids.max())
             if largest >= vocab_size:
-                raise ValueError(
+                raise UserError(
                     f"--data_file {self.config.data_file}: token id {largest} near position {at:,} doesn't fit --vocab_size "
                     f"{vocab_size}; the data was made with another tokenizer: give its --vocab_size, or make the data anew"
                 )
@@ -117,14 +122,18 @@ class SftSamples:
             f"{left_out:,} lines unusable"
         )
 
-    def dataset(self, first: int, count: int, rank: int, world_size: int, holes: Holes, vocab_size: int) -> Dataset:
+    def dataset(
+        self, first: int, count: int, rank: int, world_size: int, skipped_samples: SkippedSamples, vocab_size: int
+    ) -> Dataset:
         c = self.config
-        return SftDataset(self.rows, first, count, rank, world_size, holes, c.micro_bsz, c.accumulate_grad_batches)
+        return SftDataset(
+            self.rows, first, count, rank, world_size, skipped_samples, c.micro_bsz, c.accumulate_grad_batches
+        )
 
     def check_ids(self, vocab_size: int) -> None:
         largest = self.largest_id()
         if largest >= vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"--tokenizer {self.config.tokenizer}: its token {largest} doesn't fit --vocab_size {vocab_size} of the model; "
                 "fine-tune with the tokenizer that the model was trained with"
             )
@@ -144,7 +153,7 @@ def open_samples(config: RunConfig) -> Samples:
     return SftSamples(config) if config.data_type == "sft" else PretrainSamples(config)
 
 
-def look_at_samples(config: RunConfig) -> tuple[Samples, float]:
+def peek_samples(config: RunConfig) -> tuple[Samples, float]:
     """As `open_samples`, leaving nothing behind: conversations that were not tokenised before are only looked at, in which case the share
     of the file that was seen is below 1."""
     if config.data_type != "sft":

@@ -19,10 +19,10 @@ import numpy as np
 
 from src.config import GROUPS, ModelConfig, RunConfig
 from src.files import write_whole
-from src.training.folder import REPORT, RUN, SAMPLES
+from src.run_folder import REPORT, RUN, SAMPLES
+from src.run_log import Curves, read_curves
+from src.training.figures import published
 from src.training.plot import draw_run
-from src.training.reporting import published
-from src.training.reporting.curves import Curves, read_curves
 from src.training.reporting.progress import duration
 
 LINE_WIDTH = 96

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from src.config import RunConfig
 from src.model import RWKV7
 from src.ops.loss import cross_entropy_l2wrap, linear_cross_entropy_l2wrap
+from src.training.distributed.process_group import leave_signals_to_the_run
+from src.training.distributed.sharded_init import Values, partition
+from src.training.distributed.zero import EngineAdamW
+from src.training.hardware.selection import Hardware, engine_settings
 from src.training.optim import MasterAdamW, parameter_groups
-from src.training.parts import Values, partition
-from src.training.processes import leave_signals_to_the_run
-from src.training.strategy import Hardware, engine_settings
-from src.training.zero import EngineAdamW
 
 MEASURED_ROWS = 1024  # of a micro batch, where the largest logit is looked for
 

@@ -12,7 +12,9 @@ from src.model.init import row_of
 
 LOSS_SCALE_POWER = 16  # fp16 only: 2^16 at first; halved at an overflow, doubled after this many good steps:
 LOSS_SCALE_GROWTH_STEPS = 1000
-PIECE = 1 << 26  # parameters whose gradients a step has in fp32 at a time; a larger one is a piece of its own
+MAX_FP32_GRAD_NUMEL = (
+    1 << 26
+)  # parameters whose gradients a step has in fp32 at a time; a larger one is a piece of its own
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -161,12 +163,12 @@ def adam_state(adam: torch.optim.AdamW, weights: nn.Parameter) -> dict[str, Tens
 
 
 def _pieces(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters in order, cut where their low-precision numbers exceed PIECE; those in fp32 need no copy and don't count."""
+    """Parameters in order, cut where their low-precision numbers exceed MAX_FP32_GRAD_NUMEL; those in fp32 need no copy and don't count."""
     pieces: list[list[nn.Parameter]] = [[]]
     size = 0
     for parameter in parameters:
         count = 0 if parameter.dtype == torch.float32 else parameter.numel()
-        if size + count > PIECE and pieces[-1]:
+        if size + count > MAX_FP32_GRAD_NUMEL and pieces[-1]:
             pieces.append([])
             size = 0
         pieces[-1].append(parameter)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from src.files import write_whole
-from src.training.folder import PICTURE
-from src.training.reporting import published
-from src.training.reporting.curves import Curves, Numbers, read_curves
+from src.run_folder import FIGURE
+from src.run_log import Curves, Numbers, read_curves
+from src.training.figures import published
 from src.training.reporting.progress import duration
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument(
-        "--out", default="", help=f"the picture (.png, .svg) [{PICTURE} of a single run, else compare.png]"
+        "--out", default="", help=f"the picture (.png, .svg) [{FIGURE} of a single run, else compare.png]"
     )
     options = parser.parse_args(argv)
     try:
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     single = len(runs) == 1
-    place = Path(options.runs[0]) / PICTURE if single and Path(options.runs[0]).is_dir() else Path("compare.png")
+    place = Path(options.runs[0]) / FIGURE if single and Path(options.runs[0]).is_dir() else Path("compare.png")
     picture = Path(options.out) if options.out else place
     _write(draw_run(runs[0]) if single else draw_comparison(runs), picture)
     print(table(runs))

@@ -17,41 +17,42 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 
+from src import run_folder
 from src.config import RunConfig
 from src.dataset.binidx import file_prefix
 from src.dataset.lock import only_one
+from src.errors import UserError
 from src.model import RWKV7
-from src.model.weights import fit_weights, read_weights
+from src.model.weights import fit_weights, read_weights, save_weights
 from src.ops.build import BuildError
-from src.ops.wkv7 import describe_kernel
-from src.training import checkpoint
-from src.training.allocator import set_up_malloc
+from src.ops.recurrence import describe_kernel
+from src.run_folder import BEST, FIGURE, FINAL, INIT, LOG, METRICS, REPORT, VALIDATION
+from src.run_log import read_columns
+from src.training.checkpoint.resume import (
+    archive_other_run,
+    build_model,
+    compare_settings,
+    find_resume_point,
+    find_vocab_size,
+    length_of_run,
+    refuse_end_in_the_past,
+)
+from src.training.console import is_rank_zero, log, log_error, warn_on_error
 from src.training.data import open_samples
-from src.training.describe import settings_of, summary, words_for_complete
-from src.training.fit import Run, fit_whatever_comes
-from src.training.folder import BEST, FINAL, INIT, LOG, METRICS, PICTURE, REPORT, VALIDATION
+from src.training.distributed.launch import rank_from_launcher
+from src.training.distributed.process_group import ProcessGroup, join
+from src.training.hardware.allocator import set_up_malloc
+from src.training.hardware.selection import Hardware, choose_hardware
 from src.training.html_report import write_report
-from src.training.places import place_from_launcher
 from src.training.plot import loss_picture
 from src.training.preflight import plan
 from src.training.preflight.check import check, warn_at_start
 from src.training.preflight.dry_run import dry_run
-from src.training.preflight.out_of_memory import NotEnoughMemory, explained, is_out_of_memory
-from src.training.processes import Company, join
+from src.training.preflight.out_of_memory import OutOfMemory, is_out_of_memory, with_oom_advice
 from src.training.remember import refuse_another_run, remember
-from src.training.reporting.log_files import read_columns
-from src.training.say import is_first, only_warn, say, say_error
-from src.training.start import (
-    build_model,
-    compare_settings,
-    find_start,
-    find_vocab_size,
-    length_of_run,
-    put_aside_other_run,
-    refuse_end_in_the_past,
-)
-from src.training.strategy import Hardware, choose_hardware
-from src.training.validate import HeldOut
+from src.training.settings import settings_of, summary, words_for_complete
+from src.training.trainer import Run, fit_with_rollback
+from src.training.validation import HeldOut
 
 INTERRUPTED_EXIT_CODE = 130  # what shells report for Ctrl-C
 
@@ -60,9 +61,9 @@ def run(config: RunConfig, notes: list[str]) -> int:
     """Carry out `train.py` with these settings. The exit code: 0 done, 1 a failure, 2 a mistake in the call, 130 stopped."""
     ends_at = time.monotonic() + config.time_limit * 60 if config.time_limit else math.inf
     _quiet_libraries()
-    company = Company()
+    process_group = ProcessGroup()
     try:
-        if place := place_from_launcher(
+        if place := rank_from_launcher(
             os.environ
         ):  # who speaks and writes: Lightning doesn't know every launcher's ranks
             rank_zero_only.rank = place.rank  # type: ignore[attr-defined]
@@ -71,50 +72,52 @@ def run(config: RunConfig, notes: list[str]) -> int:
         if config.accelerator == "cpu" or not torch.cuda.is_available():
             set_up_malloc(lean=bool(config.grad_cp))
         if config.check:
-            return check(config, notes) if is_first() else 0
+            return check(config, notes) if is_rank_zero() else 0
         hardware = choose_hardware(config)
         if config.train_stage == 1:
             hardware = replace(hardware, devices=1, num_nodes=1)  # one process writes; of a launcher's, the first
-            if not is_first():
+            if not is_rank_zero():
                 return 0
         else:
             if config.data_type == "binidx":
                 open_samples(config)  # a mistake in the data is said before other processes are started
-            company = join(hardware.devices, hardware.num_nodes, hardware.accelerator)
+            process_group = join(hardware.devices, hardware.num_nodes, hardware.accelerator)
         for note in (*notes, *hardware.notes):
-            say(f"note: {note}")
+            log(f"note: {note}")
         if config.dry_run:
-            code = dry_run(config, hardware, Path(config.proj_dir), company)
-            company.leave()
+            code = dry_run(config, hardware, Path(config.proj_dir), process_group)
+            process_group.leave()
             return code
-        proj_dir = company.decide(lambda: _writable_folder(config.proj_dir))
+        proj_dir = process_group.broadcast_from_rank_zero(lambda: _writable_folder(config.proj_dir))
         with _alone_in(proj_dir):
             if config.train_stage == 1:
                 return _write_init(config, proj_dir)
-            code = _train(config, hardware, proj_dir, company, ends_at)
-        company.leave()
+            code = _train(config, hardware, proj_dir, process_group, ends_at)
+        process_group.leave()
         return code
     except ValueError as error:
         if not _is_for_users(error):
-            company.explain(error)
+            process_group.explain(error)
             raise
-        return _fail(company, str(error), 2)
+        return _fail(process_group, str(error), 2)
     except BuildError as error:
-        return _fail(company, f"--kernel {config.kernel}: {error}", 2)
+        return _fail(process_group, f"--kernel {config.kernel}: {error}", 2)
     except OSError as error:
-        return _fail(company, _in_words(error, config), 1)
-    except (FloatingPointError, NotEnoughMemory) as error:
-        return _fail(company, str(error), 1)
+        return _fail(process_group, _in_words(error, config), 1)
+    except (FloatingPointError, OutOfMemory) as error:
+        return _fail(process_group, str(error), 1)
     except KeyboardInterrupt:
-        if company.rank == 0:
-            say_error(f"stopped at once; {_what_continues(config)} from the newest saved state or weights")
+        if process_group.rank == 0:
+            log_error(f"stopped at once; {_what_continues(config)} from the newest saved state or weights")
         return INTERRUPTED_EXIT_CODE
     except Exception as error:
         if is_out_of_memory(error):
             return _fail(
-                company, f"the memory doesn't suffice ({str(error).splitlines()[0]}); --check says what would fit", 1
+                process_group,
+                f"the memory doesn't suffice ({str(error).splitlines()[0]}); --check says what would fit",
+                1,
             )
-        company.explain(error)
+        process_group.explain(error)
         raise
 
 
@@ -130,10 +133,10 @@ def _in_words(error: OSError, config: RunConfig) -> str:
     return f"{where}: {error.strerror}; mend that (space, permission, connection), and {_what_continues(config)} from what was saved last"
 
 
-def _fail(company: Company, message: str, code: int) -> int:
-    if company.has_to_say(message):
-        say_error(message)
-        company.end_all(message)
+def _fail(process_group: ProcessGroup, message: str, code: int) -> int:
+    if process_group.should_report(message):
+        log_error(message)
+        process_group.abort(message)
     return code
 
 
@@ -148,13 +151,13 @@ def _is_for_users(error: ValueError) -> bool:
 def _plan(config: RunConfig) -> int:
     """Needs no machine like the one that is planned for: everything comes from the flags (and the data, for what they leave out)."""
     if not config.my_exit_tokens and not config.data_file:
-        raise ValueError("--plan: how many tokens? Give --my_exit_tokens or --data_file")
+        raise UserError("--plan: how many tokens? Give --my_exit_tokens or --data_file")
     if config.devices == "auto":
-        raise ValueError("--devices auto: expected a number of processes per machine with --plan")
+        raise UserError("--devices auto: expected a number of processes per machine with --plan")
     model = config.model_config(find_vocab_size(config, None))
     exit_tokens = config.my_exit_tokens or max(1, round(config.epochs * open_samples(config).once))
     precision = config.precision or ("fp32" if config.accelerator == "cpu" else "bf16")
-    say(plan.describe(config, model, exit_tokens, int(config.devices) * config.num_nodes, precision))
+    log(plan.describe(config, model, exit_tokens, int(config.devices) * config.num_nodes, precision))
     return 0
 
 
@@ -168,12 +171,12 @@ def _write_init(config: RunConfig, proj_dir: Path) -> int:
         with torch.device("meta"):
             like = RWKV7(model_config)
         fit_weights(read_weights(target), like, source=str(target))
-        say(f"{target} is there already and fits; delete it to draw other initial weights")
+        log(f"{target} is there already and fits; delete it to draw other initial weights")
         return 0
     seed = _seed(config)
     model = RWKV7(model_config).to(_init_dtype(config))
-    checkpoint.save_weights(model.state_dict(), target)
-    say(f"wrote {target}: {model_config.title}, {plan.parameter_count(model_config):,} parameters, seed {seed}")
+    save_weights(model.state_dict(), target)
+    log(f"wrote {target}: {model_config.title}, {plan.parameter_count(model_config):,} parameters, seed {seed}")
     return 0
 
 
@@ -184,57 +187,57 @@ def _init_dtype(config: RunConfig) -> torch.dtype:
 # ---- training ---------------------------------------------------------------------------------------------------------------
 
 
-def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, company: Company, ends_at: float) -> int:
+def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group: ProcessGroup, ends_at: float) -> int:
     samples = open_samples(config)
     if config.data_type == "sft" and config.magic_prime:
-        say("note: --magic_prime has no meaning for --data_type sft, whose order is a shuffle for each epoch")
+        log("note: --magic_prime has no meaning for --data_type sft, whose order is a shuffle for each epoch")
     length = length_of_run(config, samples.once, hardware.world_size)
     held_out = HeldOut(config) if config.val_data_file else None
     if config.val_data_file and file_prefix(config.val_data_file).resolve() == file_prefix(config.data_file).resolve():
-        say("WARNING: --val_data_file is the training data itself: its loss tells nothing of other text")
+        log("WARNING: --val_data_file is the training data itself: its loss tells nothing of other text")
     if held_out and config.vocab_size:  # a mistake must not be found when files have been moved
         held_out.check_ids(config.vocab_size)
     if config.restart or not (proj_dir / FINAL).exists():  # a kernel that can't be had is said before files move
         describe_kernel(hardware.device_type, hardware.dtype, config.head_size, config.kernel)
-    company.decide(lambda: put_aside_other_run(config, proj_dir))
-    if company.decide((proj_dir / FINAL).exists):
-        company.decide(lambda: refuse_another_run(config, hardware, proj_dir, length, samples))
-        say(words_for_complete(proj_dir))
+    process_group.broadcast_from_rank_zero(lambda: archive_other_run(config, proj_dir))
+    if process_group.broadcast_from_rank_zero((proj_dir / FINAL).exists):
+        process_group.broadcast_from_rank_zero(lambda: refuse_another_run(config, hardware, proj_dir, length, samples))
+        log(words_for_complete(proj_dir))
         return 0
-    seed = company.decide(lambda: _seed(config))
-    start = company.decide(lambda: find_start(config, proj_dir, length))
-    model, values = build_model(config, hardware, start, company)
+    seed = process_group.broadcast_from_rank_zero(lambda: _seed(config))
+    start = process_group.broadcast_from_rank_zero(lambda: find_resume_point(config, proj_dir, length))
+    model, values = build_model(config, hardware, start, process_group)
     samples.check_ids(model.config.vocab_size)
     if held_out:
         held_out.check_ids(model.config.vocab_size)
     settings = settings_of(config, model.config, hardware, length, samples, seed)
     if start.position.step:
-        known = start.loaded.settings if start.loaded else checkpoint.read_run(proj_dir).get("settings", {})
-        company.decide(lambda: compare_settings(known, settings, proj_dir))
-        company.decide(lambda: refuse_end_in_the_past(known, start))
-    say(summary(config, model, hardware, samples, start))
+        known = start.loaded.settings if start.loaded else run_folder.read_run(proj_dir).get("settings", {})
+        process_group.broadcast_from_rank_zero(lambda: compare_settings(known, settings, proj_dir))
+        process_group.broadcast_from_rank_zero(lambda: refuse_end_in_the_past(known, start))
+    log(summary(config, model, hardware, samples, start))
     remember(config, hardware, proj_dir, settings, start)
-    if company.rank == 0:
+    if process_group.rank == 0:
         warn_at_start(config, hardware, model.config, samples, start, proj_dir)
     sizes, made = model.config, [(model, values)]
     del model, values
-    with explained(config, sizes, hardware, company):
-        ingredients = Run(config, hardware, proj_dir, samples, held_out, settings, company, ends_at)
-        end = fit_whatever_comes(ingredients, made, start)
-    if company.rank != 0:
+    with with_oom_advice(config, sizes, hardware, process_group):
+        ingredients = Run(config, hardware, proj_dir, samples, held_out, settings, process_group, ends_at)
+        end = fit_with_rollback(ingredients, made, start)
+    if process_group.rank != 0:
         return end.exit_code
     drawn = []
     if read_columns(proj_dir / METRICS):
-        with only_warn(PICTURE):
-            drawn.append(loss_picture(proj_dir, proj_dir / PICTURE))
-        with only_warn(REPORT):
+        with warn_on_error(FIGURE):
+            drawn.append(loss_picture(proj_dir, proj_dir / FIGURE))
+        with warn_on_error(REPORT):
             drawn.append(write_report(proj_dir))
     if end.stopped:
-        say(f"stopped: {end.stopped}; its state is saved, {_what_continues(config)} from there")
+        log(f"stopped: {end.stopped}; its state is saved, {_what_continues(config)} from there")
         return end.exit_code
-    say(f"done: {', '.join(map(str, (proj_dir / FINAL, proj_dir / LOG, *drawn)))}")
+    log(f"done: {', '.join(map(str, (proj_dir / FINAL, proj_dir / LOG, *drawn)))}")
     if config.val_data_file and (rows := read_columns(proj_dir / VALIDATION)):
-        say(_held_out_in_words(rows, proj_dir, config.val_data_file, start.length.steps))
+        log(_held_out_in_words(rows, proj_dir, config.val_data_file, start.length.steps))
     return 0
 
 
@@ -265,7 +268,7 @@ def _writable_folder(name: str) -> Path:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"--proj_dir {name}: can't be written ({error.strerror or error}); choose a folder of yours"
         ) from error
     return folder
@@ -274,17 +277,17 @@ def _writable_folder(name: str) -> Path:
 @contextmanager
 def _alone_in(proj_dir: Path) -> Iterator[None]:
     """Two runs in one folder would overwrite each other's weights: the second is refused."""
-    if not is_first():
+    if not is_rank_zero():
         yield
         return
     with ExitStack() as stack:
         try:
             stack.enter_context(only_one(proj_dir / ".lock", wait=False))
         except BlockingIOError:
-            raise ValueError(
+            raise UserError(
                 f"--proj_dir {proj_dir}: another run is at work in this folder; wait for it or stop it, or choose another folder"
             ) from None
-        checkpoint.sweep(proj_dir)
+        run_folder.remove_leftovers(proj_dir)
         yield
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
 from src.dataset.pretrain import PretrainDataset
-from src.dataset.sampling import magic_prime
+from src.dataset.sample_order import magic_prime
 from src.dataset.sft import SftDataset, SftRows, collate_shares
 from src.dataset.sft_cache import Conversations
 

@@ -16,7 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from src.cli import parse
 from src.dataset.binidx import BinIdxWriter
-from src.training.reporting import pictures
+from src.training.figures import background
 from src.training.reporting.log_files import MetricsFile, TrainLog
 from src.training.reporting.loggers import LoggerSink
 from src.training.reporting.progress import ProgressLine
@@ -62,14 +62,14 @@ def main() -> None:
         per_step.append(ends[-1] - begin)
 
     Reporter.on_train_batch_end = end  # type: ignore[method-assign]
-    draw = pictures.DrawPictures._draw
+    draw = background.DrawPictures._draw
 
     def drawn(self):
         begin = time.thread_time()
         draw(self)
         spent["loss.png (CPU time of its thread)"] += time.thread_time() - begin
 
-    pictures.DrawPictures._draw = drawn  # type: ignore[method-assign]
+    background.DrawPictures._draw = drawn  # type: ignore[method-assign]
 
     with tempfile.TemporaryDirectory() as folder:
         with BinIdxWriter(Path(folder) / "data", np.uint16) as writer:

@@ -13,8 +13,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from src.config import ModelConfig, RunConfig
 from src.model import RWKV7
+from src.training.checkpoint.storage import Position, StateWriter
 from src.training.optim import MasterAdamW, parameter_groups
-from src.training.resume import Position, StateWriter
 
 SAVES = 5
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from src.ops import build, wkv7
-from src.training.allocator import set_up_malloc
+from src.training.hardware.allocator import set_up_malloc
 
 
 def product_rate(tokens: int = 2048, width: int = 512) -> float:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from src.config import ModelConfig, RunConfig
+from src.training.checkpoint.resume import Start
+from src.training.checkpoint.storage import STATE_BYTES, states
+from src.training.hardware.selection import Hardware
 from src.training.preflight import machine, plan
 from src.training.preflight.checklist import Checklist, Finding
-from src.training.preflight.out_of_memory import SAFE, estimate, parts_in_words, remedies
+from src.training.preflight.out_of_memory import SAFE, estimate, parts_in_words, suggest_settings
 from src.training.preflight.plan import GIB
-from src.training.resume import STATE_BYTES, states
-from src.training.start import Start
-from src.training.strategy import Hardware
 
 
 def check_memory(checks: Checklist, config: RunConfig, hardware: Hardware, model: ModelConfig) -> None:
@@ -25,7 +25,7 @@ def check_memory(checks: Checklist, config: RunConfig, hardware: Hardware, model
         checks.found("", f"and of the machine, for each process: {memory.on_cpu / GIB:.2f} GiB")
     if free is None or memory.total <= SAFE[hardware.accelerator] * free:
         return
-    changes = remedies(config, model, hardware, SAFE[hardware.accelerator] * free)
+    changes = suggest_settings(config, model, hardware, SAFE[hardware.accelerator] * free)
     one = "this would fit:" if len(changes) == 1 else "each of these would fit:"
     checks.to_do.append(
         f"memory: {memory.total / GIB:.1f} GiB are needed, {free / GIB:.1f} are free; {one}"

@@ -8,28 +8,28 @@ from pathlib import Path
 
 import torch
 
+from src import run_folder
 from src.config import ModelConfig, RunConfig
 from src.model import RWKV7
 from src.model.weights import Weights, fit_weights, read_weights
-from src.training import checkpoint
-from src.training.data import Samples, look_at_samples
-from src.training.folder import FINAL
+from src.run_folder import FINAL
+from src.training.checkpoint.resume import Start, find_vocab_size, length_of_run, peek_resume_point
+from src.training.console import log
+from src.training.data import Samples, peek_samples
+from src.training.hardware.selection import Hardware, choose_hardware
 from src.training.preflight import capacity, machine
 from src.training.preflight.checklist import Checklist
-from src.training.preflight.data import check_data, document_ends, look_at_held_out
+from src.training.preflight.data_check import check_data, document_ends, look_at_held_out
 from src.training.preflight.kernel import check_kernel, kernel_agreement
 from src.training.preflight.out_of_memory import advice, estimate
 from src.training.preflight.speed import expected_speed
-from src.training.say import say
-from src.training.start import Start, find_vocab_size, length_of_run, look_at_start
-from src.training.strategy import Hardware, choose_hardware
 
 
 def check(config: RunConfig, notes: list[str]) -> int:
     """`train.py --check`. Exit code 0 when nothing stands in the way, 1 with a list of what to do."""
     checks = Checklist()
     for note in notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
     checks.take(machine.software())
     checks.take(machine.build_tools())
     checks.take(machine.cuda(config.accelerator != "cpu"))
@@ -40,9 +40,9 @@ def check(config: RunConfig, notes: list[str]) -> int:
         return checks.result()
     checks.found("device", f"{hardware.device_in_words}, {hardware.in_words}, {hardware.precision}")
     for note in hardware.notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
     check_kernel(checks, config, hardware)
-    looked = checks.attempt("data", lambda: look_at_samples(config))
+    looked = checks.attempt("data", lambda: peek_samples(config))
     weights = _weights(checks, config)
     vocab_size = (
         checks.attempt("vocabulary", lambda: find_vocab_size(config, weights)) if looked or config.vocab_size else None
@@ -83,7 +83,7 @@ def warn_at_start(
     if free is not None and memory.total > free:
         wrong.append(advice(config, model, hardware, free))
     for words in wrong:
-        say(f"WARNING: {words}")
+        log(f"WARNING: {words}")
 
 
 def _check_run(
@@ -96,7 +96,7 @@ def _check_run(
 ) -> None:
     proj_dir = Path(config.proj_dir)
     fresh = length_of_run(config, positions, hardware.world_size)
-    start = checks.attempt("folder", lambda: look_at_start(config, proj_dir, fresh))
+    start = checks.attempt("folder", lambda: peek_resume_point(config, proj_dir, fresh))
     if start is None:
         return
     there, _ = machine.free_disk(proj_dir)
@@ -128,7 +128,7 @@ def _check_run(
 
 def _weights(checks: Checklist, config: RunConfig) -> Weights | None:
     """The weights that the run begins from, where they are a file."""
-    origin = checkpoint.origin_weights(Path(config.proj_dir), config.train_stage, config.load_model)
+    origin = run_folder.origin_weights(Path(config.proj_dir), config.train_stage, config.load_model)
     return checks.attempt("weights", lambda: read_weights(origin)) if origin is not None and origin.is_file() else None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from src.ops.toolchain import BuildError
-from src.training.say import say
+from src.training.console import log
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class Checklist:
         self.to_do: list[str] = []
 
     def found(self, name: str, words: str) -> None:
-        say(f"{name:>12}  {words}")
+        log(f"{name:>12}  {words}")
 
     def take(self, finding: Finding) -> None:
         self.found(finding.name, finding.words)
@@ -47,9 +47,9 @@ class Checklist:
 
     def result(self) -> int:
         if not self.to_do:
-            say("OK: nothing stands in the way of this run")
+            log("OK: nothing stands in the way of this run")
             return 0
-        say("not OK; what to do:")
+        log("not OK; what to do:")
         for number, words in enumerate(self.to_do, start=1):
-            say(f"  {number}. {words}")
+            log(f"  {number}. {words}")
         return 1

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from src.config import RunConfig
+from src.ops.recurrence import describe_kernel, wkv7
 from src.ops.reference import wkv7_reference
-from src.ops.wkv7 import describe_kernel, wkv7
+from src.training.hardware.selection import Hardware
 from src.training.preflight.checklist import Checklist, Finding
-from src.training.strategy import Hardware
 
 # |difference| / |reference| that counts as agreement: some units in the last place of the inputs' dtype
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}

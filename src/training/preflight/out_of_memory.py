@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from src.config import ModelConfig, RunConfig
+from src.training.distributed.process_group import ProcessGroup
+from src.training.hardware.selection import Hardware
 from src.training.preflight import plan
 from src.training.preflight.machine import free_memory
 from src.training.preflight.plan import GIB, Memory
-from src.training.processes import Company
-from src.training.strategy import Hardware
 
 # share of what is free that an estimate may fill: a GPU's allocator rounds up, other programs need something of a machine's
 SAFE = {"gpu": 0.92, "cpu": 0.85}
@@ -25,7 +25,7 @@ SIGNS = ("can't allocate memory", "cannot allocate memory", "not enough memory",
 Change = dict[str, Any]  # flags and their new values
 
 
-class NotEnoughMemory(Exception):
+class OutOfMemory(Exception):
     """The run didn't fit; the text says what to change."""
 
 
@@ -56,7 +56,7 @@ def estimate(config: RunConfig, model: ModelConfig, hardware: Hardware) -> Memor
     return replace(memory, gaps=GAPS * memory.total) if with_gaps else memory
 
 
-def remedies(config: RunConfig, model: ModelConfig, hardware: Hardware, allowed: float) -> list[str]:
+def suggest_settings(config: RunConfig, model: ModelConfig, hardware: Hardware, allowed: float) -> list[str]:
     """Changes of flags with which the estimate stays within `allowed` bytes, a line each, those that cost least first.
 
     Each fits alone where that is possible; else together; else where the memory goes, and what is the least that is needed.
@@ -133,15 +133,17 @@ def parts_in_words(memory: Memory) -> str:
 
 
 @contextmanager
-def explained(config: RunConfig, model: ModelConfig, hardware: Hardware, company: Company) -> Iterator[None]:
-    """Turns an error of this block that means "no memory" into NotEnoughMemory."""
-    free = free_memory(hardware.accelerator, hardware.devices, company.environment.local_rank())
+def with_oom_advice(
+    config: RunConfig, model: ModelConfig, hardware: Hardware, process_group: ProcessGroup
+) -> Iterator[None]:
+    """Turns an error of this block that means "no memory" into OutOfMemory."""
+    free = free_memory(hardware.accelerator, hardware.devices, process_group.environment.local_rank())
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise NotEnoughMemory(advice(config, model, hardware, free, str(error))) from error
+        raise OutOfMemory(advice(config, model, hardware, free, str(error))) from error
 
 
 def advice(config: RunConfig, model: ModelConfig, hardware: Hardware, free: float | None, error: str = "") -> str:
@@ -160,7 +162,7 @@ def advice(config: RunConfig, model: ModelConfig, hardware: Hardware, free: floa
         else f"; {free / GIB:.2f} GiB were free for {'it' if hardware.devices == 1 else 'each process'}"
     )
     told = f"\n  ({(error.splitlines() or [''])[0][:200]})" if error else ""
-    changes = remedies(config, model, hardware, allowed)
+    changes = suggest_settings(config, model, hardware, allowed)
     head = "what would fit:" if len(changes) == 1 else "each of these would fit:"
     return (
         f"the memory {where} doesn't suffice{told}\n  by the estimate the run takes {parts_in_words(memory)}{there}\n  {head}\n    "

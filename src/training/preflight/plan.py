@@ -5,7 +5,7 @@ Bytes per device, P parameters, b bytes of the run's dtype, W processes (tests c
     weights      b P, under ZeRO 3 b P / W and the parameters gathered at a time
     gradients    b P, under ZeRO 2, 3 b P / W and the buckets under way
     optimizer    two fp32 moments and, below fp32 or under ZeRO, an fp32 master: 8 P or 12 P, under ZeRO / W; with offload on the CPU
-    step         fp32 copies of gradients while the optimizer works: under ZeRO 4 P / W; else, below fp32, those of a piece (optim.PIECE)
+    step         fp32 copies of gradients while the optimizer works: under ZeRO 4 P / W; else, below fp32, those of a piece (optim.MAX_FP32_GRAD_NUMEL)
     activations  tokens of a micro batch * (what a block keeps for backward), of every layer or, with --grad_cp, of one; each other layer then
                  keeps its input and what the recurrence gave
                  (the block at work comes when the logits have gone: the larger of the two counts)
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from src.config import STRATEGIES, ModelConfig, RunConfig
 from src.ops.loss import ROWS
-from src.ops.wkv7 import CHUNKED_SEGMENT, CHUNKED_SLOT, CPU_SEGMENT, CUDA_WINDOW
+from src.ops.recurrence import CHUNKED_SEGMENT, CHUNKED_SLOT, CPU_SEGMENT, CUDA_WINDOW
 from src.training import optim
 
 BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
@@ -155,7 +155,7 @@ def memory(
 
 def _piece(c: ModelConfig, count: int) -> int:
     """The most parameters whose gradients MasterAdamW has in fp32 at a time."""
-    return min(count, max(optim.PIECE, c.vocab_size * c.n_embd, c.dim_ffn * c.n_embd))
+    return min(count, max(optim.MAX_FP32_GRAD_NUMEL, c.vocab_size * c.n_embd, c.dim_ffn * c.n_embd))
 
 
 def training_flops_per_token(c: ModelConfig) -> float:

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from src import run_folder
 from src.config import ModelConfig, RunConfig
 from src.model import RWKV7
-from src.training import checkpoint
-from src.training.folder import METRICS
+from src.run_folder import METRICS
+from src.run_log import read_columns
+from src.training.hardware.selection import Hardware
 from src.training.module import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
 from src.training.preflight import machine
 from src.training.preflight.checklist import Checklist
 from src.training.preflight.out_of_memory import SAFE, advice, estimate, is_out_of_memory
-from src.training.reporting.log_files import read_columns
-from src.training.strategy import Hardware
 
 MEASURED_STEPS = 50  # of metrics.csv
 # settings with which a step takes as long as in the run that was measured
@@ -72,7 +72,7 @@ def expected_speed(checks: Checklist, config: RunConfig, hardware: Hardware, mod
 def _measured_speed(config: RunConfig, hardware: Hardware) -> Speed | None:
     """From metrics.csv, when the run in the folder was made with what decides the speed."""
     proj_dir = Path(config.proj_dir)
-    before = checkpoint.read_run(proj_dir).get("settings", {})
+    before = run_folder.read_run(proj_dir).get("settings", {})
     now = {name: getattr(config, name) for name in DECIDES_SPEED if name != "dim_ffn" or config.dim_ffn}
     global_batch = config.micro_bsz * config.accumulate_grad_batches * hardware.world_size
     now |= {"precision": hardware.precision, "accelerator": hardware.accelerator, "global_batch": global_batch}

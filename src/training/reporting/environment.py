@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from src.training.strategy import Hardware
+from src.training.hardware.selection import Hardware
 
 PACKAGES = ("torch", "pytorch-lightning", "deepspeed")
 

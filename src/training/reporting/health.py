@@ -16,11 +16,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from src.training.console import log
 from src.training.module import TrainingModule
 from src.training.optim import MasterAdamW
 from src.training.reporting.reporter import OnTheWay
 from src.training.reporting.sink import Sink, StepReport
-from src.training.say import say
 
 BEFORE, LATEST = 100, 5  # losses that are compared: the median of the latest with the spread of those before
 WARM_UP_STEPS = 10  # slower than the rest: memory is fetched, kernels are built
@@ -73,7 +73,7 @@ class Warnings:
     def __call__(self, kind: str, what: str, advice: str) -> None:
         if kind not in self.said:
             self.said.add(kind)
-            say(f"WARNING: {what}\n  what to try: {advice}")
+            log(f"WARNING: {what}\n  what to try: {advice}")
 
 
 class WatchNumbers(Sink):

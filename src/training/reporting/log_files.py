@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import os
@@ -14,14 +13,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from src.files import write_whole
+from src.run_log import is_mini_epoch_line
 from src.training.reporting.sink import UPDATE_GROUPS, MiniEpochReport, Sink, StepReport, ValidationReport
 
-Numbers = npt.NDArray[np.float64]
-PIECE_BYTES = 1 << 16  # of a csv that are read at a time
 VALIDATION_LINE = re.compile(r"validation after step (\d+): ")
 
 
@@ -56,11 +51,6 @@ class TrainLog(Sink):
     def _append(self, text: str) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(text)
-
-
-def is_mini_epoch_line(line: str) -> bool:
-    """`N loss perplexity lr date time count`, as RWKV training scripts write it."""
-    return len(line.split()) == 7 and line.split()[0].isdigit()
 
 
 class MetricsFile(Sink):
@@ -119,37 +109,6 @@ class ValidationFile(Sink):
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------------------
-
-
-def read_columns(path: Path) -> dict[str, list[float]]:
-    """As `read_arrays`, in lists."""
-    return {name: values.tolist() for name, values in read_arrays(path).items()}
-
-
-def read_arrays(path: Path) -> dict[str, Numbers]:
-    """The columns of a csv with a header, as numbers; an empty cell is NaN, a last line that was cut is left out. {} where there are none.
-
-    Raises ValueError naming the file when a line has other columns. Made for hundreds of thousands of rows, read by a thread beside training: numpy takes them a piece at a time, and the lock of the
-    interpreter is free for training in between.
-    """
-    if not path.exists():
-        return {}
-    pieces: list[Numbers] = []
-    with open(path, "rb") as file:
-        names = file.readline().decode().strip().split(",")
-        while text := file.read(PIECE_BYTES) + file.readline():
-            text = text[: text.rfind(b"\n") + 1].replace(b"\r\n", b"\n")
-            for _ in range(2):  # of several empty cells in a row, one pass sees every other
-                text = text.replace(b",,", b",nan,")
-            text = text.replace(b",\n", b",nan\n")
-            if text.strip():
-                try:
-                    pieces.append(np.loadtxt(io.BytesIO(text), delimiter=",", ndmin=2))
-                    if pieces[-1].shape[1] != len(names):
-                        raise ValueError(f"{pieces[-1].shape[1]} cells under {len(names)} names")
-                except ValueError as error:
-                    raise ValueError(f"{path}: a line is not like the others; mend or remove it ({error})") from error
-    return dict(zip(names, np.concatenate(pieces).T, strict=True)) if pieces else {}
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -14,11 +14,12 @@ from urllib.parse import urlsplit
 
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
+from src import run_folder
 from src.config import RunConfig
-from src.training import checkpoint
+from src.errors import UserError
+from src.training.console import log
 from src.training.reporting.environment import git_commit
 from src.training.reporting.sink import UPDATE_GROUPS, MiniEpochReport, Sample, Sink, StepReport, ValidationReport
-from src.training.say import say
 
 # the first row is what RWKV training scripts have always logged
 STEP_NAMES = ("loss", "lr", "wd", "Gtokens", "kt/s", "tokens", "grad norm", "largest logit", "MFU", "memory GiB")
@@ -107,7 +108,7 @@ def open_loggers(config: RunConfig, proj_dir: Path, settings: dict[str, Any]) ->
         loggers.append(_open_wandb(config.wandb, proj_dir, settings))
     if config.logger == "tensorboard":
         if importlib.util.find_spec("tensorboard") is None:
-            raise ValueError("--logger tensorboard: the package tensorboard is missing; pip install tensorboard")
+            raise UserError("--logger tensorboard: the package tensorboard is missing; pip install tensorboard")
         loggers.append(TensorBoardLogger(proj_dir, name="tensorboard", version=""))
     if config.logger == "csv":
         loggers.append(CSVLogger(proj_dir, name="csv"))  # a folder for each start: it would empty one that is there
@@ -116,13 +117,13 @@ def open_loggers(config: RunConfig, proj_dir: Path, settings: dict[str, Any]) ->
 
 def _open_wandb(project: str, proj_dir: Path, settings: dict[str, Any]) -> WandbLogger:
     if importlib.util.find_spec("wandb") is None:
-        raise ValueError(f"--wandb {project}: the package wandb is missing; pip install wandb, or leave the flag out")
-    remembered = checkpoint.read_run(proj_dir)
+        raise UserError(f"--wandb {project}: the package wandb is missing; pip install wandb, or leave the flag out")
+    remembered = run_folder.read_run(proj_dir)
     identity = remembered.setdefault("wandb_id", secrets.token_hex(4))
-    checkpoint.write_run(proj_dir, remembered)
+    run_folder.write_run(proj_dir, remembered)
     mode = _wandb_mode(project, proj_dir)
     if mode == "offline":
-        say(f"{'wandb':>12}  offline; `wandb sync {proj_dir}/wandb/offline-run-*-{identity}` sends it")
+        log(f"{'wandb':>12}  offline; `wandb sync {proj_dir}/wandb/offline-run-*-{identity}` sends it")
     logger = WandbLogger(
         project=project,
         name=proj_dir.name,
@@ -137,7 +138,7 @@ def _open_wandb(project: str, proj_dir: Path, settings: dict[str, Any]) -> Wandb
     try:
         _ = logger.experiment  # opened now, before any training time is spent
     except wandb.Error as error:
-        raise ValueError(
+        raise UserError(
             f"--wandb {project}: {error}; `wandb login` again, or set WANDB_MODE=offline to keep what is logged here"
         ) from error
     return logger
@@ -149,7 +150,7 @@ def _wandb_mode(project: str, proj_dir: Path) -> str:
         return {"dryrun": "offline", "run": "online"}.get(mode, mode)
     if _has_login():
         return "online"
-    say(f"--wandb {project}: no login is known here (wandb login), so what is logged stays in {proj_dir / 'wandb'}")
+    log(f"--wandb {project}: no login is known here (wandb login), so what is logged stays in {proj_dir / 'wandb'}")
     return "offline"
 
 
@@ -166,5 +167,5 @@ def _has_login() -> bool:
     except FileNotFoundError:
         return False
     except (netrc.NetrcParseError, OSError) as error:
-        say(f"note: the file that keeps wandb's login can't be read: {error}")
+        log(f"note: the file that keeps wandb's login can't be read: {error}")
         return False

@@ -15,7 +15,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from src.files import write_whole
-from src.training.say import say
+from src.training.console import log
 
 WARM_UP_STEPS = 5  # memory is fetched, kernels are built and chosen in the first ones
 SLOWEST = 10
@@ -48,7 +48,7 @@ class Profile(pl.Callback):
         if self._profiler is not None:
             self._finish()
         elif not self._done:
-            say(
+            log(
                 f"--profile {self.steps}: no trace, the run ended within its first {WARM_UP_STEPS} steps, which are left out"
             )
 
@@ -68,7 +68,7 @@ class Profile(pl.Callback):
             said = f"wrote {self.trace}: open it at https://ui.perfetto.dev"
         except OSError as error:  # what was measured can still be said, and the run has nothing to do with it
             said = f"WARNING: --profile {self.steps}: {self.trace} could not be written ({error}); training goes on"
-        say(f"{said}\n{slowest(profiler)}")
+        log(f"{said}\n{slowest(profiler)}")
 
 
 def write_trace(profiler: profile, trace: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from src.training.module import TrainingModule
 from src.training.reporting.sink import UPDATE_GROUPS, MiniEpochReport, Sample, Sink, StepReport, ValidationReport
-from src.training.reporting.update_size import update_ratios
+from src.training.reporting.update_ratio import update_ratios
 from src.training.schedule import RunLength
 
 SPEED_WINDOW_STEPS = 20

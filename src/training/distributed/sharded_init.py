@@ -13,7 +13,7 @@ from src.config import ModelConfig
 from src.model import Block
 from src.model.init import initialise
 from src.model.layers import LAYER_NORM_EPS
-from src.training.zero import import_deepspeed
+from src.training.distributed.zero import import_deepspeed
 
 Values = Iterator[tuple[str, Tensor]]
 

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from src.errors import UserError
+from src.training.distributed.sharded_init import gathered
+from src.training.distributed.zero import EngineAdamW
 from src.training.module import TrainingModule
-from src.training.parts import gathered
-from src.training.zero import EngineAdamW
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -71,7 +72,7 @@ def scatter_full_state(
             optimizer.moments(parameter)[kind].copy_(tensor)
         left.discard(key)
     if left:
-        raise ValueError(
+        raise UserError(
             f"the saved state lacks {sorted(left)[0]}; it belongs to another model: give this one a --proj_dir of its own"
         )
     if isinstance(optimizer, EngineAdamW):

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from src.training.places import Place
+from src.training.distributed.launch import RankInfo
 
 BEAT_SECONDS = 1.0
 # Without a beat in so many rounds of another, a process counts as dead: seconds, far more than a busy one needs. Rounds, not the clock, which
@@ -24,7 +24,7 @@ GRACE_SECONDS = 4.0  # for the others to read why
 class Watch:
     """Two threads: one beats and reads what others say through a store, one sees to it that the first isn't stuck."""
 
-    def __init__(self, place: Place, children: list[subprocess.Popen], timeout: timedelta) -> None:
+    def __init__(self, place: RankInfo, children: list[subprocess.Popen], timeout: timedelta) -> None:
         """`children` are the processes that this one started; `timeout` is for process 0 to be there."""
         self.place, self.children = place, children
         self.leaving = self.finished = self.ended = False
@@ -118,8 +118,8 @@ class Watch:
                 child.kill()
 
 
-def _connect(place: Place, timeout: timedelta) -> dist.Store:
+def _connect(place: RankInfo, timeout: timedelta) -> dist.Store:
     client = dist.TCPStore(
         place.address, place.port, place.size, is_master=False, timeout=timeout, wait_for_workers=False
     )
-    return dist.PrefixStore("company", client)
+    return dist.PrefixStore("process_group", client)

@@ -13,14 +13,14 @@ from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.files import write_whole
 from src.inference.generate import generate
 from src.model import RWKV7
-from src.training.callbacks import WatchBadSteps
-from src.training.folder import SAMPLES
+from src.run_folder import SAMPLES
+from src.training.checkpoint.callbacks import NonFiniteMonitor
+from src.training.console import warn_on_error
 from src.training.module import TrainingModule
 from src.training.reporting.reporter import Reporter
 from src.training.reporting.sink import Sample
-from src.training.say import only_warn
 from src.training.schedule import RunLength
-from src.training.validate import HeldOut
+from src.training.validation import HeldOut
 
 COUNT, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 64
 TEMPERATURE, TOP_P, SEED = 1.0, 0.7, 1
@@ -33,7 +33,7 @@ class ShowSamples(pl.Callback):
     """
 
     def __init__(
-        self, config: RunConfig, reporter: Reporter, bad_steps: WatchBadSteps, length: RunLength, proj_dir: Path
+        self, config: RunConfig, reporter: Reporter, bad_steps: NonFiniteMonitor, length: RunLength, proj_dir: Path
     ) -> None:
         self.config, self.reporter, self.bad_steps, self.length, self.proj_dir = (
             config,
@@ -50,7 +50,7 @@ class ShowSamples(pl.Callback):
         if not (trainer.is_global_zero and self.config.tokenizer and whole and complete):
             return
         source = self.config.val_data_file or self.config.data_file
-        with only_warn(SAMPLES):
+        with warn_on_error(SAMPLES):
             held_out = HeldOut(replace(self.config, val_data_file=source, val_windows=COUNT))
             samples = write_samples(pl_module.model, load_tokenizer(self.config.tokenizer), held_out)
             with write_whole(self.proj_dir / SAMPLES, "w") as file:

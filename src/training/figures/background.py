@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
-from src.training.callbacks import AfterStep
-from src.training.folder import PICTURE
+from src.run_folder import FIGURE
+from src.training.checkpoint.callbacks import AfterStep
+from src.training.console import warn_on_error
 from src.training.module import TrainingModule
 from src.training.plot import loss_picture
-from src.training.say import only_warn
 from src.training.schedule import RunLength
 
 DRAW_SECONDS = 60.0  # between two drawings at least
@@ -40,8 +40,8 @@ class DrawPictures(AfterStep):
 
     def _draw(self) -> None:
         begin = time.thread_time()
-        with only_warn(PICTURE):
-            loss_picture(self.proj_dir, self.proj_dir / PICTURE)
+        with warn_on_error(FIGURE):
+            loss_picture(self.proj_dir, self.proj_dir / FIGURE)
         self._took = time.thread_time() - begin
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -9,6 +9,8 @@ Where P mod 3 = 2, cubing permutes 0 .. P-1, so P samples in a row read P differ
 import math
 from collections.abc import Sequence
 
+from src.errors import UserError
+
 # With these bases the Miller-Rabin test makes no mistake below 3.3e24 (Sorenson and Webster, 2015).
 _WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
 
@@ -42,13 +44,13 @@ def magic_prime(tokens: int, ctx_len: int) -> int:
     ValueError when the data has fewer than three windows of `ctx_len`: then there is no such prime.
     """
     if ctx_len < 1:
-        raise ValueError(f"--ctx_len {ctx_len}: must be at least 1.")
+        raise UserError(f"--ctx_len {ctx_len}: must be at least 1.")
     slots = tokens // ctx_len
     for candidate in range(slots - 1, 1, -1):
         if candidate % 3 == 2 and is_prime(candidate):
             return candidate
     advice = f"use --ctx_len {tokens // 3} or less, or more data" if tokens >= 3 else "use more data"
-    raise ValueError(f"--ctx_len {ctx_len}: {tokens} tokens are too few, at least {3 * ctx_len} are needed: {advice}.")
+    raise UserError(f"--ctx_len {ctx_len}: {tokens} tokens are too few, at least {3 * ctx_len} are needed: {advice}.")
 
 
 def check_magic_prime(prime: int, tokens: int, ctx_len: int) -> None:
@@ -71,7 +73,7 @@ def check_magic_prime(prime: int, tokens: int, ctx_len: int) -> None:
         fault = f"is too small, it would leave out more than a tenth of the {slots} windows"
     else:
         return
-    raise ValueError(
+    raise UserError(
         f"--magic_prime {prime} {fault}. For {tokens} tokens and --ctx_len {ctx_len} it is --magic_prime {best} "
         f"(or 0: worked out from the data)."
     )
@@ -93,9 +95,9 @@ def sample_number(local_index: int, first_sample: int, rank: int, world_size: in
     return first_sample + local_index * world_size + rank
 
 
-def skip_holes(n: int, holes: Sequence[tuple[int, int]]) -> int:
-    """The n-th sample of a run that leaves out some for good: `holes` are (first sample, count), sorted, without overlap."""
-    for first, count in holes:
+def nth_kept_sample(n: int, skipped_samples: Sequence[tuple[int, int]]) -> int:
+    """The n-th sample of a run that leaves out some for good: `skipped_samples` are (first sample, count), sorted, without overlap."""
+    for first, count in skipped_samples:
         if n < first:
             break
         n += count

@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 
+from src import run_folder
 from src.config import ModelConfig, RunConfig
 from src.dataset.tokenizer import copy_tokenizer, load_tokenizer
+from src.errors import UserError
 from src.model import RWKV7
 from src.model.weights import IDLE_IN_LAYER_0, Weights, config_from_weights, fit_weights, read_weights
-from src.training import checkpoint
+from src.run_folder import BEST, FINAL, TOKENIZER
+from src.training.checkpoint.storage import LoadedState, Position, newest_good, states
+from src.training.console import log
 from src.training.data import open_samples
-from src.training.folder import BEST, FINAL, TOKENIZER
-from src.training.parts import Values, fresh_values
-from src.training.processes import Company
-from src.training.resume import LoadedState, Position, newest_good, states
-from src.training.say import say
+from src.training.distributed.process_group import ProcessGroup
+from src.training.distributed.sharded_init import Values, fresh_values
+from src.training.hardware.selection import Hardware
 from src.training.schedule import RunLength
-from src.training.strategy import Hardware
 
 # settings that can't change within a run without changing its meaning: another model, other data, another order
 SIZES = ("n_layer", "n_embd", "head_size", "dim_ffn", "d_decay_lora", "d_aaa_lora", "d_mv_lora", "d_gate_lora")
@@ -55,39 +56,39 @@ class Start:
         return self.length.mini_epoch(self.position.step) if self.position.step else 0
 
 
-def put_aside_other_run(config: RunConfig, proj_dir: Path) -> None:
+def archive_other_run(config: RunConfig, proj_dir: Path) -> None:
     """Begin anew where that is meant: with --restart, or when the initial weights are other ones than the run in the folder
     started from (the swap that people do by hand). The earlier run is put aside, nothing is deleted."""
-    _, reason = _begins_anew(config, proj_dir)
+    _, reason = _starts_new_run(config, proj_dir)
     tokenizer = proj_dir / TOKENIZER
     names_its_copy = tokenizer.is_dir() and Path(config.tokenizer or "world").resolve() == tokenizer.resolve()
-    if reason and (aside := checkpoint.put_aside(proj_dir)):
-        say(f"{reason}; the earlier run is now in {aside}")
+    if reason and (aside := run_folder.archive_run(proj_dir)):
+        log(f"{reason}; the earlier run is now in {aside}")
         if names_its_copy:
             copy_tokenizer(aside / TOKENIZER, tokenizer)
 
 
-def _begins_anew(config: RunConfig, proj_dir: Path) -> tuple[Path | None, str]:
+def _starts_new_run(config: RunConfig, proj_dir: Path) -> tuple[Path | None, str]:
     """The weights that a run here starts from at step 0, and why a new run begins although there is one ('' when none does).
 
     Raises ValueError when the weights are not there, or belong to the run itself.
     """
-    origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
-    going_on = checkpoint.numbered(proj_dir) or states(proj_dir) or (proj_dir / FINAL).exists()
+    origin = run_folder.origin_weights(proj_dir, config.train_stage, config.load_model)
+    going_on = run_folder.numbered_weights(proj_dir) or states(proj_dir) or (proj_dir / FINAL).exists()
     if origin is not None and not origin.is_file():
         if going_on and not config.restart:
             return None, ""  # the run goes on from its own files
         what = "a folder; name a weights file in it" if origin.is_dir() else "no such file"
-        raise ValueError(f"--load_model {origin}: {what}")
-    inside = [*checkpoint.numbered(proj_dir).values(), proj_dir / FINAL, proj_dir / BEST]
+        raise UserError(f"--load_model {origin}: {what}")
+    inside = [*run_folder.numbered_weights(proj_dir).values(), proj_dir / FINAL, proj_dir / BEST]
     if config.load_model and origin is not None and any(path.exists() and path.samefile(origin) for path in inside):
-        raise ValueError(
+        raise UserError(
             f"--load_model {origin}: belongs to the run in --proj_dir {proj_dir} itself. To go on with that run, leave the flag out; to "
             "start another one from these weights, give it a folder of its own (--proj_dir)"
         )
     if config.restart:
         return origin, "--restart: a new run begins (to continue it later, leave the flag out)"
-    if not checkpoint.is_swapped(proj_dir, origin):
+    if not run_folder.is_swapped(proj_dir, origin):
         return origin, ""
     return origin, f"{origin} is not what the run in {proj_dir} started from: a new run begins"
 
@@ -99,15 +100,15 @@ def length_of_run(config: RunConfig, once: int, processes: int) -> RunLength:
     return RunLength.of(exit_tokens, config.ctx_len, global_batch, config.epoch_steps)
 
 
-def look_at_start(config: RunConfig, proj_dir: Path, length: RunLength) -> Start:
-    """Where a run would start, without moving a file. Errors as of `put_aside_other_run` and `find_start`."""
-    origin, reason = _begins_anew(config, proj_dir)
+def peek_resume_point(config: RunConfig, proj_dir: Path, length: RunLength) -> Start:
+    """Where a run would start, without moving a file. Errors as of `archive_other_run` and `find_resume_point`."""
+    origin, reason = _starts_new_run(config, proj_dir)
     if reason:
         return Start(_renewed(length, 0), length, weights=origin)
-    return find_start(config, proj_dir, length, only_look=True)
+    return find_resume_point(config, proj_dir, length, only_look=True)
 
 
-def find_start(config: RunConfig, proj_dir: Path, length: RunLength, only_look: bool = False) -> Start:
+def find_resume_point(config: RunConfig, proj_dir: Path, length: RunLength, only_look: bool = False) -> Start:
     """In this order: the newest whole state; the highest rwkv-N.pth; rwkv-init.pth or --load_model; new weights (stage 0).
 
     `length` is that of a run from its beginning with these settings. Raises ValueError when a stage that continues finds nothing,
@@ -115,12 +116,12 @@ def find_start(config: RunConfig, proj_dir: Path, length: RunLength, only_look: 
     """
     loaded, complaints = newest_good(proj_dir, only_look)
     for complaint in complaints:
-        say(f"WARNING: {complaint}")
-    numbered = checkpoint.numbered(proj_dir)
+        log(f"WARNING: {complaint}")
+    numbered = run_folder.numbered_weights(proj_dir)
     if loaded is not None:
         position = loaded.position
         if position.weights_written and not numbered:
-            raise ValueError(
+            raise UserError(
                 f"the weights rwkv-N.pth of the run in {proj_dir} were removed, but its full state at step {position.step} is there "
                 "and would go on. To begin again from the initial weights, add --restart 1 (the state moves to previous-1/); to "
                 "go on, put the newest rwkv-N.pth back"
@@ -129,7 +130,7 @@ def find_start(config: RunConfig, proj_dir: Path, length: RunLength, only_look: 
     if numbered:
         n, path = list(numbered.items())[-1]
         # in the batches, mini-epochs and length of the start that saved them, where that is known
-        known = checkpoint.read_run(proj_dir)
+        known = run_folder.read_run(proj_dir)
         before = known.get("settings", {})
         then = replace(
             length,
@@ -139,15 +140,15 @@ def find_start(config: RunConfig, proj_dir: Path, length: RunLength, only_look: 
         )
         position = _renewed(then, then.step_after(n))
         return Start(position, _continued(length, position), weights=path)
-    origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
+    origin = run_folder.origin_weights(proj_dir, config.train_stage, config.load_model)
     if origin is None and config.train_stage >= 2:
-        raise ValueError(
+        raise UserError(
             f"--train_stage {config.train_stage} continues what is in --proj_dir, but {proj_dir} holds no rwkv-init.pth and no "
             "rwkv-N.pth; write the initial weights first (--train_stage 1), or start from a file with --load_model"
         )
     step = length.step_after(config.epoch_begin - 1) if config.epoch_begin else 0
     if step >= length.steps:
-        raise ValueError(
+        raise UserError(
             f"--epoch_begin {config.epoch_begin}: the run has only {length.mini_epoch(length.steps - 1) + 1} mini-epochs, so nothing would "
             "be trained; expected fewer, or a larger --my_exit_tokens"
         )
@@ -176,15 +177,15 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path
         if name in FIXED_SETTINGS
     ]
     if fixed:
-        raise ValueError(
+        raise UserError(
             f"{'; '.join(fixed)}: that would be another run than the one in {proj_dir}. Give it a folder of its own (--proj_dir), "
             "with --load_model if it should start from these weights; or put the setting back"
         )
     for name, (old, new) in changed.items():
         if name == "epoch_steps":
-            say(f"note: --epoch_steps {new}: this run's mini-epochs stay as they began, with {old}")
+            log(f"note: --epoch_steps {new}: this run's mini-epochs stay as they began, with {old}")
         elif name not in FREE_SETTINGS:
-            say(f"note: --{name} was {old} at the last start, is {new} now")
+            log(f"note: --{name} was {old} at the last start, is {new} now")
 
 
 def refuse_end_in_the_past(before: dict[str, Any], start: Start) -> None:
@@ -192,14 +193,14 @@ def refuse_end_in_the_past(before: dict[str, Any], start: Start) -> None:
     length, planned = start.length, before.get("my_exit_tokens", 0)
     passed = start.position.samples * length.ctx_len
     if length.exit_tokens < min(passed, planned):
-        raise ValueError(
+        raise UserError(
             f"--my_exit_tokens (or --epochs times the data) {length.exit_tokens}: the run is at {passed} tokens already, and was to have "
             f"{planned}; give at least the tokens that it is at, or take the weights that are saved"
         )
 
 
 def build_model(
-    config: RunConfig, hardware: Hardware, start: Start, company: Company
+    config: RunConfig, hardware: Hardware, start: Start, process_group: ProcessGroup
 ) -> tuple[RWKV7, Callable[[], Values]]:
     """The model in the run's precision and the values to start from. Raises ValueError when a file doesn't fit.
 
@@ -207,17 +208,19 @@ def build_model(
     that no process holds whole is on the meta device, and rank 0's values build it.
     """
     weights = None
-    if start.weights is not None and company.rank == 0:
+    if start.weights is not None and process_group.rank == 0:
         weights = read_weights(start.weights)
     before = start.loaded.settings if start.loaded is not None else {}
     known = (
         0 if config.vocab_size else before.get("vocab_size", 0)
     )  # a state knows its vocabulary, whatever the data needs
-    sizes = company.decide(lambda: config.model_config(known or find_vocab_size(config, weights)))
+    sizes = process_group.broadcast_from_rank_zero(
+        lambda: config.model_config(known or find_vocab_size(config, weights))
+    )
     _refuse_other_sizes(before, sizes)
     with torch.device("meta"):
         model = RWKV7(sizes)
-    if company.rank == 0 and weights is not None:
+    if process_group.rank == 0 and weights is not None:
         weights = fit_weights(weights, model, str(start.weights), partial=bool(config.load_partial))
 
     def values() -> Values:
@@ -231,7 +234,7 @@ def build_model(
                 yield from ((name, tensor) for name, tensor in fresh_values(sizes) if weights[name].is_meta)
 
     if not hardware.model_in_parts:
-        if company.rank == 0:
+        if process_group.rank == 0:
             # copied: a file is mapped into memory, and the run must not depend on it staying there
             placed = {name: tensor.to(hardware.dtype, copy=True) for name, tensor in values()}
             model.load_state_dict(placed, assign=True)
@@ -248,7 +251,7 @@ def _refuse_other_sizes(before: dict[str, Any], sizes: ModelConfig) -> None:
         f"--{name} was {before[name]}, is {now[name]}" for name in now if before.get(name, now[name]) != now[name]
     ]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{'; '.join(changed)}: the saved state is that of another model. Give the new one a folder of its own (--proj_dir), or "
             "put the setting back"
         )
@@ -274,9 +277,7 @@ def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:
     if weights is not None:
         return config_from_weights(weights, source="the weights").vocab_size
     if not config.data_file:
-        raise ValueError(
-            "--vocab_size 0: can't be worked out without --tokenizer or --data_file; give one of the three"
-        )
+        raise UserError("--vocab_size 0: can't be worked out without --tokenizer or --data_file; give one of the three")
     largest = open_samples(config).largest_id()
-    say(f"note: --vocab_size {largest + 1}: the largest id in {config.data_file} is {largest}")
+    log(f"note: --vocab_size {largest + 1}: the largest id in {config.data_file} is {largest}")
     return largest + 1

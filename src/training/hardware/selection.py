@@ -10,9 +10,10 @@ import torch
 
 from src.config import RunConfig
 from src.dataset.workers import usable_cores
-from src.training import zero
-from src.training.cpu_precision import cpu_precision
-from src.training.places import place_from_launcher
+from src.errors import UserError
+from src.training.distributed import zero
+from src.training.distributed.launch import rank_from_launcher
+from src.training.hardware.cpu_precision import cpu_precision
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -73,13 +74,13 @@ def choose_hardware(config: RunConfig) -> Hardware:
             if torch.version.cuda is None and torch.version.hip is None
             else "torch sees none; `nvidia-smi` (or `rocm-smi`) tells whether the driver does"
         )
-        raise ValueError(f"--accelerator gpu: no GPU can be used: {why}, or train with --accelerator cpu")
+        raise UserError(f"--accelerator gpu: no GPU can be used: {why}, or train with --accelerator cpu")
     accelerator = "gpu" if config.accelerator == "gpu" or (config.accelerator == "auto" and cuda) else "cpu"
     notes: list[str] = []
     devices, num_nodes = _processes(config, accelerator)
     if accelerator == "gpu" and devices > torch.cuda.device_count():
-        raise ValueError(f"--devices {devices}: expected at most {torch.cuda.device_count()}, the GPUs that torch sees")
-    if accelerator == "cpu" and devices > (cores := usable_cores()) and place_from_launcher(os.environ) is None:
+        raise UserError(f"--devices {devices}: expected at most {torch.cuda.device_count()}, the GPUs that torch sees")
+    if accelerator == "cpu" and devices > (cores := usable_cores()) and rank_from_launcher(os.environ) is None:
         notes.append(
             f"--devices {devices}: this machine lets them use {cores} core{'s' * (cores > 1)}, which they share; with --devices {cores} "
             "each has its own"
@@ -89,7 +90,7 @@ def choose_hardware(config: RunConfig) -> Hardware:
     if precision == "fp16":
         notes.append("--precision fp16 overflows easily; bf16 is what RWKV-7 is trained in")
         if strategy == "deepspeed" and not zero.takes_fp16(accelerator):
-            raise ValueError(
+            raise UserError(
                 f"--precision fp16: DeepSpeed (--strategy {config.strategy}) doesn't compute in it on this CPU; use bf16 or fp32, or "
                 "--strategy ddp"
             )
@@ -103,14 +104,14 @@ def choose_hardware(config: RunConfig) -> Hardware:
 
 def _processes(config: RunConfig, accelerator: str) -> tuple[int, int]:
     """Processes per machine, and machines: as the launcher says where there is one."""
-    if place := place_from_launcher(os.environ):
+    if place := rank_from_launcher(os.environ):
         devices, num_nodes = place.local_size, place.size // place.local_size
         for flag, given, found in (
             ("devices", config.devices, devices),
             ("num_nodes", str(config.num_nodes), num_nodes),
         ):
             if given not in ("1", "auto", str(found)):
-                raise ValueError(
+                raise UserError(
                     f"--{flag} {given}: the launcher started {found}; leave the flag out, or start as many ({place.size} "
                     "processes in all)"
                 )
@@ -133,7 +134,7 @@ def _sharing(config: RunConfig, processes: int, accelerator: str, notes: list[st
         here = (
             f"deepspeed {found} can't be used here" if (found := zero.version()) else "the package deepspeed is missing"
         )
-        raise ValueError(
+        raise UserError(
             f"--strategy {config.strategy}: {here}; pip install '{zero.REQUIREMENT}', or use --strategy ddp"
         )
     return "deepspeed", stage, offload

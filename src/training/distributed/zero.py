@@ -199,7 +199,7 @@ class EngineAdamW(torch.optim.AdamW):
         """Take gradient norms from this engine's ZeRO optimizer."""
         self._engine = engine
         self.zero.loss_scaler.raise_error_at_min_scale = (
-            False  # fp16: WatchBadSteps says what it means, and the run goes back
+            False  # fp16: NonFiniteMonitor says what it means, and the run goes back
         )
 
     @property

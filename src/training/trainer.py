@@ -15,32 +15,39 @@ import pytorch_lightning as pl
 from torch.utils.data import Dataset
 
 from src.config import ModelConfig, RunConfig
-from src.dataset.sampling import skip_holes
+from src.dataset.sample_order import nth_kept_sample
 from src.model import RWKV7
-from src.training import checkpoint
-from src.training.callbacks import KeepState, RestoreState, SaveWeights, SetLearningRate, StopInTime, WatchBadSteps
+from src.model.weights import save_weights
+from src.run_folder import FINAL, LOG, METRICS, TRACE, VALIDATION
+from src.training.checkpoint.callbacks import (
+    CheckpointCallback,
+    GracefulStop,
+    NonFiniteMonitor,
+    RestoreState,
+    SaveWeights,
+    SetLearningRate,
+)
+from src.training.checkpoint.resume import Start, build_model, find_resume_point
+from src.training.checkpoint.storage import STATE_BYTES, StateWriter
+from src.training.console import is_rank_zero, log
 from src.training.data import Samples
-from src.training.folder import FINAL, LOG, METRICS, TRACE, VALIDATION
+from src.training.distributed.process_group import ProcessGroup
+from src.training.distributed.sharded_init import Values
+from src.training.figures.background import DrawPictures
+from src.training.hardware.peak_flops import peak_tokens_per_second
+from src.training.hardware.selection import Hardware, lightning_strategy
 from src.training.module import TrainingModule
-from src.training.parts import Values
 from src.training.preflight.plan import parameter_count
-from src.training.processes import Company
+from src.training.reporting.generations import ShowSamples
 from src.training.reporting.health import Warnings, WatchNumbers, WatchPace
 from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile
 from src.training.reporting.loggers import open_loggers
-from src.training.reporting.peak_flops import peak_tokens_per_second
-from src.training.reporting.pictures import DrawPictures
 from src.training.reporting.profile import Profile
 from src.training.reporting.progress import ProgressLine, has_live_line
 from src.training.reporting.reporter import Reporter
-from src.training.reporting.samples import ShowSamples
 from src.training.reporting.sink import Sink
-from src.training.resume import STATE_BYTES, StateWriter
-from src.training.say import is_first, say
 from src.training.schedule import RunLength, learning_rate
-from src.training.start import Start, build_model, find_start
-from src.training.strategy import Hardware, lightning_strategy
-from src.training.validate import HeldOut, Validate, best_before, was_left_out
+from src.training.validation import HeldOut, Validate, best_before, was_left_out
 
 SLOW_DISK = 200e6  # bytes per second: assumed of a disk that nothing is known of yet
 TIME_LIMIT_EXIT_CODE = 124  # what `timeout` gives; Ctrl-C and SIGTERM give 128 + the signal's number
@@ -67,17 +74,17 @@ class Run:
     samples: Samples
     held_out: HeldOut | None
     settings: dict[str, Any]
-    company: Company
+    process_group: ProcessGroup
     ends_at: float
 
 
-def fit_whatever_comes(run: Run, made: list[tuple[RWKV7, Callable[[], Values]]], start: Start) -> End:
+def fit_with_rollback(run: Run, made: list[tuple[RWKV7, Callable[[], Values]]], start: Start) -> End:
     """Fit to the end, or until `run.ends_at`; after too many bad steps, once more from the last good state without their samples.
 
     `made` holds the model and its values. It is emptied: a return builds others, and nobody may keep the memory of these.
     Raises FloatingPointError when that doesn't get further; what a strategy, a callback or the data raises passes through.
     """
-    config, company = run.config, run.company
+    config, process_group = run.config, run.process_group
     model, values = made.pop()
     went_back_to = -1
     while True:
@@ -85,9 +92,9 @@ def fit_whatever_comes(run: Run, made: list[tuple[RWKV7, Callable[[], Values]]],
         if end.bad_steps is None:
             return end
         numbers = range(start.length.samples(end.bad_steps.start), start.length.samples(end.bad_steps.stop))
-        bad = sorted(skip_holes(n, start.position.holes) for n in numbers)
+        bad = sorted(nth_kept_sample(n, start.position.skipped_samples) for n in numbers)
         length = RunLength.of(start.length.exit_tokens, config.ctx_len, start.length.global_batch, config.epoch_steps)
-        again = company.decide(partial(find_start, config, run.proj_dir, length))
+        again = process_group.broadcast_from_rank_zero(partial(find_resume_point, config, run.proj_dir, length))
         where = f"steps {end.bad_steps.start + 1} to {end.bad_steps.stop} (samples {bad[0]} to {bad[-1]}, the first is at {run.samples.place(bad[0])})"
         if again.position.step <= went_back_to or (went_back_to >= 0 and not end.good_steps):
             raise FloatingPointError(
@@ -95,23 +102,25 @@ def fit_whatever_comes(run: Run, made: list[tuple[RWKV7, Callable[[], Values]]],
                 "Nothing of it reached the weights. Look at these samples, lower --lr_init, or use --precision fp32 to find the cause"
             )
         went_back_to = again.position.step
-        say(f"{where} gave no finite gradient: going back to the state of step {went_back_to}, without their samples")
+        log(f"{where} gave no finite gradient: going back to the state of step {went_back_to}, without their samples")
         # weights saved among the bad steps have passed some of their samples: leaving those out would move good ones past them
-        here = skip_holes(again.position.samples, again.position.holes)
+        here = nth_kept_sample(again.position.samples, again.position.skipped_samples)
         bad = [n for n in bad if n >= here]
-        start = replace(again, position=replace(again.position, holes=_with_holes(again.position.holes, bad)))
+        start = replace(
+            again, position=replace(again.position, skipped_samples=_add_skipped(again.position.skipped_samples, bad))
+        )
         del model, values
         gc.collect()  # trainer and module refer to each other: their weights and moments have to go before the next ones come
         pl.seed_everything(
             run.settings["random_seed"], verbose=False
         )  # a return to step 0 draws the same weights again
-        model, values = build_model(config, run.hardware, start, company)
+        model, values = build_model(config, run.hardware, start, process_group)
 
 
-def _with_holes(holes: list[tuple[int, int]], samples: list[int]) -> list[tuple[int, int]]:
-    """`holes` and `samples` together, as sorted runs (first, count)."""
+def _add_skipped(skipped_samples: list[tuple[int, int]], samples: list[int]) -> list[tuple[int, int]]:
+    """`skipped_samples` and `samples` together, as sorted runs (first, count)."""
     runs: list[tuple[int, int]] = []
-    for n in sorted({*samples, *(first + i for first, count in holes for i in range(count))}):
+    for n in sorted({*samples, *(first + i for first, count in skipped_samples for i in range(count))}):
         if runs and n == sum(runs[-1]):
             runs[-1] = (runs[-1][0], runs[-1][1] + 1)
         else:
@@ -123,13 +132,13 @@ def _fit(run: Run, model: RWKV7, values: Callable[[], Values], start: Start) -> 
     """One Lightning fit from `start` to the end of the run, or until something stops it."""
     config, hardware, steps = run.config, run.hardware, start.length.steps - start.position.step
     if steps <= 0:  # stopped between its last step and its last file
-        if is_first():
+        if is_rank_zero():
             weights_now = {name: tensor.to(hardware.dtype) for name, tensor in values()}
-            checkpoint.save_weights(weights_now, run.proj_dir / FINAL)
+            save_weights(weights_now, run.proj_dir / FINAL)
         return End()
     callbacks = _callbacks(run, model.config, start)
     module = module_for(config, hardware, run.samples, model, values, start, steps)
-    take_steps(config, hardware, run.proj_dir, run.company, steps, callbacks.in_order, module)
+    run_trainer(config, hardware, run.proj_dir, run.process_group, steps, callbacks.in_order, module)
     return _end(callbacks, start.length.steps, limited=math.isfinite(run.ends_at))
 
 
@@ -139,22 +148,22 @@ class _Callbacks:
 
     in_order: list[pl.Callback]
     reporter: Reporter
-    stop: StopInTime
-    bad_steps: WatchBadSteps
+    stop: GracefulStop
+    bad_steps: NonFiniteMonitor
 
 
 def _callbacks(run: Run, model: ModelConfig, start: Start) -> _Callbacks:
     """Everything that happens around the steps, put together: who hands what to whom, and who comes before whom."""
     config, proj_dir, length, position = run.config, run.proj_dir, start.length, start.position
-    bad_steps = WatchBadSteps(config.max_bad_steps, scale_loss=run.hardware.precision == "fp16")
-    stop = StopInTime(position.step, run.ends_at)
+    bad_steps = NonFiniteMonitor(config.max_bad_steps, scale_loss=run.hardware.precision == "fp16")
+    stop = GracefulStop(position.step, run.ends_at)
     warn = Warnings()
-    shown = [*_sinks(config, proj_dir, start, run.settings), WatchNumbers(length.steps, warn)] if is_first() else []
+    shown = [*_sinks(config, proj_dir, start, run.settings), WatchNumbers(length.steps, warn)] if is_rank_zero() else []
     wishes = {"stop": stop.wish, "rollback": bad_steps.wish}
     peak = peak_tokens_per_second(model, run.hardware)
     reporter = Reporter(length, position.step, [*shown, bad_steps], position.mini_epoch_losses, wishes, peak)
     weights = SaveWeights(length, position.step, config.epoch_save, proj_dir)
-    keeper = KeepState(
+    keeper = CheckpointCallback(
         writer=StateWriter(proj_dir, config.keep_resume, first_save_seconds(model, config.time_limit)),
         position=position,
         length=length,
@@ -176,7 +185,7 @@ def _callbacks(run: Run, model: ModelConfig, start: Start) -> _Callbacks:
         keeper,
         stop,
         ShowSamples(config, reporter, bad_steps, length, proj_dir),  # when everything is saved
-        *([Profile(config.profile, proj_dir / TRACE)] if is_first() and config.profile > 0 else []),
+        *([Profile(config.profile, proj_dir / TRACE)] if is_rank_zero() and config.profile > 0 else []),
         WatchPace(warn),
     ]
     return _Callbacks(in_order, reporter, stop, bad_steps)
@@ -189,12 +198,14 @@ def first_save_seconds(model: ModelConfig, time_limit: float) -> float:
     return min(expected, time_limit * 60 / 8) if time_limit else expected
 
 
-def _validation(run: Run, held_out: HeldOut, start: Start, reporter: Reporter, stop: StopInTime) -> Validate:
+def _validation(run: Run, held_out: HeldOut, start: Start, reporter: Reporter, stop: GracefulStop) -> Validate:
     """The callback that measures the held-out loss: before the first step too, where trained weights begin or a stop left it out."""
-    config, company, length, step = run.config, run.company, start.length, start.position.step
-    reporter.best_val_loss = company.decide(lambda: best_before(run.proj_dir, step))
+    config, process_group, length, step = run.config, run.process_group, start.length, start.position.step
+    reporter.best_val_loss = process_group.broadcast_from_rank_zero(lambda: best_before(run.proj_dir, step))
     fine_tuned = step == 0 and start.weights is not None and (config.data_type == "sft" or bool(config.load_model))
-    at_start = fine_tuned or company.decide(lambda: was_left_out(run.proj_dir, config.val_every, length, step))
+    at_start = fine_tuned or process_group.broadcast_from_rank_zero(
+        lambda: was_left_out(run.proj_dir, config.val_every, length, step)
+    )
     validate = Validate(held_out, reporter, length, step, config.val_every, run.proj_dir, at_start, stop.wish_now)
     stop.seconds_coming = validate.seconds_coming
     return validate
@@ -225,7 +236,7 @@ def module_for(
     count = steps * start.length.global_batch // hardware.world_size  # samples of one rank
 
     def make_dataset(rank: int, world_size: int) -> Dataset:
-        return samples.dataset(position.samples, count, rank, world_size, position.holes, vocab_size)
+        return samples.dataset(position.samples, count, rank, world_size, position.skipped_samples, vocab_size)
 
     if config.compile:
         model.compile_blocks()
@@ -233,11 +244,11 @@ def module_for(
     return TrainingModule(model, config, hardware, make_dataset, samples.collate, in_parts)
 
 
-def take_steps(
+def run_trainer(
     config: RunConfig,
     hardware: Hardware,
     proj_dir: Path,
-    company: Company,
+    process_group: ProcessGroup,
     steps: int,
     callbacks: list[pl.Callback],
     module: TrainingModule,
@@ -248,7 +259,7 @@ def take_steps(
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
         strategy=lightning_strategy(config, hardware),
-        plugins=[company.environment],
+        plugins=[process_group.environment],
         precision="32-true",  # ours: parameters have their dtype already, the optimizer keeps fp32 masters
         max_epochs=1,
         max_steps=steps,
@@ -292,7 +303,7 @@ def _sinks(config: RunConfig, proj_dir: Path, start: Start, settings: dict[str, 
     length, first_step = start.length, start.position.step
     metrics = MetricsFile(proj_dir / METRICS, first_step, length.tokens_per_step)
     if metrics.lost_seconds:
-        say(f"{'lost':>12}  {metrics.lost_seconds:.0f} s of training after that are done again")
+        log(f"{'lost':>12}  {metrics.lost_seconds:.0f} s of training after that are done again")
     return [
         TrainLog(proj_dir / LOG, start.first_mini_epoch, first_step, settings),
         metrics,

@@ -14,10 +14,10 @@ def set_up_malloc(lean: bool) -> None:
     """Tell glibc's malloc how to serve a run, before its first large tensor; elsewhere it does nothing.
 
     By default every tensor above 32 MB is mapped anew and unmapped after use, and each of its pages costs a fault: a fifth of the
-    time of the demo's training step. So nothing is mapped by itself, and freed memory stays. The price is holes between blocks: before
+    time of the demo's training step. So nothing is mapped by itself, and freed memory stays. The price is skipped_samples between blocks: before
     glibc 2.38 an aligned block doesn't fit into the hole that one of its size has left (its bug 14581).
 
-    `lean` is for runs that recompute activations (--grad_cp 1): they take and free far more than they hold, and holes double their peak.
+    `lean` is for runs that recompute activations (--grad_cp 1): they take and free far more than they hold, and skipped_samples double their peak.
     There every larger tensor is mapped by itself, and gone when it is freed. L8-D512, 4 x 512 tokens in fp32: 1.35 GB at the peak instead of
     2.10 and steps of 5.4 s instead of 3.6; 2.45 GB and 2.9 s without --grad_cp.
     """

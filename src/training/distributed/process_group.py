@@ -21,8 +21,9 @@ import torch.distributed as dist
 from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 
-from src.training.places import Place, PlacesForLightning, first_place, place_from_launcher
-from src.training.watch import GRACE_SECONDS, Watch
+from src.errors import UserError
+from src.training.distributed.launch import KnownClusterEnvironment, RankInfo, rank_from_launcher, rank_of_first_process
+from src.training.distributed.watchdog import GRACE_SECONDS, Watch
 
 JOIN_TIMEOUT = timedelta(minutes=10)  # for all processes to come, machines may boot at different speeds
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # the watch ends a run long before; this bounds only what it can't see
@@ -30,7 +31,7 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)  # the watch ends a run long before; thi
 T = TypeVar("T")
 
 
-class Company:
+class ProcessGroup:
     """All processes of a run, seen from one of them; made by `join`.
 
     As it stands here it is that of a process which is alone: nobody to ask, nobody to wait for.
@@ -41,13 +42,13 @@ class Company:
         LightningEnvironment()
     )  # named, or Lightning would look for Slurm and act on what it finds
 
-    def decide(self, question: Callable[[], T]) -> T:
+    def broadcast_from_rank_zero(self, question: Callable[[], T]) -> T:
         return question()
 
-    def has_to_say(self, message: str) -> bool:
+    def should_report(self, message: str) -> bool:
         return True
 
-    def end_all(self, message: str) -> None:
+    def abort(self, message: str) -> None:
         pass
 
     def explain(self, error: BaseException) -> None:
@@ -57,12 +58,12 @@ class Company:
         pass
 
 
-class ManyProcesses(Company):
-    """The company of a process that is one of several."""
+class DistributedProcessGroup(ProcessGroup):
+    """The process_group of a process that is one of several."""
 
-    def __init__(self, place: Place, store: dist.Store, children: list[subprocess.Popen]) -> None:
+    def __init__(self, place: RankInfo, store: dist.Store, children: list[subprocess.Popen]) -> None:
         self.place, self.rank, self.size = place, place.rank, place.size
-        self.environment = PlacesForLightning(place)
+        self.environment = KnownClusterEnvironment(place)
         self._store = store
         self._watch = Watch(place, children, JOIN_TIMEOUT)
         self._children = children
@@ -77,7 +78,7 @@ class ManyProcesses(Company):
             else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
         )
 
-    def decide(self, question: Callable[[], T]) -> T:
+    def broadcast_from_rank_zero(self, question: Callable[[], T]) -> T:
         """What rank 0 answers, on every rank; a ValueError or OSError of rank 0 is raised on every rank too."""
         answer: list[Any] = [None, None]
         if self.rank == 0:
@@ -90,7 +91,7 @@ class ManyProcesses(Company):
             raise answer[1]
         return answer[0]
 
-    def has_to_say(self, message: str) -> bool:
+    def should_report(self, message: str) -> bool:
         """Whether this rank should print an error: not when rank 0 has the same."""
         if self.rank == 0:
             self._watch.ended = True  # others that have the same error end at once, and need no word of it
@@ -107,7 +108,7 @@ class ManyProcesses(Company):
             time.sleep(0.1)
         return True
 
-    def end_all(self, message: str) -> None:
+    def abort(self, message: str) -> None:
         """Ends the run on every rank, with this reason."""
         end = threading.Timer(30, os._exit, args=(1,))  # should something at the interpreter's end wait for the others
         end.daemon = True
@@ -147,16 +148,16 @@ class ManyProcesses(Company):
             dist.destroy_process_group()
 
 
-def join(devices: int, num_nodes: int, accelerator: str) -> Company:
-    """The company of this process: starts the machine's other processes if no launcher did, and waits until all are there."""
-    place = place_from_launcher(os.environ)
+def join(devices: int, num_nodes: int, accelerator: str) -> ProcessGroup:
+    """The process_group of this process: starts the machine's other processes if no launcher did, and waits until all are there."""
+    place = rank_from_launcher(os.environ)
     if place is None and devices * num_nodes == 1:
-        return Company()
+        return ProcessGroup()
     started_here = place is None
     if place is None:
-        place = first_place(os.environ, devices, num_nodes)
+        place = rank_of_first_process(os.environ, devices, num_nodes)
     if place.port == 0:
-        raise ValueError(
+        raise UserError(
             "MASTER_PORT 0: no process could find the others; name a port (torchrun on one machine: --standalone)"
         )
     # what torchrun would say: for the processes started here, and for libraries that read it
@@ -165,7 +166,7 @@ def join(devices: int, num_nodes: int, accelerator: str) -> Company:
     children = _start_others(place) if started_here else []
     try:
         store = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))[0]
-        company = ManyProcesses(place, dist.PrefixStore("company", store), children)
+        process_group = DistributedProcessGroup(place, dist.PrefixStore("process_group", store), children)
         device = torch.device("cuda", place.local_rank) if accelerator == "gpu" else None
         dist.init_process_group(
             "nccl" if accelerator == "gpu" else "gloo",
@@ -175,7 +176,7 @@ def join(devices: int, num_nodes: int, accelerator: str) -> Company:
             timeout=COLLECTIVE_TIMEOUT,
             device_id=device,
         )
-        company.meet()
+        process_group.meet()
         if accelerator == "cpu":
             threads = _share_of_cores(place)
             if "OMP_NUM_THREADS" not in os.environ:
@@ -187,10 +188,10 @@ def join(devices: int, num_nodes: int, accelerator: str) -> Company:
             f"process {place.rank} of {place.size} could not meet the others at {place.address}:{place.port} ({str(error).splitlines()[0]}); "
             "check that every machine was started, and that they reach each other at that address"
         ) from error
-    return company
+    return process_group
 
 
-def _share_of_cores(place: Place) -> int:
+def _share_of_cores(place: RankInfo) -> int:
     """How many cores this process may use, divided by the processes of this machine that may use them too: a launcher may have given each
     its own. Asks all ranks."""
     own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
@@ -200,7 +201,7 @@ def _share_of_cores(place: Place) -> int:
     return max(1, len(own) // sum(not own.isdisjoint(cores) for cores in here))
 
 
-def _variables(place: Place) -> dict[str, str]:
+def _variables(place: RankInfo) -> dict[str, str]:
     return {
         "RANK": str(place.rank),
         "WORLD_SIZE": str(place.size),
@@ -211,7 +212,7 @@ def _variables(place: Place) -> dict[str, str]:
     }
 
 
-def _start_others(place: Place) -> list[subprocess.Popen]:
+def _start_others(place: RankInfo) -> list[subprocess.Popen]:
     """Processes 1 .. of this machine, by the command that started this one."""
     command = [sys.executable, *sys.orig_argv[1:]]
     return [

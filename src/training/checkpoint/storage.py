@@ -46,7 +46,7 @@ class Position:
     unit: int  # samples of a mini-epoch
     restarted_at_sample: int = 0  # where a fresh optimizer began on trained weights, for the warm-up; 0: never
     mini_epoch_losses: list[float] = field(default_factory=list)  # of the steps since the last mini-epoch's end
-    holes: list[tuple[int, int]] = field(default_factory=list)  # samples left out for good: (first, count)
+    skipped_samples: list[tuple[int, int]] = field(default_factory=list)  # samples left out for good: (first, count)
     weights_written: bool = False  # whether there was a rwkv-N.pth already
 
 
@@ -126,7 +126,7 @@ def _read(folder: Path) -> LoadedState:
     position = Position(**{name: value for name, value in told["position"].items() if name in known})
     if "weights_written" not in told["position"]:  # of an earlier version
         position.weights_written = position.samples >= position.unit
-    position.holes = [(int(first), int(count)) for first, count in position.holes]
+    position.skipped_samples = [(int(first), int(count)) for first, count in position.skipped_samples]
     return LoadedState(folder, position, told["settings"], told["counters"], told["saved_at"])
 
 

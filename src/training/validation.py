@@ -17,12 +17,13 @@ from torch import Tensor
 from src.config import VAL_EVERY, RunConfig
 from src.dataset.binidx import MMapIndexedDataset
 from src.dataset.sft import IGNORED, SftBatch, SftRows, collate
+from src.errors import UserError
 from src.inference.evaluate import windows
-from src.training.callbacks import AfterStep, write_weights
+from src.run_folder import BEST, VALIDATION
+from src.run_log import read_columns
+from src.training.checkpoint.callbacks import AfterStep, write_weights
 from src.training.data import SftSamples
-from src.training.folder import BEST, VALIDATION
 from src.training.module import TrainingModule
-from src.training.reporting.log_files import read_columns
 from src.training.reporting.reporter import OnTheWay, Reporter, to_device
 from src.training.reporting.sink import ValidationReport
 from src.training.schedule import RunLength
@@ -55,7 +56,7 @@ class HeldOut:
             inputs, targets, *_ = self._sample(number)
             largest = max(int(inputs.max()), int(targets.max()))
             if largest >= vocab_size:
-                raise ValueError(
+                raise UserError(
                     f"--val_data_file {self.config.val_data_file}: token id {largest} doesn't fit --vocab_size {vocab_size}; expected "
                     "data made with the tokenizer of the training data"
                 )

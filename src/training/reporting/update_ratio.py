@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from src.training.distributed.zero import EngineAdamW
 from src.training.optim import MasterAdamW, adam_state
 from src.training.reporting.sink import UPDATE_GROUPS
-from src.training.zero import EngineAdamW
 
 ELEMENTS_AT_A_TIME = 1 << 26  # bounds what is computed beside the weights: 256 MiB
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from src.config import MINI_EPOCH_SAMPLES
-from src.training.folder import LOG, METRICS, RUN, VALIDATION
-from src.training.reporting.log_files import Numbers, is_mini_epoch_line, read_arrays
+from src.errors import UserError
+from src.run_folder import LOG, METRICS, RUN, VALIDATION
 
+Numbers = npt.NDArray[np.float64]
+PIECE_BYTES = 1 << 16  # of a csv that are read at a time
 SMOOTHED_SHARE = 0.02  # of the run's steps: the width of the running mean
 SMOOTHED_STEPS = 10  # at least
 
@@ -74,7 +78,7 @@ def read_curves(run: str | Path) -> Curves:
     log = run / LOG if run.is_dir() else run
     metrics = folder / METRICS
     if not log.is_file() and not metrics.is_file():
-        raise ValueError(f"{run}: expected the folder of a run ({METRICS}, {LOG}), or a log file")
+        raise UserError(f"{run}: expected the folder of a run ({METRICS}, {LOG}), or a log file")
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     remembered = _remembered(folder)
     mini_epochs, settings = read_log(text), remembered.get("settings") or _settings(text)
@@ -85,7 +89,7 @@ def read_curves(run: str | Path) -> Curves:
     if metrics.is_file() and run.name != LOG:
         columns = read_arrays(metrics)
         if columns and not {"step", "tokens", "loss", "lr"} <= columns.keys():
-            raise ValueError(f"{metrics}: expected the columns step, tokens, loss and lr")
+            raise UserError(f"{metrics}: expected the columns step, tokens, loss and lr")
         if columns:
             curves = _by_step(name, columns, mini_epochs, mini_epoch_tokens, settings)
             if (folder / VALIDATION).is_file():
@@ -94,7 +98,7 @@ def read_curves(run: str | Path) -> Curves:
                 curves.val_tokens, curves.val_loss = val.get("tokens", none)[known], val.get("loss", none)[known]
             return curves
     if not mini_epochs:
-        raise ValueError(f"{run}: nothing has been logged in it yet")
+        raise UserError(f"{run}: nothing has been logged in it yet")
     return _by_mini_epoch(name, mini_epochs, mini_epoch_tokens, settings)
 
 
@@ -176,3 +180,39 @@ def _settings(log: str) -> dict[str, Any]:
                 if "real_bsz" in found:
                     found["global_batch"] = found["real_bsz"]
     return found
+
+
+def is_mini_epoch_line(line: str) -> bool:
+    """`N loss perplexity lr date time count`, as RWKV training scripts write it."""
+    return len(line.split()) == 7 and line.split()[0].isdigit()
+
+
+def read_columns(path: Path) -> dict[str, list[float]]:
+    """As `read_arrays`, in lists."""
+    return {name: values.tolist() for name, values in read_arrays(path).items()}
+
+
+def read_arrays(path: Path) -> dict[str, Numbers]:
+    """The columns of a csv with a header, as numbers; an empty cell is NaN, a last line that was cut is left out. {} where there are none.
+
+    Raises ValueError naming the file when a line has other columns. Made for hundreds of thousands of rows, read by a thread beside training: numpy takes them a piece at a time, and the lock of the
+    interpreter is free for training in between.
+    """
+    if not path.exists():
+        return {}
+    pieces: list[Numbers] = []
+    with open(path, "rb") as file:
+        names = file.readline().decode().strip().split(",")
+        while text := file.read(PIECE_BYTES) + file.readline():
+            text = text[: text.rfind(b"\n") + 1].replace(b"\r\n", b"\n")
+            for _ in range(2):  # of several empty cells in a row, one pass sees every other
+                text = text.replace(b",,", b",nan,")
+            text = text.replace(b",\n", b",nan\n")
+            if text.strip():
+                try:
+                    pieces.append(np.loadtxt(io.BytesIO(text), delimiter=",", ndmin=2))
+                    if pieces[-1].shape[1] != len(names):
+                        raise UserError(f"{pieces[-1].shape[1]} cells under {len(names)} names")
+                except ValueError as error:
+                    raise UserError(f"{path}: a line is not like the others; mend or remove it ({error})") from error
+    return dict(zip(names, np.concatenate(pieces).T, strict=True)) if pieces else {}

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from src import run_folder
 from src.config import RunConfig
 from src.dataset.sft_cache import look_at_conversations
 from src.dataset.tokenizer import WORLD_VOCAB_SIZE, Tokenizer, load_tokenizer
-from src.training import checkpoint
 from src.training.data import SAMPLED_WINDOWS, PretrainSamples, Samples, SftSamples
 from src.training.preflight.checklist import Checklist, Finding
-from src.training.validate import HeldOut
+from src.training.validation import HeldOut
 
 SHOWN_TEXT = 160  # characters of the decoded window
 SAMPLED_DOCUMENTS = 200
@@ -101,7 +101,7 @@ def _sampled_ids(samples: Samples) -> tuple[str, int]:
 
 def _tokenizer(config: RunConfig, vocab_size: int) -> Tokenizer | None:
     """That of the flags, of the run in --proj_dir, or World where the vocabulary has its size."""
-    name = config.tokenizer or checkpoint.read_run(Path(config.proj_dir)).get("tokenizer", "")
+    name = config.tokenizer or run_folder.read_run(Path(config.proj_dir)).get("tokenizer", "")
     if not name and vocab_size == WORLD_VOCAB_SIZE and importlib.util.find_spec("pyrwkv_tokenizer"):
         name = "world"
     return load_tokenizer(name) if name else None

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from src import run_folder
 from src.config import RunConfig
-from src.training import checkpoint
 
 # Times as fast. Products are three quarters of an fp32 step, the rest takes up to 1.2 times as long in bf16, so a step takes 0.75 / 1.5 + 0.25 * 1.2 =
 # 0.8 of the time there. Measured steps (tests/bench/train_step.py): products 2.4 times as fast, step 1.9; 3.5 and 2.0.
@@ -39,10 +39,10 @@ def cpu_precision(config: RunConfig, processes: int) -> tuple[str, str]:
 def _began_in(config: RunConfig) -> str:
     """The precision on a CPU of the run that goes on here; '' where a new one begins, or it began elsewhere."""
     proj_dir = Path(config.proj_dir)
-    origin = checkpoint.origin_weights(proj_dir, config.train_stage, config.load_model)
-    if config.restart or checkpoint.is_swapped(proj_dir, origin):
+    origin = run_folder.origin_weights(proj_dir, config.train_stage, config.load_model)
+    if config.restart or run_folder.is_swapped(proj_dir, origin):
         return ""
-    settings = checkpoint.read_run(proj_dir).get("settings", {})
+    settings = run_folder.read_run(proj_dir).get("settings", {})
     return settings.get("precision", "") if settings.get("accelerator") == "cpu" else ""
 
 

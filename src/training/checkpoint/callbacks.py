@@ -12,15 +12,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from src.training.checkpoint import numbered, save_weights
-from src.training.folder import FINAL
-from src.training.full_state import gather_full_state, gather_weights, scatter_full_state
+from src.model.weights import save_weights
+from src.run_folder import FINAL, numbered_weights
+from src.training.checkpoint.state import gather_full_state, gather_weights, scatter_full_state
+from src.training.checkpoint.storage import LoadedState, Position, StateWriter
+from src.training.console import log
 from src.training.module import TrainingModule
 from src.training.optim import LOSS_SCALE_POWER
 from src.training.reporting.reporter import Reporter
 from src.training.reporting.sink import Sink, StepReport
-from src.training.resume import LoadedState, Position, StateWriter
-from src.training.say import say
 from src.training.schedule import RunLength
 
 TIME_LIMIT_MARGIN = (
@@ -98,7 +98,7 @@ class RestoreState(pl.Callback):
         scatter_full_state(trainer, pl_module, self.loaded.tensors(), counters)
 
 
-class KeepState(AfterStep):
+class CheckpointCallback(AfterStep):
     """The full state of the run, saved when the clock, a mini-epoch's weights or a stop asks for it.
 
     rwkv-final.pth comes after the last state, so that a run that is complete is complete in every part.
@@ -112,7 +112,7 @@ class KeepState(AfterStep):
         length: RunLength,
         reporter: Reporter,
         weights: SaveWeights,
-        bad_steps: WatchBadSteps,
+        bad_steps: NonFiniteMonitor,
         settings: dict[str, Any],
         save_minutes: float,
     ) -> None:
@@ -149,8 +149,8 @@ class KeepState(AfterStep):
             unit=self.length.unit,
             restarted_at_sample=self.position.restarted_at_sample,
             mini_epoch_losses=list(self.reporter.mini_epoch_losses),
-            holes=self.position.holes,
-            weights_written=bool(numbered(self.weights.proj_dir)),
+            skipped_samples=self.position.skipped_samples,
+            weights_written=bool(numbered_weights(self.weights.proj_dir)),
         )
         parameters = gather_full_state(trainer, module)
         tensors = ((f"{name}/{kind}", tensor) for name, kinds in parameters for kind, tensor in kinds.items())
@@ -162,7 +162,7 @@ class KeepState(AfterStep):
         self.saved_at = time.monotonic()
 
 
-class StopInTime(AfterStep):
+class GracefulStop(AfterStep):
     """Ctrl-C, SIGTERM, a terminal that is gone and the time limit end the run after the step under way, with its state saved; a second
     Ctrl-C at once."""
 
@@ -176,7 +176,7 @@ class StopInTime(AfterStep):
         self._longest_step, self._step_began = 0.0, math.inf
         self._before: dict[int, Any] = {}
         self.reporter: Reporter
-        self.keeper: KeepState
+        self.keeper: CheckpointCallback
 
     def wish(self) -> bool:
         """A wish for the Reporter: does this rank have to stop?"""
@@ -216,7 +216,7 @@ class StopInTime(AfterStep):
         self._before = {}
 
 
-class WatchBadSteps(Sink):
+class NonFiniteMonitor(Sink):
     """A sink that counts steps left out because their loss or gradient was not finite; `too_many` is set when to go back.
 
     With loss scaling (fp16) an overflow of the gradient alone is how the scale is found, and doesn't count, unless so many come in a row
@@ -240,7 +240,7 @@ class WatchBadSteps(Sink):
         self.first_in_row = report.step if self.in_row == 0 else self.first_in_row
         self.in_row += 1
         self.total += 1
-        say(
+        log(
             f"step {report.step + 1}: loss {report.loss:g}, gradient norm {report.grad_norm:g}: the step was left out "
             f"({self.in_row} in a row, {self.total} in all)"
         )

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from lightning_fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
 
+from src.errors import UserError
+
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Where a process stands among all of them."""
 
     rank: int
@@ -36,7 +38,7 @@ LAUNCHERS = (
 )
 
 
-def place_from_launcher(environment: Mapping[str, str]) -> Place | None:
+def rank_from_launcher(environment: Mapping[str, str]) -> RankInfo | None:
     """What a launcher told this process; None where there is no launcher, or only one process.
 
     A Slurm job counts when srun started several tasks: a batch script that calls train.py is one process that may start others.
@@ -46,7 +48,7 @@ def place_from_launcher(environment: Mapping[str, str]) -> Place | None:
             rank, size, local_rank, local_size = (int(environment[name]) for name in names)
             address = environment.get("MASTER_ADDR", "127.0.0.1")
             port = int(environment.get("MASTER_PORT", "29500"))
-            return Place(rank, size, local_rank, local_size, address, port) if size > 1 else None
+            return RankInfo(rank, size, local_rank, local_size, address, port) if size > 1 else None
     size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if size > 1 and "SLURM_PROCID" in environment:
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "127.0.0.1")
@@ -54,28 +56,28 @@ def place_from_launcher(environment: Mapping[str, str]) -> Place | None:
         # the same port on every machine, another one for each job
         port = int(environment.get("MASTER_PORT", 15000 + int(environment.get("SLURM_JOB_ID", "0")) % 10000))
         machines = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
-        return Place(
+        return RankInfo(
             int(environment["SLURM_PROCID"]), size, int(environment["SLURM_LOCALID"]), size // machines, address, port
         )
     return None
 
 
-def first_place(environment: Mapping[str, str], devices: int, num_nodes: int) -> Place:
+def rank_of_first_process(environment: Mapping[str, str], devices: int, num_nodes: int) -> RankInfo:
     """That of the process which a user started by hand on a machine: its first, which starts the machine's others.
 
     On several machines NODE_RANK, MASTER_ADDR and MASTER_PORT say which machine this is and where the first one listens.
     """
     if num_nodes == 1:
-        return Place(0, devices, 0, devices, "127.0.0.1", _free_port())
+        return RankInfo(0, devices, 0, devices, "127.0.0.1", _free_port())
     missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"--num_nodes {num_nodes}: without a launcher (torchrun, srun, deepspeed) each machine needs NODE_RANK (0 .. "
             f"{num_nodes - 1}), MASTER_ADDR and MASTER_PORT of the first machine in its environment; {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not set"
         )
     rank = int(environment["NODE_RANK"]) * devices
-    return Place(rank, devices * num_nodes, 0, devices, environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
+    return RankInfo(rank, devices * num_nodes, 0, devices, environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
 
 
 def _free_port() -> int:
@@ -84,10 +86,10 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-class PlacesForLightning(ClusterEnvironment):
+class KnownClusterEnvironment(ClusterEnvironment):
     """Tells Lightning what is known already, so that it starts and names no process."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: RankInfo) -> None:
         super().__init__()
         self.place = place
 

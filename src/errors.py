@@ -1,0 +1,38 @@
+"""`UserError`, a mistake in what the user gave: the only error that is shown without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class UserError(ValueError):
+    """A mistake in a flag, a file or the environment, with its parts as fields; `str()` makes the sentence.
+
+    problem   what is wrong, as a clause: "no such file"
+    flag      the setting it is about, without its dashes; "" where it is about none
+    given     the value, or the path of the file; None where it doesn't matter
+    expected  what would have been right: "a multiple of 16"
+    advice    what to do: "leave the flag out"
+
+    The sentence is `--flag given: problem; expected ...; advice`, without the parts that are empty.
+    """
+
+    def __init__(
+        self, problem: str = "", *, flag: str = "", given: object = None, expected: str = "", advice: str = ""
+    ) -> None:
+        super().__init__(problem)
+        self.problem, self.flag, self.given, self.expected, self.advice = problem, flag, given, expected, advice
+
+    def __str__(self) -> str:
+        subject = " ".join([f"--{self.flag}"] * bool(self.flag) + [str(self.given)] * (self.given is not None))
+        expected = f"expected {self.expected}" if self.expected else ""
+        clauses = "; ".join(clause for clause in (self.problem, expected, self.advice) if clause)
+        return f"{subject}: {clauses}" if subject else clauses
+
+
+class UserErrors(UserError):
+    """Several mistakes found together, in `faults`: all of a command line are shown at once."""
+
+    def __init__(self, faults: Sequence[UserError]) -> None:
+        super().__init__("\n".join(map(str, faults)))
+        self.faults = tuple(faults)

@@ -1,0 +1,147 @@
+"""A run's folder (--proj_dir): the names of its files, run.json, numbered weights, archiving of an earlier run.
+
+    rwkv-init.pth  rwkv-N.pth  rwkv-final.pth  rwkv-best.pth    plain state dicts
+    run.json                                                    what the run recorded about itself (`read_run`)
+    train_log.txt  metrics.csv  val.csv  samples.json           logs
+    loss.png  report.html  profile.json.gz                      figures
+    resume/                                                     full states (training/checkpoint)
+    previous-K/                                                 an earlier run's files
+
+The only module that knows these names and the format of run.json; training writes through it, inference reads through it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from src.errors import UserError
+from src.files import sha256_of, write_whole
+
+INIT, FINAL, BEST = "rwkv-init.pth", "rwkv-final.pth", "rwkv-best.pth"
+LOG, METRICS, VALIDATION, SAMPLES, RUN = "train_log.txt", "metrics.csv", "val.csv", "samples.json", "run.json"
+FIGURE, REPORT, TRACE, TOKENIZER = "loss.png", "report.html", "profile.json.gz", "tokenizer"
+STATES = "resume"
+# What belongs to one run, besides its weights. RUN comes last: a process that dies while moving them finds on its next start that there is
+# something left to move.
+BELONGS_TO_RUN = (
+    *(LOG, METRICS, VALIDATION, SAMPLES, FIGURE, REPORT, TRACE, TOKENIZER),
+    *(STATES, "wandb", "tensorboard", "csv", RUN),
+)
+# Of run.json. 1 (and files without a number): up to November 2026. 2: the number itself.
+FORMAT_VERSION = 2
+
+
+def weights_name(mini_epoch: int) -> str:
+    """The name of the weights after a mini-epoch: rwkv-N.pth."""
+    return f"rwkv-{mini_epoch}.pth"
+
+
+def numbered_weights(folder: Path) -> dict[int, Path]:
+    """The rwkv-N.pth files by N, in ascending order."""
+    matches = ((re.fullmatch(r"rwkv-(\d+)\.pth", path.name), path) for path in folder.glob("rwkv-*.pth"))
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+def newest_weights(folder: Path) -> Path | None:
+    """The weights that are trained furthest: rwkv-final.pth, else the highest rwkv-N.pth, else rwkv-init.pth; None where there are none."""
+    candidates = [folder / FINAL, *reversed(numbered_weights(folder).values()), folder / INIT]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of run.json; {} where there is none. Raises UserError when it can't be read or is of a later format."""
+    path = folder / RUN
+    if not path.exists():
+        return {}
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(run, dict) or not all(isinstance(run.get(name, {}), dict) for name in ("origin", "settings")):
+            raise UserError("not what a run wrote")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"unreadable ({error})", given=path, advice="delete it to continue without what it records"
+        ) from error
+    version = run.get("version", 1)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(
+            f"format version {version}", given=path, expected=f"at most {FORMAT_VERSION}", advice="update this program"
+        )
+    return run
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    """Write run.json, whole or not at all. Raises OSError."""
+    with write_whole(folder / RUN, "w") as file:
+        json.dump({**run, "version": FORMAT_VERSION}, file, indent=1)
+        file.write("\n")
+
+
+def origin_weights(folder: Path, stage: int, load_model: str) -> Path | None:
+    """The weights that a run in this folder starts from at step 0; None: new ones are drawn."""
+    if load_model:
+        return Path(load_model)
+    init = folder / INIT
+    return init if stage >= 2 and init.exists() else None
+
+
+def fingerprint(weights: Path | None) -> dict[str, Any]:
+    """What tells initial weights apart: the SHA-256 of the file (empty for None: drawn at the start)."""
+    return {"sha256": "", "path": ""} if weights is None else {"sha256": sha256_of(weights), "path": str(weights)}
+
+
+def is_swapped(folder: Path, origin: Path | None) -> bool:
+    """Whether `origin` is another file than the one that the run in the folder started from, so that a new run starts."""
+    recorded = read_run(folder).get("origin")
+    if recorded is None or origin is None or not origin.is_file():
+        return False
+    return fingerprint(origin)["sha256"] != recorded.get("sha256")
+
+
+def archive_run(folder: Path) -> Path | None:
+    """Move the files of an earlier run to `previous-K/`; nothing is deleted. None when there was nothing to move."""
+    members = [*numbered_weights(folder).values(), *_archived(folder / VALIDATION), *_archived(folder / BEST)]
+    members += [folder / name for name in (FINAL, BEST, *BELONGS_TO_RUN) if (folder / name).exists()]
+    if not members:
+        return None
+    k = 1
+    while (folder / f"previous-{k}").exists():
+        k += 1
+    archive = folder / f"previous-{k}"
+    archive.mkdir()
+    for member in members:
+        member.rename(archive / member.name)
+    return archive
+
+
+def archive_file(path: Path) -> Path | None:
+    """Rename a file to NAME-{k}.SUFFIX, after those that are there. None when there is no such file."""
+    if not path.exists():
+        return None
+    k = max((int(other.stem.rpartition("-")[2]) for other in _archived(path)), default=0) + 1
+    archived = path.with_stem(f"{path.stem}-{k}")
+    path.rename(archived)
+    return archived
+
+
+def _archived(path: Path) -> list[Path]:
+    """What `archive_file` made of earlier files of this name."""
+    return [other for other in path.parent.glob(f"{path.stem}-*{path.suffix}") if re.fullmatch(r".*-\d+", other.stem)]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process left behind that was killed while it wrote. Only for the process that holds the folder's lock."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file():  # as `write_whole` names them
+            path.unlink(missing_ok=True)
+    for trace in folder.glob(f".{TRACE}.*"):
+        shutil.rmtree(trace, ignore_errors=True)
+    for state in (folder / STATES).glob(".step-*.tmp"):
+        step, replaced = state.name[1:].split(".")[0], state.name.endswith(".replaced.tmp")
+        if replaced and not (state.parent / step).exists():  # killed before the new one took its place
+            state.rename(state.parent / step)
+        else:
+            shutil.rmtree(state, ignore_errors=True)

@@ -1,0 +1,81 @@
+"""Runs of train.py that tests share: tiny sizes, real files, real fits."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from src.cli import parse
+from src.training import trainer
+from src.training.run import run
+
+ROOT = Path(__file__).parents[1]
+CTX, VOCAB = 16, 64
+
+
+def flags(proj_dir, data, **changed):
+    settings = {
+        "proj_dir": proj_dir, "data_file": data, "vocab_size": VOCAB, "ctx_len": CTX, "micro_bsz": 4, "n_layer": 2,
+        "n_embd": 32, "head_size": 16, "lr_init": 3e-3, "lr_final": 3e-4, "my_exit_tokens": CTX * 4 * 40, "epoch_steps": 10,
+        "epoch_save": 2, "random_seed": 7, "accelerator": "cpu", **changed,
+    }  # fmt: skip
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def train(proj_dir, data, **changed):
+    return run(*parse(flags(proj_dir, data, **changed)))
+
+
+def as_from_a_terminal():
+    """In a new process, before its program: signals as a terminal leaves them. nohup and shells that start jobs have some ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def train_process(argv, **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "train.py", *argv],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
+    )  # fmt: skip
+
+
+def metrics(proj_dir):
+    with open(proj_dir / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(proj_dir):
+    return [float(row["loss"]) for row in metrics(proj_dir)]
+
+
+def log_lines(proj_dir):
+    return [line.split() for line in (proj_dir / "train_log.txt").read_text().splitlines() if re.match(r"\d+ \d", line)]
+
+
+class Killed(BaseException):
+    """Stands for a process that is gone: nothing of ours catches it."""
+
+
+def train_until(step, out, data, monkeypatch, **changed):
+    """Train, and die like a killed process before `step` is taken."""
+    original = trainer.SetLearningRate.on_train_batch_start
+
+    def dying(self, trainer, module, batch, batch_idx):
+        if self.first_step + trainer.global_step == step:
+            raise Killed
+        original(self, trainer, module, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.SetLearningRate, "on_train_batch_start", dying)
+        with pytest.raises(Killed):
+            train(out, data, **changed)
+    for thread in threading.enumerate():  # a process that dies takes its writer along; here it may still be at work
+        if thread.name == "state-writer":
+            thread.join()
