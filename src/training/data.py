@@ -1,36 +1,53 @@
-"""What a run reads: pretraining windows or conversations, each as numbered samples that any process can read from anywhere."""
+"""Training and held-out samples: pretraining windows or conversations, numbered, so that any process reads any of them.
+
+The order is a pure function of the sample number; no loader has a state. See src/dataset/sample_order.py.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Dataset
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from src.config import RunConfig
 from src.dataset.binidx import MMapIndexedDataset
 from src.dataset.pretrain import PretrainDataset
 from src.dataset.sample_order import check_magic_prime, magic_prime, sample_offset
-from src.dataset.sft import SftDataset, SftRows, collate_shares
+from src.dataset.sft import IGNORED, SftBatch, SftDataset, SftRows, collate, collate_shares
 from src.dataset.sft_cache import Conversations, look_at_conversations, open_conversations
 from src.errors import UserError
+from src.inference.evaluate import windows
 
-# windows of the data whose ids are compared with vocab_size before the start; every batch is checked later
+# Windows whose ids are compared with vocab_size before the start, spread over the data; every batch is checked when it is read.
 SAMPLED_WINDOWS = 256
-SkippedSamples = Sequence[tuple[int, int]]
+SkippedSamples = Sequence[tuple[int, int]]  # (first sample, count)
+Batch = tuple[Tensor, ...]
 
 
 class Samples(Protocol):
     """The numbered samples of a run."""
 
     prime: int  # of the order; 0 where there is none
-    once: int  # positions of one pass over the data
-    identity: str  # the same for the same data, wherever the file lies
-    words: str  # for the summary
-    collate: Any  # how a list of samples becomes a batch; None: stacked as they are
+    tokens_per_epoch: int  # positions of one pass over the data
+    identity: str  # equal for equal data, wherever the file lies
+    order_seed: int | None  # of the shuffle; None where the order has no seed
+    summary: str
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any] | None:
+        """How a list of samples becomes a batch; None: stacked as they are."""
+        ...
 
     def dataset(
         self, first: int, count: int, rank: int, world_size: int, skipped_samples: SkippedSamples, vocab_size: int
@@ -39,29 +56,31 @@ class Samples(Protocol):
         ...
 
     def check_ids(self, vocab_size: int) -> None:
-        """Raises ValueError when the data doesn't fit the vocabulary, as far as a quick look tells."""
+        """Raises UserError when the data doesn't fit the vocabulary, as far as a quick look tells."""
         ...
 
     def largest_id(self) -> int: ...
 
-    def place(self, sample: int) -> str:
-        """Where a sample lies, for someone who wants to look at it."""
+    def locate(self, sample: int) -> str:
+        """Where a sample lies in the data, for people."""
         ...
 
 
 class PretrainSamples:
     """Windows of a binidx file in the order of the magic prime."""
 
-    collate = None
+    collate: Callable[[list[Any]], Any] | None = None
+    order_seed: int | None = None
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.data = config, MMapIndexedDataset(config.data_file)
         self.prime = config.magic_prime or magic_prime(self.data.n_tokens, config.ctx_len)
         check_magic_prime(self.prime, self.data.n_tokens, config.ctx_len)
-        self.once = self.data.n_tokens
+        self.tokens_per_epoch = self.data.n_tokens
+        # both ends: hashing all of a large file would delay every start by minutes
         ends = hashlib.sha256(self.data.tokens[:1_000_000].tobytes() + self.data.tokens[-1_000_000:].tobytes())
         self.identity = f"{self.data.n_tokens} tokens {ends.hexdigest()[:16]}"
-        self.words = f"{config.data_file}, {self.data.n_tokens:,} tokens, magic prime {self.prime:,}"
+        self.summary = f"{config.data_file}, {self.data.n_tokens:,} tokens, magic prime {self.prime:,}"
 
     def dataset(
         self, first: int, count: int, rank: int, world_size: int, skipped_samples: SkippedSamples, vocab_size: int
@@ -72,91 +91,206 @@ class PretrainSamples:
         )
 
     def check_ids(self, vocab_size: int) -> None:
-        for at, ids in self.sampled_windows():
+        for position, ids in self.sampled_windows():
             largest = int(ids.max())
             if largest >= vocab_size:
                 raise UserError(
-                    f"--data_file {self.config.data_file}: token id {largest} near position {at:,} doesn't fit --vocab_size "
-                    f"{vocab_size}; the data was made with another tokenizer: give its --vocab_size, or make the data anew"
+                    f"token id {largest} near position {position:,} doesn't fit --vocab_size {vocab_size}",
+                    flag="data_file",
+                    given=self.config.data_file,
+                    advice="the data was made with another tokenizer: give its --vocab_size, or make the data again",
                 )
 
     def sampled_windows(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """(position, ids [ctx_len]) of SAMPLED_WINDOWS windows, spread over the data."""
+        """(position, ids [ctx_len]) of SAMPLED_WINDOWS windows, evenly spaced."""
         last = max(0, self.data.n_tokens - self.config.ctx_len)
-        for at in np.linspace(0, last, SAMPLED_WINDOWS).astype(np.int64).tolist():
-            yield at, self.data.tokens[at : at + self.config.ctx_len]
+        for position in np.linspace(0, last, SAMPLED_WINDOWS).astype(np.int64).tolist():
+            yield position, self.data.tokens[position : position + self.config.ctx_len]
 
     def largest_id(self) -> int:
         tokens = self.data.tokens
         return max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
 
-    def place(self, sample: int) -> str:
+    def locate(self, sample: int) -> str:
         return f"token {sample_offset(sample, self.prime, self.config.ctx_len):,} of {self.config.data_file}"
 
 
 class SftSamples:
-    """Conversations, packed into rows of ctx_len positions; only what the assistant wrote counts, unless --sft_loss all."""
+    """Conversations, packed into rows of ctx_len positions. Only the assistant's answers count, unless --sft_loss all."""
 
-    collate = staticmethod(collate_shares)
     prime = 0
+    order_seed: int | None
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any] | None:
+        return collate_shares
 
     def __init__(self, config: RunConfig, conversations: Conversations | None = None) -> None:
         self.config = config
         conversations = conversations or open_conversations(config.data_file, config.tokenizer)
-        seed = max(0, config.random_seed)  # an order that isn't asked for is the same at every start
+        # Without --random_seed each start draws one; the order must not change with it, or a resumed run would read other rows.
+        self.order_seed = max(0, config.random_seed)
         self.rows = SftRows(
             conversations,
             config.ctx_len,
             packing=bool(config.packing),
             truncate=config.truncate,
             count_all=config.sft_loss == "all",
-            seed=seed,
+            seed=self.order_seed,
         )
-        self.once = len(self.rows) * config.ctx_len
+        self.tokens_per_epoch = len(self.rows) * config.ctx_len
         sizes = hashlib.sha256(conversations.data.sizes.tobytes() + conversations.data.tokens[:1_000_000].tobytes())
-        self.identity = f"{len(conversations.data)} conversations {sizes.hexdigest()[:16]} order {seed}"
-        left_out = sum(conversations.left_out.values())
-        self.words = (
+        self.identity = f"{len(conversations.data)} conversations {sizes.hexdigest()[:16]} order {self.order_seed}"
+        unusable = sum(conversations.left_out.values())
+        self.summary = (
             f"{config.data_file}, {len(conversations.data):,} conversations in {len(self.rows):,} rows, "
-            f"{self.rows.filled:.0%} of the positions filled; {self.rows.n_cut:,} cut, {self.rows.n_dropped:,} too long, "
-            f"{left_out:,} lines unusable"
+            f"{self.rows.filled:.0%} of the positions filled; {self.rows.n_cut:,} truncated, {self.rows.n_dropped:,} too "
+            f"long, {unusable:,} lines unusable"
         )
 
     def dataset(
         self, first: int, count: int, rank: int, world_size: int, skipped_samples: SkippedSamples, vocab_size: int
     ) -> Dataset:
         c = self.config
-        return SftDataset(
-            self.rows, first, count, rank, world_size, skipped_samples, c.micro_bsz, c.accumulate_grad_batches
-        )
+        accumulate = c.accumulate_grad_batches
+        return SftDataset(self.rows, first, count, rank, world_size, skipped_samples, c.micro_bsz, accumulate)
 
     def check_ids(self, vocab_size: int) -> None:
         largest = self.largest_id()
         if largest >= vocab_size:
             raise UserError(
-                f"--tokenizer {self.config.tokenizer}: its token {largest} doesn't fit --vocab_size {vocab_size} of the model; "
-                "fine-tune with the tokenizer that the model was trained with"
+                f"its token {largest} doesn't fit --vocab_size {vocab_size} of the model",
+                flag="tokenizer",
+                given=self.config.tokenizer,
+                advice="fine-tune with the tokenizer that the model was trained with",
             )
 
     def largest_id(self) -> int:
-        coded = self.rows.conversations.data.tokens
-        return max(
-            int(np.where(part < 0, ~part, part).max()) for part in np.array_split(coded, 1 + len(coded) // (1 << 24))
-        )
+        coded = self.rows.conversations.data.tokens  # ~id marks a token that doesn't count for the loss
+        parts = np.array_split(coded, 1 + len(coded) // (1 << 24))
+        return max(int(np.where(part < 0, ~part, part).max()) for part in parts)
 
-    def place(self, sample: int) -> str:
+    def locate(self, sample: int) -> str:
         return f"row {sample % len(self.rows)} of epoch {sample // len(self.rows)} of {self.config.data_file}"
 
 
 def open_samples(config: RunConfig) -> Samples:
-    """The data of a run. Raises ValueError naming the flag when it is missing, damaged, or doesn't fit the settings."""
+    """The data of a run. Raises UserError when it is missing, damaged, or doesn't fit the settings."""
     return SftSamples(config) if config.data_type == "sft" else PretrainSamples(config)
 
 
 def peek_samples(config: RunConfig) -> tuple[Samples, float]:
-    """As `open_samples`, leaving nothing behind: conversations that were not tokenised before are only looked at, in which case the share
-    of the file that was seen is below 1."""
+    """As `open_samples`, without writing a cache: of conversations that were not tokenised before only the first are read.
+
+    The second result is the share of the file that was read, below 1 in that case.
+    """
     if config.data_type != "sft":
         return PretrainSamples(config), 1.0
     conversations, share = look_at_conversations(config.data_file, config.tokenizer)
     return SftSamples(config, conversations), share
+
+
+def train_dataloader(config: RunConfig, dataset: Dataset, collate_fn: Callable | None, on_gpu: bool) -> DataLoader:
+    """One rank's samples in their order, a micro batch at a time."""
+    # A sample is a slice of a memory-mapped file: on a CPU a worker process would cost more than it saves.
+    return DataLoader(
+        dataset,
+        batch_size=config.micro_bsz,
+        shuffle=False,
+        collate_fn=collate_fn,
+        worker_init_fn=_leave_signals_to_main_process,
+        num_workers=1 if on_gpu else 0,
+        # Python 3.14's default puts a server process in between: the worker would take its end for the run's end, and a SIGTERM of
+        # the run for one of a stranger.
+        multiprocessing_context="fork" if on_gpu and sys.platform == "linux" else None,
+        persistent_workers=on_gpu,
+        prefetch_factor=8 if on_gpu else None,
+        pin_memory=on_gpu,
+        drop_last=True,
+    )
+
+
+def _leave_signals_to_main_process(worker: int) -> None:
+    """Ctrl-C, a closed terminal and a job's end signal whole process groups: the run still needs its worker to finish its step."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # not on Windows, where no SIGTERM is sent to groups, nor on macOS, where no run has a worker
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
+
+
+def _exit_on_sigterm_of_parent() -> None:
+    """SIGTERM can't be ignored altogether: multiprocessing sends it to a worker that doesn't answer, and waits for its end."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+class HeldOut:
+    """The samples of --val_data_file that are evaluated: --val_windows of them, evenly spaced, the same ones every time.
+
+    Raises UserError, before any training time is spent, when the file can't be read.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._sample: Callable[[int], Batch]
+        if config.data_type == "binidx":
+            self._tokens = MMapIndexedDataset(config.val_data_file).tokens
+            self._windows = list(windows(len(self._tokens), config.ctx_len, config.val_windows))
+            self._collate, self.count = torch.utils.data.default_collate, len(self._windows)
+            self._sample = self._window
+        else:
+            changed = {"data_file": config.val_data_file, "truncate": "end", "random_seed": 0}
+            self._rows: SftRows = SftSamples(replace(config, **changed)).rows  # type: ignore[arg-type]
+            self._sample, self._collate = self._row, collate
+            self.count = min(len(self._rows), config.val_windows)
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises UserError when a token of these samples doesn't fit the vocabulary."""
+        for number in range(self.count):
+            inputs, targets, *_ = self._sample(number)
+            largest = max(int(inputs.max()), int(targets.max()))
+            if largest >= vocab_size:
+                raise UserError(
+                    f"token id {largest} doesn't fit --vocab_size {vocab_size}",
+                    flag="val_data_file",
+                    given=self.config.val_data_file,
+                    expected="data made with the tokenizer of the training data",
+                )
+
+    def _window(self, number: int) -> Batch:
+        ids = torch.from_numpy(self._tokens[self._windows[number]].astype(np.int64))
+        return ids[:-1], ids[1:]
+
+    def _row(self, number: int) -> SftBatch:
+        return self._rows.row(number * len(self._rows) // self.count)
+
+    def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
+        """A rank's share. Every rank gets the same number of batches, all of one shape, since a forward pass may be collective: what
+        is missing is filled with samples that don't count."""
+        per_rank = -(-self.count // world_size)
+        size = min(self.config.micro_bsz, per_rank)
+        for first in range(0, per_rank, size):
+            batch = []
+            for i in range(first, first + size):
+                number = i * world_size + rank
+                is_filler = number >= self.count or i >= per_rank
+                inputs, targets, *packed = self._sample(0 if is_filler else number)
+                if is_filler:
+                    targets = torch.full_like(targets, IGNORED)
+                batch.append(SftBatch(inputs, targets, *packed) if packed else (inputs, targets))
+            yield tuple(self._collate(batch))  # type: ignore[arg-type]
+
+    def prompts(self, count: int, max_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
+        """(prompt, continuation in the data) of `count` samples: of a window its first tokens, at most `max_tokens`; of a
+        conversation its first question and answer."""
+        for i in range(min(count, self.count)):
+            inputs, targets, *packed = self._sample(i * self.count // min(count, self.count))
+            first = int((targets >= 0).int().argmax()) + 1 if packed else min(max_tokens, len(inputs) - 1)
+            last = first
+            while last < len(targets) and targets[last] >= 0:
+                last += 1
+            yield inputs[:first].tolist(), targets[first - 1 : last].tolist()

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW in fp32 whatever the model's precision, clipped, and deaf to gradients that are not finite."""
+"""AdamW with fp32 master weights, gradient clipping, and steps skipped when the gradient norm is not finite."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from src.model.init import row_of
 
-LOSS_SCALE_POWER = 16  # fp16 only: 2^16 at first; halved at an overflow, doubled after this many good steps:
+# fp16 only, as in torch.amp.GradScaler: the scale begins at 2^16, is halved at an overflow, and doubled after so many good steps.
+# fp16 only, as in torch.amp.GradScaler: the scale begins at 2^16, is halved at an overflow, and doubled after so many good steps.
+LOSS_SCALE_POWER = 16
 LOSS_SCALE_GROWTH_STEPS = 1000
-MAX_FP32_GRAD_NUMEL = (
-    1 << 26
-)  # parameters whose gradients a step has in fp32 at a time; a larger one is a piece of its own
+# Gradients that one optimizer step has in fp32 at a time, below fp32: 256 MiB of them. A larger parameter is a chunk of its own.
+MAX_FP32_GRAD_NUMEL = 1 << 26
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -41,13 +42,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 class MasterAdamW(torch.optim.Optimizer):
     """AdamW with decoupled decay and an fp32 master copy of parameters that are bf16 or fp16.
 
-    One step: the global gradient norm in fp32; gradients times min(1, grad_clip / norm); AdamW on the masters; masters rounded into
-    the parameters. Below fp32 this goes piece by piece, so that there is never a second, fp32 copy of all gradients. When the norm
-    is not finite the step is left out as a whole: neither weights nor moments nor the step count change, and `skipped_steps`
-    grows by one. That is decided on the device; nothing here waits for it.
+    One step: the global gradient norm in fp32; gradients times min(1, grad_clip / norm); AdamW on the masters; masters rounded to the
+    parameters. Below fp32 this is done in chunks of parameters, so that a second, fp32 copy of all gradients never exists. When the
+    norm is not finite the whole step is skipped: weights, moments and step count stay as they are, and `skipped_steps` grows by one.
+    That is decided on the device; nothing here synchronises with it.
 
-    `grad_norm` and `skipped_steps` are tensors on the parameters' device. With `scale_loss` (fp16) the caller multiplies
-    its loss by `loss_scale`, which this class takes out again and adapts.
+    `grad_norm` and `skipped_steps` are tensors on the parameters' device. With `scale_loss` (fp16) the caller multiplies its loss by
+    `loss_scale`, which this class divides out and adapts.
     """
 
     def __init__(
@@ -66,16 +67,16 @@ class MasterAdamW(torch.optim.Optimizer):
         device = self.parameters[0].device
         self.masters = [p if p.dtype == torch.float32 else _master(p) for p in self.parameters]
         self._master_of = dict(zip(self.parameters, self.masters, strict=True))
-        self._pieces = _pieces(self.parameters)
+        self._chunks = _chunks(self.parameters)
         self._adams = [
             torch.optim.AdamW(
                 [
-                    {**group, "params": [self._master_of[p] for p in group["params"] if p in piece]}
+                    {**group, "params": [self._master_of[p] for p in group["params"] if p in chunk]}
                     for group in self.param_groups
                 ],
                 fused=True,
             )
-            for piece in map(set, self._pieces)
+            for chunk in map(set, self._chunks)
         ]
         self._adam_of = {
             master: adam for adam in self._adams for group in adam.param_groups for master in group["params"]
@@ -88,7 +89,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step as the class describes it, with the `lr` of each group; what `closure` (forward and backward) returned."""
+        """One step as the class describes it, with the `lr` of each group. Returns what `closure` (forward and backward) returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -99,15 +100,15 @@ class MasterAdamW(torch.optim.Optimizer):
         found_inf = (~torch.isfinite(self.grad_norm)).float()
         clip = self.grad_clip / (self.grad_norm + 1e-6) if self.grad_clip else torch.ones_like(self.grad_norm)
         scale = self.loss_scale / clip.clamp(max=1.0)
-        for piece, adam in zip(self._pieces, self._adams, strict=True):
-            low = [(p, self._master_of[p]) for p in piece if p is not self._master_of[p]]
+        for chunk, adam in zip(self._chunks, self._adams, strict=True):
+            low = [(p, self._master_of[p]) for p in chunk if p is not self._master_of[p]]
             for parameter, master in low:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
-            # The fused AdamW divides gradients by grad_scale and leaves everything as it is where found_inf is 1, inside its one
-            # pass over memory; GradScaler hands it the same two attributes.
+            # The fused AdamW divides gradients by grad_scale and changes nothing where found_inf is 1, inside its one pass over
+            # memory; torch.amp.GradScaler sets the same two attributes.
             adam.grad_scale, adam.found_inf = scale, found_inf  # type: ignore[attr-defined]
-            for own, inner in zip(self.param_groups, adam.param_groups, strict=True):
-                inner["lr"] = own["lr"]
+            for group, inner in zip(self.param_groups, adam.param_groups, strict=True):
+                inner["lr"] = group["lr"]  # the schedule sets it in this optimizer's groups
             adam.step()
             if low:
                 torch._foreach_copy_([p for p, _ in low], [m for _, m in low])
@@ -134,7 +135,7 @@ class MasterAdamW(torch.optim.Optimizer):
         return adam_state(self._adam_of[master], master)
 
     def counters(self) -> dict[str, float]:
-        """The numbers that belong to no parameter: with masters and moments, all that a continued run needs."""
+        """The numbers that belong to no parameter: with masters and moments, all that a resumed run needs."""
         return {
             "adam_steps": self.moments(self.parameters[0])["step"].item(),
             "skipped_steps": self.skipped_steps.item(),
@@ -143,7 +144,7 @@ class MasterAdamW(torch.optim.Optimizer):
         }
 
     def load_counters(self, counters: dict[str, float]) -> None:
-        """Sets what `counters` gave, of this class or of `EngineAdamW`; a loss scale only where there is one and it is needed."""
+        """Set what `counters` gave, of this class or of `EngineAdamW`; the loss scale only where this run scales its loss."""
         for parameter in self.parameters:
             self.moments(parameter)["step"].fill_(counters["adam_steps"])
         self.skipped_steps.fill_(counters["skipped_steps"])
@@ -162,18 +163,18 @@ def adam_state(adam: torch.optim.AdamW, weights: nn.Parameter) -> dict[str, Tens
     return state
 
 
-def _pieces(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters in order, cut where their low-precision numbers exceed MAX_FP32_GRAD_NUMEL; those in fp32 need no copy and don't count."""
-    pieces: list[list[nn.Parameter]] = [[]]
+def _chunks(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters in order, in chunks of at most MAX_FP32_GRAD_NUMEL low-precision numbers; fp32 parameters need no copy and count 0."""
+    chunks: list[list[nn.Parameter]] = [[]]
     size = 0
     for parameter in parameters:
-        count = 0 if parameter.dtype == torch.float32 else parameter.numel()
-        if size + count > MAX_FP32_GRAD_NUMEL and pieces[-1]:
-            pieces.append([])
+        numel = 0 if parameter.dtype == torch.float32 else parameter.numel()
+        if size + numel > MAX_FP32_GRAD_NUMEL and chunks[-1]:
+            chunks.append([])
             size = 0
-        pieces[-1].append(parameter)
-        size += count
-    return pieces
+        chunks[-1].append(parameter)
+        size += numel
+    return chunks
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

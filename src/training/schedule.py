@@ -50,13 +50,13 @@ class RunLength:
     reach (N + 1) units, so any batch size works; the last one may be partial.
 
     A run that continues with another global batch (more processes, say) keeps its samples, tokens and mini-epochs: it has taken
-    `steps_before` steps and read `samples_before` samples, and `unit` is what it was.
+    `steps_before` steps and read `samples_before` samples, and `mini_epoch_samples` is what it was.
     """
 
     exit_tokens: int
     ctx_len: int
     global_batch: int
-    unit: int
+    mini_epoch_samples: int
     steps_before: int = 0
     samples_before: int = 0
 
@@ -93,9 +93,9 @@ class RunLength:
         return self._units(step + 1) > self._units(step) or step == self.steps - 1
 
     def _units(self, steps: int) -> int:
-        return self.samples(steps) // self.unit
+        return self.samples(steps) // self.mini_epoch_samples
 
     def step_after(self, mini_epoch: int) -> int:
         """The first step that follows mini-epoch N: where a run goes on that has rwkv-N.pth. At most `steps`."""
-        samples = (mini_epoch + 1) * self.unit - self.samples_before
+        samples = (mini_epoch + 1) * self.mini_epoch_samples - self.samples_before
         return min(self.steps, self.steps_before + max(0, -(-samples // self.global_batch)))

@@ -1,4 +1,4 @@
-"""A run in words: its settings with their real values, what is about to happen, what to do when it is over."""
+"""The settings of a run with their resolved values: what the log, run.json and saved states record, and what may change within a run."""
 
 from __future__ import annotations
 
@@ -7,36 +7,54 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from src import run_folder
 from src.config import ModelConfig, RunConfig
+from src.dataset.tokenizer import copy_tokenizer
+from src.errors import UserError
 from src.files import sha256_of
-from src.model import RWKV7
+from src.model.cost import parameter_count
 from src.ops.recurrence import describe_kernel
-from src.run_folder import FINAL
-from src.training.checkpoint.resume import Start
+from src.run_folder import BEST, FINAL, TOKENIZER, VALIDATION
+from src.training.checkpoint.resume import ResumePoint
+from src.training.console import log
 from src.training.data import Samples
 from src.training.hardware.selection import Hardware
-from src.training.preflight.plan import parameter_count
+from src.training.model_setup import SIZES, find_vocab_size
+from src.training.reporting.environment import environment
 from src.training.schedule import RunLength
 
+# settings that can't change within a run without making it another one: another model, other data, another order
+FIXED_SETTINGS = (
+    *(*SIZES, "vocab_size"),
+    *("data_type", "data", "tokenizer", "ctx_len", "magic_prime", "sft_loss", "packing", "truncate"),
+)
+# settings that say how and where to compute, or are derived, and may change without a note
+FREE_SETTINGS = (
+    *("proj_dir", "train_stage", "load_model", "load_partial", "restart", "random_seed", "data_file", "order_seed"),
+    *("devices", "num_nodes", "accelerator", "strategy", "ds_bucket_mb", "global_batch"),
+    *("kernel", "compile", "grad_cp", "head_chunk"),
+    *("epoch_begin", "epoch_count", "epochs", "save_minutes", "keep_resume", "time_limit", "val_every"),
+    *("enable_progress_bar", "wandb", "logger"),
+    *("plan", "check", "dry_run", "profile"),
+)
+# Derived settings that no flag sets directly, as messages call them.
+DESCRIPTIONS = {"data": "the data (--data_file; for sft its order, --random_seed, too)", "tokenizer": "the tokenizer"}
 
-def settings_of(
-    config: RunConfig,
-    model_config: ModelConfig,
-    hardware: Hardware,
-    length: RunLength,
-    samples: Samples,
-    seed: int,
+
+def resolve_settings(
+    config: RunConfig, sizes: ModelConfig, hardware: Hardware, length: RunLength, samples: Samples, seed: int
 ) -> dict[str, Any]:
-    """Every setting with its real value: what the log's header, run.json and the saved states hold."""
+    """Every setting with its resolved value."""
     return {
         **dataclasses.asdict(config),
-        **dataclasses.asdict(model_config),
+        **dataclasses.asdict(sizes),
         "grad_cp": config.grad_cp,
         "magic_prime": samples.prime,
         "my_exit_tokens": length.exit_tokens,
         "precision": hardware.precision,
         "accelerator": hardware.accelerator,
         "random_seed": seed,
+        "order_seed": samples.order_seed,
         "global_batch": length.global_batch,
         "tokenizer": _tokenizer_identity(config.tokenizer),
         "data": samples.identity,
@@ -44,45 +62,124 @@ def settings_of(
 
 
 def _tokenizer_identity(tokenizer: str) -> str:
-    """The same for the same tokenizer, wherever its folder lies."""
+    """Equal for equal tokenizers, wherever their folders lie."""
     file = Path(tokenizer) / "tokenizer.json"
     return sha256_of(file)[:16] if tokenizer and file.is_file() else tokenizer
 
 
-def summary(
-    config: RunConfig,
-    model: RWKV7,
-    hardware: Hardware,
-    samples: Samples,
-    start: Start,
-) -> str:
-    """What is about to happen, a line for each thing."""
-    length, step = start.length, start.position.step
-    begins = "new weights" if start.weights is None else str(start.weights)
-    if start.loaded is not None:
-        saved = datetime.fromtimestamp(start.loaded.saved_at)
-        begins = f"{start.loaded.folder}, saved {saved:%Y-%m-%d %H:%M:%S}: step {step:,}, {length.tokens(step):,} tokens, as if never stopped"
-    elif step:
-        begins += f", at step {step:,}, {length.tokens(step):,} tokens, with a fresh optimizer"
+# ---- what changed since the last start -----------------------------------------------------------------------------------------
+
+
+def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path) -> None:
+    """Log what changed since the last start. Raises UserError when that would make it another run."""
+    changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
+    if fixed := [name for name in changed if name in FIXED_SETTINGS]:
+        differences = (f"{DESCRIPTIONS.get(name, '--' + name)} was {changed[name][0]}" for name in fixed)
+        raise UserError(
+            f"{'; '.join(differences)} in the run of {proj_dir}",
+            flag="data_file" if fixed[0] == "data" else fixed[0],
+            given=changed[fixed[0]][1],
+            advice="restore the setting, or start another run in a --proj_dir of its own (with --load_model from these weights)",
+        )
+    for name, (old, new) in changed.items():
+        if name == "epoch_steps":
+            log(f"note: --epoch_steps {new}: the mini-epochs of this run stay as they began, with {old}")
+        elif name not in FREE_SETTINGS:
+            log(f"note: --{name} was {old} at the last start, is {new} now")
+
+
+def refuse_past_end(before: dict[str, Any], resume: ResumePoint) -> None:
+    """UserError where the run has passed the end that is given now, and was to be longer by its settings `before`."""
+    length, planned = resume.length, before.get("my_exit_tokens", 0)
+    passed = resume.position.samples * length.ctx_len
+    if length.exit_tokens < min(passed, planned):
+        raise UserError(
+            f"the run is at {passed} tokens already, and was to have {planned}",
+            flag="my_exit_tokens",
+            given=length.exit_tokens,
+            expected=f"at least {passed} (or --epochs for as many), or use the weights that are saved",
+        )
+
+
+def refuse_other_settings(
+    config: RunConfig, hardware: Hardware, proj_dir: Path, length: RunLength, samples: Samples
+) -> None:
+    """A complete run answers only for its own settings. UserError where another model, data or order is asked for."""
+    before = run_folder.read_run(proj_dir).get("settings", {})
+    vocab_size = config.vocab_size or before.get("vocab_size") or find_vocab_size(config, None)
+    sizes = config.model_config(vocab_size)
+    now = resolve_settings(config, sizes, hardware, length, samples, before.get("random_seed", 0))
+    compare_settings(before, {name: now[name] for name in FIXED_SETTINGS}, proj_dir)
+
+
+# ---- what run.json records -----------------------------------------------------------------------------------------------------
+
+
+def record_start(
+    config: RunConfig, hardware: Hardware, proj_dir: Path, settings: dict[str, Any], resume: ResumePoint
+) -> None:
+    """Write run.json and copy the tokenizer; on rank 0 only, at every start, before the first step. Raises OSError."""
+    run = run_folder.read_run(proj_dir)
+    # at step 0 again: a start that was cut before its first save may have drawn another seed
+    if "origin" not in run or resume.position.step == 0:
+        origin = run_folder.origin_weights(proj_dir, config.train_stage, config.load_model)
+        run["origin"] = {**run_folder.fingerprint(origin), "seed": settings["random_seed"]}
+    if config.val_data_file:
+        _record_held_out(run, {name: settings[name] for name in ("val_data_file", "val_windows")}, proj_dir)
+    run["settings"] = settings
+    run["environment"] = environment(hardware)
+    run["mini_epoch_samples"] = resume.length.mini_epoch_samples
+    run["tokenizer"] = config.tokenizer or run.get("tokenizer", "")
+    folder = Path(config.tokenizer)
+    if config.tokenizer not in ("", "world") and folder.is_dir():  # a model that is moved elsewhere keeps its tokenizer
+        copy_tokenizer(folder, proj_dir / TOKENIZER)
+    run_folder.write_run(proj_dir, run)
+
+
+def _record_held_out(run: dict[str, Any], now: dict[str, Any], proj_dir: Path) -> None:
+    """val.csv holds losses on one set of samples only: when it changes, val.csv and the best weights by it are archived."""
+    before = run.get("held_out") or {name: run.get("settings", {}).get(name) for name in now}
+    run["held_out"] = now
+    if before != now and (archived := run_folder.archive_file(proj_dir / VALIDATION)):
+        old = ", ".join(f"--{name} {before[name]}" for name in now if before[name] != now[name])
+        best = run_folder.archive_file(proj_dir / BEST)
+        weights = f", the best weights by them {best}" if best else ""
+        log(f"note: the held-out losses of {old} are archived as {archived}{weights}; a new {VALIDATION} begins")
+
+
+# ---- summaries -------------------------------------------------------------------------------------------------------------------
+
+
+def summary(config: RunConfig, sizes: ModelConfig, hardware: Hardware, samples: Samples, resume: ResumePoint) -> str:
+    """What is about to be trained, a line each."""
+    length, step = resume.length, resume.position.step
+    if resume.state is not None and resume.reader is not None:
+        saved_at = datetime.fromtimestamp(resume.state.saved_at)
+        tokens = f"step {step:,}, {length.tokens(step):,} tokens"
+        start = f"{resume.reader.folder}, saved {saved_at:%Y-%m-%d %H:%M:%S}: {tokens}, full state"
+    else:
+        start = "new weights" if resume.weights is None else str(resume.weights)
+        if step:
+            start += f", at step {step:,}, {length.tokens(step):,} tokens, with a fresh optimizer"
     rows = {
-        "model": f"{model.config.title}, {parameter_count(model.config):,} parameters, vocabulary {model.config.vocab_size:,}",
-        "data": samples.words,
+        "model": f"{sizes.title}, {parameter_count(sizes):,} parameters, vocabulary {sizes.vocab_size:,}",
+        "data": samples.summary,
         "run": f"{length.steps:,} steps of {length.global_batch} x {config.ctx_len} tokens, {length.exit_tokens:,} in all",
         "lr": f"{config.lr_init:g} to {config.lr_final:g}",
-        "where": f"{hardware.device_in_words}, {hardware.in_words}, {hardware.precision}",
-        "wkv7": describe_kernel(hardware.device_type, hardware.dtype, model.config.head_size, model.config.kernel),
-        "starts from": begins,
+        "device": f"{hardware.device_name}, {hardware.description}, {hardware.precision}",
+        "wkv7": describe_kernel(hardware.device_type, hardware.dtype, sizes.head_size, sizes.kernel),
+        "starts from": start,
         "folder": config.proj_dir,
     }
     return "\n".join(f"{name:>12}  {text}" for name, text in rows.items())
 
 
-def words_for_complete(proj_dir: Path) -> str:
-    """What to do with a run that has ended."""
+def complete_message(proj_dir: Path) -> str:
+    """What to do with a run that is complete."""
     final = proj_dir / FINAL
     return (
         f"the run in {proj_dir} is complete: {final}\n"
-        f'  use it:      python -m src.inference.generate {proj_dir} --prompt "..."\n'
-        f"  go on:       a new folder that starts from it: --proj_dir NEW --train_stage 0 --load_model {final}\n"
-        f"  start over:  --restart 1; what is there moves to {proj_dir}/previous-1/"
+        f'  generate:     python -m src.inference.generate {proj_dir} --prompt "..."\n'
+        f"  train more:   a new folder that starts from it: --proj_dir NEW --train_stage 0 --load_model {final}\n"
+        f"  start over:   --restart 1; the files of this run move to {proj_dir}/previous-1/"
     )

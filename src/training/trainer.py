@@ -1,9 +1,24 @@
-"""The fit itself: callbacks and Trainer put together, and what is done when steps go wrong."""
+"""The fit: callbacks and Lightning's Trainer put together, and the roll-back when too many steps are not finite.
+
+The callbacks of a fit, in the order in which Lightning calls them; each relies on those above it:
+
+    RestoreState          loads the full state, when one is resumed, before anything looks at the weights
+    RunControl            counts the step; combines the requests of all ranks to stop, save, roll back
+    SetLearningRate       the schedule, before each step
+    Reporter              reads the results of the step before, and passes them to sinks: logs, progress bar, NonFiniteMonitor
+    SaveWeights           rwkv-N.pth at mini-epochs
+    Validation            held-out loss and rwkv-best.pth; part of the step that a state is saved after
+    BackgroundFigure      loss.png, drawn in a thread
+    CheckpointCallback    full states; rwkv-final.pth at the end, when everything else is on the disk
+    GracefulStop          turns signals and the time limit into a request to stop; times the whole step, so that it comes late
+    GenerateSamples       samples.json at the end, when everything is saved
+    Profile               --profile
+    PaceMonitor           what the device waits for between two steps; the last, since it times what all others take
+"""
 
 from __future__ import annotations
 
 import gc
-import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,63 +27,51 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader
 
 from src.config import ModelConfig, RunConfig
 from src.dataset.sample_order import nth_kept_sample
 from src.model import RWKV7
-from src.model.weights import save_weights
+from src.model.cost import parameter_count
+from src.model.weights import read_weights, save_weights
 from src.run_folder import FINAL, LOG, METRICS, TRACE, VALIDATION
-from src.training.checkpoint.callbacks import (
-    CheckpointCallback,
-    GracefulStop,
-    NonFiniteMonitor,
-    RestoreState,
-    SaveWeights,
-    SetLearningRate,
-)
-from src.training.checkpoint.resume import Start, build_model, find_resume_point
-from src.training.checkpoint.storage import STATE_BYTES, StateWriter
+from src.training.checkpoint.callbacks import CheckpointCallback, RestoreState, SaveWeights
+from src.training.checkpoint.resume import ResumePoint, archive_damaged_state, find_resume_point
+from src.training.checkpoint.state import weights_of_state
+from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, DamagedStateError, StateWriter
 from src.training.console import is_rank_zero, log
-from src.training.data import Samples
+from src.training.control import STOP, TIME_LIMIT_EXIT_CODE, GracefulStop, RunControl
+from src.training.data import HeldOut, Samples, train_dataloader
 from src.training.distributed.process_group import ProcessGroup
-from src.training.distributed.sharded_init import Values
-from src.training.figures.background import DrawPictures
+from src.training.distributed.sharded_init import NamedTensors
+from src.training.figures.background import BackgroundFigure
 from src.training.hardware.peak_flops import peak_tokens_per_second
 from src.training.hardware.selection import Hardware, lightning_strategy
+from src.training.model_setup import build_model
 from src.training.module import TrainingModule
-from src.training.preflight.plan import parameter_count
-from src.training.reporting.generations import ShowSamples
-from src.training.reporting.health import Warnings, WatchNumbers, WatchPace
+from src.training.reporting.generations import GenerateSamples
+from src.training.reporting.health import NumbersMonitor, OnceWarnings, PaceMonitor
 from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile
 from src.training.reporting.loggers import open_loggers
+from src.training.reporting.non_finite import NonFiniteMonitor
 from src.training.reporting.profile import Profile
 from src.training.reporting.progress import ProgressLine, has_live_line
 from src.training.reporting.reporter import Reporter
 from src.training.reporting.sink import Sink
 from src.training.schedule import RunLength, learning_rate
-from src.training.validation import HeldOut, Validate, best_before, was_left_out
+from src.training.validation import Validation, best_loss_before, was_omitted
 
-SLOW_DISK = 200e6  # bytes per second: assumed of a disk that nothing is known of yet
-TIME_LIMIT_EXIT_CODE = 124  # what `timeout` gives; Ctrl-C and SIGTERM give 128 + the signal's number
-
-
-@dataclass(frozen=True)
-class End:
-    """How a fit ended: `stopped` says why before the last step ('' when it is done); `bad_steps` were too many in a row, after
-    `good_steps` in all."""
-
-    stopped: str = ""
-    exit_code: int = 0
-    bad_steps: range | None = None
-    good_steps: int = 0
+# Bytes per second that are assumed of a disk as long as no save was measured; a guess on the slow side, since a save that takes
+# longer than expected would miss --time_limit.
+ASSUMED_DISK_SPEED = 200e6
 
 
 @dataclass(frozen=True)
-class Run:
-    """What stays the same in a run, however often it goes back. `ends_at` by time.monotonic(): infinity without a limit."""
+class RunContext:
+    """What stays the same in a run, however often it rolls back. `ends_at` by time.monotonic(): infinity without a limit."""
 
     config: RunConfig
+    sizes: ModelConfig
     hardware: Hardware
     proj_dir: Path
     samples: Samples
@@ -78,49 +81,78 @@ class Run:
     ends_at: float
 
 
-def fit_with_rollback(run: Run, made: list[tuple[RWKV7, Callable[[], Values]]], start: Start) -> End:
-    """Fit to the end, or until `run.ends_at`; after too many bad steps, once more from the last good state without their samples.
+@dataclass(frozen=True)
+class FitResult:
+    """How a fit ended: `stopped` says why before the last step ('' when it is complete); `failed_steps` were too many skipped steps in
+    a row, after `good_steps` in all."""
 
-    `made` holds the model and its values. It is emptied: a return builds others, and nobody may keep the memory of these.
-    Raises FloatingPointError when that doesn't get further; what a strategy, a callback or the data raises passes through.
+    stopped: str = ""
+    exit_code: int = 0
+    failed_steps: range | None = None
+    good_steps: int = 0
+
+
+def fit_with_rollback(run: RunContext, resume: ResumePoint) -> FitResult:
+    """Fit to the end, or until `run.ends_at`. After too many skipped steps in a row, resume once from the last good state without
+    their samples. A state whose tensors turn out to be damaged is archived, and the one before is resumed.
+
+    Raises FloatingPointError when rolling back doesn't get further; what a strategy, a callback or the data raises passes through.
     """
-    config, process_group = run.config, run.process_group
-    model, values = made.pop()
-    went_back_to = -1
+    rolled_back_to = -1
     while True:
-        end = _fit(run, model, values, start)
-        if end.bad_steps is None:
-            return end
-        numbers = range(start.length.samples(end.bad_steps.start), start.length.samples(end.bad_steps.stop))
-        bad = sorted(nth_kept_sample(n, start.position.skipped_samples) for n in numbers)
-        length = RunLength.of(start.length.exit_tokens, config.ctx_len, start.length.global_batch, config.epoch_steps)
-        again = process_group.broadcast_from_rank_zero(partial(find_resume_point, config, run.proj_dir, length))
-        where = f"steps {end.bad_steps.start + 1} to {end.bad_steps.stop} (samples {bad[0]} to {bad[-1]}, the first is at {run.samples.place(bad[0])})"
-        if again.position.step <= went_back_to or (went_back_to >= 0 and not end.good_steps):
-            raise FloatingPointError(
-                f"the loss or gradient was not finite again, at {where}, after going back to step {went_back_to} once. "
-                "Nothing of it reached the weights. Look at these samples, lower --lr_init, or use --precision fp32 to find the cause"
-            )
-        went_back_to = again.position.step
-        log(f"{where} gave no finite gradient: going back to the state of step {went_back_to}, without their samples")
-        # weights saved among the bad steps have passed some of their samples: leaving those out would move good ones past them
-        here = nth_kept_sample(again.position.samples, again.position.skipped_samples)
-        bad = [n for n in bad if n >= here]
-        start = replace(
-            again, position=replace(again.position, skipped_samples=_add_skipped(again.position.skipped_samples, bad))
+        # a roll-back to step 0 has to draw the same initial weights again
+        pl.seed_everything(run.settings["random_seed"], verbose=False)
+        try:
+            result = _fit(run, resume)
+        except DamagedStateError as error:
+            assert resume.reader is not None
+            run.process_group.broadcast_from_rank_zero(partial(archive_damaged_state, resume.reader.folder, error))
+            resume = _find_resume_point_again(run, resume)
+            continue
+        finally:
+            gc.collect()  # trainer and module refer to each other: their weights and moments go before the next ones come
+        if result.failed_steps is None:
+            return result
+        resume = _roll_back(run, resume, result, rolled_back_to)
+        rolled_back_to = resume.position.step
+
+
+def _find_resume_point_again(run: RunContext, resume: ResumePoint) -> ResumePoint:
+    length = resume.length
+    length = RunLength.of(length.exit_tokens, length.ctx_len, length.global_batch, run.config.epoch_steps)
+    return run.process_group.broadcast_from_rank_zero(partial(find_resume_point, run.config, run.proj_dir, length))
+
+
+def _roll_back(run: RunContext, resume: ResumePoint, result: FitResult, rolled_back_to: int) -> ResumePoint:
+    """The point before the failed steps of a fit from `resume`, without the samples of these steps."""
+    steps, position = result.failed_steps, resume.position
+    assert steps is not None
+    numbers = range(resume.length.samples(steps.start), resume.length.samples(steps.stop))
+    failed = sorted(nth_kept_sample(n, position.skipped_samples) for n in numbers)
+    where = (
+        f"steps {steps.start + 1} to {steps.stop} (samples {failed[0]} to {failed[-1]}, the first is at "
+        f"{run.samples.locate(failed[0])})"
+    )
+    earlier = _find_resume_point_again(run, resume)
+    is_no_progress = rolled_back_to >= 0 and not result.good_steps
+    if earlier.position.step <= rolled_back_to or is_no_progress:
+        raise FloatingPointError(
+            f"loss or gradient not finite again at {where}, after rolling back to step {rolled_back_to} once. None of these steps "
+            "reached the weights. Look at these samples, lower --lr_init, or use --precision fp32 to find the cause"
         )
-        del model, values
-        gc.collect()  # trainer and module refer to each other: their weights and moments have to go before the next ones come
-        pl.seed_everything(
-            run.settings["random_seed"], verbose=False
-        )  # a return to step 0 draws the same weights again
-        model, values = build_model(config, run.hardware, start, process_group)
+    log(
+        f"{where} had no finite gradient: rolling back to the state of step {earlier.position.step}, without these samples"
+    )
+    # Weights saved among the failed steps have passed some of their samples: skipping those too would shift good samples past them.
+    next_sample = nth_kept_sample(earlier.position.samples, earlier.position.skipped_samples)
+    skipped = _add_skipped(earlier.position.skipped_samples, [n for n in failed if n >= next_sample])
+    return replace(earlier, position=replace(earlier.position, skipped_samples=skipped))
 
 
-def _add_skipped(skipped_samples: list[tuple[int, int]], samples: list[int]) -> list[tuple[int, int]]:
-    """`skipped_samples` and `samples` together, as sorted runs (first, count)."""
+def _add_skipped(skipped: list[tuple[int, int]], samples: list[int]) -> list[tuple[int, int]]:
+    """`skipped` and `samples` together, as sorted runs (first, count)."""
     runs: list[tuple[int, int]] = []
-    for n in sorted({*samples, *(first + i for first, count in skipped_samples for i in range(count))}):
+    for n in sorted({*samples, *(first + i for first, count in skipped for i in range(count))}):
         if runs and n == sum(runs[-1]):
             runs[-1] = (runs[-1][0], runs[-1][1] + 1)
         else:
@@ -128,120 +160,169 @@ def _add_skipped(skipped_samples: list[tuple[int, int]], samples: list[int]) -> 
     return runs
 
 
-def _fit(run: Run, model: RWKV7, values: Callable[[], Values], start: Start) -> End:
-    """One Lightning fit from `start` to the end of the run, or until something stops it."""
-    config, hardware, steps = run.config, run.hardware, start.length.steps - start.position.step
-    if steps <= 0:  # stopped between its last step and its last file
-        if is_rank_zero():
-            weights_now = {name: tensor.to(hardware.dtype) for name, tensor in values()}
-            save_weights(weights_now, run.proj_dir / FINAL)
-        return End()
-    callbacks = _callbacks(run, model.config, start)
-    module = module_for(config, hardware, run.samples, model, values, start, steps)
-    run_trainer(config, hardware, run.proj_dir, run.process_group, steps, callbacks.in_order, module)
-    return _end(callbacks, start.length.steps, limited=math.isfinite(run.ends_at))
+def _fit(run: RunContext, resume: ResumePoint) -> FitResult:
+    """One Lightning fit from `resume` to the end of the run, or until something stops it."""
+    length, hardware = resume.length, run.hardware
+    steps = length.steps - resume.position.step
+    if steps <= 0:  # stopped between its last step and rwkv-final.pth
+        _write_final_weights(run, resume)
+        return FitResult()
+    model, values = build_model(run.config, run.sizes, hardware, resume)
+    callbacks = build_callbacks(run, resume)
+    module = build_module(run.config, hardware, model, values)
+    loader = build_dataloader(run.config, hardware, run.samples, run.sizes, run.process_group, resume, steps)
+    run_trainer(run.config, hardware, run.proj_dir, run.process_group, steps, callbacks.in_order, module, loader)
+    return _result(callbacks, length.steps)
+
+
+def _write_final_weights(run: RunContext, resume: ResumePoint) -> None:
+    def write() -> None:
+        if resume.reader is not None:
+            weights = weights_of_state(resume.reader.shards(), run.hardware.dtype)
+        else:
+            assert resume.weights is not None, "there is a step before the end"
+            stored = read_weights(resume.weights)
+            weights = {name: tensor.to(run.hardware.dtype) for name, tensor in stored.items()}
+        save_weights(weights, run.proj_dir / FINAL)
+
+    run.process_group.broadcast_from_rank_zero(write)
 
 
 @dataclass(frozen=True)
-class _Callbacks:
+class Callbacks:
     """The callbacks of a fit in their order, and those that know how it ended."""
 
     in_order: list[pl.Callback]
-    reporter: Reporter
-    stop: GracefulStop
-    bad_steps: NonFiniteMonitor
+    control: RunControl
+    graceful_stop: GracefulStop
+    non_finite: NonFiniteMonitor
 
 
-def _callbacks(run: Run, model: ModelConfig, start: Start) -> _Callbacks:
-    """Everything that happens around the steps, put together: who hands what to whom, and who comes before whom."""
-    config, proj_dir, length, position = run.config, run.proj_dir, start.length, start.position
-    bad_steps = NonFiniteMonitor(config.max_bad_steps, scale_loss=run.hardware.precision == "fp16")
-    stop = GracefulStop(position.step, run.ends_at)
-    warn = Warnings()
-    shown = [*_sinks(config, proj_dir, start, run.settings), WatchNumbers(length.steps, warn)] if is_rank_zero() else []
-    wishes = {"stop": stop.wish, "rollback": bad_steps.wish}
-    peak = peak_tokens_per_second(model, run.hardware)
-    reporter = Reporter(length, position.step, [*shown, bad_steps], position.mini_epoch_losses, wishes, peak)
-    weights = SaveWeights(length, position.step, config.epoch_save, proj_dir)
-    keeper = CheckpointCallback(
-        writer=StateWriter(proj_dir, config.keep_resume, first_save_seconds(model, config.time_limit)),
+def build_callbacks(run: RunContext, resume: ResumePoint) -> Callbacks:
+    """All callbacks of a fit; the module's docstring says what each does and why they stand in this order."""
+    config, proj_dir, length, position = run.config, run.proj_dir, resume.length, resume.position
+    control = RunControl(run.process_group, position.step)
+    graceful_stop = GracefulStop(control, run.ends_at)
+    non_finite = NonFiniteMonitor(control, config.max_bad_steps, scale_loss=run.hardware.precision == "fp16")
+    warn = OnceWarnings()
+    sinks = (
+        [*_sinks(config, proj_dir, resume, run.settings), NumbersMonitor(length.steps, warn)] if is_rank_zero() else []
+    )
+    peak = peak_tokens_per_second(run.sizes, run.hardware)
+    reporter = Reporter(control, length, [*sinks, non_finite], position.mini_epoch_losses, peak)
+    weights = SaveWeights(control, length, config.epoch_save, proj_dir)
+    checkpoint = CheckpointCallback(
+        control,
+        writer=StateWriter(proj_dir, config.keep_resume, expected_save_seconds(run.sizes, config.time_limit)),
         position=position,
         length=length,
         reporter=reporter,
         weights=weights,
-        bad_steps=bad_steps,
+        non_finite=non_finite,
         settings=run.settings,
         save_minutes=config.save_minutes,
     )
-    wishes["save"] = keeper.due
-    stop.reporter, stop.keeper = reporter, keeper
-    in_order = [
-        *([RestoreState(start.loaded)] if start.loaded is not None else []),
-        SetLearningRate(schedule(config, start), position.step),
+    in_order: list[pl.Callback] = [
+        *restore_state(resume),
+        control,
+        SetLearningRate(control, schedule_of(config, resume)),
         reporter,
         weights,
-        *([_validation(run, run.held_out, start, reporter, stop)] if run.held_out is not None else []),
-        DrawPictures(length, position.step, proj_dir),
-        keeper,
-        stop,
-        ShowSamples(config, reporter, bad_steps, length, proj_dir),  # when everything is saved
+        *_validation(run, resume, control, reporter, graceful_stop),
+        BackgroundFigure(control, length, proj_dir),
+        checkpoint,
+        graceful_stop,
+        GenerateSamples(config, control, reporter, non_finite, length, proj_dir),
         *([Profile(config.profile, proj_dir / TRACE)] if is_rank_zero() and config.profile > 0 else []),
-        WatchPace(warn),
+        PaceMonitor(warn),
     ]
-    return _Callbacks(in_order, reporter, stop, bad_steps)
+    return Callbacks(in_order, control, graceful_stop, non_finite)
 
 
-def first_save_seconds(model: ModelConfig, time_limit: float) -> float:
-    """What a save of the full state is expected to take before one was seen: as on a SLOW_DISK, but not so long that keeping twice that
-    of --time_limit (minutes) leaves too little for training."""
-    expected = STATE_BYTES * parameter_count(model) / SLOW_DISK
+def restore_state(resume: ResumePoint) -> list[pl.Callback]:
+    """The callback that loads the full state, where one is resumed."""
+    if resume.state is None:
+        return []
+    return [RestoreState(resume.state, resume.reader if is_rank_zero() else None)]
+
+
+def _validation(
+    run: RunContext, resume: ResumePoint, control: RunControl, reporter: Reporter, graceful_stop: GracefulStop
+) -> list[pl.Callback]:
+    """The callback that measures the held-out loss, where held-out data are given. It measures before the first step too, where trained
+    weights begin, or where a stop cut the measurement off."""
+    if run.held_out is None:
+        return []
+    config, length, step = run.config, resume.length, resume.position.step
+    is_fine_tuning = step == 0 and resume.weights is not None and (config.data_type == "sft" or bool(config.load_model))
+    best_loss, omitted = run.process_group.broadcast_from_rank_zero(
+        lambda: (best_loss_before(run.proj_dir, step), was_omitted(run.proj_dir, config.val_every, length, step))
+    )
+    return [
+        Validation(
+            control,
+            held_out=run.held_out,
+            reporter=reporter,
+            graceful_stop=graceful_stop,
+            process_group=run.process_group,
+            length=length,
+            val_every=config.val_every,
+            proj_dir=run.proj_dir,
+            best_loss=best_loss,
+            at_start=is_fine_tuning or omitted,
+        )
+    ]
+
+
+def expected_save_seconds(sizes: ModelConfig, time_limit: float) -> float:
+    """What a save of the full state is expected to take before one was measured, on a disk of ASSUMED_DISK_SPEED; but not so long that
+    keeping twice that of --time_limit (minutes) leaves too little for training."""
+    expected = STATE_BYTES_PER_PARAMETER * parameter_count(sizes) / ASSUMED_DISK_SPEED
     return min(expected, time_limit * 60 / 8) if time_limit else expected
 
 
-def _validation(run: Run, held_out: HeldOut, start: Start, reporter: Reporter, stop: GracefulStop) -> Validate:
-    """The callback that measures the held-out loss: before the first step too, where trained weights begin or a stop left it out."""
-    config, process_group, length, step = run.config, run.process_group, start.length, start.position.step
-    reporter.best_val_loss = process_group.broadcast_from_rank_zero(lambda: best_before(run.proj_dir, step))
-    fine_tuned = step == 0 and start.weights is not None and (config.data_type == "sft" or bool(config.load_model))
-    at_start = fine_tuned or process_group.broadcast_from_rank_zero(
-        lambda: was_left_out(run.proj_dir, config.val_every, length, step)
-    )
-    validate = Validate(held_out, reporter, length, step, config.val_every, run.proj_dir, at_start, stop.wish_now)
-    stop.seconds_coming = validate.seconds_coming
-    return validate
-
-
-def _end(callbacks: _Callbacks, steps: int, limited: bool) -> End:
-    """What a fit of a run of `steps` steps came to; `limited`: --time_limit is given."""
-    reporter, stop = callbacks.reporter, callbacks.stop
-    if "stop" in reporter.agreed and reporter.next_step < steps:
-        if stop.out_of_time or (not stop.received and limited):  # or another process's time was over
-            return End("--time_limit is near", TIME_LIMIT_EXIT_CODE)
+def _result(callbacks: Callbacks, steps: int) -> FitResult:
+    """How a fit of a run of `steps` steps ended."""
+    control, stop, non_finite = callbacks.control, callbacks.graceful_stop, callbacks.non_finite
+    if control.is_agreed(STOP) and control.step < steps:
+        # without a signal of its own, this rank stops since another one received one or ran out of time
+        if stop.is_out_of_time() or (not stop.received and stop.has_time_limit):
+            return FitResult("--time_limit is near", TIME_LIMIT_EXIT_CODE)
         number = stop.received or signal.SIGTERM
-        return End(f"{signal.Signals(number).name} received", 128 + number)
-    return End(bad_steps=callbacks.bad_steps.too_many, good_steps=callbacks.bad_steps.good)
+        return FitResult(f"{signal.Signals(number).name} received", 128 + number)
+    return FitResult(failed_steps=non_finite.failed_steps, good_steps=non_finite.good)
 
 
-def module_for(
+def build_module(
+    config: RunConfig, hardware: Hardware, model: RWKV7, values: Callable[[], NamedTensors] | None
+) -> TrainingModule:
+    """The LightningModule, its blocks compiled where --compile says so."""
+    if config.compile:
+        model.compile_blocks()
+    return TrainingModule(model, config, hardware, values)
+
+
+def build_dataloader(
     config: RunConfig,
     hardware: Hardware,
     samples: Samples,
-    model: RWKV7,
-    values: Callable[[], Values],
-    start: Start,
+    sizes: ModelConfig,
+    process_group: ProcessGroup,
+    resume: ResumePoint,
     steps: int,
-) -> TrainingModule:
-    """The LightningModule of `steps` steps from `start` on, its blocks compiled where --compile asks for it."""
-    position, vocab_size = start.position, model.config.vocab_size
-    count = steps * start.length.global_batch // hardware.world_size  # samples of one rank
-
-    def make_dataset(rank: int, world_size: int) -> Dataset:
-        return samples.dataset(position.samples, count, rank, world_size, position.skipped_samples, vocab_size)
-
-    if config.compile:
-        model.compile_blocks()
-    in_parts = values if hardware.model_in_parts else None
-    return TrainingModule(model, config, hardware, make_dataset, samples.collate, in_parts)
+) -> DataLoader:
+    """What this rank reads in `steps` steps from `resume` on."""
+    position = resume.position
+    count = steps * resume.length.global_batch // hardware.world_size  # samples of one rank
+    dataset = samples.dataset(
+        position.samples,
+        count,
+        process_group.rank,
+        process_group.world_size,
+        position.skipped_samples,
+        sizes.vocab_size,
+    )
+    return train_dataloader(config, dataset, samples.collate, on_gpu=hardware.accelerator == "gpu")
 
 
 def run_trainer(
@@ -252,15 +333,18 @@ def run_trainer(
     steps: int,
     callbacks: list[pl.Callback],
     module: TrainingModule,
+    loader: DataLoader,
 ) -> None:
-    """Lightning's part of a run of so many steps: devices, strategy and the loop; everything else is ours, in the callbacks."""
+    """Lightning's part of a run of so many steps: devices, strategy and the loop. Everything else is in the callbacks."""
     trainer = pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
         strategy=lightning_strategy(config, hardware),
         plugins=[process_group.environment],
-        precision="32-true",  # ours: parameters have their dtype already, the optimizer keeps fp32 masters
+        # Lightning's bf16-true has no fp32 masters and bf16-mixed is autocast: here parameters have their dtype already, and the
+        # optimizer keeps the masters
+        precision="32-true",
         max_epochs=1,
         max_steps=steps,
         accumulate_grad_batches=config.accumulate_grad_batches,
@@ -271,20 +355,35 @@ def run_trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
-        default_root_dir=proj_dir
-        / "lightning",  # which is never made: in a Slurm job Lightning takes up an hpc_ckpt_*.ckpt that it finds there
+        # never created: in a Slurm job Lightning resumes from an hpc_ckpt_*.ckpt that it finds there
+        default_root_dir=proj_dir / "lightning",
     )
     try:
-        trainer.fit(module)
+        trainer.fit(module, loader)
     except SystemExit:  # Lightning makes this of a KeyboardInterrupt: a second Ctrl-C, or one before the first step
         raise KeyboardInterrupt from None
 
 
-def schedule(config: RunConfig, start: Start) -> Callable[[int], float]:
-    """step -> learning rate, for the rest of the run: a batch that has changed since counts the tokens that it really took."""
-    length = start.length
+class SetLearningRate(pl.Callback):
+    """Before each step, every group's lr = learning_rate_at(step) * its lr_scale."""
 
-    def at(step: int) -> float:
+    def __init__(self, control: RunControl, learning_rate_at: Callable[[int], float]) -> None:
+        self.control, self.learning_rate_at = control, learning_rate_at
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        lr = self.learning_rate_at(self.control.step)
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+
+def schedule_of(config: RunConfig, resume: ResumePoint) -> Callable[[int], float]:
+    """step -> learning rate, for the rest of the run. By tokens: where the batch has changed since the run began, a step counts for the
+    tokens that it really took."""
+    length = resume.length
+
+    def learning_rate_at(step: int) -> float:
         return learning_rate(
             length.tokens(step) / length.tokens_per_step,
             lr_init=config.lr_init,
@@ -292,23 +391,23 @@ def schedule(config: RunConfig, start: Start) -> Callable[[int], float]:
             warmup_steps=max(0, config.warmup_steps),
             exit_tokens=length.exit_tokens,
             tokens_per_step=length.tokens_per_step,
-            restarted_at=start.position.restarted_at_sample / length.global_batch,
+            restarted_at=resume.position.restarted_at_sample / length.global_batch,
         )
 
-    return at
+    return learning_rate_at
 
 
-def _sinks(config: RunConfig, proj_dir: Path, start: Start, settings: dict[str, Any]) -> list[Sink]:
+def _sinks(config: RunConfig, proj_dir: Path, resume: ResumePoint, settings: dict[str, Any]) -> list[Sink]:
     live = config.enable_progress_bar.lower() in ("true", "1") and has_live_line()
-    length, first_step = start.length, start.position.step
+    length, first_step = resume.length, resume.position.step
     metrics = MetricsFile(proj_dir / METRICS, first_step, length.tokens_per_step)
     if metrics.lost_seconds:
-        log(f"{'lost':>12}  {metrics.lost_seconds:.0f} s of training after that are done again")
+        log(f"{'repeated':>12}  {metrics.lost_seconds:.0f} s of training since that state")
     return [
-        TrainLog(proj_dir / LOG, start.first_mini_epoch, first_step, settings),
+        TrainLog(proj_dir / LOG, resume.first_mini_epoch, first_step, settings),
         metrics,
         ValidationFile(proj_dir / VALIDATION, first_step),
         *open_loggers(config, proj_dir, settings),
-        # the last to begin and the first to end: loggers have words of their own
+        # the last to open and the first to close: loggers print
         ProgressLine(length, first_step, live),
     ]

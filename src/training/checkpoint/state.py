@@ -1,63 +1,114 @@
-"""Weights and optimizer state by parameter name: one format for every strategy and any number of processes.
+"""What a full state holds, by parameter name: one format for every strategy and any number of processes.
 
 Per trained parameter: `master` (fp32 weights), `exp_avg` and `exp_avg_sq` (Adam's moments, fp32); per idle one (layer 0's value
-residual): `idle`. Under ZeRO each process holds parts; they pass through rank 0 one tensor at a time, bit by bit as they are.
+residual, never trained): `idle`. Under ZeRO each process holds partitions; they pass through rank 0 tensor by tensor, bit by bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from src.errors import UserError
+from src.training.checkpoint.storage import DamagedStateError
+from src.training.console import is_rank_zero
 from src.training.distributed.sharded_init import gathered
 from src.training.distributed.zero import EngineAdamW
 from src.training.module import TrainingModule
 
+Shard = dict[str, Tensor]
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+# names of fields in states of format version 1
+OLD_POSITION_NAMES = {"unit": "mini_epoch_samples", "holes": "skipped_samples"}
 
 
-def gather_full_state(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, tensors by kind) of each parameter on rank 0, on its device; {} on the others, which have to go through all of it too."""
-    optimizer = _module(module).optimizer
-    for name, parameter in _module(module).model.named_parameters():
-        if isinstance(optimizer, EngineAdamW):
-            if parameter.requires_grad:
-                kinds = {kind: _collect(optimizer, parameter, kind) for kind in KINDS}
+@dataclass
+class Position:
+    """Where a run is between two steps: all numbers, since the order of the data is a pure function of the sample number."""
+
+    step: int  # steps taken
+    samples: int  # samples read
+    mini_epoch_samples: int  # samples of a mini-epoch
+    restarted_at_sample: int = 0  # where a fresh optimizer began on trained weights, for the warm-up; 0: never
+    mini_epoch_losses: list[float] = field(default_factory=list)  # of the steps since the last mini-epoch's end
+    skipped_samples: list[tuple[int, int]] = field(default_factory=list)  # left out for good: (first, count)
+    weights_written: bool = False  # whether there was a rwkv-N.pth already
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The part of a full state that is no tensor."""
+
+    position: Position
+    settings: dict[str, Any]
+    counters: dict[str, float]  # of the optimizer
+    saved_at: float  # time.time()
+
+    def payload(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> SavedState:
+        """What `payload` gave, of this or an earlier format version. Raises DamagedStateError when it is malformed."""
+        try:
+            position = {OLD_POSITION_NAMES.get(name, name): value for name, value in payload["position"].items()}
+            known = {column.name for column in fields(Position)}  # a later version may have added some
+            restored = Position(**{name: value for name, value in position.items() if name in known})
+            if "weights_written" not in position:  # the first versions did not record it
+                restored.weights_written = restored.samples >= restored.mini_epoch_samples
+            restored.skipped_samples = [(int(first), int(count)) for first, count in restored.skipped_samples]
+            restored.mini_epoch_losses = [float(loss) for loss in restored.mini_epoch_losses]
+            counters = {str(name): float(value) for name, value in payload["counters"].items()}
+            return cls(restored, dict(payload["settings"]), counters, float(payload["saved_at"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedStateError(f"state.json is malformed ({type(error).__name__}: {error})") from error
+
+
+def gather_full_state(module: pl.LightningModule) -> Iterator[tuple[str, Tensor]]:
+    """(name/kind, tensor) of each parameter on rank 0, on its device. Other ranks take part and have to go through all of it too;
+    what they get is of no use."""
+    assert isinstance(module, TrainingModule)
+    optimizer = module.optimizer
+    for name, parameter in module.model.named_parameters():
+        if not parameter.requires_grad:
+            yield f"{name}/idle", whole(parameter)
+            continue
+        for kind in KINDS:
+            if isinstance(optimizer, EngineAdamW):
+                yield f"{name}/{kind}", _collect(optimizer, parameter, kind)
+            elif kind == "master":
+                yield f"{name}/{kind}", optimizer.master_of(parameter).detach()
             else:
-                kinds = {"idle": _whole(parameter)}
-        elif parameter.requires_grad:
-            moments = optimizer.moments(parameter)
-            kinds = {"master": optimizer.master_of(parameter).detach(), **{kind: moments[kind] for kind in KINDS[1:]}}
-        else:
-            kinds = {"idle": parameter.detach()}
-        yield name, kinds if trainer.is_global_zero else {}
+                yield f"{name}/{kind}", optimizer.moments(parameter)[kind]
 
 
 @torch.no_grad()
 def scatter_full_state(
     trainer: pl.Trainer,
     module: pl.LightningModule,
-    shards: Iterable[dict[str, Tensor]],
+    shards: Iterable[Shard],
     counters: dict[str, float],
 ) -> None:
-    """Puts back what `gather_full_state` gave: `shards` map `name/kind` to tensors; only rank 0's are looked at. `counters` are the
-    optimizer's numbers that belong to no parameter.
+    """Put back what `gather_full_state` gave, in one pass over `shards`, of which only rank 0's are used, and the optimizer's
+    `counters`.
 
-    Every rank takes part. Raises ValueError, on every rank, when a tensor is missing.
+    Every rank takes part. Raises DamagedStateError, on every rank, when rank 0's shards do or when a tensor is missing.
     """
-    optimizer = _module(module).optimizer
-    parameters = dict(_module(module).model.named_parameters())
-    left = {
+    assert isinstance(module, TrainingModule)
+    optimizer = module.optimizer
+    parameters = dict(module.model.named_parameters())
+    missing = {
         f"{name}/{kind}"
         for name, parameter in parameters.items()
         for kind in (KINDS if parameter.requires_grad else ("idle",))
     }
-    for key, tensor in _from_rank_zero(trainer, shards, left, parameters):
+    for key, tensor in _from_rank_zero(trainer, shards, set(missing), parameters):
         name, kind = key.rsplit("/", 1)
         parameter = parameters[name]
         if kind == "idle":
@@ -70,62 +121,97 @@ def scatter_full_state(
             parameter.copy_(tensor)
         else:
             optimizer.moments(parameter)[kind].copy_(tensor)
-        left.discard(key)
-    if left:
-        raise UserError(
-            f"the saved state lacks {sorted(left)[0]}; it belongs to another model: give this one a --proj_dir of its own"
-        )
+        missing.discard(key)
+    if missing:
+        raise DamagedStateError(f"{min(missing)} is missing")
     if isinstance(optimizer, EngineAdamW):
         optimizer.round_masters_into_parameters()
     optimizer.load_counters(counters)
 
 
-def gather_weights(model: nn.Module, rank: int) -> dict[str, Tensor] | None:
+def weights_of_state(shards: Iterable[Shard], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's plain weights in `dtype`, from a full state's shards."""
+    weights = {}
+    for shard in shards:
+        for key, tensor in shard.items():
+            name, kind = key.rsplit("/", 1)
+            if kind in ("master", "idle"):
+                weights[name] = tensor.to(dtype)
+    return weights
+
+
+def gather_weights(model: nn.Module) -> dict[str, Tensor] | None:
     """The model's state dict on the CPU, in the run's precision, on rank 0; None on the others, which take part (stage 3)."""
     weights = {}
     for name, parameter in model.named_parameters():
-        whole = _whole(parameter) if hasattr(parameter, "ds_id") else parameter.detach()
-        if rank == 0:
-            weights[name] = whole.to("cpu").contiguous()
-    assert rank != 0 or hasattr(next(model.parameters()), "ds_id") or weights.keys() == model.state_dict().keys()
-    return weights if rank == 0 else None
+        tensor = whole(parameter)
+        if is_rank_zero():
+            weights[name] = tensor.to("cpu").contiguous()
+    return weights if is_rank_zero() else None
 
 
 def _from_rank_zero(
-    trainer: pl.Trainer, shards: Iterable[dict[str, Tensor]], wanted: set[str], parameters: dict[str, nn.Parameter]
+    trainer: pl.Trainer, shards: Iterable[Shard], wanted: set[str], parameters: dict[str, nn.Parameter]
 ) -> Iterator[tuple[str, Tensor]]:
     """Each wanted (name/kind, tensor) of rank 0's shards, on every rank."""
+    iterator = iter(shards)
     if trainer.world_size == 1:
-        yield from ((key, tensor) for shard in shards for key, tensor in shard.items() if key in wanted)
+        while (shard := _next_shard(iterator, wanted, parameters)) is not None:
+            yield from shard.items()
         return
     device = trainer.strategy.root_device
-    at = iter(shards) if trainer.is_global_zero else None
     while True:
-        shard = next(at, None) if at is not None else None
-        keys = trainer.strategy.broadcast(None if shard is None else [key for key in shard if key in wanted])
-        if keys is None:
+        shard = None
+        announced: list[str] | DamagedStateError | None = None
+        if is_rank_zero():
+            try:
+                shard = _next_shard(iterator, wanted, parameters)
+                announced = None if shard is None else list(shard)
+            except DamagedStateError as error:  # has to reach the ranks that wait for the next tensor
+                announced = error
+        announced = trainer.strategy.broadcast(announced)
+        if isinstance(announced, DamagedStateError):
+            raise announced
+        if announced is None:
             return
-        for key in keys:
+        for key in announced:
             parameter = parameters[key.rsplit("/", 1)[0]]
             dtype = parameter.dtype if key.endswith("/idle") else torch.float32
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            tensor = torch.empty(shape, dtype=dtype, device=device) if shard is None else shard[key].to(device, dtype)
+            if shard is None:
+                tensor = torch.empty(_whole_shape(parameter), dtype=dtype, device=device)
+            else:
+                tensor = shard[key].to(device, dtype)
             dist.broadcast(tensor, src=0)
             yield key, tensor
 
 
+def _next_shard(iterator: Iterator[Shard], wanted: set[str], parameters: dict[str, nn.Parameter]) -> Shard | None:
+    """The wanted tensors of the next shard, which have the shapes of their parameters; None after the last one."""
+    for shard in iterator:
+        for key in wanted & shard.keys():
+            shape = _whole_shape(parameters[key.rsplit("/", 1)[0]])
+            if shard[key].shape != shape:
+                raise DamagedStateError(f"{key} has the shape {list(shard[key].shape)} instead of {list(shape)}")
+        return {key: tensor for key, tensor in shard.items() if key in wanted}
+    return None
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)  # of a partitioned parameter, `shape` is that of nothing
+
+
 def _collect(optimizer: EngineAdamW, parameter: nn.Parameter, kind: str) -> Tensor:
-    """The parts of all processes put together on rank 0 (what the others get is of no use)."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    # added as integers, where the other ranks have zeros: that keeps every bit, the sign of a zero too
-    bits = torch.zeros(shape, dtype=torch.int32, device=parameter.device)
+    """The partitions of all processes combined on rank 0."""
+    # Summed as integers, with zeros for the other ranks' partitions: that keeps every bit, the sign of a zero too.
+    bits = torch.zeros(_whole_shape(parameter), dtype=torch.int32, device=parameter.device)
     if part := optimizer.part_of(parameter):
         bits.view(-1).narrow(0, part.start, part.count).copy_(optimizer.tensor_of(part, kind).view(torch.int32))
     dist.reduce(bits, dst=0)
     return bits.view(torch.float32)
 
 
-def _whole(parameter: nn.Parameter) -> Tensor:
+def whole(parameter: nn.Parameter) -> Tensor:
+    """The parameter's values; under ZeRO's stage 3 gathered from all ranks, which take part."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach()
     with gathered(parameter):
@@ -136,10 +222,5 @@ def _set_whole(parameter: nn.Parameter, tensor: Tensor) -> None:
     if not hasattr(parameter, "ds_id"):
         parameter.copy_(tensor)
         return
-    with gathered(parameter, by_rank=0):
+    with gathered(parameter, modified_by=0):
         parameter.copy_(tensor)
-
-
-def _module(module: pl.LightningModule) -> TrainingModule:
-    assert isinstance(module, TrainingModule)
-    return module

@@ -1,12 +1,12 @@
-"""The full state of a run on disk: a folder that appears whole or not at all, and is believed only when its checksums agree.
+"""Full states on disk: folders that appear as a whole, and whose checksums are verified while they are read.
 
     proj_dir/resume/step-00000120/
-        tensors-0000.safetensors ...   fp32 weights and moments by parameter name, in shards
-        state.json                     position, counters, settings
-        manifest.json                  SHA-256 and size of each file, written last
+        rank0-0000.safetensors ...   tensors that rank 0 wrote, in shards
+        state.json                   the rest: position, counters, settings
+        manifest.json                format version; size and SHA-256 of each file; written last
 
-Everything is written to a folder beside, flushed to the disk and renamed; then older states are removed, but for the last few.
-Writing happens in a thread, from copies, while training goes on.
+Everything is written to a temporary folder, flushed to the disk and renamed; then older states are removed, but for the last few.
+Writing happens in a thread, from copies, while training goes on. Only files that the manifest lists are read, each of them once.
 """
 
 from __future__ import annotations
@@ -20,155 +20,166 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
-from src.files import sha256_of, sync_folder
+from src.errors import UserError
+from src.files import sync_folder
+from src.run_folder import STATES
 
-FOLDER = "resume"
-STATE_BYTES = 12  # of a parameter: fp32 weight and two moments
-SHARD_BYTES = (
-    1 << 30
-)  # a save holds up to four in CPU memory: being filled, waiting, being written, and that one's bytes
+# Of the manifest. 1 (manifests without a number): up to November 2026, tensors-0000.safetensors. 2: shards named by rank.
+FORMAT_VERSION = 2
+STATE_BYTES_PER_PARAMETER = 12  # fp32 weight and two moments
+# A save holds up to four shards in CPU memory: one being filled, one waiting, one being written, and that one's bytes.
+SHARD_BYTES = 1 << 30
+RETRY_SECONDS = 1.0  # network file systems fail for a moment now and then
+MANIFEST, PAYLOAD = "manifest.json", "state.json"
 Tensors = dict[str, Tensor]
 
 
-@dataclass
-class Position:
-    """Where a run is between two steps: all numbers, because the order of the data is a pure function of the sample number."""
-
-    step: int  # steps taken
-    samples: int  # samples read
-    unit: int  # samples of a mini-epoch
-    restarted_at_sample: int = 0  # where a fresh optimizer began on trained weights, for the warm-up; 0: never
-    mini_epoch_losses: list[float] = field(default_factory=list)  # of the steps since the last mini-epoch's end
-    skipped_samples: list[tuple[int, int]] = field(default_factory=list)  # samples left out for good: (first, count)
-    weights_written: bool = False  # whether there was a rwkv-N.pth already
+class DamagedStateError(Exception):
+    """A state on disk is not what was written; the text says what is wrong with it."""
 
 
-class DamagedState(Exception):
-    """A state on disk that is not what was written; the text says what is wrong with it."""
-
-
-def states(proj_dir: Path) -> list[Path]:
+def state_folders(proj_dir: Path) -> list[Path]:
     """The folders of saved states, newest first."""
-    found = [path for path in (proj_dir / FOLDER).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    folders = [path for path in (proj_dir / STATES).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def verify(folder: Path) -> None:
-    """Raises DamagedState unless every file of the manifest is there with its size and SHA-256."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        entries = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in manifest["files"].items()}
-    except FileNotFoundError:
-        raise DamagedState("manifest.json is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedState(f"manifest.json can't be read ({error})") from error
-    if "state.json" not in entries:
-        raise DamagedState("manifest.json names no state.json")
-    for name, (size, sha256) in entries.items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedState(f"{name} is missing")
-        if path.stat().st_size != size:
-            raise DamagedState(f"{name} has {path.stat().st_size} bytes instead of {size}")
-        if sha256_of(path) != sha256:
-            raise DamagedState(f"{name} is not what was written (its SHA-256 differs)")
-
-
-@dataclass
-class LoadedState:
-    """A verified state: what state.json says, and its tensors, read shard by shard."""
-
-    folder: Path
-    position: Position
-    settings: dict[str, Any]
-    counters: dict[str, Any]
-    saved_at: float
-
-    def tensors(self) -> Iterator[Tensors]:
-        """Shard by shard; names are `parameter/kind`, kind one of master, exp_avg, exp_avg_sq."""
-        for path in sorted(self.folder.glob("tensors-*.safetensors")):
-            yield load_file(path)
-
-
-def newest_good(proj_dir: Path, only_look: bool = False) -> tuple[LoadedState | None, list[str]]:
-    """The newest state that is whole, and what was wrong with those after it, which step aside unless this only looks."""
-    complaints = []
-    for folder in states(proj_dir):
-        try:
-            verify(folder)
-        except DamagedState as error:
-            moved = "" if only_look else f"; it is now {_put_aside(folder).name}"
-            complaints.append(f"the saved state {folder} is damaged: {error}{moved}, taking the one before")
-            continue
-        return _read(folder), complaints
-    return None, complaints
-
-
-def _put_aside(folder: Path) -> Path:
-    """Out of the way, or it would count among those that are kept; beside damaged ones of the same step."""
-    aside, k = folder.with_name(f"damaged-{folder.name}"), 1
-    while aside.exists():
+def archive_damaged(folder: Path) -> Path:
+    """Rename a damaged state, so that it doesn't count among those that are kept."""
+    archived, k = folder.with_name(f"damaged-{folder.name}"), 1
+    while archived.exists():
         k += 1
-        aside = folder.with_name(f"damaged-{folder.name}-{k}")
-    return folder.rename(aside)
+        archived = folder.with_name(f"damaged-{folder.name}-{k}")
+    return folder.rename(archived)
 
 
-def _read(folder: Path) -> LoadedState:
-    told = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    known = {number.name for number in fields(Position)}  # other versions of the program may have others
-    position = Position(**{name: value for name, value in told["position"].items() if name in known})
-    if "weights_written" not in told["position"]:  # of an earlier version
-        position.weights_written = position.samples >= position.unit
-    position.skipped_samples = [(int(first), int(count)) for first, count in position.skipped_samples]
-    return LoadedState(folder, position, told["settings"], told["counters"], told["saved_at"])
+class StateReader:
+    """Reads a state: the manifest and `payload` at construction, the tensors by `shards`. Verifies each file as it is read.
+
+    Whatever is wrong with a file (missing, unreadable, other content than was written, malformed) raises DamagedStateError.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        manifest = _parse_json(MANIFEST, _read_bytes(folder / MANIFEST))
+        version = manifest.get("version", 1)
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise UserError(
+                f"format version {version}",
+                given=folder,
+                expected=f"at most {FORMAT_VERSION}",
+                advice="it was saved by a later version of this program: update this one",
+            )
+        self._files = _manifest_entries(manifest)
+        for name, (size, _) in self._files.items():  # cheap, and finds most damage before a model is built
+            _check_size(folder / name, size)
+        self.payload = _parse_json(PAYLOAD, self._read_verified(PAYLOAD))
+
+    def shards(self) -> Iterator[Tensors]:
+        """The tensors, shard by shard."""
+        for name in self._files:
+            if name.endswith(".safetensors"):
+                data = self._read_verified(name)
+                try:
+                    yield load(data)
+                except Exception as error:  # whatever the parser says of bytes that no writer of ours wrote
+                    raise DamagedStateError(f"{name} can't be parsed ({error})") from error
+
+    def _read_verified(self, name: str) -> bytes:
+        size, sha256 = self._files[name]
+        data = _read_bytes(self.folder / name)
+        if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
+            raise DamagedStateError(f"{name} is not what was written (its SHA-256 differs)")
+        return data
+
+
+def _manifest_entries(manifest: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    """(bytes, SHA-256) by file name."""
+    try:
+        entries = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DamagedStateError(f"{MANIFEST} is malformed ({type(error).__name__}: {error})") from error
+    if PAYLOAD not in entries:
+        raise DamagedStateError(f"{MANIFEST} does not list {PAYLOAD}")
+    if nested := [name for name in entries if Path(name).name != name]:
+        raise DamagedStateError(f"{MANIFEST} lists {nested[0]!r}, which is no file of this folder")
+    return entries
+
+
+def _check_size(path: Path, size: int) -> None:
+    try:
+        actual = path.stat().st_size
+    except OSError as error:
+        raise DamagedStateError(f"{path.name} is missing ({error.strerror})") from error
+    if actual != size:
+        raise DamagedStateError(f"{path.name} has {actual} bytes instead of {size}")
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:  # missing, or the disk can't read it (EIO)
+        raise DamagedStateError(f"{path.name} can't be read ({error.strerror})") from error
+
+
+def _parse_json(name: str, data: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedStateError(f"{name} can't be parsed ({error})") from error
+    if not isinstance(content, dict):
+        raise DamagedStateError(f"{name} is malformed: expected an object")
+    return content
+
+
+@dataclass(frozen=True)
+class _Payload:
+    """The last task of a save."""
+
+    content: dict[str, Any]
 
 
 class StateWriter:
     """Writes states in a thread, one at a time. A write that fails is tried once more; then the next call here raises OSError."""
 
-    def __init__(self, proj_dir: Path, keep: int, guess: float = 0.0) -> None:
-        """`guess`: the seconds that a save may take, as long as none was seen."""
-        self.root, self.keep, self._guess = proj_dir / FOLDER, keep, guess
-        self._tasks: queue.Queue[tuple[str, Any] | None] = queue.Queue(maxsize=1)
+    def __init__(self, proj_dir: Path, keep: int, expected_seconds: float = 0.0, rank: int = 0) -> None:
+        """`expected_seconds`: what a save is expected to take as long as none was measured."""
+        self.root, self.keep, self.rank, self._expected_seconds = proj_dir / STATES, keep, rank, expected_seconds
+        # maxsize 1 makes training wait for the disk, where that is slower, before memory fills with shards
+        self._tasks: queue.Queue[Tensors | _Payload] = queue.Queue(maxsize=1)
         self._failure: OSError | None = None
         self._thread: threading.Thread | None = None
-        self._slowest = 0.0
+        self._slowest_seconds = 0.0
 
     @property
-    def slowest(self) -> float:
-        """Seconds of the slowest save so far, from its begin until it was on the disk; a guess before the first."""
-        return self._slowest or self._guess
+    def slowest_seconds(self) -> float:
+        """Duration of the slowest save so far, from its begin until it was on the disk; an expectation before the first."""
+        return self._slowest_seconds or self._expected_seconds
 
-    def write(
-        self,
-        position: Position,
-        settings: dict[str, Any],
-        counters: dict[str, Any],
-        tensors: Iterable[tuple[str, Tensor]],
-    ) -> None:
+    def write(self, step: int, payload: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Begin to save. Returns when every tensor is copied (or handed over, for shards beyond the first two)."""
         self.wait()
-        self._thread = threading.Thread(target=self._work, args=(position.step,), daemon=True, name="state-writer")
+        self._thread = threading.Thread(target=self._work, args=(step,), daemon=True, name="state-writer")
         self._thread.start()
         shard: Tensors = {}
         size = 0
         for name, tensor in tensors:
+            # a copy even on a CPU: the next step changes the tensor while the thread writes
             shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
             size += shard[name].numel() * shard[name].element_size()
             if size >= SHARD_BYTES:
-                self._tasks.put(("shard", shard))
+                self._tasks.put(shard)
                 shard, size = {}, 0
         if shard:
-            self._tasks.put(("shard", shard))
-        told = {"position": asdict(position), "settings": settings, "counters": counters, "saved_at": time.time()}
-        self._tasks.put(("state", told))
+            self._tasks.put(shard)
+        self._tasks.put(_Payload(payload))
 
     def wait(self) -> None:
         """Until the save under way is on the disk. Raises the OSError of one that failed."""
@@ -184,58 +195,72 @@ class StateWriter:
             raise failure
 
     def _work(self, step: int) -> None:
-        beside = self.root / f".step-{step:08d}.{os.getpid()}.tmp"
+        """Writes shards as they arrive, then the payload and the manifest. After a failure it still empties the queue: training
+        would wait for ever on a full one."""
+        temporary = self.root / f".step-{step:08d}.{os.getpid()}.tmp"
         files: dict[str, dict[str, Any]] = {}
         failed, begin = False, time.monotonic()
         while True:
-            kind, content = self._tasks.get()  # type: ignore[misc]
+            task = self._tasks.get()
+            is_last = isinstance(task, _Payload)
             if not failed:
                 try:
                     if not files:
-                        shutil.rmtree(beside, ignore_errors=True)
-                        beside.mkdir(parents=True)
-                    name = "state.json" if kind == "state" else f"tensors-{len(files):04d}.safetensors"
-                    data = json.dumps(content, indent=1).encode() if kind == "state" else save(content)
-                    _write_twice(beside / name, data)
-                    files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-                    if kind == "state":
-                        _write_twice(beside / "manifest.json", json.dumps({"files": files}, indent=1).encode())
-                        self._publish(beside, step)
-                        self._slowest = max(self._slowest, time.monotonic() - begin)
-                except Exception as error:  # whatever it is, the run has to hear of it, and the queue has to be emptied
+                        shutil.rmtree(temporary, ignore_errors=True)
+                        temporary.mkdir(parents=True)
+                    if isinstance(task, _Payload):
+                        files[PAYLOAD] = _write_file(temporary / PAYLOAD, _json_bytes(task.content))
+                        manifest = {"version": FORMAT_VERSION, "files": files}
+                        _write_file(temporary / MANIFEST, _json_bytes(manifest))
+                        self._publish(temporary, step)
+                        self._slowest_seconds = max(self._slowest_seconds, time.monotonic() - begin)
+                    else:
+                        name = f"rank{self.rank}-{len(files):04d}.safetensors"
+                        files[name] = _write_file(temporary / name, save(task))
+                except Exception as error:  # of any kind: it becomes an error of the run
                     failed = True
-                    self._failure = OSError(
-                        f"the state of the run could not be saved under {self.root}: {error}. The states saved before are whole; "
-                        "free some space or mend the folder and run the same command again: it continues from the newest"
-                    )
-                    shutil.rmtree(beside, ignore_errors=True)
-            if kind == "state":
+                    self._failure = _save_failure(self.root, error)
+                    shutil.rmtree(temporary, ignore_errors=True)
+            if is_last:
                 return
 
-    def _publish(self, beside: Path, step: int) -> None:
-        sync_folder(beside)
+    def _publish(self, temporary: Path, step: int) -> None:
+        sync_folder(temporary)
         final = self.root / f"step-{step:08d}"
         replaced = self.root / f".step-{step:08d}.replaced.tmp"
-        if final.exists():  # the same step saved again: the new one takes its place
+        if final.exists():  # the same step saved again: the new state takes its place
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
-        beside.rename(final)
+        temporary.rename(final)
         sync_folder(self.root)
         shutil.rmtree(replaced, ignore_errors=True)
-        for old in states(self.root.parent)[self.keep :]:
+        for old in state_folders(self.root.parent)[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_twice(path: Path, data: bytes) -> None:
+def _save_failure(root: Path, error: Exception) -> OSError:
+    return OSError(
+        f"the state of the run could not be saved under {root}: {error}. Earlier states are complete; free some space or repair the "
+        "folder and run the same command again: it resumes from the newest"
+    )
+
+
+def _json_bytes(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=1).encode()
+
+
+def _write_file(path: Path, data: bytes) -> dict[str, Any]:
+    """Write and flush to the disk, with one retry. Returns the file's entry of the manifest."""
     for last_try in (False, True):
         try:
             with open(path, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            return
+            break
         except OSError:
             if last_try:
                 raise
             path.unlink(missing_ok=True)
-            time.sleep(1.0)
+            time.sleep(RETRY_SECONDS)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -1,4 +1,4 @@
-"""Where a process stands among all of a run: as a launcher says, or as the first of those that `python train.py --devices N` starts.
+"""Which rank this process is: as a launcher says, or as the first of those that `python train.py --devices N` starts.
 
 A launcher (torchrun, srun, DeepSpeed's launcher, mpirun) tells each process its rank in environment variables.
 """
@@ -16,68 +16,89 @@ from src.errors import UserError
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where a process stands among all of them."""
+    """The rank of this process among all processes of the run, and where rank 0 listens."""
 
     rank: int
-    size: int
+    world_size: int
     local_rank: int
-    local_size: int
-    address: str  # where rank 0 is
-    port: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
 
     @property
     def node_rank(self) -> int:
-        return self.rank // self.local_size
+        return self.rank // self.local_world_size
 
 
-# rank, number of processes, rank on this machine, processes on this machine: the names that launchers use
-LAUNCHERS = (
+# Names of (rank, world size, local rank, local world size) by launcher. The first row whose four names are all set holds.
+LAUNCHER_VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),  # DeepSpeed's
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),  # DeepSpeed
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
 )
 
 
 def rank_from_launcher(environment: Mapping[str, str]) -> RankInfo | None:
-    """What a launcher told this process; None where there is no launcher, or only one process.
+    """The rank that a launcher gave this process; None without a launcher, or where it started only one process.
 
     A Slurm job counts when srun started several tasks: a batch script that calls train.py is one process that may start others.
     """
-    for names in LAUNCHERS:
+    for names in LAUNCHER_VARIABLES:
         if all(name in environment for name in names):
-            rank, size, local_rank, local_size = (int(environment[name]) for name in names)
+            rank, world_size, local_rank, local_world_size = (int(environment[name]) for name in names)
+            if world_size == 1:
+                return None
             address = environment.get("MASTER_ADDR", "127.0.0.1")
             port = int(environment.get("MASTER_PORT", "29500"))
-            return RankInfo(rank, size, local_rank, local_size, address, port) if size > 1 else None
-    size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if size > 1 and "SLURM_PROCID" in environment:
-        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "127.0.0.1")
-        address = environment.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(nodes)
-        # the same port on every machine, another one for each job
-        port = int(environment.get("MASTER_PORT", 15000 + int(environment.get("SLURM_JOB_ID", "0")) % 10000))
-        machines = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
-        return RankInfo(
-            int(environment["SLURM_PROCID"]), size, int(environment["SLURM_LOCALID"]), size // machines, address, port
-        )
+            return RankInfo(rank, world_size, local_rank, local_world_size, address, port)
+    world_size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if world_size > 1 and "SLURM_PROCID" in environment:
+        return _rank_from_slurm(environment, world_size)
     return None
 
 
-def rank_of_first_process(environment: Mapping[str, str], devices: int, num_nodes: int) -> RankInfo:
-    """That of the process which a user started by hand on a machine: its first, which starts the machine's others.
+def _rank_from_slurm(environment: Mapping[str, str], world_size: int) -> RankInfo:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "127.0.0.1")
+    address = environment.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(nodes)
+    # derived from the job's number: the same on every node, and two jobs on one node don't collide
+    port = int(environment.get("MASTER_PORT", 15000 + int(environment.get("SLURM_JOB_ID", "0")) % 10000))
+    num_nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
+    rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
+    return RankInfo(rank, world_size, local_rank, world_size // num_nodes, address, port)
 
-    On several machines NODE_RANK, MASTER_ADDR and MASTER_PORT say which machine this is and where the first one listens.
+
+def rank_of_first_process(environment: Mapping[str, str], devices: int, num_nodes: int) -> RankInfo:
+    """The rank of the process that a user started by hand on a node: its first, which starts the node's others.
+
+    On several nodes NODE_RANK, MASTER_ADDR and MASTER_PORT say which node this is and where the first one listens.
     """
     if num_nodes == 1:
         return RankInfo(0, devices, 0, devices, "127.0.0.1", _free_port())
     missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise UserError(
-            f"--num_nodes {num_nodes}: without a launcher (torchrun, srun, deepspeed) each machine needs NODE_RANK (0 .. "
-            f"{num_nodes - 1}), MASTER_ADDR and MASTER_PORT of the first machine in its environment; {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not set"
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set",
+            flag="num_nodes",
+            given=num_nodes,
+            expected=f"without a launcher, NODE_RANK (0 to {num_nodes - 1}), MASTER_ADDR and MASTER_PORT of the first "
+            "node in the environment of every node",
+            advice="set them, or start the run with torchrun, srun or deepspeed",
         )
     rank = int(environment["NODE_RANK"]) * devices
-    return RankInfo(rank, devices * num_nodes, 0, devices, environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    return RankInfo(rank, devices * num_nodes, 0, devices, address, port)
+
+
+def environment_variables(info: RankInfo) -> dict[str, str]:
+    """What torchrun would set for this rank."""
+    return {
+        "RANK": str(info.rank),
+        "WORLD_SIZE": str(info.world_size),
+        "LOCAL_RANK": str(info.local_rank),
+        "LOCAL_WORLD_SIZE": str(info.local_world_size),
+        "MASTER_ADDR": info.master_addr,
+        "MASTER_PORT": str(info.master_port),
+    }
 
 
 def _free_port() -> int:
@@ -87,40 +108,40 @@ def _free_port() -> int:
 
 
 class KnownClusterEnvironment(ClusterEnvironment):
-    """Tells Lightning what is known already, so that it starts and names no process."""
+    """Tells Lightning the ranks that are known already, so that it starts and numbers no process itself."""
 
-    def __init__(self, place: RankInfo) -> None:
+    def __init__(self, info: RankInfo) -> None:
         super().__init__()
-        self.place = place
+        self.info = info
 
     creates_processes_externally = True  # type: ignore[assignment]
 
     @property
     def main_address(self) -> str:
-        return self.place.address
+        return self.info.master_addr
 
     @property
     def main_port(self) -> int:
-        return self.place.port
+        return self.info.master_port
 
     @staticmethod
     def detect() -> bool:
-        return False  # it is handed over, never looked for
+        return False  # it is passed to the Trainer, never searched for
 
     def world_size(self) -> int:
-        return self.place.size
+        return self.info.world_size
 
     def global_rank(self) -> int:
-        return self.place.rank
+        return self.info.rank
 
     def local_rank(self) -> int:
-        return self.place.local_rank
+        return self.info.local_rank
 
     def node_rank(self) -> int:
-        return self.place.node_rank
+        return self.info.node_rank
 
     def set_world_size(self, size: int) -> None:
-        assert size == self.place.size
+        assert size == self.info.world_size
 
     def set_global_rank(self, rank: int) -> None:
-        assert rank == self.place.rank
+        assert rank == self.info.rank

@@ -1,18 +1,18 @@
-"""The processes of a run: how they are started, decide together and end together.
+"""The process group of a run: how its processes start, agree and shut down together.
 
-They come from a launcher (places.py), or from `python train.py --devices N`, which starts the others itself. Either way all of them
-are there from the beginning, rank 0 decides what has to be decided once, and each watches over the others (watch.py).
+They come from a launcher (launch.py), or from `python train.py --devices N`, which starts the others itself. Either way all of them
+exist before anything is decided: rank 0 decides what has to be decided once, and a watchdog ends all of them when one fails.
 """
 
 from __future__ import annotations
 
 import os
-import signal
+import pickle
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,226 +20,236 @@ import torch
 import torch.distributed as dist
 from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
 
 from src.errors import UserError
-from src.training.distributed.launch import KnownClusterEnvironment, RankInfo, rank_from_launcher, rank_of_first_process
-from src.training.distributed.watchdog import GRACE_SECONDS, Watch
+from src.training.distributed.launch import (
+    KnownClusterEnvironment,
+    RankInfo,
+    environment_variables,
+    rank_from_launcher,
+    rank_of_first_process,
+)
+from src.training.distributed.watchdog import GRACE_SECONDS, Watchdog
 
-JOIN_TIMEOUT = timedelta(minutes=10)  # for all processes to come, machines may boot at different speeds
-COLLECTIVE_TIMEOUT = timedelta(hours=2)  # the watch ends a run long before; this bounds only what it can't see
+JOIN_TIMEOUT = timedelta(minutes=10)  # for all processes to come: machines may boot at different speeds
+COLLECTIVE_TIMEOUT = timedelta(hours=2)  # the watchdog ends a run long before; this bounds only what it can't see
 
 T = TypeVar("T")
 
 
+class PendingFlags:
+    """Flags that are being combined over the ranks; `wait` gives, for each, whether any rank had set it."""
+
+    def __init__(self, flags: Tensor, work: Any = None) -> None:
+        self._flags, self._work = flags, work
+
+    def wait(self) -> list[bool]:
+        if self._work is not None:
+            self._work.wait()
+        return [bool(flag) for flag in self._flags.tolist()]
+
+
 class ProcessGroup:
-    """All processes of a run, seen from one of them; made by `join`.
+    """All processes of a run, seen from one of them; made by `join`. As it stands here: the group of a single process."""
 
-    As it stands here it is that of a process which is alone: nobody to ask, nobody to wait for.
-    """
+    rank, world_size = 0, 1
+    # given explicitly, or Lightning would look for Slurm's variables and act on what it finds
+    environment: ClusterEnvironment = LightningEnvironment()
 
-    rank, size = 0, 1
-    environment: ClusterEnvironment = (
-        LightningEnvironment()
-    )  # named, or Lightning would look for Slurm and act on what it finds
+    def broadcast_from_rank_zero(self, compute: Callable[[], T]) -> T:
+        """The result of `compute` on rank 0, on every rank. What it raises there is raised on every rank."""
+        return compute()
 
-    def broadcast_from_rank_zero(self, question: Callable[[], T]) -> T:
-        return question()
+    def any_rank(self, flags: Sequence[bool]) -> PendingFlags:
+        """Begin to combine flags over the ranks (logical or), on the CPU: no device is waited for."""
+        return PendingFlags(torch.tensor(list(flags), dtype=torch.int32))
 
-    def should_report(self, message: str) -> bool:
+    def should_report(self) -> bool:
+        """Whether this rank prints the error that ends it: not when rank 0 prints its own."""
         return True
 
-    def abort(self, message: str) -> None:
-        pass
+    def abort(self, reason: str) -> None:
+        """End the run on every other rank, with this reason."""
 
-    def explain(self, error: BaseException) -> None:
-        pass
+    def abort_after(self, error: BaseException) -> None:
+        """As `abort`, for an exception that nobody expected, unless it only follows from another rank's end."""
 
-    def leave(self) -> None:
-        pass
+    def shutdown(self) -> None:
+        """Leave a run that ended well."""
 
 
 class DistributedProcessGroup(ProcessGroup):
-    """The process_group of a process that is one of several."""
+    """The process group of one of several processes."""
 
-    def __init__(self, place: RankInfo, store: dist.Store, children: list[subprocess.Popen]) -> None:
-        self.place, self.rank, self.size = place, place.rank, place.size
-        self.environment = KnownClusterEnvironment(place)
+    def __init__(self, info: RankInfo, store: dist.Store, children: list[subprocess.Popen]) -> None:
+        self.info, self.rank, self.world_size = info, info.rank, info.world_size
+        self.environment = KnownClusterEnvironment(info)
         self._store = store
-        self._watch = Watch(place, children, JOIN_TIMEOUT)
+        self._watchdog = Watchdog(info, children, JOIN_TIMEOUT)
         self._children = children
-        self._words: dist.ProcessGroup | None = None
-        self._watch.start()
+        self._cpu_group: dist.ProcessGroup | None = None
+        self._watchdog.start()
 
-    def meet(self) -> None:
-        """When torch.distributed is there: a group for words instead of tensors, on the CPU, so that nothing waits for a device."""
-        self._words = (
-            dist.group.WORLD
-            if dist.get_backend() == "gloo"
-            else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-        )
+    def connect(self) -> None:
+        """Called when torch.distributed is initialised. The group is of its own even where gloo is the default backend, so that
+        flags that are on their way never meet another collective."""
+        self._cpu_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
-    def broadcast_from_rank_zero(self, question: Callable[[], T]) -> T:
-        """What rank 0 answers, on every rank; a ValueError or OSError of rank 0 is raised on every rank too."""
-        answer: list[Any] = [None, None]
+    def broadcast_from_rank_zero(self, compute: Callable[[], T]) -> T:
+        outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                answer[0] = question()
-            except (ValueError, OSError) as error:
-                answer[1] = error
-        dist.broadcast_object_list(answer, src=0, group=self._words)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
+                outcome[0] = compute()
+            except Exception as error:
+                outcome[1] = _picklable(error)
+                dist.broadcast_object_list(outcome, src=0, group=self._cpu_group)
+                raise
+        dist.broadcast_object_list(outcome, src=0, group=self._cpu_group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
-    def should_report(self, message: str) -> bool:
-        """Whether this rank should print an error: not when rank 0 has the same."""
+    def any_rank(self, flags: Sequence[bool]) -> PendingFlags:
+        combined = torch.tensor(list(flags), dtype=torch.int32)
+        work = dist.all_reduce(combined, dist.ReduceOp.MAX, group=self._cpu_group, async_op=True)
+        return PendingFlags(combined, work)
+
+    def should_report(self) -> bool:
         if self.rank == 0:
-            self._watch.ended = True  # others that have the same error end at once, and need no word of it
-            self._store.set("error", message)
+            self._watchdog.ended = (
+                True  # ranks with an error of their own exit at once, without a notice of the watchdog
+            )
+            self._store.set("failed", "1")
             return True
-        until = time.monotonic() + GRACE_SECONDS
-        while time.monotonic() < until and not self._watch.ended:
+        # A mistake in the settings or the data fails every rank in the same way: rank 0 reports it once. So the others give rank 0
+        # the time to fail, and report their own error only when rank 0 has none.
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline and not self._watchdog.ended:
             try:
-                if self._store.check(["error"]) and self._store.get("error").decode() == message:
-                    self._watch.leaving = True
+                if self._store.check(["failed"]):
+                    self._watchdog.leaving = True
                     return False
-            except RuntimeError:  # the store went with process 0
+            except RuntimeError:  # the store ended with rank 0
                 break
             time.sleep(0.1)
         return True
 
-    def abort(self, message: str) -> None:
-        """Ends the run on every rank, with this reason."""
-        end = threading.Timer(30, os._exit, args=(1,))  # should something at the interpreter's end wait for the others
-        end.daemon = True
-        end.start()
+    def abort(self, reason: str) -> None:
+        # should a destructor at the interpreter's end wait for the other ranks
+        exit_timer = threading.Timer(30, os._exit, args=(1,))
+        exit_timer.daemon = True
+        exit_timer.start()
         if self.rank == 0:
-            time.sleep(GRACE_SECONDS)  # for those who have the same error, and end by themselves
-        self._watch.tell(f"process {self.rank} failed: {message}")
+            time.sleep(GRACE_SECONDS)  # for ranks with the same error, which exit by themselves
+        self._watchdog.publish_failure(f"rank {self.rank} failed: {reason}")
 
-    def explain(self, error: BaseException) -> None:
-        """Called with an error nobody foresaw: when it only follows from another process's end, ends with that reason instead."""
-        until = time.monotonic() + 2 * GRACE_SECONDS
-        while time.monotonic() < until:  # the watch ends this process as soon as it knows why
+    def abort_after(self, error: BaseException) -> None:
+        # A collective that fails because another rank died raises here first. The watchdog needs a moment to learn the cause, and
+        # ends this process with it.
+        deadline = time.monotonic() + 2 * GRACE_SECONDS
+        while time.monotonic() < deadline:
             time.sleep(0.1)
-        self._watch.tell(
-            f"process {self.rank} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        )
+        first_line = (str(error).splitlines() or [""])[0]
+        self._watchdog.publish_failure(f"rank {self.rank} failed: {type(error).__name__}: {first_line}")
 
-    def leave(self) -> None:
-        """The end of a run that ended well: rank 0, which the others speak through, goes last."""
-        self._watch.leaving = True
+    def shutdown(self) -> None:
+        """Rank 0 goes last: the store, through which the others speak, lives in its process."""
+        self._watchdog.leaving = True
         try:
             self._store.set(f"done/{self.rank}", "1")
         except RuntimeError:
-            return  # process 0 is gone already; this one has done its part
+            return  # rank 0 is gone already; this rank's part is done
         if self.rank == 0:
-            until = time.monotonic() + 60
-            names = [f"done/{rank}" for rank in range(self.size)]
-            while time.monotonic() < until and not all(self._store.check([name]) for name in names):
+            deadline = time.monotonic() + 60
+            keys = [f"done/{rank}" for rank in range(self.world_size)]
+            while time.monotonic() < deadline and not all(self._store.check([key]) for key in keys):
                 time.sleep(0.05)
         for child in self._children:
             try:
                 child.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 child.kill()
-        self._watch.finished = True
+        self._watchdog.finished = True
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def join(devices: int, num_nodes: int, accelerator: str) -> ProcessGroup:
-    """The process_group of this process: starts the machine's other processes if no launcher did, and waits until all are there."""
-    place = rank_from_launcher(os.environ)
-    if place is None and devices * num_nodes == 1:
-        return ProcessGroup()
-    started_here = place is None
-    if place is None:
-        place = rank_of_first_process(os.environ, devices, num_nodes)
-    if place.port == 0:
-        raise UserError(
-            "MASTER_PORT 0: no process could find the others; name a port (torchrun on one machine: --standalone)"
-        )
-    # what torchrun would say: for the processes started here, and for libraries that read it
-    os.environ.update(_variables(place))
-    rank_zero_only.rank = place.rank  # type: ignore[attr-defined]
-    children = _start_others(place) if started_here else []
+def _picklable(error: Exception) -> Exception:
+    """The error itself, or what can be said of it where it can't be sent to another process."""
     try:
-        store = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))[0]
-        process_group = DistributedProcessGroup(place, dist.PrefixStore("process_group", store), children)
-        device = torch.device("cuda", place.local_rank) if accelerator == "gpu" else None
-        dist.init_process_group(
-            "nccl" if accelerator == "gpu" else "gloo",
-            store=dist.PrefixStore("group", store),
-            rank=place.rank,
-            world_size=place.size,
-            timeout=COLLECTIVE_TIMEOUT,
-            device_id=device,
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"rank 0: {type(error).__name__}: {error}")
+
+
+def join(devices: int, num_nodes: int, accelerator: str) -> ProcessGroup:
+    """The process group of this process: starts the node's other processes if no launcher did, and waits for all."""
+    info = rank_from_launcher(os.environ)
+    if info is None and devices * num_nodes == 1:
+        return ProcessGroup()
+    started_here = info is None
+    if info is None:
+        info = rank_of_first_process(os.environ, devices, num_nodes)
+    if info.master_port == 0:
+        raise UserError(
+            "MASTER_PORT 0: the processes could not find each other",
+            advice="name a port (torchrun on one machine: --standalone)",
         )
-        process_group.meet()
-        if accelerator == "cpu":
-            threads = _share_of_cores(place)
-            if "OMP_NUM_THREADS" not in os.environ:
-                torch.set_num_threads(threads)
+    # for the processes started here, and for libraries that read them
+    os.environ.update(environment_variables(info))
+    rank_zero_only.rank = info.rank  # type: ignore[attr-defined]
+    children = _start_children(info) if started_here else []
+    try:
+        return _connect(info, children, accelerator)
     except RuntimeError as error:
         for child in children:
             child.kill()
         raise OSError(
-            f"process {place.rank} of {place.size} could not meet the others at {place.address}:{place.port} ({str(error).splitlines()[0]}); "
-            "check that every machine was started, and that they reach each other at that address"
+            f"rank {info.rank} of {info.world_size} could not connect to {info.master_addr}:{info.master_port} "
+            f"({str(error).splitlines()[0]}); check that every machine was started and reaches that address"
         ) from error
-    return process_group
 
 
-def _share_of_cores(place: RankInfo) -> int:
-    """How many cores this process may use, divided by the processes of this machine that may use them too: a launcher may have given each
-    its own. Asks all ranks."""
-    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    of_all: list[Any] = [None] * place.size
-    dist.all_gather_object(of_all, own)
-    here = of_all[place.rank - place.local_rank :][: place.local_size]
-    return max(1, len(own) // sum(not own.isdisjoint(cores) for cores in here))
+def _connect(info: RankInfo, children: list[subprocess.Popen], accelerator: str) -> ProcessGroup:
+    store = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))[0]
+    group = DistributedProcessGroup(info, dist.PrefixStore("run", store), children)
+    dist.init_process_group(
+        "nccl" if accelerator == "gpu" else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=info.rank,
+        world_size=info.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=torch.device("cuda", info.local_rank) if accelerator == "gpu" else None,
+    )
+    group.connect()
+    if accelerator == "cpu":
+        num_threads = _cores_per_process(info)  # a collective: before the condition, or ranks could differ in it
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(num_threads)
+    return group
 
 
-def _variables(place: RankInfo) -> dict[str, str]:
-    return {
-        "RANK": str(place.rank),
-        "WORLD_SIZE": str(place.size),
-        "LOCAL_RANK": str(place.local_rank),
-        "LOCAL_WORLD_SIZE": str(place.local_size),
-        "MASTER_ADDR": place.address,
-        "MASTER_PORT": str(place.port),
-    }
+def _cores_per_process(info: RankInfo) -> int:
+    """Cores that this process may use, divided by the processes of this machine that may use them too: a launcher may have pinned
+    each process to its own. Every rank takes part."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores_by_rank: list[Any] = [None] * info.world_size
+    dist.all_gather_object(cores_by_rank, cores)
+    first = info.rank - info.local_rank
+    on_this_node = cores_by_rank[first : first + info.local_world_size]
+    return max(1, len(cores) // sum(not cores.isdisjoint(others) for others in on_this_node))
 
 
-def _start_others(place: RankInfo) -> list[subprocess.Popen]:
-    """Processes 1 .. of this machine, by the command that started this one."""
+def _start_children(info: RankInfo) -> list[subprocess.Popen]:
+    """Local ranks 1 and up of this node, by the command that started this process."""
     command = [sys.executable, *sys.orig_argv[1:]]
     return [
         subprocess.Popen(
             command,
-            env={**os.environ, "RANK": str(place.rank + i), "LOCAL_RANK": str(i)},
+            env={**os.environ, "RANK": str(info.rank + local_rank), "LOCAL_RANK": str(local_rank)},
             stdin=subprocess.DEVNULL,
         )
-        for i in range(1, place.local_size)
+        for local_rank in range(1, info.local_world_size)
     ]
-
-
-def leave_signals_to_the_run(worker: int) -> None:
-    """A DataLoader's worker_init_fn. Ctrl-C, a closed terminal and a job's end signal whole process groups: the run still needs its worker
-    for the step under way, and ends it then."""
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(
-        signal, "sigwaitinfo"
-    ):  # not on Windows, where no SIGTERM is sent to groups, nor on macOS, where no run has a worker
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_run_says, daemon=True).start()
-
-
-def _end_when_the_run_says() -> None:
-    """SIGTERM can't be ignored altogether: it is also how multiprocessing ends a worker that it couldn't ask, and then waits for."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

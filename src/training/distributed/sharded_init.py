@@ -1,4 +1,4 @@
-"""A model that no process holds whole (ZeRO stage 3): its values drawn or read piece by piece, cut up as they come."""
+"""A model that no process holds whole (ZeRO stage 3): initial values drawn or read one by one, partitioned as they come."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from src.model.init import initialise
 from src.model.layers import LAYER_NORM_EPS
 from src.training.distributed.zero import import_deepspeed
 
-Values = Iterator[tuple[str, Tensor]]
+NamedTensors = Iterator[tuple[str, Tensor]]
 
 
 @torch.no_grad()
-def fresh_values(config: ModelConfig) -> Values:
-    """(name, tensor) of each parameter of `RWKV7(config)`, the same numbers from the same seed, one block in memory at a time.
+def initial_values(config: ModelConfig) -> NamedTensors:
+    """(name, tensor) of each parameter of `RWKV7(config)`, the same numbers from the same seed, with one block in memory at a time.
 
     Random numbers are drawn in the order in which RWKV7 draws them; a test compares the two bit by bit.
     """
 
-    def named(prefix: str, module: nn.Module) -> Values:
+    def named(prefix: str, module: nn.Module) -> NamedTensors:
         yield from ((f"{prefix}.{name}", parameter.detach()) for name, parameter in module.named_parameters())
 
     emb = nn.Embedding(config.vocab_size, config.n_embd)
@@ -39,34 +39,37 @@ def fresh_values(config: ModelConfig) -> Values:
 
 
 @torch.no_grad()
-def partition(model: nn.Module, values: Values, settings: dict[str, Any], accelerator: str, dtype: torch.dtype) -> None:
-    """Gives a model on the meta device its values, each parameter cut into the processes' parts as soon as it is there.
+def partition(
+    model: nn.Module, values: NamedTensors, settings: dict[str, Any], accelerator: str, dtype: torch.dtype
+) -> None:
+    """Give a model on the meta device its values, each parameter partitioned over the processes as soon as it is there.
 
-    `values` yields every (name, tensor) on rank 0, in any order; other ranks' are not looked at. No process ever holds more than one
-    whole parameter on its device.
+    `values` yields every (name, tensor) on rank 0, in any order; those of other ranks are not used. No process ever holds more than
+    one whole parameter on its device.
     """
     deepspeed = import_deepspeed(accelerator)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed("nccl" if accelerator == "gpu" else "gloo")
     device = torch.device("cuda", torch.cuda.current_device()) if accelerator == "gpu" else torch.device("cpu")
-    waiting = dict(model.named_parameters())
-    at = iter(values) if dist.get_rank() == 0 else None
-    while waiting:
-        name, tensor = next(at) if at is not None else ("", None)
-        announced = [name]
+    remaining = dict(model.named_parameters())
+    iterator = iter(values) if dist.get_rank() == 0 else None
+    while remaining:
+        name, tensor = next(iterator) if iterator is not None else ("", None)
+        announced = [name]  # only rank 0 knows which parameter comes next
         dist.broadcast_object_list(announced, src=0)
         name = announced[0]
-        old = waiting.pop(name)
+        old = remaining.pop(name)
         whole = torch.empty(old.shape, dtype=dtype, device=device) if tensor is None else tensor.to(device, dtype)
+        # deepspeed.zero.Init broadcasts rank 0's numbers and partitions; it works on modules, so each parameter gets one
         holder = nn.Module()
         holder.whole = nn.Parameter(whole, requires_grad=old.requires_grad)
         deepspeed.zero.Init(module=holder, config_dict_or_path=settings, dtype=dtype)
-        owner, _, own_name = name.rpartition(".")
-        setattr(model.get_submodule(owner), own_name, holder.whole)
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, holder.whole)
 
 
-def gathered(parameter: nn.Parameter, by_rank: int | None = None) -> Any:
-    """A context in which a parameter in parts is whole on every rank; what rank `by_rank` makes of it, all keep."""
+def gathered(parameter: nn.Parameter, modified_by: int | None = None) -> Any:
+    """A context in which a partitioned parameter is whole on every rank; with `modified_by`, that rank's changes reach all."""
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=by_rank)
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=modified_by)

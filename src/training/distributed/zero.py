@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO under Lightning: the real engine on GPUs and on CPU processes, with this project's optimizer inside.
+"""DeepSpeed's ZeRO under Lightning: the engine on GPUs and on CPU processes, with this project's optimizer inside.
 
-The engine partitions and communicates; what an optimizer step is (lr of the groups, clipping, decay, leaving out a step) stays in
-`EngineAdamW`, so that it means the same as everywhere. DeepSpeed is imported when the first engine is asked for.
+The engine partitions and communicates. What an optimizer step is (learning rates, clipping, decay, skipping a step) stays in
+`EngineAdamW`, so that it is the same under every strategy. DeepSpeed is imported when the first engine is built.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from src.model import RWKV7
 from src.training.optim import LOSS_SCALE_GROWTH_STEPS, LOSS_SCALE_POWER, adam_state
 
-# What the tests run; nothing of it has to be compiled. Older ones (0.19.0) give -1 for a gradient norm that is not finite: `EngineAdamW` would take the step.
+# What the tests run; nothing of it has to be compiled. Older ones (0.19.0) give -1 for a gradient norm that is not finite, and
+# `EngineAdamW` would take the step.
 REQUIREMENT = "deepspeed>=0.19.8,<0.20"
 
 
 def version() -> str:
-    """Of the DeepSpeed here; '' where there is none."""
+    """The version of the installed DeepSpeed; '' where there is none."""
     try:
         return importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
@@ -40,26 +41,26 @@ def version() -> str:
 
 
 def is_usable() -> bool:
-    """Whether a DeepSpeed is here that REQUIREMENT allows."""
-    return bool(here := version()) and Requirement(REQUIREMENT).specifier.contains(here, prereleases=True)
+    """Whether the installed DeepSpeed satisfies REQUIREMENT."""
+    return bool(installed := version()) and Requirement(REQUIREMENT).specifier.contains(installed, prereleases=True)
 
 
 def takes_fp16(accelerator: str) -> bool:
-    """Whether DeepSpeed computes in fp16 there: of CPUs only on those that multiply it themselves."""
+    """Whether DeepSpeed computes in fp16 on this accelerator: on a CPU only where it has fp16 instructions."""
     if accelerator != "cpu":
         return True
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def import_deepspeed(accelerator: str) -> Any:
-    """The package, told where it is to compute: it looks once, at its first import."""
+    """The package, set up for an accelerator, which it detects once, at its first import."""
     if accelerator == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    # names that torch would like to see replaced, once for each collective
+    # one deprecation warning of torch for each collective
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # an extension for messages between CPU processes that gloo replaces; building it takes two minutes
+    # an extension for CPU collectives that gloo replaces; building it takes two minutes
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -67,7 +68,7 @@ def import_deepspeed(accelerator: str) -> Any:
 def engine_settings(
     stage: int, offload: bool, accelerator: str, dtype: torch.dtype, micro_bsz: int, bucket_mb: int
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration. Clipping and the judgement of gradients are off in it: `EngineAdamW` does both on the device."""
+    """DeepSpeed's configuration. Clipping and overflow checks are off in it: `EngineAdamW` does both on the device."""
     on_gpu = accelerator == "gpu"
     bucket = bucket_mb * 1_000_000
     zero: dict[str, Any] = {
@@ -132,7 +133,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        yield  # `partition` takes the place of Lightning's way to build a model in parts
+        yield  # `partition` (sharded_init.py) replaces Lightning's way to build a partitioned model
 
     def init_deepspeed(self) -> None:
         module = self.lightning_module
@@ -140,12 +141,12 @@ class ZeroStrategy(DeepSpeedStrategy):
         super().init_deepspeed()
         if self.zero_stage_3:  # the chunked loss reads the head's weight without calling the head
             head = cast(RWKV7, module.model).head
-            self.deepspeed.zero.register_external_parameter(module.head_loss, head.weight)
+            self.deepspeed.zero.register_external_parameter(module.objective.head_loss, head.weight)  # type: ignore[union-attr]
         zero = self.deepspeed_engine.optimizer
         if isinstance(module.optimizer, EngineAdamW):
-            module.optimizer.follow(self.deepspeed_engine)
+            module.optimizer.attach(self.deepspeed_engine)
             if zero.dtype != torch.float16:
-                _never_wait_for_the_norm(zero)
+                _skip_norm_check(zero)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         ends_step = self.deepspeed_engine.is_gradient_accumulation_boundary()
@@ -157,7 +158,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
 
 class EnginePrecision(DeepSpeedPrecision):
-    """Leaves dtypes alone (the model has its own already) and divides by the accumulated micro steps once, not twice."""
+    """Leaves dtypes as the model has them, and divides the loss by the accumulated micro steps once: Lightning has done it already."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module
@@ -170,19 +171,19 @@ class EnginePrecision(DeepSpeedPrecision):
         model.trainer.strategy.deepspeed_engine.backward(tensor, scale_wrt_gas=False)  # type: ignore[union-attr,attr-defined]
 
 
-def _never_wait_for_the_norm(zero: Any) -> None:
-    """The engine reads each step's gradient norm back to the host to see whether it is finite. `EngineAdamW` knows that on the
-    device, so the engine's question is answered without looking. Where another DeepSpeed asks differently it waits, no more."""
-    asking = importlib.import_module(type(zero).__module__)
-    if hasattr(asking, "is_invalid_grad_norm"):
-        asking.is_invalid_grad_norm = lambda norm: False  # type: ignore[attr-defined]
+def _skip_norm_check(zero: Any) -> None:
+    """Keep the engine from copying each step's gradient norm to the host to check that it is finite: `EngineAdamW` checks it on the
+    device. A DeepSpeed without this function synchronises once a step, which is slower and no less right."""
+    module = importlib.import_module(type(zero).__module__)
+    if hasattr(module, "is_invalid_grad_norm"):
+        module.is_invalid_grad_norm = lambda norm: False  # type: ignore[attr-defined]
 
 
 class EngineAdamW(torch.optim.AdamW):
     """AdamW inside a ZeRO engine: the mathematics of `MasterAdamW` on this process's fp32 part of the weights.
 
     The engine calls `step` group by group with flattened parameters, after it has found the global gradient norm. Clipping and the
-    decision to leave a step out (norm not finite) are taken from that norm on the device, as AdamW's `grad_scale` and `found_inf`.
+    decision to skip a step (norm not finite) are taken from that norm on the device, as AdamW's `grad_scale` and `found_inf`.
     """
 
     def __init__(
@@ -191,11 +192,11 @@ class EngineAdamW(torch.optim.AdamW):
         super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
         self.grad_clip = grad_clip
         self.device = groups[0]["params"][0].device
-        self.loss_scale = torch.ones((), device=self.device)  # fp16: the engine scales by itself
+        self.loss_scale = torch.ones((), device=self.device)  # fp16: the engine scales the loss itself
         self._skipped = torch.zeros((), device=self.device)
         self._engine: Any = None
 
-    def follow(self, engine: Any) -> None:
+    def attach(self, engine: Any) -> None:
         """Take gradient norms from this engine's ZeRO optimizer."""
         self._engine = engine
         self.zero.loss_scaler.raise_error_at_min_scale = (
@@ -209,13 +210,13 @@ class EngineAdamW(torch.optim.AdamW):
 
     @property
     def grad_norm(self) -> Tensor:
-        """Global gradient norm of the last step before clipping; infinite when that step was left out."""
+        """Global gradient norm of the last step before clipping; infinite when that step was skipped."""
         norm = getattr(self.zero, "_global_grad_norm", None)
         return torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=self.device)
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps were left out: those left out here, and those that the engine (fp16) never brought here."""
+        """How many steps were skipped: here, and by the engine (fp16) before it came here."""
         return self._skipped + self._engine.skipped_steps
 
     @torch.no_grad()
@@ -223,9 +224,11 @@ class EngineAdamW(torch.optim.AdamW):
         assert closure is None, "the engine has run backward already"
         norm = self.grad_norm
         clip = self.grad_clip / (norm + 1e-6) if self.grad_clip else torch.ones_like(norm)
-        where = next(p.device for group in self.param_groups for p in group["params"])  # the CPU when offloaded
-        self.grad_scale = (1.0 / clip.clamp(max=1.0)).to(where)
-        self.found_inf = (~torch.isfinite(norm)).float().to(where)
+        weights_device = next(
+            p.device for group in self.param_groups for p in group["params"]
+        )  # the CPU when offloaded
+        self.grad_scale = (1.0 / clip.clamp(max=1.0)).to(weights_device)
+        self.found_inf = (~torch.isfinite(norm)).float().to(weights_device)
         return super().step()
 
     def count_step(self) -> None:

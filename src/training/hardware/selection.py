@@ -42,7 +42,7 @@ class Hardware:
         return "cuda" if self.accelerator == "gpu" else "cpu"
 
     @property
-    def device_in_words(self) -> str:
+    def device_name(self) -> str:
         """The GPU's name, or the threads of the CPU."""
         if self.accelerator == "gpu":
             return torch.cuda.get_device_name()
@@ -53,14 +53,14 @@ class Hardware:
         return self.devices * self.num_nodes
 
     @property
-    def in_words(self) -> str:
+    def description(self) -> str:
         if self.strategy == "plain":
             return "1 process"
         how = "DDP" if self.strategy == "ddp" else f"DeepSpeed ZeRO {self.stage}" + ", offloaded" * self.offload
         return f"{self.world_size} process{'es' * (self.world_size > 1)} ({how})"
 
     @property
-    def model_in_parts(self) -> bool:
+    def is_partitioned(self) -> bool:
         """No process holds the whole model: it is built parameter by parameter when the processes are there."""
         return self.strategy == "deepspeed" and self.stage == 3
 
@@ -105,14 +105,14 @@ def choose_hardware(config: RunConfig) -> Hardware:
 def _processes(config: RunConfig, accelerator: str) -> tuple[int, int]:
     """Processes per machine, and machines: as the launcher says where there is one."""
     if place := rank_from_launcher(os.environ):
-        devices, num_nodes = place.local_size, place.size // place.local_size
+        devices, num_nodes = place.local_world_size, place.world_size // place.local_world_size
         for flag, given, found in (
             ("devices", config.devices, devices),
             ("num_nodes", str(config.num_nodes), num_nodes),
         ):
             if given not in ("1", "auto", str(found)):
                 raise UserError(
-                    f"--{flag} {given}: the launcher started {found}; leave the flag out, or start as many ({place.size} "
+                    f"--{flag} {given}: the launcher started {found}; leave the flag out, or start as many ({place.world_size} "
                     "processes in all)"
                 )
         return devices, num_nodes

@@ -13,10 +13,11 @@ from src.config import ModelConfig, RunConfig
 from src.model import RWKV7
 from src.model.weights import Weights, fit_weights, read_weights
 from src.run_folder import FINAL
-from src.training.checkpoint.resume import Start, find_vocab_size, length_of_run, peek_resume_point
+from src.training.checkpoint.resume import ResumePoint, length_of_run, peek_resume_point
 from src.training.console import log
 from src.training.data import Samples, peek_samples
 from src.training.hardware.selection import Hardware, choose_hardware
+from src.training.model_setup import find_vocab_size
 from src.training.preflight import capacity, machine
 from src.training.preflight.checklist import Checklist
 from src.training.preflight.data_check import check_data, document_ends, look_at_held_out
@@ -38,7 +39,7 @@ def check(config: RunConfig, notes: list[str]) -> int:
     hardware = checks.attempt("device", lambda: choose_hardware(config))
     if hardware is None:
         return checks.result()
-    checks.found("device", f"{hardware.device_in_words}, {hardware.in_words}, {hardware.precision}")
+    checks.found("device", f"{hardware.device_name}, {hardware.description}, {hardware.precision}")
     for note in hardware.notes:
         log(f"note: {note}")
     check_kernel(checks, config, hardware)
@@ -56,7 +57,7 @@ def check(config: RunConfig, notes: list[str]) -> int:
     if config.val_data_file:
         checks.attempt("held-out", lambda: checks.found("held-out", look_at_held_out(config, vocab_size)))
     capacity.check_memory(checks, config, hardware, model)
-    positions = config.my_exit_tokens or (looked and round(looked[0].once / looked[1]))
+    positions = config.my_exit_tokens or (looked and round(looked[0].tokens_per_epoch / looked[1]))
     if positions:
         about = (
             " (about: the conversations were only looked at)"
@@ -68,7 +69,7 @@ def check(config: RunConfig, notes: list[str]) -> int:
 
 
 def warn_at_start(
-    config: RunConfig, hardware: Hardware, model: ModelConfig, samples: Samples, start: Start, proj_dir: Path
+    config: RunConfig, hardware: Hardware, model: ModelConfig, samples: Samples, resume: ResumePoint, proj_dir: Path
 ) -> None:
     """At every start: only what is quick, and only what is wrong is said."""
     findings = [
@@ -76,7 +77,7 @@ def warn_at_start(
         machine.cuda(config.accelerator != "cpu"),
         kernel_agreement(config, hardware, model.head_size),
         document_ends(samples),
-        capacity.disk(config, hardware, model, start, proj_dir),
+        capacity.disk(config, hardware, model, resume, proj_dir),
     ]
     wrong = [finding.to_do for finding in findings if finding.to_do]
     memory, free = estimate(config, model, hardware), machine.free_memory(hardware.accelerator, hardware.devices)
@@ -96,20 +97,20 @@ def _check_run(
 ) -> None:
     proj_dir = Path(config.proj_dir)
     fresh = length_of_run(config, positions, hardware.world_size)
-    start = checks.attempt("folder", lambda: peek_resume_point(config, proj_dir, fresh))
-    if start is None:
+    resume = checks.attempt("folder", lambda: peek_resume_point(config, proj_dir, fresh))
+    if resume is None:
         return
     there, _ = machine.free_disk(proj_dir)
     if not os.access(there, os.W_OK):
         checks.to_do.append(f"--proj_dir {proj_dir}: {there} can't be written; choose a folder of yours")
-    length, step = start.length, start.position.step
-    begins = start.loaded.folder if start.loaded else start.weights or "new weights"
+    length, step = resume.length, resume.position.step
+    begins = resume.reader.folder if resume.reader else resume.weights or "new weights"
     checks.found("folder", f"{proj_dir}, starts from {begins}" + f" at step {step:,}" * (step > 0))
     if (proj_dir / FINAL).exists() and step >= length.steps:
         checks.found("", "the run in it is complete; --restart 1 begins again")
-    if (file := start.weights) is not None:
+    if (file := resume.weights) is not None:
         checks.attempt("weights", lambda: _fit_weights(config, model, file))
-    checks.take(capacity.disk(config, hardware, model, start, proj_dir))
+    checks.take(capacity.disk(config, hardware, model, resume, proj_dir))
     left = length.exit_tokens - length.tokens(step)
     checks.found(
         "run",
@@ -122,7 +123,7 @@ def _check_run(
     if speed is not None:
         checks.found(
             "time",
-            f"{_duration(max(0, left) / speed.tokens_per_second)} at {speed.tokens_per_second:,.0f} tokens/s, {speed.words}",
+            f"{_duration(max(0, left) / speed.tokens_per_second)} at {speed.tokens_per_second:,.0f} tokens/s, {speed.detail}",
         )
 
 

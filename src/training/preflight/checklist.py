@@ -1,4 +1,4 @@
-"""What a check finds: a line for each thing that was looked at, and the list of what there is to do."""
+"""The result of a check: a line for each thing that was checked, and the list of what to do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from src.errors import UserError
 from src.ops.toolchain import BuildError
 from src.training.console import log
 
@@ -14,24 +15,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Finding:
-    """A thing that was looked at, in words, and what to do about it ('' when it is well)."""
+    """One thing that was checked, what was found, and what to do about it ('' when all is well)."""
 
     name: str
-    words: str
+    detail: str
     to_do: str = ""
 
 
 class Checklist:
-    """Says what is found, line by line, and collects what there is to do."""
+    """Prints what is found, line by line, and collects what there is to do."""
 
     def __init__(self) -> None:
         self.to_do: list[str] = []
 
-    def found(self, name: str, words: str) -> None:
-        log(f"{name:>12}  {words}")
+    def found(self, name: str, detail: str) -> None:
+        log(f"{name:>12}  {detail}")
 
     def take(self, finding: Finding) -> None:
-        self.found(finding.name, finding.words)
+        self.found(finding.name, finding.detail)
         if finding.to_do:
             self.to_do.append(finding.to_do)
 
@@ -39,7 +40,7 @@ class Checklist:
         """The answer, or None and its error on the list."""
         try:
             return question()
-        except (ValueError, OSError, BuildError) as error:
+        except (UserError, OSError, BuildError) as error:
             if str(error) not in self.to_do:
                 self.found(name, "see below")
                 self.to_do.append(str(error))
@@ -50,6 +51,6 @@ class Checklist:
             log("OK: nothing stands in the way of this run")
             return 0
         log("not OK; what to do:")
-        for number, words in enumerate(self.to_do, start=1):
-            log(f"  {number}. {words}")
+        for number, advice in enumerate(self.to_do, start=1):
+            log(f"  {number}. {advice}")
         return 1

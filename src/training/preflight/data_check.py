@@ -12,9 +12,8 @@ from src import run_folder
 from src.config import RunConfig
 from src.dataset.sft_cache import look_at_conversations
 from src.dataset.tokenizer import WORLD_VOCAB_SIZE, Tokenizer, load_tokenizer
-from src.training.data import SAMPLED_WINDOWS, PretrainSamples, Samples, SftSamples
+from src.training.data import SAMPLED_WINDOWS, HeldOut, PretrainSamples, Samples, SftSamples
 from src.training.preflight.checklist import Checklist, Finding
-from src.training.validation import HeldOut
 
 SHOWN_TEXT = 160  # characters of the decoded window
 SAMPLED_DOCUMENTS = 200
@@ -24,10 +23,11 @@ STRANGE_TEXT = 0.05  # share of unreadable characters from which a tokenizer is 
 def check_data(checks: Checklist, config: RunConfig, samples: Samples, share: float, vocab_size: int) -> None:
     """What --data_file holds, of which `share` was seen. Raises ValueError when its ids don't fit the vocabulary."""
     checks.found(
-        "data", samples.words + f"; the first {share:.1%} of the file, the rest is tokenised at the start" * (share < 1)
+        "data",
+        samples.summary + f"; the first {share:.1%} of the file, the rest is tokenised at the start" * (share < 1),
     )
     ends, (ids, largest) = document_ends(samples), _sampled_ids(samples)
-    checks.take(Finding("", f"{ends.words}; ids {ids}, vocabulary {vocab_size:,}", ends.to_do))
+    checks.take(Finding("", f"{ends.detail}; ids {ids}, vocabulary {vocab_size:,}", ends.to_do))
     samples.check_ids(vocab_size)
     tokenizer = _tokenizer(config, vocab_size)
     if tokenizer is None:

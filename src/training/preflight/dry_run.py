@@ -8,23 +8,32 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from src.config import RunConfig
-from src.training.checkpoint.callbacks import NonFiniteMonitor, RestoreState, SetLearningRate
-from src.training.checkpoint.resume import build_model, length_of_run, peek_resume_point
+from src.training.checkpoint.resume import length_of_run, peek_resume_point
 from src.training.console import log
+from src.training.control import RunControl
 from src.training.data import peek_samples
 from src.training.distributed.process_group import ProcessGroup
 from src.training.hardware.selection import Hardware
+from src.training.model_setup import build_model, resolve_model_config
 from src.training.preflight.data_check import look_at_held_out
 from src.training.preflight.out_of_memory import with_oom_advice
+from src.training.reporting.non_finite import NonFiniteMonitor
 from src.training.reporting.reporter import Reporter
 from src.training.reporting.sink import Sink, StepReport
-from src.training.settings import summary, words_for_complete
-from src.training.trainer import module_for, run_trainer, schedule
+from src.training.settings import complete_message, summary
+from src.training.trainer import (
+    SetLearningRate,
+    build_dataloader,
+    build_module,
+    restore_state,
+    run_trainer,
+    schedule_of,
+)
 
 STEPS = 2
 
 
-class Remember(Sink):
+class CollectReports(Sink):
     """Keeps the reports of the steps."""
 
     def __init__(self) -> None:
@@ -35,39 +44,43 @@ class Remember(Sink):
 
 
 def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group: ProcessGroup) -> int:
-    """Two steps from where the run would start. Exit code 0 when they gave finite numbers, 1 otherwise; errors as in the run itself."""
+    """Two steps from where the run would resume. Exit code 0 when their results are finite, 1 otherwise; errors as in the run itself."""
     samples, _ = peek_samples(config)
-    length = length_of_run(config, samples.once, hardware.world_size)
-    start = process_group.broadcast_from_rank_zero(lambda: peek_resume_point(config, proj_dir, length))
-    length, position = start.length, start.position
+    length = length_of_run(config, samples.tokens_per_epoch, hardware.world_size)
+    resume = process_group.broadcast_from_rank_zero(lambda: peek_resume_point(config, proj_dir, length))
+    length, position = resume.length, resume.position
     if position.step >= length.steps:
-        log(words_for_complete(proj_dir))
+        log(complete_message(proj_dir))
         return 0
     if config.random_seed >= 0:
         pl.seed_everything(config.random_seed, verbose=False)
-    model, values = build_model(config, hardware, start, process_group)
-    samples.check_ids(model.config.vocab_size)
+    sizes = resolve_model_config(config, resume, process_group)
+    samples.check_ids(sizes.vocab_size)
     if config.val_data_file:
-        look_at_held_out(config, model.config.vocab_size)
-    log(summary(config, model, hardware, samples, start))
+        look_at_held_out(config, sizes.vocab_size)
+    log(summary(config, sizes, hardware, samples, resume))
     steps = min(STEPS, length.steps - position.step)
-    seen, bad_steps = Remember(), NonFiniteMonitor(STEPS, scale_loss=hardware.precision == "fp16")
-    reporter = Reporter(length, position.step, [seen, bad_steps], [], {})
-    callbacks: list[pl.Callback] = [SetLearningRate(schedule(config, start), position.step), reporter]
-    if start.loaded is not None:
-        callbacks.append(RestoreState(start.loaded))
-    with with_oom_advice(config, model.config, hardware, process_group), tempfile.TemporaryDirectory() as nowhere:
-        module = module_for(config, hardware, samples, model, values, start, steps)
-        run_trainer(config, hardware, Path(nowhere), process_group, steps, callbacks, module)
-    for report in seen.reports:
+    control = RunControl(process_group, position.step)
+    collected = CollectReports()
+    non_finite = NonFiniteMonitor(control, STEPS, scale_loss=hardware.precision == "fp16")
+    callbacks = [
+        *restore_state(resume),
+        control,
+        SetLearningRate(control, schedule_of(config, resume)),
+        Reporter(control, length, [collected, non_finite], []),
+    ]
+    with with_oom_advice(config, sizes, hardware, process_group), tempfile.TemporaryDirectory() as folder:
+        model, values = build_model(config, sizes, hardware, resume)
+        module = build_module(config, hardware, model, values)
+        loader = build_dataloader(config, hardware, samples, sizes, process_group, resume, steps)
+        run_trainer(config, hardware, Path(folder), process_group, steps, callbacks, module, loader)
+    for report in collected.reports:
         log(
             f"step {report.step + 1}: loss {report.loss:.4f}, gradient norm {report.grad_norm:.4g}, lr {report.lr:.3g}, "
             f"{report.tokens_per_second:,.0f} tokens/s so far"
         )
-    if bad_steps.total == len(seen.reports):
-        log(
-            "not OK: no step gave a finite loss and gradient; look at the weights (--load_model), or try --precision fp32"
-        )
+    if non_finite.skipped == len(collected.reports):
+        log("not OK: no step had a finite loss and gradient; check the weights (--load_model), or try --precision fp32")
         return 1
     log(f"OK: {steps} of {length.steps:,} steps taken, nothing was kept; the same command without --dry_run trains")
     return 0

@@ -25,7 +25,7 @@ def check_kernel(checks: Checklist, config: RunConfig, hardware: Hardware) -> No
     )
     if which is not None:
         agreement = kernel_agreement(config, hardware, config.head_size)
-        checks.take(replace(agreement, words=f"{which}; {agreement.words}"))
+        checks.take(replace(agreement, detail=f"{which}; {agreement.detail}"))
 
 
 def kernel_agreement(config: RunConfig, hardware: Hardware, head_size: int) -> Finding:

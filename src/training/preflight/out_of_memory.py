@@ -1,4 +1,4 @@
-"""What to change when memory doesn't suffice, and by how much: from the estimate and the memory there is."""
+"""Which settings to change when a run is out of memory: from the estimate and the free memory."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def suggest_settings(config: RunConfig, model: ModelConfig, hardware: Hardware, 
         elif more := _smaller_batch(replace(config, **both), model, hardware, allowed):
             found = [{**both, **more}]
     if found:
-        return [_in_words(change, _total(config, change, model, hardware), hardware) for change in found]
+        return [_describe(change, _total(config, change, model, hardware), hardware) for change in found]
     least: Change = {**lean_head, **recompute, "micro_bsz": 1}
     if hardware.accelerator == "gpu":
         for name in ("deepspeed_stage_2_offload", "deepspeed_stage_3_offload"):
@@ -83,7 +83,7 @@ def suggest_settings(config: RunConfig, model: ModelConfig, hardware: Hardware, 
             shared = replace(hardware, strategy="deepspeed")
             if config.strategy != name and (total := _total(config, change, model, shared)) <= allowed:
                 return [
-                    _in_words(change, total, hardware)
+                    _describe(change, total, hardware)
                     + ": keeps the optimizer in the machine's memory, which needs deepspeed"
                 ]
     need = _total(config, least, model, hardware)
@@ -109,7 +109,7 @@ def _flags(change: Change) -> str:
     return " ".join(f"--{name} {value}" for name, value in change.items())
 
 
-def _in_words(change: Change, total: float, hardware: Hardware) -> str:
+def _describe(change: Change, total: float, hardware: Hardware) -> str:
     costs = []
     if "micro_bsz" in change:
         costs.append("the same steps, in smaller parts")
@@ -121,7 +121,7 @@ def _in_words(change: Change, total: float, hardware: Hardware) -> str:
     return f"{_flags(change)}    {total / GIB:.1f} GiB by the estimate" + (f"; {costs[-1]}" if len(costs) == 1 else "")
 
 
-def parts_in_words(memory: Memory) -> str:
+def describe_parts(memory: Memory) -> str:
     """ "weights 0.1, gradients 0.1, ...: 2.3 GiB in all"."""
     names = ["weights", "gradients", "optimizer", "activations", "logits", *["gaps"] * (memory.gaps > 0)]
     parts = ", ".join(f"{name} {getattr(memory, name) / GIB:.2f}" for name in names)
@@ -165,6 +165,6 @@ def advice(config: RunConfig, model: ModelConfig, hardware: Hardware, free: floa
     changes = suggest_settings(config, model, hardware, allowed)
     head = "what would fit:" if len(changes) == 1 else "each of these would fit:"
     return (
-        f"the memory {where} doesn't suffice{told}\n  by the estimate the run takes {parts_in_words(memory)}{there}\n  {head}\n    "
+        f"out of memory {where}{told}\n  by the estimate the run takes {describe_parts(memory)}{there}\n  {head}\n    "
         + "\n    ".join(changes)
     )

@@ -17,7 +17,7 @@ from src.model import RWKV7
 from src.run_folder import METRICS
 from src.run_log import read_columns
 from src.training.hardware.selection import Hardware
-from src.training.module import HeadLoss
+from src.training.objectives.next_token import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
 from src.training.preflight import machine
 from src.training.preflight.checklist import Checklist
@@ -38,7 +38,7 @@ class Speed:
     """Tokens per second, and how they were found."""
 
     tokens_per_second: float
-    words: str
+    detail: str
 
 
 def expected_speed(checks: Checklist, config: RunConfig, hardware: Hardware, model: ModelConfig) -> Speed | None:
@@ -66,7 +66,7 @@ def expected_speed(checks: Checklist, config: RunConfig, hardware: Hardware, mod
         if hardware.world_size == 1
         else f" of one process, times {hardware.world_size}: without the exchange between them"
     )
-    return Speed(one.tokens_per_second * hardware.world_size, one.words + many)
+    return Speed(one.tokens_per_second * hardware.world_size, one.detail + many)
 
 
 def _measured_speed(config: RunConfig, hardware: Hardware) -> Speed | None:

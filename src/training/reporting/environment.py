@@ -29,7 +29,7 @@ def environment(hardware: Hardware) -> dict[str, str]:
         found["GPU"] = torch.cuda.get_device_name()
     found["CPU"] = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
     found["system"] = platform.platform()
-    found["processes"] = hardware.in_words
+    found["processes"] = hardware.description
     return found
 
 

@@ -1,4 +1,4 @@
-"""What the model writes at the end of a run, beside what stands in the data: kept in samples.json, shown by the loggers."""
+"""What the model generates at the end of a run, next to what the data holds: kept in samples.json, shown by the loggers."""
 
 from __future__ import annotations
 
@@ -14,55 +14,57 @@ from src.files import write_whole
 from src.inference.generate import generate
 from src.model import RWKV7
 from src.run_folder import SAMPLES
-from src.training.checkpoint.callbacks import NonFiniteMonitor
-from src.training.console import warn_on_error
+from src.training.console import is_rank_zero, warn_on_error
+from src.training.control import RunControl
+from src.training.data import HeldOut
 from src.training.module import TrainingModule
+from src.training.reporting.non_finite import NonFiniteMonitor
 from src.training.reporting.reporter import Reporter
-from src.training.reporting.sink import Sample
+from src.training.reporting.sink import GeneratedSample
 from src.training.schedule import RunLength
-from src.training.validation import HeldOut
 
 COUNT, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 64
+# a fixed seed makes the texts of two runs comparable
 TEMPERATURE, TOP_P, SEED = 1.0, 0.7, 1
 
 
-class ShowSamples(pl.Callback):
-    """Lets rank 0 write a few texts when the run is complete: after beginnings of held-out texts, or of training ones where none are.
+class GenerateSamples(pl.Callback):
+    """Lets rank 0 generate a few texts when the run is complete: from beginnings of held-out texts, or of training data without them.
 
-    Needs --tokenizer, and a model that is whole on one device (not ZeRO 3); without them there are none.
+    Needs --tokenizer, and a model that is whole on one device (not ZeRO stage 3); otherwise it does nothing.
     """
 
     def __init__(
-        self, config: RunConfig, reporter: Reporter, bad_steps: NonFiniteMonitor, length: RunLength, proj_dir: Path
+        self,
+        config: RunConfig,
+        control: RunControl,
+        reporter: Reporter,
+        non_finite: NonFiniteMonitor,
+        length: RunLength,
+        proj_dir: Path,
     ) -> None:
-        self.config, self.reporter, self.bad_steps, self.length, self.proj_dir = (
-            config,
-            reporter,
-            bad_steps,
-            length,
-            proj_dir,
-        )
+        self.config, self.control, self.reporter, self.non_finite = config, control, reporter, non_finite
+        self.length, self.proj_dir = length, proj_dir
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
-        whole = not pl_module.hardware.model_in_parts
-        complete = self.reporter.next_step >= self.length.steps and self.bad_steps.too_many is None
-        if not (trainer.is_global_zero and self.config.tokenizer and whole and complete):
+        is_complete = self.control.step >= self.length.steps and self.non_finite.failed_steps is None
+        if not (is_rank_zero() and is_complete and self.config.tokenizer) or pl_module.hardware.is_partitioned:
             return
         source = self.config.val_data_file or self.config.data_file
         with warn_on_error(SAMPLES):
             held_out = HeldOut(replace(self.config, val_data_file=source, val_windows=COUNT))
-            samples = write_samples(pl_module.model, load_tokenizer(self.config.tokenizer), held_out)
+            samples = generate_samples(pl_module.model, load_tokenizer(self.config.tokenizer), held_out)
             with write_whole(self.proj_dir / SAMPLES, "w") as file:
                 json.dump([asdict(sample) for sample in samples], file, indent=1, ensure_ascii=False)
-            self.reporter.show(samples)
+            self.reporter.report_samples(samples)
 
 
-def write_samples(model: RWKV7, tokenizer: Tokenizer, held_out: HeldOut) -> list[Sample]:
-    """What the model writes after COUNT prompts of `held_out`, each drawn with the same seed."""
+def generate_samples(model: RWKV7, tokenizer: Tokenizer, held_out: HeldOut) -> list[GeneratedSample]:
+    """What the model generates after COUNT prompts of `held_out`, each with the same seed."""
     samples = []
-    for prompt, following in held_out.prompts(COUNT, PROMPT_TOKENS):
+    for prompt, continuation in held_out.prompts(COUNT, PROMPT_TOKENS):
         answer = generate(model, prompt, NEW_TOKENS, TEMPERATURE, TOP_P, seed=SEED, stop_ids=tokenizer.eos_ids)
-        texts = (tokenizer.decode(list(ids)) for ids in (prompt, answer, following[:NEW_TOKENS]))
-        samples.append(Sample(*texts))
+        texts = (tokenizer.decode(list(ids)) for ids in (prompt, answer, continuation[:NEW_TOKENS]))
+        samples.append(GeneratedSample(*texts))
     return samples

@@ -19,7 +19,7 @@ import torch
 from src.training.console import log
 from src.training.module import TrainingModule
 from src.training.optim import MasterAdamW
-from src.training.reporting.reporter import OnTheWay
+from src.training.reporting.device_values import PendingValues
 from src.training.reporting.sink import Sink, StepReport
 
 BEFORE, LATEST = 100, 5  # losses that are compared: the median of the latest with the spread of those before
@@ -64,7 +64,7 @@ def slow_part(seconds: float, waiting_for_data: float, idle_share: float) -> str
     return "host" if idle_share > IDLE else ""
 
 
-class Warnings:
+class OnceWarnings:
     """Says each kind of warning once."""
 
     def __init__(self) -> None:
@@ -76,10 +76,10 @@ class Warnings:
             log(f"WARNING: {what}\n  what to try: {advice}")
 
 
-class WatchNumbers(Sink):
+class NumbersMonitor(Sink):
     """A sink that judges loss, gradient norm and learning rate; `steps` is the run's number of them."""
 
-    def __init__(self, steps: int, warn: Warnings) -> None:
+    def __init__(self, steps: int, warn: OnceWarnings) -> None:
         self.steps, self.warn = steps, warn
         self._losses: deque[float] = deque(maxlen=BEFORE + LATEST)
 
@@ -109,14 +109,14 @@ class WatchNumbers(Sink):
             )
 
 
-class WatchPace(pl.Callback):
+class PaceMonitor(pl.Callback):
     """A callback, the last in the list, that judges which gradients arrive and what the device waits for."""
 
-    def __init__(self, warn: Warnings) -> None:
+    def __init__(self, warn: OnceWarnings) -> None:
         self.warn = warn
         self._ended = math.nan  # when the host was done with the step before
         self._finished: torch.cuda.Event | None = None  # when the device was
-        self._norms: tuple[list[str], OnTheWay] | None = None
+        self._norms: tuple[list[str], PendingValues] | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -173,7 +173,7 @@ class WatchPace(pl.Callback):
         named = [(name, p.grad) for name, p in pl_module.model.named_parameters() if p.requires_grad]
         gradients = [torch.zeros((), device=pl_module.device) if grad is None else grad for _, grad in named]
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, ord=math.inf)])
-        self._norms = ([name for name, _ in named], OnTheWay(norms))
+        self._norms = ([name for name, _ in named], PendingValues(norms))
 
     def _judge_gradients(self) -> None:
         assert self._norms is not None

@@ -19,7 +19,14 @@ from src.config import RunConfig
 from src.errors import UserError
 from src.training.console import log
 from src.training.reporting.environment import git_commit
-from src.training.reporting.sink import UPDATE_GROUPS, MiniEpochReport, Sample, Sink, StepReport, ValidationReport
+from src.training.reporting.sink import (
+    UPDATE_GROUPS,
+    GeneratedSample,
+    MiniEpochReport,
+    Sink,
+    StepReport,
+    ValidationReport,
+)
 
 # the first row is what RWKV training scripts have always logged
 STEP_NAMES = ("loss", "lr", "wd", "Gtokens", "kt/s", "tokens", "grad norm", "largest logit", "MFU", "memory GiB")
@@ -67,7 +74,7 @@ class LoggerSink(Sink):
         self._step = max(0, report.steps - 1)
         self._log({"val loss": report.loss, **_axes(report.tokens)})
 
-    def samples(self, samples: list[Sample]) -> None:
+    def samples(self, samples: list[GeneratedSample]) -> None:
         if isinstance(self.logger, WandbLogger):
             import wandb
 
@@ -97,7 +104,7 @@ def _axes(tokens: int) -> dict[str, float]:
     return {"Gtokens": tokens / 1e9, "tokens": tokens}
 
 
-def _rows(samples: list[Sample]) -> list[list[str]]:
+def _rows(samples: list[GeneratedSample]) -> list[list[str]]:
     return [[sample.prompt, sample.answer, sample.in_data] for sample in samples]
 
 

@@ -1,7 +1,6 @@
-"""The one reader of step results, which hands them to all the places where they are shown or kept.
+"""Reads the results of each step once and passes them to every sink.
 
-`Reporter` reads each step's values one step late, when the device has long finished it, so that nothing ever waits. It hands a
-`StepReport` to every sink, and at the end of a mini-epoch its mean.
+Each step's values are read one step late, when the device has long finished it, so that nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -18,86 +16,133 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from src.training.control import RunControl
 from src.training.module import TrainingModule
-from src.training.reporting.sink import UPDATE_GROUPS, MiniEpochReport, Sample, Sink, StepReport, ValidationReport
+from src.training.reporting.device_values import PendingValues
+from src.training.reporting.sink import (
+    UPDATE_GROUPS,
+    GeneratedSample,
+    MiniEpochReport,
+    Sink,
+    StepReport,
+    ValidationReport,
+)
 from src.training.reporting.update_ratio import update_ratios
 from src.training.schedule import RunLength
 
-SPEED_WINDOW_STEPS = 20
-MEASURED_EVERY = 50  # steps between two looks at what costs something: update ratios, the largest logit, memory
+SPEED_WINDOW_STEPS = 20  # over which tokens per second are averaged
+# Steps between two measurements of what costs something: update ratios read all weights and moments once.
+MEASURE_EVERY_STEPS = 50
 
 
 class Reporter(pl.Callback):
-    """Collects step results and hands them on.
+    """Collects step results and passes a `StepReport` to every sink, and at the end of a mini-epoch its mean loss.
 
-    What the ranks must agree on travels with the losses: `wishes` are asked after each step on every rank, and `agreed` holds the
-    names of those that any rank had, at the same step on all of them (a step late when there are several).
     `peak_tokens_per_second` is what all devices would reach at their peak (NaN: not known).
     """
 
     def __init__(
         self,
+        control: RunControl,
         length: RunLength,
-        first_step: int,
         sinks: list[Sink],
-        losses_before: list[float],
-        wishes: dict[str, Callable[[], bool]],
+        mini_epoch_losses: list[float],
         peak_tokens_per_second: float = math.nan,
     ) -> None:
-        self.length, self.sinks, self.wishes = length, list(sinks), wishes
+        self.control, self.length, self.sinks = control, length, list(sinks)
         self.peak_tokens_per_second = peak_tokens_per_second
-        self.next_step = first_step
-        self.agreed: set[str] = set()
-        self.mini_epoch_losses = list(losses_before)  # of the steps since the last mini-epoch's end
-        self.best_val_loss = math.inf
-        self._micro: list[Tensor] = []
-        self._waiting: _Waiting | None = None
-        self._times: deque[float] = deque(maxlen=SPEED_WINDOW_STEPS + 1)
-        self._began = self.paused = 0.0  # seconds that validations took
+        self.mini_epoch_losses = list(mini_epoch_losses)  # of the steps since the last mini-epoch's end, read so far
+        self._micro_losses: list[Tensor] = []
+        self._pending: _PendingStep | None = None
+        self._step_times: deque[float] = deque(maxlen=SPEED_WINDOW_STEPS + 1)
+        self._began = 0.0
         self._memory_gib = math.nan
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._began = time.perf_counter()
-        self._times.append(self._clock())
+        self._began = time.monotonic() - self.control.paused_seconds
+        self._step_times.append(self._training_seconds())
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
-        pl_module.head_loss.measures = self.next_step % MEASURED_EVERY == 0
+        pl_module.objective.head_loss.measures_largest_logit = self._is_measured(self.control.step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
-        self._micro.append(outputs["plain_loss"])
-        if len(self._micro) < pl_module.config.accumulate_grad_batches:
+        self._micro_losses.append(outputs["metrics"]["loss"])
+        if not self.control.step_ended:
             return
-        loss = torch.stack(self._micro).mean()
-        self._micro = []
-        wanted = [float(wish()) for wish in self.wishes.values()]
-        values = loss.float().reshape(1)
+        self.flush()
+        step = self.control.step - 1
+        self._pending = self._start_reading(trainer, pl_module, step)
+        if self.length.ends_mini_epoch(step):
+            self.flush()  # the mean has to be complete before weights or a state of this mini-epoch are saved
+
+    def _start_reading(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> _PendingStep:
+        loss = torch.stack(self._micro_losses).mean().float().reshape(1)
+        self._micro_losses = []
         if trainer.world_size > 1:
-            values = torch.cat([values, to_device(wanted, loss.device)])
-            values = trainer.strategy.reduce(values, reduce_op="mean")
-        self.agreed = set()
-        self.read_waiting()
-        parts = [values, pl_module.grad_norm.to(values).reshape(1)]
-        if math.isnan(self._memory_gib) or self.next_step % MEASURED_EVERY == 0:
-            self._memory_gib = memory_gib(pl_module.device)
-        if self.next_step % MEASURED_EVERY == 0:
-            parts.append(self._measure(trainer, pl_module).to(values))
+            reduced = trainer.strategy.reduce(loss, reduce_op="mean")
+            assert isinstance(reduced, Tensor)
+            loss = reduced
+        values = [loss, module.grad_norm.to(loss).reshape(1)]
+        if math.isnan(self._memory_gib) or self._is_measured(step):
+            self._memory_gib = peak_memory_gib(module.device)
+        if self._is_measured(step):
+            values.append(self._measure(trainer, module).to(loss))
         group = trainer.optimizers[0].param_groups[0]
-        lr = group["lr"] / group["lr_scale"]
-        self._waiting = _Waiting(self.next_step, lr, len(values) - 1, OnTheWay(torch.cat(parts)))
-        if trainer.world_size == 1:
-            self.agreed = {name for name, wish in zip(self.wishes, wanted, strict=True) if wish}
-        if self.length.ends_mini_epoch(self.next_step):
-            self.read_waiting()
-        self.next_step += 1
+        return _PendingStep(step, group["lr"] / group["lr_scale"], PendingValues(torch.cat(values)))
+
+    def flush(self) -> None:
+        """Read and report the newest step now, waiting for the device if necessary."""
+        if self._pending is None:
+            return
+        step, lr, values = self._pending
+        self._pending = None
+        loss, grad_norm, *measured = values.read()
+        self._step_times.append(self._training_seconds())
+        elapsed = max(1e-9, self._step_times[-1] - self._step_times[0])
+        tokens_per_second = (len(self._step_times) - 1) * self.length.tokens_per_step / elapsed
+        report = StepReport(
+            step=step,
+            tokens=self.length.tokens(step + 1),
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens_per_second=tokens_per_second,
+            seconds=self._step_times[-1],
+            memory_gib=self._memory_gib,
+            mfu=tokens_per_second / self.peak_tokens_per_second,
+            largest_logit=measured[0] if measured else math.nan,
+            update_ratios=dict(zip(UPDATE_GROUPS, measured[1:], strict=True)) if measured else {},
+        )
+        if math.isfinite(loss):  # a skipped step has no part in the mean
+            self.mini_epoch_losses.append(loss)
+        for sink in self.sinks:
+            sink.step(report)
+        if self.length.ends_mini_epoch(step):
+            self._report_mini_epoch(report)
+
+    def _report_mini_epoch(self, last: StepReport) -> None:
+        losses, self.mini_epoch_losses = self.mini_epoch_losses, []
+        mean = sum(losses) / len(losses) if losses else math.nan
+        report = MiniEpochReport(self.length.mini_epoch(last.step), mean, last)
+        for sink in self.sinks:
+            sink.mini_epoch(report)
+
+    def report_validation(self, report: ValidationReport) -> None:
+        for sink in self.sinks:
+            sink.validation(report)
+
+    def report_samples(self, samples: list[GeneratedSample]) -> None:
+        for sink in self.sinks:
+            sink.samples(samples)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.read_waiting()
+        self.flush()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._close_sinks()
@@ -106,104 +151,39 @@ class Reporter(pl.Callback):
         self._close_sinks()
 
     def _close_sinks(self) -> None:
-        while self.sinks:
+        while self.sinks:  # from the last: the progress bar is opened last and closed first, since loggers print
             self.sinks.pop().close()
 
-    def read_waiting(self) -> None:
-        """Read the newest step's results now, waiting for the device if it must be."""
-        if self._waiting is None:
-            return
-        step, lr, n_wishes, values = self._waiting
-        self._waiting = None
-        loss, *others = values.read()
-        if n_wishes:
-            self.agreed |= {name for name, wish in zip(self.wishes, others[:n_wishes], strict=True) if wish}
-        grad_norm, *measured = others[n_wishes:]
-        self._times.append(self._clock())
-        speed = (len(self._times) - 1) * self.length.tokens_per_step / max(1e-9, self._times[-1] - self._times[0])
-        report = StepReport(
-            step=step,
-            tokens=self.length.tokens(step + 1),
-            loss=loss,
-            lr=lr,
-            grad_norm=grad_norm,
-            tokens_per_second=speed,
-            seconds=self._times[-1],
-            memory_gib=self._memory_gib,
-            mfu=speed / self.peak_tokens_per_second,
-            largest_logit=measured[0] if measured else math.nan,
-            update_ratios=dict(zip(UPDATE_GROUPS, measured[1:], strict=True)) if measured else {},
-        )
-        if math.isfinite(loss):
-            self.mini_epoch_losses.append(loss)
-        for sink in self.sinks:
-            sink.step(report)
-        if self.length.ends_mini_epoch(step):
-            mean = sum(self.mini_epoch_losses) / len(self.mini_epoch_losses) if self.mini_epoch_losses else math.nan
-            self.mini_epoch_losses = []
-            for sink in self.sinks:
-                sink.mini_epoch(MiniEpochReport(self.length.mini_epoch(step), mean, report))
+    def _training_seconds(self) -> float:
+        return time.monotonic() - self.control.paused_seconds - self._began
 
-    def validated(self, report: ValidationReport, pause: float) -> None:
-        """`pause` seconds were spent on it, which don't count for the speed of training."""
-        self.paused += pause
-        for sink in self.sinks:
-            sink.validation(report)
-
-    def show(self, samples: list[Sample]) -> None:
-        for sink in self.sinks:
-            sink.samples(samples)
-
-    def _clock(self) -> float:
-        return time.perf_counter() - self._began - self.paused
+    @staticmethod
+    def _is_measured(step: int) -> bool:
+        return step % MEASURE_EVERY_STEPS == 0
 
     def _measure(self, trainer: pl.Trainer, module: TrainingModule) -> Tensor:
         """(largest logit, update ratio of each group) of this step, on the device."""
-        largest = module.head_loss.largest_logit.float().reshape(1)
+        largest = module.objective.head_loss.largest_logit.float().reshape(1)
         if trainer.world_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return torch.cat([largest, update_ratios(module.optimizer).to(largest)])
 
 
-class OnTheWay:
-    """Values that are being copied from the device. Reading them waits for the work before the copy only, not for what came after."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._values, self._arrived = values, None
-        if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def read(self) -> list[float]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._values.tolist()
-
-
-class _Waiting(NamedTuple):
-    """What is known of a step that hasn't been read yet."""
+class _PendingStep(NamedTuple):
+    """A step whose results are on their way from the device: loss, gradient norm, and what `_measure` gives at some steps."""
 
     step: int
     lr: float
-    n_wishes: int  # that travel with the values; 0 in a run of one process
-    values: OnTheWay  # loss, wishes..., grad norm, and at times what `_measure` gives
+    values: PendingValues
 
 
-def to_device(numbers: list[float], device: torch.device) -> Tensor:
-    """Without waiting for the device, which a plain copy of unpinned memory does."""
-    here = torch.tensor(numbers)
-    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
-
-
-def memory_gib(device: torch.device) -> float:
-    """The most memory that this process has taken so far: reserved on its GPU, else of the machine."""
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory that this process has had so far, GiB: reserved on its GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     if sys.platform == "win32":
         return math.nan
     import resource
 
-    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return taken / 2**30 if sys.platform == "darwin" else taken / 2**20  # bytes there, KiB elsewhere
+    maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return maximum / 2**30 if sys.platform == "darwin" else maximum / 2**20  # bytes there, KiB elsewhere

@@ -1,37 +1,39 @@
-"""What a run reports, and the places that reports go to."""
+"""What a run reports, and the interface of the places that reports go to."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
-UPDATE_GROUPS = ("w0", "matrices", "others")  # of the optimizer, in its order
+UPDATE_GROUPS = ("w0", "matrices", "others")  # of the optimizer, in the order of `optim.parameter_groups`
 
 
 @dataclass(frozen=True)
 class StepReport:
     """One optimizer step: mean loss over its samples, learning rate before group scales, gradient norm before clipping.
 
-    What is not known is NaN: `mfu` where the device's peak isn't, the last two at steps where they are not measured.
+    NaN: not known, as `mfu` where the device's peak isn't, and the last two at steps where they are not measured.
     """
 
     step: int
-    tokens: int  # trained on in the whole run, this step included
+    tokens: int  # trained on since the run began, this step included
     loss: float
     lr: float
     grad_norm: float
     tokens_per_second: float  # of all processes, over the last steps
     seconds: float = math.nan  # of training since this start, without validation
-    memory_gib: float = math.nan  # the most that this process has taken: of the GPU, or of the machine
-    mfu: float = math.nan  # the share of the devices' bf16 peak that the model's own operations make up
-    largest_logit: float = math.nan  # in the last micro batch's first rows, over all processes
+    memory_gib: float = math.nan  # peak of this process: reserved on the GPU, or resident
+    mfu: float = math.nan  # model FLOPs utilisation: the share of the devices' bf16 peak
+    largest_logit: float = math.nan  # in the first rows of the last micro batch, over all ranks
     update_ratios: dict[str, float] = field(default_factory=dict)  # |update| / |weights| by optimizer group
 
 
 @dataclass(frozen=True)
 class MiniEpochReport:
+    """The mean loss over the steps of a mini-epoch, and its last step."""
+
     mini_epoch: int
-    loss: float  # mean over its steps
+    loss: float
     last: StepReport
 
 
@@ -43,13 +45,13 @@ class ValidationReport:
     tokens: int  # trained on
     loss: float
     counted: int  # tokens of the held-out data that count
-    seconds: float  # that it took
+    seconds: float  # that the validation took
     is_best: bool
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What the model writes after `prompt`, and what stands there in the data."""
+class GeneratedSample:
+    """What the model generates after `prompt`, and how the data continues it. The names are those of samples.json."""
 
     prompt: str
     answer: str
@@ -57,10 +59,10 @@ class Sample:
 
 
 class Sink:
-    """Somewhere that reports go; each kind of it takes what it wants."""
+    """Base class of everything that receives reports; each overrides what it needs."""
 
     def step(self, report: StepReport) -> None: ...
     def mini_epoch(self, report: MiniEpochReport) -> None: ...
     def validation(self, report: ValidationReport) -> None: ...
-    def samples(self, samples: list[Sample]) -> None: ...
+    def samples(self, samples: list[GeneratedSample]) -> None: ...
     def close(self) -> None: ...

@@ -1,0 +1,116 @@
+"""The model of a run: first its sizes, then the model with its initial weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from src.config import ModelConfig, RunConfig
+from src.dataset.tokenizer import load_tokenizer
+from src.errors import UserError
+from src.model import RWKV7
+from src.model.weights import IDLE_IN_LAYER_0, Weights, config_from_weights, fit_weights, read_weights
+from src.training.checkpoint.resume import ResumePoint
+from src.training.console import is_rank_zero, log
+from src.training.data import open_samples
+from src.training.distributed.process_group import ProcessGroup
+from src.training.distributed.sharded_init import NamedTensors, initial_values
+from src.training.hardware.selection import Hardware
+
+# of the settings, those that make another model
+SIZES = ("n_layer", "n_embd", "head_size", "dim_ffn", "d_decay_lora", "d_aaa_lora", "d_mv_lora", "d_gate_lora")
+
+
+def resolve_model_config(config: RunConfig, resume: ResumePoint, process_group: ProcessGroup) -> ModelConfig:
+    """The sizes of the model, equal on every rank. Raises UserError when they are not those of the state that is resumed."""
+    saved = resume.state.settings if resume.state is not None else {}
+
+    def resolve() -> ModelConfig:
+        # a full state records its vocabulary, whatever the data or the tokenizer would suggest
+        vocab_size = config.vocab_size or saved.get("vocab_size") or find_vocab_size(config, _read(resume))
+        sizes = config.model_config(vocab_size)
+        if resume.state is None and (weights := _read(resume)) is not None:
+            _fit(
+                weights, config, sizes, resume
+            )  # a mistake in it is raised on every rank, before any waits for another
+        return sizes
+
+    sizes = process_group.broadcast_from_rank_zero(resolve)
+    for name in (*SIZES, "vocab_size"):
+        if saved.get(name, getattr(sizes, name)) != getattr(sizes, name):
+            raise UserError(
+                f"the saved state is that of a model with --{name} {saved[name]}",
+                flag=name,
+                given=getattr(sizes, name),
+                advice="restore the setting, or give the new model a folder of its own (--proj_dir)",
+            )
+    return sizes
+
+
+def build_model(
+    config: RunConfig, sizes: ModelConfig, hardware: Hardware, resume: ResumePoint
+) -> tuple[RWKV7, Callable[[], NamedTensors] | None]:
+    """The model in the run's precision. Raises UserError when the weights file doesn't fit it.
+
+    Rank 0's model holds the initial weights; other ranks' numbers are left open, they come from rank 0 when the strategy is set up.
+    Where a full state is resumed all numbers are left open until it is loaded (`RestoreState`). A partitioned model is on the meta
+    device, and the second result gives rank 0's values to build it from.
+    """
+    with torch.device("meta"):
+        model = RWKV7(sizes)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in IDLE_IN_LAYER_0)
+    if hardware.is_partitioned:
+        return model, lambda: _values(config, sizes, resume, model)
+    if is_rank_zero() and resume.state is None:
+        # copied, for a file is mapped into memory, and the run must not depend on it staying there
+        weights = {name: tensor.to(hardware.dtype, copy=True) for name, tensor in _values(config, sizes, resume, model)}
+        trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        model.load_state_dict(weights, assign=True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+        return model, None
+    return model.to(hardware.dtype).to_empty(device="cpu"), None
+
+
+def _values(config: RunConfig, sizes: ModelConfig, resume: ResumePoint, model: RWKV7) -> NamedTensors:
+    """(name, tensor) of each parameter at the start; arbitrary numbers where a full state replaces them."""
+    if resume.state is not None:
+        yield from ((name, torch.empty(parameter.shape)) for name, parameter in model.named_parameters())
+        return
+    weights = _read(resume)
+    if weights is None:
+        yield from initial_values(sizes)
+        return
+    weights = _fit(weights, config, sizes, resume)
+    yield from ((name, tensor) for name, tensor in weights.items() if not tensor.is_meta)
+    if any(tensor.is_meta for tensor in weights.values()):  # --load_partial: parameters that the file lacks
+        yield from ((name, tensor) for name, tensor in initial_values(sizes) if weights[name].is_meta)
+
+
+def _fit(weights: Weights, config: RunConfig, sizes: ModelConfig, resume: ResumePoint) -> Weights:
+    with torch.device("meta"):
+        model = RWKV7(sizes)
+    return fit_weights(weights, model, str(resume.weights), partial=bool(config.load_partial))
+
+
+def _read(resume: ResumePoint) -> Weights | None:
+    return read_weights(resume.weights) if resume.weights is not None else None
+
+
+def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:
+    """--vocab_size, else the tokenizer's, else that of the weights, else what the data needs."""
+    # loaded even where --vocab_size is given: a mistake in it is found now, not when samples are generated at the end
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    if config.vocab_size:
+        return config.vocab_size
+    if tokenizer:
+        return tokenizer.vocab_size
+    if weights is not None:
+        return config_from_weights(weights, source="the weights").vocab_size
+    if not config.data_file:
+        raise UserError("not known", flag="vocab_size", given=0, advice="give it, or --tokenizer, or --data_file")
+    largest = open_samples(config).largest_id()
+    log(f"note: --vocab_size {largest + 1}: the largest id in {config.data_file} is {largest}")
+    return largest + 1
