@@ -17,13 +17,16 @@ from torch.utils.data import Dataset
 
 from src.config import RunConfig
 from src.model import RWKV7
-from src.training.checkpoint.callbacks import SetLearningRate
 from src.training.checkpoint.state import gather_full_state, gather_weights, scatter_full_state
+from src.training.console import is_rank_zero
+from src.training.control import RunControl
+from src.training.data import train_dataloader
 from src.training.distributed import zero
 from src.training.distributed.process_group import join
-from src.training.distributed.sharded_init import fresh_values
+from src.training.distributed.sharded_init import initial_values
 from src.training.hardware.selection import choose_hardware, lightning_strategy
 from src.training.module import TrainingModule
+from src.training.trainer import SetLearningRate
 
 CTX, VOCAB = 16, 64
 
@@ -79,7 +82,7 @@ class Fit(TrainingModule):
         return out
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        loss = self.trainer.strategy.reduce(outputs["plain_loss"], reduce_op="mean").item()
+        loss = self.trainer.strategy.reduce(outputs["metrics"]["loss"], reduce_op="mean").item()
         self.losses.append(loss)
         self.norms.append(float(self.optimizer.grad_norm))
         self.lrs.append([group["lr"] for group in self.trainer.optimizers[0].param_groups])
@@ -102,21 +105,20 @@ def fit(process_group, name, scenario, out):
     hardware = choose_hardware(config)
     values = None
     torch.manual_seed(init_seed)
-    if hardware.model_in_parts:
+    if hardware.is_partitioned:
         with torch.device("meta"):
             model = RWKV7(config.model_config(VOCAB))
 
         def values():
             torch.manual_seed(init_seed)
-            return fresh_values(config.model_config(VOCAB))
+            return initial_values(config.model_config(VOCAB))
     else:
         model = RWKV7(config.model_config(VOCAB)).to(hardware.dtype)
     if config.compile:  # as src/training/trainer.py does
         model.compile_blocks()
-    module = Fit(
-        model, config, hardware, lambda rank, size: Numbers(first_step, steps, rank, size, config, poison), values=values,
-        optimizer=optimizer, poison=poison,
-    )  # fmt: skip
+    module = Fit(model, config, hardware, values=values, optimizer=optimizer, poison=poison)
+    numbers = Numbers(first_step, steps, process_group.rank, process_group.world_size, config, poison)
+    control = RunControl(process_group, first_step)
     strategy = lightning_strategy(config, hardware)
     if as_lightning_does:  # for the test that has to notice it
         strategy.precision_plugin.backward = DeepSpeedPrecision("32-true").backward
@@ -125,32 +127,28 @@ def fit(process_group, name, scenario, out):
         def on_train_start(self, trainer, module):
             if load:
                 kept = torch.load(out / f"{load}.pt")
-                shards = [{f"{name}/{kind}": t for name, kinds in kept["state"].items() for kind, t in kinds.items()}]
-                scatter_full_state(trainer, module, shards if process_group.rank == 0 else [], kept["counters"])
+                scatter_full_state(trainer, module, [kept["state"]] if is_rank_zero() else [], kept["counters"])
 
     trainer = pl.Trainer(
         accelerator="cpu", devices=hardware.devices, num_nodes=hardware.num_nodes, strategy=strategy, precision="32-true",
         plugins=[process_group.environment],
         max_epochs=1, max_steps=steps, accumulate_grad_batches=config.accumulate_grad_batches, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        callbacks=[Restore(), SetLearningRate(lambda step: config.lr_init / (1 + 0.1 * step), first_step)],
+        callbacks=[Restore(), control, SetLearningRate(control, lambda step: config.lr_init / (1 + 0.1 * step))],
     )  # fmt: skip
-    trainer.fit(module)
+    trainer.fit(module, train_dataloader(config, numbers, None, on_gpu=False))
     result = {"losses": module.losses, "norms": module.norms, "lrs": module.lrs}
     result["engine"] = type(trainer.strategy.model).__name__
     if result["engine"] == "DeepSpeedEngine":
         result["stage"] = trainer.strategy.model.zero_optimization_stage()
     if config.compile:
         result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    result["weights"] = gather_weights(module.model, process_group.rank)
+    result["weights"] = gather_weights(module.model)
     result["held"] = sum(p.numel() for p in module.model.parameters())
     if optimizer == "adam":
-        result["state"] = {
-            name: {kind: t.clone().cpu() for kind, t in kinds.items()}
-            for name, kinds in gather_full_state(trainer, module)
-        }
+        result["state"] = {key: tensor.clone().cpu() for key, tensor in gather_full_state(module)}
         result["counters"] = module.optimizer.counters()
-    if process_group.rank == 0:
+    if is_rank_zero():
         torch.save(result, out / f"{name}.pt")
 
 
@@ -162,7 +160,7 @@ def main():
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     for name, one in scenario["fits"].items():
         fit(process_group, name, {"devices": str(scenario["processes"]), **one}, out)
-    process_group.leave()
+    process_group.shutdown()
 
 
 if __name__ == "__main__":

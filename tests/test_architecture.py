@@ -1,6 +1,7 @@
-"""The house rules that can be read off the sources: who imports whom, who knows Lightning, and that importing does nothing."""
+"""Rules that can be read off the sources: who imports whom, who knows Lightning, and that importing does nothing."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# What each room may import from, as far as it does: text -> dataset -> model on ops -> training -> inference's answers, and
-#   files      is a leaf (files that are whole or not there, held by one process): for whoever writes files; ops writes the build cache
-#   inference  is under training, which evaluates and samples with it; of ops it takes the native step of one token
-# The parts of a room (training/preflight, training/reporting) follow its rules.
+# What each package may import: text -> dataset -> model on ops -> training -> inference's answers. errors, config, files, run_folder and
+# run_log are below everything. inference is below training, which evaluates and generates with it; of ops it uses the native step of one
+# token.
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
@@ -29,40 +29,93 @@ ALLOWED = {
     "data": {"dataset", "errors", "files"},
     "API_DEMO_CHAT.py": {"errors", "inference"},
 }
+# Inside src/training: each package or module imports only those on later lines. Nothing imports the first line, which are programs.
+TRAINING_ORDER = (
+    ("plot", "html_report", "dashboard", "run"),
+    ("preflight",),
+    ("trainer",),
+    ("settings", "validation"),
+    ("model_setup",),
+    ("checkpoint", "figures"),
+    ("reporting",),
+    ("module",),
+    ("objectives",),
+    ("hardware",),
+    ("control",),
+    ("distributed",),
+    ("console",),
+    ("optim", "schedule", "data"),
+)
 TRAINING_ONLY = {"lightning", "pytorch_lightning", "lightning_fabric", "deepspeed", "wandb"}
 SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "data").glob("*.py"), *ROOT.glob("*.py")])
 
 
-def room(path):
+def package(path):
     parts = path.relative_to(ROOT).parts
     return parts[1].removesuffix(".py") if parts[0] == "src" else parts[0]
 
 
-def imported(source, package):
-    """Full dotted names of the modules that a file of `package` imports, wherever in it."""
+def imported(source, within):
+    """Full dotted names of the modules that a file of the package `within` imports, wherever in it."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
+            base = within[: len(within) - node.level + 1] if node.level else ()
             module = ".".join([*base, *([node.module] if node.module else [])])
             yield module
-            if module == "src":
-                yield from (f"src.{alias.name}" for alias in node.names)
+            if module.split(".")[0] == "src":  # `from src.training import trainer` imports src.training.trainer
+                yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_imports_follow_the_order(path):
-    here = room(path)
+    here = package(path)
     if path == ROOT / "src" / "__init__.py":
         assert path.read_text(encoding="utf-8") == ""
         return
     assert here in ALLOWED, f"{here} has no place in architecture's order"
     modules = list(imported(path.read_text(encoding="utf-8"), path.relative_to(ROOT).parent.parts))
-    rooms = {name.split(".")[1] for name in modules if name.startswith("src.")} - {here}
-    assert rooms <= ALLOWED[here], f"{here} imports {sorted(rooms - ALLOWED[here])}"
+    packages = {name.split(".")[1] for name in modules if name.startswith("src.")} - {here}
+    assert packages <= ALLOWED[here], f"{here} imports {sorted(packages - ALLOWED[here])}"
     if here != "training":
         assert not TRAINING_ONLY & {name.split(".")[0] for name in modules}
+
+
+def training_package(name):
+    """The package or module of src/training that a full dotted name lies in; "" for the names that src.training itself has."""
+    return (name.split(".") + [""])[2]
+
+
+def test_training_is_in_layers():
+    layer = {name: i for i, names in enumerate(TRAINING_ORDER) for name in names}
+    arrows = set()
+    for path in (ROOT / "src" / "training").rglob("*.py"):
+        within = path.relative_to(ROOT).parent.parts
+        here = training_package(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for name in imported(path.read_text(encoding="utf-8"), within):
+            there = training_package(name) if name.startswith("src.training.") else here
+            if there != here and there in layer:
+                arrows.add((here, there))
+    assert {here for here, _ in arrows} >= {"run", "trainer", "checkpoint"}
+    assert [(here, there) for here, there in sorted(arrows) if layer[here] >= layer[there]] == []
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """No circles, whatever the package: a module can be read after those that it imports."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
+    graph = {}
+    for name, path in names.items():
+        targets = imported(path.read_text(encoding="utf-8"), path.relative_to(ROOT).parent.parts)
+        # a package's __init__ imports its modules: an import of a module is no import of the package that it lies in
+        graph[name] = {target for target in targets if target in names and not name.startswith(f"{target}.")}
+    assert list(graphlib.TopologicalSorter(graph).static_order())
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter({**graph, "src.errors": {"src.training.run"}}).prepare()
+
+
+def test_few_modules_stand_beside_the_packages_of_training():
+    assert len(list((ROOT / "src" / "training").glob("*.py"))) <= 16
 
 
 def test_imports_are_seen_wherever_they_stand():

@@ -15,7 +15,7 @@ from src.config import RunConfig
 from src.model import RWKV7, ModelConfig
 from src.training.distributed import zero
 from src.training.distributed.launch import RankInfo, rank_from_launcher, rank_of_first_process
-from src.training.distributed.sharded_init import fresh_values
+from src.training.distributed.sharded_init import initial_values
 from src.training.hardware import selection
 from src.training.run import run
 
@@ -286,7 +286,7 @@ def test_values_drawn_piece_by_piece_are_those_of_the_whole_model():
     torch.manual_seed(3)
     whole = RWKV7(config).state_dict()
     torch.manual_seed(3)
-    pieces = dict(fresh_values(config))
+    pieces = dict(initial_values(config))
     assert pieces.keys() == whole.keys()
     for name, tensor in whole.items():
         assert torch.equal(pieces[name], tensor), name

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from training_runs import CTX, ROOT, flags, losses, train
+from training_runs import CTX, ROOT, flags, losses, newest_state, train, verified
 
-from src.training.checkpoint.storage import newest_good, states, verify
+from src.training.checkpoint.storage import state_folders
 
 RUN = {"my_exit_tokens": CTX * 4 * 40, "epoch_steps": 10, "epoch_save": 1}
 
@@ -41,10 +41,10 @@ def test_a_full_disk_stops_the_run_loudly_and_what_was_saved_continues(tmp_path,
     assert "No space left on device" in done.stderr
     assert "the same command" in done.stderr
     assert "Traceback" not in done.stderr
-    assert len(states(kept)) >= 2
-    for state in states(kept):
-        verify(state)
-    reached, _ = newest_good(kept)
+    assert len(state_folders(kept)) >= 2
+    for state in state_folders(kept):
+        verified(state)
+    reached = newest_state(kept)
     assert 2 <= reached.position.step < 40
     assert train(kept, data, **RUN) == 0
     assert train(tmp_path / "whole", data, **RUN) == 0

@@ -74,7 +74,7 @@ class Step:
         config = RunConfig(n_layer=layers, n_embd=128, ctx_len=CTX, micro_bsz=BATCH, weight_decay=0.1, **changed)
         with torch.device(device):
             model = RWKV7(config.model_config(VOCAB)).bfloat16()
-            self.module = TrainingModule(model, config, Hardware("gpu", 1, 1, "bf16", "plain"), make_dataset=None)
+            self.module = TrainingModule(model, config, Hardware("gpu", 1, 1, "bf16", "plain"))
             self.optimizer = self.module.configure_optimizers()
             tokens = torch.zeros(1 if packed else BATCH, CTX, dtype=torch.long)
             bounds = [torch.tensor([0, 5, 30, CTX], dtype=torch.int32), torch.ones(())] if packed else []
@@ -267,9 +267,7 @@ def test_gpu_memory_is_as_planned(grad_cp):
     model = ModelConfig(8, 512, 6400, grad_cp=bool(grad_cp))
     config = RunConfig(n_layer=8, n_embd=512, ctx_len=512, micro_bsz=8, grad_cp=grad_cp, compile=1)
     with torch.device("cuda"):
-        module = TrainingModule(
-            RWKV7(model).bfloat16(), config, Hardware("gpu", 1, 1, "bf16", "plain"), make_dataset=None
-        )
+        module = TrainingModule(RWKV7(model).bfloat16(), config, Hardware("gpu", 1, 1, "bf16", "plain"))
         optimizer = module.configure_optimizers()
         batch = torch.zeros(8, 512, dtype=torch.long), torch.ones(8, 512, dtype=torch.long)
     module.model.compile_blocks()

@@ -14,9 +14,9 @@ from src.training.reporting.health import (
     BEFORE,
     GRADIENTS_AT,
     LATEST,
-    Warnings,
-    WatchNumbers,
-    WatchPace,
+    NumbersMonitor,
+    OnceWarnings,
+    PaceMonitor,
     loss_spike,
     lr_is_over,
     slow_part,
@@ -75,7 +75,7 @@ def report(step, loss=3.0, lr=1e-3, grad_norm=0.5):
 
 
 def test_warnings_are_given_once_with_what_to_try(capsys):
-    watch = WatchNumbers(steps=1000, warn=Warnings())
+    watch = NumbersMonitor(steps=1000, warn=OnceWarnings())
     for step, loss in enumerate(falling(200, 0.05)):
         watch.step(report(step, loss))
     assert capsys.readouterr().out == ""
@@ -115,7 +115,7 @@ def run_steps(monkeypatch, steps, loader_seconds, step_seconds, idle):
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     event = SimpleNamespace(record=lambda: None, query=lambda: idle)
     monkeypatch.setattr("torch.cuda.Event", lambda: event)
-    watch = WatchPace(Warnings())
+    watch = PaceMonitor(OnceWarnings())
     module = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(watch, "_look_at_gradients", lambda module: None)
     for step in range(steps):
@@ -148,7 +148,7 @@ def test_gradients_are_looked_at_once(capsys):
     module.model = model
     module._device = torch.device("cpu")
     module.optimizer = MasterAdamW.__new__(MasterAdamW)
-    watch = WatchPace(Warnings())
+    watch = PaceMonitor(OnceWarnings())
     for step in range(GRADIENTS_AT + 3):
         watch.on_train_batch_start(None, module, None, step)
         watch.on_train_batch_end(None, module, None, None, step)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from training_runs import CTX, ROOT, flags, losses, metrics
 
-from src.training.checkpoint.storage import states
+from src.training.checkpoint.storage import state_folders
 from src.training.distributed import zero
 
 pytestmark = pytest.mark.slow
@@ -118,7 +118,7 @@ def wait_for(condition, seconds=200):
 def test_one_dies_and_the_run_goes_on_with_one_and_then_three(tmp_path, data, straight, strategy, killed):
     common = {"strategy": strategy, "epoch_save": 1}
     process = start(train_command(*settings(tmp_path, data, 2, devices=2, **common)))
-    wait_for(lambda: states(tmp_path) or process.poll() is not None)
+    wait_for(lambda: state_folders(tmp_path) or process.poll() is not None)
     victims = ranks_of(process)
     assert victims.keys() == {0, 1}, process.communicate()[0]
     os.kill(victims[killed], signal.SIGKILL)
@@ -130,10 +130,10 @@ def test_one_dies_and_the_run_goes_on_with_one_and_then_three(tmp_path, data, st
     assert re.search(r"process 1 was killed by signal 9" if killed else r"process 0 is gone", words), words
     assert not (tmp_path / "rwkv-final.pth").exists()
 
-    reached = states(tmp_path)[0].name
+    reached = state_folders(tmp_path)[0].name
     # one process takes it over and is stopped, three take it to the end
     process = start(train_command(*settings(tmp_path, data, 1, **common)))
-    wait_for(lambda: states(tmp_path)[0].name > reached or process.poll() is not None)
+    wait_for(lambda: state_folders(tmp_path)[0].name > reached or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     words = finish(process)
     assert "as if never stopped" in words, words
@@ -144,7 +144,7 @@ def test_one_dies_and_the_run_goes_on_with_one_and_then_three(tmp_path, data, st
 def test_a_signal_stops_all_together_with_their_state_saved(tmp_path, data, straight):
     command = train_command(*settings(tmp_path, data, 2, devices=2))
     process = start(command)
-    wait_for(lambda: states(tmp_path) or process.poll() is not None)
+    wait_for(lambda: state_folders(tmp_path) or process.poll() is not None)
     process.send_signal(signal.SIGTERM)  # to the first alone
     words = finish(process)
     assert process.returncode == 128 + signal.SIGTERM, words
@@ -156,7 +156,7 @@ def test_a_signal_stops_all_together_with_their_state_saved(tmp_path, data, stra
 
 def test_one_that_falls_silent_ends_the_others(tmp_path, data):
     process = start(train_command(*settings(tmp_path, data, 2, devices=2)))
-    wait_for(lambda: states(tmp_path) or process.poll() is not None)
+    wait_for(lambda: state_folders(tmp_path) or process.poll() is not None)
     ranks = ranks_of(process)
     os.kill(ranks[1], signal.SIGSTOP)
     words = finish(process, timeout=60)
@@ -171,7 +171,7 @@ IMPATIENT = "import sys, train; from src.training.distributed import watchdog; w
 def test_all_may_stand_still_for_longer_than_one_may_be_silent(tmp_path, data, straight):
     """Ctrl-Z and fg, a job that is suspended, a machine that is paused."""
     process = start([sys.executable, "-c", IMPATIENT, *settings(tmp_path, data, 2, devices=2)])
-    wait_for(lambda: states(tmp_path) or process.poll() is not None)
+    wait_for(lambda: state_folders(tmp_path) or process.poll() is not None)
     for _ in range(2):
         os.killpg(process.pid, signal.SIGSTOP)
         time.sleep(14)

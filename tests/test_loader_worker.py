@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from training_runs import CTX, ROOT, as_from_a_terminal, flags, metrics
+from training_runs import CTX, ROOT, as_from_a_terminal, flags, metrics, newest_state
 
-from src.training.checkpoint.storage import newest_good
-from src.training.distributed.process_group import leave_signals_to_the_run
+from src.training.data import _leave_signals_to_main_process
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a worker as a Linux machine with a GPU has it")
 RUN = {"accumulate_grad_batches": 50, "my_exit_tokens": CTX * 4 * 50 * 3000, "epoch_steps": 1000, "save_minutes": 0}
@@ -60,11 +59,9 @@ def test_a_signal_to_the_whole_group_saves_and_stops(tmp_path, data, number):
     os.killpg(process.pid, number)
     words = finish(process)
     assert process.returncode == 128 + number, words
-    assert f"{number.name} received; its state is saved" in words
+    assert f"{number.name} received; the state is saved" in words
     assert "Traceback" not in words
-    state, complaints = newest_good(out)
-    assert not complaints
-    assert state.position.step == len(metrics(out)) > 2
+    assert newest_state(out).position.step == len(metrics(out)) > 2
 
 
 def test_it_goes_with_a_run_that_is_done_and_with_one_that_fails(tmp_path, data):
@@ -79,7 +76,7 @@ def test_it_goes_with_a_run_that_is_done_and_with_one_that_fails(tmp_path, data)
 
 
 def worker(ready):
-    leave_signals_to_the_run(0)
+    _leave_signals_to_main_process(0)
     ready.send(True)
     time.sleep(60)
 

@@ -12,7 +12,7 @@ from training_runs import CTX, losses, metrics, train, train_until
 from src.dataset.binidx import BinIdxWriter
 from src.training import dashboard
 from src.training.reporting import generations, loggers
-from src.training.reporting.sink import Sample, StepReport
+from src.training.reporting.sink import GeneratedSample, StepReport
 
 STEPS = 60
 RUN = {"my_exit_tokens": CTX * 4 * STEPS, "epoch_steps": 20, "epoch_save": 1, "val_windows": 8, "val_every": "1"}
@@ -222,7 +222,7 @@ def test_a_slow_first_call_costs_no_later_ones(monkeypatch):
 
 def test_samples_begin_like_the_data(tmp_path, data, held, with_samples):
     assert train(tmp_path / "run", data, val_data_file=held, **with_samples, **RUN) == 0
-    found = [Sample(**row) for row in json.loads((tmp_path / "run" / "samples.json").read_text())]
+    found = [GeneratedSample(**row) for row in json.loads((tmp_path / "run" / "samples.json").read_text())]
     assert len(found) == generations.COUNT
     for sample in found:
         assert 1 <= len(sample.prompt) <= generations.PROMPT_TOKENS

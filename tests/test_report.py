@@ -19,15 +19,17 @@ from src.config import ModelConfig
 from src.model import RWKV7
 from src.run_log import read_columns
 from src.training.console import log
+from src.training.control import RunControl
+from src.training.distributed.process_group import ProcessGroup
 from src.training.figures import background
 from src.training.hardware import peak_flops
 from src.training.hardware.selection import Hardware
-from src.training.module import HeadLoss
+from src.training.objectives.next_token import HeadLoss, NextToken
 from src.training.optim import MasterAdamW, parameter_groups
 from src.training.reporting import log_files, progress
 from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile
 from src.training.reporting.progress import ProgressLine, duration
-from src.training.reporting.reporter import MEASURED_EVERY, Reporter, memory_gib
+from src.training.reporting.reporter import MEASURE_EVERY_STEPS, Reporter, peak_memory_gib
 from src.training.reporting.sink import UPDATE_GROUPS, MiniEpochReport, Sink, StepReport, ValidationReport
 from src.training.reporting.update_ratio import update_ratios
 from src.training.schedule import RunLength
@@ -280,7 +282,7 @@ def test_peaks_of_gpus():
 
 
 def test_memory_of_this_process_is_known():
-    assert 0.05 < memory_gib(torch.device("cpu")) < 1000
+    assert 0.05 < peak_memory_gib(torch.device("cpu")) < 1000
 
 
 # ---- reading late -----------------------------------------------------------------------------------------------------------
@@ -310,20 +312,23 @@ def drive(device, steps, each=lambda step: None, peak=math.nan):
     module = TrainingModule.__new__(TrainingModule)
     torch.nn.Module.__init__(module)
     module.model, module.config, module.optimizer = model, SimpleNamespace(accumulate_grad_batches=1), optimizer
-    module.head_loss = HeadLoss(model.head, 0)
+    module.objective = NextToken(model.head, 0)
     module._device = torch.device(device)
-    trainer = SimpleNamespace(world_size=1, optimizers=[optimizer], strategy=None)
+    trainer = SimpleNamespace(world_size=1, optimizers=[optimizer], strategy=None, global_step=0, should_stop=False)
+    control = RunControl(ProcessGroup(), 0)
     recorder = Recorder()
     length = RunLength.of(exit_tokens=64 * steps, ctx_len=16, global_batch=4, epoch_steps=max(1, steps - 1))
-    reporter = Reporter(length, 0, [recorder], [], {"stop": lambda: False}, peak)
+    reporter = Reporter(control, length, [recorder], [], peak)
     reporter.on_train_start(trainer, module)
     hidden, targets = torch.randn(1, 4, 32, device=device), torch.zeros(1, 4, dtype=torch.long, device=device)
     losses = [torch.full((), float(step), device=device) for step in range(steps)]
     for step in range(steps):
         reporter.on_train_batch_start(trainer, module, None, step)
-        module.head_loss(hidden, targets)
+        module.objective.head_loss(hidden, targets)
         each(step)
-        reporter.on_train_batch_end(trainer, module, {"plain_loss": losses[step]}, None, step)
+        trainer.global_step += 1
+        control.on_train_batch_end(trainer, module, None, None, step)
+        reporter.on_train_batch_end(trainer, module, {"metrics": {"loss": losses[step]}}, None, step)
         if step < steps - 2:
             assert [report.step for report in recorder.steps] == list(range(step))  # this one is still on its way
     reporter.on_train_end(trainer, module)
@@ -331,10 +336,10 @@ def drive(device, steps, each=lambda step: None, peak=math.nan):
 
 
 def test_a_step_is_read_when_the_next_one_is_under_way():
-    recorder = drive("cpu", MEASURED_EVERY + 5, peak=1e9)
-    assert [report.loss for report in recorder.steps] == list(range(MEASURED_EVERY + 5))
+    recorder = drive("cpu", MEASURE_EVERY_STEPS + 5, peak=1e9)
+    assert [report.loss for report in recorder.steps] == list(range(MEASURE_EVERY_STEPS + 5))
     assert [len(report.update_ratios) for report in recorder.steps if report.update_ratios] == [3, 3]
-    measured = recorder.steps[MEASURED_EVERY]
+    measured = recorder.steps[MEASURE_EVERY_STEPS]
     assert tuple(measured.update_ratios) == UPDATE_GROUPS
     assert math.isfinite(measured.largest_logit)
     assert math.isnan(recorder.steps[1].largest_logit)
@@ -351,10 +356,10 @@ def test_nothing_waits_for_the_gpu():
     before = torch.cuda.get_sync_debug_mode()
 
     def forbid(step):
-        torch.cuda.set_sync_debug_mode("error" if step < MEASURED_EVERY else before)
+        torch.cuda.set_sync_debug_mode("error" if step < MEASURE_EVERY_STEPS else before)
 
     try:
-        drive("cuda", MEASURED_EVERY + 2, forbid)
+        drive("cuda", MEASURE_EVERY_STEPS + 2, forbid)
     finally:
         torch.cuda.set_sync_debug_mode(before)
 

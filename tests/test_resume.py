@@ -22,18 +22,22 @@ from training_runs import (
     log_lines,
     losses,
     metrics,
+    newest_state,
     train,
     train_until,
+    verified,
 )
 
 from src import run_folder
+from src.config import RunConfig
 from src.dataset.binidx import BinIdxWriter
 from src.files import sha256_of
 from src.model import RWKV7, ModelConfig
 from src.training import trainer
 from src.training.checkpoint import storage
-from src.training.checkpoint.storage import DamagedState, newest_good, states, verify
-from src.training.schedule import learning_rate
+from src.training.checkpoint.resume import find_resume_point, peek_resume_point
+from src.training.checkpoint.storage import DamagedStateError, state_folders
+from src.training.schedule import RunLength, learning_rate
 
 STEPS = 60
 RUN = {"my_exit_tokens": CTX * 4 * STEPS, "epoch_steps": 20, "epoch_save": 1}
@@ -75,8 +79,8 @@ def test_continued_runs_are_the_uninterrupted_run(tmp_path, data, whole, monkeyp
 def test_the_comparison_notices_a_lost_moment(tmp_path, data, whole, monkeypatch):
     out = tmp_path / "run"
     train_until(25, out, data, monkeypatch, save_minutes=1e-6, **RUN)
-    folder = states(out)[0]
-    file = next(folder.glob("tensors-*.safetensors"))
+    folder = state_folders(out)[0]
+    file = next(folder.glob("*.safetensors"))
     tensors = load_file(file)
     tensors["blocks.1.ffn.key.weight/exp_avg"].zero_()
     save_file(tensors, file)
@@ -95,7 +99,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("victim", ["tensors-0000.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("victim", ["rank0-0000.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_state_is_named_and_the_one_before_is_taken(
     tmp_path,
@@ -110,11 +114,11 @@ def test_a_damaged_state_is_named_and_the_one_before_is_taken(
         pytest.skip("a flipped bit of the manifest is one of the checks of the other files")
     out = tmp_path / "run"
     train_until(45, out, data, monkeypatch, save_minutes=0, **RUN)
-    newest, before = states(out)
+    newest, before = state_folders(out)
     assert (newest.name, before.name) == ("step-00000040", "step-00000020")
     DAMAGES[damage](newest / victim)
-    with pytest.raises(DamagedState):
-        verify(newest)
+    with pytest.raises(DamagedStateError):
+        verified(newest)
     capfd.readouterr()
     assert train(out, data, **RUN) == 0
     words = capfd.readouterr().out
@@ -124,20 +128,21 @@ def test_a_damaged_state_is_named_and_the_one_before_is_taken(
     assert_same_run(out, whole["fp32"])
 
 
-def test_what_is_said_of_a_damaged_state_is_so(tmp_path):
-    """Damaged twice at one step, each steps aside under a name of its own; a look moves nothing, and says of nothing that it was."""
+def test_damaged_states_of_one_step_are_archived_under_names_of_their_own(tmp_path, capfd):
+    """A peek moves nothing, and doesn't claim that it did."""
     folder = tmp_path / "resume" / "step-00000040"
+    config, length = RunConfig(proj_dir=str(tmp_path)), RunLength.of(1000, 8, 4)
     for expected in ("damaged-step-00000040", "damaged-step-00000040-2", "damaged-step-00000040-3"):
         folder.mkdir(parents=True)
-        _, (seen,) = newest_good(tmp_path, only_look=True)
+        assert peek_resume_point(config, tmp_path, length).state is None
         assert folder.is_dir()
-        assert "damaged-" not in seen
-        none, (complaint,) = newest_good(tmp_path)
-        assert none is None
-        assert "manifest.json is missing" in complaint
-        assert f"now {expected}," in complaint
+        assert "damaged-" not in capfd.readouterr().out
+        assert find_resume_point(config, tmp_path, length).state is None
+        message = capfd.readouterr().out
+        assert "manifest.json" in message
+        assert f"renamed to {expected}," in message
         assert (folder.parent / expected).is_dir()
-        assert states(tmp_path) == []
+        assert state_folders(tmp_path) == []
 
 
 def test_only_the_last_states_are_kept_and_leftovers_are_swept(tmp_path, data, monkeypatch):
@@ -147,11 +152,11 @@ def test_only_the_last_states_are_kept_and_leftovers_are_swept(tmp_path, data, m
     (out / ".profile.json.gz.xyz").mkdir()
     (out / ".mine.tmp").mkdir()
     assert train(out, data, keep_resume=3, save_minutes=1e-6, **RUN) == 0
-    assert [int(path.name[5:]) for path in states(out)] == [60, 59, 58]
-    assert sorted(p.name for p in (out / "resume").iterdir()) == sorted(p.name for p in states(out))
+    assert [int(path.name[5:]) for path in state_folders(out)] == [60, 58, 56]
+    assert sorted(p.name for p in (out / "resume").iterdir()) == sorted(p.name for p in state_folders(out))
     assert [path.name for path in out.glob(".*") if path.name != ".lock"] == [".mine.tmp"]
-    for folder in states(out):
-        verify(folder)
+    for folder in state_folders(out):
+        verified(folder)
 
 
 def test_a_state_whose_replacement_was_cut_off_stands_again(tmp_path):
@@ -180,9 +185,7 @@ def test_signals_save_and_stop(tmp_path, data, whole, number, code):
     words, _ = process.communicate(timeout=60)
     assert process.returncode == code, words
     assert "same command continues" in words
-    state, complaints = newest_good(out)
-    assert not complaints
-    assert state.position.step == len(metrics(out)) > 5
+    assert newest_state(out).position.step == len(metrics(out)) > 5
 
 
 def test_a_run_outlives_those_who_read_what_it_says(tmp_path, data):
@@ -228,8 +231,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, data, monkeypatch, capfd):
             assert train(tmp_path / "run", data, **RUN) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    assert "stopped at once; the same command continues" in capfd.readouterr().err
-    assert [folder.name for folder in states(tmp_path / "run")] == ["step-00000020"]
+    assert "interrupted; the same command continues" in capfd.readouterr().err
+    assert [folder.name for folder in state_folders(tmp_path / "run")] == ["step-00000020"]
     assert train(tmp_path / "run", data, **RUN) == 0
 
 
@@ -265,7 +268,7 @@ def test_time_limit_saves_and_stops_in_time(tmp_path, data, capfd):
     assert train(tmp_path / "run", data, time_limit=0.55, **long) == 124  # 33 s, of which 30 are kept for the last save
     assert time.monotonic() - begin < 33
     assert "--time_limit" in capfd.readouterr().out
-    assert states(tmp_path / "run")
+    assert state_folders(tmp_path / "run")
 
 
 def test_a_run_that_began_in_the_middle_is_continued_before_its_first_weights(tmp_path, data, monkeypatch, capfd):
@@ -338,49 +341,52 @@ def test_other_data_under_the_same_name_is_refused(tmp_path, data, monkeypatch, 
 
 
 def test_the_time_limit_knows_how_long_the_disk_takes(tmp_path, monkeypatch):
-    original = storage._write_twice
+    original = storage._write_file
 
     def slowly(path, content):
         time.sleep(0.2)
-        original(path, content)
+        return original(path, content)
 
-    monkeypatch.setattr(storage, "_write_twice", slowly)
+    monkeypatch.setattr(storage, "_write_file", slowly)
     writer = storage.StateWriter(tmp_path, keep=2)
     begin = time.monotonic()
-    writer.write(storage.Position(1, 4, 8), {}, {}, [("weight/master", torch.zeros(4))])
+    writer.write(1, {}, [("weight/master", torch.zeros(4))])
     handed_over = time.monotonic() - begin
     writer.wait()
-    assert handed_over < 0.6 <= writer.slowest  # three files
+    assert handed_over < 0.6 <= writer.slowest_seconds  # three files
 
 
 def test_the_time_limit_expects_a_first_save_to_take_long(tmp_path):
     """Of a large model, whose state is minutes of a disk's time, before one was seen; then what was seen counts. Never half of a short limit."""
     large = ModelConfig(24, 2048, 65536)
     assert (
-        60 < trainer.first_save_seconds(large, time_limit=0) == trainer.first_save_seconds(large, time_limit=1440) < 120
+        60
+        < trainer.expected_save_seconds(large, time_limit=0)
+        == trainer.expected_save_seconds(large, time_limit=1440)
+        < 120
     )
-    assert trainer.first_save_seconds(large, time_limit=4) == 30
-    writer = storage.StateWriter(tmp_path, keep=2, guess=90.0)
-    assert writer.slowest == 90
-    writer.write(storage.Position(1, 4, 8), {}, {}, [("weight/master", torch.zeros(4))])
+    assert trainer.expected_save_seconds(large, time_limit=4) == 30
+    writer = storage.StateWriter(tmp_path, keep=2, expected_seconds=90.0)
+    assert writer.slowest_seconds == 90
+    writer.write(1, {}, [("weight/master", torch.zeros(4))])
     writer.wait()
-    assert 0 < writer.slowest < 30
+    assert 0 < writer.slowest_seconds < 30
 
 
 def test_a_failed_save_stops_the_run_and_leaves_the_earlier_states_whole(tmp_path, data, monkeypatch, capfd):
     out = tmp_path / "run"
     train_until(25, out, data, monkeypatch, **RUN)
-    before = {path: path.read_bytes() for path in states(out)[0].iterdir()}
+    before = {path: path.read_bytes() for path in state_folders(out)[0].iterdir()}
     from src.training.checkpoint import storage
 
     def full(path, content):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "_write_twice", full)
+        patch.setattr(storage, "_write_file", full)
         assert train(out, data, **RUN) == 1
     assert "No space left" in capfd.readouterr().err
-    assert {path: path.read_bytes() for path in states(out)[0].iterdir()} == before
+    assert {path: path.read_bytes() for path in state_folders(out)[0].iterdir()} == before
     assert train(out, data, **RUN) == 0
 
 
@@ -415,8 +421,7 @@ def test_one_bad_step_is_left_out_and_the_run_goes_on(tmp_path, data, poisoned, 
     poisoned.add(rows_of_step(data, 30)[1])
     assert train(tmp_path / "run", data, **RUN) == 0
     words = capfd.readouterr().out
-    assert "step 31: " in words
-    assert "left out" in words
+    assert "step 31 skipped" in words
     assert all(torch.isfinite(tensor).all() for tensor in final(tmp_path / "run").values())
 
 
@@ -426,10 +431,10 @@ def test_too_many_bad_steps_go_back_once_and_skip_their_samples(tmp_path, data, 
     out = tmp_path / "run"
     assert train(out, data, **RUN) == 0
     words = capfd.readouterr().out
-    assert "going back to the state of step 20" in words
+    assert "rolling back to the state of step 20" in words
     assert [int(row["step"]) for row in metrics(out)] == list(range(STEPS))
     assert all(np.isfinite(losses(out)))
-    state, _ = newest_good(out)
+    state = newest_state(out)
     (first, count), *rest = state.position.skipped_samples
     assert not rest
     assert first == 30 * 4
@@ -442,7 +447,7 @@ def test_bad_steps_at_the_very_end_are_made_up_for_too(tmp_path, data, poisoned)
     out = tmp_path / "run"
     assert train(out, data, **RUN) == 0
     assert all(np.isfinite(losses(out)))
-    [(first, count)] = newest_good(out)[0].position.skipped_samples
+    [(first, count)] = newest_state(out).position.skipped_samples
     assert first <= (STEPS - 3) * 4  # a poisoned row may stand in the steps before too
     assert first + count == STEPS * 4
 
@@ -464,7 +469,6 @@ def test_going_back_to_the_beginning_draws_the_same_weights_and_keeps_nothing(tm
         return model, values
 
     monkeypatch.setattr(trainer, "build_model", build)
-    monkeypatch.setattr("src.training.run.build_model", build)
     gc.collect()
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert train(tmp_path / "run", data, **RUN) == 0

@@ -63,7 +63,7 @@ def test_a_run_no_longer_than_its_warmup_is_defined():
 
 
 def test_published_run_has_2520_steps_a_mini_epoch():
-    assert MINIPILE.unit == 40320
+    assert MINIPILE.mini_epoch_samples == 40320
     assert MINIPILE.step_after(0) == 2520
     assert MINIPILE.steps == math.ceil(1_498_226_207 / (512 * 16))
 
@@ -81,12 +81,12 @@ def test_mini_epochs_cover_a_run_of_any_size(exit_tokens, ctx_len, global_batch,
     last = length.mini_epoch(length.steps - 1)
     for n in {0, last // 2, last}:
         after = length.step_after(n)
-        assert after == length.steps or after * global_batch >= (n + 1) * length.unit
-        assert (after - 1) * global_batch < (n + 1) * length.unit
+        assert after == length.steps or after * global_batch >= (n + 1) * length.mini_epoch_samples
+        assert (after - 1) * global_batch < (n + 1) * length.mini_epoch_samples
         if after < length.steps:
             assert length.ends_mini_epoch(after - 1)
             assert length.mini_epoch(after - 1) >= n
-            assert length.mini_epoch(after) > n or length.unit < global_batch
+            assert length.mini_epoch(after) > n or length.mini_epoch_samples < global_batch
 
 
 @given(
@@ -98,7 +98,7 @@ def test_a_batch_that_changes_on_the_way_loses_and_repeats_no_sample(batches, ex
     length = RunLength.of(exit_tokens, 8, 4, epoch_steps=7)
     step, samples, ended = 0, 0, []
     for global_batch, steps in [*batches, (16, 10**9)]:
-        length = RunLength(exit_tokens, 8, global_batch, length.unit, step, samples)
+        length = RunLength(exit_tokens, 8, global_batch, length.mini_epoch_samples, step, samples)
         for _ in range(min(steps, length.steps - step)):
             assert length.samples(step) == samples
             if length.ends_mini_epoch(step):

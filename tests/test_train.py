@@ -134,7 +134,7 @@ def test_a_complete_folder_answers_for_its_own_run_only(tmp_path, data, capfd):
     assert train(out, data) == 0
     assert "is complete" in capfd.readouterr().out
     assert train(out, data, n_layer=3) == 2
-    assert "--n_layer was 2, is 3" in capfd.readouterr().err
+    assert "--n_layer 3: was 2" in capfd.readouterr().err
 
 
 def test_a_tokenizer_that_is_not_there_is_found_before_training(tmp_path, data, capfd):

@@ -13,6 +13,8 @@ import pytest
 
 from src.cli import parse
 from src.training import trainer
+from src.training.checkpoint.state import SavedState
+from src.training.checkpoint.storage import StateReader, state_folders
 from src.training.run import run
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +57,19 @@ def losses(proj_dir):
     return [float(row["loss"]) for row in metrics(proj_dir)]
 
 
+def newest_state(proj_dir):
+    """The newest full state, every file of it verified."""
+    reader = verified(state_folders(proj_dir)[0])
+    return SavedState.from_payload(reader.payload)
+
+
+def verified(folder):
+    """A reader of a state that has read every file of it. Raises DamagedStateError."""
+    reader = StateReader(folder)
+    assert sum(len(shard) for shard in reader.shards()) > 0
+    return reader
+
+
 def log_lines(proj_dir):
     return [line.split() for line in (proj_dir / "train_log.txt").read_text().splitlines() if re.match(r"\d+ \d", line)]
 
@@ -68,7 +83,7 @@ def train_until(step, out, data, monkeypatch, **changed):
     original = trainer.SetLearningRate.on_train_batch_start
 
     def dying(self, trainer, module, batch, batch_idx):
-        if self.first_step + trainer.global_step == step:
+        if self.control.step == step:
             raise Killed
         original(self, trainer, module, batch, batch_idx)
 

@@ -6,10 +6,10 @@ One batch is fetched ahead, so that every micro step needs the worker. With --fa
 import sys
 
 import train
-from src.training import module
+from src.training import data, module
 
 
-class LoaderWithWorker(module.DataLoader):
+class LoaderWithWorker(data.DataLoader):
     def __init__(self, dataset, **settings):
         super().__init__(dataset, **{**settings, "num_workers": 1, "persistent_workers": True, "prefetch_factor": 1})
 
@@ -20,7 +20,7 @@ def failing_step(self, batch, batch_idx):
     return training_step(self, batch, batch_idx)
 
 
-module.DataLoader = LoaderWithWorker
+data.DataLoader = LoaderWithWorker
 training_step = module.TrainingModule.training_step
 if sys.argv[1] == "--fail":
     del sys.argv[1]

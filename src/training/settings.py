@@ -37,8 +37,8 @@ FREE_SETTINGS = (
     *("enable_progress_bar", "wandb", "logger"),
     *("plan", "check", "dry_run", "profile"),
 )
-# Derived settings that no flag sets directly, as messages call them.
-DESCRIPTIONS = {"data": "the data (--data_file; for sft its order, --random_seed, too)", "tokenizer": "the tokenizer"}
+# the flags of derived settings
+FLAGS = {"data": "--data_file"}
 
 
 def resolve_settings(
@@ -74,11 +74,13 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path
     """Log what changed since the last start. Raises UserError when that would make it another run."""
     changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
     if fixed := [name for name in changed if name in FIXED_SETTINGS]:
-        differences = (f"{DESCRIPTIONS.get(name, '--' + name)} was {changed[name][0]}" for name in fixed)
+        first, *others = fixed
+        problem = f"was {changed[first][0]} in the run of {proj_dir}"
+        problem += "".join(f", {FLAGS.get(name, '--' + name)} was {changed[name][0]}" for name in others)
         raise UserError(
-            f"{'; '.join(differences)} in the run of {proj_dir}",
-            flag="data_file" if fixed[0] == "data" else fixed[0],
-            given=changed[fixed[0]][1],
+            problem,
+            flag=FLAGS.get(first, first).removeprefix("--"),
+            given=changed[first][1],
             advice="restore the setting, or start another run in a --proj_dir of its own (with --load_model from these weights)",
         )
     for name, (old, new) in changed.items():

@@ -20,7 +20,7 @@ from src.training.figures import background
 from src.training.reporting.log_files import MetricsFile, TrainLog
 from src.training.reporting.loggers import LoggerSink
 from src.training.reporting.progress import ProgressLine
-from src.training.reporting.reporter import MEASURED_EVERY, Reporter
+from src.training.reporting.reporter import MEASURE_EVERY_STEPS, Reporter
 from src.training.run import run
 
 spent: dict[str, float] = defaultdict(float)
@@ -51,7 +51,7 @@ def main() -> None:
     ):
         for method in ("step", "mini_epoch"):
             clocked(sink, method, name)
-    clocked(Reporter, "_measure", f"update ratios, memory (every {MEASURED_EVERY} steps)")
+    clocked(Reporter, "_measure", f"update ratios, memory (every {MEASURE_EVERY_STEPS} steps)")
     clocked(Reporter, "on_train_batch_start", "Reporter")
     original = Reporter.on_train_batch_end
 
@@ -62,14 +62,14 @@ def main() -> None:
         per_step.append(ends[-1] - begin)
 
     Reporter.on_train_batch_end = end  # type: ignore[method-assign]
-    draw = background.DrawPictures._draw
+    draw = background.BackgroundFigure._draw
 
     def drawn(self):
         begin = time.thread_time()
         draw(self)
         spent["loss.png (CPU time of its thread)"] += time.thread_time() - begin
 
-    background.DrawPictures._draw = drawn  # type: ignore[method-assign]
+    background.BackgroundFigure._draw = drawn  # type: ignore[method-assign]
 
     with tempfile.TemporaryDirectory() as folder:
         with BinIdxWriter(Path(folder) / "data", np.uint16) as writer:

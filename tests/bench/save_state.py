@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from src.config import ModelConfig, RunConfig
 from src.model import RWKV7
-from src.training.checkpoint.storage import Position, StateWriter
+from src.training.checkpoint.storage import StateWriter
 from src.training.optim import MasterAdamW, parameter_groups
 
 SAVES = 5
@@ -40,7 +40,7 @@ def main() -> None:
         stops = []
         for step in range(SAVES):
             begin = time.perf_counter()
-            writer.write(Position(step, step, 1), {}, {}, tensors())
+            writer.write(step, {}, tensors())
             stops.append(time.perf_counter() - begin)
             writer.wait()
             whole = time.perf_counter() - begin

@@ -81,7 +81,7 @@ class Step:
             model = RWKV7(config.model_config(vocab)).to(self.device, self.hardware.dtype)
         if config.compile:  # as src/training/trainer.py does
             model.compile_blocks()
-        self.module = TrainingModule(model, config, self.hardware, make_dataset=None)
+        self.module = TrainingModule(model, config, self.hardware)
         self.optimizer = self.module.configure_optimizers()
         self.module.on_train_start()
         self.tokens = config.ctx_len * config.micro_bsz
@@ -182,7 +182,7 @@ def split(step: Step, milliseconds: float, steps: int = 3) -> dict[str, float]:
     gpu = step.device.type == "cuda"
     if gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    head_loss = step.module.head_loss
+    head_loss = step.module.objective.head_loss
     forward = head_loss.forward
 
     def marked(*args: torch.Tensor) -> torch.Tensor:

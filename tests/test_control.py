@@ -1,0 +1,122 @@
+"""What ranks agree on between steps, with ranks that are objects of this process: requests take effect on all at the same step."""
+
+import math
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from src.training.control import ROLL_BACK, SAVE, STOP, GracefulStop, RunControl, StepCallback
+from src.training.distributed.process_group import PendingFlags, ProcessGroup
+
+
+class Ranks:
+    """Process groups of several ranks: a rank's flags are combined with those of the others once all have sent theirs."""
+
+    def __init__(self, count):
+        self.rounds = []
+        self.groups = [_Rank(self, rank, count) for rank in range(count)]
+
+
+class _Rank(ProcessGroup):
+    def __init__(self, ranks, rank, count):
+        self.ranks, self.rank, self.world_size, self.sent = ranks, rank, count, 0
+
+    def any_rank(self, flags):
+        if len(self.ranks.rounds) == self.sent:
+            self.ranks.rounds.append(torch.zeros(len(flags), dtype=torch.int32))
+        combined = self.ranks.rounds[self.sent]
+        self.sent += 1
+        combined |= torch.tensor(list(flags), dtype=torch.int32)
+        return PendingFlags(combined)
+
+
+def take_step(controls, trainers):
+    for control, trainer in zip(controls, trainers, strict=True):
+        trainer.global_step += 1
+        control.on_train_batch_end(trainer, None, None, None, trainer.global_step - 1)
+
+
+def trainers(count):
+    return [SimpleNamespace(global_step=0, should_stop=False) for _ in range(count)]
+
+
+def test_a_process_that_is_alone_agrees_with_itself_at_once():
+    (trainer,) = trainers(1)
+    control = RunControl(ProcessGroup(), first_step=7)
+    control.request(SAVE)
+    assert not control.is_agreed(SAVE)
+    take_step([control], [trainer])
+    assert control.is_agreed(SAVE)
+    assert not control.is_agreed(STOP, ROLL_BACK)
+    assert control.step == 8
+    assert not trainer.should_stop
+    take_step([control], [trainer])
+    assert not control.is_agreed(SAVE)  # done once
+
+
+@pytest.mark.parametrize("request_of", [0, 1, 2])
+@pytest.mark.parametrize("name", [SAVE, STOP, ROLL_BACK])
+def test_what_one_rank_requests_takes_effect_on_all_at_the_same_step(name, request_of):
+    three, controls = trainers(3), [RunControl(group, 0) for group in Ranks(3).groups]
+    effects = []
+    for step in range(6):
+        if step == 2:
+            controls[request_of].request(name)
+        take_step(controls, three)
+        effects.append([control.is_agreed(name) for control in controls])
+    assert all(len(set(ranks)) == 1 for ranks in effects)
+    assert [ranks[0] for ranks in effects[:4]] == [
+        False,
+        False,
+        False,
+        True,
+    ]  # one step late, while the next one computes
+    assert [ranks[0] for ranks in effects[4:]] == ([False, False] if name == SAVE else [True, True])
+    assert all(trainer.should_stop == (name != SAVE) for trainer in three)
+
+
+def test_micro_steps_are_no_steps():
+    seen = []
+
+    class Recorder(StepCallback):
+        def after_step(self, trainer, pl_module, step):
+            seen.append(step)
+
+    (trainer,) = trainers(1)
+    control = RunControl(ProcessGroup(), first_step=10)
+    recorder = Recorder(control)
+    for micro_step in range(9):
+        trainer.global_step = (micro_step + 1) // 3
+        for callback in (control, recorder):
+            callback.on_train_batch_end(trainer, None, None, None, micro_step)
+    assert seen == [10, 11, 12]
+    assert control.step == 13
+
+
+def test_the_time_limit_leaves_room_for_what_is_reserved(monkeypatch):
+    control = RunControl(ProcessGroup(), 0)
+    stop = GracefulStop(control, ends_at=time.monotonic() + 100)
+    assert not stop.is_due()
+    control.reserved_seconds["save"] = 80
+    assert stop.is_due()
+    assert not stop.is_due(excluding="save")
+    assert not GracefulStop(control, math.inf).is_due()
+
+
+def test_a_signal_requests_a_stop_and_a_second_ctrl_c_interrupts():
+    control = RunControl(ProcessGroup(), 0)
+    stop = GracefulStop(control, math.inf)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    stop.on_train_start(None, None)
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    (trainer,) = trainers(1)
+    take_step([control], [trainer])
+    assert trainer.should_stop
+    assert stop.received == signal.SIGINT
+    stop.teardown(None, None, "fit")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
