@@ -32,7 +32,7 @@ ALLOWED = {
 # Inside src/training: each package or module imports only those on later lines. Nothing imports the first line, which are programs.
 TRAINING_ORDER = (
     ("plot", "html_report", "dashboard", "run"),
-    ("preflight",),
+    ("preflight", "rollback"),
     ("trainer",),
     ("settings", "validation"),
     ("model_setup",),
@@ -84,7 +84,7 @@ def test_imports_follow_the_order(path):
 
 def training_package(name):
     """The package or module of src/training that a full dotted name lies in; "" for the names that src.training itself has."""
-    return (name.split(".") + [""])[2]
+    return [*name.split("."), ""][2]
 
 
 def test_training_is_in_layers():

@@ -43,6 +43,7 @@ from src.training.preflight import plan
 from src.training.preflight.check import check, warn_at_start
 from src.training.preflight.dry_run import dry_run
 from src.training.preflight.out_of_memory import OutOfMemory, is_out_of_memory, with_oom_advice
+from src.training.rollback import fit_with_rollback
 from src.training.settings import (
     compare_settings,
     complete_message,
@@ -52,7 +53,7 @@ from src.training.settings import (
     resolve_settings,
     summary,
 )
-from src.training.trainer import FitResult, RunContext, fit_with_rollback
+from src.training.trainer import FitResult, RunContext
 
 FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes; 130 is what shells report for Ctrl-C
 

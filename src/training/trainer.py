@@ -1,4 +1,4 @@
-"""The fit: callbacks and Lightning's Trainer put together, and the roll-back when too many steps are not finite.
+"""One fit: callbacks, data loader and Lightning's Trainer put together.
 
 The callbacks of a fit, in the order in which Lightning calls them; each relies on those above it:
 
@@ -18,11 +18,9 @@ The callbacks of a fit, in the order in which Lightning calls them; each relies 
 
 from __future__ import annotations
 
-import gc
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +28,14 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from src.config import ModelConfig, RunConfig
-from src.dataset.sample_order import nth_kept_sample
 from src.model import RWKV7
 from src.model.cost import parameter_count
 from src.model.weights import read_weights, save_weights
 from src.run_folder import FINAL, LOG, METRICS, TRACE, VALIDATION
 from src.training.checkpoint.callbacks import CheckpointCallback, RestoreState, SaveWeights
-from src.training.checkpoint.resume import ResumePoint, archive_damaged_state, find_resume_point
+from src.training.checkpoint.resume import ResumePoint
 from src.training.checkpoint.state import weights_of_state
-from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, DamagedStateError, StateWriter
+from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, StateWriter
 from src.training.console import is_rank_zero, log
 from src.training.control import STOP, TIME_LIMIT_EXIT_CODE, GracefulStop, RunControl
 from src.training.data import HeldOut, Samples, train_dataloader
@@ -58,7 +55,7 @@ from src.training.reporting.profile import Profile
 from src.training.reporting.progress import ProgressLine, has_live_line
 from src.training.reporting.reporter import Reporter
 from src.training.reporting.sink import Sink
-from src.training.schedule import RunLength, learning_rate
+from src.training.schedule import learning_rate
 from src.training.validation import Validation, best_loss_before, was_omitted
 
 # Bytes per second that are assumed of a disk as long as no save was measured; a guess on the slow side, since a save that takes
@@ -92,75 +89,7 @@ class FitResult:
     good_steps: int = 0
 
 
-def fit_with_rollback(run: RunContext, resume: ResumePoint) -> FitResult:
-    """Fit to the end, or until `run.ends_at`. After too many skipped steps in a row, resume once from the last good state without
-    their samples. A state whose tensors turn out to be damaged is archived, and the one before is resumed.
-
-    Raises FloatingPointError when rolling back doesn't get further; what a strategy, a callback or the data raises passes through.
-    """
-    rolled_back_to = -1
-    while True:
-        # a roll-back to step 0 has to draw the same initial weights again
-        pl.seed_everything(run.settings["random_seed"], verbose=False)
-        try:
-            result = _fit(run, resume)
-        except DamagedStateError as error:
-            assert resume.reader is not None
-            run.process_group.broadcast_from_rank_zero(partial(archive_damaged_state, resume.reader.folder, error))
-            resume = _find_resume_point_again(run, resume)
-            continue
-        finally:
-            gc.collect()  # trainer and module refer to each other: their weights and moments go before the next ones come
-        if result.failed_steps is None:
-            return result
-        resume = _roll_back(run, resume, result, rolled_back_to)
-        rolled_back_to = resume.position.step
-
-
-def _find_resume_point_again(run: RunContext, resume: ResumePoint) -> ResumePoint:
-    length = resume.length
-    length = RunLength.of(length.exit_tokens, length.ctx_len, length.global_batch, run.config.epoch_steps)
-    return run.process_group.broadcast_from_rank_zero(partial(find_resume_point, run.config, run.proj_dir, length))
-
-
-def _roll_back(run: RunContext, resume: ResumePoint, result: FitResult, rolled_back_to: int) -> ResumePoint:
-    """The point before the failed steps of a fit from `resume`, without the samples of these steps."""
-    steps, position = result.failed_steps, resume.position
-    assert steps is not None
-    numbers = range(resume.length.samples(steps.start), resume.length.samples(steps.stop))
-    failed = sorted(nth_kept_sample(n, position.skipped_samples) for n in numbers)
-    where = (
-        f"steps {steps.start + 1} to {steps.stop} (samples {failed[0]} to {failed[-1]}, the first is at "
-        f"{run.samples.locate(failed[0])})"
-    )
-    earlier = _find_resume_point_again(run, resume)
-    is_no_progress = rolled_back_to >= 0 and not result.good_steps
-    if earlier.position.step <= rolled_back_to or is_no_progress:
-        raise FloatingPointError(
-            f"loss or gradient not finite again at {where}, after rolling back to step {rolled_back_to} once. None of these steps "
-            "reached the weights. Look at these samples, lower --lr_init, or use --precision fp32 to find the cause"
-        )
-    log(
-        f"{where} had no finite gradient: rolling back to the state of step {earlier.position.step}, without these samples"
-    )
-    # Weights saved among the failed steps have passed some of their samples: skipping those too would shift good samples past them.
-    next_sample = nth_kept_sample(earlier.position.samples, earlier.position.skipped_samples)
-    skipped = _add_skipped(earlier.position.skipped_samples, [n for n in failed if n >= next_sample])
-    return replace(earlier, position=replace(earlier.position, skipped_samples=skipped))
-
-
-def _add_skipped(skipped: list[tuple[int, int]], samples: list[int]) -> list[tuple[int, int]]:
-    """`skipped` and `samples` together, as sorted runs (first, count)."""
-    runs: list[tuple[int, int]] = []
-    for n in sorted({*samples, *(first + i for first, count in skipped for i in range(count))}):
-        if runs and n == sum(runs[-1]):
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((n, 1))
-    return runs
-
-
-def _fit(run: RunContext, resume: ResumePoint) -> FitResult:
+def fit(run: RunContext, resume: ResumePoint) -> FitResult:
     """One Lightning fit from `resume` to the end of the run, or until something stops it."""
     length, hardware = resume.length, run.hardware
     steps = length.steps - resume.position.step

@@ -97,6 +97,7 @@ class Validation(StepCallback):
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         if self.is_due(step) and not self.control.is_agreed(STOP, ROLL_BACK):
             self._measure(trainer, pl_module, step + 1)
+            trainer.should_stop = trainer.should_stop or self.control.is_agreed(STOP)  # cut off: no further step
         # a stop that is requested during the next step takes effect after it, and may meet the validation of the one that follows
         is_near = self.is_due(step + 1) or self.is_due(step + 2)
         self.control.reserved_seconds[PURPOSE] = self._last_seconds if is_near else 0.0
