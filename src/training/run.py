@@ -41,10 +41,10 @@ from src.training.console import is_rank_zero, log, log_error, warn_on_error
 from src.training.data import open_samples
 from src.training.distributed.launch import rank_from_launcher
 from src.training.distributed.process_group import ProcessGroup, join
+from src.training.figures.loss_figure import write_loss_figure
+from src.training.figures.report_page import write_report
 from src.training.hardware.allocator import set_up_malloc
 from src.training.hardware.selection import Hardware, choose_hardware
-from src.training.html_report import write_report
-from src.training.plot import loss_picture
 from src.training.preflight import plan
 from src.training.preflight.check import check, warn_at_start
 from src.training.preflight.dry_run import dry_run
@@ -229,7 +229,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group:
     drawn = []
     if read_columns(proj_dir / METRICS):
         with warn_on_error(FIGURE):
-            drawn.append(loss_picture(proj_dir, proj_dir / FIGURE))
+            drawn.append(write_loss_figure(proj_dir, proj_dir / FIGURE))
         with warn_on_error(REPORT):
             drawn.append(write_report(proj_dir))
     if end.stopped:

@@ -33,7 +33,7 @@ from src.training.console import is_rank_zero, log
 from src.training.data import Samples
 from src.training.distributed.process_group import ProcessGroup
 from src.training.distributed.sharded_init import Values
-from src.training.figures.background import DrawPictures
+from src.training.figures.background import LossFigureCallback
 from src.training.hardware.peak_flops import peak_tokens_per_second
 from src.training.hardware.selection import Hardware, lightning_strategy
 from src.training.module import TrainingModule
@@ -181,7 +181,7 @@ def _callbacks(run: Run, model: ModelConfig, start: Start) -> _Callbacks:
         reporter,
         weights,
         *([_validation(run, run.held_out, start, reporter, stop)] if run.held_out is not None else []),
-        DrawPictures(length, position.step, proj_dir),
+        LossFigureCallback(length, position.step, proj_dir),
         keeper,
         stop,
         ShowSamples(config, reporter, bad_steps, length, proj_dir),  # when everything is saved
