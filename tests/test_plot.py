@@ -180,6 +180,14 @@ def test_figure_of_a_run_that_has_just_started(run, tmp_path, rows):
     assert len(read_curves(tmp_path).loss) == rows
 
 
+def test_constant_learning_rate_lies_within_its_panel(run):
+    curves = read_curves(run)
+    curves.lr[:] = 3e-4
+    low, high = draw_run(curves).axes[2].get_ylim()
+    assert low == 0
+    assert 3.1e-4 < high < 4e-4
+
+
 def test_runs_are_compared_in_a_figure_and_a_table(run, tmp_path, capsys):
     foreign = tmp_path / "other"
     foreign.mkdir()

@@ -76,7 +76,8 @@ def draw_run(curves: Curves) -> Figure:
     loss_by_tokens.set_ylabel("loss (nats per token)")
     loss_by_tokens.set_ylim(*_loss_limits(curves, smoothed))
     lr_by_tokens.set_ylabel("learning rate")
-    lr_by_tokens.set_ylim(bottom=0)
+    # Not the automatic limit, which follows the range of the values: a constant rate would lie on the frame.
+    lr_by_tokens.set_ylim(0, 1.05 * np.nanmax(curves.lr, initial=1e-12))
     lr_by_tokens.set_xlabel(token_unit)
     lr_by_time.set_xlabel(f"training time ({time_unit})")
     for axes in figure.axes:

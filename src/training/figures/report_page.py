@@ -80,7 +80,8 @@ def _headline(curves: Curves) -> str:
     """Model and data in a sentence, the most important numbers in boxes."""
     settings = curves.settings
     smoothed, width = curves.smoothed()
-    facts = [(f"{smoothed[-1]:.4f}", f"training loss, mean of the last {width} steps")]
+    interval = f"{width} steps" if curves.by_step else "mini-epoch"
+    facts = [(f"{smoothed[-1]:.4f}", f"training loss, mean of the last {interval}")]
     if len(curves.val_loss):
         facts.append((f"{curves.val_loss[-1]:.4f}", "held-out loss at the end"))
         facts.append((f"{curves.val_loss.min():.4f}", "lowest held-out loss"))
@@ -89,8 +90,8 @@ def _headline(curves: Curves) -> str:
     if np.isfinite(curves.seconds[-1]):
         facts.append((duration(curves.seconds[-1]), "training time"))
     # Logs of other programs have some of these settings only.
-    labels = {"n_layer": "layers", "n_embd": "width", "vocab_size": "vocabulary"}
-    sizes = [f"{label} {settings[name]:,}" for name, label in labels.items() if name in settings]
+    formats = {"n_layer": "{} layers", "n_embd": "width {:,}", "vocab_size": "vocabulary {:,}"}
+    sizes = [text.format(settings[name]) for name, text in formats.items() if name in settings]
     data = f" Data: {settings['data_file']}." if settings.get("data_file") else ""
     summary = ", ".join(["RWKV-7", *sizes]) + "." + data
     boxes = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in facts)
