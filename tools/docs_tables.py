@@ -1,20 +1,23 @@
-"""The parts of README and docs/ that come from the code: `python tests/readme_tables.py` writes them, test_readme.py compares.
+"""Writes the tables of README.md and docs/ that come from the code.
 
-The list of source files is the first sentence of each, the flags are RunConfig's, the weights the init table's; the Chinese words are in
-readme_chinese.py. A part stands between `<!-- NAME: made by tests/readme_tables.py -->` and `<!-- end -->`, on the page that TABLES names.
+    python tools/docs_tables.py
+
+A table is between `<!-- NAME: made by tools/docs_tables.py -->` and `<!-- end -->`, on the page that TABLES names and
+on its Chinese twin. tests/test_readme.py fails when a page differs from what this program would write.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# The project is not installed as a package: a script outside its root has to add it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import readme_chinese
 import torch
 
 from src.config import GROUPS, ModelConfig, RunConfig
@@ -22,75 +25,23 @@ from src.model import RWKV7
 from src.model.init import row_of
 from src.training.figures import published
 from src.training.preflight import plan
+from tools import docs_chinese, docs_tree
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if not path.stem.endswith("_CN"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(path for path in (ROOT / "docs").glob("*.md") if not path.stem.endswith("_CN")),
+]
 ENGLISH_ONLY = {"source.md"}
+GIB = 1 << 30
 
-
-def twin(page: Path) -> Path:
-    """The Chinese page beside an English one."""
-    return page.with_stem(f"{page.stem}_CN")
-
-
-def table(head: list[str], rows: list[list[str]], chinese: bool) -> str:
-    names = [readme_chinese.HEADS.get(name, name) for name in head] if chinese else head
-    lines = [names, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
+# The flags that a first run of one's own needs, in the order of README.
 FIRST_FLAGS = (
     *("proj_dir", "data_file", "tokenizer", "val_data_file", "n_layer", "n_embd", "ctx_len", "micro_bsz"),
     *("epochs", "lr_init", "lr_final", "grad_cp"),
 )
-
-
-def _flag(field: "dataclasses.Field[Any]", chinese: bool) -> list[str]:
-    default = "" if field.default == "" or field.name == "plan" else f"`{field.default}`"
-    words = readme_chinese.FLAGS[field.name] if chinese else field.metadata["help"]
-    choices = [f"`{choice}`" for choice in field.metadata["choices"] if choice]
-    if choices:
-        words += f"（{'、'.join(choices)}）" if chinese else f" ({', '.join(choices)})"
-    return [f"`--{field.name}`", default, words]
-
-
-def flags(chinese: bool) -> str:
-    """Every flag of train.py by topic."""
-    rows = []
-    for key, title in (readme_chinese.GROUPS if chinese else GROUPS).items():
-        rows.append([f"**{title}**", "", ""])
-        rows += [_flag(field, chinese) for field in dataclasses.fields(RunConfig) if field.metadata["group"] == key]
-    return table(["flag", "default", "meaning"], rows, chinese)
-
-
-def first_flags(chinese: bool) -> str:
-    """The flags that a first run of one's own needs."""
-    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
-    return table(["flag", "default", "meaning"], [_flag(fields[name], chinese) for name in FIRST_FLAGS], chinese)
-
-
-def weights(chinese: bool) -> str:
-    """The parameters of the released 1.5B model; blocks 0 and 1 stand for all, as the others are like block 1."""
-    config = ModelConfig(
-        n_layer=24, n_embd=2048, vocab_size=65536, d_decay_lora=96, d_aaa_lora=96, d_mv_lora=64, d_gate_lora=256
-    )
-    with torch.device("meta"):
-        model = RWKV7(config)
-    rows = []
-    for name, parameter in model.named_parameters():
-        block = re.match(r"blocks\.(\d+)\.", name)
-        if block and block[1] != "0":
-            continue  # every block has the parameters of block 0, except ln0
-        shown = name if block is None or ".ln0." in name else name.replace("blocks.0.", "blocks.i.")
-        row = row_of(name)
-        training = ", ".join(
-            words for words, so in (("decay", row.decay), (f"lr x{row.lr_scale:g}", row.lr_scale != 1)) if so
-        )
-        rows.append([f"`{shown}`", " x ".join(map(str, parameter.shape)), training, row.text])
-    return table(["name", "shape", "decay or lr x2", "initial value"], rows, chinese)
-
-
-# layers, width, low-rank sizes w a v g, lr, ZeRO stage, GPUs, micro batch of 4096 tokens
+# Settings for large models: layers, width, low-rank sizes w a v g, lr, ZeRO stage, GPUs, micro batch of 4096 tokens.
 CLUSTER = [
     (32, 2560, (96, 96, 64, 320), "2e-4", 1, 8, 4),
     (32, 4096, (128, 128, 96, 480), "1.5e-4", 2, 16, 2),
@@ -100,166 +51,143 @@ CLUSTER = [
 ]
 
 
-def cluster(chinese: bool) -> str:
-    """Settings for large models, with the memory that the formulas of `train.py --plan` give."""
+def twin(page: Path) -> Path:
+    """The Chinese page of an English one."""
+    return page.with_stem(f"{page.stem}_CN")
+
+
+def table(head: list[str], rows: list[list[str]], chinese: bool) -> str:
+    """A Markdown table."""
+    headings = [docs_chinese.HEADINGS.get(name, name) for name in head] if chinese else head
+    lines = [headings, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def flags(chinese: bool) -> str:
+    """Every flag of train.py by topic."""
+    rows, meanings = [], _meanings(chinese)
+    for key, title in GROUPS.items():
+        rows.append([f"**{docs_chinese.GROUPS.get(key, title) if chinese else title}**", "", ""])
+        fields = [field for field in dataclasses.fields(RunConfig) if field.metadata["group"] == key]
+        rows += [flag_row(field, meanings) for field in fields]
+    return table(["flag", "default", "meaning"], rows, chinese)
+
+
+def first_flags(chinese: bool) -> str:
+    """The flags that a first run needs."""
+    meanings = _meanings(chinese)
+    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+    return table(["flag", "default", "meaning"], [flag_row(fields[name], meanings) for name in FIRST_FLAGS], chinese)
+
+
+def _meanings(chinese: bool) -> dict[str, str] | None:
+    return docs_chinese.flag_meanings(ROOT / "docs/flags_CN.md") if chinese else None
+
+
+def flag_row(field: dataclasses.Field[Any], meanings: dict[str, str] | None) -> list[str]:
+    """Flag, default and meaning: in Chinese if `meanings` are given, marked where they lack this flag."""
+    # --plan needs no value: its default, which stands for "no speed given", would only confuse. Switches are 0 and 1.
+    value = int(field.default) if isinstance(field.default, bool) else field.default
+    default = "" if value == "" or field.name == "plan" else f"`{value}`"
+    meaning = field.metadata["help"]
+    choices = [f"`{choice}`" for choice in field.metadata["choices"] if choice]
+    if meanings is not None:
+        meaning = meanings.get(field.name, f"{meaning} {docs_chinese.NOT_TRANSLATED}")
+        meaning += f"（{'、'.join(choices)}）" if choices else ""
+    elif choices:
+        meaning += f" ({', '.join(choices)})"
+    return [f"`--{field.name}`", default, meaning]
+
+
+def weights(chinese: bool) -> str:
+    """The parameters of the released 1.5B model: shape, training and initial value."""
+    config = ModelConfig(
+        n_layer=24, n_embd=2048, vocab_size=65536, d_decay_lora=96, d_aaa_lora=96, d_mv_lora=64, d_gate_lora=256
+    )
     rows = []
-    for layers, width, sizes, lr, stage, gpus, micro_bsz in CLUSTER:
-        w, a, v, g = sizes
+    for name, parameter in _meta_model(config).named_parameters():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if block and block[1] != "0":
+            continue  # every block has the parameters of block 0, except ln0
+        is_unique = block is None or ".ln0." in name
+        row = row_of(name)
+        training = ["decay"] * row.decay + [f"lr x{row.lr_scale:g}"] * (row.lr_scale != 1)
+        rows.append(
+            [
+                f"`{name if is_unique else name.replace('blocks.0.', 'blocks.i.')}`",
+                " x ".join(map(str, parameter.shape)),
+                ", ".join(training),
+                row.text,
+            ]
+        )
+    return table(["name", "shape", "decay or lr x2", "initial value"], rows, chinese)
+
+
+def cluster(chinese: bool) -> str:
+    """Settings for large models, with the memory that `train.py --plan` computes for them."""
+    rows = []
+    for layers, width, (w, a, v, g), lr, stage, gpus, micro_bsz in CLUSTER:
         config = ModelConfig(
             layers, width, 65536, d_decay_lora=w, d_aaa_lora=a, d_mv_lora=v, d_gate_lora=g, grad_cp=True
         )
-        need = plan.memory(
-            config, f"deepspeed_stage_{stage}", gpus, "bf16", micro_bsz * 4096, head_chunk=4096, on_gpu=True
-        )
-        sizes_and_settings = map(str, (layers, width, f"{w} {a} {v} {g}", lr, stage, gpus, micro_bsz))
-        rows.append(
-            [f"{plan.parameter_count(config) / 1e9:.1f} B", *sizes_and_settings, f"{need.total / plan.GIB:.0f}"]
-        )
-    head = [
-        "parameters",
-        "`--n_layer`",
-        "`--n_embd`",
-        "low-rank sizes w a v g",
-        "`--lr_init`",
-        "ZeRO stage",
-        "GPUs",
-        "`--micro_bsz`",
-    ]
-    return table([*head, "GiB per GPU"], rows, chinese)
+        strategy, tokens = f"deepspeed_stage_{stage}", micro_bsz * 4096
+        memory = plan.memory(config, strategy, gpus, "bf16", tokens, head_chunk=4096, on_gpu=True)
+        billions = sum(parameter.numel() for parameter in _meta_model(config).parameters()) / 1e9
+        settings = map(str, (layers, width, f"{w} {a} {v} {g}", lr, stage, gpus, micro_bsz))
+        rows.append([f"{billions:.1f} B", *settings, f"{memory.total / GIB:.0f}"])
+    sizes = ["parameters", "`--n_layer`", "`--n_embd`", "low-rank sizes w a v g"]
+    return table([*sizes, "`--lr_init`", "ZeRO stage", "GPUs", "`--micro_bsz`", "GiB per GPU"], rows, chinese)
+
+
+def _meta_model(config: ModelConfig) -> RWKV7:
+    with torch.device(
+        "meta"
+    ):  # names and shapes only: the largest model here would take more memory than most machines have
+        return RWKV7(config)
 
 
 def published_run(chinese: bool) -> str:
-    """Loss and learning rate of the run that this project is checked against."""
+    """Loss and learning rate of the run that tools/verify_minipile.py compares with."""
     rows = [[str(n), f"{loss:.6f}", lr] for n, (loss, lr) in enumerate(published.MINI_EPOCHS)]
     return table(["mini-epoch", "mean loss", "lr at its last step"], rows, chinese)
 
 
-TOP = [
-    "demo-training-prepare.sh",
-    "demo-training-run.sh",
-    "demo-training-run-sft.sh",
-    "train.py",
-    "API_DEMO_CHAT.py",
-    "requirements.txt",
-]
-FOLDERS = [
-    "src",
-    "src/ops",
-    "src/model",
-    "src/dataset",
-    "src/training",
-    "src/training/preflight",
-    "src/training/reporting",
-    "src/inference",
-    "cuda",
-    "data",
-]
-ABOUT = {
-    "src/": "the library",
-    "cuda/": "native sources, flat",
-    "data/": "tools that make data, and the data (not tracked)",
-}
-REST = {
-    "tests/": "a test file per module, host_cuda/ (runs the .cu files on a CPU), bench/ (measurements)",
-    "tests/run.sh": "Lint, types and tests; sets up what it needs",
-    ".ci/run": "the same on a new machine",
-}
-TREE = {  # README's, in a clause each
-    "demo-training-prepare.sh": "what a run needs: Python environment, data, initial weights",
-    "demo-training-run.sh": "pretrains, and shows what was learned",
-    "demo-training-run-sft.sh": "fine-tunes on conversations, so that the model answers",
-    "train.py": "trains: flags -> settings -> fit",
-    "API_DEMO_CHAT.py": "chat in the terminal",
-    "requirements.txt": "the packages that it needs",
-    "src/": "the library: config.py has every setting, cli.py the command line",
-    "src/ops/": "what must be fast: wkv7, loss, elementwise work, each with a plain PyTorch form beside it",
-    "src/model/": "RWKV-7 and its parts",
-    "src/dataset/": "from files to samples: binidx, the order, conversations, tokenizers",
-    "src/training/": "the run: optimizer, weights and full states, processes",
-    "src/training/preflight/": "before a run: --plan, --check, --dry_run",
-    "src/training/reporting/": "what a run tells: logs, curves, warnings",
-    "src/inference/": "decoding, chat, evaluation, export",
-    "cuda/": "C++ and CUDA sources",
-    "data/": "tools that make data, and the data (not tracked)",
-    "docs/": "more than this page tells",
-    "tests/": "a test file per module; host_cuda/ runs the .cu files on a CPU, bench/ measures",
-    "tests/run.sh": "lint, types and tests",
-}
-
-
-def first_sentence(path: Path) -> str:
-    """What a file says of itself before anything else: the first sentence of its docstring or first comment."""
-    text = path.read_text(encoding="utf-8")
-    found = re.match(r'(?:#![^\n]*\n)?(?:"""(?P<doc>.*?)"""|(?P<comment>(?:(?:#|//)[^\n]*\n)+))', text, re.DOTALL)
-    if found is None:
-        return ""
-    words = found["doc"] if found["doc"] is not None else re.sub(r"(?m)^(#|//) ?", "", found["comment"])
-    paragraph = " ".join(words.strip().split("\n\n")[0].split())
-    return re.split(r"[.](?:\s|$)|: (?=python |sh )", paragraph, maxsplit=1)[0]
-
-
-def tree(chinese: bool) -> str:
-    """Folders and top-level files."""
-    return _block((readme_chinese.TREE if chinese else TREE).items())
-
-
-def source(chinese: bool) -> str:
-    """Every source file with what it says of itself; English only."""
-    lines = [(name, first_sentence(ROOT / name)) for name in TOP]
-    for folder in FOLDERS:
-        package = ROOT / folder / "__init__.py"
-        lines.append(
-            (f"{folder}/", (first_sentence(package) if package.exists() else "") or ABOUT.get(f"{folder}/", ""))
-        )
-        files = [path for path in (ROOT / folder).iterdir() if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"}]
-        lines += [(f"{folder}/{path.name}", first_sentence(path)) for path in sorted(files) if path != package]
-    return _block([*lines, *REST.items()])
-
-
-def _block(lines: Iterable[tuple[str, str]]) -> str:
-    return "```\n" + "\n".join(_indented(name, words) for name, words in lines) + "\n```"
-
-
-def _indented(name: str, words: str) -> str:
-    depth = name.rstrip("/").count("/")
-    own = name if name.startswith(".") else "  " * depth + name.rstrip("/").split("/")[-1] + "/" * name.endswith("/")
-    return f"{own:<28}{words}".rstrip()
-
-
-# name -> (page, what makes it)
+# Name -> (page, function that makes the table in English or Chinese).
 TABLES: dict[str, tuple[str, Callable[[bool], str]]] = {
     "published": ("README.md", published_run),
-    "tree": ("README.md", tree),
+    "tree": ("README.md", docs_tree.tree),
     "first_flags": ("README.md", first_flags),
     "flags": ("docs/flags.md", flags),
     "cluster": ("docs/cluster.md", cluster),
     "weights": ("docs/model.md", weights),
-    "source": ("docs/source.md", source),
+    "source": ("docs/source.md", docs_tree.source),
 }
 
 
 def places() -> list[tuple[str, Path, bool]]:
-    """(table, the page that has it, whether that page is Chinese): each once in every language of its page."""
-    found = []
+    """(table, page, whether the page is Chinese) of every table on every page."""
+    result = []
     for name, (page, _) in TABLES.items():
-        found.append((name, ROOT / page, False))
+        result.append((name, ROOT / page, False))
         if Path(page).name not in ENGLISH_ONLY:
-            found.append((name, twin(ROOT / page), True))
-    return found
+            result.append((name, twin(ROOT / page), True))
+    return result
 
 
 def section(name: str) -> re.Pattern[str]:
-    return re.compile(rf"(<!-- {name}: made by tests/readme_tables.py -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+    """Matches a table with its markers; group 1 is the table. The program in the marker may be an earlier one."""
+    return re.compile(rf"<!-- {name}: made by [\w./]+ -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def main() -> None:
     for name, page, chinese in places():
-        made = TABLES[name][1](chinese) + "\n"
         text = page.read_text(encoding="utf-8")
-        text, count = section(name).subn(lambda found, made=made: found[1] + made + found[3], text)
-        if count != 1:
-            raise SystemExit(f"{page.relative_to(ROOT)}: expected the section {name} once, found it {count} times")
-        page.write_text(text, encoding="utf-8")
+        matches = list(section(name).finditer(text))
+        if len(matches) != 1:
+            raise SystemExit(f"{page.relative_to(ROOT)}: expected the table {name} once, found it {len(matches)} times")
+        begin, end = matches[0].span()
+        content = f"<!-- {name}: made by tools/docs_tables.py -->\n{TABLES[name][1](chinese)}\n<!-- end -->"
+        page.write_text(text[:begin] + content + text[end:], encoding="utf-8")
         print(f"wrote {name} of {page.relative_to(ROOT)}")
 
 
