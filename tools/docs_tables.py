@@ -140,9 +140,8 @@ def cluster(chinese: bool) -> str:
 
 
 def _meta_model(config: ModelConfig) -> RWKV7:
-    with torch.device(
-        "meta"
-    ):  # names and shapes only: the largest model here would take more memory than most machines have
+    # Names and shapes only: the largest model here has more parameters than most machines have memory for.
+    with torch.device("meta"):
         return RWKV7(config)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE_SUFFIXES = {".py", ".cpp", ".cu", ".cuh", ".h"}
-COMMENT_COLUMN = 28  # where descriptions start: the longest name at the top level has 26 characters
+DESCRIPTION_COLUMN = 28  # wide enough for the longest names, indented ones included
 
 # Name -> (description, its Chinese). Names that are not there are left out.
 TREE = {
@@ -124,4 +124,4 @@ def _line(name: str, description: str) -> str:
     depth = name.rstrip("/").count("/")
     # A hidden folder has no line of its own, so its file keeps the whole path.
     label = name if name.startswith(".") else "  " * depth + name.rstrip("/").split("/")[-1] + "/" * name.endswith("/")
-    return f"{label:<{COMMENT_COLUMN}}{description}".rstrip()
+    return f"{label:<{DESCRIPTION_COLUMN}}{description}".rstrip()
