@@ -46,6 +46,7 @@ def flag_meanings(page: Path) -> dict[str, str]:
     rows = re.findall(r"^\| `--(\w+)` \|(?:\\\||[^|])*\| (.*) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
     meanings = {}
     for flag, cell in rows:
+        # The choices at the end, in full-width parentheses, come from the code: the table appends them again.
         meaning = re.sub(r"（`[^（）]*`）$", "", cell.replace("\\|", "|"))
         if NOT_TRANSLATED not in meaning:
             meanings[flag] = meaning

@@ -33,6 +33,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted(path for path in (ROOT / "docs").glob("*.md") if not path.stem.endswith("_CN")),
 ]
+# Made of docstrings, which are in English.
 ENGLISH_ONLY = {"source.md"}
 GIB = 1 << 30
 
@@ -60,11 +61,13 @@ def table(head: list[str], rows: list[list[str]], chinese: bool) -> str:
     """A Markdown table."""
     headings = [docs_chinese.HEADINGS.get(name, name) for name in head] if chinese else head
     lines = [headings, ["---"] * len(head), *rows]
+    # A | inside a cell would start the next one, in code spans too.
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def flags(chinese: bool) -> str:
     """Every flag of train.py by topic."""
+    # Read before the page is written, from which it comes.
     rows, meanings = [], _meanings(chinese)
     for key, title in GROUPS.items():
         rows.append([f"**{docs_chinese.GROUPS.get(key, title) if chinese else title}**", "", ""])
@@ -107,8 +110,9 @@ def weights(chinese: bool) -> str:
     rows = []
     for name, parameter in _meta_model(config).named_parameters():
         block = re.match(r"blocks\.(\d+)\.", name)
+        # Every block has the parameters of block 0, which alone has ln0 too: it stands for all of them.
         if block and block[1] != "0":
-            continue  # every block has the parameters of block 0, except ln0
+            continue
         is_unique = block is None or ".ln0." in name
         row = row_of(name)
         training = ["decay"] * row.decay + [f"lr x{row.lr_scale:g}"] * (row.lr_scale != 1)
@@ -130,6 +134,7 @@ def cluster(chinese: bool) -> str:
         config = ModelConfig(
             layers, width, 65536, d_decay_lora=w, d_aaa_lora=a, d_mv_lora=v, d_gate_lora=g, grad_cp=True
         )
+        # With --head_chunk 4096: all logits of a micro batch of 4 x 4096 tokens would take 2 GiB.
         strategy, tokens = f"deepspeed_stage_{stage}", micro_bsz * 4096
         memory = plan.memory(config, strategy, gpus, "bf16", tokens, head_chunk=4096, on_gpu=True)
         billions = sum(parameter.numel() for parameter in _meta_model(config).parameters()) / 1e9
@@ -182,6 +187,7 @@ def main() -> None:
     for name, page, chinese in places():
         text = page.read_text(encoding="utf-8")
         matches = list(section(name).finditer(text))
+        # Without the markers, the table would silently stay as it is.
         if len(matches) != 1:
             raise SystemExit(f"{page.relative_to(ROOT)}: expected the table {name} once, found it {len(matches)} times")
         begin, end = matches[0].span()

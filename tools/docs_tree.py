@@ -71,6 +71,7 @@ def folders() -> list[Path]:
     roots = [ROOT / name for name in ("src", "cuda", "data", "tools")]
     # Found on the disk and not listed here, where a new package would be forgotten. __pycache__ has no source files.
     paths = [path for root in roots for path in (root, *root.rglob("*")) if path.is_dir() and source_files(path)]
+    # As a reader should meet them, the model before the training; what TREE lacks comes last until it is added there.
     order = list(TREE)
     return sorted(paths, key=lambda path: order.index(name_of(path)) if name_of(path) in order else len(order))
 
@@ -99,6 +100,7 @@ def source(chinese: bool) -> str:
         summary = first_sentence(package) if package.exists() else ""
         lines.append((name_of(folder), summary or TREE.get(name_of(folder), ("",))[0]))
         lines += [(name_of(path), first_sentence(path)) for path in source_files(folder) if path != package]
+    # Of tests/ only the entry points: its file names repeat those of the modules that they test.
     lines.append(("tests/", TREE["tests/"][0]))
     lines += [(name_of(path), first_sentence(path)) for path in (ROOT / "tests/run.sh", ROOT / ".ci/run")]
     return _block(lines)
@@ -108,7 +110,7 @@ def first_sentence(path: Path) -> str:
     """The first sentence of a file's docstring or, outside Python, of its first comment; "" where it has none."""
     text = path.read_text(encoding="utf-8")
     match = re.match(r'(?:#![^\n]*\n)?(?:"""(?P<doc>.*?)"""|(?P<comment>(?:(?:#|//)[^\n]*\n)+))', text, re.DOTALL)
-    if match is None:
+    if match is None:  # an empty __init__.py
         return ""
     summary = match["doc"] if match["doc"] is not None else re.sub(r"(?m)^(#|//) ?", "", match["comment"])
     paragraph = " ".join(summary.strip().split("\n\n")[0].split())

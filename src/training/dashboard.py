@@ -19,6 +19,7 @@ INSTALL = "pip install wandb wandb-workspaces"
 # Section -> panels of (title, x axis, metrics, logarithmic). Metrics have the names that reporting/loggers.py logs;
 # "_runtime" is wandb's own, the seconds since the start of the run.
 LAYOUT: dict[str, tuple[tuple[str, str, tuple[str, ...], bool], ...]] = {
+    # Against tokens and not against steps: runs with other batch sizes can be compared.
     "Loss": (
         ("loss by tokens", "Gtokens", ("loss",), False),
         ("held-out loss by tokens", "Gtokens", ("val loss",), False),
@@ -72,6 +73,7 @@ def save(project: str, entity: str) -> str:
         return workspace(project, entity or _default_entity()).save().url
     # wandb raises the same errors for a wrong login, no network and an unknown project.
     except (wandb.Error, OSError) as error:
+        # The cause is in the message, since wandb's own often names the setting that helps.
         raise UserError(
             f"no access to the wandb project {project} ({error})",
             advice="check the login (`wandb login`), the network, and that the project has a run",

@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     is_single = len(runs) == 1
     # A log file may lie in a folder of another program's: its figure goes to the current folder, as a comparison does.
     default = Path(options.runs[0]) / FIGURE if is_single and Path(options.runs[0]).is_dir() else Path("compare.png")
+    # --out decides the format too: a suffix of .svg gives a figure that can be scaled.
     path = Path(options.out) if options.out else default
     write_figure(draw_run(runs[0]) if is_single else draw_comparison(runs), path)
     print(table(runs))

@@ -60,6 +60,7 @@ def write_report(folder: Path) -> Path:
     when the page cannot be written.
     """
     curves, run = read_curves(folder), read_run(folder)
+    # The order in which a reader asks: how good, how it went, how fast, what it can do; then what a repetition needs.
     sections = [
         ("", _headline(curves)),
         ("Curves", _svg(curves)),
@@ -71,6 +72,7 @@ def write_report(folder: Path) -> Path:
         ("Settings", _settings(curves.settings)),
     ]
     body = "\n".join(f"<h2>{title}</h2>\n{content}" if title else content for title, content in sections if content)
+    # The page of an earlier part of the run stays until the new one is complete.
     with write_whole(folder / REPORT, "w") as file:
         file.write(PAGE.format(title=_escape(curves.name), style=STYLE, body=body))
     return folder / REPORT
@@ -80,6 +82,7 @@ def _headline(curves: Curves) -> str:
     """Model and data in a sentence, the most important numbers in boxes."""
     settings = curves.settings
     smoothed, width = curves.smoothed()
+    # The mean, as the loss of a single step depends on its samples more than on the progress of training.
     interval = f"{width} steps" if curves.by_step else "mini-epoch"
     facts = [(f"{smoothed[-1]:.4f}", f"training loss, mean of the last {interval}")]
     if len(curves.val_loss):
@@ -115,6 +118,7 @@ def _speed(curves: Curves) -> str:
     speed = curves.speed[np.isfinite(curves.speed)]
     if not len(speed):
         return ""
+    # The median, as compilation and the first steps would lower a mean; both ends show whether the speed was steady.
     rows = {
         "tokens/s, median": f"{np.median(speed):,.0f}",
         "tokens/s, lowest to highest": f"{speed.min():,.0f} to {speed.max():,.0f}",
@@ -170,6 +174,7 @@ def _samples(samples: list[dict[str, str]]) -> str:
 
 def _reproduction(settings: dict[str, Any], run: dict[str, Any]) -> str:
     """The command, and what it needs besides."""
+    # A log without a header has no settings, and a command without flags would be wrong.
     if not settings:
         return ""
     requirements = {
@@ -188,6 +193,7 @@ def _settings(settings: dict[str, Any]) -> str:
         rows = {f"--{name}": settings[name] for name in fields if fields[name] == group and name in settings}
         if rows:
             tables.append(f'<table><tr><th colspan="2">{_escape(title)}</th></tr>{_rows(rows)}</table>')
+    # Sizes by formula, the global batch size, checksums: needed to compare two runs, but not given by anyone.
     derived = {name: value for name, value in settings.items() if name not in fields}
     if derived:
         tables.append(f'<table><tr><th colspan="2">derived</th></tr>{_rows(derived)}</table>')
