@@ -377,11 +377,11 @@ def test_pictures_are_drawn_beside_the_run(tmp_path, data, monkeypatch, capfd, b
         if broken:
             raise OSError("no ink")
 
-    monkeypatch.setattr(background, "loss_picture", draw)
+    monkeypatch.setattr(background, "write_loss_figure", draw)
     monkeypatch.setattr(background, "DRAW_SECONDS", 0.0)
     assert train(tmp_path / "run", data) == 0  # 40 steps, 10 in a mini-epoch
     assert 1 <= len(drawn) <= 3  # not while one is under way
-    assert {name for name, _ in drawn} == {"pictures"}
+    assert {name for name, _ in drawn} == {"loss-figure"}
     assert all(steps >= 10 for _, steps in drawn)
     assert ("WARNING: no loss.png: OSError: no ink" in capfd.readouterr().out) == broken
     assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000  # the last one, drawn when all was done
@@ -392,7 +392,7 @@ def test_a_complete_run_is_none_the_worse_for_pictures_and_samples_that_fail(tmp
     def fail(*_):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("src.training.run.loss_picture", fail)
+    monkeypatch.setattr("src.training.run.write_loss_figure", fail)
     monkeypatch.setattr("src.training.reporting.generations.write_samples", fail)
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     assert train(tmp_path / "run", data, vocab_size=400, tokenizer=tokenizer) == 0
@@ -413,12 +413,12 @@ def test_pictures_take_a_small_share_of_the_time(tmp_path, data, monkeypatch):
         while time.thread_time() - begin < 0.05:  # 12 seconds of a run by TIME_SHARE
             pass
 
-    monkeypatch.setattr(background, "loss_picture", draw)
+    monkeypatch.setattr(background, "write_loss_figure", draw)
     monkeypatch.setattr(background, "DRAW_SECONDS", 0.0)
     assert train(tmp_path / "run", data, epoch_steps=2) == 0
     assert len(drawn) == 1
 
 
 def test_a_short_run_is_drawn_at_its_end_only(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(background, "loss_picture", lambda run, picture: pytest.fail("drawn too often"))
+    monkeypatch.setattr(background, "write_loss_figure", lambda run, picture: pytest.fail("drawn too often"))
     assert train(tmp_path / "run", data) == 0

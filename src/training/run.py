@@ -34,11 +34,11 @@ from src.training.console import is_rank_zero, log, log_error, warn_on_error
 from src.training.data import HeldOut, Samples, open_samples
 from src.training.distributed.launch import rank_from_launcher
 from src.training.distributed.process_group import ProcessGroup, join
+from src.training.figures.loss_figure import write_loss_figure
+from src.training.figures.report_page import write_report
 from src.training.hardware.allocator import set_up_malloc
 from src.training.hardware.selection import Hardware, choose_hardware
-from src.training.html_report import write_report
 from src.training.model_setup import find_vocab_size, resolve_model_config
-from src.training.plot import loss_picture
 from src.training.preflight import plan
 from src.training.preflight.check import check, warn_at_start
 from src.training.preflight.dry_run import dry_run
@@ -224,7 +224,7 @@ def _report_end(config: RunConfig, proj_dir: Path, result: FitResult, last_step:
     figures = []
     if read_columns(proj_dir / METRICS):
         with warn_on_error(FIGURE):
-            figures.append(loss_picture(proj_dir, proj_dir / FIGURE))
+            figures.append(write_loss_figure(proj_dir, proj_dir / FIGURE))
         with warn_on_error(REPORT):
             figures.append(write_report(proj_dir))
     if result.stopped:

@@ -8,7 +8,7 @@ The callbacks of a fit, in the order in which Lightning calls them; each relies 
     Reporter              reads the results of the step before, and passes them to sinks: logs, progress bar, NonFiniteMonitor
     SaveWeights           rwkv-N.pth at mini-epochs
     Validation            held-out loss and rwkv-best.pth; part of the step that a state is saved after
-    BackgroundFigure      loss.png, drawn in a thread
+    LossFigureCallback    loss.png, drawn in a thread
     CheckpointCallback    full states; rwkv-final.pth at the end, when everything else is on the disk
     GracefulStop          turns signals and the time limit into a request to stop; times the whole step, so that it comes late
     GenerateSamples       samples.json at the end, when everything is saved
@@ -41,7 +41,7 @@ from src.training.control import STOP, TIME_LIMIT_EXIT_CODE, GracefulStop, RunCo
 from src.training.data import HeldOut, Samples, train_dataloader
 from src.training.distributed.process_group import ProcessGroup
 from src.training.distributed.sharded_init import NamedTensors
-from src.training.figures.background import BackgroundFigure
+from src.training.figures.background import LossFigureCallback
 from src.training.hardware.peak_flops import peak_tokens_per_second
 from src.training.hardware.selection import Hardware, lightning_strategy
 from src.training.model_setup import build_model
@@ -158,7 +158,7 @@ def build_callbacks(run: RunContext, resume: ResumePoint) -> Callbacks:
         reporter,
         weights,
         *_validation(run, resume, control, reporter, graceful_stop),
-        BackgroundFigure(control, length, proj_dir),
+        LossFigureCallback(control, length, proj_dir),
         checkpoint,
         graceful_stop,
         GenerateSamples(config, control, reporter, non_finite, length, proj_dir),
