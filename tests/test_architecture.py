@@ -120,13 +120,8 @@ def test_few_modules_stand_beside_the_packages_of_training():
 
 def test_imports_are_seen_wherever_they_stand():
     source = "from src import training\nfrom .rwkv7 import RWKV7\nfrom . import init\ndef f():\n    import wandb.sdk\n"
-    assert set(imported(source, ("src", "model"))) == {
-        "src",
-        "src.training",
-        "src.model.rwkv7",
-        "src.model",
-        "wandb.sdk",
-    }
+    seen = set(imported(source, ("src", "model")))
+    assert {"src.training", "src.model.rwkv7", "src.model.init", "wandb.sdk"} <= seen
 
 
 IMPORT_ALL = """

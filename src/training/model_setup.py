@@ -67,10 +67,11 @@ def build_model(
         # copied, for a file is mapped into memory, and the run must not depend on it staying there
         weights = {name: tensor.to(hardware.dtype, copy=True) for name, tensor in _values(config, sizes, resume, model)}
         trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(weights, assign=True)  # `assign`: the meta tensors have no memory to copy into
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
         return model, None
+    # memory without contents: pages that are overwritten anyway are not touched twice
     return model.to(hardware.dtype).to_empty(device="cpu"), None
 
 

@@ -42,6 +42,7 @@ def fit_with_rollback(run: RunContext, resume: ResumePoint) -> FitResult:
 
 
 def _find_resume_point_again(run: RunContext, resume: ResumePoint) -> ResumePoint:
+    # as at the start of the run: find_resume_point continues it from the position that it finds
     length = resume.length
     length = RunLength.of(length.exit_tokens, length.ctx_len, length.global_batch, run.config.epoch_steps)
     return run.process_group.broadcast_from_rank_zero(partial(find_resume_point, run.config, run.proj_dir, length))
@@ -58,6 +59,7 @@ def _roll_back(run: RunContext, resume: ResumePoint, result: FitResult, rolled_b
         f"{run.samples.locate(failed[0])})"
     )
     earlier = _find_resume_point_again(run, resume)
+    # the data can't be the cause when other samples failed at once
     is_no_progress = rolled_back_to >= 0 and not result.good_steps
     if earlier.position.step <= rolled_back_to or is_no_progress:
         raise FloatingPointError(

@@ -48,7 +48,7 @@ def resolve_settings(
     return {
         **dataclasses.asdict(config),
         **dataclasses.asdict(sizes),
-        "grad_cp": config.grad_cp,
+        "grad_cp": config.grad_cp,  # a field of both; recorded as the flag is given
         "magic_prime": samples.prime,
         "my_exit_tokens": length.exit_tokens,
         "precision": hardware.precision,
@@ -63,6 +63,7 @@ def resolve_settings(
 
 def _tokenizer_identity(tokenizer: str) -> str:
     """Equal for equal tokenizers, wherever their folders lie."""
+    # by content, so that a run whose tokenizer folder was moved is still the same run
     file = Path(tokenizer) / "tokenizer.json"
     return sha256_of(file)[:16] if tokenizer and file.is_file() else tokenizer
 
@@ -72,6 +73,7 @@ def _tokenizer_identity(tokenizer: str) -> str:
 
 def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path) -> None:
     """Log what changed since the last start. Raises UserError when that would make it another run."""
+    # a setting that an earlier version did not record has not changed
     changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
     if fixed := [name for name in changed if name in FIXED_SETTINGS]:
         first, *others = fixed
@@ -94,6 +96,7 @@ def refuse_past_end(before: dict[str, Any], resume: ResumePoint) -> None:
     """UserError where the run has passed the end that is given now, and was to be longer by its settings `before`."""
     length, planned = resume.length, before.get("my_exit_tokens", 0)
     passed = resume.position.samples * length.ctx_len
+    # less than planned is no mistake as long as it isn't reached: a run may be cut short on purpose
     if length.exit_tokens < min(passed, planned):
         raise UserError(
             f"the run is at {passed} tokens already, and was to have {planned}",
@@ -108,6 +111,7 @@ def refuse_other_settings(
 ) -> None:
     """A complete run answers only for its own settings. UserError where another model, data or order is asked for."""
     before = run_folder.read_run(proj_dir).get("settings", {})
+    # the recorded size first: the tokenizer of the run may be gone, and reading all data for its largest id takes minutes
     vocab_size = config.vocab_size or before.get("vocab_size") or find_vocab_size(config, None)
     sizes = config.model_config(vocab_size)
     now = resolve_settings(config, sizes, hardware, length, samples, before.get("random_seed", 0))
@@ -131,6 +135,7 @@ def record_start(
     run["settings"] = settings
     run["environment"] = environment(hardware)
     run["mini_epoch_samples"] = resume.length.mini_epoch_samples
+    # chat and generation find it here; a start that leaves the flag out doesn't forget it
     run["tokenizer"] = config.tokenizer or run.get("tokenizer", "")
     folder = Path(config.tokenizer)
     if config.tokenizer not in ("", "world") and folder.is_dir():  # a model that is moved elsewhere keeps its tokenizer

@@ -96,6 +96,7 @@ def fit(run: RunContext, resume: ResumePoint) -> FitResult:
     if steps <= 0:  # stopped between its last step and rwkv-final.pth
         _write_final_weights(run, resume)
         return FitResult()
+    # built here and held by nobody else: a roll-back builds another one, and there may be no memory for two
     model, values = build_model(run.config, run.sizes, hardware, resume)
     callbacks = build_callbacks(run, resume)
     module = build_module(run.config, hardware, model, values)
@@ -134,6 +135,7 @@ def build_callbacks(run: RunContext, resume: ResumePoint) -> Callbacks:
     graceful_stop = GracefulStop(control, run.ends_at)
     non_finite = NonFiniteMonitor(control, config.max_bad_steps, scale_loss=run.hardware.precision == "fp16")
     warn = OnceWarnings()
+    # only rank 0 writes; non-finite steps are watched on every rank, so that all stop at the same one
     sinks = (
         [*_sinks(config, proj_dir, resume, run.settings), NumbersMonitor(length.steps, warn)] if is_rank_zero() else []
     )
@@ -183,6 +185,7 @@ def _validation(
     if run.held_out is None:
         return []
     config, length, step = run.config, resume.length, resume.position.step
+    # trained weights are measured before the first step: what fine-tuning gained is the difference
     is_fine_tuning = step == 0 and resume.weights is not None and (config.data_type == "sft" or bool(config.load_model))
     best_loss, omitted = run.process_group.broadcast_from_rank_zero(
         lambda: (best_loss_before(run.proj_dir, step), was_omitted(run.proj_dir, config.val_every, length, step))
@@ -274,15 +277,15 @@ def run_trainer(
         # Lightning's bf16-true has no fp32 masters and bf16-mixed is autocast: here parameters have their dtype already, and the
         # optimizer keeps the masters
         precision="32-true",
-        max_epochs=1,
+        max_epochs=1,  # a mini-epoch is our own unit of bookkeeping; to Lightning a run is one epoch
         max_steps=steps,
         accumulate_grad_batches=config.accumulate_grad_batches,
         callbacks=callbacks,
-        logger=False,
+        logger=False,  # loggers are sinks of the Reporter: they get the run's step, not that of this start
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        use_distributed_sampler=False,
+        use_distributed_sampler=False,  # it would shuffle; the data set yields this rank's samples in the run's order
         num_sanity_val_steps=0,
         # never created: in a Slurm job Lightning resumes from an hpc_ckpt_*.ckpt that it finds there
         default_root_dir=proj_dir / "lightning",
@@ -329,6 +332,7 @@ def schedule_of(config: RunConfig, resume: ResumePoint) -> Callable[[int], float
 def _sinks(config: RunConfig, proj_dir: Path, resume: ResumePoint, settings: dict[str, Any]) -> list[Sink]:
     live = config.enable_progress_bar.lower() in ("true", "1") and has_live_line()
     length, first_step = resume.length, resume.position.step
+    # rows and lines of steps that are trained again, because they are newer than the state, are dropped first
     metrics = MetricsFile(proj_dir / METRICS, first_step, length.tokens_per_step)
     if metrics.lost_seconds:
         log(f"{'repeated':>12}  {metrics.lost_seconds:.0f} s of training since that state")

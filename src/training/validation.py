@@ -55,6 +55,7 @@ def mean_loss(
             stop.wait()
     finally:
         module.train()
+    # float64 sums, so that the mean doesn't depend on how many ranks shared the samples
     if trainer.world_size > 1:
         dist.all_reduce(sums)
     total, counted = sums.tolist()
@@ -104,7 +105,7 @@ class Validation(StepCallback):
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, steps: int) -> None:
         assert isinstance(pl_module, TrainingModule)
-        self.reporter.flush()
+        self.reporter.flush()  # else the step before would be reported after this validation, with its time
         with self.control.paused():
             begin = time.monotonic()
             measured = mean_loss(trainer, pl_module, self.held_out, self.process_group, self._must_stop)
@@ -113,7 +114,7 @@ class Validation(StepCallback):
                 return
             loss, counted = measured
             self._last_seconds = time.monotonic() - begin
-            is_best = loss < self.best_loss
+            is_best = loss < self.best_loss  # false for NaN
             if is_best:
                 self.best_loss = loss
                 write_weights(pl_module, self.proj_dir / BEST)
