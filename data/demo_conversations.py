@@ -18,7 +18,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from src.dataset.standard_library import is_held_out, library_sources
-from src.files import write_whole
+from src.files import atomic_write
 
 SHORTEST, LONGEST = 15, 600  # characters of an answer
 LEFT_OUT = ("idlelib", "lib2to3", "turtledemo", "pydoc_data", "encodings", "ensurepip", "config-")
@@ -129,7 +129,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for path, held_out in ((heldout, True), (train, False)):
         count = 0
-        with write_whole(path) as file:
+        with atomic_write(path) as file:
             for number, subject in enumerate(found):
                 if is_held_out(subject.name) == held_out:
                     for turns in conversations(subject, number):

@@ -27,10 +27,10 @@ from src.dataset import BinIdxWriter, MMapIndexedDataset, magic_prime
 from src.dataset.binidx import token_dtype, with_ending
 from src.dataset.documents import Broken, broken, read_documents
 from src.dataset.external_shuffle import ExternalShuffle, scramble
-from src.dataset.lock import only_one
 from src.dataset.text_input import ENDINGS, STDIN, Piece, check_inputs, read_pieces
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.dataset.workers import map_in_order, usable_cores
+from src.files import file_lock
 
 SHOWN_BROKEN = 5
 PREVIEW_TOKENS = 60
@@ -118,7 +118,7 @@ def work_folder(prefix: Path) -> Iterator[Path]:
     """A folder beside the output, empty at first and gone at the end, for one process at a time."""
     lock = with_ending(prefix, ".making.lock")
     try:
-        with only_one(lock, wait=False):
+        with file_lock(lock, wait=False):
             folder = with_ending(prefix, ".making")
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
             folder.mkdir(parents=True)

@@ -9,9 +9,9 @@ import pytest
 from chat_models import chat_ids
 
 from src.dataset import MMapIndexedDataset
-from src.dataset.lock import only_one
 from src.dataset.standard_library import library_sources
 from src.dataset.tokenizer import load_tokenizer
+from src.files import file_lock
 
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "demo_corpus.py"
 
@@ -25,7 +25,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """Built once for all processes of pytest-xdist: the second one finds it there."""
     of_this_process = tmp_path_factory.getbasetemp()
     folder = (of_this_process if worker_id == "master" else of_this_process.parent) / "demo_corpus"
-    with only_one(folder / "lock", wait=True):
+    with file_lock(folder / "lock", wait=True):
         done = build(folder)
     assert done.returncode == 0, done.stderr
     return folder

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from data import make_data
 from src.dataset import MMapIndexedDataset, external_shuffle, text_input
-from src.dataset.lock import only_one
 from src.dataset.tokenizer import load_tokenizer
+from src.files import file_lock
 
 SCRIPT = Path(make_data.__file__)
 PROPERTY = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -275,7 +275,7 @@ def test_mistakes_are_explained(arguments: list[str], words: str, capsys: pytest
 
 def test_two_at_once_do_not_mix(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", ["a", "b", "c"])
-    with only_one(tmp_path / "x.making.lock", wait=False), pytest.raises(SystemExit):
+    with file_lock(tmp_path / "x.making.lock", wait=False), pytest.raises(SystemExit):
         make(source, tokenizer, tmp_path / "x")
     assert "Another make_data is writing" in capsys.readouterr().err
 

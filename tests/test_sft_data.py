@@ -244,7 +244,7 @@ def test_a_cache_in_a_folder_that_can_not_be_written(
     def read_only(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(sft_cache, "only_one", read_only)
+    monkeypatch.setattr(sft_cache, "file_lock", read_only)
     assert open_conversations(path, folder).data[0].tolist() == made.data[0].tolist()
     (tmp_path / "x.jsonl.sft.json").unlink()
     with pytest.raises(ValueError, match=r"Read-only file system.*copy it to a folder of yours"):

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from src.errors import UserError
-from src.files import write_whole
+from src.files import atomic_write
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -199,7 +199,7 @@ class BinIdxWriter:
                 os.fsync(self._bin.fileno())
             if kind is None:
                 bin_path, idx_path = with_ending(self.prefix, ".bin"), with_ending(self.prefix, ".idx")
-                with write_whole(idx_path) as idx:
+                with atomic_write(idx_path) as idx:
                     self._write_index(idx)
                     idx_path.unlink(missing_ok=True)
                     self._bin_part.replace(bin_path)

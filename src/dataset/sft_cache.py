@@ -21,12 +21,11 @@ from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset, with_ending
 from src.dataset.chat_template import RWKV_TEMPLATE
 from src.dataset.conversations import check_template, read_conversation, render_with_answers
 from src.dataset.documents import Broken, broken, read_lines
-from src.dataset.lock import only_one
 from src.dataset.text_input import Piece, check_inputs, read_pieces
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.dataset.workers import map_in_order, usable_cores
 from src.errors import UserError
-from src.files import write_whole
+from src.files import atomic_write, file_lock
 
 _FORMAT = 1  # another number, and every cache is made again
 _SHOWN_BROKEN = 3
@@ -111,7 +110,7 @@ def open_conversations(path: str, folder: str, workers: int | None = None) -> Co
     try:
         if found := _read(prefix, made_from):  # also where nothing can be written
             return found
-        with only_one(with_ending(prefix, ".lock"), wait=True):
+        with file_lock(with_ending(prefix, ".lock"), wait=True):
             return _read(prefix, made_from) or _make(path, folder, prefix, made_from, workers or usable_cores())
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -209,6 +208,6 @@ def _make(path: str, folder: str, prefix: Path, made_from: dict[str, Any], worke
         if not out.n_documents:
             raise _nothing_usable(path, left_out)
     found = {"left_out": left_out, "turns": turns, "answer_tokens": answer_tokens}
-    with write_whole(notes_path) as file:
+    with atomic_write(notes_path) as file:
         file.write(json.dumps({"made_from": made_from, "found": found}).encode())
     return Conversations(MMapIndexedDataset(prefix), dict(left_out), turns, answer_tokens)

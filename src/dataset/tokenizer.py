@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate
 from src.errors import UserError
-from src.files import write_whole
+from src.files import atomic_write
 
 WORLD_VOCAB_SIZE = 65536  # rows of the published models; the vocabulary itself ends at id 65529
 # of a Hugging Face tokenizer folder: all that a tokenizer is made of here and in `transformers`
@@ -242,7 +242,7 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
         return
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
-            with write_whole(to / name) as file:
+            with atomic_write(to / name) as file:
                 file.write((folder / name).read_bytes())
         else:
             (to / name).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from src.config import GROUPS, ModelConfig, RunConfig
-from src.files import write_whole
+from src.files import atomic_write
 from src.run_folder import REPORT, RUN, SAMPLES
 from src.run_log import Curves, read_curves
 from src.training.figures import published
@@ -61,7 +61,7 @@ def write_report(run: Path) -> Path:
         ("Settings", _settings(curves.settings)),
     ]
     body = "\n".join(f"<h2>{title}</h2>\n{text}" if title else text for title, text in sections if text)
-    with write_whole(run / REPORT, "w") as file:
+    with atomic_write(run / REPORT, "w") as file:
         file.write(
             f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
             f"<title>{_text(curves.name)}</title>\n<style>{STYLE}</style>\n<h1>{_text(curves.name)}</h1>\n{body}\n</html>\n"

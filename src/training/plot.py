@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from src.files import write_whole
+from src.files import atomic_write
 from src.run_folder import FIGURE
 from src.run_log import Curves, Numbers, read_curves
 from src.training.figures import published
@@ -114,7 +114,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _write(figure: Figure, picture: Path) -> None:
-    with write_whole(picture) as file:
+    with atomic_write(picture) as file:
         figure.savefig(file, format=picture.suffix[1:].lower() or "png")
 
 

@@ -20,8 +20,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from src import run_folder
 from src.config import RunConfig
 from src.dataset.binidx import file_prefix
-from src.dataset.lock import only_one
 from src.errors import UserError
+from src.files import file_lock
 from src.model import RWKV7
 from src.model.weights import fit_weights, read_weights, save_weights
 from src.ops.build import BuildError
@@ -282,7 +282,7 @@ def _alone_in(proj_dir: Path) -> Iterator[None]:
         return
     with ExitStack() as stack:
         try:
-            stack.enter_context(only_one(proj_dir / ".lock", wait=False))
+            stack.enter_context(file_lock(proj_dir / ".lock", wait=False))
         except BlockingIOError:
             raise UserError(
                 f"--proj_dir {proj_dir}: another run is at work in this folder; wait for it or stop it, or choose another folder"
