@@ -55,8 +55,8 @@ def sync_folder(folder: Path) -> None:
 def file_lock(path: Path, wait: bool, warn: bool = True) -> Iterator[bool]:
     """Holds an exclusive lock on the file `path` during the block; the system releases it when the process ends.
 
-    Yields whether the lock is held: False where the file system or the operating system (Windows) doesn't support locks.
-    The block runs in that case too, after a warning unless `warn` is False.
+    Yields whether the lock is held: False where the file system or the operating system (Windows) doesn't support
+    locks. The block runs in that case too, after a warning unless `warn` is False.
     Raises BlockingIOError when another process holds the lock and `wait` is False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

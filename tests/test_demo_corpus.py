@@ -9,7 +9,7 @@ import pytest
 from chat_models import chat_ids
 
 from src.dataset import MMapIndexedDataset
-from src.dataset.standard_library import library_sources
+from src.dataset.corpus.standard_library import library_sources
 from src.dataset.tokenizer import load_tokenizer
 from src.files import file_lock
 

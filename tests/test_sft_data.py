@@ -252,7 +252,7 @@ def test_a_cache_in_a_folder_that_can_not_be_written(
 
 
 def test_a_cache_does_not_depend_on_the_workers(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.dataset.text_input.PIECE_BYTES", 500)
+    monkeypatch.setattr("src.dataset.corpus.text_input.PIECE_BYTES", 500)
     path = write(tmp_path / "x.jsonl", list(range(60)))
     alone = open_conversations(path, folder, workers=1)
     coded = alone.data.tokens.copy()

@@ -1,4 +1,4 @@
-"""From files to samples: binidx (token files), sampling (their order), pretrain, tokenizer."""
+"""From files to samples: token files, the order of samples, conversations and their packing, tokenizers."""
 
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
 from src.dataset.sample_order import magic_prime, sample_offset

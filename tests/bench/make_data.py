@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from src.dataset import MMapIndexedDataset
-from src.dataset.standard_library import library_sources
+from src.dataset.corpus.standard_library import library_sources
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.dataset.workers import usable_cores
 
