@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+# For `python data/...`: Python puts this folder on the path, and `src` is in the folder above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from src.dataset.corpus.command_line import add_output_folder, create_parser, exit_on_user_error
 from src.dataset.corpus.standard_library import is_held_out, library_sources
 from src.files import atomic_write
 
-MIN_ANSWER, MAX_ANSWER = 15, 600  # characters: longer answers wouldn't fit into the demo's context
+MIN_ANSWER, MAX_ANSWER = 15, 600  # characters
 # Applications, data tables and build files, whose docstrings describe nothing that a user would ask about.
 EXCLUDED = ("idlelib", "lib2to3", "turtledemo", "pydoc_data", "encodings", "ensurepip", "config-")
 SYSTEM = "You know the Python standard library."
@@ -138,10 +139,12 @@ def main() -> None:
     with exit_on_user_error(parser):
         all_subjects = list(subjects(library_sources()))
     args.out.mkdir(parents=True, exist_ok=True)
+    # Both are atomic; the training file comes last, so where it exists the other one does too.
     for path, held_out in ((heldout, True), (train, False)):
         count = 0
         with atomic_write(path) as file:
             for number, subject in enumerate(all_subjects):
+                # By subject, so that no question about it is in both files.
                 if is_held_out(subject.name) == held_out:
                     for turns in conversations_about(subject, number):
                         file.write(json.dumps({"conversations": turns}, ensure_ascii=False).encode() + b"\n")

@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+# For `python data/...`: Python puts this folder on the path, and `src` is in the folder above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
@@ -63,6 +64,7 @@ def main() -> None:
             # On the training part only: the held-out loss must not profit from tokens of held-out texts.
             train_bpe(parts[train], folder, VOCAB_SIZE)
         tokenizer = load_tokenizer(folder)
+        # In the order of the library rather than shuffled: the magic prime shuffles the windows.
         for prefix, texts in parts.items():
             if not is_complete(prefix):
                 write_documents(texts, tokenizer, prefix)

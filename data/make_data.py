@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+# For `python data/...`: Python puts this folder on the path, and `src` is in the folder above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
@@ -75,9 +76,10 @@ def build_dataset(args: argparse.Namespace, prefix: Path, heldout: Path, tokeniz
             f"note: id 0, which ends each document, is the text {tokenizer.text_of_0!r} in this tokenizer: "
             "the model can't distinguish the two"
         )
+    # A document is held out when its 64-bit hash is below this.
     threshold = np.uint64(int(args.holdout * 2**64))
     report = InvalidLineReport(stop=args.on_error == "stop")
-    total = check_inputs(args.inputs)
+    total = check_inputs(args.inputs)  # before anything is written
     tokenize = partial(tokenize_piece, tokenizer_name=args.tokenizer, field=args.field)
     progress = tqdm(total=total or None, desc="tokenizing", unit="B", unit_scale=True)
     with temporary_folder(prefix) as folder, progress:
@@ -186,6 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"{parser.prog}: {error.filename or prefix}: {error.strerror}; {prefix}.bin was not written")
         except KeyboardInterrupt:
             sys.exit(f"interrupted; {prefix}.bin was not written")
+        # Read back from disk: what is shown is what training will read.
         data = MMapIndexedDataset(prefix)
         for number in (0, len(data) - 1):
             print(preview(data, number, tokenizer))
@@ -195,6 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{held_out.bin_path}: {len(held_out)} documents, {held_out.n_tokens} tokens")
         print(f"{data.bin_path}: {len(data)} documents, {data.n_tokens} tokens of type {data.dtype}")
         prime = magic_prime(data.n_tokens, args.ctx_len)
+    # Last, so that scripts can take it with `tail -n 1`.
     print(f"--my_exit_tokens {data.n_tokens} --magic_prime {prime} --ctx_len {args.ctx_len}")
 
 

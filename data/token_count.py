@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+# For `python data/...`: Python puts this folder on the path, and `src` is in the folder above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+# For `python data/...`: Python puts this folder on the path, and `src` is in the folder above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError("already contains a tokenizer", flag="out", given=args.out, advice="use another folder")
         try:
             check_inputs(args.inputs)
+            # An equal share of each file, so that later files are represented too.
             max_bytes = args.megabytes * 1e6 / len(args.inputs)
             texts = (text for path in args.inputs for text in read_texts(path, args.field, max_bytes))
             # Reads the first document here, because training on no text would succeed with a tokenizer of bytes.
@@ -77,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
             n_entries = train_bpe(progress, args.out, args.vocab_size)
         except OSError as error:
             sys.exit(f"{parser.prog}: {error.filename or args.out}: {error.strerror}")
+    # Training with a larger --vocab_size would only add unused rows to the model.
     if n_entries < args.vocab_size:
         print(f"note: {n_entries} entries: the text is too short for {args.vocab_size}")
     print(f"--tokenizer {args.out}")

@@ -25,6 +25,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _INTEGERS = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _FLOATS = {6: "float64", 7: "float32"}
+# The format has no code for uint32 and uint64.
 _CODES = {np.dtype(kind): code for code, kind in _INTEGERS.items()}
 _INDEX_BLOCK = 1 << 20  # items: index arrays are processed in blocks of some MB, however many items there are
 
@@ -95,7 +96,7 @@ class MMapIndexedDataset:
             raise self._invalid_index(f"the data type is {_FLOATS[code]}", expected="an integer type for token ids")
         if code not in _INTEGERS:
             raise self._invalid_index(f"unknown data type code {code}")
-        expected = _HEADER.size + 12 * n_items + 8 * n_bounds
+        expected = _HEADER.size + 12 * n_items + 8 * n_bounds  # i32 size and i64 pointer per item, i64 per bound
         if length != expected:
             raise self._invalid_index(f"has {length} bytes", expected=f"{expected} bytes according to its header")
         return np.dtype(_INTEGERS[code]).newbyteorder("<"), n_items, n_bounds
@@ -141,7 +142,7 @@ class MMapIndexedDataset:
 
     def __getitem__(self, item: int) -> npt.NDArray[Any]:
         """Token ids of one item, a read-only view."""
-        start = int(self._pointers[item]) // self.dtype.itemsize
+        start = int(self._pointers[item]) // self.dtype.itemsize  # Python integers: numpy's int32 sizes would overflow
         return self.tokens[start : start + int(self.sizes[item])]
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
@@ -207,6 +208,7 @@ class BinIdxWriter:
     ) -> None:
         try:
             with self._bin, self._sizes:
+                # The tokens must be on disk before an index that refers to them.
                 self._bin.flush()
                 os.fsync(self._bin.fileno())
             if kind is None:

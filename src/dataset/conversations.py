@@ -26,6 +26,7 @@ def read_conversation(line: bytes) -> list[Message]:
     messages: list[Message] = []
     for turn in turns:
         messages.append(_message(turn, messages))
+    # Without an answer there is nothing to train on, only a prompt.
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError("no answer")
     return messages
@@ -37,6 +38,7 @@ def _message(turn: Any, previous: list[Message]) -> Message:
         raise UserError("a turn without text")
     role = turn.get("role")
     if role is None:
+        # Some sets omit the role, because turns alternate.
         role = "assistant" if previous and previous[-1]["role"] == "user" else "user"
     if role not in ROLES:
         raise UserError("a role other than " + ", ".join(ROLES))
@@ -63,6 +65,7 @@ def render_with_answers(
     token, which the model must learn to generate, follows each answer. UserError, its `problem` the reason, otherwise.
     """
     markers = _unused_markers(template, messages)
+    # The training text is always this one, whatever happens to the renderings with markers.
     plain = template.render(messages)
     if template.marks_answers:
         rendered = _remove_markers(template.render(messages, answer_markers=markers), markers)
@@ -74,6 +77,7 @@ def render_with_answers(
     for stripped in (False, True):
         marked = [_add_markers(message, markers, stripped) for message in messages]
         rendered = _remove_markers(template.render(marked), markers)
+        # A difference means that the template inspects or changes the content: the spans would be unreliable.
         if rendered is not None and rendered.text == plain and len(rendered.answers) == n_answers:
             return _include_end_tokens(rendered, special_tokens)
     raise UserError("answers that the chat template does not copy unchanged")
@@ -99,6 +103,7 @@ def check_template(template: ChatTemplate, special_tokens: list[str]) -> None:
 
 def _unused_markers(template: ChatTemplate, messages: list[Message]) -> tuple[str, str]:
     """Begin and end markers that occur neither in the conversation nor in the template."""
+    # Numbered until unused, because a conversation may quote this source file.
     number = 0
     while any(f"[[marker-{number}-" in text for text in (template.source, *(m["content"] for m in messages))):
         number += 1
@@ -141,6 +146,7 @@ def _include_end_tokens(rendered: RenderedConversation, special_tokens: list[str
     end_token = re.compile(r"\s*(?:" + "|".join(map(re.escape, longest_first)) + ")") if special_tokens else None
     answers = []
     for begin, end in rendered.answers:
+        # White space is included: some templates write a newline before the end token.
         match = end_token.match(rendered.text, end) if end_token else None
         if match is None:
             raise UserError("answers that are not followed by a special token")

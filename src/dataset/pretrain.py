@@ -40,7 +40,7 @@ class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     ) -> None:
         assert 0 <= rank < world_size
         assert n_samples % micro_bsz == 0, "a rank reads complete micro batches"
-        self.data = MMapIndexedDataset(path)
+        self.data = MMapIndexedDataset(path)  # pickled by its path, so loader processes map the same file
         # Before the first sample: a wrong prime would read past the end of the data, or the same windows twice.
         check_magic_prime(prime, self.data.n_tokens, ctx_len)
         self.ctx_len = ctx_len
@@ -72,4 +72,4 @@ class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
                 advice="use the vocabulary size of the tokenizer that created the data",
             )
         tokens = torch.from_numpy(window)
-        return tokens[:-1], tokens[1:]
+        return tokens[:-1], tokens[1:]  # two views of one window

@@ -89,6 +89,7 @@ class SftRows:
         self.packing = packing
         self.count_all = count_all
         self.seed = seed
+        # n tokens make n - 1 pairs of input and target; count_all adds a target 0 after the last token.
         positions = conversations.data.sizes.astype(np.int64) - (0 if count_all else 1)
         too_long = positions > ctx_len
         if too_long.any() and truncate == "error":
@@ -101,7 +102,9 @@ class SftRows:
                 advice="increase --ctx_len, or use --truncate end or drop",
             )
         kept = np.ones_like(too_long) if count_all and truncate == "end" else ~too_long
-        if truncate == "end" and not count_all:
+        if (
+            truncate == "end" and not count_all
+        ):  # with count_all every conversation has targets, however short it is cut
             # Only the cut ones: the cache holds no conversation without an answer.
             for index in np.flatnonzero(too_long).tolist():
                 kept[index] = (conversations.data[index][1 : ctx_len + 1] >= 0).any()
@@ -177,7 +180,7 @@ class SftRows:
         if not self.packing:
             # Padding continues its conversation, as in the trainers that --packing 0 is compared with.
             ends = [0, self.ctx_len]
-        elif ends[-1] < self.ctx_len:
+        elif ends[-1] < self.ctx_len:  # padding is a document of its own, not a continuation
             ends.append(self.ctx_len)
         return SftBatch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(ends, dtype=torch.int32))
 
@@ -233,6 +236,7 @@ class SftDataset(Dataset[tuple[SftBatch, float]]):
         shares = self.micro_batches * self.world_size
         if shares == 1:
             return 0.0
+        # Steps are counted from `first_sample`, which is always the beginning of a step.
         step = item // (self.micro_bsz * self.micro_batches)
         if self._step_mean[0] != step:
             first = self.first_sample + step * self.micro_bsz * shares

@@ -127,12 +127,14 @@ def open_conversations(path: str, folder: str, workers: int | None = None) -> Co
         # Before locking, so that a finished cache is usable in a folder without write permission.
         if cached := _read_cache(prefix, made_from):
             return cached
+        # The lock file is left behind: deleting it while others wait for it would cost them a retry.
         with file_lock(with_ending(prefix, ".lock"), wait=True):
             # Read again: another process may have built it while this one waited.
             return _read_cache(prefix, made_from) or _build_cache(
                 path, folder, prefix, made_from, workers or usable_cores()
             )
     except OSError as error:
+        # A full disk or a failing one is not the user's choice of folder: those keep their own message.
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         raise UserError(
@@ -151,6 +153,7 @@ def _identify_cache(path: str, folder: str) -> tuple[Path, dict[str, Any]]:
             "unknown kind of file for conversations", flag="data_file", given=path, expected=", ".join(JSON_LINES)
         )
     made_from = {"format": _FORMAT, "file": _fingerprint(Path(path)), "tokenizer": _tokenizer_hash(folder)}
+    # Next to the data, so that several runs, and users of a shared folder, use one cache.
     return with_ending(Path(path), ".sft"), made_from
 
 
@@ -163,6 +166,7 @@ def look_at_conversations(path: str, folder: str) -> tuple[Conversations, float]
     if cached := _read_cache(prefix, made_from):
         return cached, 1.0
     _cached_tokenizer(folder)
+    # Reading stops after one piece: the check must be quick for a file of gigabytes.
     piece = next(iter(read_pieces([path], "conversations")), None)
     if piece is None:
         raise _no_conversation(path, Counter())
@@ -219,6 +223,7 @@ def _read_cache(prefix: Path, made_from: dict[str, Any]) -> Conversations | None
         counts = int(found["turns"]), int(found["answer_tokens"])
         return Conversations(MMapIndexedDataset(prefix), left_out, *counts)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        # Not JSON, of another structure, or a token file that doesn't match: rebuilding is always safe.
         return None
 
 

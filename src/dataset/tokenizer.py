@@ -93,7 +93,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
-UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
+UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # what Python's own decoder puts in the place of invalid bytes
 
 
 class WorldTokenizer(Tokenizer):
@@ -174,14 +174,16 @@ class FolderTokenizer(Tokenizer):
         config = _read_json(config_file) if config_file.is_file() else {}
         # Not the number of entries: some vocabularies skip ids.
         self.vocab_size = max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        names = ("bos_token", "eos_token", "unk_token")
+        names = ("bos_token", "eos_token", "unk_token")  # those that chat templates refer to
         self.specials = {name: text for name in names if (text := _token_text(config.get(name))) is not None}
+        # Special tokens are skipped, so only an ordinary entry gives a text here.
         self.text_of_0 = self._rust.decode([0], skip_special_tokens=True)
         end = self._special_id("eos_token")
         if end is None:
             self.eos_ids = (0,)
         else:
             self.eos_ids = (end,) if self.text_of_0 or end == 0 else (0, end)
+        # Newer versions of transformers write the template to its own file, which has precedence there too.
         template = folder / "chat_template.jinja"
         source = template.read_text(encoding="utf-8") if template.is_file() else _default_template(config)
         if source is not None:
@@ -214,6 +216,7 @@ class FolderTokenizer(Tokenizer):
         return [token.content for token in self._rust.get_added_tokens_decoder().values() if token.special]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        # The "fast" variant omits offsets, which only `encode_marked` may need.
         return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
 
     @cached_property
@@ -256,7 +259,7 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> Tokenizer:
 def copy_tokenizer(folder: Path, to: Path) -> None:
     """Copies the TOKENIZER_FILES of `folder` to `to`, each atomically; deletes those in `to` that `folder` lacks."""
     to.mkdir(parents=True, exist_ok=True)
-    if to.samefile(folder):
+    if to.samefile(folder):  # a run whose --tokenizer is the copy in its own folder
         return
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():

@@ -13,6 +13,7 @@ def create_parser(description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+# Defaults stand in brackets at the end of each help text, as in --help of train.py.
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", default="world", help="world, or a Hugging Face tokenizer folder [world]")
 
@@ -21,6 +22,7 @@ def add_field(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--field", default="text", help="JSON field or Parquet column of the text [text]")
 
 
+# The default is an argument, because it is the folder of the program and not that of this module.
 def add_output_folder(parser: argparse.ArgumentParser, default: Path) -> None:
     parser.add_argument("--out", type=Path, default=default, help="output folder [the folder of this program]")
 

@@ -79,6 +79,7 @@ class _Epoch:
         """The next documents of a run whose keys are below `limit`: tokens, sizes, keys."""
         end = bisect_left(_KeysOnDisk(self._files[2].fileno()), limit, run.next, run.end)
         count = end - run.next
+        # pread: the three files have no common position to keep in step.
         sizes = np.frombuffer(os.pread(self._files[1].fileno(), 4 * count, 4 * run.next), np.int32)
         keys = np.frombuffer(os.pread(self._files[2].fileno(), 8 * count, 8 * run.next), np.uint64)
         n_bytes = int(sizes.sum(dtype=np.int64)) * itemsize
@@ -150,7 +151,7 @@ class ExternalShuffle:
 
     def shuffled(self) -> Iterator[Batch]:
         """All epochs, one after another, in batches. The files of an epoch are deleted when it has been read."""
-        if self._sizes:
+        if self._sizes:  # the last run, which isn't full
             self._write_runs()
         for epoch in self._epochs:
             if self.n_documents:

@@ -41,7 +41,7 @@ def check_inputs(paths: Sequence[str]) -> int:
     """Size of the inputs in bytes, 0 when unknown. UserError for a file that is missing or of an unknown kind."""
     total = 0
     for path in paths:
-        if path == STDIN:
+        if path == STDIN:  # nothing to check, and the total is unknown
             return 0
         if not path.lower().endswith(ENDINGS):
             raise UserError(
@@ -64,6 +64,7 @@ def read_pieces(paths: Sequence[str], field: str) -> Iterator[Piece]:
             yield Piece(path, first_line, ordinal, lines, finished + end)
             first_line += count
             ordinal += count
+        # By file size rather than by the last `end`, which may stop before trailing bytes of a compressed file.
         finished += 0 if path == STDIN else Path(path).stat().st_size
 
 
@@ -134,6 +135,7 @@ def _split_lines(blocks: Iterator[bytes], raw: IO[bytes]) -> Iterator[_Part]:
     for data in blocks:
         if first and data:
             data, first = data.removeprefix(b"\xef\xbb\xbf"), False
+        # Undivided lines are collected in a list: joining them each time would be quadratic for a huge line.
         cut = data.rfind(b"\n") + 1
         if cut:
             lines = b"".join([*rest, data[:cut]])

@@ -43,7 +43,7 @@ class TokenizedPiece(NamedTuple):
 def tokenize_piece(piece: Piece, tokenizer_name: str, field: str) -> TokenizedPiece:
     """Encodes the texts of a piece, each followed by token 0, and checks that decoding restores each text."""
     tokenizer = cached_tokenizer(tokenizer_name)
-    dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
+    dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")  # the byte order of the file format
     parts, sizes, ordinals, digests = [], [], [], []
     invalid: list[tuple[int, InvalidLine]] = []
     texts: dict[int, str] = {}
@@ -58,17 +58,17 @@ def tokenize_piece(piece: Piece, tokenizer_name: str, field: str) -> TokenizedPi
         if tokenizer.decode_bytes(ids) != data:
             invalid.append((index, invalid_line(piece, index, "a text that its tokens do not restore", text)))
             continue
-        ids.append(0)
+        ids.append(0)  # the end of a document, in RWKV's data sets and in this project's tokenizers
         parts.append(np.array(ids, dtype).tobytes())
         sizes.append(len(ids))
         ordinals.append(piece.ordinal + index)
-        digests.append(zlib.crc32(data))
+        digests.append(zlib.crc32(data))  # fast, and hashed with the seed before use
     return TokenizedPiece(
         b"".join(parts),
         np.array(sizes, np.int32),
         np.array(ordinals, np.uint64),
         np.array(digests, np.uint64),
-        [line for _, line in sorted(invalid)],
+        [line for _, line in sorted(invalid)],  # in the order of the file
         piece.end,
     )
 
@@ -95,7 +95,7 @@ class InvalidLineReport:
 
     def add(self, lines: list[InvalidLine]) -> None:
         for line in lines:
-            if self._stop:
+            if self._stop:  # the workers' results arrive in the order of the input, so this is the first one in it
                 raise UserError(str(line), advice="--on_error skip counts and skips such lines")
             self._reasons[line.reason] += 1
             if self._reasons.total() <= _SHOWN_INVALID_LINES:
