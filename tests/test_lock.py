@@ -1,4 +1,4 @@
-"""`file_lock` admits one process at a time, also when a holder deletes the file, and warns on file systems without locks."""
+"""`file_lock`: one process at a time, also when a holder deletes the file; a warning on file systems without locks."""
 
 import errno
 import fcntl

@@ -93,6 +93,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
+_LONE_SURROGATES = "the text contains lone surrogates, which are not valid Unicode"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # what Python's own decoder puts in the place of invalid bytes
 
 
@@ -117,7 +118,10 @@ class WorldTokenizer(Tokenizer):
         self.chat_template = ChatTemplate(RWKV_TEMPLATE, self.specials)
 
     def encode(self, text: str) -> list[int]:
-        return self._rust.encode(text)
+        try:
+            return self._rust.encode(text)
+        except UnicodeEncodeError as error:
+            raise UserError(_LONE_SURROGATES) from error
 
     @cached_property
     def _entries(self) -> list[bytes]:
@@ -205,7 +209,7 @@ class FolderTokenizer(Tokenizer):
         try:
             return self._rust.encode(text, add_special_tokens=False).ids
         except TypeError as error:  # what the package raises for lone surrogates
-            raise UserError("the text contains lone surrogates, which are not valid Unicode") from error
+            raise UserError(_LONE_SURROGATES) from error
 
     def _offsets(self, text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         begins, ends = np.array(self._rust.encode(text, add_special_tokens=False).offsets).reshape(-1, 2).T
