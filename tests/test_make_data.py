@@ -103,7 +103,7 @@ def test_held_out_documents_are_not_in_the_training_data(tmp_path: Path, tokeniz
 def test_held_out_data_of_an_earlier_call(
     tmp_path: Path, tokenizer: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without --holdout it is kept, with a note; with --holdout its index is deleted before training data is written."""
+    """Without --holdout it is kept, with a note; with it, the index is deleted before training data is written."""
     source = write_jsonl(tmp_path / "x.jsonl", [f"text {i}" for i in range(400)])
     make(source, tokenizer, tmp_path / "a", "--holdout", 0.1)
     held = (tmp_path / "a-heldout.bin").read_bytes()

@@ -91,7 +91,8 @@ def main() -> None:
             tokenizer_alone = (before + tokenizer_rate(tokenizer, texts)) / 2
             print(
                 f"{workers:3} workers: {rate / 1e6:6.2f} M tokens/s; per CPU second {per_cpu_second / 1e6:.2f} M, "
-                f"{per_cpu_second / tokenizer_alone:.2f} of the tokenizer's {tokenizer_alone / 1e6:.2f} M; memory {memory / 1e6:.0f} MB",
+                f"{per_cpu_second / tokenizer_alone:.2f} of the tokenizer's {tokenizer_alone / 1e6:.2f} M; "
+                f"memory {memory / 1e6:.0f} MB",
                 flush=True,
             )
 
