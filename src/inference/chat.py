@@ -19,7 +19,7 @@ import torch
 from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate, Message
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
-from src.files import write_whole
+from src.files import atomic_write
 from src.inference.characters import CharacterStream, UntilText
 from src.inference.decoder import Decoder
 from src.inference.generate import generate
@@ -166,7 +166,7 @@ class Conversation:
             "layers": layers,
         }
         try:
-            with write_whole(path) as file:
+            with atomic_write(path) as file:
                 torch.save(record, file)
         except OSError as error:
             raise UserError(

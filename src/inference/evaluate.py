@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.dataset.binidx import MMapIndexedDataset, with_ending
-from src.dataset.documents import EMPTY_LINE, EMPTY_TEXT, read_documents
-from src.dataset.text_input import JSON_LINES, Piece, read_pieces
+from src.dataset.corpus.documents import EMPTY_LINE, EMPTY_TEXT, read_documents
+from src.dataset.corpus.text_input import JSON_LINES, Piece, read_pieces
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.inference.load import add_model_arguments, find_tokenizer, find_weights, load_model

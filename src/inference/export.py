@@ -18,7 +18,7 @@ import torch
 
 from src.dataset.tokenizer import Tokenizer, copy_tokenizer
 from src.errors import UserError
-from src.files import sync_folder, write_whole
+from src.files import atomic_write, sync_folder
 from src.inference.fla import TENSORS, write_fla
 from src.inference.load import DTYPES, MODEL_HELP, find_tokenizer, find_weights, load_model
 from src.model import RWKV7
@@ -90,7 +90,7 @@ def export(
 
 
 def _write_file(weights: Weights, path: Path) -> None:
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         if path.suffix == ".pth":
             torch.save(weights, file)
         else:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from src.config import ModelConfig
 from src.errors import UserError
-from src.files import write_whole
+from src.files import atomic_write
 from src.model.layers import GROUP_NORM_EPS, LAYER_NORM_EPS
 from src.model.weights import IDLE_IN_LAYER_0, Weights
 
@@ -162,9 +162,9 @@ def write_fla(weights: Weights, config: ModelConfig, folder: Path, eos_id: int =
 
     described = fla_config(config, weights["emb.weight"].dtype, eos_id)
     folder.mkdir(parents=True, exist_ok=True)
-    with write_whole(folder / TENSORS) as file:
+    with atomic_write(folder / TENSORS) as file:
         save_file(to_fla(weights), file.name, metadata={"format": "pt"})
-    with write_whole(folder / CONFIG, "w") as file:
+    with atomic_write(folder / CONFIG, "w") as file:
         json.dump(described, file, indent=2)
         file.write("\n")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from src.config import ModelConfig
 from src.errors import UserError
-from src.files import write_whole
+from src.files import atomic_write
 
 Weights = dict[str, Tensor]
 IDLE_IN_LAYER_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # files may lack them
@@ -198,7 +198,7 @@ def save_weights(weights: Weights, path: Path) -> None:
     weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
     for last_try in (False, True):
         try:
-            with write_whole(path) as file:
+            with atomic_write(path) as file:
                 torch.save(weights, file)
             return
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError

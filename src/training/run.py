@@ -20,8 +20,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from src import run_folder
 from src.config import RunConfig
 from src.dataset.binidx import file_prefix
-from src.dataset.lock import only_one
 from src.errors import UserError
+from src.files import file_lock
 from src.model import RWKV7
 from src.model.cost import parameter_count
 from src.model.weights import fit_weights, read_weights, save_weights
@@ -282,7 +282,7 @@ def _exclusive(proj_dir: Path) -> Iterator[None]:
         return
     with ExitStack() as stack:
         try:
-            stack.enter_context(only_one(proj_dir / ".lock", wait=False))
+            stack.enter_context(file_lock(proj_dir / ".lock", wait=False))
         except BlockingIOError:
             raise UserError(
                 "another run is using this folder",

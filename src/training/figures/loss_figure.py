@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from src.files import write_whole
+from src.files import atomic_write
 from src.run_log import Curves, Numbers, read_curves
 from src.training.figures import published
 from src.training.reporting.progress import duration
@@ -40,7 +40,7 @@ def write_figure(figure: Figure, path: Path) -> None:
     """Write a figure in the format of the suffix of `path` (PNG where it has none)."""
     # A viewer may have loss.png open, and the run may be killed during the write: the file is replaced only when it
     # is complete.
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower() or "png")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from src.config import GROUPS, RunConfig
 from src.errors import UserError
-from src.files import write_whole
+from src.files import atomic_write
 from src.run_folder import REPORT, SAMPLES, read_run
 from src.run_log import Curves, Numbers, read_curves
 from src.training.figures import published
@@ -73,7 +73,7 @@ def write_report(folder: Path) -> Path:
     ]
     body = "\n".join(f"<h2>{title}</h2>\n{content}" if title else content for title, content in sections if content)
     # The page of an earlier part of the run stays until the new one is complete.
-    with write_whole(folder / REPORT, "w") as file:
+    with atomic_write(folder / REPORT, "w") as file:
         file.write(PAGE.format(title=_escape(curves.name), style=STYLE, body=body))
     return folder / REPORT
 

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from src.files import write_whole
+from src.files import atomic_write
 from src.run_log import is_mini_epoch_line
 from src.training.reporting.sink import UPDATE_GROUPS, MiniEpochReport, Sink, StepReport, ValidationReport
 
@@ -125,7 +125,7 @@ def _split_rows(
 
 def _rewrite(path: Path, columns: tuple[str, ...], rows: list[dict[str, str]]) -> None:
     """The file with these rows and columns, whatever version of this program wrote it."""
-    with write_whole(path, "w") as file:
+    with atomic_write(path, "w") as file:
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -154,5 +154,5 @@ def _keep_lines(path: Path, wanted: Callable[[str], bool]) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     keeps = [line.endswith("\n") and wanted(line) for line in lines]
     if not all(keeps):
-        with write_whole(path, "w") as file:
+        with atomic_write(path, "w") as file:
             file.writelines(line for line, keep in zip(lines, keeps, strict=True) if keep)

@@ -14,7 +14,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from src.files import write_whole
+from src.files import atomic_write
 from src.training.console import log
 
 WARM_UP_STEPS = 5  # memory is fetched, kernels are built and chosen in the first ones
@@ -81,7 +81,7 @@ def write_trace(profiler: profile, trace: Path) -> None:
             if not source.read().rstrip().endswith(b"}"):  # a full disk is not an error to the profiler
                 raise OSError("the profiler wrote only a part of it; is the disk full?")
             source.seek(0)
-            with write_whole(trace) as file, gzip.open(file, "wb") as packed:
+            with atomic_write(trace) as file, gzip.open(file, "wb") as packed:
                 shutil.copyfileobj(source, packed)
 
 
