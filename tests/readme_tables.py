@@ -19,6 +19,7 @@ import torch
 
 from src.config import GROUPS, ModelConfig, RunConfig
 from src.model import RWKV7
+from src.model.cost import parameter_count
 from src.model.init import row_of
 from src.training.figures import published
 from src.training.preflight import plan
@@ -112,9 +113,7 @@ def cluster(chinese: bool) -> str:
             config, f"deepspeed_stage_{stage}", gpus, "bf16", micro_bsz * 4096, head_chunk=4096, on_gpu=True
         )
         sizes_and_settings = map(str, (layers, width, f"{w} {a} {v} {g}", lr, stage, gpus, micro_bsz))
-        rows.append(
-            [f"{plan.parameter_count(config) / 1e9:.1f} B", *sizes_and_settings, f"{need.total / plan.GIB:.0f}"]
-        )
+        rows.append([f"{parameter_count(config) / 1e9:.1f} B", *sizes_and_settings, f"{need.total / plan.GIB:.0f}"])
     head = [
         "parameters",
         "`--n_layer`",

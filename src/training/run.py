@@ -23,6 +23,7 @@ from src.dataset.binidx import file_prefix
 from src.dataset.lock import only_one
 from src.errors import UserError
 from src.model import RWKV7
+from src.model.cost import parameter_count
 from src.model.weights import fit_weights, read_weights, save_weights
 from src.ops.build import BuildError
 from src.ops.recurrence import describe_kernel
@@ -176,7 +177,7 @@ def _write_init(config: RunConfig, proj_dir: Path) -> int:
     seed = _seed(config)
     model = RWKV7(model_config).to(_init_dtype(config))
     save_weights(model.state_dict(), target)
-    log(f"wrote {target}: {model_config.title}, {plan.parameter_count(model_config):,} parameters, seed {seed}")
+    log(f"wrote {target}: {model_config.title}, {parameter_count(model_config):,} parameters, seed {seed}")
     return 0
 
 

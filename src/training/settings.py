@@ -10,12 +10,12 @@ from typing import Any
 from src.config import ModelConfig, RunConfig
 from src.files import sha256_of
 from src.model import RWKV7
+from src.model.cost import parameter_count
 from src.ops.recurrence import describe_kernel
 from src.run_folder import FINAL
 from src.training.checkpoint.resume import Start
 from src.training.data import Samples
 from src.training.hardware.selection import Hardware
-from src.training.preflight.plan import parameter_count
 from src.training.schedule import RunLength
 
 

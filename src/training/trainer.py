@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from src.config import ModelConfig, RunConfig
 from src.dataset.sample_order import nth_kept_sample
 from src.model import RWKV7
+from src.model.cost import parameter_count
 from src.model.weights import save_weights
 from src.run_folder import FINAL, LOG, METRICS, TRACE, VALIDATION
 from src.training.checkpoint.callbacks import (
@@ -37,7 +38,6 @@ from src.training.figures.background import DrawPictures
 from src.training.hardware.peak_flops import peak_tokens_per_second
 from src.training.hardware.selection import Hardware, lightning_strategy
 from src.training.module import TrainingModule
-from src.training.preflight.plan import parameter_count
 from src.training.reporting.generations import ShowSamples
 from src.training.reporting.health import Warnings, WatchNumbers, WatchPace
 from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile

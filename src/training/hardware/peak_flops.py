@@ -8,8 +8,8 @@ import re
 import torch
 
 from src.config import ModelConfig
+from src.model.cost import training_flops_per_token
 from src.training.hardware.selection import Hardware
-from src.training.preflight.plan import training_flops_per_token
 
 # Dense bf16 matrix products with fp32 sums, TFLOP/s, by a pattern of the name that the driver gives; the first that fits holds. From the
 # makers' data sheets, which often print twice as much, with structured sparsity: NVIDIA's of each product (SXM boards unless

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from src.config import ModelConfig, RunConfig
+from src.model.cost import parameter_count
 from src.training.checkpoint.resume import Start
 from src.training.checkpoint.storage import STATE_BYTES, states
 from src.training.hardware.selection import Hardware
@@ -19,7 +20,7 @@ def check_memory(checks: Checklist, config: RunConfig, hardware: Hardware, model
     memory, free = estimate(config, model, hardware), machine.free_memory(hardware.accelerator, hardware.devices)
     who = "the GPU" if hardware.accelerator == "gpu" else "a process"
     there = "what is free is not known here" if free is None else f"{free / GIB:.2f} GiB are free for it"
-    checks.found("model", f"{model.title}, {plan.parameter_count(model):,} parameters, vocabulary {model.vocab_size:,}")
+    checks.found("model", f"{model.title}, {parameter_count(model):,} parameters, vocabulary {model.vocab_size:,}")
     checks.found("memory", f"of {who}, in GiB: {parts_in_words(memory)}; {there}")
     if memory.on_cpu:
         checks.found("", f"and of the machine, for each process: {memory.on_cpu / GIB:.2f} GiB")
@@ -35,8 +36,8 @@ def check_memory(checks: Checklist, config: RunConfig, hardware: Hardware, model
 
 def disk(config: RunConfig, hardware: Hardware, model: ModelConfig, start: Start, proj_dir: Path) -> Finding:
     """What the files of the rest of the run will take, and what is free."""
-    weights = plan.BYTES[hardware.precision] * plan.parameter_count(model)
-    state = STATE_BYTES * plan.parameter_count(model)
+    weights = plan.BYTES[hardware.precision] * parameter_count(model)
+    state = STATE_BYTES * parameter_count(model)
     first = start.first_mini_epoch
     last = start.length.mini_epoch(max(0, start.length.steps - 1))
     more_states = max(0, config.keep_resume + 1 - len(states(proj_dir)))  # one is written before the oldest goes

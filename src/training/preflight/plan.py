@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from src.config import STRATEGIES, ModelConfig, RunConfig
+from src.model.cost import parameter_count, training_flops_per_token
 from src.ops.loss import ROWS
 from src.ops.recurrence import CHUNKED_SEGMENT, CHUNKED_SLOT, CPU_SEGMENT, CUDA_WINDOW
 from src.training import optim
@@ -31,17 +32,6 @@ KEPT_BY_BLOCK = 30
 # parameters that ZeRO 3 holds whole at a time (DeepSpeed's stage3_max_live_parameters)
 GATHERED_AT_A_TIME = 1_000_000_000
 GIB = 1 << 30
-
-
-def parameter_count(c: ModelConfig) -> int:
-    """Parameters of RWKV7(c), layer 0's idle v0, v1, v2 included."""
-    width = c.n_embd
-    low_rank = 2 * width * (c.d_decay_lora + c.d_aaa_lora + c.d_mv_lora + c.d_gate_lora)
-    vectors = 6 + 3 + 2 + 1 + 2  # token shift, w0 a0 v0, k_k k_a, r_k, ln_x
-    att = vectors * width + low_rank + 4 * width * width
-    ffn = width + 2 * width * c.dim_ffn
-    norms = 4 * width
-    return 2 * c.vocab_size * width + c.n_layer * (att + ffn + norms) + 2 * width + 2 * width
 
 
 def kept_by_recurrence(c: ModelConfig, precision: str, on_gpu: bool = False) -> float:
@@ -156,11 +146,6 @@ def memory(
 def _piece(c: ModelConfig, count: int) -> int:
     """The most parameters whose gradients MasterAdamW has in fp32 at a time."""
     return min(count, max(optim.MAX_FP32_GRAD_NUMEL, c.vocab_size * c.n_embd, c.dim_ffn * c.n_embd))
-
-
-def training_flops_per_token(c: ModelConfig) -> float:
-    """6 for each weight of a matrix product and 3 times the recurrence's 8 N per channel; recomputation (--grad_cp) not counted."""
-    return 6 * (parameter_count(c) - c.vocab_size * c.n_embd) + 3 * 8 * c.n_layer * c.n_embd * c.head_size
 
 
 def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes: int, precision: str) -> str:
