@@ -123,3 +123,10 @@ def test_layer_0_value_residual_is_kept_but_never_trained():
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
     assert frozen <= model.state_dict().keys()
+
+
+def test_a_seed_draws_the_values_that_it_drew_before():
+    """The initial values depend on every draw before them, those of PyTorch's overwritten defaults included."""
+    torch.manual_seed(3)
+    model = RWKV7(ModelConfig(1, 64, 100))
+    assert model.emb.weight[0, :3].tolist() == pytest.approx([2.112224e-05, 6.998387e-05, -3.774430e-05], rel=1e-5)

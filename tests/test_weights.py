@@ -2,6 +2,9 @@
 name."""
 
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +57,17 @@ def test_official_files_without_layer_0_value_residual(saved):
     loaded = RWKV7.from_checkpoint(path)
     tokens = torch.arange(9).unsqueeze(0)
     assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+
+
+def test_loading_imports_neither_the_compiler_nor_plotting(saved):
+    """Each takes a second, for which the first prompt of a chat would wait."""
+    code = "import sys; from src.model import RWKV7; RWKV7.from_checkpoint(sys.argv[1]); print(*sys.modules)"
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(saved[1])], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert "src.model.rwkv7" in done.stdout.split()
+    assert not {"torch._dynamo", "torch._inductor", "sympy", "matplotlib", "safetensors"} & set(done.stdout.split())
 
 
 @pytest.mark.parametrize("prefix", WRAPPER_PREFIXES)

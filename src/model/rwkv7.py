@@ -1,8 +1,7 @@
 """The RWKV-7 model. What is unusual about the architecture:
 
 - No attention and no positional encoding: each block has a matrix-valued state per head, so the cost of a token doesn't
-  depend on how
-  many precede it.
+  depend on how many precede it.
 - The same call trains on whole sequences, continues from a state and decodes a single token.
 - The embedding is normalised once (ln0), and layer 0's values are interpolated into the values of every later layer.
 - Embedding and head are separate matrices; no large matrix has a bias.
@@ -23,6 +22,17 @@ from src.model.state import State
 from src.model.weights import Weights, config_from_weights, fit_weights, read_weights
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding, without PyTorch's default initialisation on the meta device."""
+
+    def reset_parameters(self) -> None:
+        # normal_ on a meta tensor imports torch._dynamo: a second of every program that loads a model. On a real device
+        # it is called, although `initialise` overwrites its values: it advances the random number generator, which the
+        # values of a seed depend on.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class RWKV7(nn.Module):
     """logits [B, T, V], state = RWKV7(config)(tokens int64 [B, T], state=None, cu_seqlens=None).
 
@@ -35,7 +45,7 @@ class RWKV7(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.emb = Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
