@@ -30,8 +30,7 @@ Enter sends, Alt-Enter (or Esc, Enter) starts a new line, Ctrl-C stops the answe
 
 
 class InterruptFlag:
-    """Within the block, Ctrl-C sets `is_set` instead of raising KeyboardInterrupt; a second one, before the block ends,
-    raises."""
+    """Within the block, the first Ctrl-C sets `is_set`, and a second one raises KeyboardInterrupt."""
 
     def __enter__(self) -> "InterruptFlag":
         self.is_set = False
@@ -110,8 +109,7 @@ def _set(conversation: Conversation, argument: str) -> None:
 
 
 def run_turns(conversation: Conversation, read: Callable[[], str]) -> int:
-    """Run turns until `read` raises EOFError. Errors are printed and the conversation continues; 1 if there was one,
-    else 0."""
+    """Run turns until `read` raises EOFError; errors are printed. Returns 1 if there was one, else 0."""
     exit_code = 0
     while True:
         try:
@@ -232,8 +230,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build(options: argparse.Namespace) -> Conversation:
-    """The conversation that the command line describes; `options.weights` becomes the path of the weights. Raises
-    UserError."""
+    """The conversation that `options` describe; sets `options.weights` to their path. Raises UserError."""
     sampling = sampling_from(options)
     if options.length < 1:
         raise UserError(flag="length", given=options.length, expected="at least 1 token")

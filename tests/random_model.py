@@ -6,8 +6,7 @@ from src.model import RWKV7, ModelConfig
 
 
 def random_model(seed: int = 0, **sizes: int) -> RWKV7:
-    """An fp32 model on the CPU, without gradients; each parameter is its initial value plus noise of a suitable
-    scale."""
+    """An fp32 model on the CPU, without gradients; each parameter is its initial value plus noise."""
     config = ModelConfig(**({"n_layer": 3, "n_embd": 128, "vocab_size": 97} | sizes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,5 +1,4 @@
-"""Chat: each turn processes only what is new, and the state is that of the whole conversation; the program in a
-terminal and in a pipe."""
+"""Chat: a turn processes only what is new; saved conversations; the program in a terminal and in a pipe."""
 
 import copy
 import fcntl

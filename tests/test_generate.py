@@ -1,5 +1,4 @@
-"""Decoding agrees with the training forward; sampling follows the exact probabilities; text is returned in whole
-characters."""
+"""Decoding agrees with the training forward; sampling follows the probabilities; text has whole characters only."""
 
 import gc
 import json

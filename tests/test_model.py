@@ -1,5 +1,4 @@
-"""The model: one forward pass for whole sequences, continued ones and single tokens; packed documents; names;
-learning."""
+"""The model: whole sequences, continued ones, single tokens and packed documents agree; names; learning."""
 
 import pytest
 import torch

@@ -1,5 +1,4 @@
-"""Weights files: read without executing code, sizes inferred from the tensors, mismatches reported with the parameter's
-name."""
+"""Weights files: read without executing code, sizes inferred from the tensors, mismatches named."""
 
 import pickle
 import subprocess

@@ -6,8 +6,7 @@ import codecs
 
 from src.dataset.tokenizer import UNKNOWN, Tokenizer
 
-# Bytes of the longest UTF-8 character. A character that isn't complete after so many tokens is invalid and isn't waited
-# for.
+# Bytes of the longest UTF-8 character. A character that isn't complete after so many tokens is invalid.
 LONGEST_CHARACTER = 4
 
 
@@ -31,8 +30,8 @@ class CharacterStream:
         self._pending.append(token)
         before = self._tokenizer.decode_bytes(self._context)
         now = self._tokenizer.decode_bytes(self._context + self._pending)
-        # A tokenizer that decodes to text rather than bytes writes U+FFFD for an incomplete character, which the next
-        # token may complete.
+        # A tokenizer that decodes to text rather than bytes writes U+FFFD for a character that the next token may
+        # complete.
         if now.endswith(UNKNOWN) and len(self._pending) < LONGEST_CHARACTER:
             return ""
         self._context, self._pending = self._pending[-1:], []

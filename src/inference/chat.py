@@ -30,8 +30,7 @@ UNCOUNTED_CHARACTERS = " \t0123456789"
 
 @dataclass
 class Transcript:
-    """The messages, the text (as bytes) that the state has processed, and generated tokens that it has yet to
-    process."""
+    """The messages, the text (as bytes) that the state has processed, and generated tokens that it has not."""
 
     messages: list[Message] = field(default_factory=list)
     processed: bytes = b""
@@ -107,8 +106,7 @@ class Conversation:
             self.undo()
             raise
         self.answer_count += 1
-        # An answer ends at a stop id, or at the text that the template puts after an answer where the model spells it
-        # out.
+        # An answer ends at a stop id, or at the text that the template puts after an answer if the model writes it.
         characters, stop = CharacterStream(self.tokenizer), StopString(self._stop_string)
         generated: list[int] = []
         answer = ""
@@ -148,13 +146,11 @@ class Conversation:
         return self.transcript.pending + self.tokenizer.encode(text) or [0]
 
     def _prompt_of_turn(self, template: ChatTemplate, text: str) -> list[int]:
-        """The tokens of the rendered conversation that the state hasn't processed; adds the question to the
-        transcript."""
+        """The tokens of the conversation that the state hasn't processed; adds the question to the transcript."""
         messages = [*self.transcript.messages, {"role": "user", "content": text}]
         rendered = template.render(messages, add_generation_prompt=True).encode()
         end = len(self.transcript.processed)
-        # An answer cut within a character has U+FFFD there in its message, whose first byte may equal the one that was
-        # processed.
+        # An answer cut within a character ends with U+FFFD in its message, which may begin with the byte processed.
         within_character = end < len(rendered) and rendered[end] & 0xC0 == 0x80
         if not rendered.startswith(self.transcript.processed) or within_character:
             self.decoder.reset()
@@ -254,8 +250,8 @@ def find_template(name: str, tokenizer: Tokenizer, pretrained_only: bool = False
 
 
 def _stop_string(template: ChatTemplate | None) -> str:
-    """The text that the template writes after an answer, without trailing newlines unless it is nothing else; "" if it
-    writes none."""
+    """The text that the template writes after an answer, without trailing newlines if there is more; "" if there is
+    none."""
     if template is None:
         return ""
     # Rendered rather than searched for in the template's source: a template is a program.

@@ -1,5 +1,4 @@
-"""Recurrent decoding: prompts as whole sequences through the training kernel, then one token per step in constant
-memory.
+"""Recurrent decoding: prompts as whole sequences by the training kernel, then one token per step in constant memory.
 
 A step is bound by memory bandwidth: it reads every weight once and computes little. On a CPU it is one native call
 (ops/decode.py), on a GPU one captured CUDA graph (step.py).
@@ -25,11 +24,10 @@ PREFILL_TOKENS = 1024
 
 
 class Decoder:
-    """B sequences with their states: logits [B, V] = prefill(prompts), then logits = step(tokens) repeatedly. No
-    gradients.
+    """B sequences with their states: logits [B, V] = prefill(prompts), then logits = step(tokens) repeatedly.
 
-    Steps read copies of some of the weights (see DecodeWeights): after the model's weights have changed, create a new
-    Decoder.
+    No gradients. Steps read copies of some of the weights (see DecodeWeights): after the model's weights have changed,
+    create a new Decoder.
     """
 
     def __init__(self, model: RWKV7, batch: int = 1, pack: bool = True) -> None:
@@ -53,8 +51,7 @@ class Decoder:
 
     @property
     def state(self) -> State:
-        """A copy of the sequences' states. Assigning it, or that of another Decoder of this batch size, continues from
-        there."""
+        """A copy of the sequences' states. Assign it (or that of a Decoder of equal batch size) to continue from it."""
         return self._state.clone()
 
     @state.setter
@@ -79,8 +76,7 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Process a prompt for each sequence, continuing from its state; logits fp32 [B, V] after the last token of
-        each.
+        """Process a prompt for each sequence, continuing from its state; logits fp32 [B, V] after the last tokens.
 
         Prompts may differ in length: they are packed into one row. Raises UserError for an empty prompt or an id
         outside the vocabulary.

@@ -52,8 +52,8 @@ class HeldOutLoss:
 
 
 def windows(n_tokens: int, ctx_len: int, max_windows: int | None = None, flag: str = "data") -> Iterator[slice]:
-    """Windows of ctx_len + 1 tokens, or `max_windows` of them evenly spaced; a window's last token is the next one's
-    first.
+    """Windows of ctx_len + 1 tokens, or `max_windows` of them evenly spaced; each starts with the last token of the one
+    before.
 
     A shorter remainder is left out, unless there are no more tokens than that. Raises UserError, about `flag`, for less
     than two tokens.
@@ -114,8 +114,7 @@ def _summed_loss(model: RWKV7, batch: Tensor) -> float:
 
 
 def read_texts(path: Path, flag: str) -> Iterator[str]:
-    """The documents of a file, empty ones left out: the "text" of each line of a .jsonl (.gz, .zst), or any other file
-    as a whole.
+    """The documents of a file, empty ones left out: the "text" of each line of a .jsonl (.gz, .zst), or the whole file.
 
     Raises UserError with `flag` when the file can't be read, and with the line when one isn't valid.
     """
@@ -150,8 +149,7 @@ class LastWords:
 
 
 def last_words(model: RWKV7, tokenizer: Tokenizer, texts: Iterable[str]) -> LastWords:
-    """Prediction of each text's last word from the words before it (LAMBADA). Raises UserError for a text of one
-    word."""
+    """Prediction of each text's last word from the words before it (LAMBADA). Raises UserError for a single word."""
     pairs = []
     # As LAMBADA is scored elsewhere: the space belongs to the word, and a text starts after the end of a document (0).
     for text in texts:

@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _format_of(out: Path) -> str:
     """The format of OUT by its suffix. Raises UserError for another suffix."""
-    # A folder has no suffix. Should two formats share one, the later would be its default, and the other needs
-    # --format.
+    # A folder has no suffix. Where two formats share a suffix, the later one is its default.
     by_suffix = {format.suffix: name for name, format in FORMATS.items()}
     if out.suffix not in by_suffix:
         expected = ", ".join(suffix for suffix in by_suffix if suffix)
@@ -76,7 +75,7 @@ def _check_out(out: Path, format: str, weights: Path) -> None:
 def _tokenizer(weights: Path, given: str) -> Tokenizer | None:
     """The tokenizer to copy: the export is complete without one, unless it was asked for."""
     try:
-        # Without the model its vocabulary size is unknown here, and World isn't guessed from it: World has nothing to
+        # Without the model its vocabulary size is unknown here, so World isn't inferred from it; it has no files to
         # copy.
         return find_tokenizer(weights, NO_SIZE_LIMIT, given)
     except UserError as error:

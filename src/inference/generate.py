@@ -60,8 +60,7 @@ def _print(text: str) -> None:
 
 
 def exit_on_closed_pipe() -> None:
-    """End the program silently when the reader of its output exits, as in `| head`, instead of with a
-    BrokenPipeError."""
+    """End the program silently when the reader of its output exits, as in `| head`, without a BrokenPipeError."""
     if hasattr(signal, "SIGPIPE"):  # Windows has none
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 

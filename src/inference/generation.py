@@ -63,8 +63,7 @@ def generate_batch(
     uncounted_ids: Collection[int] = (),
     is_complete: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, decoded together: each weight is read from memory once per step for all of
-    them.
+    """The tokens that follow each prompt, decoded together: a step reads each weight from memory once for all of them.
 
     Prompts may differ in length. Prompt i draws with seed + i and gets the answer that `generate` gives with this seed.
     `is_complete(answer)` is called after each token, which is the answer's last where it returns True.
@@ -73,6 +72,7 @@ def generate_batch(
     if not prompts:  # a decoder of no sequences would have nothing to prefill
         return []
     decoder = Decoder(model, batch=len(prompts))
+    # A sampler per prompt, so that an answer doesn't depend on the other prompts in the batch.
     samplers = [Sampler(sampling, None if seed is None else seed + i, uncounted_ids) for i in range(len(prompts))]
     answers: list[list[int]] = [[] for _ in prompts]
     prompt_of_row = list(
@@ -96,8 +96,7 @@ def generate_batch(
         active = [row for row, prompt in enumerate(prompt_of_row) if prompt != FINISHED]
         if not active or count == max_new_tokens:
             break
-        # Finished rows are dropped by halves and not one by one, because a CUDA graph is captured again for each batch
-        # size.
+        # Finished rows are dropped by halves and not one by one: each batch size needs a new CUDA graph.
         if 2 * len(active) <= len(prompt_of_row):
             decoder.keep(active)
             prompt_of_row, next_tokens = [prompt_of_row[row] for row in active], [next_tokens[row] for row in active]

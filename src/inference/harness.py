@@ -77,8 +77,7 @@ class HarnessMethods:
 
     def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """The ids of both, with spaces at the context's end moved to the continuation."""
-        # Tokenizers merge a space with the word after it: encoded apart from it, it would be a token that training has
-        # rarely seen.
+        # Tokenizers merge a space with the word after it: encoded apart, it would be a token that is rare in training.
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation

@@ -39,10 +39,9 @@ def find_weights(model: str | Path) -> Path:
 
 
 def latest_trained_weights(out: Path) -> Path:
-    """The most recently written weights of all runs under `out`, initial ones excluded. Raises UserError when there are
+    """The most recently written weights of all runs under `out`, except initial ones. Raises UserError if there are
     none."""
-    # By time and not by run: the run of interest is the one that was trained last. Archived runs in previous-K/ are
-    # older.
+    # By time and not by run: the run of interest is the one that was trained last. Archived runs are older.
     folders = {path.parent for path in out.glob("**/*.pth")}
     named = [folder / name for folder in folders for name in (FINAL, BEST)]
     candidates = [path for path in named if path.is_file()]

@@ -1,5 +1,4 @@
-"""From logits to the next token: temperature, top-p, top-k and repetition penalties, as other RWKV programs define
-them."""
+"""From logits to the next token: temperature, top-p, top-k and repetition penalties, as in other RWKV programs."""
 
 from __future__ import annotations
 
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from src.errors import UserError
 
-# fp32 rounds temperatures below about 1e-45 to 0, and 0 would be divided by 0. Long before, the most likely token has
-# probability 1.
+# fp32 rounds temperatures below about 1e-45 to 0, and 0 would be divided by 0. Long before, one token has all
+# probability.
 GREEDY_BELOW = 1e-6
 SEED_LIMIT = 2**63  # torch.Generator takes int64
 
@@ -52,8 +51,7 @@ class Sampling:
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens that may be drawn, and their probabilities: ids int64 [K] and p fp32 [K], summing to 1, for logits
-    [V].
+    """For logits [V], the ids int64 [K] of the tokens that may be drawn, and their probabilities fp32 [K].
 
     top_p and then top_k select from softmax(logits), and the temperature is applied to what they leave: the order of
     the `rwkv` package, so that settings carry over.
@@ -64,8 +62,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         return best.unsqueeze(0), p.new_ones(1)
     ids = None
     if sampling.top_p < 1:
-        # Sorting the whole vocabulary is slow. Tokens below (1 - top_p) / V add up to less than 1 - top_p, so none of
-        # them is needed.
+        # Sorting the whole vocabulary is slow. Tokens below (1 - top_p) / V add up to less than 1 - top_p: none is
+        # needed.
         ids = (p >= (1 - sampling.top_p) / p.numel()).nonzero().squeeze(1)
         p, order = p[ids].sort(descending=True, stable=True)
         keep = int((p.cumsum(0) < sampling.top_p).sum()) + 1  # including the token whose sum reaches top_p

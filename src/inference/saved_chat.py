@@ -32,7 +32,7 @@ class SavedChat:
     """A conversation between two turns.
 
     messages   the turns so far, as the chat template takes them
-    processed  the text, as bytes, that `state` has processed; b"" without a chat template
+    processed  the text, as bytes, that `state` has processed; used with a chat template only
     pending    generated tokens that it has yet to process
     state      of one sequence
     """
@@ -105,8 +105,7 @@ def model_sizes(model: RWKV7) -> dict[str, int]:
 
 def weights_hash(model: RWKV7) -> str:
     """A hash that differs between models of equal sizes, a fine-tuned one and its base included."""
-    # 64 rows of the two matrices that every kind of training changes. In bf16, so that a model has one hash in fp32 and
-    # in bf16.
+    # 64 rows of the two matrices that all training changes. In bf16, so that fp32 and bf16 give one hash.
     rows = (model.emb.weight[:64], model.head.weight[:64])
     data = b"".join(tensor.bfloat16().view(torch.int16).cpu().numpy().tobytes() for tensor in rows)
     return hashlib.sha256(data).hexdigest()[:16]
@@ -125,6 +124,7 @@ def _read_record(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises half a dozen types for a file that isn't its own or is damaged
         raise UserError("not a saved conversation, or cut short", given=path, expected=EXPECTED) from error
     version = _version_of(record)
+    # "Not one" and "too new" are told apart, as only the second is solved by an update.
     if version is None:
         raise UserError("not a saved conversation", given=path, expected=EXPECTED)
     if version > FORMAT_VERSION:

@@ -20,8 +20,8 @@ LOGIT_ROWS = 1024
 
 @dataclass(frozen=True)
 class Score:
-    """Of a continuation after its context: `log_probability` in nats; `greedy`: whether each of its tokens is the most
-    likely one."""
+    """Of a continuation after its context: `log_probability` in nats; `greedy`: whether each token is the most
+    likely."""
 
     log_probability: float
     greedy: bool
@@ -88,8 +88,7 @@ def _score_row(model: RWKV7, pairs: list[Pair]) -> list[Score]:
 
 
 def _score_tokens(model: RWKV7, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(target) and whether it is the most likely token, float64 and bool [T], for hidden [T, C], targets int64
-    [T]."""
+    """log p(target) and whether it is the most likely token, [T] each, for hidden [T, C], targets int64 [T]."""
     log_p, greedy = [], []
     for x, y in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
         logits = model.head(x).float()  # [rows, V]

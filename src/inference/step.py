@@ -21,8 +21,7 @@ from src.ops.recurrence import describe_kernel
 
 
 class _TimeMixWeights(NamedTuple):
-    """A TimeMix's weights laid out for one token; D are the low-rank sizes of w, a, g, v in this order (layer 0:
-    without v)."""
+    """A TimeMix's weights laid out for one token; D are the low-rank sizes of w, a, g, v (layer 0: w, a, g)."""
 
     mix: Tensor  # [3, 1, C]: of r, k, v
     # [sum D, 2 C]: the first matrices of all low-rank pairs, for [x, xx]. (x + xx * m) @ W = [x, xx] @ [W; m * W] turns
@@ -132,7 +131,7 @@ def overwrite(state: State, values: State) -> None:
 
 
 class CudaGraphStep:
-    """A TorchStep on one state, captured as a CUDA graph: one launch instead of hundreds. The next step overwrites its
+    """A TorchStep on one state, captured as a CUDA graph: one launch instead of hundreds. Steps overwrite the
     logits."""
 
     def __init__(self, step: TorchStep, state: State) -> None:

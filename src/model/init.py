@@ -96,8 +96,7 @@ def orthogonal(gain: Callable[[ParameterInfo], float]) -> Value:
 
 def _head_gain(s: ParameterInfo) -> float:
     vocab, width = s.shape
-    # With V > C only the columns are orthonormal; the factor gives each row, and so each logit, the norm 0.5 on
-    # average.
+    # With V > C only the columns are orthonormal; the factor gives each row the norm 0.5 on average.
     return 0.5 * math.sqrt(vocab / width) if vocab > width else 0.5
 
 
@@ -116,8 +115,7 @@ TABLE: tuple[Row, ...] = (
     Row(r".*\batt\.x_[rg]", "1 - d^(0.2 q)", lambda s: 1 - s.d ** (0.2 * s.q)),
     Row(r".*\batt\.x_[wa]", "1 - d^(0.9 q)", lambda s: 1 - s.d ** (0.9 * s.q)),
     Row(r".*\batt\.x_[kv]", "1 - d^(0.7 q)", lambda s: 1 - s.d ** (0.7 * s.q)),
-    # The decay's bias: from long memory in the first channels to short memory in the last; zz spreads it within each
-    # head.
+    # The decay's bias: from long memory in the first channels to short memory in the last; zz varies it per head.
     Row(
         r".*\batt\.w0",
         "-6 + 6 (c/(C-1))^(1 + p^0.3) + 0.5 + 2.5 zz",
@@ -126,8 +124,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(r".*\batt\.a0", "-0.19 + 0.3 zz + 0.4 lin", lambda s: -0.19 + 0.3 * s.zz + 0.4 * s.lin),
     Row(r".*\batt\.v0", "0.73 - 0.4 lin", lambda s: 0.73 - 0.4 * s.lin),
-    # The first half of each low-rank pair is 0 and the second is not, so that the pair adds nothing at step 0 but
-    # receives a gradient.
+    # The first of each low-rank pair is 0 and the second is not: it adds nothing at step 0 but receives a gradient.
     Row(r".*\batt\.[wavg]1", "0", lambda s: 0.0),
     Row(r".*\batt\.[wavg]2", "orthogonal, gain 0.1 max(1, sqrt(rows/cols))", orthogonal(_low_rank_gain)),
     Row(r".*\batt\.k_k", "0.71 - 0.1 lin", lambda s: 0.71 - 0.1 * s.lin),
@@ -161,11 +158,9 @@ def row_of(name: str) -> Row:
 
 @torch.no_grad()
 def initialise(module: nn.Module, config: ModelConfig, layer: int = 0, prefix: str = "") -> None:
-    """Set every parameter of `module` to its initial value; `prefix` completes its names to those of the table
-    ("att.").
+    """Set every parameter of `module` to its initial value; `prefix` ("att.") completes its names.
 
-    Values are computed on the CPU in fp32 or float64 and cast, so that they don't depend on the parameters' dtype and
-    device.
+    Values are computed on the CPU in fp32 or float64 and cast, independently of the parameters' dtype and device.
     """
     for name, parameter in module.named_parameters():
         if parameter.is_meta:  # gets its values from a file: drawing them would only take time

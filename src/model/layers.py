@@ -30,19 +30,16 @@ def last_tokens(x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None) -> T
     """
     if cu_seqlens is None:
         return x[:, -1].clone()  # a view would keep all of x alive as long as the state
-    # An empty document's last token is that of the document before it (index -1 at the start of the row); replaced
-    # below.
+    # An empty document's last token is that of the document before it (-1: of none); replaced below.
     last = x[0, (cu_seqlens[1:].long() - 1).clamp(min=0)]
     empty = (cu_seqlens[1:] == cu_seqlens[:-1]).unsqueeze(1)
     return torch.where(empty, torch.zeros_like(last) if shift is None else shift, last)
 
 
 class HeadNorm(nn.GroupNorm):
-    """Group norm of the recurrence's output (one group per head), plus the bonus r k r_k v, times the gate: in one pass
-    over memory."""
+    """Group norm of the recurrence's output (one group per head), plus the bonus r k r_k v, times the gate."""
 
-    # A module rather than a function: ZeRO stage 3 gathers a module's parameters for its forward, and ln_x has weight
-    # and bias.
+    # A module rather than a function: ZeRO stage 3 gathers a module's parameters for its forward pass.
 
     def forward(  # type: ignore[override]
         self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, r_k: Tensor, kernel: str = "auto"
@@ -83,8 +80,8 @@ class TimeMix(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
-        # A bool rather than the layer's number: torch.compile specialises on attributes and shares one graph between
-        # equal ones.
+        # A bool rather than the layer's number: torch.compile specialises on it, and shares one graph between equal
+        # blocks.
         self.first = layer == 0
         self.n_head, self.head_size, self.kernel = config.n_head, config.head_size, config.kernel
         width = config.n_embd
@@ -118,8 +115,10 @@ class TimeMix(nn.Module):
         wkv: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [B, T, C], state (shift [B, C], wkv fp32 [B, H, N, N]; None: zeros) -> out [B, T, C], v_first, new shift,
-        new wkv."""
+        """x [B, T, C] -> out [B, T, C], v_first, new shift, new wkv.
+
+        The state is shift [B, C] and wkv fp32 [B, H, N, N]; None: zeros. v_first [B, T, C] are layer 0's values.
+        """
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         xr, xw, xk, xv, xa, xg = token_shift(x, shift, cu_seqlens, mixes, kernel=self.kernel)  # [B, T, C] each
 

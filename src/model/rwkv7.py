@@ -27,8 +27,7 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         # normal_ on a meta tensor imports torch._dynamo: a second of every program that loads a model. On a real device
-        # it is called, although `initialise` overwrites its values: it advances the random number generator, which the
-        # values of a seed depend on.
+        # it is called, although `initialise` overwrites its values: it advances the random number generator.
         if not self.weight.is_meta:
             super().reset_parameters()
 
@@ -71,13 +70,11 @@ class RWKV7(nn.Module):
         return self.head(x), state  # [B, T, C] -> [B, T, V]
 
     def compile_blocks(self, **options: Any) -> None:
-        """torch.compile for the blocks, with its `options`. All but the first run the same code, compiled once for each
-        kind of call."""
+        """torch.compile for the blocks, with its `options`. All but the first run the same code, compiled once for each kind of call."""
         import torch._dynamo  # seconds
 
-        # Beyond its limit the compiler falls silent and runs plain PyTorch. Kinds of call: rows or any number of
-        # documents, with gradients or without, the first block or another; where ZeRO hangs its hooks on modules, each
-        # block.
+        # Beyond its limit the compiler falls silent and runs plain PyTorch. Kinds of call: rows or any number of documents, with gradients
+        # or without, the first block or another; where ZeRO hangs its hooks on modules, each block.
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, 16 * len(self.blocks))
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
@@ -110,8 +107,7 @@ class RWKV7(nn.Module):
     ) -> RWKV7:
         """The model of a state dict; `source` names it in errors. Raises UserError when it isn't an RWKV-7 model's."""
         config = config_from_weights(weights, source, kernel=kernel)
-        # On the meta device nothing is allocated or drawn; the file's tensors become the parameters (assign), one at a
-        # time.
+        # On the meta device nothing is allocated or drawn; the file's tensors become the parameters (assign).
         with torch.device("meta"):
             model = cls(config)
         fitted = fit_weights(weights, model, source)

@@ -32,8 +32,7 @@ class State:
         cls, config: ModelConfig, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> State:
         """The state before the first token. `dtype` is that of the activations; `wkv` is fp32 in any case."""
-        # A model called without a state computes the same; these are for whoever overwrites a state in place, as a
-        # decoder does.
+        # A model called without a state computes the same; a decoder needs these, to overwrite them.
         n = config.head_size
         return cls(
             [

@@ -1,5 +1,4 @@
-"""Weights files: read without executing code, sizes inferred from the tensors, names and shapes checked against a
-model."""
+"""Weights files: read without executing code, sizes inferred from the tensors, checked against a model."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ SIZE_PARAMETERS = (
     *("emb.weight", "head.weight"),
     *("blocks.0.att.r_k", "blocks.0.att.w1", "blocks.0.att.a1", "blocks.0.att.g1", "blocks.0.ffn.key.weight"),
 )
-SHOWN_MISMATCHES = 3
+SHOWN_MISMATCHES = 3  # of what may be every parameter of the model: a message has two lines
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -48,8 +47,7 @@ def read_weights(path: str | Path) -> Weights:
     try:
         loaded = _load(path)
     except Exception as error:  # torch.load raises half a dozen types for a damaged file
-        # The rejected name stands in the text of torch's error only ("Unsupported global: GLOBAL os.system was not an
-        # allowed global").
+        # Only the text of torch's error has the rejected name: "Unsupported global: GLOBAL os.system was not ...".
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
                 f"not opened, as it contains more than plain tensors: that could run code, it calls {code[1]}",
@@ -122,8 +120,7 @@ def config_from_weights(weights: Weights, source: str, kernel: str = "auto") -> 
         gaps = sorted(set(range(max(layers))) - layers)
         raise UserError(f"blocks {gaps} are missing", given=source, advice="copy or download it again")
     vocab_size, n_embd = weights["emb.weight"].shape
-    # Layer 0's v1 may be missing or a placeholder of another shape, so layer 1's is preferred; a model of one layer has
-    # only the first.
+    # Layer 0's v1 may be missing or a placeholder of another shape, so layer 1's is preferred where there is one.
     value_residuals = [v1 for i in (1, 0) if (v1 := weights.get(f"blocks.{i}.att.v1")) is not None and v1.dim() == 2]
     return ModelConfig(
         n_layer=len(layers),
@@ -170,7 +167,7 @@ def fit_weights(weights: Weights, model: nn.Module, source: str, partial: bool =
             given=source,
             advice=_sizes_of(weights, source),
         )
-    return {name: fitted[name] for name in targets}
+    return {name: fitted[name] for name in targets}  # in the model's order, in which files are then written
 
 
 def _dtype_name(tensor: Tensor) -> str:
@@ -215,7 +212,7 @@ def save_weights(weights: Weights, path: Path) -> None:
     Raises OSError with the path when that fails twice (disk full, folder removed, no permission).
     """
     weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
-    # A second attempt, as network file systems fail for a moment; then the run stops rather than train on without
+    # A second attempt, as network file systems fail for a moment. Then the run stops: it shouldn't train without
     # saving.
     for attempt in (1, 2):
         try:

@@ -1,5 +1,4 @@
-"""Writes a model in another format or precision and verifies it: what was written is read back, and the logits are
-compared."""
+"""Writes a model in another format or precision, reads it back and compares the logits."""
 
 from __future__ import annotations
 
@@ -39,8 +38,7 @@ def _write_safetensors(weights: Weights, config: ModelConfig, path: Path, eos_id
 
 @dataclass(frozen=True)
 class Format:
-    """`write(weights, config, path, eos_id)` creates `path`: a file that ends in `suffix`, or a folder where that is
-    ""."""
+    """`write(weights, config, path, eos_id)` creates `path`: a file that ends in `suffix`, or ("") a folder."""
 
     suffix: str
     write: Callable[[Weights, ModelConfig, Path, int], None]
@@ -86,8 +84,7 @@ class VerificationError(RuntimeError):
 def convert_model(
     source: Path, out: Path, format: str, dtype: torch.dtype | None = None, tokenizer: Tokenizer | None = None
 ) -> Parity:
-    """Write the model in `source` (a path from `find_weights`) to `out` in `format`, and compare the logits of what is
-    read back.
+    """Write the model in `source` (a path from `find_weights`) to `out`, read it back and compare logits.
 
     `dtype` None keeps that of `source`. A `tokenizer` is copied next to the weights in formats that are folders. An
     existing `out` is replaced once the new one has been verified, and not before. Raises UserError when the format
@@ -98,14 +95,14 @@ def convert_model(
     if target.is_folder:
         _check_folder(out)
     original = load_model(source, "as is", "cpu")
+    # Rounded here, once: the writers store what they get, and the comparison below knows what that was.
     weights = {name: t.to(dtype or t.dtype).contiguous() for name, t in original.state_dict().items()}
     rounded = RWKV7.from_weights(weights, str(source)) if dtype else original
     eos_id = (
         max(tokenizer.eos_ids) if tokenizer else 0
     )  # 0 ends a document in every vocabulary; a greater one ends a turn
     out.parent.mkdir(parents=True, exist_ok=True)
-    # On the file system of `out`, where moving is a rename; within an existing folder, as its parent may not be
-    # writable.
+    # On the file system of `out`, where moving is a rename; in an existing folder, as its parent may be read-only.
     folder = out if target.is_folder and out.is_dir() else out.parent
     with TemporaryDirectory(prefix=".export-", dir=folder) as temporary:
         new = Path(temporary) / f"model{target.suffix}"
@@ -128,8 +125,7 @@ def convert_model(
 
 
 def _check_folder(out: Path) -> None:
-    """Raises UserError when `out` contains weights of other names, as a reader of the folder would merge them with the
-    new ones."""
+    """Raises UserError when `out` contains weights of other names, as readers would merge the two."""
     others = sorted(file.name for file in out.glob("*.safetensors") if file.name != TENSORS)
     if others:
         raise UserError(f"contains other weights ({others[0]})", given=out, advice="name another folder")
@@ -137,7 +133,7 @@ def _check_folder(out: Path) -> None:
 
 @torch.no_grad()
 def compare(original: RWKV7, rounded: RWKV7, written: RWKV7) -> Parity:
-    """The parity of `written` with `original`, of which `rounded` is a copy in the written dtype. Converts all three to
+    """The parity of `written` with `original`, of which `rounded` is a copy in the written dtype. Converts them to
     fp32."""
     # 7919 is a prime, so that the tokens are spread over the vocabulary.
     tokens = torch.arange(VERIFIED_TOKENS).mul(7919).remainder(original.config.vocab_size).unsqueeze(0)

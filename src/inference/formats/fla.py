@@ -39,8 +39,7 @@ _NAMES = {
     "blocks.{}.att.output.": "model.layers.{}.attn.o_proj.",
     "blocks.{}.att.ln_x.": "model.layers.{}.attn.g_norm.",
     **{
-        # fla's LoRA module is Sequential(Linear, activation, Linear): our w1, w2 and w0 are 0.weight, 2.weight and
-        # 2.bias.
+        # fla's LoRA module is Sequential(Linear, activation, Linear): w1, w2, w0 are 0.weight, 2.weight, 2.bias.
         f"blocks.{{}}.att.{kind}{part}": f"model.layers.{{}}.attn.{kind}_lora.lora.{suffix}"
         for kind in "wavg"
         for part, suffix in (("0", "2.bias"), ("1", "0.weight"), ("2", "2.weight"))
@@ -86,8 +85,7 @@ def _to_fla_shape(name: str, tensor: Tensor) -> Tensor:
 
 
 def from_fla(tensors: Weights) -> Weights:
-    """The inverse of `to_fla`, but channel vectors stay [C]: `fit_weights` reshapes them. Raises UserError for an
-    unknown name."""
+    """The inverse of `to_fla`, but channel vectors stay [C] (`fit_weights` reshapes them). Raises UserError."""
     weights = {}
     for name, tensor in tensors.items():
         if name.endswith(".attn.x_x"):
@@ -145,8 +143,7 @@ def is_fla_folder(path: Path) -> bool:
 
 
 def read_fla(folder: Path) -> Weights:
-    """The weights in such a folder, in one file or several, under the names of `RWKV7`. Raises UserError when they
-    can't be read."""
+    """The weights of a folder, of one file or several, under the names of `RWKV7`. Raises UserError if unreadable."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -157,6 +154,7 @@ def read_fla(folder: Path) -> Weights:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{CONFIG} without a .safetensors file", given=folder, advice="download the weights, too")
+    # Errors name the file: with several, the others needn't be downloaded again.
     tensors: Weights = {}
     for file in files:
         try:
@@ -169,8 +167,7 @@ def read_fla(folder: Path) -> Weights:
 
 
 def write_fla(weights: Weights, config: ModelConfig, folder: Path, eos_id: int = 0) -> None:
-    """Write `weights` (of one dtype) as such a folder. Raises UserError as `fla_config`, OSError when it can't be
-    written."""
+    """Write `weights` (of one dtype) as a folder. Raises UserError as `fla_config` does, and OSError."""
     from safetensors.torch import save_file
 
     # Before anything is written: it raises for a model that the layout can't express.
