@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from src.config import RunConfig
 from src.model import RWKV7
+from src.model.cost import training_flops_per_token
 from src.training.hardware.allocator import set_up_malloc
 from src.training.hardware.peak_flops import peak_flops
 from src.training.hardware.selection import choose_hardware
 from src.training.module import TrainingModule
-from src.training.preflight.plan import training_flops_per_token
 
 CONFIGS = {  # n_layer, n_embd, vocab_size, ctx_len, micro_bsz, low-rank sizes w, a, v, g (0: by the formula)
     "mini": (8, 512, 6400, 512, 4, (0, 0, 0, 0)),
