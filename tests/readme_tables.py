@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import readme_chinese
 import torch
 
-from src.config import GROUPS, ModelConfig, RunConfig
+from src.config import GROUPS, ModelConfig, RunConfig, default_text
 from src.model import RWKV7
 from src.model.init import row_of
 from src.training.figures import published
@@ -46,12 +46,12 @@ FIRST_FLAGS = (
 
 
 def _flag(field: "dataclasses.Field[Any]", chinese: bool) -> list[str]:
-    default = "" if field.default == "" or field.name == "plan" else f"`{field.default}`"
-    words = readme_chinese.FLAGS[field.name] if chinese else field.metadata["help"]
+    default = f"`{default_text(field)}`" if default_text(field) else ""
+    meaning = readme_chinese.FLAGS[field.name] if chinese else field.metadata["help"]
     choices = [f"`{choice}`" for choice in field.metadata["choices"] if choice]
     if choices:
-        words += f"（{'、'.join(choices)}）" if chinese else f" ({', '.join(choices)})"
-    return [f"`--{field.name}`", default, words]
+        meaning += f"（{'、'.join(choices)}）" if chinese else f" ({', '.join(choices)})"
+    return [f"`--{field.name}`", default, meaning]
 
 
 def flags(chinese: bool) -> str:
@@ -144,6 +144,7 @@ TOP = [
 ]
 FOLDERS = [
     "src",
+    "src/config",
     "src/ops",
     "src/model",
     "src/dataset",
@@ -171,7 +172,8 @@ TREE = {  # README's, in a clause each
     "train.py": "trains: flags -> settings -> fit",
     "API_DEMO_CHAT.py": "chat in the terminal",
     "requirements.txt": "the packages that it needs",
-    "src/": "the library: config.py has every setting, cli.py the command line",
+    "src/": "the library; cli.py is the command line",
+    "src/config/": "every setting: default, meaning, check",
     "src/ops/": "what must be fast: wkv7, loss, elementwise work, each with a plain PyTorch form beside it",
     "src/model/": "RWKV-7 and its parts",
     "src/dataset/": "from files to samples: binidx, the order, conversations, tokenizers",

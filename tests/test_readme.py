@@ -19,6 +19,7 @@ import readme_chinese
 import readme_tables
 import torch
 
+from src.cli import COMPATIBILITY_FLAGS
 from src.config import GROUPS, ModelConfig, RunConfig
 from src.model import RWKV7
 from src.ops.recurrence import wkv7
@@ -131,7 +132,7 @@ FOREIGN = {
     *("dataset", "local_dir", "repo-type", "local-dir"),  # modelscope, hf
     *("nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "nodes", "ntasks-per-node", "gpus-per-node"),
     *("time", "requeue", "kill-on-bad-exit"),  # sbatch, srun
-    *("hostfile", "tool", "help"),
+    *("hostfile", "tool", "help", "version"),
 }
 NOT_HERE = {"my_pile_stage", "head_size_a", "layerwise_lr", "pre_ffn"}
 
@@ -139,7 +140,7 @@ NOT_HERE = {"my_pile_stage", "head_size_a", "layerwise_lr", "pre_ffn"}
 @pytest.mark.parametrize("page", ALL, ids=name_of)
 def test_flags_that_it_names_exist(page):
     """In commands of train.py and of the scripts that pass flags on: its flags; in code anywhere else: those of some program here."""
-    own = {field.name for field in dataclasses.fields(RunConfig)}
+    own = {field.name for field in dataclasses.fields(RunConfig)} | set(COMPATIBILITY_FLAGS)
     programs = [
         *(ROOT / "src").rglob("*.py"),
         *ROOT.glob("*/*.py"),
@@ -154,7 +155,7 @@ def test_flags_that_it_names_exist(page):
     assert used <= known
     for line in text.splitlines():
         for command in re.findall(r"(?:train\.py|demo-training-run(?:-sft)?\.sh)([^`|#]*)", line):
-            flags = set(re.findall(r"(?<![\w-])--(\w+)", command)) - {"help"}
+            flags = set(re.findall(r"(?<![\w-])--(\w+)", command)) - {"help", "version"}
             assert flags <= own, line
 
 
