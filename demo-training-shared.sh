@@ -1,5 +1,6 @@
-# shellcheck shell=sh
-# What the demo scripts share; they read this file, it does nothing by itself: messages, model sizes, the Python environment.
+#!/bin/sh
+# Functions that the demo scripts share: messages, model sizes, the Python environment. They read this file; run by
+# itself it does nothing.
 
 set -eu
 cd "$(dirname "$0")"

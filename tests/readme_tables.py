@@ -138,9 +138,11 @@ TOP = [
     "demo-training-prepare.sh",
     "demo-training-run.sh",
     "demo-training-run-sft.sh",
+    "demo-training-shared.sh",
     "train.py",
     "API_DEMO_CHAT.py",
     "requirements.txt",
+    "constraints.txt",
 ]
 FOLDERS = [
     "src",
@@ -169,9 +171,11 @@ TREE = {  # README's, in a clause each
     "demo-training-prepare.sh": "what a run needs: Python environment, data, initial weights",
     "demo-training-run.sh": "pretrains, and shows what was learned",
     "demo-training-run-sft.sh": "fine-tunes on conversations, so that the model answers",
+    "demo-training-shared.sh": "what the three share: model sizes, the environment",
     "train.py": "trains: flags -> settings -> fit",
     "API_DEMO_CHAT.py": "chat in the terminal",
     "requirements.txt": "the packages that it needs",
+    "constraints.txt": "their versions that were tested together",
     "src/": "the library; cli.py is the command line",
     "src/config/": "every setting: default, meaning, check",
     "src/ops/": "what must be fast: wkv7, loss, elementwise work, each with a plain PyTorch form beside it",

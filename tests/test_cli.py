@@ -154,6 +154,12 @@ def test_version_is_shown_without_loading_torch(capsys):
     assert done.stdout == f"train.py {__version__} (torch {version('torch')})\n", done.stderr
 
 
+@pytest.mark.skipif(not (ROOT / "CHANGELOG.md").exists(), reason="no CHANGELOG.md")
+def test_version_is_the_newest_of_the_changelog():
+    headings = re.findall(r"^## \[(\d[\w.]*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == __version__
+
+
 # ---- existing scripts ------------------------------------------------------------------------------------------------
 
 

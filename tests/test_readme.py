@@ -170,15 +170,17 @@ def test_environment_variables_that_the_code_reads_are_named():
 def test_settings_of_the_scripts_are_theirs():
     """The table of docs/flags.md: each variable is read by the script that it names, and none that is read is missing."""
     page = read(ROOT / "docs/flags.md")
-    prepare, run, fine_tuning = (read(ROOT / f"demo-training-{name}.sh") for name in ("prepare", "run", "run-sft"))
-    scripts = {"pretraining": [prepare + run], "fine-tuning": [prepare + fine_tuning]}
+    shared, prepare, run, fine_tuning = (
+        read(ROOT / f"demo-training-{name}.sh") for name in ("shared", "prepare", "run", "run-sft")
+    )
+    scripts = {"pretraining": [shared + prepare + run], "fine-tuning": [shared + fine_tuning]}
     scripts["both"] = scripts["pretraining"] + scripts["fine-tuning"]
     named = set()
     for names, script in re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| ([\w-]+) \|", page, re.MULTILINE):
         for name in re.findall(r"`(\w+)`", names):
             assert all(f"${{{name}:-" in text for text in scripts[script]), name
             named.add(name)
-    read_there = set(re.findall(r"\$\{([A-Z_]+):-", prepare + run + fine_tuning))
+    read_there = set(re.findall(r"\$\{([A-Z_]+):-", shared + prepare + run + fine_tuning))
     told_elsewhere = {"CXX", "CUDA_HOME"}
     assert all(f"`{name}`" in page for name in told_elsewhere)
     assert read_there - named == told_elsewhere | {"VIRTUAL_ENV", "CONDA_PREFIX"}

@@ -102,9 +102,7 @@ def scripts(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_posix(script):
     subprocess.run(["/bin/sh", "-n", script], check=True)
-    text = script.read_text(encoding="utf-8")
-    # a file that others read has no interpreter of its own
-    assert text.startswith("# shellcheck shell=sh\n" if "shared" in script.name else "#!/bin/sh\n")
+    assert script.read_text(encoding="utf-8").startswith("#!/bin/sh\n")
 
 
 def test_adam_has_its_defaults_in_one_place():
