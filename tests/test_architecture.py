@@ -15,11 +15,12 @@ ROOT = Path(__file__).parents[1]
 # token.
 ALLOWED = {
     "errors": set(),
+    "version": set(),
     "config": {"errors"},
     "files": {"errors"},
     "run_folder": {"errors", "files"},
     "run_log": {"config", "errors", "run_folder"},
-    "cli": {"config", "errors"},
+    "cli": {"config", "errors", "version"},
     "ops": {"config", "errors", "files"},
     "model": {"config", "errors", "files", "ops"},
     "dataset": {"config", "errors", "files"},

@@ -12,6 +12,7 @@ import pytest
 import torch
 from documentation import ALL, FENCED, LINK, PAGES, ROOT, TWINS, name_of, read
 
+from src.cli import COMPATIBILITY_FLAGS
 from src.config import GROUPS, ModelConfig, RunConfig
 from src.model import RWKV7
 from src.ops.recurrence import wkv7
@@ -136,7 +137,7 @@ FOREIGN_FLAGS = {
     *("dataset", "local_dir", "repo-type", "local-dir"),  # modelscope, hf
     *("nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "nodes", "ntasks-per-node", "gpus-per-node"),
     *("time", "requeue", "kill-on-bad-exit"),  # sbatch, srun
-    *("hostfile", "tool", "help"),
+    *("hostfile", "tool", "help", "version"),
     "all",  # tests/run.sh
     "all-files",  # pre-commit
 }
@@ -147,7 +148,7 @@ MISSING_FLAGS = {"my_pile_stage", "head_size_a", "layerwise_lr", "pre_ffn"}
 @pytest.mark.parametrize("page", ALL, ids=name_of)
 def test_flags_that_a_page_names_exist(page):
     """In commands of train.py and of the scripts that call it: its flags; in other code: those of any program here."""
-    train_flags = {field.name for field in dataclasses.fields(RunConfig)}
+    train_flags = {field.name for field in dataclasses.fields(RunConfig)} | set(COMPATIBILITY_FLAGS)
     programs = [
         *(ROOT / "src").rglob("*.py"),
         *ROOT.glob("*/*.py"),
@@ -164,7 +165,7 @@ def test_flags_that_a_page_names_exist(page):
     assert used <= known
     for line in text.splitlines():
         for command in re.findall(r"(?:train\.py|demo-training-run(?:-sft)?\.sh)([^`|#]*)", line):
-            flags = set(re.findall(r"(?<![\w-])--(\w+)", command)) - {"help"}
+            flags = set(re.findall(r"(?<![\w-])--(\w+)", command)) - {"help", "version"}
             assert flags <= train_flags, line
 
 
@@ -179,15 +180,17 @@ def test_environment_variables_that_the_code_reads_are_documented():
 def test_environment_variables_of_the_scripts_are_documented():
     """In the table of docs/flags.md each variable is read by the script that it names, and none is missing."""
     page = read(ROOT / "docs/flags.md")
-    prepare, run, fine_tuning = (read(ROOT / f"demo-training-{name}.sh") for name in ("prepare", "run", "run-sft"))
-    scripts = {"pretraining": [prepare + run], "fine-tuning": [prepare + fine_tuning]}
+    shared, prepare, run, fine_tuning = (
+        read(ROOT / f"demo-training-{name}.sh") for name in ("shared", "prepare", "run", "run-sft")
+    )
+    scripts = {"pretraining": [shared + prepare + run], "fine-tuning": [shared + fine_tuning]}
     scripts["both"] = scripts["pretraining"] + scripts["fine-tuning"]
     named = set()
     for names, script in re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| ([\w-]+) \|", page, re.MULTILINE):
         for name in re.findall(r"`(\w+)`", names):
             assert all(f"${{{name}:-" in text for text in scripts[script]), name
             named.add(name)
-    variables = set(re.findall(r"\$\{([A-Z_]+):-", prepare + run + fine_tuning))
+    variables = set(re.findall(r"\$\{([A-Z_]+):-", shared + prepare + run + fine_tuning))
     in_prose = {"CXX", "CUDA_HOME"}
     assert all(f"`{name}`" in page for name in in_prose)
     assert variables - named == in_prose | {"VIRTUAL_ENV", "CONDA_PREFIX"}

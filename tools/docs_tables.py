@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from src.config import GROUPS, ModelConfig, RunConfig
+from src.config import GROUPS, ModelConfig, RunConfig, default_text
 from src.model import RWKV7
 from src.model.init import row_of
 from src.training.figures import published
@@ -89,9 +89,7 @@ def _meanings(chinese: bool) -> dict[str, str] | None:
 
 def flag_row(field: dataclasses.Field[Any], meanings: dict[str, str] | None) -> list[str]:
     """Flag, default and meaning: in Chinese if `meanings` are given, marked where they lack this flag."""
-    # --plan needs no value: its default, which stands for "no speed given", would only confuse. Switches are 0 and 1.
-    value = int(field.default) if isinstance(field.default, bool) else field.default
-    default = "" if value == "" or field.name == "plan" else f"`{value}`"
+    default = f"`{text}`" if (text := default_text(field)) else ""
     meaning = field.metadata["help"]
     choices = [f"`{choice}`" for choice in field.metadata["choices"] if choice]
     if meanings is not None:

@@ -21,6 +21,10 @@ TREE = {
         "fine-tunes on conversations, so that the model answers",
         "用对话微调，使模型会回答",
     ),
+    "demo-training-shared.sh": (
+        "what the three share: model sizes, the environment",
+        "三个脚本共用的部分：模型尺寸、环境",
+    ),
     "train.py": ("trains: flags -> settings -> fit", "训练：参数 -> 设置 -> fit"),
     "API_DEMO_CHAT.py": ("chat in the terminal", "在终端里与模型聊天"),
     "requirements.txt": ("the required packages", "所需的包"),

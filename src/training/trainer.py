@@ -229,7 +229,7 @@ def build_module(
     config: RunConfig, hardware: Hardware, model: RWKV7, values: Callable[[], NamedTensors] | None
 ) -> TrainingModule:
     """The LightningModule, its blocks compiled where --compile says so."""
-    if config.compile:
+    if config.compiles(hardware.device_type):
         model.compile_blocks()
     return TrainingModule(model, config, hardware, values)
 

@@ -79,7 +79,7 @@ class Step:
         torch.manual_seed(0)
         with self.device:
             model = RWKV7(config.model_config(vocab)).to(self.device, self.hardware.dtype)
-        if config.compile:  # as src/training/trainer.py does
+        if config.compiles(self.device.type):  # as src/training/trainer.py does
             model.compile_blocks()
         self.module = TrainingModule(model, config, self.hardware)
         self.optimizer = self.module.configure_optimizers()
