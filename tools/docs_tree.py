@@ -43,6 +43,10 @@ TREE = {
         "from files to samples: binidx, sample order, conversations, tokenizers",
         "从文件到样本：binidx、采样顺序、对话、分词器",
     ),
+    "src/dataset/corpus/": (
+        "text files to documents and tokens, for the tools of data/",
+        "data/ 里的工具所用：从文本文件到文档和 token",
+    ),
     "src/training/": ("the training run: trainer, optimizer, schedule, data", "训练：trainer、优化器、学习率、数据"),
     "src/training/checkpoint/": ("saving the full state, resuming from it", "保存完整状态，从中恢复"),
     "src/training/distributed/": ("several processes: launch, process group, ZeRO", "多进程：启动、进程组、ZeRO"),
@@ -52,6 +56,7 @@ TREE = {
     "src/training/preflight/": ("before a run: --plan, --check, --dry_run", "训练之前：--plan、--check、--dry_run"),
     "src/training/reporting/": ("during a run: metrics, logs, warnings", "训练途中：指标、日志、警告"),
     "src/inference/": ("decoding, chat, evaluation, export", "解码、聊天、评测、导出"),
+    "src/inference/formats/": ("reading and writing other programs' files", "读写其他程序的文件"),
     "cuda/": ("CUDA kernels, and the C++ that binds them", "CUDA 内核，以及绑定它们的 C++"),
     "cuda/cpu/": ("C++ kernels for the CPU", "CPU 的 C++ 内核"),
     "data/": ("tools that make data, and the data (not tracked)", "制作数据的工具，以及数据（不纳入版本控制）"),

@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--config", default="mini", choices=list(CONFIGS))
     for name in ("n_layer", "n_embd", "vocab_size", "ctx_len", "micro_bsz"):
         parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help="instead of the configuration's")
-    parser.add_argument("--compile", type=int, default=0)
+    parser.add_argument("--compile", choices=("auto", "0", "1"), default="0")
     parser.add_argument("--grad_cp", type=int, default=0)
     parser.add_argument("--head_chunk", type=int, default=0)
     parser.add_argument("--kernel", default="auto")
