@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from chat_models import make_tokenizer
+from chat_models import make_tokenizer, tokenizer_with_entries
 from random_model import random_model
-from test_tokenizer import of_entries
 
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
 from src.dataset.tokenizer import load_tokenizer
@@ -76,7 +75,7 @@ def test_heldout_loss_is_the_mean_over_independent_windows(model, data):
 def test_bytes_are_those_of_the_text(tmp_path, tokenizer):
     """The end of a document has none, but where 0 is text in the vocabulary nobody can tell them apart."""
     assert _bytes(np.array([*tokenizer.encode("Hi!"), 0]), tokenizer) == 3
-    exclaiming = load_tokenizer(of_entries(tmp_path, ["!", "H", "i", "<end>"], "<end>"))
+    exclaiming = load_tokenizer(tokenizer_with_entries(tmp_path, ["!", "H", "i", "<end>"], "<end>"))
     assert _bytes(np.array(exclaiming.encode("Hi!")), exclaiming) == 3
 
 

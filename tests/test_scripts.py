@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.train_tokenizer import train_tokenizer
 from src.config import ModelConfig
 from src.dataset import BinIdxWriter
+from src.dataset.corpus.bpe import train_bpe
 from src.model import RWKV7
 
 ROOT = Path(__file__).parents[1]
@@ -265,7 +265,7 @@ def conversations_file(path, count=6):
 @pytest.fixture
 def pretrained(tree):
     """A tree with what the demo's pretraining leaves: the tokenizer, and final weights of the demo's size, drawn at random."""
-    train_tokenizer(["What is it? It is a test.\n"], tree / "data" / "demo_tokenizer", 6400)
+    train_bpe(["What is it? It is a test.\n"], tree / "data" / "demo_tokenizer", 6400)
     folder = tree / "out" / "L4-D256-x070"
     folder.mkdir(parents=True)
     torch.save(RWKV7(ModelConfig(n_layer=4, n_embd=256, vocab_size=6400)).state_dict(), folder / "rwkv-final.pth")
