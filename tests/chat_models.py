@@ -51,6 +51,22 @@ def make_tokenizer(folder: Path, template: str | None = CHATML) -> Path:
     return folder
 
 
+def tokenizer_with_entries(folder: Path, entries: list[str], end: str) -> Path:
+    """A byte-level tokenizer folder with this vocabulary, "" for an unused id; `end` is its special eos_token."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as RustTokenizer
+
+    rust_tokenizer = RustTokenizer(
+        models.BPE(vocab={entry: number for number, entry in enumerate(entries) if entry}, merges=[])
+    )
+    rust_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust_tokenizer.decoder = decoders.ByteLevel()
+    rust_tokenizer.add_special_tokens([AddedToken(end, special=True)])
+    rust_tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    return folder
+
+
 def chat_ids(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
     """The tokens of a conversation by the tokenizer's own template."""
     assert tokenizer.chat_template is not None

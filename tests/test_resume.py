@@ -250,7 +250,7 @@ def test_weights_alone_continue_with_another_batch_and_the_renewed_warm_up_is_no
     train_until(43, out, data, monkeypatch, save_minutes=1e-6, **bigger)
     words = capfd.readouterr().out
     assert f"step 40, {160 * CTX:,} tokens, with a fresh optimizer" in words
-    assert "--epoch_steps 7: this run's mini-epochs stay as they began, with 20" in words
+    assert "--epoch_steps 7: the mini-epochs of this run stay as they began, with 20" in words
     assert train(out, data, **{**RUN, "micro_bsz": 2}) == 0
     rows = metrics(out)
     assert [int(row["tokens"]) for row in rows[39:44]] == [n * CTX for n in (160, 168, 176, 184, 186)]

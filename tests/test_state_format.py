@@ -78,7 +78,7 @@ def test_a_resume_reads_each_file_of_the_state_once(tmp_path, data, monkeypatch)
     opened = []
 
     def watch(event, args):
-        if event == "open" and isinstance(args[0], (str, Path)) and str(folder) in str(args[0]):
+        if event == "open" and isinstance(args[0], (str, Path)) and Path(args[0]).parent == folder:
             opened.append(Path(args[0]).name)
 
     monkeypatch.setattr(audited, "callback", watch)

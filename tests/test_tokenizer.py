@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from chat_models import TEMPLATES, chat_ids, make_tokenizer
+from chat_models import TEMPLATES, chat_ids, make_tokenizer, tokenizer_with_entries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,22 +107,6 @@ def test_properties_of_a_folder_tokenizer(folder: Path) -> None:
     ours = load_tokenizer(folder)
     assert (ours.name, ours.vocab_size, ours.eos_ids) == (str(folder), 314, (0, 2))
     assert ours.decode([0, 1, 2]) == "<|endoftext|><|im_start|><|im_end|>"
-
-
-def tokenizer_with_entries(folder: Path, entries: list[str], end: str) -> Path:
-    """A byte-level tokenizer folder with this vocabulary, "" for an unused id; `end` is its special eos_token."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as RustTokenizer
-
-    rust_tokenizer = RustTokenizer(
-        models.BPE(vocab={entry: number for number, entry in enumerate(entries) if entry}, merges=[])
-    )
-    rust_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    rust_tokenizer.decoder = decoders.ByteLevel()
-    rust_tokenizer.add_special_tokens([AddedToken(end, special=True)])
-    rust_tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
-    return folder
 
 
 def test_a_vocabulary_whose_id_0_is_text(tmp_path: Path) -> None:

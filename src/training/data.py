@@ -241,7 +241,7 @@ class HeldOut:
         self._sample: Callable[[int], Batch]
         if config.data_type == "binidx":
             self._tokens = MMapIndexedDataset(config.val_data_file).tokens
-            self._windows = list(windows(len(self._tokens), config.ctx_len, config.val_windows))
+            self._windows = list(windows(len(self._tokens), config.ctx_len, config.val_windows, flag="val_data_file"))
             self._collate, self.count = torch.utils.data.default_collate, len(self._windows)
             self._sample = self._window
         else:

@@ -28,7 +28,8 @@ def resolve_model_config(config: RunConfig, resume: ResumePoint, process_group: 
 
     def resolve() -> ModelConfig:
         # a full state records its vocabulary, whatever the data or the tokenizer would suggest
-        vocab_size = config.vocab_size or saved.get("vocab_size") or find_vocab_size(config, _read(resume))
+        known = saved.get("vocab_size", 0) if not config.vocab_size else 0
+        vocab_size = known or find_vocab_size(config, _read(resume))
         sizes = config.model_config(vocab_size)
         if resume.state is None and (weights := _read(resume)) is not None:
             _fit(

@@ -13,6 +13,7 @@ from src.training.checkpoint.resume import ResumePoint, archive_damaged_state, f
 from src.training.checkpoint.storage import DamagedStateError
 from src.training.console import log
 from src.training.schedule import RunLength
+from src.training.settings import describe_start
 from src.training.trainer import FitResult, RunContext, fit
 
 
@@ -32,6 +33,7 @@ def fit_with_rollback(run: RunContext, resume: ResumePoint) -> FitResult:
             assert resume.reader is not None
             run.process_group.broadcast_from_rank_zero(partial(archive_damaged_state, resume.reader.folder, error))
             resume = _find_resume_point_again(run, resume)
+            log(f"{'starts from':>12}  {describe_start(resume)}")
             continue
         finally:
             gc.collect()  # trainer and module refer to each other: their weights and moments go before the next ones come

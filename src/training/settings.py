@@ -146,17 +146,20 @@ def _record_held_out(run: dict[str, Any], now: dict[str, Any], proj_dir: Path) -
 # ---- summaries -------------------------------------------------------------------------------------------------------------------
 
 
-def summary(config: RunConfig, sizes: ModelConfig, hardware: Hardware, samples: Samples, resume: ResumePoint) -> str:
-    """What is about to be trained, a line each."""
+def describe_start(resume: ResumePoint) -> str:
+    """What a run starts or resumes from."""
     length, step = resume.length, resume.position.step
+    reached = f"step {step:,}, {length.tokens(step):,} tokens"
     if resume.state is not None and resume.reader is not None:
         saved_at = datetime.fromtimestamp(resume.state.saved_at)
-        tokens = f"step {step:,}, {length.tokens(step):,} tokens"
-        start = f"{resume.reader.folder}, saved {saved_at:%Y-%m-%d %H:%M:%S}: {tokens}, full state"
-    else:
-        start = "new weights" if resume.weights is None else str(resume.weights)
-        if step:
-            start += f", at step {step:,}, {length.tokens(step):,} tokens, with a fresh optimizer"
+        return f"{resume.reader.folder}, saved {saved_at:%Y-%m-%d %H:%M:%S}: {reached}, full state"
+    weights = "new weights" if resume.weights is None else str(resume.weights)
+    return f"{weights}, at {reached}, with a fresh optimizer" if step else weights
+
+
+def summary(config: RunConfig, sizes: ModelConfig, hardware: Hardware, samples: Samples, resume: ResumePoint) -> str:
+    """What is about to be trained, a line each."""
+    length = resume.length
     rows = {
         "model": f"{sizes.title}, {parameter_count(sizes):,} parameters, vocabulary {sizes.vocab_size:,}",
         "data": samples.summary,
@@ -164,7 +167,7 @@ def summary(config: RunConfig, sizes: ModelConfig, hardware: Hardware, samples: 
         "lr": f"{config.lr_init:g} to {config.lr_final:g}",
         "device": f"{hardware.device_name}, {hardware.description}, {hardware.precision}",
         "wkv7": describe_kernel(hardware.device_type, hardware.dtype, sizes.head_size, sizes.kernel),
-        "starts from": start,
+        "starts from": describe_start(resume),
         "folder": config.proj_dir,
     }
     return "\n".join(f"{name:>12}  {text}" for name, text in rows.items())

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from src.config import RunConfig
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.files import atomic_write
-from src.inference.generate import generate
+from src.inference.generation import generate
 from src.model import RWKV7
 from src.run_folder import SAMPLES
 from src.training.console import is_rank_zero, warn_on_error
