@@ -73,19 +73,11 @@ def test_heldout_loss_is_the_mean_over_independent_windows(model, data):
     assert heldout_loss(model, data, 48, max_windows=2).tokens == 96
 
 
-<<<<<<< HEAD
 def test_text_bytes_are_those_of_the_text(tmp_path, tokenizer):
     """The end of a document has no bytes, except in a vocabulary where 0 is text as well."""
     assert text_bytes(np.array([*tokenizer.encode("Hi!"), 0]), tokenizer) == 3
-    zero_is_text = load_tokenizer(of_entries(tmp_path, ["!", "H", "i", "<end>"], "<end>"))
+    zero_is_text = load_tokenizer(tokenizer_with_entries(tmp_path, ["!", "H", "i", "<end>"], "<end>"))
     assert text_bytes(np.array(zero_is_text.encode("Hi!")), zero_is_text) == 3
-=======
-def test_bytes_are_those_of_the_text(tmp_path, tokenizer):
-    """The end of a document has none, but where 0 is text in the vocabulary nobody can tell them apart."""
-    assert _bytes(np.array([*tokenizer.encode("Hi!"), 0]), tokenizer) == 3
-    exclaiming = load_tokenizer(tokenizer_with_entries(tmp_path, ["!", "H", "i", "<end>"], "<end>"))
-    assert _bytes(np.array(exclaiming.encode("Hi!")), exclaiming) == 3
->>>>>>> dataset
 
 
 def test_bits_per_byte_of_a_uniform_distribution(model, tokenizer):

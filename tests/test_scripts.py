@@ -346,13 +346,8 @@ def conversations_file(path, count=6):
 
 @pytest.fixture
 def pretrained(tree):
-<<<<<<< HEAD
     """A tree with the results of the demo's pretraining: the tokenizer, and random final weights of the demo's size."""
-    train_tokenizer(["What is it? It is a test.\n"], tree / "data" / "demo_tokenizer", 6400)
-=======
-    """A tree with what the demo's pretraining leaves: the tokenizer, and final weights of the demo's size, drawn at random."""
     train_bpe(["What is it? It is a test.\n"], tree / "data" / "demo_tokenizer", 6400)
->>>>>>> dataset
     folder = tree / "out" / "L4-D256-x070"
     folder.mkdir(parents=True)
     torch.save(RWKV7(ModelConfig(n_layer=4, n_embd=256, vocab_size=6400)).state_dict(), folder / "rwkv-final.pth")
