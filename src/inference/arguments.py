@@ -41,9 +41,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     }
     # From the fields, so that a default stands once: in Sampling.
     for field in fields(Sampling):
-        kind = (
-            int if field.name == "top_k" else float
-        )  # the annotations are strings here, so they can't be used as types
+        # The annotations are strings here (see __future__), so they can't be used as types.
+        kind = int if field.name == "top_k" else float
         help = f"{descriptions[field.name]} [%(default)s]"
         parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=help)
     parser.add_argument("--seed", type=int, default=None, help="equal seeds give equal text; default: a random one")

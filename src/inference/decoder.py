@@ -41,9 +41,8 @@ class Decoder:
         """Copy `state` to memory that steps overwrite, and set the batch size to its."""
         att_shift, wkv, ffn_shift = (torch.stack(kind) for kind in zip(*state.layers, strict=True))
         self._stacked = att_shift, wkv, ffn_shift  # [L, B, ...]: the native step takes all layers in one tensor
-        self._state = State(
-            [LayerState(*layer) for layer in zip(att_shift, wkv, ffn_shift, strict=True)]
-        )  # views of it
+        # Views of these, layer by layer, for the other kinds of steps.
+        self._state = State([LayerState(*layer) for layer in zip(att_shift, wkv, ffn_shift, strict=True)])
         self.batch = wkv.shape[1]
         self._graph: CudaGraphStep | None = None  # captured for these addresses and this batch size
 
@@ -67,9 +66,8 @@ class Decoder:
     def keep(self, rows: Sequence[int]) -> None:
         """Continue with the sequences `rows` only, in this order; a row that is repeated is copied."""
         if self.batch == 1 and len(rows) > 1:
-            self.__dict__.pop(
-                "native_weights", None
-            )  # packed weights are slow for several sequences: lay them out again
+            # Packed weights are slow for several sequences: the next step lays them out again.
+            self.__dict__.pop("native_weights", None)
         self._allocate(self._state.select(torch.tensor(rows, device=self.device)))
 
     # ---- prompts ---------------------------------------------------------------------------------------------
@@ -96,7 +94,7 @@ class Decoder:
         rows = torch.tensor(list(chunks), device=self.device)
         packed = torch.tensor([[token for chunk in chunks.values() for token in chunk]], device=self.device)
         bounds = torch.tensor([0, *map(len, chunks.values())]).cumsum(0).to(self.device)
-        cu_seqlens = bounds.int() if len(chunks) > 1 else None  # the kernels for a single sequence are faster
+        cu_seqlens = bounds.int() if len(chunks) > 1 else None  # a single sequence needs no bounds
         hidden, state = self.model.hidden(packed, self._state.select(rows), cu_seqlens)
         for layer, new_layer in zip(self._state.layers, state.layers, strict=True):
             for tensor, values in zip(layer, new_layer, strict=True):
@@ -125,7 +123,7 @@ class Decoder:
     def native(self) -> bool:
         """Whether steps of up to MOST_SEQUENCES sequences are native calls."""
         config = self.config
-        # "reference" is the choice of plain PyTorch everywhere, to compare with.
+        # "reference" asks for plain PyTorch everywhere.
         return config.kernel != "reference" and can_decode(self.device, self.dtype, config.head_size, config.dim_ffn)
 
     @cached_property

@@ -52,8 +52,7 @@ class HeldOutLoss:
 
 
 def windows(n_tokens: int, ctx_len: int, max_windows: int | None = None, flag: str = "data") -> Iterator[slice]:
-    """Windows of ctx_len + 1 tokens, or `max_windows` of them evenly spaced; each starts with the last token of the one
-    before.
+    """Windows of ctx_len + 1 tokens that overlap by one; with `max_windows`, so many of them, evenly spaced.
 
     A shorter remainder is left out, unless there are no more tokens than that. Raises UserError, about `flag`, for less
     than two tokens.

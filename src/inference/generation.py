@@ -75,9 +75,8 @@ def generate_batch(
     # A sampler per prompt, so that an answer doesn't depend on the other prompts in the batch.
     samplers = [Sampler(sampling, None if seed is None else seed + i, uncounted_ids) for i in range(len(prompts))]
     answers: list[list[int]] = [[] for _ in prompts]
-    prompt_of_row = list(
-        range(len(prompts))
-    )  # rows of the decoder; FINISHED: decoded along with the others and ignored
+    # For each row of the decoder; FINISHED: decoded along with the others and ignored.
+    prompt_of_row = list(range(len(prompts)))
     logits = decoder.prefill(prompts)
     for count in range(1, max_new_tokens + 1):
         # A finished row is fed token 0 and its logits are ignored.

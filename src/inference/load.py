@@ -39,8 +39,7 @@ def find_weights(model: str | Path) -> Path:
 
 
 def latest_trained_weights(out: Path) -> Path:
-    """The most recently written weights of all runs under `out`, except initial ones. Raises UserError if there are
-    none."""
+    """The newest weights of all runs under `out`, by time, except initial ones. Raises UserError if there are none."""
     # By time and not by run: the run of interest is the one that was trained last. Archived runs are older.
     folders = {path.parent for path in out.glob("**/*.pth")}
     named = [folder / name for folder in folders for name in (FINAL, BEST)]

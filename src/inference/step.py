@@ -131,8 +131,7 @@ def overwrite(state: State, values: State) -> None:
 
 
 class CudaGraphStep:
-    """A TorchStep on one state, captured as a CUDA graph: one launch instead of hundreds. Steps overwrite the
-    logits."""
+    """A TorchStep on one state, captured as a CUDA graph: one launch instead of hundreds. Overwrites its logits."""
 
     def __init__(self, step: TorchStep, state: State) -> None:
         self._device = state.layers[0].wkv.device

@@ -81,9 +81,7 @@ def _state_dict(loaded: object, path: Path) -> Weights:
             f"not a state dict: the entry {', '.join(map(repr, invalid[:3]))} is not a parameter",
             given=path,
             expected=expected,
-            advice=f"its entry {nested[0]!r} contains the weights: save that one alone with torch.save"
-            if nested
-            else "",
+            advice=f"its entry {nested[0]!r} contains the weights: save it alone with torch.save" if nested else "",
         )
     return {_plain_name(name): tensor for name, tensor in loaded.items()}
 
@@ -155,8 +153,9 @@ def fit_weights(weights: Weights, model: nn.Module, source: str, partial: bool =
     fitted = _with_idle_parameters(weights, targets)
     # Released files may store w0 and other vectors as [C] instead of [1, 1, C].
     for name, tensor in fitted.items():
-        if name in targets and tensor.squeeze().shape == targets[name].squeeze().shape:
-            fitted[name] = tensor.reshape(targets[name].shape)
+        target = targets.get(name, tensor)
+        if tensor.shape != target.shape and tensor.squeeze().shape == target.squeeze().shape:
+            fitted[name] = tensor.reshape(target.shape)
     if partial:
         fitted = {**targets, **fitted}
     if mismatches := _mismatches(fitted, targets):
@@ -212,8 +211,7 @@ def save_weights(weights: Weights, path: Path) -> None:
     Raises OSError with the path when that fails twice (disk full, folder removed, no permission).
     """
     weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
-    # A second attempt, as network file systems fail for a moment. Then the run stops: it shouldn't train without
-    # saving.
+    # A second attempt, as network file systems fail for a moment. Then the run stops rather than train without saves.
     for attempt in (1, 2):
         try:
             with atomic_write(path) as file:

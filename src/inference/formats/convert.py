@@ -71,8 +71,8 @@ class Parity:
 
     def __str__(self) -> str:
         return (
-            f"verified by reading it back: logits differ by {self.write_error:.1e} from the weights that were written "
-            f"and by {self.rounding_error:.1e} from the original;\nthe most likely token is the same at "
+            f"read back: logits differ by {self.write_error:.1e} from the weights that were written, by "
+            f"{self.rounding_error:.1e} from the original; the most likely token agrees at "
             f"{100 * self.agreement:.0f} % of {VERIFIED_TOKENS} positions"
         )
 
@@ -98,9 +98,8 @@ def convert_model(
     # Rounded here, once: the writers store what they get, and the comparison below knows what that was.
     weights = {name: t.to(dtype or t.dtype).contiguous() for name, t in original.state_dict().items()}
     rounded = RWKV7.from_weights(weights, str(source)) if dtype else original
-    eos_id = (
-        max(tokenizer.eos_ids) if tokenizer else 0
-    )  # 0 ends a document in every vocabulary; a greater one ends a turn
+    # The tokenizer's own end token, if it has one besides 0, the end of a document.
+    eos_id = max(tokenizer.eos_ids) if tokenizer else 0
     out.parent.mkdir(parents=True, exist_ok=True)
     # On the file system of `out`, where moving is a rename; in an existing folder, as its parent may be read-only.
     folder = out if target.is_folder and out.is_dir() else out.parent
@@ -116,9 +115,7 @@ def convert_model(
                 file.replace(out / file.name)
         else:
             new.replace(out)
-    if (
-        target.is_folder and tokenizer and tokenizer.name != "world"
-    ):  # World isn't a Hugging Face folder that could be copied
+    if target.is_folder and tokenizer and tokenizer.name != "world":  # World has no files to copy
         copy_tokenizer(Path(tokenizer.name), out)
     sync_folder(out if target.is_folder else out.parent)
     return parity
@@ -133,8 +130,7 @@ def _check_folder(out: Path) -> None:
 
 @torch.no_grad()
 def compare(original: RWKV7, rounded: RWKV7, written: RWKV7) -> Parity:
-    """The parity of `written` with `original`, of which `rounded` is a copy in the written dtype. Converts them to
-    fp32."""
+    """The parity of `written` with `original`; `rounded` is a copy of it in the written dtype. Converts all to fp32."""
     # 7919 is a prime, so that the tokens are spread over the vocabulary.
     tokens = torch.arange(VERIFIED_TOKENS).mul(7919).remainder(original.config.vocab_size).unsqueeze(0)
     exact, expected, actual = (model.float()(tokens)[0] for model in (original, rounded, written))

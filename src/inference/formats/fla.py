@@ -174,9 +174,8 @@ def write_fla(weights: Weights, config: ModelConfig, folder: Path, eos_id: int =
     content = fla_config(config, weights["emb.weight"].dtype, eos_id)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / TENSORS) as file:
-        save_file(
-            to_fla(weights), file.name, metadata={"format": "pt"}
-        )  # transformers refuses a file without this entry
+        # transformers refuses a file without this metadata
+        save_file(to_fla(weights), file.name, metadata={"format": "pt"})
     with atomic_write(folder / CONFIG, "w") as file:
         json.dump(content, file, indent=2)
         file.write("\n")
