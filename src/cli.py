@@ -154,6 +154,7 @@ def parse(argv: list[str]) -> tuple[RunConfig, list[str]]:
     Prints and exits for --help and --version. Exits with code 2 and shows all faults at once if there are any.
     """
     parser = build_parser()
+    # before anything is checked: who asks for help may not know yet what is required
     if "--help" in argv or "-h" in argv:
         parser.print_help()
         parser.exit()
@@ -209,6 +210,7 @@ def _read(argv: list[str]) -> _Line:
             continue
         name, equals, text = argument.lstrip("-").partition("=")
         value: str | None = text if equals else None
+        # A flag takes one value at most: a second one is then an argument without a flag.
         if not equals and position < len(argv) and not _is_flag(argv[position]):
             value = argv[position]
             position += 1
@@ -239,6 +241,7 @@ def _add_flag(line: _Line, argument: str, name: str, value: str | None) -> None:
 
 def _is_flag(argument: str) -> bool:
     """Whether an argument is a flag: it begins with a dash and is not a negative number."""
+    # inf and nan are numbers to float(); a lone dash is a file by convention
     return argument.startswith("-") and not re.fullmatch(r"-(\d|\.\d|inf|nan).*|-", argument)
 
 
@@ -285,6 +288,7 @@ def _normalised(values: dict[str, Any]) -> tuple[RunConfig, list[str]]:
     for name in PATH_FLAGS:
         if values.get(name, "").startswith("~"):  # a shell expands it neither in quotes nor after an equals sign
             values[name] = os.path.expanduser(values[name])
+    # RWKV-LM's scripts pass 0 for "no file"
     if values.get("load_model") == "0":
         values["load_model"] = ""
     if values.get("kernel") in ("@rwkv3", ""):  # RWKV-LM's names for its only kernel

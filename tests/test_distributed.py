@@ -373,7 +373,8 @@ def test_without_a_launcher_a_process_starts_the_others():
 
 
 def test_the_deepspeed_that_is_recommended_is_the_one_that_is_tested():
-    assert zero.REQUIREMENT in (ROOT / "tests" / "requirements.txt").read_text().splitlines()
+    requirements = (ROOT / "requirements.txt").read_text().splitlines()
+    assert zero.REQUIREMENT in [line.partition(";")[0] for line in requirements]
     assert f"pip install '{zero.REQUIREMENT}'" in (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
 
 

@@ -88,8 +88,9 @@ def test_when_it_is_measured(val_every, expected):
 
 @pytest.mark.parametrize("wrong", ["", "often", "-1", "2 epochs", "1.5"])
 def test_wrong_val_every_is_refused_with_examples(wrong):
-    (fault,) = (fault for fault in RunConfig(data_file="x", val_every=wrong).faults() if "val_every" in fault)
-    assert "500steps" in fault
+    (fault,) = RunConfig(data_file="x", val_every=wrong).faults()
+    assert (fault.flag, fault.given) == ("val_every", wrong)
+    assert "500steps" in fault.expected
 
 
 # ---- in a run ---------------------------------------------------------------------------------------------------------------

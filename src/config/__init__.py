@@ -8,6 +8,7 @@ A new flag is one field of `Flags` (flags.py), its meaning in Chinese (docs/flag
 in tests/test_cli.py.
 """
 
+# Others import from here only: which file of the package declares a name may change.
 from src.config.checks import VAL_EVERY
 from src.config.flags import MINI_EPOCH_SAMPLES, PRECISIONS, STRATEGIES
 from src.config.model import KERNELS, ModelConfig, low_rank_size

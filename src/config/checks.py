@@ -34,6 +34,7 @@ def _expected(field: dataclasses.Field[Any], value: Any) -> str:
     if at_least is not None and value < at_least:
         return f"at least {at_least}"
     if below is not None and value >= below:
+        # For an integer "at most 3" instead of "less than 4": it is a value that can be given.
         return f"less than {below}" if isinstance(field.default, float) else f"at most {below - 1}"
     return ""
 
@@ -42,6 +43,7 @@ def form_faults(flags: Flags) -> Iterator[UserError]:
     """Text values that are not in the form they must have."""
     if not flags.proj_dir:
         yield UserError(flag="proj_dir", given="", expected="a folder for the run")
+    # isdigit, because int() would accept " 2", "+2" and "1_0" as well
     if flags.devices != "auto" and not (flags.devices.isdigit() and int(flags.devices) >= 1):
         yield UserError(flag="devices", given=flags.devices, expected='a number of processes or "auto"')
     if not VAL_EVERY.fullmatch(flags.val_every):
@@ -62,6 +64,7 @@ def combination_faults(flags: Flags) -> Iterator[UserError]:
 
 def _mode_faults(flags: Flags) -> Iterator[UserError]:
     """--plan, --check and --dry_run: each does its own work and stops."""
+    # Two of them would mean that one is silently not done.
     given = (("plan", flags.plan >= 0), ("check", flags.check), ("dry_run", flags.dry_run))
     modes = [name for name, is_given in given if is_given]
     for mode in modes[1:]:
@@ -124,6 +127,7 @@ def _length_faults(flags: Flags) -> Iterator[UserError]:
             given=flags.lr_final,
             expected=f"at most --lr_init {flags.lr_init}",
         )
+    # Stage 1 takes no steps.
     if flags.lr_init == 0 and flags.train_stage != 1:
         yield UserError(
             "nothing would be learned", flag="lr_init", given=flags.lr_init, expected="more than 0, for example 6e-4"

@@ -8,6 +8,7 @@ from src.config.model import KERNELS
 from src.config.setting import flag
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+# Lightning's names: existing scripts pass them.
 STRATEGIES = (
     "auto",
     "ddp",
@@ -91,7 +92,7 @@ class Flags:
         within_run="free",
     )
 
-    # data
+    # data. The file's name may change, its content may not: the settings of a run hold an identity of the data.
     data_file: str = flag(
         "", "data", "binidx data, given as X, X.bin or X.idx; for sft a jsonl file of conversations", within_run="free"
     )
@@ -146,6 +147,7 @@ class Flags:
         "held-out data, in the form of --data_file: its loss is measured during training and the best weights are "
         "kept; heldout: DATA-heldout, the part set aside by make_data.py --holdout",
     )
+    # text: one flag for two units
     val_every: str = flag(
         "1",
         "data",
@@ -185,7 +187,7 @@ class Flags:
         0, "model", "low-rank size of the gate g; 0: computed from n_embd", at_least=0, within_run="fixed"
     )
 
-    # length, batch size and learning rate
+    # length, batch size and learning rate. A run counts samples, not steps: its batch size may change.
     micro_bsz: int = flag(12, "length", "samples per device and micro step", at_least=1)
     accumulate_grad_batches: int = flag(1, "length", "micro steps per optimizer step", at_least=1)
     my_exit_tokens: int = flag(
@@ -236,7 +238,7 @@ class Flags:
     weight_decay: float = flag(0.0, "optimizer", "decoupled weight decay of the large matrices", at_least=0)
     grad_clip: float = flag(1.0, "optimizer", "maximum global gradient norm; 0: off", at_least=0)
 
-    # memory and speed
+    # memory and speed: how a step is computed, not what it computes, hence free
     grad_cp: bool = flag(
         False,
         "speed",
@@ -267,10 +269,11 @@ class Flags:
         within_run="free",
     )
 
-    # hardware
+    # hardware: free too, except the precision, which changes the rounding of every step
     accelerator: str = flag(
         "auto", "hardware", "device type to train on", choices=("auto", "cpu", "gpu", "cuda"), within_run="free"
     )
+    # text, because of "auto"
     devices: str = flag("1", "hardware", 'processes per node, one per device; "auto": all devices', within_run="free")
     num_nodes: int = flag(1, "hardware", "number of nodes", at_least=1, within_run="free")
     precision: str = flag(
@@ -294,6 +297,7 @@ class Flags:
     logger: str = flag(
         "", "logging", "an additional log in --proj_dir", choices=("", "tensorboard", "csv"), within_run="free"
     )
+    # text, not a boolean: saved settings of earlier runs hold "True"
     enable_progress_bar: str = flag(
         "True",
         "logging",

@@ -43,6 +43,7 @@ class ModelConfig:
     d_aaa_lora: int = 0
     d_mv_lora: int = 0
     d_gate_lora: int = 0
+    # These two are no sizes, but the layers choose by them.
     kernel: str = "auto"
     grad_cp: bool = False
 
@@ -77,6 +78,7 @@ class ModelConfig:
             )
         # Only if both sizes are valid: the remainder of an invalid one would be a second message about one mistake.
         elif self.n_embd >= 1 and self.head_size >= 1 and self.n_embd % self.head_size:
+            # Both neighbours: the user may prefer a smaller or a larger model.
             below = self.n_embd // self.head_size * self.head_size
             nearest = f"{below} or {below + self.head_size}" if below else f"{self.head_size}"
             yield UserError(
