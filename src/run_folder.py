@@ -7,7 +7,8 @@
     resume/                                                     full states (training/checkpoint)
     previous-K/                                                 an earlier run's files
 
-The only module that knows these names and the format of run.json; training writes through it, inference reads through it.
+The only module that knows these names and the format of run.json; training writes through it, inference reads through
+it.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ INIT, FINAL, BEST = "rwkv-init.pth", "rwkv-final.pth", "rwkv-best.pth"
 LOG, METRICS, VALIDATION, SAMPLES, RUN = "train_log.txt", "metrics.csv", "val.csv", "samples.json", "run.json"
 FIGURE, REPORT, TRACE, TOKENIZER = "loss.png", "report.html", "profile.json.gz", "tokenizer"
 STATES = "resume"
-# What belongs to one run, besides its weights. RUN comes last: a process that dies while moving them finds on its next start that there is
-# something left to move.
+# What belongs to one run, besides its weights. RUN comes last: a process that dies while moving them finds on its next
+# start that there is something left to move.
 BELONGS_TO_RUN = (
     *(LOG, METRICS, VALIDATION, SAMPLES, FIGURE, REPORT, TRACE, TOKENIZER),
     *(STATES, "wandb", "tensorboard", "csv", RUN),
@@ -47,13 +48,15 @@ def numbered_weights(folder: Path) -> dict[int, Path]:
 
 
 def newest_weights(folder: Path) -> Path | None:
-    """The weights that are trained furthest: rwkv-final.pth, else the highest rwkv-N.pth, else rwkv-init.pth; None where there are none."""
+    """The weights that are trained furthest: rwkv-final.pth, else the highest rwkv-N.pth, else rwkv-init.pth; None
+    where there are none."""
     candidates = [folder / FINAL, *reversed(numbered_weights(folder).values()), folder / INIT]
     return next((path for path in candidates if path.is_file()), None)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The content of run.json; {} where there is none. Raises UserError when it can't be read or is of a later format."""
+    """The content of run.json; {} where there is none. Raises UserError when it can't be read or is of a later
+    format."""
     path = folder / RUN
     if not path.exists():
         return {}
@@ -94,7 +97,8 @@ def fingerprint(weights: Path | None) -> dict[str, Any]:
 
 
 def is_swapped(folder: Path, origin: Path | None) -> bool:
-    """Whether `origin` is another file than the one that the run in the folder started from, so that a new run starts."""
+    """Whether `origin` is another file than the one that the run in the folder started from, so that a new run
+    starts."""
     recorded = read_run(folder).get("origin")
     if recorded is None or origin is None or not origin.is_file():
         return False
@@ -133,7 +137,8 @@ def _archived(path: Path) -> list[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process left behind that was killed while it wrote. Only for the process that holds the folder's lock."""
+    """Remove what a process left behind that was killed while it wrote. Only for the process that holds the folder's
+    lock."""
     for path in folder.glob(".*.tmp"):
         if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file():  # as `atomic_write` names them
             path.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
-"""Runs of train.py without its start-up time: imports once, then forks a process per line of standard input (a JSON list of flags).
+"""Runs of train.py without its start-up time: imports once, then forks a process per line of standard input (a JSON
+list of flags).
 
-Prints a line when it is ready; then a process's number when it starts, and its exit status (negative: the signal) when it has ended.
+Prints a line when it is ready; then a process's number when it starts, and its exit status (negative: the signal) when
+it has ended.
 """
 
 import json

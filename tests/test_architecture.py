@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# What each package may import: text -> dataset -> model on ops -> training -> inference's answers. errors, config, files, run_folder and
-# run_log are below everything. inference is below training, which evaluates and generates with it; of ops it uses the native step of one
-# token.
+# What each package may import: text -> dataset -> model on ops -> training -> inference's answers. errors, config,
+# files, run_folder and run_log are below everything. inference is below training, which evaluates and generates with
+# it; of ops it uses the native step of one token.
 ALLOWED = {
     "errors": set(),
     "version": set(),
@@ -30,7 +30,8 @@ ALLOWED = {
     "data": {"dataset", "errors", "files"},
     "API_DEMO_CHAT.py": {"errors", "inference"},
 }
-# Inside src/training: each package or module imports only those on later lines. Nothing imports the first line, which are programs.
+# Inside src/training: each package or module imports only those on later lines. Nothing imports the first line, which
+# are programs.
 TRAINING_ORDER = (
     ("plot", "html_report", "dashboard", "run"),
     ("preflight", "rollback"),
@@ -84,7 +85,8 @@ def test_imports_follow_the_order(path):
 
 
 def training_package(name):
-    """The package or module of src/training that a full dotted name lies in; "" for the names that src.training itself has."""
+    """The package or module of src/training that a full dotted name lies in; "" for the names that src.training itself
+    has."""
     return [*name.split("."), ""][2]
 
 
@@ -129,7 +131,8 @@ IMPORT_ALL = """
 import importlib, os, sys, threading
 from pathlib import Path
 # what others do when they are imported is not the question
-import jinja2, matplotlib, ninja, numpy, pytorch_lightning, pytorch_lightning.strategies, tokenizers, torch, torch.utils.checkpoint, tqdm
+import jinja2, matplotlib, ninja, numpy, pytorch_lightning, pytorch_lightning.strategies, tokenizers, torch
+import torch.utils.checkpoint, tqdm
 
 root = Path(sys.argv[1])
 sys.path.insert(0, str(root))
@@ -157,7 +160,8 @@ for path in sorted((root / "src").rglob("*.py")):
     importlib.import_module(name)
 offences += [f"{threading.active_count() - threads} new threads"] * (threading.active_count() > threads)
 offences += ["a device was touched"] * torch.cuda.is_initialized()
-offences += ["the native library was loaded"] * any("rwkv7" in line for line in open("/proc/self/maps") if line.rstrip().endswith(".so"))
+libraries = [line for line in open("/proc/self/maps") if line.rstrip().endswith(".so")]
+offences += ["the native library was loaded"] * any("rwkv7" in line for line in libraries)
 print(offences)
 if "--negative-control" in sys.argv:
     exec(compile("import os; os.environ.get('HOME'); os.system('true')", ours + "/x.py", "exec"))
@@ -167,7 +171,8 @@ if "--negative-control" in sys.argv:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_importing_does_nothing():
-    """No compiler, no process, no thread, no device, no environment variable read; with a control that the watch sees."""
+    """No compiler, no process, no thread, no device, no environment variable read; with a control that the watch
+    sees."""
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, str(ROOT), "--negative-control"], capture_output=True, text=True, timeout=120
     )

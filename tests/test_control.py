@@ -1,4 +1,5 @@
-"""What ranks agree on between steps, with ranks that are objects of this process: requests take effect on all at the same step."""
+"""What ranks agree on between steps, with ranks that are objects of this process: requests take effect on all at the
+same step."""
 
 import math
 import signal
@@ -13,7 +14,8 @@ from src.training.distributed.process_group import PendingFlags, ProcessGroup
 
 
 class Ranks:
-    """Process groups of several ranks: a rank's flags are combined with those of the others once all have sent theirs."""
+    """Process groups of several ranks: a rank's flags are combined with those of the others once all have sent
+    theirs."""
 
     def __init__(self, count):
         self.rounds = []

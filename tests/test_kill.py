@@ -29,9 +29,13 @@ class Runs:
 
     def __init__(self):
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.forking_runs"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.forking_runs"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         assert self.server.stdout.readline() == "ready\n"
 
     def start(self, argv):

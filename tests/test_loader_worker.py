@@ -21,9 +21,15 @@ RUN = {"accumulate_grad_batches": 50, "my_exit_tokens": CTX * 4 * 50 * 3000, "ep
 def start(*argv):
     """In a process group of its own, as a terminal or a scheduler starts it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.worker_run", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=as_from_a_terminal,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.worker_run", *argv],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=as_from_a_terminal,
+    )
 
 
 def members(group):

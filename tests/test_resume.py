@@ -242,7 +242,8 @@ def test_weights_alone_continue_with_another_batch_and_the_renewed_warm_up_is_no
     monkeypatch,
     capfd,
 ):
-    """Mini-epochs stay 20 batches of 4 samples; the weights of mini-epoch 1 stand for 160 samples, whatever the batch is now."""
+    """Mini-epochs stay 20 batches of 4 samples; the weights of mini-epoch 1 stand for 160 samples, whatever the batch
+    is now."""
     out = tmp_path / "run"
     train_until(45, out, data, monkeypatch, **RUN)
     shutil.rmtree(out / "resume")
@@ -357,7 +358,8 @@ def test_the_time_limit_knows_how_long_the_disk_takes(tmp_path, monkeypatch):
 
 
 def test_the_time_limit_expects_a_first_save_to_take_long(tmp_path):
-    """Of a large model, whose state is minutes of a disk's time, before one was seen; then what was seen counts. Never half of a short limit."""
+    """Of a large model, whose state is minutes of a disk's time, before one was seen; then what was seen counts. Never
+    half of a short limit."""
     large = ModelConfig(24, 2048, 65536)
     assert (
         60

@@ -1,4 +1,5 @@
-"""From a toy language to answers: what pretraining taught is asked for after fine-tuning, about subjects that were not in it."""
+"""From a toy language to answers: what pretraining taught is asked for after fine-tuning, about subjects that were not
+in it."""
 
 import json
 import random

@@ -1,4 +1,5 @@
-"""Fine-tuning end to end: packed rows are the mean of their conversations, and a tuned model answers better than before."""
+"""Fine-tuning end to end: packed rows are the mean of their conversations, and a tuned model answers better than
+before."""
 
 import csv
 import itertools
@@ -65,10 +66,22 @@ def files(tmp_path):
 
 def settings(files, folder, **changed):
     flags = {
-        "data_type": "sft", "data_file": files / "train.jsonl", "tokenizer": folder, "proj_dir": files / "run", "ctx_len": 128,
-        "micro_bsz": 2, "n_layer": 2, "n_embd": 64, "head_size": 32, "lr_init": 5e-3, "lr_final": 5e-4, "random_seed": 3,
-        "epoch_steps": 20, "accelerator": "cpu", **changed,
-    }  # fmt: skip
+        "data_type": "sft",
+        "data_file": files / "train.jsonl",
+        "tokenizer": folder,
+        "proj_dir": files / "run",
+        "ctx_len": 128,
+        "micro_bsz": 2,
+        "n_layer": 2,
+        "n_embd": 64,
+        "head_size": 32,
+        "lr_init": 5e-3,
+        "lr_final": 5e-4,
+        "random_seed": 3,
+        "epoch_steps": 20,
+        "accelerator": "cpu",
+        **changed,
+    }
     return parse([word for name, value in flags.items() for word in (f"--{name}", str(value))])
 
 

@@ -18,7 +18,8 @@ from src.training.checkpoint.state import SavedState
 from src.training.checkpoint.storage import DamagedStateError, StateReader, StateWriter, state_folders
 from src.training.run import run
 
-# A run folder and its data, made in November 2026 by the last version without format numbers; stopped after step 25 of 40.
+# A run folder and its data, made in November 2026 by the last version without format numbers; stopped after step 25 of
+# 40.
 FORMAT_1 = Path(__file__).parent / "fixtures" / "state_format_1"
 RUN = {"my_exit_tokens": CTX * 4 * 60, "epoch_steps": 20, "epoch_save": 1}
 
@@ -49,7 +50,8 @@ def test_a_state_without_format_number_is_read(format_1):
 
 
 def test_a_run_of_the_earlier_format_continues_bit_for_bit(format_1):
-    """As the same state does when it is written anew, in today's format: on one machine the weights have the same bits."""
+    """As the same state does when it is written anew, in today's format: on one machine the weights have the same
+    bits."""
     shutil.copytree("run", "rewritten")
     (old,) = state_folders(Path("rewritten"))
     reader = StateReader(old)

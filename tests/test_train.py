@@ -1,4 +1,5 @@
-"""Runs of train.py: from nothing to weights, cut and continued, wrong input refused. Real files, real fits, tiny sizes."""
+"""Runs of train.py: from nothing to weights, cut and continued, wrong input refused. Real files, real fits, tiny
+sizes."""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""The held-out loss on the way: the same for any number of processes, harmless to training, and its best weights are kept."""
+"""The held-out loss on the way: the same for any number of processes, harmless to training, and its best weights are
+kept."""
 
 import math
 import os
@@ -46,7 +47,8 @@ def validations(out):
     return read_columns(out / "val.csv")
 
 
-# ---- which samples ----------------------------------------------------------------------------------------------------------
+# ---- which samples
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -93,7 +95,8 @@ def test_wrong_val_every_is_refused_with_examples(wrong):
     assert "500steps" in fault.expected
 
 
-# ---- in a run ---------------------------------------------------------------------------------------------------------------
+# ---- in a run
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +219,8 @@ def test_the_same_held_out_data_keeps_its_rows(tmp_path, data, held, whole, monk
     assert rows["steps"][-1] == 60
 
 
-# ---- stopped in the middle of it --------------------------------------------------------------------------------------------
+# ---- stopped in the middle of it
+# --------------------------------------------------------------------------------------------
 
 
 def interrupted(monkeypatch, number, act):
@@ -258,7 +262,8 @@ def test_a_signal_in_the_last_validation(tmp_path, data, held, monkeypatch, capf
 
 
 def test_the_time_limit_keeps_the_time_of_a_validation(tmp_path, data, held, monkeypatch, capfd):
-    """The second one would take as long as the first, and end too late: the run stops before it, and measures when it goes on."""
+    """The second one would take as long as the first, and end too late: the run stops before it, and measures when it
+    goes on."""
     out = tmp_path / "run"
     settings = {"val_data_file": held, "val_windows": WINDOWS, "val_every": "10steps", **RUN}
     with monkeypatch.context() as patch:
@@ -280,7 +285,8 @@ def test_curves_have_it(whole):
     assert np.isfinite(curves.seconds_at(curves.val_tokens)).all()
 
 
-# ---- several processes ------------------------------------------------------------------------------------------------------
+# ---- several processes
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -296,12 +302,26 @@ def test_two_processes_find_what_one_finds(tmp_path, data, held, strategy):
         pytest.skip(f"{zero.REQUIREMENT} is not installed")
     out = tmp_path / "run"
     short = {**RUN, "my_exit_tokens": CTX * 4 * 20, "lr_init": 3e-3, "lr_final": 3e-4}
-    argv = flags(out, data, val_data_file=held, val_windows=WINDOWS, val_every="10steps", micro_bsz=2, devices=2, strategy=strategy,
-                 load_model=_weights(tmp_path, data), **short)  # fmt: skip
+    argv = flags(
+        out,
+        data,
+        val_data_file=held,
+        val_windows=WINDOWS,
+        val_every="10steps",
+        micro_bsz=2,
+        devices=2,
+        strategy=strategy,
+        load_model=_weights(tmp_path, data),
+        **short,
+    )
     done = subprocess.run(
         [sys.executable, "train.py", *argv],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=200,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("held-out loss") == 4, done.stdout  # before, twice on the way, at the end: one voice
     again = tmp_path / "again"
@@ -339,7 +359,8 @@ def _weights(tmp_path, data):
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_the_validation_of_both(tmp_path, data, held):
-    """What happens in a process of its own: the second sends itself a signal in its second validation, at its second batch."""
+    """What happens in a process of its own: the second sends itself a signal in its second validation, at its second
+    batch."""
     out = tmp_path / "run"
     program = tmp_path / "train_and_signal.py"
     program.write_text(
@@ -356,12 +377,25 @@ def test_a_signal_to_one_of_two_processes_stops_the_validation_of_both(tmp_path,
         "import train\n"
         "sys.exit(train.main())\n"
     )
-    argv = flags(out, data, val_data_file=held, val_windows=WINDOWS, val_every="10steps", micro_bsz=1, accumulate_grad_batches=2,
-                 devices=2, **RUN)  # fmt: skip
+    argv = flags(
+        out,
+        data,
+        val_data_file=held,
+        val_windows=WINDOWS,
+        val_every="10steps",
+        micro_bsz=1,
+        accumulate_grad_batches=2,
+        devices=2,
+        **RUN,
+    )
     done = subprocess.run(
         [sys.executable, str(program), *argv],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=200,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=200,
+    )
     assert done.returncode == 128 + signal.SIGTERM, done.stdout[-3000:] + done.stderr[-3000:]
     assert "same command continues" in done.stdout
     assert validations(out)["steps"] == [10]

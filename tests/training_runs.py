@@ -23,10 +23,23 @@ CTX, VOCAB = 16, 64
 
 def flags(proj_dir, data, **changed):
     settings = {
-        "proj_dir": proj_dir, "data_file": data, "vocab_size": VOCAB, "ctx_len": CTX, "micro_bsz": 4, "n_layer": 2,
-        "n_embd": 32, "head_size": 16, "lr_init": 3e-3, "lr_final": 3e-4, "my_exit_tokens": CTX * 4 * 40, "epoch_steps": 10,
-        "epoch_save": 2, "random_seed": 7, "accelerator": "cpu", **changed,
-    }  # fmt: skip
+        "proj_dir": proj_dir,
+        "data_file": data,
+        "vocab_size": VOCAB,
+        "ctx_len": CTX,
+        "micro_bsz": 4,
+        "n_layer": 2,
+        "n_embd": 32,
+        "head_size": 16,
+        "lr_init": 3e-3,
+        "lr_final": 3e-4,
+        "my_exit_tokens": CTX * 4 * 40,
+        "epoch_steps": 10,
+        "epoch_save": 2,
+        "random_seed": 7,
+        "accelerator": "cpu",
+        **changed,
+    }
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
@@ -35,7 +48,8 @@ def train(proj_dir, data, **changed):
 
 
 def as_from_a_terminal():
-    """In a new process, before its program: signals as a terminal leaves them. nohup and shells that start jobs have some ignored."""
+    """In a new process, before its program: signals as a terminal leaves them. nohup and shells that start jobs have
+    some ignored."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
@@ -44,8 +58,13 @@ def train_process(argv, **kwargs):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "train.py", *argv],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **kwargs,
+    )
 
 
 def metrics(proj_dir):

@@ -1,4 +1,5 @@
-"""train.py on a CPU with the DataLoader's worker process that only runs on a GPU have. `python -m tests.worker_run [--fail] FLAGS`
+"""train.py on a CPU with the DataLoader's worker process that only runs on a GPU have. `python -m tests.worker_run
+[--fail] FLAGS`
 
 One batch is fetched ahead, so that every micro step needs the worker. With --fail the sixth micro step raises an error.
 """

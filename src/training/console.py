@@ -48,7 +48,8 @@ def ignore_broken_pipe() -> None:
 
 
 class _Unbreakable:
-    """A stream that writes to os.devnull once its reader is gone (closed terminal, `| head`, full disk) instead of raising."""
+    """A stream that writes to os.devnull once its reader is gone (closed terminal, `| head`, full disk) instead of
+    raising."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -1,8 +1,8 @@
 """What the ranks of a run agree on between steps: to stop, to save, to roll back. And the count of steps.
 
-A signal reaches one process, a clock runs out on one machine first; but saving is collective, and a rank that stops alone leaves the
-others waiting for ever. So each rank only requests, and `RunControl` combines the requests of all ranks after every step: what any
-rank requested takes effect on all of them after the same step.
+A signal reaches one process, a clock runs out on one machine first; but saving is collective, and a rank that stops
+alone leaves the others waiting for ever. So each rank only requests, and `RunControl` combines the requests of all
+ranks after every step: what any rank requested takes effect on all of them after the same step.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "
 class RunControl(pl.Callback):
     """Counts the steps of the run and combines the requests of its ranks. The first callback: the others rely on both.
 
-    With several processes the flags travel on the CPU while the next step computes, so that no device and no other rank is waited
-    for; they take effect one step later. With one process they take effect at once.
+    With several processes the flags travel on the CPU while the next step computes, so that no device and no other rank
+    is waited for; they take effect one step later. With one process they take effect at once.
     """
 
     def __init__(self, process_group: ProcessGroup, first_step: int) -> None:
@@ -113,7 +113,8 @@ class StepCallback(pl.Callback):
 
 
 class GracefulStop(StepCallback):
-    """Requests a stop on Ctrl-C, SIGTERM, a closed terminal and when --time_limit is near; a second Ctrl-C interrupts at once.
+    """Requests a stop on Ctrl-C, SIGTERM, a closed terminal and when --time_limit is near; a second Ctrl-C interrupts
+    at once.
 
     The run then ends after the step under way, with its state saved.
     """
@@ -143,7 +144,8 @@ class GracefulStop(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not earlier: Lightning installs a SIGTERM handler of its own, which would end the run without saving.
         for number in SIGNALS:
-            # nohup has SIGHUP ignored, and it stays so. SIGINT is ignored in background jobs of a shell, which `kill -INT` may still stop.
+            # nohup has SIGHUP ignored, and it stays so. SIGINT is ignored in background jobs of a shell, which `kill
+            # -INT` may still stop.
             if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
                 self._previous_handlers[number] = signal.signal(number, self._receive)
 

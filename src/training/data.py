@@ -29,7 +29,8 @@ from src.dataset.sft_cache import Conversations, look_at_conversations, open_con
 from src.errors import UserError
 from src.inference.evaluate import windows
 
-# Windows whose ids are compared with vocab_size before the start, spread over the data; every batch is checked when it is read.
+# Windows whose ids are compared with vocab_size before the start, spread over the data; every batch is checked when it
+# is read.
 SAMPLED_WINDOWS = 256
 SkippedSamples = Sequence[tuple[int, int]]  # (first sample, count)
 Batch = tuple[Tensor, ...]
@@ -118,7 +119,8 @@ class PretrainSamples:
 
 
 class SftSamples:
-    """Conversations, packed into rows of ctx_len positions. Only the assistant's answers count, unless --sft_loss all."""
+    """Conversations, packed into rows of ctx_len positions. Only the assistant's answers count, unless --sft_loss
+    all."""
 
     prime = 0
     order_seed: int | None
@@ -130,7 +132,8 @@ class SftSamples:
     def __init__(self, config: RunConfig, conversations: Conversations | None = None) -> None:
         self.config = config
         conversations = conversations or open_conversations(config.data_file, config.tokenizer)
-        # Without --random_seed each start draws one; the order must not change with it, or a resumed run would read other rows.
+        # Without --random_seed each start draws one; the order must not change with it, or a resumed run would read
+        # other rows.
         self.order_seed = max(0, config.random_seed)
         self.rows = SftRows(
             conversations,
@@ -146,8 +149,8 @@ class SftSamples:
         unusable = sum(conversations.left_out.values())
         self.summary = (
             f"{config.data_file}, {len(conversations.data):,} conversations in {len(self.rows):,} rows, "
-            f"{self.rows.filled:.0%} of the positions filled; {self.rows.n_cut:,} truncated, {self.rows.n_dropped:,} too "
-            f"long, {unusable:,} lines unusable"
+            f"{self.rows.filled:.0%} of the positions filled; {self.rows.n_cut:,} truncated, "
+            f"{self.rows.n_dropped:,} too long, {unusable:,} lines unusable"
         )
 
     def dataset(
@@ -182,7 +185,8 @@ def open_samples(config: RunConfig) -> Samples:
 
 
 def peek_samples(config: RunConfig) -> tuple[Samples, float]:
-    """As `open_samples`, without writing a cache: of conversations that were not tokenised before only the first are read.
+    """As `open_samples`, without writing a cache: of conversations that were not tokenised before only the first are
+    read.
 
     The second result is the share of the file that was read, below 1 in that case.
     """
@@ -202,8 +206,8 @@ def train_dataloader(config: RunConfig, dataset: Dataset, collate_fn: Callable |
         collate_fn=collate_fn,
         worker_init_fn=_leave_signals_to_main_process,
         num_workers=1 if on_gpu else 0,
-        # Python 3.14's default puts a server process in between: the worker would take its end for the run's end, and a SIGTERM of
-        # the run for one of a stranger.
+        # Python 3.14's default puts a server process in between: the worker would take its end for the run's end, and a
+        # SIGTERM of the run for one of a stranger.
         multiprocessing_context="fork" if on_gpu and sys.platform == "linux" else None,
         persistent_workers=on_gpu,
         prefetch_factor=8 if on_gpu else None,  # micro batches: a worker that the system delays doesn't stall the GPU
@@ -213,7 +217,8 @@ def train_dataloader(config: RunConfig, dataset: Dataset, collate_fn: Callable |
 
 
 def _leave_signals_to_main_process(worker: int) -> None:
-    """Ctrl-C, a closed terminal and a job's end signal whole process groups: the run still needs its worker to finish its step."""
+    """Ctrl-C, a closed terminal and a job's end signal whole process groups: the run still needs its worker to finish
+    its step."""
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -224,14 +229,16 @@ def _leave_signals_to_main_process(worker: int) -> None:
 
 
 def _exit_on_sigterm_of_parent() -> None:
-    """SIGTERM can't be ignored altogether: multiprocessing sends it to a worker that doesn't answer, and waits for its end."""
+    """SIGTERM can't be ignored altogether: multiprocessing sends it to a worker that doesn't answer, and waits for its
+    end."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 class HeldOut:
-    """The samples of --val_data_file that are evaluated: --val_windows of them, evenly spaced, the same ones every time.
+    """The samples of --val_data_file that are evaluated: --val_windows of them, evenly spaced, the same ones every
+    time.
 
     Raises UserError, before any training time is spent, when the file can't be read.
     """
@@ -272,8 +279,8 @@ class HeldOut:
         return self._rows.row(number * len(self._rows) // self.count)
 
     def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
-        """A rank's share. Every rank gets the same number of batches, all of one shape, since a forward pass may be collective: what
-        is missing is filled with samples that don't count."""
+        """A rank's share. Every rank gets the same number of batches, all of one shape, since a forward pass may be
+        collective: what is missing is filled with samples that don't count."""
         per_rank = -(-self.count // world_size)
         size = min(self.config.micro_bsz, per_rank)
         for first in range(0, per_rank, size):
@@ -288,8 +295,8 @@ class HeldOut:
             yield tuple(self._collate(batch))  # type: ignore[arg-type]
 
     def prompts(self, count: int, max_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
-        """(prompt, continuation in the data) of `count` samples: of a window its first tokens, at most `max_tokens`; of a
-        conversation its first question and answer."""
+        """(prompt, continuation in the data) of `count` samples: of a window its first tokens, at most `max_tokens`; of
+        a conversation its first question and answer."""
         for i in range(min(count, self.count)):
             inputs, targets, *packed = self._sample(i * self.count // min(count, self.count))
             first = int((targets >= 0).int().argmax()) + 1 if packed else min(max_tokens, len(inputs) - 1)

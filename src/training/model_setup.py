@@ -23,7 +23,8 @@ SIZES = tuple(name for name in settings_with("fixed") if name in ModelConfig.__d
 
 
 def resolve_model_config(config: RunConfig, resume: ResumePoint, process_group: ProcessGroup) -> ModelConfig:
-    """The sizes of the model, equal on every rank. Raises UserError when they are not those of the state that is resumed."""
+    """The sizes of the model, equal on every rank. Raises UserError when they are not those of the state that is
+    resumed."""
     saved = resume.state.settings if resume.state is not None else {}
 
     def resolve() -> ModelConfig:
@@ -54,9 +55,9 @@ def build_model(
 ) -> tuple[RWKV7, Callable[[], NamedTensors] | None]:
     """The model in the run's precision. Raises UserError when the weights file doesn't fit it.
 
-    Rank 0's model holds the initial weights; other ranks' numbers are left open, they come from rank 0 when the strategy is set up.
-    Where a full state is resumed all numbers are left open until it is loaded (`RestoreState`). A partitioned model is on the meta
-    device, and the second result gives rank 0's values to build it from.
+    Rank 0's model holds the initial weights; other ranks' numbers are left open, they come from rank 0 when the
+    strategy is set up. Where a full state is resumed all numbers are left open until it is loaded (`RestoreState`). A
+    partitioned model is on the meta device, and the second result gives rank 0's values to build it from.
     """
     with torch.device("meta"):
         model = RWKV7(sizes)

@@ -43,7 +43,8 @@ class TrainingModule(pl.LightningModule):
             self.values = None  # Lightning may call this hook again
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Any]:
-        """`loss` for backward, scaled where the optimizer scales (fp16), and the objective's `metrics`, without gradients."""
+        """`loss` for backward, scaled where the optimizer scales (fp16), and the objective's `metrics`, without
+        gradients."""
         loss, metrics = self.objective(self.model, batch)
         return {"loss": loss * self.optimizer.loss_scale, "metrics": metrics}
 
@@ -54,7 +55,8 @@ class TrainingModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """`EngineAdamW` inside a ZeRO engine, else `MasterAdamW`: the same mathematics."""
         c = self.config
-        # under ZeRO the engine computes the gradient norm and calls the optimizer group by group: another class, same steps
+        # under ZeRO the engine computes the gradient norm and calls the optimizer group by group: another class, same
+        # steps
         groups = parameter_groups(self.model, c.weight_decay)
         adam: dict[str, Any] = {
             "lr": c.lr_init,

@@ -18,10 +18,12 @@ from src.training.trainer import FitResult, RunContext, fit
 
 
 def fit_with_rollback(run: RunContext, resume: ResumePoint) -> FitResult:
-    """Fit to the end, or until `run.ends_at`. After too many skipped steps in a row, resume once from the last good state without
-    their samples. A state whose tensors turn out to be damaged is archived, and the one before is resumed.
+    """Fit to the end, or until `run.ends_at`. After too many skipped steps in a row, resume once from the last good
+    state without their samples. A state whose tensors turn out to be damaged is archived, and the one before is
+    resumed.
 
-    Raises FloatingPointError when rolling back doesn't get further; what a strategy, a callback or the data raises passes through.
+    Raises FloatingPointError when rolling back doesn't get further; what a strategy, a callback or the data raises
+    passes through.
     """
     rolled_back_to = -1
     while True:
@@ -36,7 +38,8 @@ def fit_with_rollback(run: RunContext, resume: ResumePoint) -> FitResult:
             log(f"{'starts from':>12}  {describe_start(resume)}")
             continue
         finally:
-            gc.collect()  # trainer and module refer to each other: their weights and moments go before the next ones come
+            # trainer and module refer to each other: their weights and moments go before the next ones come
+            gc.collect()
         if result.failed_steps is None:
             return result
         resume = _roll_back(run, resume, result, rolled_back_to)
@@ -65,13 +68,15 @@ def _roll_back(run: RunContext, resume: ResumePoint, result: FitResult, rolled_b
     is_no_progress = rolled_back_to >= 0 and not result.good_steps
     if earlier.position.step <= rolled_back_to or is_no_progress:
         raise FloatingPointError(
-            f"loss or gradient not finite again at {where}, after rolling back to step {rolled_back_to} once. None of these steps "
-            "reached the weights. Look at these samples, lower --lr_init, or use --precision fp32 to find the cause"
+            f"loss or gradient not finite again at {where}, after rolling back to step {rolled_back_to} once. None of "
+            "these steps reached the weights. Look at these samples, lower --lr_init, or use --precision fp32 to find the cause"
         )
     log(
-        f"{where} had no finite gradient: rolling back to the state of step {earlier.position.step}, without these samples"
+        f"{where} had no finite gradient: rolling back to the state of step {earlier.position.step}, without these "
+        "samples"
     )
-    # Weights saved among the failed steps have passed some of their samples: skipping those too would shift good samples past them.
+    # Weights saved among the failed steps have passed some of their samples: skipping those too would shift good
+    # samples past them.
     next_sample = nth_kept_sample(earlier.position.samples, earlier.position.skipped_samples)
     skipped = _add_skipped(earlier.position.skipped_samples, [n for n in failed if n >= next_sample])
     return replace(earlier, position=replace(earlier.position, skipped_samples=skipped))

@@ -59,8 +59,8 @@ FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes; 130 is what shells r
 
 
 def run(config: RunConfig, notes: list[str]) -> int:
-    """Carry out `train.py` with these settings; `notes` are logged. Returns the exit code: 0 done, else as above, or 128 + the number of
-    the signal that stopped the run, or 124 at --time_limit."""
+    """Carry out `train.py` with these settings; `notes` are logged. Returns the exit code: 0 done, else as above, or
+    128 + the number of the signal that stopped the run, or 124 at --time_limit."""
     ends_at = time.monotonic() + config.time_limit * 60 if config.time_limit else math.inf
     _silence_libraries()
     process_group = ProcessGroup()  # of one process, until the others are there: errors before that are reported too
@@ -120,7 +120,8 @@ def _describe_os_error(error: OSError, config: RunConfig) -> str:
     if error.errno is None:
         return str(error)
     path = error.filename or f"--proj_dir {config.proj_dir}"
-    return f"{path}: {error.strerror}; fix that (space, permissions, connection), and {_how_to_continue(config)} from the last save"
+    advice = f"fix that (space, permissions, connection), and {_how_to_continue(config)} from the last save"
+    return f"{path}: {error.strerror}; {advice}"
 
 
 def _how_to_continue(config: RunConfig) -> str:
@@ -138,7 +139,8 @@ def _run_mode(config: RunConfig, hardware: Hardware, process_group: ProcessGroup
 
 
 def _plan(config: RunConfig) -> int:
-    """Needs no machine like the planned one: everything follows from the flags, and the data for what they leave out."""
+    """Needs no machine like the planned one: everything follows from the flags, and the data for what they leave
+    out."""
     if not config.my_exit_tokens and not config.data_file:
         raise UserError("the number of tokens is not known", flag="plan", advice="give --my_exit_tokens or --data_file")
     if config.devices == "auto":
@@ -150,7 +152,8 @@ def _plan(config: RunConfig) -> int:
     return 0
 
 
-# ---- stage 1 -------------------------------------------------------------------------------------------------------------------
+# ---- stage 1
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def _write_initial_weights(config: RunConfig, proj_dir: Path) -> int:
@@ -171,7 +174,8 @@ def _write_initial_weights(config: RunConfig, proj_dir: Path) -> int:
     return 0
 
 
-# ---- training ------------------------------------------------------------------------------------------------------------------
+# ---- training
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group: ProcessGroup, ends_at: float) -> int:

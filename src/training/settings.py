@@ -1,4 +1,5 @@
-"""The settings of a run with their resolved values: what the log, run.json and saved states record, and what may change within a run."""
+"""The settings of a run with their resolved values: what the log, run.json and saved states record, and what may change
+within a run."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from src.training.model_setup import find_vocab_size
 from src.training.reporting.environment import environment
 from src.training.schedule import RunLength
 
-# Derived settings, which no flag sets directly; the others say in their declaration whether they may change within a run.
+# Derived settings, which no flag sets directly; the others say in their declaration whether they may change within a
+# run.
 FIXED = {*settings_with("fixed"), "data"}
 FREE = {*settings_with("free"), "global_batch", "order_seed"}
 # the flags that derived settings come from, for messages
@@ -57,7 +59,8 @@ def _tokenizer_identity(tokenizer: str) -> str:
     return sha256_of(file)[:16] if tokenizer and file.is_file() else tokenizer
 
 
-# ---- what changed since the last start -----------------------------------------------------------------------------------------
+# ---- what changed since the last start
+# -----------------------------------------------------------------------------------------
 
 
 def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path) -> None:
@@ -72,7 +75,8 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path
             problem,
             flag=FLAGS.get(first, first),
             given=changed[first][1],
-            advice="restore the setting, or start another run in a --proj_dir of its own (with --load_model from these weights)",
+            advice="restore the setting, or start another run (with --load_model from these weights) in a --proj_dir of "
+            "its own",
         )
     for name, (old, new) in changed.items():
         if name == "epoch_steps":
@@ -100,14 +104,16 @@ def refuse_other_settings(
 ) -> None:
     """A complete run answers only for its own settings. UserError where another model, data or order is asked for."""
     before = run_folder.read_run(proj_dir).get("settings", {})
-    # the recorded size first: the tokenizer of the run may be gone, and reading all data for its largest id takes minutes
+    # the recorded size first: the tokenizer of the run may be gone, and reading all data for its largest id takes
+    # minutes
     vocab_size = config.vocab_size or before.get("vocab_size") or find_vocab_size(config, None)
     sizes = config.model_config(vocab_size)
     now = resolve_settings(config, sizes, hardware, length, samples, before.get("random_seed", 0))
     compare_settings(before, {name: now[name] for name in now if name in FIXED}, proj_dir)
 
 
-# ---- what run.json records -----------------------------------------------------------------------------------------------------
+# ---- what run.json records
+# -----------------------------------------------------------------------------------------------------
 
 
 def record_start(
@@ -133,7 +139,8 @@ def record_start(
 
 
 def _record_held_out(run: dict[str, Any], now: dict[str, Any], proj_dir: Path) -> None:
-    """val.csv holds losses on one set of samples only: when it changes, val.csv and the best weights by it are archived."""
+    """val.csv holds losses on one set of samples only: when it changes, val.csv and the best weights by it are
+    archived."""
     before = run.get("held_out") or {name: run.get("settings", {}).get(name) for name in now}
     run["held_out"] = now
     if before != now and (archived := run_folder.archive_file(proj_dir / VALIDATION)):
@@ -143,7 +150,8 @@ def _record_held_out(run: dict[str, Any], now: dict[str, Any], proj_dir: Path) -
         log(f"note: the held-out losses of {old} are archived as {archived}{weights}; a new {VALIDATION} begins")
 
 
-# ---- summaries -------------------------------------------------------------------------------------------------------------------
+# ---- summaries
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def describe_start(resume: ResumePoint) -> str:
@@ -163,7 +171,7 @@ def summary(config: RunConfig, sizes: ModelConfig, hardware: Hardware, samples: 
     rows = {
         "model": f"{sizes.title}, {parameter_count(sizes):,} parameters, vocabulary {sizes.vocab_size:,}",
         "data": samples.summary,
-        "run": f"{length.steps:,} steps of {length.global_batch} x {config.ctx_len} tokens, {length.exit_tokens:,} in all",
+        "run": f"{length.steps:,} steps of {length.global_batch} x {config.ctx_len} tokens, {length.exit_tokens:,} total",
         "lr": f"{config.lr_init:g} to {config.lr_final:g}",
         "device": f"{hardware.device_name}, {hardware.description}, {hardware.precision}",
         "wkv7": describe_kernel(hardware.device_type, hardware.dtype, sizes.head_size, sizes.kernel),

@@ -5,12 +5,14 @@ The callbacks of a fit, in the order in which Lightning calls them; each relies 
     RestoreState          loads the full state, when one is resumed, before anything looks at the weights
     RunControl            counts the step; combines the requests of all ranks to stop, save, roll back
     SetLearningRate       the schedule, before each step
-    Reporter              reads the results of the step before, and passes them to sinks: logs, progress bar, NonFiniteMonitor
+    Reporter              reads the results of the step before, and passes them to sinks: logs, progress bar,
+                          NonFiniteMonitor
     SaveWeights           rwkv-N.pth at mini-epochs
     Validation            held-out loss and rwkv-best.pth; part of the step that a state is saved after
     LossFigureCallback    loss.png, drawn in a thread
     CheckpointCallback    full states; rwkv-final.pth at the end, when everything else is on the disk
-    GracefulStop          turns signals and the time limit into a request to stop; times the whole step, so that it comes late
+    GracefulStop          turns signals and the time limit into a request to stop; times the whole step, so that it
+                          comes late
     GenerateSamples       samples.json at the end, when everything is saved
     Profile               --profile
     PaceMonitor           what the device waits for between two steps; the last, since it times what all others take
@@ -58,14 +60,15 @@ from src.training.reporting.sink import Sink
 from src.training.schedule import learning_rate
 from src.training.validation import Validation, best_loss_before, was_omitted
 
-# Bytes per second that are assumed of a disk as long as no save was measured; a guess on the slow side, since a save that takes
-# longer than expected would miss --time_limit.
+# Bytes per second that are assumed of a disk as long as no save was measured; a guess on the slow side, since a save
+# that takes longer than expected would miss --time_limit.
 ASSUMED_DISK_SPEED = 200e6
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What stays the same in a run, however often it rolls back. `ends_at` by time.monotonic(): infinity without a limit."""
+    """What stays the same in a run, however often it rolls back. `ends_at` by time.monotonic(): infinity without a
+    limit."""
 
     config: RunConfig
     sizes: ModelConfig
@@ -80,8 +83,8 @@ class RunContext:
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a fit ended: `stopped` says why before the last step ('' when it is complete); `failed_steps` were too many skipped steps in
-    a row, after `good_steps` in all."""
+    """How a fit ended: `stopped` says why before the last step ('' when it is complete); `failed_steps` were too many
+    skipped steps in a row, after `good_steps` in all."""
 
     stopped: str = ""
     exit_code: int = 0
@@ -180,8 +183,8 @@ def restore_state(resume: ResumePoint) -> list[pl.Callback]:
 def _validation(
     run: RunContext, resume: ResumePoint, control: RunControl, reporter: Reporter, graceful_stop: GracefulStop
 ) -> list[pl.Callback]:
-    """The callback that measures the held-out loss, where held-out data are given. It measures before the first step too, where trained
-    weights begin, or where a stop cut the measurement off."""
+    """The callback that measures the held-out loss, where held-out data are given. It measures before the first step
+    too, where trained weights begin, or where a stop cut the measurement off."""
     if run.held_out is None:
         return []
     config, length, step = run.config, resume.length, resume.position.step
@@ -207,8 +210,8 @@ def _validation(
 
 
 def expected_save_seconds(sizes: ModelConfig, time_limit: float) -> float:
-    """What a save of the full state is expected to take before one was measured, on a disk of ASSUMED_DISK_SPEED; but not so long that
-    keeping twice that of --time_limit (minutes) leaves too little for training."""
+    """What a save of the full state is expected to take before one was measured, on a disk of ASSUMED_DISK_SPEED; but
+    not so long that keeping twice that of --time_limit (minutes) leaves too little for training."""
     expected = STATE_BYTES_PER_PARAMETER * parameter_count(sizes) / ASSUMED_DISK_SPEED
     return min(expected, time_limit * 60 / 8) if time_limit else expected
 
@@ -267,15 +270,16 @@ def run_trainer(
     module: TrainingModule,
     loader: DataLoader,
 ) -> None:
-    """Lightning's part of a run of so many steps: devices, strategy and the loop. Everything else is in the callbacks."""
+    """Lightning's part of a run of so many steps: devices, strategy and the loop. Everything else is in the
+    callbacks."""
     trainer = pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
         strategy=lightning_strategy(config, hardware),
         plugins=[process_group.environment],
-        # Lightning's bf16-true has no fp32 masters and bf16-mixed is autocast: here parameters have their dtype already, and the
-        # optimizer keeps the masters
+        # Lightning's bf16-true has no fp32 masters and bf16-mixed is autocast: here parameters have their dtype
+        # already, and the optimizer keeps the masters
         precision="32-true",
         max_epochs=1,  # a mini-epoch is our own unit of bookkeeping; to Lightning a run is one epoch
         max_steps=steps,
@@ -311,8 +315,8 @@ class SetLearningRate(pl.Callback):
 
 
 def schedule_of(config: RunConfig, resume: ResumePoint) -> Callable[[int], float]:
-    """step -> learning rate, for the rest of the run. By tokens: where the batch has changed since the run began, a step counts for the
-    tokens that it really took."""
+    """step -> learning rate, for the rest of the run. By tokens: where the batch has changed since the run began, a
+    step counts for the tokens that it really took."""
     length = resume.length
 
     def learning_rate_at(step: int) -> float:

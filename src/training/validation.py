@@ -1,4 +1,5 @@
-"""The loss on held-out data during a run: the same samples each time, shared by the ranks; the best weights are kept."""
+"""The loss on held-out data during a run: the same samples each time, shared by the ranks; the best weights are
+kept."""
 
 from __future__ import annotations
 
@@ -34,10 +35,11 @@ def mean_loss(
     process_group: ProcessGroup,
     must_stop: Callable[[], bool],
 ) -> tuple[float, int] | None:
-    """Mean loss in nats over the tokens that count, and their number: equal on every rank, and up to rounding for any number of them.
+    """Mean loss in nats over the tokens that count, and their number: equal on every rank, and up to rounding for any
+    number of them.
 
-    None, on every rank, when one of them `must_stop` between two batches. Leaves weights, gradients and random numbers as they are.
-    Every rank takes part.
+    None, on every rank, when one of them `must_stop` between two batches. Leaves weights, gradients and random numbers
+    as they are. Every rank takes part.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=module.device)
     stop: PendingFlags | None = None
@@ -65,8 +67,8 @@ def mean_loss(
 class Validation(StepCallback):
     """Measures the held-out loss as --val_every says, and keeps the weights of the lowest one as rwkv-best.pth.
 
-    `at_start` measures before the first step too. A stop that is requested meanwhile cuts a measurement off, and nothing of it is
-    kept; the start that resumes from there makes up for it.
+    `at_start` measures before the first step too. A stop that is requested meanwhile cuts a measurement off, and
+    nothing of it is kept; the start that resumes from there makes up for it.
     """
 
     def __init__(
@@ -91,7 +93,8 @@ class Validation(StepCallback):
         self._last_seconds = 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """After on_train_start of all callbacks: signal handlers are installed, so that a stop cuts this measurement too."""
+        """After on_train_start of all callbacks: signal handlers are installed, so that a stop cuts this measurement
+        too."""
         if self.at_start:
             self._measure(trainer, pl_module, self.control.step)
 
@@ -99,7 +102,8 @@ class Validation(StepCallback):
         if self.is_due(step) and not self.control.is_agreed(STOP, ROLL_BACK):
             self._measure(trainer, pl_module, step + 1)
             trainer.should_stop = trainer.should_stop or self.control.is_agreed(STOP)  # cut off: no further step
-        # a stop that is requested during the next step takes effect after it, and may meet the validation of the one that follows
+        # a stop that is requested during the next step takes effect after it, and may meet the validation of the one
+        # that follows
         is_near = self.is_due(step + 1) or self.is_due(step + 2)
         self.control.reserved_seconds[PURPOSE] = self._last_seconds if is_near else 0.0
 
@@ -143,13 +147,15 @@ def _schedule(val_every: str, length: RunLength) -> Callable[[int], bool]:
 
 
 def was_omitted(proj_dir: Path, val_every: str, length: RunLength, first_step: int) -> bool:
-    """Whether the measurement that is due before `first_step` isn't in val.csv: the run was stopped instead, or --val_every changed."""
+    """Whether the measurement that is due before `first_step` isn't in val.csv: the run was stopped instead, or
+    --val_every changed."""
     measured = read_columns(proj_dir / VALIDATION).get("steps", [])
     return first_step > 0 and _schedule(val_every, length)(first_step - 1) and first_step not in measured
 
 
 def best_loss_before(proj_dir: Path, step: int) -> float:
-    """The lowest held-out loss up to `step` in val.csv, which holds losses on the same samples only; infinite where there is none."""
+    """The lowest held-out loss up to `step` in val.csv, which holds losses on the same samples only; infinite where
+    there is none."""
     columns = read_columns(proj_dir / VALIDATION)
     rows = zip(columns.get("steps", []), columns.get("loss", []), strict=True)
     return min((loss for steps, loss in rows if steps <= step and math.isfinite(loss)), default=math.inf)

@@ -1,4 +1,5 @@
-"""What seeing a run costs it: the share of training time that reports, files, live line, wandb (offline), pictures and measurements take.
+"""What seeing a run costs it: the share of training time that reports, files, live line, wandb (offline), pictures and
+measurements take.
 
 python tests/bench/reporting.py [STEPS] [flags of train.py]      default: 120 steps of L4-D256, context 256, batch 8
 """
@@ -75,9 +76,19 @@ def main() -> None:
         with BinIdxWriter(Path(folder) / "data", np.uint16) as writer:
             writer.add_document(np.random.default_rng(0).integers(1, 6400, 1_000_000).tolist())
         settings = {
-            "data_file": f"{folder}/data", "proj_dir": f"{folder}/run", "vocab_size": 6400, "n_layer": 4, "n_embd": 256, "ctx_len": 256,
-            "micro_bsz": 8, "my_exit_tokens": steps * 8 * 256, "epoch_steps": max(2, steps // 2), "random_seed": 0, "wandb": "bench", "save_minutes": 0,
-        }  # fmt: skip
+            "data_file": f"{folder}/data",
+            "proj_dir": f"{folder}/run",
+            "vocab_size": 6400,
+            "n_layer": 4,
+            "n_embd": 256,
+            "ctx_len": 256,
+            "micro_bsz": 8,
+            "my_exit_tokens": steps * 8 * 256,
+            "epoch_steps": max(2, steps // 2),
+            "random_seed": 0,
+            "wandb": "bench",
+            "save_minutes": 0,
+        }
         run(*parse([word for name, value in settings.items() for word in (f"--{name}", str(value))] + sys.argv[2:]))
     assert threading.active_count() < 20
     first = min(5, steps // 4)  # the first steps are slower
@@ -85,7 +96,8 @@ def main() -> None:
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"\n{steps} steps, {whole / (len(ends) - first - 1):.4f} s each")
     print(
-        f"reporting, all sinks and measurements: {reported / whole:.3%} of the time, median {np.median(per_step[first + 1 :]) * 1e3:.2f} ms a step"
+        f"reporting, all sinks and measurements: {reported / whole:.3%} of the time, "
+        f"median {np.median(per_step[first + 1 :]) * 1e3:.2f} ms a step"
     )
     for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"  {seconds / (ends[-1] - ends[0]):8.3%}  {name}")

@@ -1,4 +1,5 @@
-"""How long saving the full state of the 34.2 M model stops training, beside the time that writing it takes in the background.
+"""How long saving the full state of the 34.2 M model stops training, beside the time that writing it takes in the
+background.
 
 python tests/bench/save_state.py [FOLDER]      FOLDER: the disk to write to (default: here)
 """

@@ -100,7 +100,8 @@ class CheckpointCallback(StepCallback):
         self._reserve_time()
         if self.control.is_agreed(SAVE, STOP) or self.weights.saves_at(step):
             self.reporter.flush()  # the losses and skipped steps up to this step belong to the state
-            # A state among skipped steps has passed samples that a roll-back would leave out; only a stop can't wait for a better one.
+            # A state among skipped steps has passed samples that a roll-back would leave out; only a stop can't wait
+            # for a better one.
             if self.control.is_agreed(STOP) or not self.non_finite.skipped_in_row:
                 self._save(pl_module)
         elif self.save_seconds > 0 and time.monotonic() - self._saved_at >= self.save_seconds:

@@ -28,7 +28,8 @@ from src.training.schedule import RunLength
 class ResumePoint:
     """Where a run continues: at `position`, from the full `state`, else from `weights` (None: new ones).
 
-    `reader` gives the tensors of the full state. Its manifest and state.json are read already: no byte of a state is read twice.
+    `reader` gives the tensors of the full state. Its manifest and state.json are read already: no byte of a state is
+    read twice.
     """
 
     position: Position
@@ -50,8 +51,8 @@ def length_of_run(config: RunConfig, tokens_per_epoch: int, processes: int) -> R
 
 
 def archive_other_run(config: RunConfig, proj_dir: Path) -> None:
-    """Archive the run in the folder where a new one is meant: with --restart, or when the initial weights are not those that it
-    started from (the swap of rwkv-init.pth that people do by hand). Nothing is deleted."""
+    """Archive the run in the folder where a new one is meant: with --restart, or when the initial weights are not those
+    that it started from (the swap of rwkv-init.pth that people do by hand). Nothing is deleted."""
     _, reason = _starts_new_run(config, proj_dir)
     tokenizer = proj_dir / TOKENIZER
     # compared before the folder is moved
@@ -63,7 +64,8 @@ def archive_other_run(config: RunConfig, proj_dir: Path) -> None:
 
 
 def _starts_new_run(config: RunConfig, proj_dir: Path) -> tuple[Path | None, str]:
-    """The weights that a run here starts from at step 0, and why a new run begins although there is one ('' when none does).
+    """The weights that a run here starts from at step 0, and why a new run begins although there is one ('' when none
+    does).
 
     Raises UserError when the weights are not there, or belong to the run itself.
     """
@@ -80,7 +82,7 @@ def _starts_new_run(config: RunConfig, proj_dir: Path) -> tuple[Path | None, str
             f"belongs to the run in --proj_dir {proj_dir} itself",
             flag="load_model",
             given=origin,
-            advice="leave the flag out to continue that run, or name another --proj_dir to start a new one from these weights",
+            advice="leave the flag out to continue that run, or start another one from them in a --proj_dir of its own",
         )
     if config.restart:  # before the comparison of hashes, which reads the whole file
         return origin, "--restart: a new run begins (leave the flag out to continue it later)"
@@ -103,11 +105,12 @@ def peek_resume_point(config: RunConfig, proj_dir: Path, length: RunLength) -> R
 
 
 def find_resume_point(config: RunConfig, proj_dir: Path, length: RunLength, peek: bool = False) -> ResumePoint:
-    """In this order: the newest full state; the highest rwkv-N.pth; rwkv-init.pth or --load_model; new weights (stage 0).
+    """In this order: the newest full state; the highest rwkv-N.pth; rwkv-init.pth or --load_model; new weights (stage
+    0).
 
-    `length` is that of a run from its beginning with these settings. States whose manifest or state.json is damaged are archived
-    (`peek`: passed over); damaged tensors are found when they are loaded. Raises UserError when a stage that continues finds nothing,
-    and when the weights were removed but a state is there: nobody can know what is meant.
+    `length` is that of a run from its beginning with these settings. States whose manifest or state.json is damaged are
+    archived (`peek`: passed over); damaged tensors are found when they are loaded. Raises UserError when a stage that
+    continues finds nothing, and when the weights were removed but a state is there: nobody can know what is meant.
     """
     saved = _newest_state(proj_dir, peek)
     numbered = numbered_weights(proj_dir)
@@ -117,11 +120,11 @@ def find_resume_point(config: RunConfig, proj_dir: Path, length: RunLength, peek
         # People start over by deleting *.pth. The state alone would continue, silently, what they wanted to be rid of.
         if position.weights_written and not numbered:
             raise UserError(
-                f"rwkv-N.pth of the run in {proj_dir} were removed, but its full state at step {position.step} is there",
+                f"the run's rwkv-N.pth were removed, but its full state at step {position.step} is there",
                 flag="proj_dir",
                 given=proj_dir,
-                advice="add --restart 1 to begin again from the initial weights (the state is archived), or put the newest "
-                "rwkv-N.pth back to continue",
+                advice="put the newest rwkv-N.pth back to continue, or add --restart 1 to start again from the initial "
+                "weights (the state is archived)",
             )
         return ResumePoint(position, _rest_of_run(length, position), state=state, reader=reader)
     if numbered:
@@ -148,9 +151,8 @@ def find_resume_point(config: RunConfig, proj_dir: Path, length: RunLength, peek
 
 def archive_damaged_state(folder: Path, error: DamagedStateError) -> None:
     """Rename a damaged state and warn, so that the next search finds the one before."""
-    log(
-        f"WARNING: the saved state {folder} is damaged: {error}; renamed to {archive_damaged(folder).name}, using the one before"
-    )
+    archived = archive_damaged(folder).name
+    log(f"WARNING: the saved state {folder} is damaged: {error}; renamed to {archived}, using the one before")
 
 
 def _newest_state(proj_dir: Path, peek: bool) -> tuple[StateReader, SavedState] | None:

@@ -1,7 +1,8 @@
 """What a full state holds, by parameter name: one format for every strategy and any number of processes.
 
-Per trained parameter: `master` (fp32 weights), `exp_avg` and `exp_avg_sq` (Adam's moments, fp32); per idle one (layer 0's value
-residual, never trained): `idle`. Under ZeRO each process holds partitions; they pass through rank 0 tensor by tensor, bit by bit.
+Per trained parameter: `master` (fp32 weights), `exp_avg` and `exp_avg_sq` (Adam's moments, fp32); per idle one (layer
+0's value residual, never trained): `idle`. Under ZeRO each process holds partitions; they pass through rank 0 tensor by
+tensor, bit by bit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ OLD_POSITION_NAMES = {"unit": "mini_epoch_samples", "holes": "skipped_samples"}
 
 @dataclass
 class Position:
-    """Where a run is between two steps: all numbers, since the order of the data is a pure function of the sample number."""
+    """Where a run is between two steps: all numbers, since the order of the data is a pure function of the sample
+    number."""
 
     step: int  # steps taken
     samples: int  # samples read
@@ -71,8 +73,8 @@ class SavedState:
 
 
 def gather_full_state(module: pl.LightningModule) -> Iterator[tuple[str, Tensor]]:
-    """(name/kind, tensor) of each parameter on rank 0, on its device. Other ranks take part and have to go through all of it too;
-    what they get is of no use."""
+    """(name/kind, tensor) of each parameter on rank 0, on its device. Other ranks take part and have to go through all
+    of it too; what they get is of no use."""
     assert isinstance(module, TrainingModule)
     optimizer = module.optimizer
     for name, parameter in module.model.named_parameters():
@@ -95,8 +97,8 @@ def scatter_full_state(
     shards: Iterable[Shard],
     counters: dict[str, float],
 ) -> None:
-    """Put back what `gather_full_state` gave, in one pass over `shards`, of which only rank 0's are used, and the optimizer's
-    `counters`.
+    """Put back what `gather_full_state` gave, in one pass over `shards`, of which only rank 0's are used, and the
+    optimizer's `counters`.
 
     Every rank takes part. Raises DamagedStateError, on every rank, when rank 0's shards do or when a tensor is missing.
     """
@@ -141,7 +143,8 @@ def weights_of_state(shards: Iterable[Shard], dtype: torch.dtype) -> dict[str, T
 
 
 def gather_weights(model: nn.Module) -> dict[str, Tensor] | None:
-    """The model's state dict on the CPU, in the run's precision, on rank 0; None on the others, which take part (stage 3)."""
+    """The model's state dict on the CPU, in the run's precision, on rank 0; None on the others, which take part (stage
+    3)."""
     weights = {}
     for name, parameter in model.named_parameters():
         tensor = whole(parameter)

@@ -5,8 +5,9 @@
         state.json                   the rest: position, counters, settings
         manifest.json                format version; size and SHA-256 of each file; written last
 
-Everything is written to a temporary folder, flushed to the disk and renamed; then older states are removed, but for the last few.
-Writing happens in a thread, from copies, while training goes on. Only files that the manifest lists are read, each of them once.
+Everything is written to a temporary folder, flushed to the disk and renamed; then older states are removed, but for the
+last few. Writing happens in a thread, from copies, while training goes on. Only files that the manifest lists are read,
+each of them once.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from src.errors import UserError
 from src.files import sync_folder
 from src.run_folder import STATES
 
-# Of the manifest. 1 (manifests without a number): up to November 2026, tensors-0000.safetensors. 2: shards named by rank.
+# Of the manifest. 1 (manifests without a number): up to November 2026, tensors-0000.safetensors. 2: shards named by
+# rank.
 FORMAT_VERSION = 2
 STATE_BYTES_PER_PARAMETER = 12  # fp32 weight and two moments
 # A save holds up to four shards in CPU memory: one being filled, one waiting, one being written, and that one's bytes.
@@ -62,9 +64,11 @@ def archive_damaged(folder: Path) -> Path:
 
 
 class StateReader:
-    """Reads a state: the manifest and `payload` at construction, the tensors by `shards`. Verifies each file as it is read.
+    """Reads a state: the manifest and `payload` at construction, the tensors by `shards`. Verifies each file as it is
+    read.
 
-    Whatever is wrong with a file (missing, unreadable, other content than was written, malformed) raises DamagedStateError.
+    Whatever is wrong with a file (missing, unreadable, other content than was written, malformed) raises
+    DamagedStateError.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -149,7 +153,8 @@ class _Payload:
 
 
 class StateWriter:
-    """Writes states in a thread, one at a time. A write that fails is tried once more; then the next call here raises OSError."""
+    """Writes states in a thread, one at a time. A write that fails is tried once more; then the next call here raises
+    OSError."""
 
     def __init__(self, proj_dir: Path, keep: int, expected_seconds: float = 0.0, rank: int = 0) -> None:
         """`expected_seconds`: what a save is expected to take as long as none was measured."""
@@ -162,7 +167,8 @@ class StateWriter:
 
     @property
     def slowest_seconds(self) -> float:
-        """Duration of the slowest save so far, from its begin until it was on the disk; an expectation before the first."""
+        """Duration of the slowest save so far, from its begin until it was on the disk; an expectation before the
+        first."""
         return self._slowest_seconds or self._expected_seconds
 
     def write(self, step: int, payload: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -197,8 +203,8 @@ class StateWriter:
             raise failure
 
     def _work(self, step: int) -> None:
-        """Writes shards as they arrive, then the payload and the manifest. After a failure it still empties the queue: training
-        would wait for ever on a full one."""
+        """Writes shards as they arrive, then the payload and the manifest. After a failure it still empties the queue:
+        training would wait for ever on a full one."""
         temporary = self.root / f".step-{step:08d}.{os.getpid()}.tmp"
         files: dict[str, dict[str, Any]] = {}
         failed, begin = False, time.monotonic()
@@ -243,8 +249,8 @@ class StateWriter:
 
 def _save_failure(root: Path, error: Exception) -> OSError:
     return OSError(
-        f"the state of the run could not be saved under {root}: {error}. Earlier states are complete; free some space or repair the "
-        "folder and run the same command again: it resumes from the newest"
+        f"the state of the run could not be saved under {root}: {error}. Earlier states are complete; free some space or "
+        "repair the folder and run the same command again: it resumes from the newest"
     )
 
 

@@ -30,7 +30,8 @@ class RankInfo:
         return self.rank // self.local_world_size
 
 
-# Names of (rank, world size, local rank, local world size) by launcher. The first row whose four names are all set holds.
+# Names of (rank, world size, local rank, local world size) by launcher. The first row whose four names are all set
+# holds.
 LAUNCHER_VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),  # DeepSpeed
@@ -41,7 +42,8 @@ LAUNCHER_VARIABLES = (
 def rank_from_launcher(environment: Mapping[str, str]) -> RankInfo | None:
     """The rank that a launcher gave this process; None without a launcher, or where it started only one process.
 
-    A Slurm job counts when srun started several tasks: a batch script that calls train.py is one process that may start others.
+    A Slurm job counts when srun started several tasks: a batch script that calls train.py is one process that may start
+    others.
     """
     for names in LAUNCHER_VARIABLES:
         # all four: some of these variables are set by other programs too

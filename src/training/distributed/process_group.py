@@ -1,7 +1,8 @@
 """The process group of a run: how its processes start, agree and shut down together.
 
-They come from a launcher (launch.py), or from `python train.py --devices N`, which starts the others itself. Either way all of them
-exist before anything is decided: rank 0 decides what has to be decided once, and a watchdog ends all of them when one fails.
+They come from a launcher (launch.py), or from `python train.py --devices N`, which starts the others itself. Either way
+all of them exist before anything is decided: rank 0 decides what has to be decided once, and a watchdog ends all of
+them when one fails.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class PendingFlags:
 
 
 class ProcessGroup:
-    """All processes of a run, seen from one of them; made by `join`. As it stands here: the group of a single process."""
+    """All processes of a run, seen from one of them; made by `join`. As it stands here: the group of a single
+    process."""
 
     rank, world_size = 0, 1
     # given explicitly, or Lightning would look for Slurm's variables and act on what it finds
@@ -92,8 +94,8 @@ class DistributedProcessGroup(ProcessGroup):
         self._watchdog.start()
 
     def connect(self) -> None:
-        """Called when torch.distributed is initialised. The group is of its own even where gloo is the default backend, so that
-        flags that are on their way never meet another collective."""
+        """Called when torch.distributed is initialised. The group is of its own even where gloo is the default backend,
+        so that flags that are on their way never meet another collective."""
         self._cpu_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
     def broadcast_from_rank_zero(self, compute: Callable[[], T]) -> T:
@@ -122,8 +124,8 @@ class DistributedProcessGroup(ProcessGroup):
             )
             self._store.set("failed", "1")
             return True
-        # A mistake in the settings or the data fails every rank in the same way: rank 0 reports it once. So the others give rank 0
-        # the time to fail, and report their own error only when rank 0 has none.
+        # A mistake in the settings or the data fails every rank in the same way: rank 0 reports it once. So the others
+        # give rank 0 the time to fail, and report their own error only when rank 0 has none.
         deadline = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < deadline and not self._watchdog.ended:
             try:
@@ -145,8 +147,8 @@ class DistributedProcessGroup(ProcessGroup):
         self._watchdog.publish_failure(f"rank {self.rank} failed: {reason}")
 
     def abort_after(self, error: BaseException) -> None:
-        # A collective that fails because another rank died raises here first. The watchdog needs a moment to learn the cause, and
-        # ends this process with it.
+        # A collective that fails because another rank died raises here first. The watchdog needs a moment to learn the
+        # cause, and ends this process with it.
         deadline = time.monotonic() + 2 * GRACE_SECONDS
         while time.monotonic() < deadline:
             time.sleep(0.1)
@@ -232,8 +234,8 @@ def _connect(info: RankInfo, children: list[subprocess.Popen], accelerator: str)
 
 
 def _cores_per_process(info: RankInfo) -> int:
-    """Cores that this process may use, divided by the processes of this machine that may use them too: a launcher may have pinned
-    each process to its own. Every rank takes part."""
+    """Cores that this process may use, divided by the processes of this machine that may use them too: a launcher may
+    have pinned each process to its own. Every rank takes part."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores_by_rank: list[Any] = [None] * info.world_size
     dist.all_gather_object(cores_by_rank, cores)

@@ -1,4 +1,5 @@
-"""A model that no process holds whole (ZeRO stage 3): initial values drawn or read one by one, partitioned as they come."""
+"""A model that no process holds whole (ZeRO stage 3): initial values drawn or read one by one, partitioned as they
+come."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ NamedTensors = Iterator[tuple[str, Tensor]]
 
 @torch.no_grad()
 def initial_values(config: ModelConfig) -> NamedTensors:
-    """(name, tensor) of each parameter of `RWKV7(config)`, the same numbers from the same seed, with one block in memory at a time.
+    """(name, tensor) of each parameter of `RWKV7(config)`, the same numbers from the same seed, with one block in
+    memory at a time.
 
     Random numbers are drawn in the order in which RWKV7 draws them; a test compares the two bit by bit.
     """
@@ -44,8 +46,8 @@ def partition(
 ) -> None:
     """Give a model on the meta device its values, each parameter partitioned over the processes as soon as it is there.
 
-    `values` yields every (name, tensor) on rank 0, in any order; those of other ranks are not used. No process ever holds more than
-    one whole parameter on its device.
+    `values` yields every (name, tensor) on rank 0, in any order; those of other ranks are not used. No process ever
+    holds more than one whole parameter on its device.
     """
     deepspeed = import_deepspeed(accelerator)
     if not deepspeed.comm.is_initialized():
@@ -60,7 +62,8 @@ def partition(
         name = announced[0]
         old = remaining.pop(name)
         whole = torch.empty(old.shape, dtype=dtype, device=device) if tensor is None else tensor.to(device, dtype)
-        # deepspeed.zero.Init broadcasts rank 0's numbers and partitions; it works on modules, so each parameter gets one
+        # deepspeed.zero.Init broadcasts rank 0's numbers and partitions; it works on modules, so each parameter gets
+        # one
         holder = nn.Module()
         holder.whole = nn.Parameter(whole, requires_grad=old.requires_grad)
         deepspeed.zero.Init(module=holder, config_dict_or_path=settings, dtype=dtype)
@@ -69,7 +72,8 @@ def partition(
 
 
 def gathered(parameter: nn.Parameter, modified_by: int | None = None) -> Any:
-    """A context in which a partitioned parameter is whole on every rank; with `modified_by`, that rank's changes reach all."""
+    """A context in which a partitioned parameter is whole on every rank; with `modified_by`, that rank's changes reach
+    all."""
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=modified_by)

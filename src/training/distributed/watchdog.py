@@ -15,14 +15,16 @@ import torch.distributed as dist
 from src.training.distributed.launch import RankInfo
 
 BEAT_SECONDS = 1.0
-# A process counts as dead after this many rounds of another without a heartbeat: far more than a busy process needs. Rounds rather
-# than the clock, which goes on while everything is suspended (Ctrl-Z, a suspended job, a paused virtual machine).
+# A process counts as dead after this many rounds of another without a heartbeat: far more than a busy process needs.
+# Rounds rather than the clock, which goes on while everything is suspended (Ctrl-Z, a suspended job, a paused virtual
+# machine).
 SILENT_ROUNDS = 40
 GRACE_SECONDS = 4.0  # for the other ranks to read the reason before the store that carries it goes away
 
 
 class Watchdog:
-    """Two threads: one sends heartbeats and reads those of others through a store, one checks that the first isn't stuck."""
+    """Two threads: one sends heartbeats and reads those of others through a store, one checks that the first isn't
+    stuck."""
 
     def __init__(self, info: RankInfo, children: list[subprocess.Popen], timeout: timedelta) -> None:
         """`children` are the processes that this one started; `timeout` is for rank 0 to appear."""
@@ -67,7 +69,8 @@ class Watchdog:
                 return
 
     def _check_ranks(self, seen: dict[int, tuple[bytes, int]]) -> None:
-        """On rank 0: end the run when a rank's heartbeats stop. `seen`: each rank's last beat, and the own number then."""
+        """On rank 0: end the run when a rank's heartbeats stop. `seen`: each rank's last beat, and the own number
+        then."""
         for rank in range(1, self.info.world_size):
             if self._store.check([f"done/{rank}"]) or not self._store.check([f"beat/{rank}"]):
                 continue  # done, or not there yet: joining has a time limit of its own
@@ -88,7 +91,8 @@ class Watchdog:
             self._exit("the process that started this one has ended")
 
     def _check_heartbeat_thread(self) -> None:
-        """The store's calls may block for hours when rank 0's machine vanishes: then this rank's own beats stand still."""
+        """The store's calls may block for hours when rank 0's machine vanishes: then this rank's own beats stand
+        still."""
         beats = rounds = 0
         while not (self.finished or self.leaving or self.ended):
             time.sleep(BEAT_SECONDS)

@@ -1,4 +1,5 @@
-"""Objectives: what a run minimises. Each is a module that maps (model, batch) to a loss and named metrics, in a file of its own."""
+"""Objectives: what a run minimises. Each is a module that maps (model, batch) to a loss and named metrics, in a file of
+its own."""
 
 from src.training.objectives.next_token import NextToken
 

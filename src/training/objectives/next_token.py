@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from src.model import RWKV7
 from src.ops.loss import cross_entropy_l2wrap, linear_cross_entropy_l2wrap
 
-# Rows of a micro batch in which the largest logit is searched: enough to see logits grow, at a small fraction of a step's time.
+# Rows of a micro batch in which the largest logit is searched: enough to see logits grow, at a small fraction of a
+# step's time.
 LARGEST_LOGIT_ROWS = 1024
 
 
 class HeadLoss(nn.Module):
-    """The last step, hidden [B, T, C] to loss, as a module of its own: ZeRO's stage 3 gathers parameters around module calls.
+    """The last step, hidden [B, T, C] to loss, as a module of its own: ZeRO's stage 3 gathers parameters around module
+    calls.
 
     It uses the model's head without owning it, so that the head's weight has one name in the state dict.
     """
@@ -44,8 +46,8 @@ class HeadLoss(nn.Module):
 class NextToken(nn.Module):
     """(model, batch) -> (loss, metrics): mean cross entropy of the next token, with L2Wrap.
 
-    A batch is (tokens, targets), int64 [B, T] each, or a packed row with (cu_seqlens int32 [D + 1], weight): the bounds of its
-    documents, and its weight in the step, since rows hold different numbers of tokens that count.
+    A batch is (tokens, targets), int64 [B, T] each, or a packed row with (cu_seqlens int32 [D + 1], weight): the bounds
+    of its documents, and its weight in the step, since rows hold different numbers of tokens that count.
     """
 
     def __init__(self, head: nn.Linear, head_chunk: int) -> None:
