@@ -69,11 +69,12 @@ def _roll_back(run: RunContext, resume: ResumePoint, result: FitResult, rolled_b
     if earlier.position.step <= rolled_back_to or is_no_progress:
         raise FloatingPointError(
             f"loss or gradient not finite again at {where}, after rolling back to step {rolled_back_to} once. None of "
-            "these steps reached the weights. Look at these samples, lower --lr_init, or use --precision fp32 to find the cause"
+            "these steps reached the weights. Look at these samples, lower --lr_init, or use "
+            "--precision fp32 to find the cause"
         )
     log(
-        f"{where} had no finite gradient: rolling back to the state of step {earlier.position.step}, without these "
-        "samples"
+        f"{where} had no finite gradient: rolling back to the state of step {earlier.position.step}, "
+        "without these samples"
     )
     # Weights saved among the failed steps have passed some of their samples: skipping those too would shift good
     # samples past them.

@@ -75,8 +75,8 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path
             problem,
             flag=FLAGS.get(first, first),
             given=changed[first][1],
-            advice="restore the setting, or start another run (with --load_model from these weights) in a --proj_dir of "
-            "its own",
+            advice="restore the setting, or start another run (with --load_model from these weights) in a "
+            "--proj_dir of its own",
         )
     for name, (old, new) in changed.items():
         if name == "epoch_steps":
@@ -171,7 +171,7 @@ def summary(config: RunConfig, sizes: ModelConfig, hardware: Hardware, samples: 
     rows = {
         "model": f"{sizes.title}, {parameter_count(sizes):,} parameters, vocabulary {sizes.vocab_size:,}",
         "data": samples.summary,
-        "run": f"{length.steps:,} steps of {length.global_batch} x {config.ctx_len} tokens, {length.exit_tokens:,} total",
+        "run": f"{length.steps:,} steps of {length.global_batch} x {config.ctx_len} tokens, {length.exit_tokens:,} tokens",
         "lr": f"{config.lr_init:g} to {config.lr_final:g}",
         "device": f"{hardware.device_name}, {hardware.description}, {hardware.precision}",
         "wkv7": describe_kernel(hardware.device_type, hardware.dtype, sizes.head_size, sizes.kernel),

@@ -249,8 +249,8 @@ class StateWriter:
 
 def _save_failure(root: Path, error: Exception) -> OSError:
     return OSError(
-        f"the state of the run could not be saved under {root}: {error}. Earlier states are complete; free some space or "
-        "repair the folder and run the same command again: it resumes from the newest"
+        f"the state of the run could not be saved under {root}: {error}. Earlier states are complete; free some "
+        "space or repair the folder and run the same command again: it resumes from the newest"
     )
 
 
