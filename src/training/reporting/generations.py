@@ -1,4 +1,4 @@
-"""What the model generates at the end of a run, next to what the data holds: kept in samples.json, shown by the loggers."""
+"""Generates sample texts at the end of a run and stores them in samples.json, next to how the data continues."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from src.training.reporting.reporter import Reporter
 from src.training.reporting.sink import GeneratedSample
 from src.training.schedule import RunLength
 
+# few and short: decoding token by token delays the end of the run
 COUNT, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 64
 # a fixed seed makes the texts of two runs comparable
 TEMPERATURE, TOP_P, SEED = 1.0, 0.7, 1
 
 
 class GenerateSamples(pl.Callback):
-    """Lets rank 0 generate a few texts when the run is complete: from beginnings of held-out texts, or of training data without them.
+    """Generates a few texts on rank 0 when the run is complete, from prompts of the held-out (else the training) data.
 
-    Needs --tokenizer, and a model that is whole on one device (not ZeRO stage 3); otherwise it does nothing.
+    Requires --tokenizer, and a model that is whole on one device (not ZeRO stage 3); otherwise it does nothing.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class GenerateSamples(pl.Callback):
         if not (is_rank_zero() and is_complete and self.config.tokenizer) or pl_module.hardware.is_partitioned:
             return
         source = self.config.val_data_file or self.config.data_file
+        # the weights are saved already: a failure here must not make the run a failed one
         with warn_on_error(SAMPLES):
             held_out = HeldOut(replace(self.config, val_data_file=source, val_windows=COUNT))
             samples = generate_samples(pl_module.model, load_tokenizer(self.config.tokenizer), held_out)
