@@ -1,8 +1,8 @@
 """Chat with a trained model in the terminal.
 
-python API_DEMO_CHAT.py [MODEL]                    the newest weights under out/, or those named
-python API_DEMO_CHAT.py [MODEL] --prompt "Hello"   one answer, nothing else
-echo "Hello" | python API_DEMO_CHAT.py [MODEL]     a turn per line
+python API_DEMO_CHAT.py [MODEL]                    the newest weights under out/, or MODEL
+python API_DEMO_CHAT.py [MODEL] --prompt "Hello"   print one answer and exit
+echo "Hello" | python API_DEMO_CHAT.py [MODEL]     one turn per line
 """
 
 import argparse
@@ -12,82 +12,81 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from src.errors import UserError
+from src.inference.arguments import add_model_arguments, add_sampling_arguments, sampling_from
 from src.inference.chat import Conversation, find_template
 from src.inference.decoder import Decoder
-from src.inference.generate import add_sampling_arguments, end_with_the_reader, sampling_of
-from src.inference.load import (
-    add_model_arguments,
-    find_tokenizer,
-    find_weights,
-    load_model,
-    newest_weights,
-    pretrained_only,
-)
+from src.inference.generate import exit_on_closed_pipe
+from src.inference.load import find_tokenizer, find_weights, latest_trained_weights, load_model, pretrained_only
 
 HELP = """\
-  /reset              forget everything
-  /retry              another answer to the last question
-  /save FILE          keep the conversation and its state
-  /load FILE          go on where a saved one ended
+  /reset              start a new conversation
+  /retry              generate another answer to the last question
+  /save FILE          save the conversation and its state
+  /load FILE          continue a saved conversation
   /set [NAME VALUE]   show the settings, or change one: /set temperature 0.8
   /exit               or Ctrl-D
-Enter sends, Alt-Enter (or Esc, Enter) begins a new line, Ctrl-C stops the answer."""
+Enter sends, Alt-Enter (or Esc, Enter) starts a new line, Ctrl-C stops the answer."""
 
 
-class Stopped:
-    """While it is entered, Ctrl-C sets `now` instead of ending the program; a second one, before anyone has looked, does end it."""
+class InterruptFlag:
+    """Within the block, the first Ctrl-C sets `is_set`, and a second one raises KeyboardInterrupt."""
 
-    def __enter__(self) -> "Stopped":
-        self.now = False
-        self._before = signal.signal(signal.SIGINT, self._note)
+    def __enter__(self) -> "InterruptFlag":
+        self.is_set = False
+        self._previous_handler = signal.signal(signal.SIGINT, self._handle)
         return self
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.now:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.is_set:  # the flag isn't polled while a long prompt is processed: the user must be able to leave
             raise KeyboardInterrupt
-        self.now = True
+        self.is_set = True
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, self._previous_handler)
 
 
-def show(text: str) -> None:
+def write(text: str) -> None:
     sys.stdout.write(text)
-    sys.stdout.flush()
+    sys.stdout.flush()  # a terminal would show text only at the end of a line
 
 
 def stream(pieces: Iterator[str]) -> None:
-    """Show an answer while it comes; Ctrl-C ends it, and what has been said so far counts."""
-    with Stopped() as stopped:
+    """Print an answer as it is generated; Ctrl-C stops it, and its beginning stays in the conversation."""
+    with InterruptFlag() as interrupt:
         for piece in pieces:
-            show(piece)
-            if stopped.now:
+            write(piece)
+            # Polled between tokens: raised within a step, KeyboardInterrupt would leave the state half-updated.
+            if interrupt.is_set:
                 pieces.close()  # type: ignore[attr-defined]
-                show(" [stopped]")
+                write(" [stopped]")
                 break
-    show("\n")
+    write("\n")
 
 
-def turn(conversation: Conversation, line: str) -> bool:
-    """Carry out a command or show the answer to a question. False: the user wants to leave. ValueError: what went wrong."""
-    command, _, rest = line.strip().partition(" ")
-    rest = rest.strip()
+def run_turn(conversation: Conversation, line: str) -> bool:
+    """Execute a command, or print the answer to a question; False for /exit. Raises UserError."""
+    command, _, argument = line.strip().partition(" ")
+    argument = argument.strip()
     commands: dict[str, Callable[[], object]] = {
-        "/help": lambda: show(HELP + "\n"),
+        "/help": lambda: write(HELP + "\n"),
         "/reset": conversation.reset,
         "/retry": lambda: stream(conversation.retry()),
-        "/save": lambda: conversation.save(_file(command, rest)),
-        "/load": lambda: conversation.load(_file(command, rest)),
-        "/set": lambda: _set(conversation, rest),
+        "/save": lambda: conversation.save(_file(command, argument)),
+        "/load": lambda: conversation.load(_file(command, argument)),
+        "/set": lambda: _set(conversation, argument),
     }
+    # Printed after the command, as it may raise.
+    confirmations = {"/reset": "new conversation", "/save": f"saved to {argument}", "/load": f"loaded {argument}"}
     if command in ("/exit", "/quit"):
         return False
     if command in commands:
         commands[command]()
-        if command in ("/reset", "/save", "/load"):
-            show({"/reset": "forgotten", "/save": f"saved to {rest}", "/load": f"loaded {rest}"}[command] + "\n")
+        if command in confirmations:
+            write(confirmations[command] + "\n")
+    # A misspelt command isn't a question, but a path such as /usr/bin, which has more than letters, may begin one.
     elif command.startswith("/") and command[1:].isalpha():
-        raise ValueError(f"{command}: no such command; there are {', '.join(commands)}, /exit")
+        raise UserError("no such command", given=command, expected=f"one of {', '.join(commands)}, /exit")
     else:
         stream(conversation.ask(line))
     return True
@@ -95,61 +94,64 @@ def turn(conversation: Conversation, line: str) -> bool:
 
 def _file(command: str, name: str) -> Path:
     if not name:
-        raise ValueError(f"{command}: expected a file name, for example {command} talk.state")
+        raise UserError(given=command, expected=f"a file name, for example {command} chat.state")
     return Path(name).expanduser()
 
 
-def _set(conversation: Conversation, rest: str) -> None:
-    words = rest.split()
-    if len(words) == 2:
-        conversation.change(*words)
-    elif words:
-        raise ValueError("/set: expected a name and a value, for example /set temperature 0.8")
+def _set(conversation: Conversation, argument: str) -> None:
+    parts = argument.split()
+    if len(parts) == 2:
+        conversation.change(*parts)
+    elif parts:
+        raise UserError(given="/set", expected="a name and a value, for example /set temperature 0.8")
     settings = conversation.settings().items()
-    show("  " + ", ".join(f"{name} {'none' if value is None else value}" for name, value in settings) + "\n")
+    write("  " + ", ".join(f"{name} {'none' if value is None else value}" for name, value in settings) + "\n")
 
 
-def talk(conversation: Conversation, read: Callable[[], str]) -> int:
-    """Turn after turn until `read` raises EOFError; a mistake is said and the conversation goes on. 1 when there was one, else 0."""
-    failed = 0
+def run_turns(conversation: Conversation, read: Callable[[], str]) -> int:
+    """Run turns until `read` raises EOFError; errors are printed. Returns 1 if there was one, else 0."""
+    exit_code = 0
     while True:
         try:
             line = read()
         except EOFError:
-            return failed
-        except KeyboardInterrupt:
-            show("(Ctrl-D or /exit to leave)\n")
+            return exit_code
+        except KeyboardInterrupt:  # at the prompt, where there is no answer to stop
+            write("(Ctrl-D or /exit to leave)\n")
             continue
         except UnicodeDecodeError as error:
-            failed = 1
-            print(
-                f"a line of the input is left out: it is no {error.encoding} text from its byte {error.start + 1} on",
-                file=sys.stderr,
-                flush=True,
-            )
+            exit_code = 1
+            _print_error(f"skipped a line that isn't valid {error.encoding} from byte {error.start + 1} on")
             continue
+        # An empty line isn't a question. Without a template it continues the text.
         if not line.strip() and conversation.template is not None:
             continue
         try:
-            if not turn(conversation, line):
-                return failed
-        except ValueError as error:
-            failed = 1
-            print(error, file=sys.stderr, flush=True)
+            if not run_turn(conversation, line):
+                return exit_code
+        except UserError as error:
+            exit_code = 1
+            _print_error(str(error))
+
+
+def _print_error(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def prompt_reader(history: Path) -> Callable[[], str]:
-    """Lines with history, editing and several lines a message, from a terminal."""
+    """A function that reads a message from the terminal, with history, editing and several lines. Raises UserError."""
+    # Imported here: a pipe and --prompt need neither the package nor the 0.2 s that it takes to import.
     try:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import FileHistory
         from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     except ImportError as error:
-        raise ValueError(
-            "chatting in a terminal needs a package: pip install prompt_toolkit (or use --prompt)"
+        raise UserError(
+            "the package prompt_toolkit is missing", advice="pip install prompt_toolkit, or use --prompt"
         ) from error
     keys = KeyBindings()
 
+    # Multi-line input has Enter for a new line by default; in a chat Enter sends.
     @keys.add("enter")
     def _send(event: KeyPressEvent) -> None:
         event.current_buffer.validate_and_handle()
@@ -164,66 +166,75 @@ def prompt_reader(history: Path) -> Callable[[], str]:
         key_bindings=keys,
         history=FileHistory(str(history)),
         prompt_continuation="  ",
-        reserve_space_for_menu=0,
+        reserve_space_for_menu=0,  # there are no completions: without this, eight empty lines
     )
     return session.prompt
 
 
 def read_line() -> str:
-    line = sys.stdin.buffer.readline()  # bytes: decoding as it reads, a stream can't go on after a line that is no text
+    """The next line of standard input. Raises EOFError, and UnicodeDecodeError for a line that can be skipped."""
+    # Bytes, decoded line by line: a text stream can't continue after a decoding error.
+    line = sys.stdin.buffer.readline()
     if not line:
         raise EOFError
     return line.decode(sys.stdin.encoding).rstrip("\r\n")
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         description="Chat with a trained model.", epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_arguments(parser, optional=True)
-    parser.add_argument("--prompt", default=None, help="answer this and end")
+    parser.add_argument("--prompt", default=None, help="print the answer to this and exit")
     parser.add_argument(
         "--chat_template",
         default="",
-        help="none, tokenizer (its own), rwkv (User: ... Assistant: ...) or a Jinja file; default: the tokenizer's, after pretraining none",
+        help="none, tokenizer (its own), rwkv (User: ... Assistant: ...) or a Jinja file; "
+        "default: the tokenizer's, for a pretraining run none",
     )
-    parser.add_argument("--length", type=int, default=1024, help="tokens of an answer at most [%(default)s]")
+    parser.add_argument("--length", type=int, default=1024, help="most tokens of an answer [%(default)s]")
     parser.add_argument(
         "--history",
         type=Path,
         default=Path.home() / ".rwkv7_chat_history",
-        help="file that keeps what you type [%(default)s]",
+        help="file for the history of your messages [%(default)s]",
     )
     add_sampling_arguments(parser)
-    parser.set_defaults(presence_penalty=0.2, frequency_penalty=0.2)  # as chat programs for RWKV do
-    options = parser.parse_args(argv)
+    # In a chat, repetition is more of a nuisance than elsewhere; the values of other chat programs for RWKV.
+    parser.set_defaults(presence_penalty=0.2, frequency_penalty=0.2)
+    return parser, parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser, options = parse(argv)
     try:
         conversation = build(options)
         if options.prompt is not None:
             stream(conversation.ask(options.prompt))
             return 0
-        if sys.stdin is None:
-            raise ValueError("standard input is closed; ask with --prompt, or start it in a terminal")
+        if sys.stdin is None:  # closed by the parent process (python API_DEMO_CHAT.py <&-)
+            raise UserError("standard input is closed", advice="use --prompt, or start the program in a terminal")
         if not sys.stdin.isatty():
-            return talk(conversation, read_line)
+            return run_turns(conversation, read_line)
         read = prompt_reader(options.history)
-    except ValueError as error:
+    except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     mode = (
         "chat"
         if conversation.template is not None
-        else "continues your text (--chat_template rwkv or tokenizer makes it chat, if it has learned to)"
+        else "continues your text (--chat_template rwkv or tokenizer to chat, if the model has learned to)"
     )
-    show(f"{options.weights}, {conversation.decoder.config.title}, {mode}; /help\n")
-    talk(conversation, read)
-    return 0
+    write(f"{options.weights}, {conversation.decoder.config.title}, {mode}; /help\n")
+    run_turns(conversation, read)
+    return 0  # in a terminal the user has seen the errors; only a script needs them as an exit code
 
 
 def build(options: argparse.Namespace) -> Conversation:
-    sampling = sampling_of(options)
+    """The conversation that `options` describe; sets `options.weights` to their path. Raises UserError."""
+    sampling = sampling_from(options)
     if options.length < 1:
-        raise ValueError(f"--length {options.length}: expected at least 1 token")
-    options.weights = find_weights(options.model) if options.model else newest_weights(Path("out"))
+        raise UserError(flag="length", given=options.length, expected="at least 1 token")
+    options.weights = find_weights(options.model) if options.model else latest_trained_weights(Path("out"))
     model = load_model(options.weights, options.dtype, options.device)
     tokenizer = find_tokenizer(options.weights, model.config.vocab_size, options.tokenizer)
     template = find_template(options.chat_template, tokenizer, pretrained_only(options.weights))
@@ -231,8 +242,8 @@ def build(options: argparse.Namespace) -> Conversation:
 
 
 if __name__ == "__main__":
-    end_with_the_reader()
+    exit_on_closed_pipe()
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(130)  # 128 + SIGINT, as a shell reports it

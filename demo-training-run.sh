@@ -1,12 +1,14 @@
 #!/bin/sh
 # Pretrains an RWKV-7 model, set-up included, and shows what it learned. Stop it with Ctrl-C; the same command continues.
 #
-#   sh demo-training-run.sh             the demo: a small model on the sources of Python's standard library, ten minutes on two CPU cores
+#   sh demo-training-run.sh             the demo: a small model on the sources of Python's standard library, ten minutes
+#                                       on two CPU cores
 #   sh demo-training-run.sh minipile    the published run: L12-D768, 1.5 G tokens, for a GPU
-#   sh demo-training-run.sh mini        the 34.2 M model L8-D512 on MiniMind's pretrain_hq (or a DATA_FILE of yours), for a GPU
+#   sh demo-training-run.sh mini        the 34.2 M model L8-D512 on MiniMind's pretrain_hq (or a DATA_FILE of your own),
+#                                       for a GPU
 #
-# Every setting is a default that the environment overrides; those of model and data stand in demo-training-prepare.sh. Further
-# flags are passed on to train.py:
+# Every setting is a default that the environment overrides; those of model and data are in demo-training-shared.sh and
+# demo-training-prepare.sh. Further flags are passed on to train.py:
 #   N_LAYER=4 M_BSZ=16 sh demo-training-run.sh demo --random_seed 1
 
 # shellcheck source=demo-training-prepare.sh
@@ -15,45 +17,44 @@
 case $SETTING in
 demo)
     M_BSZ=${M_BSZ:-8} CTX_LEN=${CTX_LEN:-256} MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-1300000} MAGIC_PRIME=${MAGIC_PRIME:-0}
-    LR_INIT=${LR_INIT:-3e-3} LR_FINAL=${LR_FINAL:-3e-4} WARMUP_STEPS=${WARMUP_STEPS:-20} WEIGHT_DECAY=${WEIGHT_DECAY:-0.001}
-    EPOCH_STEPS=${EPOCH_STEPS:-100} EPOCH_SAVE=${EPOCH_SAVE:-1} GRAD_CP=${GRAD_CP:-0}
+    LR_INIT=${LR_INIT:-3e-3} LR_FINAL=${LR_FINAL:-3e-4} WARMUP_STEPS=${WARMUP_STEPS:-20}
+    EPOCH_STEPS=${EPOCH_STEPS:-100} EPOCH_SAVE=${EPOCH_SAVE:-1}
     VAL_DATA_FILE=${VAL_DATA_FILE:-data/demo-heldout} PROMPT=${PROMPT:-def }
     ;;
-minipile) # the published run
-    M_BSZ=${M_BSZ:-16} CTX_LEN=${CTX_LEN:-512} MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-1498226207} MAGIC_PRIME=${MAGIC_PRIME:-2926181}
-    LR_INIT=${LR_INIT:-6e-4} LR_FINAL=${LR_FINAL:-6e-5} WARMUP_STEPS=${WARMUP_STEPS:-10} WEIGHT_DECAY=${WEIGHT_DECAY:-0.001}
-    EPOCH_STEPS=${EPOCH_STEPS:-0} EPOCH_SAVE=${EPOCH_SAVE:-10} GRAD_CP=${GRAD_CP:-0}
+minipile) # batch, length, prime and learning rates are those of the published run, so that its losses can be compared
+    M_BSZ=${M_BSZ:-16} CTX_LEN=${CTX_LEN:-512} MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-1498226207}
+    MAGIC_PRIME=${MAGIC_PRIME:-2926181}
+    LR_INIT=${LR_INIT:-6e-4} LR_FINAL=${LR_FINAL:-6e-5} WARMUP_STEPS=${WARMUP_STEPS:-10}
+    EPOCH_STEPS=${EPOCH_STEPS:-0} EPOCH_SAVE=${EPOCH_SAVE:-10}
     VAL_DATA_FILE=${VAL_DATA_FILE:-} PROMPT=${PROMPT:-The }
     ;;
 mini)
     M_BSZ=${M_BSZ:-16} CTX_LEN=${CTX_LEN:-512} MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-0} MAGIC_PRIME=${MAGIC_PRIME:-0}
-    LR_INIT=${LR_INIT:-6e-4} LR_FINAL=${LR_FINAL:-2e-5} WARMUP_STEPS=${WARMUP_STEPS:-10} WEIGHT_DECAY=${WEIGHT_DECAY:-0.001}
-    EPOCH_STEPS=${EPOCH_STEPS:-0} EPOCH_SAVE=${EPOCH_SAVE:-5} GRAD_CP=${GRAD_CP:-0}
+    LR_INIT=${LR_INIT:-6e-4} LR_FINAL=${LR_FINAL:-2e-5} WARMUP_STEPS=${WARMUP_STEPS:-10}
+    EPOCH_STEPS=${EPOCH_STEPS:-0} EPOCH_SAVE=${EPOCH_SAVE:-5}
     VAL_DATA_FILE=${VAL_DATA_FILE:-} PROMPT=${PROMPT:-}
     ;;
 esac
-GPU_PER_NODE=${GPU_PER_NODE:-1} N_NODE=${N_NODE:-1}
-STRATEGY=${STRATEGY:-auto}
-WANDB=${WANDB:-}
-
-# Threads that wait give their core back: four times as fast as waiting busily where the machine does other things too.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+WEIGHT_DECAY=${WEIGHT_DECAY:-0.001} GRAD_CP=${GRAD_CP:-0}
+run_settings
 
 was_complete=0
 if [ -f "$PROJ_DIR/rwkv-final.pth" ]; then was_complete=1; fi
 
 "$python" train.py --load_model 0 --train_stage 3 --wandb "$WANDB" \
     --ctx_len "$CTX_LEN" --micro_bsz "$M_BSZ" --my_exit_tokens "$MY_EXIT_TOKENS" --magic_prime "$MAGIC_PRIME" \
-    --lr_init "$LR_INIT" --lr_final "$LR_FINAL" --warmup_steps "$WARMUP_STEPS" --beta1 0.9 --beta2 0.99 --adam_eps 1e-18 \
-    --weight_decay "$WEIGHT_DECAY" --epoch_steps "$EPOCH_STEPS" --epoch_save "$EPOCH_SAVE" --grad_cp "$GRAD_CP" \
-    --val_data_file "$VAL_DATA_FILE" --val_windows 64 --devices "$GPU_PER_NODE" --num_nodes "$N_NODE" --strategy "$STRATEGY" "$@"
+    --lr_init "$LR_INIT" --lr_final "$LR_FINAL" --warmup_steps "$WARMUP_STEPS" --weight_decay "$WEIGHT_DECAY" \
+    --epoch_steps "$EPOCH_STEPS" --epoch_save "$EPOCH_SAVE" --grad_cp "$GRAD_CP" \
+    --val_data_file "$VAL_DATA_FILE" --val_windows 64 \
+    --devices "$GPU_PER_NODE" --num_nodes "$N_NODE" --strategy "$STRATEGY" "$@"
 
-if [ "$python" = .venv/bin/python ]; then say "To type commands yourself: . .venv/bin/activate"; fi
-if [ $was_complete = 1 ] || [ ! -f "$PROJ_DIR/rwkv-final.pth" ]; then exit; fi # complete before, or only looked at (--check)
+if [ "$python" = .venv/bin/python ]; then say "To run commands yourself: . .venv/bin/activate"; fi
+# Nothing to show if it was complete before, or if it took no steps (--check).
+if [ $was_complete = 1 ] || [ ! -f "$PROJ_DIR/rwkv-final.pth" ]; then exit; fi
 
 if [ -n "$VAL_DATA_FILE" ]; then
     say "
-Loss on text that it was not trained on:"
+Loss on held-out text:"
     "$python" -m src.inference.evaluate "$PROJ_DIR" --data "$VAL_DATA_FILE" --ctx_len "$CTX_LEN"
 fi
 say "

@@ -1,127 +1,87 @@
-"""Trains a tokenizer on your own text, in any language: a Hugging Face folder that --tokenizer takes, for pretraining and for chat.
+"""Trains a tokenizer on your own text, in any language: a Hugging Face folder for --tokenizer, with a chat template.
 
     python data/train_tokenizer.py FILE.jsonl --out data/my_tokenizer --vocab_size 8000
 
-It is byte-level BPE, so it can spell everything. Id 0, <|endoftext|>, ends documents; its chat template is ChatML.
+The tokenizer is byte-level BPE, so it can encode any text. Id 0, <|endoftext|>, ends documents; the chat template is
+ChatML.
 """
 
-import argparse
-import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+# For `python data/...`: Python puts this folder on the path, and `src` is in the folder above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from src.dataset.documents import read_documents
-from src.dataset.text_input import ENDINGS, check_inputs, read_pieces
-
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
-LEAST = 256 + len(SPECIALS)  # every byte and the specials
-
-# ChatML; the marks tell what the assistant writes, which is what fine-tuning counts.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
-    "{{ '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+from src.dataset.corpus.bpe import MIN_VOCAB_SIZE, SPECIAL_TOKENS, train_bpe
+from src.dataset.corpus.command_line import add_field, create_parser, exit_on_user_error
+from src.dataset.corpus.documents import read_documents
+from src.dataset.corpus.text_input import ENDINGS, check_inputs, read_pieces
+from src.errors import UserError
 
 
-def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> int:
-    """Writes the tokenizer of `texts` to `folder`; the number of its entries, fewer than `vocab_size` where there is too little text."""
-    from tokenizers import Tokenizer as Rust
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    rust = Rust(models.BPE())
-    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    rust.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIALS,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=sys.stderr.isatty(),
-    )
-    rust.train_from_iterator(texts, trainer)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 32768,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    # tokenizer.json comes last and whole: where it stands, the folder is complete.
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    part = folder / "tokenizer.json.part"
-    rust.save(str(part))
-    part.replace(folder / "tokenizer.json")
-    return rust.get_vocab_size()
-
-
-def texts_of(path: str, field: str, most_bytes: float) -> Iterator[str]:
-    """The documents of a file, broken lines left out, until they have so many bytes."""
-    taken = 0
+def read_texts(path: str, field: str, max_bytes: float) -> Iterator[str]:
+    """The documents of a file, without invalid lines, until they exceed `max_bytes`."""
+    n_bytes = 0
     for piece in read_pieces([path], field):
         for _, text in read_documents(piece, field):
+            # Invalid lines are make_data's to report; they don't matter for the choice of tokens.
             if isinstance(text, str):
-                taken += len(text.encode())
+                n_bytes += len(text.encode())
                 yield text
-            if taken >= most_bytes:
+            if n_bytes >= max_bytes:
                 return
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = create_parser(__doc__)
     parser.add_argument("inputs", nargs="+", metavar="FILE", help=f"{' '.join(ENDINGS)}, as for make_data.py")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the tokenizer's folder, a new one")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the tokenizer")
     parser.add_argument(
         "--vocab_size",
         type=int,
         default=8000,
         help="entries; more make texts shorter and the model larger [%(default)s]",
     )
-    parser.add_argument("--field", default="text", help="the text's field or column [text]")
+    add_field(parser)
     parser.add_argument(
         "--megabytes",
         type=float,
         default=200.0,
-        help="text that is looked at, from the beginning of each file: more takes longer and changes little [%(default)s]",
+        help="amount of text to read, the same from the beginning of each file; more takes longer and changes little "
+        "[%(default)s]",
     )
     args = parser.parse_args(arguments)
-    if args.vocab_size < LEAST:
-        parser.error(
-            f"--vocab_size {args.vocab_size}: expected at least {LEAST}, for 256 bytes and {len(SPECIALS)} special tokens"
-        )
-    if args.megabytes <= 0:
-        parser.error(f"--megabytes {args.megabytes}: expected more than 0")
-    if (args.out / "tokenizer.json").exists():
-        parser.error(f"--out {args.out}: holds a tokenizer already, and models may know it; name another folder")
-    try:
-        check_inputs(args.inputs)
-        share = args.megabytes * 1e6 / len(args.inputs)
-        texts = (text for name in args.inputs for text in texts_of(name, args.field, share))
-        first = next(texts, None)
-        if first is None:
-            raise ValueError(f'no text in {" ".join(args.inputs)}; expected lines like {{"{args.field}": "..."}}')
-        bar = tqdm(chain([first], texts), desc="reading", unit=" documents", unit_scale=True)
-        entries = train_tokenizer(bar, args.out, args.vocab_size)
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        sys.exit(f"{parser.prog}: {error.filename or args.out}: {error.strerror}")
-    if entries < args.vocab_size:
-        print(f"note: {entries} entries: there is too little text for {args.vocab_size}")
+    with exit_on_user_error(parser):
+        if args.vocab_size < MIN_VOCAB_SIZE:
+            expected = f"at least {MIN_VOCAB_SIZE}, for 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
+            raise UserError(flag="vocab_size", given=args.vocab_size, expected=expected)
+        if args.megabytes <= 0:
+            raise UserError(flag="megabytes", given=args.megabytes, expected="more than 0")
+        # Replacing it would make models that were trained with it unusable.
+        if (args.out / "tokenizer.json").exists():
+            raise UserError("already contains a tokenizer", flag="out", given=args.out, advice="use another folder")
+        try:
+            check_inputs(args.inputs)
+            # An equal share of each file, so that later files are represented too.
+            max_bytes = args.megabytes * 1e6 / len(args.inputs)
+            texts = (text for path in args.inputs for text in read_texts(path, args.field, max_bytes))
+            # Reads the first document here, because training on no text would succeed with a tokenizer of bytes.
+            first = next(texts, None)
+            if first is None:
+                raise UserError(
+                    "no text", given=" ".join(args.inputs), expected=f'lines like {{"{args.field}": "..."}}'
+                )
+            progress = tqdm(chain([first], texts), desc="reading", unit=" documents", unit_scale=True)
+            n_entries = train_bpe(progress, args.out, args.vocab_size)
+        except OSError as error:
+            sys.exit(f"{parser.prog}: {error.filename or args.out}: {error.strerror}")
+    # Training with a larger --vocab_size would only add unused rows to the model.
+    if n_entries < args.vocab_size:
+        print(f"note: {n_entries} entries: the text is too short for {args.vocab_size}")
     print(f"--tokenizer {args.out}")
 
 

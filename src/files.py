@@ -1,41 +1,46 @@
-"""Files that are whole or not there (written beside, flushed to the disk, renamed), and files that one process at a time holds."""
+"""Atomic writes (temporary file, fsync, rename), file locks and checksums."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-# What flock says where a file system has no locks: NFS without its lock service, some network and FUSE mounts.
-NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+# What flock answers on file systems without locks: NFS without its lock service, some network and FUSE mounts.
+UNSUPPORTED_LOCK_ERRNOS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
 @contextmanager
-def write_whole(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """A file that appears under `path` only when the block ended without an error; what was there before stays until then.
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+    """Opens a temporary file that replaces `path` when the block ends without an error.
 
-    A reader, a crash or a full disk never sees half of it. Raises OSError of the failing call; nothing is left behind then.
+    Until then an earlier `path` stays as it was: a reader, a crash or a full disk never leaves a partial file under the
+    final name. Text modes use UTF-8. On any error the temporary file is removed and the error raised.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # In the same folder, because a rename is atomic only within one file system. Hidden and with the process id, so
+    # that two writers don't share it and `run_folder.remove_leftovers` recognizes it after a kill.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
+            # Before the rename: otherwise a power failure could leave the new name with no content.
             os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
+        os.replace(temporary, path)
+    except BaseException:  # KeyboardInterrupt included
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut (a no-op where folders can't be opened, as on Windows)."""
+    """Makes renames in `folder` survive a power failure (a no-op where folders can't be opened, as on Windows)."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except (PermissionError, IsADirectoryError):
@@ -47,18 +52,27 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Holds the lock file `path` for the block; the system gives it back when its holder ends, however it ends.
+def file_lock(path: Path, wait: bool, warn: bool = True) -> Iterator[bool]:
+    """Holds an exclusive lock on the file `path` during the block; the system releases it when the process ends.
 
-    Yields whether it is held: False where the file system, or the system (Windows), has no such locks. The caller says what that means.
-    Raises BlockingIOError when another process has it and `wait` is False.
+    Yields whether the lock is held: False where the file system or the operating system (Windows) doesn't support
+    locks. The block runs in that case too, after a warning unless `warn` is False.
+    Raises BlockingIOError when another process holds the lock and `wait` is False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with path.open("ab") as file:
             held = _flock(file.fileno(), wait)
-            if held and not _stands_under(path, file.fileno()):  # its last holder has deleted it in the meantime
+            # The previous holder may have deleted the file while we waited; others would then lock a new file of the
+            # same name, so this lock would exclude nobody.
+            if held and not _is_same_file(path, file.fileno()):
                 continue
+            if not held and warn:
+                warnings.warn(
+                    f"{path.parent}: the file system doesn't support locks; make sure that no other process works in "
+                    "this folder at the same time",
+                    stacklevel=3,  # the caller's `with` statement
+                )
             yield held
             return
 
@@ -66,18 +80,18 @@ def locked(path: Path, wait: bool) -> Iterator[bool]:
 def _flock(descriptor: int, wait: bool) -> bool:
     try:
         import fcntl
-    except ModuleNotFoundError:
+    except ModuleNotFoundError:  # Windows
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        if error.errno in NO_LOCKS:
+        if error.errno in UNSUPPORTED_LOCK_ERRNOS:
             return False
         raise
     return True
 
 
-def _stands_under(path: Path, descriptor: int) -> bool:
+def _is_same_file(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -85,7 +99,7 @@ def _stands_under(path: Path, descriptor: int) -> bool:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal, read in blocks."""
+    """The SHA-256 of a file in hexadecimal, read in blocks of 4 MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
-from src.files import sha256_of, write_whole
+from src.files import atomic_write, sha256_of
 
 INIT, FINAL, BEST = "rwkv-init.pth", "rwkv-final.pth", "rwkv-best.pth"
 LOG, METRICS, VALIDATION, SAMPLES, RUN = "train_log.txt", "metrics.csv", "val.csv", "samples.json", "run.json"
@@ -75,7 +75,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def write_run(folder: Path, run: dict[str, Any]) -> None:
     """Write run.json, whole or not at all. Raises OSError."""
-    with write_whole(folder / RUN, "w") as file:
+    with atomic_write(folder / RUN, "w") as file:
         json.dump({**run, "version": FORMAT_VERSION}, file, indent=1)
         file.write("\n")
 
@@ -135,7 +135,7 @@ def _archived(path: Path) -> list[Path]:
 def remove_leftovers(folder: Path) -> None:
     """Remove what a process left behind that was killed while it wrote. Only for the process that holds the folder's lock."""
     for path in folder.glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file():  # as `write_whole` names them
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file():  # as `atomic_write` names them
             path.unlink(missing_ok=True)
     for trace in folder.glob(f".{TRACE}.*"):
         shutil.rmtree(trace, ignore_errors=True)

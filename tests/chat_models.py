@@ -1,4 +1,4 @@
-"""Small tokenizer folders for the tests, trained on the spot, with chat templates of the shapes that are in use."""
+"""Small tokenizer folders for tests, trained when needed, with chat templates of the kinds in use."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ MARKED = (
     "{% else %}{{ m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# MiniMind's shape: a default system turn, and the user's turn writes the header of the answer.
+# As MiniMind's: a default system turn, and the user's turn renders the header of the answer.
 USER_OPENS = (
     "{% set first = messages[0] %}{{ '<|im_start|>system\\n' }}"
     "{{ first.content if first.role == 'system' else 'Be of help' }}{{ '<|im_end|>\\n' }}"
@@ -30,20 +30,20 @@ _TEXT = "def answer(question): return 'the answer' # what is it? It is the strin
 
 def make_tokenizer(folder: Path, template: str | None = CHATML) -> Path:
     """A byte-level BPE in a Hugging Face folder: `<|endoftext|>` 0, `<|im_start|>` 1, `<|im_end|>` 2."""
-    from tokenizers import Tokenizer as Rust
+    from tokenizers import Tokenizer as RustTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    rust = Rust(models.BPE())
-    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    rust.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = RustTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+        vocab_size=400, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
     )
-    rust.train_from_iterator([_TEXT], trainer)
+    tokenizer.train_from_iterator([_TEXT], trainer)
     folder.mkdir(parents=True, exist_ok=True)
-    rust.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     if template is not None:
         config["chat_template"] = template
@@ -51,7 +51,7 @@ def make_tokenizer(folder: Path, template: str | None = CHATML) -> Path:
     return folder
 
 
-def chat_ids(tokenizer: Tokenizer, talk: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
+def chat_ids(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
     """The tokens of a conversation by the tokenizer's own template."""
     assert tokenizer.chat_template is not None
-    return tokenizer.encode(tokenizer.chat_template.render(talk, add_generation_prompt))
+    return tokenizer.encode(tokenizer.chat_template.render(messages, add_generation_prompt))

@@ -114,7 +114,7 @@ def fit(process_group, name, scenario, out):
             return initial_values(config.model_config(VOCAB))
     else:
         model = RWKV7(config.model_config(VOCAB)).to(hardware.dtype)
-    if config.compile:  # as src/training/trainer.py does
+    if config.compiles("cpu"):  # as src/training/trainer.py does
         model.compile_blocks()
     module = Fit(model, config, hardware, values=values, optimizer=optimizer, poison=poison)
     numbers = Numbers(first_step, steps, process_group.rank, process_group.world_size, config, poison)
@@ -141,7 +141,7 @@ def fit(process_group, name, scenario, out):
     result["engine"] = type(trainer.strategy.model).__name__
     if result["engine"] == "DeepSpeedEngine":
         result["stage"] = trainer.strategy.model.zero_optimization_stage()
-    if config.compile:
+    if config.compiles("cpu"):
         result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     result["weights"] = gather_weights(module.model)
     result["held"] = sum(p.numel() for p in module.model.parameters())

@@ -1,4 +1,4 @@
-"""A model in which no parameter is trivial: what is initialised to zero would hide mistakes."""
+"""A model without trivial parameters: those that are initialised to zero would hide mistakes."""
 
 import torch
 
@@ -6,7 +6,7 @@ from src.model import RWKV7, ModelConfig
 
 
 def random_model(seed: int = 0, **sizes: int) -> RWKV7:
-    """fp32, on the CPU, without gradients; every parameter has noise of its own scale on top of its initial value."""
+    """An fp32 model on the CPU, without gradients; each parameter is its initial value plus noise."""
     config = ModelConfig(**({"n_layer": 3, "n_embd": 128, "vocab_size": 97} | sizes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Lint, types and tests; sets up what it needs.
+# Lint, types and tests; installs what it needs.
 #
 #   sh tests/run.sh                        everything that is quick
-#   sh tests/run.sh --all                  the tests marked slow too
+#   sh tests/run.sh --all                  also the tests marked slow, and the oldest and newest torch
 #   sh tests/run.sh tests/test_model.py    further arguments are pytest's
 
 set -eu
@@ -10,13 +10,17 @@ cd "$(dirname "$0")/.."
 
 python=$(sh demo-training-prepare.sh environment tests/requirements.txt)
 
+all=0
 if [ "${1:-}" = --all ]; then
+    all=1
     shift
 else
     set -- -m "not slow" "$@"
 fi
 
 "$python" -m ruff check .
+"$python" -m ruff format --check .
 "$python" -m mypy
-# Two processes with one thread each are quicker on two cores than one with two.
+# Two processes with one thread each are faster on two cores than one process with two.
 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "$python" -m pytest -n 2 "$@"
+if [ $all = 1 ]; then sh tests/torch_versions.sh; fi

@@ -1,4 +1,4 @@
-"""Chat: the state never reads the past again and is always that of the whole conversation; the program in a terminal and in a pipe."""
+"""Chat: a turn processes only what is new; saved conversations; the program in a terminal and in a pipe."""
 
 import copy
 import fcntl
@@ -22,35 +22,36 @@ from random_model import random_model
 
 from src.dataset.chat_template import ChatTemplate
 from src.dataset.tokenizer import load_tokenizer
+from src.errors import UserError
 from src.inference.chat import RWKV_TEMPLATE, Conversation, find_template
 from src.inference.decoder import Decoder
 from src.inference.load import pretrained_only
 from src.inference.sampling import Sampling
 
-READY = "<the program waits for a line>"
+READY = "<waiting for input>"
 PROGRAM = Path(__file__).parents[1] / "API_DEMO_CHAT.py"
 MODEL = {"n_layer": 2, "n_embd": 64, "vocab_size": 400}
 
 
-class Watched(Decoder):
-    """A decoder that keeps what it has read."""
+class RecordingDecoder(Decoder):
+    """A decoder that records the tokens it has processed, and the lengths of prompts."""
 
     def __init__(self, model):
         super().__init__(model)
-        self.read = []
-        self.at_once = []
+        self.tokens = []
+        self.prompt_lengths = []
 
     def prefill(self, prompts):
-        self.read += prompts[0]
-        self.at_once.append(len(prompts[0]))
+        self.tokens += prompts[0]
+        self.prompt_lengths.append(len(prompts[0]))
         return super().prefill(prompts)
 
     def step(self, tokens):
-        self.read += tokens
+        self.tokens += tokens
         return super().step(tokens)
 
     def reset(self):
-        self.read = []
+        self.tokens = []
         super().reset()
 
 
@@ -61,86 +62,88 @@ def model():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {name: make_tokenizer(tmp_path_factory.mktemp(name), template) for name, template in TEMPLATES.items()}
-    return made | {"none": make_tokenizer(tmp_path_factory.mktemp("none"), None)}
+    paths = {name: make_tokenizer(tmp_path_factory.mktemp(name), template) for name, template in TEMPLATES.items()}
+    return paths | {"none": make_tokenizer(tmp_path_factory.mktemp("none"), None)}
 
 
 def conversation(model, folder, length=12, seed=1, **sampling):
     tokenizer = load_tokenizer(folder)
     sampling = Sampling(**({"top_p": 1.0} | sampling))
-    return Conversation(Watched(model), tokenizer, tokenizer.chat_template, sampling, seed, length)
+    return Conversation(RecordingDecoder(model), tokenizer, tokenizer.chat_template, sampling, seed, length)
 
 
-# ---- the state is that of the conversation ------------------------------------------------------------------------------------------
+# ---- the state is that of the conversation ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_what_was_read_is_the_rendered_conversation_once(model, folders, template):
+def test_the_rendered_conversation_is_processed_once(model, folders, template):
     talk = conversation(model, folders[template])
     questions = ["what is it?", "the answer\nin two lines", "and the list"]
     for turn, question in enumerate(questions):
         answer = "".join(talk.ask(question))
-        assert talk.past.messages[2 * turn :] == [
+        assert talk.transcript.messages[2 * turn :] == [
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
         ]
-        asked = talk.tokenizer.chat_template.render(talk.past.messages[:-1], add_generation_prompt=True)
-        read = talk.tokenizer.decode_bytes(talk.decoder.read)
-        assert read.startswith(asked.encode())
-        assert read == talk.past.fed
-    whole = talk.tokenizer.chat_template.render(talk.past.messages)
+        prompt = talk.tokenizer.chat_template.render(talk.transcript.messages[:-1], add_generation_prompt=True)
+        processed = talk.tokenizer.decode_bytes(talk.decoder.tokens)
+        assert processed.startswith(prompt.encode())
+        assert processed == talk.transcript.processed
+    whole = talk.tokenizer.chat_template.render(talk.transcript.messages)
     if "\ufffd" not in whole:
-        assert whole.encode().startswith(talk.past.fed)
-        assert len(talk.decoder.at_once) == 3
-        assert max(talk.decoder.at_once[1:]) < len(talk.tokenizer.encode(whole)) / 2, "a turn reads its own part only"
+        assert whole.encode().startswith(talk.transcript.processed)
+        assert len(talk.decoder.prompt_lengths) == 3
+        assert max(talk.decoder.prompt_lengths[1:]) < len(talk.tokenizer.encode(whole)) / 2, (
+            "a turn processes its own part only"
+        )
 
 
-def test_the_state_equals_reading_everything_afresh(model, folders):
+def test_the_state_equals_that_of_processing_everything_at_once(model, folders):
     talk = conversation(model, folders["chatml"])
     for question in ("what", "is it"):
         list(talk.ask(question))
-    afresh = Decoder(model)
-    afresh.prefill([talk.decoder.read])
-    for mine, theirs in zip(talk.decoder.state.layers, afresh.state.layers, strict=True):
-        for a, b in zip(mine, theirs, strict=True):
+    single_pass = Decoder(model)
+    single_pass.prefill([talk.decoder.tokens])
+    for layer, expected in zip(talk.decoder.state.layers, single_pass.state.layers, strict=True):
+        for a, b in zip(layer, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_an_answer_that_the_listener_drops_counts_as_far_as_it_went(model, folders):
+def test_the_yielded_part_of_a_closed_answer_stays_in_the_conversation(model, folders):
     talk = conversation(model, folders["chatml"], length=200)
     answer = talk.ask("what is it?")
-    heard = "".join(next(answer) for _ in range(3))
+    received = "".join(next(answer) for _ in range(3))
     answer.close()
-    assert talk.past.messages[-1]["content"] == heard
+    assert talk.transcript.messages[-1]["content"] == received
     list(talk.ask("and"))
-    if "\ufffd" not in heard:
-        rendered = talk.tokenizer.chat_template.render(talk.past.messages[:-1], add_generation_prompt=True)
-        assert talk.tokenizer.decode_bytes(talk.decoder.read).startswith(rendered.encode())
+    if "\ufffd" not in received:
+        rendered = talk.tokenizer.chat_template.render(talk.transcript.messages[:-1], add_generation_prompt=True)
+        assert talk.tokenizer.decode_bytes(talk.decoder.tokens).startswith(rendered.encode())
 
 
-def test_an_answer_that_was_cut_within_a_character_does_not_end_the_conversation(model, folders):
-    """Its last character is U+FFFD in the conversation; what was fed ends with a byte that U+FFFD begins with, too."""
+def test_a_conversation_continues_after_an_answer_cut_within_a_character(model, folders):
+    """The message ends with U+FFFD; the processed bytes end with a byte that U+FFFD begins with, too."""
     talk = conversation(model, folders["chatml"])
     list(talk.ask("what is it?"))
-    talk.past.messages[-1]["content"] = "so\ufffd"
-    rendered = talk.tokenizer.chat_template.render(talk.past.messages)
-    talk.past.fed = rendered[: rendered.index("\ufffd")].encode() + "\uff0c".encode()[:1]
+    talk.transcript.messages[-1]["content"] = "so\ufffd"
+    rendered = talk.tokenizer.chat_template.render(talk.transcript.messages)
+    talk.transcript.processed = rendered[: rendered.index("\ufffd")].encode() + "\uff0c".encode()[:1]
     list(talk.ask("and"))
-    asked = talk.tokenizer.chat_template.render(talk.past.messages[:-1], add_generation_prompt=True)
-    assert talk.tokenizer.decode_bytes(talk.decoder.read).startswith(asked.encode())
+    prompt = talk.tokenizer.chat_template.render(talk.transcript.messages[:-1], add_generation_prompt=True)
+    assert talk.tokenizer.decode_bytes(talk.decoder.tokens).startswith(prompt.encode())
 
 
-def test_a_template_that_rewrites_the_past_has_it_read_anew(model, folders):
-    strips = ChatTemplate("{% for m in messages %}[{{ m.role }}]{{ m.content[:4] }}{% endfor %}[answer]", {})
+def test_a_template_that_changes_earlier_text_has_it_processed_again(model, folders):
+    shortening = ChatTemplate("{% for m in messages %}[{{ m.role }}]{{ m.content[:4] }}{% endfor %}[answer]", {})
     tokenizer = load_tokenizer(folders["none"])
-    talk = Conversation(Watched(model), tokenizer, strips, Sampling(top_p=1.0), 1, 12)
+    talk = Conversation(RecordingDecoder(model), tokenizer, shortening, Sampling(top_p=1.0), 1, 12)
     list(talk.ask("what is it?"))
     list(talk.ask("a list"))
-    rendered = strips.render(talk.past.messages[:-1])
-    assert tokenizer.decode_bytes(talk.decoder.read).startswith(rendered.encode())
+    rendered = shortening.render(talk.transcript.messages[:-1])
+    assert tokenizer.decode_bytes(talk.decoder.tokens).startswith(rendered.encode())
 
 
-def test_without_a_template_the_text_goes_on(model, folders):
+def test_without_a_template_the_text_is_continued(model, folders):
     talk = conversation(model, folders["none"], temperature=0)
     first = "".join(talk.ask("def "))
     more = "".join(talk.ask(""))
@@ -150,12 +153,13 @@ def test_without_a_template_the_text_goes_on(model, folders):
 
 def test_retry_reset_and_seeds(model, folders):
     talk = conversation(model, folders["chatml"])
-    with pytest.raises(ValueError, match="nothing has been asked"):
+    with pytest.raises(UserError) as caught:
         talk.retry()
+    assert caught.value.given == "/retry"
     first = "".join(talk.ask("what is it?"))
     second = "".join(talk.retry())
     assert first != second
-    assert len(talk.past.messages) == 2
+    assert len(talk.transcript.messages) == 2
     talk.reset()
     talk.change("seed", "1")
     assert "".join(talk.ask("what is it?")) == first
@@ -164,68 +168,124 @@ def test_retry_reset_and_seeds(model, folders):
     assert "".join(greedy.retry()) == answer
 
 
-def test_a_saved_conversation_goes_on_as_if_it_had_not_been_interrupted(model, folders, tmp_path):
+def test_a_saved_conversation_continues_as_if_not_interrupted(model, folders, tmp_path):
     talk = conversation(model, folders["chatml"], temperature=0)
     list(talk.ask("what is it?"))
     talk.save(tmp_path / "talk.state")
-    on = "".join(talk.ask("and the list"))
+    next_answer = "".join(talk.ask("and the list"))
     other = conversation(model, folders["chatml"], temperature=0)
     other.load(tmp_path / "talk.state")
-    assert "".join(other.ask("and the list")) == on
-    assert other.past == talk.past
-    larger = conversation(random_model(**(MODEL | {"n_layer": 3})), folders["chatml"])
-    with pytest.raises(ValueError, match="other sizes"):
-        larger.load(tmp_path / "talk.state")
-    torch.save({"a": torch.zeros(1)}, tmp_path / "foreign")
-    (tmp_path / "text").write_text("hello")
-    for name in ("foreign", "text", "missing"):
-        with pytest.raises(ValueError, match=f"/load .*{name}"):
-            other.load(tmp_path / name)
-    with pytest.raises(ValueError, match=r"/save .*nowhere/talk: can't be written \(No such file or directory\)"):
-        other.save(tmp_path / "nowhere" / "talk")
+    assert "".join(other.ask("and the list")) == next_answer
+    assert other.transcript == talk.transcript
 
 
-def test_a_conversation_goes_on_with_its_own_weights_only(model, folders, tmp_path):
+def change_record(path, changes, target):
+    torch.save(torch.load(path) | changes, target)
+
+
+def test_a_conversation_of_format_version_1_is_loaded(model, folders, tmp_path):
+    """Its early files have no hash of the weights."""
+    talk = conversation(model, folders["chatml"])
+    list(talk.ask("what is it?"))
+    talk.save(tmp_path / "talk.state")
+    record = torch.load(tmp_path / "talk.state")
+    assert (record["format"], record.pop("version")) == ("rwkv7-conversation", 2)
+    record["format"] = "rwkv7-conversation-1"
+    for name in ("with-hash", "without-hash"):
+        torch.save(record, tmp_path / name)
+        other = conversation(model, folders["chatml"])
+        other.load(tmp_path / name)
+        assert other.transcript == talk.transcript
+        record.pop("weights", None)
+
+
+def test_a_later_format_version_is_rejected(model, folders, tmp_path):
+    talk = conversation(model, folders["chatml"])
+    talk.save(tmp_path / "talk.state")
+    change_record(tmp_path / "talk.state", {"version": 3}, tmp_path / "later.state")
+    with pytest.raises(UserError) as caught:
+        talk.load(tmp_path / "later.state")
+    assert caught.value.given == tmp_path / "later.state"
+    assert caught.value.problem == "format version 3"
+    assert caught.value.expected == "at most 2"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "hello",
+        {"a": torch.zeros(1)},
+        {"format": "rwkv7-conversation"},
+        {"format": "rwkv7-conversation", "version": 2},
+        {"format": "rwkv7-conversation-1", "model": {}, "messages": [], "fed": 1, "unfed": [], "layers": []},
+        {"format": "rwkv7-conversation-1", "model": {}, "messages": [], "fed": "", "unfed": [], "layers": [1]},
+    ],
+    ids=["missing", "text", "other-dict", "no-version", "no-content", "wrong-type", "wrong-layers"],
+)
+def test_files_that_are_not_conversations_are_rejected(model, folders, tmp_path, content):
+    talk = conversation(model, folders["chatml"])
+    path = tmp_path / "file"
+    if isinstance(content, str):
+        path.write_text(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(UserError) as caught:
+        talk.load(path)
+    assert caught.value.given == path
+    assert talk.transcript.messages == []
+
+
+def test_a_conversation_that_can_not_be_written_is_reported(model, folders, tmp_path):
+    talk = conversation(model, folders["chatml"])
+    with pytest.raises(UserError) as caught:
+        talk.save(tmp_path / "nowhere" / "talk")
+    assert caught.value.given == tmp_path / "nowhere" / "talk"
+    assert "No such file or directory" in caught.value.problem
+
+
+def test_a_conversation_is_loaded_with_its_own_model_only(model, folders, tmp_path):
     talk = conversation(model, folders["chatml"])
     list(talk.ask("what is it?"))
     talk.save(tmp_path / "talk.state")
     tuned = copy.deepcopy(model)
     tuned.head.weight[5] += 0.1
-    other = conversation(tuned, folders["chatml"])
-    with pytest.raises(ValueError, match=r"/load .*talk\.state: saved with other weights"):
-        other.load(tmp_path / "talk.state")
-    assert other.past.messages == []
+    larger = random_model(**(MODEL | {"n_layer": 3}))
+    for other_model, problem in ((tuned, "other weights"), (larger, "other sizes (n_layer 2")):
+        other = conversation(other_model, folders["chatml"])
+        with pytest.raises(UserError) as caught:
+            other.load(tmp_path / "talk.state")
+        assert caught.value.given == tmp_path / "talk.state"
+        assert problem in caught.value.problem
+        assert other.transcript.messages == []
     conversation(copy.deepcopy(model).bfloat16(), folders["chatml"]).load(tmp_path / "talk.state")
-    record = torch.load(tmp_path / "talk.state")
-    del record["weights"]
-    torch.save(record, tmp_path / "old.state")
-    other.load(tmp_path / "old.state")
-    assert other.past == talk.past
 
 
 def test_an_answer_ends_where_the_template_ends_it(model, folders):
-    """Without an end token, at the text that follows an answer; what was written of it is not shown."""
+    """Without an end token, at the text that follows an answer, of which nothing is yielded."""
     tokenizer = load_tokenizer(folders["none"])
-    talk = Conversation(Watched(model), tokenizer, ChatTemplate(RWKV_TEMPLATE, {}), Sampling(temperature=0), 1, 12)
-    blank = tokenizer.encode("\n")
-    assert len(blank) == 1
-    script = [*tokenizer.encode(" the answer"), *blank, *blank, *tokenizer.encode("User: never")]
+    talk = Conversation(
+        RecordingDecoder(model), tokenizer, ChatTemplate(RWKV_TEMPLATE, {}), Sampling(temperature=0), 1, 12
+    )
+    newline = tokenizer.encode("\n")
+    assert len(newline) == 1
+    script = [*tokenizer.encode(" the answer"), *newline, *newline, *tokenizer.encode("User: never")]
 
     def scripted(logits):
-        token = script[len(talk.decoder.read) - talk.decoder.at_once[-1]]
+        token = script[len(talk.decoder.tokens) - talk.decoder.prompt_lengths[-1]]
         return torch.nn.functional.one_hot(torch.tensor([token]), logits.shape[1]).float()
 
-    inner_prefill, inner_step = talk.decoder.prefill, talk.decoder.step
-    talk.decoder.prefill = lambda prompts: scripted(inner_prefill(prompts))
-    talk.decoder.step = lambda tokens: scripted(inner_step(tokens))
+    original_prefill, original_step = talk.decoder.prefill, talk.decoder.step
+    talk.decoder.prefill = lambda prompts: scripted(original_prefill(prompts))
+    talk.decoder.step = lambda tokens: scripted(original_step(tokens))
     pieces = list(talk.ask("what"))
     assert "".join(pieces) == " the answer"
-    assert talk.past.messages[-1]["content"] == " the answer"
+    assert talk.transcript.messages[-1]["content"] == " the answer"
     rendered = talk.template.render(
-        [*talk.past.messages, {"role": "user", "content": "more"}], add_generation_prompt=True
+        [*talk.transcript.messages, {"role": "user", "content": "more"}], add_generation_prompt=True
     )
     assert rendered == "User: what\n\nAssistant: the answer\n\nUser: more\n\nAssistant:"
-    assert rendered.encode().startswith(talk.past.fed)
+    assert rendered.encode().startswith(talk.transcript.processed)
 
 
 def test_templates_are_found_by_name(folders, tmp_path):
@@ -241,17 +301,20 @@ def test_templates_are_found_by_name(folders, tmp_path):
         == "x<|im_end|>"
     )
     (tmp_path / "latin.jinja").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"--chat_template .*latin\.jinja: can't be read as UTF-8"):
-        find_template(str(tmp_path / "latin.jinja"), tokenizer)
-    with pytest.raises(ValueError, match="--chat_template nowhere"):
-        find_template("nowhere", tokenizer)
     assert find_template("tokenizer", tokenizer) is tokenizer.chat_template
-    with pytest.raises(ValueError, match=r"--chat_template tokenizer: .* has none"):
-        find_template("tokenizer", load_tokenizer(folders["none"]))
+    without_template = load_tokenizer(folders["none"])
+    for name, tokenizer_used in (
+        (str(tmp_path / "latin.jinja"), tokenizer),
+        ("nowhere", tokenizer),
+        ("tokenizer", without_template),
+    ):
+        with pytest.raises(UserError) as caught:
+            find_template(name, tokenizer_used)
+        assert (caught.value.flag, caught.value.given) == ("chat_template", name)
 
 
-def test_a_model_that_was_only_pretrained_continues_text(folders, tmp_path):
-    """Its tokenizer may have a chat template all the same."""
+def test_a_model_of_a_pretraining_run_continues_text(folders, tmp_path):
+    """Even if its tokenizer has a chat template."""
     tokenizer = load_tokenizer(folders["chatml"])
     for kind, chats in (("binidx", False), ("sft", True)):
         (tmp_path / "run.json").write_text(json.dumps({"settings": {"data_type": kind}}))
@@ -262,25 +325,33 @@ def test_a_model_that_was_only_pretrained_continues_text(folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("name", "value", "expected"),
     [
-        ("temperature", "hot", "/set temperature hot: expected a number"),
-        ("temperature", "-1", "expected 0"),
-        ("top_k", "1.5", "/set top_k 1.5"),
-        ("length", "0", "/set length 0"),
-        ("seed", "-3", "/set seed -3"),
-        ("size", "3", "no such setting"),
+        ("temperature", "hot", "a number"),
+        ("temperature", "-1", "0 (greedy) or more"),
+        ("top_k", "1.5", "an integer"),
+        ("length", "0", "at least 1"),
+        ("seed", "-3", "at least 0"),
     ],
 )
-def test_wrong_settings_are_explained_and_change_nothing(model, folders, name, value, words):
+def test_a_setting_out_of_range_is_named_and_changes_nothing(model, folders, name, value, expected):
     talk = conversation(model, folders["chatml"])
     before = talk.settings()
-    with pytest.raises(ValueError, match=re.escape(words)):
+    with pytest.raises(UserError) as caught:
         talk.change(name, value)
+    assert caught.value.given == f"/set {name} {value}"
+    assert expected in caught.value.expected
     assert talk.settings() == before
 
 
-# ---- the program ------------------------------------------------------------------------------------------------------------------
+def test_an_unknown_setting_is_answered_with_the_known_ones(model, folders):
+    with pytest.raises(UserError) as caught:
+        conversation(model, folders["chatml"]).change("size", "3")
+    assert caught.value.given == "/set size"
+    assert "temperature" in caught.value.expected
+
+
+# ---- the program -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -318,30 +389,30 @@ def test_one_prompt_and_piped_turns(run, tmp_path):
     script = (
         f"what is it?\n/save {tmp_path}/talk\n/bogus\n/set top_k 1\nand\n/load {tmp_path}/talk\nand\n/exit\nnever\n"
     )
-    code, said, faults = called(text=script)
-    first, after = said.split(f"saved to {tmp_path}/talk\n")
+    code, output, errors = called(text=script)
+    first, after = output.split(f"saved to {tmp_path}/talk\n")
     assert first == answer
-    greedy, again = after.partition("seed 1, length 12\n")[2].split(f"loaded {tmp_path}/talk\n")
-    assert greedy == again
-    assert "never" not in said
-    assert "/bogus: no such command" in faults
-    assert code == 1, "a command that failed shows in the exit code of a script"
+    greedy, repeated = after.partition("seed 1, length 12\n")[2].split(f"loaded {tmp_path}/talk\n")
+    assert greedy == repeated
+    assert "never" not in output
+    assert "/bogus: no such command" in errors
+    assert code == 1, "the exit code tells a script that a command failed"
 
 
-def test_a_line_that_is_no_text_is_said_and_left_out(run):
+def test_a_line_that_is_not_valid_text_is_reported_and_skipped(run):
     def called(lines):
         strict = environment() | {"PYTHONIOENCODING": "utf-8:strict"}
         done = subprocess.run(command(run), input=lines, env=strict, capture_output=True, timeout=100, check=False)
         return done.returncode, done.stdout, done.stderr
 
-    code, said, faults = called(b"what is it?\ncaf\xe9\nand the list\n")
-    assert (0, said, b"") == called(b"what is it?\nand the list\n")
+    code, output, errors = called(b"what is it?\ncaf\xe9\nand the list\n")
+    assert (0, output, b"") == called(b"what is it?\nand the list\n")
     assert code == 1
-    assert faults == b"a line of the input is left out: it is no utf-8 text from its byte 4 on\n"
+    assert errors == b"skipped a line that isn't valid utf-8 from byte 4 on\n"
 
 
 @pytest.mark.parametrize("program", [[str(PROGRAM)], ["-m", "src.inference.generate"]], ids=["chat", "generate"])
-def test_a_reader_that_has_enough_ends_it_without_a_word(run, program):
+def test_a_closed_pipe_ends_the_program_silently(run, program):
     arguments = [
         sys.executable,
         *program,
@@ -357,11 +428,11 @@ def test_a_reader_that_has_enough_ends_it_without_a_word(run, program):
     ]
     with subprocess.Popen(
         arguments, cwd=PROGRAM.parent, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as writing:
-        assert writing.stdout.read(3)
-        writing.stdout.close()
-        assert writing.stderr.read() == b""
-    assert writing.returncode == -signal.SIGPIPE
+    ) as process:
+        assert process.stdout.read(3)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == -signal.SIGPIPE
 
 
 class Terminal:
@@ -376,24 +447,24 @@ class Terminal:
         self.text = ""
 
     def wait(self, pattern, seconds=100):
-        """Read until `pattern` shows up after what was read before; what was read up to its end."""
+        """Read until `pattern` appears after what was read before; returns the text up to its end."""
         limit = time.monotonic() + seconds
-        while not (found := re.search(pattern, self.text)):
+        while not (match := re.search(pattern, self.text)):
             ready, _, _ = select.select([self.file], [], [], max(0.0, limit - time.monotonic()))
             assert ready, f"no {pattern!r} in {self.text!r}"
             data = os.read(self.file, 65536)
             if b"\x1b[6n" in data:  # the program asks where the cursor is
                 os.write(self.file, b"\x1b[24;1R")
-            data = data.replace(b"\x1b[?2004h", READY.encode())  # pasting is made possible whenever a line can be typed
+            data = data.replace(b"\x1b[?2004h", READY.encode())  # bracketed paste is enabled whenever input is read
             self.text += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", data.decode("utf-8", errors="replace"))
-        before, self.text = self.text[: found.end()], self.text[found.end() :]
+        before, self.text = self.text[: match.end()], self.text[match.end() :]
         return before
 
     def type(self, keys):
         os.write(self.file, keys.encode())
 
-    def end(self):
-        """The exit code."""
+    def exit_code(self):
+        """Wait for the end of the program."""
         try:
             while os.read(self.file, 65536):
                 pass
@@ -405,10 +476,10 @@ class Terminal:
 
     def kill(self):
         os.kill(self.pid, signal.SIGKILL)
-        self.end()
+        self.exit_code()
 
 
-def test_a_talk_in_a_terminal(run, tmp_path):
+def test_a_chat_in_a_terminal(run, tmp_path):
     history = tmp_path / "history"
     terminal = Terminal(
         command(run, "--length", "100000", "--history", str(history), "--top_p", "1", "--presence_penalty", "0"),
@@ -444,7 +515,7 @@ def test_a_talk_in_a_terminal(run, tmp_path):
         terminal.type("\x1b[A")  # the last line of the history
         terminal.wait("/save")
         terminal.type("\x15\x04")
-        assert terminal.end() == 0, "a slip of the fingers is no failure"
+        assert terminal.exit_code() == 0, "an error in a command isn't a failure of the program"
     except BaseException:
         terminal.kill()
         raise

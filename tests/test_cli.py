@@ -1,68 +1,176 @@
-"""The flags: frozen names and defaults, words about mistakes, the habits of existing scripts."""
+"""The flags: frozen names and defaults, faults of a command line, notations of existing scripts."""
 
 import dataclasses
+import pickle
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from src.cli import HARMLESS_TRAINER_FLAGS, parse
-from src.config import RunConfig
+from src.cli import COMPATIBILITY_FLAGS, HARMLESS_TRAINER_FLAGS, interpret, parse, version_text
+from src.config import ModelConfig, RunConfig, default_text, settings_with
+from src.errors import UserError, UserErrors
+from src.version import __version__
 
 ROOT = Path(__file__).parents[1]
 DATA = ["--data_file", "x"]
 
-# the public interface: existing scripts pass these; a change here breaks them
-FLAGS = """
-accelerator accumulate_grad_batches adam_eps beta1 beta2 check compile ctx_len d_aaa_lora d_decay_lora d_gate_lora d_mv_lora
-data_file data_type devices dim_att dim_ffn dry_run ds_bucket_mb enable_progress_bar epoch_begin epoch_count epoch_save epoch_steps epochs
-grad_clip grad_cp head_chunk head_size keep_resume kernel load_model load_partial lr_final lr_init logger magic_prime max_bad_steps micro_bsz my_exit_tokens
-my_testing n_embd n_layer num_nodes packing plan precision profile proj_dir random_seed restart save_minutes sft_loss strategy time_limit tokenizer train_stage truncate val_data_file val_every val_windows
-vocab_size wandb warmup_steps weight_decay
-""".split()
-DEFAULTS = {
-    "load_model": "", "wandb": "", "proj_dir": "out", "random_seed": -1, "data_type": "binidx", "vocab_size": 0,
-    "ctx_len": 1024, "epoch_save": 5, "micro_bsz": 12, "n_layer": 6, "n_embd": 512, "lr_init": 6e-4, "lr_final": 1e-5,
-    "warmup_steps": -1, "beta1": 0.9, "beta2": 0.99, "adam_eps": 1e-18, "grad_cp": 0, "weight_decay": 0.0, "grad_clip": 1.0,
-    "train_stage": 0, "head_size": 64, "head_chunk": 0, "load_partial": 0, "magic_prime": 0, "my_testing": "x070",
-    "my_exit_tokens": 0, "accelerator": "auto", "devices": "1", "strategy": "auto",
+# The public interface: existing scripts pass these, and saved runs hold them. A change here breaks them.
+FLAGS = {
+    "train_stage": 0, "plan": -1.0, "check": False, "dry_run": False, "proj_dir": "out", "load_model": "",
+    "load_partial": False, "restart": False, "save_minutes": 15.0, "keep_resume": 2, "time_limit": 0.0,
+    "max_bad_steps": 3, "random_seed": -1,
+    "data_file": "", "data_type": "binidx", "tokenizer": "", "vocab_size": 0, "ctx_len": 1024, "magic_prime": 0,
+    "sft_loss": "answers", "packing": True, "truncate": "end", "val_data_file": "", "val_every": "1",
+    "val_windows": 512,
+    "n_layer": 6, "n_embd": 512, "head_size": 64, "dim_ffn": 0, "d_decay_lora": 0, "d_aaa_lora": 0, "d_mv_lora": 0,
+    "d_gate_lora": 0,
+    "micro_bsz": 12, "accumulate_grad_batches": 1, "my_exit_tokens": 0, "epochs": 1.0, "epoch_steps": 0,
+    "epoch_save": 5, "epoch_begin": 0, "lr_init": 6e-4, "lr_final": 1e-5, "warmup_steps": -1,
+    "beta1": 0.9, "beta2": 0.99, "adam_eps": 1e-18, "weight_decay": 0.0, "grad_clip": 1.0,
+    "grad_cp": False, "head_chunk": 0, "kernel": "auto", "compile": "auto", "profile": 0,
+    "accelerator": "auto", "devices": "1", "num_nodes": 1, "precision": "", "strategy": "auto", "ds_bucket_mb": 200,
+    "wandb": "", "logger": "", "enable_progress_bar": "True",
 }  # fmt: skip
+# With another value of these it would be another run: without them a resumed run could mix two models or data orders.
+FIXED = {
+    *(
+        "n_layer",
+        "n_embd",
+        "head_size",
+        "dim_ffn",
+        "d_decay_lora",
+        "d_aaa_lora",
+        "d_mv_lora",
+        "d_gate_lora",
+        "vocab_size",
+    ),
+    *("data_type", "tokenizer", "ctx_len", "magic_prime", "sft_loss", "packing", "truncate"),
+}
+# These change how training goes on: a resumed run logs their change.
+NOTED = {
+    *("micro_bsz", "accumulate_grad_batches", "my_exit_tokens", "epoch_steps", "epoch_save", "precision"),
+    *("lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip"),
+    *("max_bad_steps", "val_data_file", "val_windows"),
+}
 EXISTING_SCRIPT = """
---load_model 0 --wandb "" --proj_dir out/L12-D768-x070 --my_testing x070 --ctx_len 512 --train_stage 3 --epoch_count 999999
---epoch_begin 0 --data_file data/minipile --my_exit_tokens 1498226207 --magic_prime 2926181 --num_nodes 1 --micro_bsz 16
---n_layer 12 --n_embd 768 --lr_init 6e-4 --lr_final 6e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-18
---data_type binidx --vocab_size 65536 --weight_decay 0.001 --epoch_save 10 --head_size 64 --accelerator gpu --devices 1
---precision bf16 --strategy deepspeed_stage_2 --grad_cp 1 --enable_progress_bar True --ds_bucket_mb 2 --kernel @rwkv3
+--load_model 0 --wandb "" --proj_dir out/L12-D768-x070 --my_testing x070 --ctx_len 512 --train_stage 3
+--epoch_count 999999 --epoch_begin 0 --data_file data/minipile --my_exit_tokens 1498226207 --magic_prime 2926181 --num_nodes 1
+--micro_bsz 16 --n_layer 12 --n_embd 768 --dim_att 768 --lr_init 6e-4 --lr_final 6e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99
+--adam_eps 1e-18 --data_type binidx --vocab_size 65536 --weight_decay 0.001 --epoch_save 10 --head_size 64
+--accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1 --enable_progress_bar True
+--ds_bucket_mb 2 --kernel @rwkv3 --compile 0
 """
 
 
-def refused(capsys, *argv):
+def faults_of(*argv):
+    return interpret([*DATA, *argv])[2]
+
+
+def only_fault(*argv):
+    (fault,) = faults_of(*argv)
+    return fault
+
+
+def text_of_refusal(capsys, *argv):
     with pytest.raises(SystemExit) as exit_:
-        parse(list(argv))
+        parse([*DATA, *argv])
     assert exit_.value.code == 2
     return capsys.readouterr().err
 
 
-def test_flags_are_frozen():
-    assert sorted(field.name for field in dataclasses.fields(RunConfig)) == sorted(FLAGS)
-    config, _ = parse(DATA)
-    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+# ---- the declarations ------------------------------------------------------------------------------------------------
+
+
+def test_flags_and_defaults_are_frozen():
+    config, notes = parse(DATA)
+    defaults = dataclasses.asdict(config)
+    assert {**defaults, "data_file": ""} == FLAGS
+    assert {name: type(value) for name, value in defaults.items()} == {
+        name: type(value) for name, value in FLAGS.items()
+    }
+    assert notes == []
+
+
+def test_a_flag_declares_whether_it_may_change_within_a_run():
+    fixed, free, noted = (set(settings_with(kind)) for kind in ("fixed", "free", "noted"))
+    assert fixed == FIXED
+    assert noted == NOTED
+    assert free == set(FLAGS) - FIXED - NOTED
+
+
+def test_settings_are_saved_as_earlier_runs_saved_them():
+    """run.json of a run made before booleans were booleans compares equal, and so does what is written now."""
+    settings = RunConfig(packing=True, grad_cp=False).as_settings()
+    assert (settings["packing"], settings["grad_cp"]) == (1, 0)
+    assert not any(isinstance(value, bool) for value in settings.values())
+    assert RunConfig(**settings) == RunConfig(packing=1, grad_cp=0)
+
+
+def test_the_device_decides_about_compiling_unless_the_flag_does():
+    assert [RunConfig(compile=choice).compiles("cuda") for choice in ("auto", "0", "1")] == [True, False, True]
+    assert [RunConfig(compile=choice).compiles("cpu") for choice in ("auto", "0", "1")] == [False, False, True]
+
+
+def test_sizes_of_a_model_are_those_of_the_flags():
+    sizes = {"n_layer": 3, "n_embd": 96, "head_size": 32, "dim_ffn": 200, "d_decay_lora": 8, "d_aaa_lora": 16}
+    assert RunConfig(**sizes, grad_cp=True, kernel="reference").model_config(77) == ModelConfig(
+        vocab_size=77, **sizes, grad_cp=True, kernel="reference"
+    )
+
+
+def test_a_model_lists_the_fault_of_each_size():
+    with pytest.raises(UserErrors) as caught:
+        ModelConfig(n_layer=0, n_embd=100, vocab_size=-1, d_mv_lora=-2, kernel="fast")
+    assert {fault.flag: fault.given for fault in caught.value.faults} == {
+        "n_layer": 0, "n_embd": 100, "vocab_size": -1, "d_mv_lora": -2, "kernel": "fast"
+    }  # fmt: skip
 
 
 def test_help_explains_every_flag_without_loading_torch():
-    show = "import sys, train; sys.argv = ['train.py', '--help']\ntry: train.main()\nfinally: assert 'torch' not in sys.modules"
-    shown = subprocess.run([sys.executable, "-c", show], cwd=ROOT, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    assert set(re.findall(r"^  --(\w+)", shown.stdout, flags=re.M)) == set(FLAGS)
+    program = (
+        "import sys, train; sys.argv = ['train.py', '--help']\n"
+        "try: train.main()\nfinally: assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(re.findall(r"^  --(\w+)", done.stdout, flags=re.M)) == set(FLAGS)
+    shown = dict(re.findall(r"^  --(\w+) .*(?:\n {10,}.*)*? \[([^]\n]*)\]$", done.stdout, flags=re.M))
+    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+    assert shown == {name: text for name in FLAGS if (text := default_text(fields[name]))}
+    assert (shown["packing"], shown["grad_cp"], shown["ctx_len"]) == ("1", "0", "1024")
+
+
+def test_version_is_shown_without_loading_torch(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == version_text()
+    program = "import sys, src.cli; print(src.cli.version_text(), end=''); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"train.py {__version__} (torch {version('torch')})\n", done.stderr
+
+
+@pytest.mark.skipif(not (ROOT / "CHANGELOG.md").exists(), reason="no CHANGELOG.md")
+def test_version_is_the_newest_of_the_changelog():
+    headings = re.findall(r"^## \[(\d[\w.]*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == __version__
+
+
+# ---- existing scripts ------------------------------------------------------------------------------------------------
 
 
 def test_existing_script_is_understood():
-    config, notes = parse(EXISTING_SCRIPT.replace('""', "").replace("--wandb ", "").split())
+    config, notes, faults = interpret(EXISTING_SCRIPT.replace('--wandb ""', "--wandb=").split())
+    assert faults == []
     assert (config.load_model, config.kernel, config.strategy) == ("", "auto", "deepspeed_stage_2")
     assert (config.n_layer, config.lr_final, config.magic_prime) == (12, 6e-5, 2926181)
-    assert [note for note in notes if "epoch_count" in note]
+    assert (config.grad_cp, config.compile, config.wandb) == (True, "0", "")
+    (note,) = notes
+    assert "--epoch_count" in note
 
 
 def test_empty_values_as_scripts_pass_them():
@@ -70,54 +178,67 @@ def test_empty_values_as_scripts_pass_them():
     assert (config.wandb, config.kernel, config.load_model) == ("", "auto", "")
 
 
-def test_unknown_flag_names_the_nearest(capsys):
-    assert "--ctx_len" in refused(capsys, *DATA, "--ctxlen", "5")
+def test_flags_without_effect_are_not_settings():
+    assert set(COMPATIBILITY_FLAGS) == {"my_testing", "dim_att", "epoch_count"}
+    assert not set(COMPATIBILITY_FLAGS) & set(FLAGS)
+    for argv in (["--dim_att", "0"], ["--dim_att", "512"], ["--my_testing", "x070"], ["--epoch_count", "0"]):
+        assert interpret([*DATA, *argv])[1:] == ([], [])
 
 
-def test_a_prefix_is_not_a_flag(capsys):
-    assert "--micro_bsz" in refused(capsys, *DATA, "--micro", "5")
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("my_testing", "x060"), ("dim_att", "256"), ("dim_att", "wide"), ("epoch_count", "many"), ("epoch_count", None)],
+)
+def test_flags_without_effect_have_one_right_value(flag, value):
+    argv = [f"--{flag}"] if value is None else [f"--{flag}", value]
+    assert only_fault(*argv).flag == flag
 
 
 @pytest.mark.parametrize("name", ["logger", "num_sanity_val_steps", "log_every_n_steps"])
 def test_old_trainer_flags_that_change_nothing_are_noted(name):
-    assert name in HARMLESS_TRAINER_FLAGS or name == "logger"  # which means something here, with another value
-    _, notes = parse([*DATA, f"--{name}", "1"])
-    assert name in notes[0]
-
-
-def test_old_trainer_flags_that_would_change_the_run_are_refused(capsys):
-    assert "--grad_clip" in refused(capsys, *DATA, "--gradient_clip_val", "1")
-    assert "--my_exit_tokens" in refused(capsys, *DATA, "--max_steps=5")
-    assert "--devices" in refused(capsys, *DATA, "--gpus", "8")
-
-
-def test_all_faults_at_once(capsys):
-    words = refused(
-        capsys, *"--n_layer 0 --beta1 1.5 --lr_final 1 --precision int8 --nonsense 1 --ctx_len x --n_embd 100".split()
-    )
-    for name in ("n_layer", "beta1", "lr_final", "precision", "nonsense", "data_file", "ctx_len", "n_embd"):
-        assert words.count(f"  --{name}") == 1, words
+    assert name in HARMLESS_TRAINER_FLAGS or name == "logger"  # which has a meaning here, with another value
+    _, (note,) = parse([*DATA, f"--{name}", "1"])
+    assert f"--{name}" in note
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("argv", "replacement"),
     [
-        ["--dim_att", "256", "--n_embd", "512"],
-        ["--devices", "many"],
-        ["--lr_init", "nan"],
-        ["stray"],
-        ["--lr_init", "x"],
-        ["--lr_init"],
-        ["--n_embd", "40"],
-        ["--load_partial", "1"],
-        ["--epochs", "2", "--my_exit_tokens", "1000"],
-        ["--proj_dir", ""],
-        ["--random_seed", "4294967296"],
-        ["--n_layer", "99999999999999999999"],
+        (["--gradient_clip_val", "1"], "--grad_clip"),
+        (["--max_steps=5"], "--my_exit_tokens"),
+        (["--gpus", "8"], "--devices"),
+        (["--my_pile_stage", "3"], "--train_stage"),
+        (["--layerwise_lr", "1"], "leave it out"),
     ],
 )
-def test_impossible_values_are_refused(capsys, argv):
-    assert refused(capsys, *DATA, *argv)
+def test_old_flags_that_would_change_the_run_are_refused(argv, replacement):
+    fault = only_fault(*argv)
+    assert argv[0].startswith(f"--{fault.flag}")
+    assert replacement in fault.advice
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", False), ("1", True), ("False", False), ("true", True), ("2", None), ("", None)]
+)
+def test_booleans_are_0_or_1(text, value):
+    config, _, faults = interpret([*DATA, "--grad_cp", text])
+    if value is None:
+        assert [fault.flag for fault in faults] == ["grad_cp"]
+    else:
+        assert faults == []
+        assert config.grad_cp is value
+
+
+def test_the_last_of_equal_flags_counts():
+    config, _ = parse([*DATA, "--micro_bsz", "4", "--micro_bsz", "8"])  # scripts append the user's flags to their own
+    assert config.micro_bsz == 8
+
+
+def test_flags_that_need_no_value():
+    assert parse(["--plan", "--n_layer", "2"])[0].plan == 0.0
+    assert parse(["--n_layer", "2", "--plan", "5e4"])[0].plan == 5e4
+    assert parse([*DATA, "--check"])[0].check is True
+    assert parse([*DATA, "--check", "0"])[0].check is False
 
 
 @pytest.mark.parametrize("argv", [["--random_seed", "-1"], ["--random_seed=-1"]])
@@ -127,50 +248,124 @@ def test_negative_numbers_are_values(argv):
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--micro_bsz", "4", "8"], "'8'"),
-        (["--logger", "True", "8", "--micro_bsz", "4"], "'8'"),
-        (["--nonsense", "1", "--micro_bsz", "4", "8"], "'8'"),
-        (["-micro_bsz", "4"], "two dashes: --micro_bsz"),
-        (["--logger", "True", "-micro_bsz", "4"], "two dashes: --micro_bsz"),
-        (["-mcro_bsz=4"], "nearest is --micro_bsz"),
-        (["--micro_bsz", "--ctx_len", "8"], "--micro_bsz: its value is missing"),
-    ],
-    ids=" ".join,
-)
-def test_no_word_passes_silently(capsys, argv, words):
-    assert words in refused(capsys, *DATA, *argv)
-
-
-def test_the_last_of_equal_flags_counts():
-    config, _ = parse([*DATA, "--micro_bsz", "4", "--micro_bsz", "8"])  # scripts append the user's flags to their own
-    assert config.micro_bsz == 8
-
-
-def test_a_flag_that_may_stand_alone():
-    assert parse(["--plan", "--n_layer", "2"])[0].plan == 0.0
-    assert parse(["--n_layer", "2", "--plan", "5e4"])[0].plan == 5e4
-
-
-def test_stage_1_refuses_weights_that_it_would_ignore(capsys):
-    assert "--load_model" in refused(capsys, *DATA, "--train_stage", "1", "--load_model", "base.pth")
-
-
-@pytest.mark.parametrize(
     ("data", "held_out"),
     [("data/x", "data/x-heldout"), ("x.bin", "x-heldout.bin"), ("a.b/x.jsonl", "a.b/x-heldout.jsonl")],
 )
-def test_the_part_that_was_kept_aside_is_found_by_its_name(data, held_out):
+def test_held_out_part_is_found_by_its_name(data, held_out):
     assert parse(["--data_file", data, "--val_data_file", "heldout"])[0].val_data_file == held_out
 
 
-def test_the_home_folder_is_found_where_the_shell_has_not_found_it(monkeypatch):
+def test_the_home_folder_is_expanded_where_the_shell_does_not(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     config, _ = parse(["--proj_dir=~/run", "--data_file", "~/text", "--load_model", "0"])
     assert (config.proj_dir, config.data_file) == ("/home/somebody/run", "/home/somebody/text")
 
 
-def test_flags_of_earlier_rwkv_trainers_are_answered(capsys):
-    assert "use --train_stage" in refused(capsys, *DATA, "--my_pile_stage", "3")
-    assert "leave it out" in refused(capsys, *DATA, "--layerwise_lr", "1")
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "suggestions"),
+    [
+        ("lr", ["--lr_init", "--lr_final"]),
+        ("micro", ["--micro_bsz"]),
+        ("epoch", ["--epochs", "--epoch_steps", "--epoch_save", "--epoch_begin"]),
+        ("ctxlen", ["--ctx_len"]),
+        ("n_layers", ["--n_layer"]),
+        ("d", []),  # eleven flags begin with it
+        ("xyzzy", []),
+    ],
+)
+def test_a_misspelt_flag_proposes_prefix_matches_then_the_most_similar(misspelt, suggestions):
+    fault = only_fault(f"--{misspelt}", "3")
+    assert fault.flag == misspelt
+    assert re.findall(r"--\w+", fault.advice) == suggestions
+
+
+def test_all_faults_at_once(capsys):
+    argv = "--n_layer 0 --beta1 1.5 --lr_final 1 --precision int8 --nonsense 1 --ctx_len x --n_embd 100 --dim_att 5"
+    text = text_of_refusal(capsys, *argv.split(), "--data_file", "")
+    for name in ("n_layer", "beta1", "lr_final", "precision", "nonsense", "data_file", "ctx_len", "n_embd", "dim_att"):
+        assert text.count(f"\n  --{name}") == 1, text
+    assert len(text.splitlines()) == 11
+    assert text.endswith("python train.py --help\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag", "given"),
+    [
+        (["--devices", "many"], "devices", "many"),
+        (["--lr_init", "nan"], "lr_init", "nan"),
+        (["--lr_init", "x"], "lr_init", "'x'"),
+        (["--lr_init"], "lr_init", "None"),
+        (["--lr_init", "0", "--lr_final", "0"], "lr_init", "0.0"),
+        (["--n_embd", "40"], "n_embd", "40"),
+        (["--head_size", "24"], "head_size", "24"),
+        (["--load_partial", "1"], "load_partial", "1"),
+        (["--epochs", "2", "--my_exit_tokens", "1000"], "epochs", "2.0"),
+        (["--epochs", "0"], "epochs", "0.0"),
+        (["--proj_dir", ""], "proj_dir", ""),
+        (["--random_seed", "4294967296"], "random_seed", "4294967296"),
+        (["--n_layer", "99999999999999999999"], "n_layer", "99999999999999999999"),
+        (["--train_stage", "1", "--load_model", "base.pth"], "load_model", "base.pth"),
+        (["--epoch_begin", "3"], "epoch_begin", "3"),
+        (["--dry_run", "--train_stage", "1"], "dry_run", "None"),
+        (["--dry_run", "--profile", "5"], "profile", "5"),
+        (["--check", "--plan"], "check", "None"),
+        (["--data_type", "sft"], "tokenizer", "None"),
+        (["--val_every", "often"], "val_every", "often"),
+        (["--compile", "2"], "compile", "2"),
+        (["--data_file", ""], "data_file", "None"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_impossible_values_are_refused(argv, flag, given):
+    fault = only_fault(*argv)
+    assert (fault.flag, str(fault.given)) == (flag, given)
+    assert fault.problem or fault.expected
+
+
+def test_a_size_that_is_wrong_by_itself_is_one_fault():
+    """The flag's bounds and the model both refuse it."""
+    assert only_fault("--n_embd", "0").flag == "n_embd"
+    assert only_fault("--kernel", "fast").flag == "kernel"
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag", "given"),
+    [
+        (["--micro_bsz", "4", "8"], "", "'8'"),
+        (["stray"], "", "'stray'"),
+        (["--logger", "True", "8", "--micro_bsz", "4"], "", "'8'"),
+        (["-micro_bsz", "4"], "micro_bsz", None),
+        (["--logger", "True", "-micro_bsz", "4"], "micro_bsz", None),
+        (["-mcro_bsz=4"], "mcro_bsz", None),
+        (["--micro_bsz", "--ctx_len", "8"], "micro_bsz", None),
+        (["--"], "", None),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_every_argument_is_a_flag_a_value_or_a_fault(argv, flag, given):
+    fault = only_fault(*argv)
+    assert (fault.flag, fault.given) == (flag, given)
+
+
+def test_every_stray_value_is_a_fault():
+    flags_and_values = [(fault.flag, fault.given) for fault in faults_of("--nonsense", "1", "--micro_bsz", "4", "8")]
+    assert flags_and_values == [("nonsense", None), ("", "'8'")]
+
+
+def test_errors_make_a_sentence_of_their_parts():
+    assert str(UserError("no such file", flag="load_model", given="x.pth", advice="leave it out")) == (
+        "--load_model x.pth: no such file; leave it out"
+    )
+    assert str(UserError(flag="proj_dir", given="", expected="a folder")) == '--proj_dir "": expected a folder'
+    assert str(UserError("out of memory")) == "out of memory"
+
+
+def test_errors_travel_between_processes():
+    errors = UserErrors([UserError(flag="n_embd", given=40, expected="a multiple of 64"), UserError("no data")])
+    copy = pickle.loads(pickle.dumps(errors))
+    assert isinstance(copy, UserErrors)
+    assert [vars(fault) for fault in copy.faults] == [vars(fault) for fault in errors.faults]
+    assert str(copy) == str(errors) == "--n_embd 40: expected a multiple of 64\nno data"

@@ -1,4 +1,4 @@
-"""One token at a time: the native step, the one in plain PyTorch, and the model itself are one function."""
+"""Decoding token by token: the native step, the step in plain PyTorch and the model compute the same function."""
 
 import ctypes
 import gc
@@ -8,6 +8,7 @@ import pytest
 import torch
 from random_model import random_model
 
+from src.errors import UserError
 from src.inference.decoder import Decoder
 from src.inference.step import TorchStep
 from src.model import State
@@ -33,20 +34,20 @@ def steps(model, sequences, count=4):
 
 
 def forward(model, tokens):
-    """The same by the training forward; tokens [count, B]."""
+    """Logits [count, B, V] and state of the training forward; tokens [count, B]."""
     logits, state = model(tokens.t())
     return logits.transpose(0, 1), state
 
 
-def assert_as_exact_as_the_forward(logits, state, sizes, tokens):
-    """At most twice as far from the network in float64 as the training forward in fp32 is."""
+def assert_as_accurate_as_the_forward(logits, state, sizes, tokens):
+    """The error against float64 is at most twice that of the training forward in fp32."""
     plain, plain_state = forward(random_model(**sizes), tokens)
     exact, exact_state = forward(random_model(**sizes, kernel="reference").double(), tokens)
-    mine, theirs, true = (
+    actual, expected, reference = (
         [x, *(t for layer in s.layers for t in layer)]
         for x, s in ((logits, state), (plain, plain_state), (exact, exact_state))
     )
-    for m, p, e in zip(mine, theirs, true, strict=True):
+    for m, p, e in zip(actual, expected, reference, strict=True):
         assert m.isfinite().all()
         rounding = torch.finfo(torch.float32).eps * e.norm()
         assert (m - e).norm() <= 2 * max((p - e).norm(), rounding)
@@ -54,30 +55,30 @@ def assert_as_exact_as_the_forward(logits, state, sizes, tokens):
 
 @pytest.mark.parametrize("sequences", [1, 2, 5, 8])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_the_native_step_is_the_training_forward(sizes, sequences):
+def test_the_native_step_agrees_with_the_training_forward(sizes, sequences):
     logits, decoder, tokens = steps(random_model(**sizes), sequences)
     assert decoder.native
-    assert_as_exact_as_the_forward(logits, decoder.state, sizes, tokens)
+    assert_as_accurate_as_the_forward(logits, decoder.state, sizes, tokens)
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_the_step_in_plain_pytorch_is_the_training_forward(sizes, sequences):
+def test_the_pytorch_step_agrees_with_the_training_forward(sizes, sequences):
     model = random_model(**sizes)
     step, state = TorchStep(model), State.zeros(model.config, sequences)
     tokens = torch.arange(4 * sequences).view(4, sequences) * 7 % 97
     logits = torch.stack([step(row, state) for row in tokens])
-    assert_as_exact_as_the_forward(logits, state, sizes, tokens)
+    assert_as_accurate_as_the_forward(logits, state, sizes, tokens)
 
 
 @pytest.mark.parametrize("sequences", [MOST_SEQUENCES, MOST_SEQUENCES + 1])
-def test_many_sequences_are_decoded_on_either_side_of_the_border(sequences):
+def test_batch_sizes_on_either_side_of_the_native_limit(sequences):
     logits, decoder, tokens = steps(random_model(), sequences)
-    assert_as_exact_as_the_forward(logits, decoder.state, {}, tokens)
+    assert_as_accurate_as_the_forward(logits, decoder.state, {}, tokens)
 
 
 def test_in_bf16_the_arithmetic_is_fp32():
-    """Twice as near to the exact result as plain PyTorch in the same dtype, at the least."""
+    """At most half the error of plain PyTorch in the same dtype."""
     model = random_model().bfloat16()
     logits, _, tokens = steps(model, 3, count=12)
     exact, _ = forward(random_model().bfloat16().float(), tokens)
@@ -88,21 +89,21 @@ def test_in_bf16_the_arithmetic_is_fp32():
 
 @pytest.mark.parametrize("sequences", [1, 3])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_fp32_weights_that_came_from_bf16_are_packed_without_loss(sizes, sequences):
+def test_fp32_weights_with_bf16_values_are_packed_without_loss(sizes, sequences):
     model = random_model(**sizes).bfloat16().float()
     last = model.blocks[-1]
-    last.ffn.key.weight[100, 5] += 1e-6  # one number is enough
+    last.ffn.key.weight[100, 5] += 1e-6  # a single value that bf16 can't express keeps the matrix in fp32
     far = -torch.randint(40, (1, last.ffn.value.weight.shape[1]), generator=torch.Generator().manual_seed(2))
     last.ffn.value.weight *= torch.exp2(far.float())  # columns too far apart to be packed
     last.att.output.weight[3, 7:20] *= 2.0**-20  # few: some exceptions
     model.head.weight[::9, 1] = -(2.0**-30)
     logits, decoder, tokens = steps(model, sequences)
     torch.testing.assert_close(logits, forward(model, tokens)[0], rtol=1e-5, atol=1e-5)
-    read = [t.dtype for t in decoder.native_weights.layers[-9:]]
-    assert read.count(torch.float32) == 2  # the vectors, and that one
+    dtypes_read = [t.dtype for t in decoder.native_weights.layers[-9:]]
+    assert dtypes_read.count(torch.float32) == 2  # the vectors, and that matrix
     if sequences == 1:
         packs = torch.ops.rwkv7.pack(torch.ones(1, 128).bfloat16()).numel() > 0
-        dtypes = dict(zip(MATRICES, read[-len(MATRICES) :], strict=True))
+        dtypes = dict(zip(MATRICES, dtypes_read[-len(MATRICES) :], strict=True))
         wide = model.config.n_embd % 128 == 0
         assert dtypes["att.receptance"] == dtypes["att.output"] == (torch.uint8 if packs and wide else torch.bfloat16)
         assert dtypes["ffn.value"] == torch.bfloat16
@@ -111,10 +112,10 @@ def test_fp32_weights_that_came_from_bf16_are_packed_without_loss(sizes, sequenc
         assert torch.uint8 not in [t.dtype for t in decoder.native_weights.layers]
         assert Decoder(model, pack=False).native_weights.head.dtype == torch.bfloat16
     else:
-        assert read.count(torch.bfloat16) == 7
+        assert dtypes_read.count(torch.bfloat16) == 7
         packed = Decoder(model).native_weights  # several sequences can be decoded from packed weights, too
-        again = Decoder(model, sequences)
-        other = torch.stack([decode_step(row, packed, *again._stacked) for row in tokens])
+        second = Decoder(model, sequences)
+        other = torch.stack([decode_step(row, packed, *second._stacked) for row in tokens])
         torch.testing.assert_close(other, logits, rtol=1e-5, atol=1e-5)
     assert decoder.state.layers[0].att_shift.dtype == torch.float32
 
@@ -127,7 +128,7 @@ def pack(matrix):
 
 
 def unpack(packed):
-    """The matrix that cuda/packed.h describes, read here by itself."""
+    """The matrix in the format that cuda/packed.h describes, decoded independently of that code."""
     rows, columns, exceptions, base = packed[:32].view(torch.int64).tolist()
     first = packed[32 : 36 + 4 * rows].view(torch.int32).tolist()
     listed = packed[36 + 4 * rows :][: 8 * exceptions].view(-1, 8).contiguous()
@@ -159,7 +160,7 @@ def test_packing_keeps_every_bit(spread):
     assert torch.equal(unpack(packed).view(torch.int16), matrix.view(torch.int16))
 
 
-def test_what_would_not_pay_is_not_packed():
+def test_matrices_that_packing_would_not_shrink_are_not_packed():
     wide = torch.exp2(torch.linspace(-60, 60, 64 * 64)).view(32, 128)
     for matrix in (wide, torch.ones(8, 64), torch.ones(8, 48), torch.ones(0, 128)):
         assert pack(matrix.bfloat16()).numel() == 0
@@ -167,7 +168,7 @@ def test_what_would_not_pay_is_not_packed():
         pack(torch.ones(4, 128))
 
 
-def test_a_packed_matrix_of_other_sizes_is_refused():
+def test_a_packed_matrix_of_other_sizes_is_rejected():
     decoder = Decoder(random_model(n_layer=1).bfloat16().float())
     decoder.step([1])
     weights = decoder.native_weights
@@ -189,11 +190,11 @@ def test_the_number_of_threads_changes_no_bit():
     assert torch.equal(one, three)
 
 
-def test_without_a_compiler_plain_pytorch_does_it(monkeypatch):
-    def none(*_: object) -> None:
+def test_without_a_compiler_the_pytorch_step_is_used(monkeypatch):
+    def fail(*_: object) -> None:
         raise BuildError("no compiler")
 
-    monkeypatch.setattr("src.ops.decode.build.load_native", none)
+    monkeypatch.setattr("src.ops.decode.build.load_native", fail)
     model = random_model()
     decoder = Decoder(model)
     assert not decoder.native
@@ -201,20 +202,22 @@ def test_without_a_compiler_plain_pytorch_does_it(monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [{"dim_ffn": 100}, {"n_embd": 320, "head_size": 320}])
-def test_sizes_that_the_native_step_does_not_take(sizes):
+def test_sizes_that_the_native_step_does_not_support(sizes):
     sizes = {"n_layer": 2, **sizes}
     logits, decoder, tokens = steps(random_model(**sizes), 2)
     assert not decoder.native
-    assert_as_exact_as_the_forward(logits, decoder.state, sizes, tokens)
+    assert_as_accurate_as_the_forward(logits, decoder.state, sizes, tokens)
 
 
-def test_mistakes_are_errors_and_leave_the_state_alone():
+def test_invalid_input_raises_and_leaves_the_state_unchanged():
     decoder = Decoder(random_model(), 2)
     decoder.step([1, 2])
     before = decoder.state
-    for tokens in ([1, 97], [-1, 1]):
-        with pytest.raises(ValueError, match="the model has 97 rows"):
+    for tokens, invalid in (([1, 97], 97), ([-1, 1], -1)):
+        with pytest.raises(UserError) as caught:
             decoder.step(tokens)
+        assert f"token id {invalid}" in caught.value.problem
+        assert "97" in caught.value.expected
         with pytest.raises(RuntimeError, match="outside the vocabulary of 97"):
             decode_step(torch.tensor(tokens), decoder.native_weights, *decoder._stacked)
     att_shift, wkv, ffn_shift = decoder._stacked
@@ -229,12 +232,12 @@ def test_mistakes_are_errors_and_leave_the_state_alone():
     w, a, g, v = weights.ranks
     no_channels = replace(weights, embedding=weights.embedding[:, :0]), wkv[:, :, :0]
     no_channel_mix = replace(weights, layers=[t[:0] if t.shape[0] == 512 else t for t in weights.layers]), wkv
-    negative_rank = replace(weights, ranks=(w + a + 1, -1, g, v)), wkv  # of the right sum
+    negative_rank = replace(weights, ranks=(w + a + 1, -1, g, v)), wkv  # with the right sum
     for unfit, heads in (no_channels, no_channel_mix, negative_rank):
         with pytest.raises(RuntimeError, match="unfit sizes"):
             decode_step(torch.tensor([1, 2]), unfit, att_shift, heads, ffn_shift)
-    for mine, kept in zip(decoder.state.layers, before.layers, strict=True):
-        assert all(map(torch.equal, mine, kept))
+    for layer, layer_before in zip(decoder.state.layers, before.layers, strict=True):
+        assert all(map(torch.equal, layer, layer_before))
 
 
 class _MallInfo(ctypes.Structure):
@@ -256,7 +259,7 @@ class _MallInfo(ctypes.Structure):
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 to count the heap's bytes")
-def test_steps_leave_nothing_on_the_heap():
+def test_steps_leak_no_heap_memory():
     heap = ctypes.CDLL(None).mallinfo2
     heap.restype = _MallInfo
     decoder = Decoder(random_model(n_layer=1))
@@ -274,8 +277,8 @@ def test_steps_leave_nothing_on_the_heap():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("sequences", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_captured_step_is_the_same_step(dtype, sequences):
-    """A graph replays what was captured: on its own state, with each call's tokens, going on from states set in between."""
+def test_the_captured_step_agrees_with_the_pytorch_step(dtype, sequences):
+    """A graph replays with the tokens of each call on its own state, and continues from a state that was assigned."""
     model = random_model().to("cuda", dtype)
     logits, decoder, tokens = steps(model, sequences, count=12)
     step, state = TorchStep(model), State.zeros(model.config, sequences, "cuda", dtype)
@@ -284,8 +287,8 @@ def test_the_captured_step_is_the_same_step(dtype, sequences):
     torch.testing.assert_close(logits, plain, rtol=1e-2, atol=1e-2)
     exact, _ = forward(random_model().to(dtype).float().cuda(), tokens.cuda())
     assert (logits - exact).norm() < 2 * (plain - exact).norm() + 1e-3
-    kept = decoder.state
+    state_before = decoder.state
     first = decoder.step(tokens[0].tolist()).clone()
     decoder.step(tokens[1].tolist())
-    decoder.state = kept
+    decoder.state = state_before
     assert torch.equal(decoder.step(tokens[0].tolist()), first)

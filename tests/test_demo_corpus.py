@@ -1,4 +1,4 @@
-"""The demo data: built from this Python's own library, once, the same every time."""
+"""The demo data: documents of the standard library, an ordinary tokenizer folder, and complete files are kept."""
 
 import shutil
 import subprocess
@@ -9,9 +9,10 @@ import pytest
 from chat_models import chat_ids
 
 from src.dataset import MMapIndexedDataset
-from src.dataset.lock import only_one
-from src.dataset.standard_library import library_sources
+from src.dataset.corpus.standard_library import library_sources
 from src.dataset.tokenizer import load_tokenizer
+from src.errors import UserError
+from src.files import file_lock
 
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "demo_corpus.py"
 
@@ -22,10 +23,10 @@ def build(out: Path) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """Built once for all processes of pytest-xdist: the second one finds it there."""
-    of_this_process = tmp_path_factory.getbasetemp()
-    folder = (of_this_process if worker_id == "master" else of_this_process.parent) / "demo_corpus"
-    with only_one(folder / "lock", wait=True):
+    """Built once for all processes of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "demo_corpus"
+    with file_lock(folder / "lock", wait=True):
         done = build(folder)
     assert done.returncode == 0, done.stderr
     return folder
@@ -39,35 +40,35 @@ def test_documents_are_sources_and_end_with_token_0(demo: Path) -> None:
         assert all(data[i][-1] == 0 and 0 not in data[i][:-1] for i in range(len(data)))
         texts[name] = {tokenizer.decode(data[i][:-1].tolist()) for i in range(len(data))}
     assert texts["demo"].isdisjoint(texts["demo-heldout"])
-    everything = "".join(texts["demo"] | texts["demo-heldout"])
-    assert "def dedent(text)" in everything
+    all_text = "".join(texts["demo"] | texts["demo-heldout"])
+    assert "def dedent(text)" in all_text
     assert len(texts["demo-heldout"]) / sum(map(len, texts.values())) == pytest.approx(0.1, abs=0.03)
     assert MMapIndexedDataset(demo / "demo").n_tokens > 1_000_000
 
 
-def test_the_tokenizer_is_an_ordinary_folder(demo: Path) -> None:
+def test_transformers_reads_the_tokenizer_folder(demo: Path) -> None:
     transformers = pytest.importorskip("transformers")
     ours = load_tokenizer(demo / "demo_tokenizer")
     theirs = transformers.AutoTokenizer.from_pretrained(demo / "demo_tokenizer")
     assert ours.vocab_size == len(theirs) == 6400
     assert theirs.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
-    talk = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
-    encoded = theirs.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
-    assert chat_ids(ours, talk) == encoded["input_ids"]
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    encoded = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert chat_ids(ours, messages) == encoded["input_ids"]
     answer = [i for i, counts in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if counts]
     assert ours.decode(answer) == "That.<|im_end|>"
 
 
-def test_a_second_run_does_nothing_and_a_lost_file_comes_back(demo: Path, tmp_path: Path) -> None:
-    demo = shutil.copytree(demo, tmp_path / "mine")
+def test_a_second_run_keeps_complete_files_and_replaces_truncated_ones(demo: Path, tmp_path: Path) -> None:
+    demo = shutil.copytree(demo, tmp_path / "copy")
 
     def state() -> dict[str, int]:
         return {str(file): file.stat().st_mtime_ns for file in demo.rglob("*") if file.is_file()}
 
     before, content = state(), (demo / "demo-heldout.bin").read_bytes()
-    again = build(demo)
-    assert again.returncode == 0
-    assert "is there" in again.stdout
+    second = build(demo)
+    assert second.returncode == 0
+    assert "exists already" in second.stdout
     assert state() == before
     (demo / "demo-heldout.bin").write_bytes(content[:-10])
     tokenizer = (demo / "demo_tokenizer" / "tokenizer.json").stat().st_mtime_ns
@@ -76,14 +77,15 @@ def test_a_second_run_does_nothing_and_a_lost_file_comes_back(demo: Path, tmp_pa
     assert (demo / "demo_tokenizer" / "tokenizer.json").stat().st_mtime_ns == tokenizer
 
 
-def test_a_partial_library_is_told(tmp_path: Path) -> None:
+def test_an_incomplete_library_raises(tmp_path: Path) -> None:
     (tmp_path / "os.py").write_text("x = 1\n")
     for library in (tmp_path, tmp_path / "python311.zip"):
-        with pytest.raises(ValueError, match="only in part"):
+        with pytest.raises(UserError, match="incomplete") as caught:
             library_sources(library)
+        assert caught.value.given == library
 
 
-def test_each_text_once_and_no_tests(tmp_path: Path) -> None:
+def test_the_library_has_each_text_once_and_no_tests(tmp_path: Path) -> None:
     sources = library_sources()
     assert len(set(sources.values())) == len(sources)
     assert "textwrap.py" in sources

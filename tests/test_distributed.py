@@ -160,7 +160,7 @@ def long(tmp_path_factory):
 def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
     fit = {**SGD, "steps": 3, "kernel": "auto", "grad_cp": 1}
-    fits = {name: {**fit, "strategy": name, "compile": 1} for name in ("ddp", *STAGES)}
+    fits = {name: {**fit, "strategy": name, "compile": "1"} for name in ("ddp", *STAGES)}
     return {**launch(folder, 2, fits, timeout=900), **launch(folder, 1, {"one": with_one_process(fit)})}
 
 

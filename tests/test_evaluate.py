@@ -1,4 +1,4 @@
-"""Evaluation agrees with the plain definition of each figure."""
+"""Evaluation agrees with the definition of each measure."""
 
 import gzip
 import json
@@ -13,9 +13,10 @@ from test_tokenizer import of_entries
 
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
 from src.dataset.tokenizer import load_tokenizer
-from src.inference.evaluate import _bytes, encode_texts, heldout_loss, last_words, main, read_texts, windows
-from src.inference.generate import generate
-from src.inference.harness import Answers, harness_model
+from src.errors import UserError
+from src.inference.evaluate import encode_texts, heldout_loss, last_words, main, read_texts, text_bytes, windows
+from src.inference.generation import generate
+from src.inference.harness import HarnessMethods, harness_model
 from src.inference.scoring import score_continuations
 
 
@@ -44,11 +45,11 @@ def plain_log_p(model, tokens, first):
     return [float(log_p[i - 1, tokens[i]]) for i in range(first, len(tokens))]
 
 
-# ---- held-out loss ----------------------------------------------------------------------------------------------------------------
+# ---- held-out loss ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "ctx_len"), [(310, 32), (33, 32), (20, 32), (2, 1), (1000, 1)])
-def test_windows_cover_the_data_without_predicting_anything_twice(n, ctx_len):
+def test_windows_predict_each_token_once(n, ctx_len):
     slices = list(windows(n, ctx_len))
     predicted = [i for w in slices for i in range(w.start + 1, w.stop)]
     assert predicted == list(range(1, len(predicted) + 1))
@@ -56,9 +57,9 @@ def test_windows_cover_the_data_without_predicting_anything_twice(n, ctx_len):
     assert slices[-1].stop <= n
 
 
-def test_some_windows_are_evenly_spaced():
-    chosen = [w.start for w in windows(100_001, 100, max_windows=8)]
-    assert chosen == [i * 12500 for i in range(8)]
+def test_a_limited_number_of_windows_is_evenly_spaced():
+    starts = [w.start for w in windows(100_001, 100, max_windows=8)]
+    assert starts == [i * 12500 for i in range(8)]
     assert list(windows(301, 100, max_windows=8)) == list(windows(301, 100))
 
 
@@ -73,15 +74,15 @@ def test_heldout_loss_is_the_mean_over_independent_windows(model, data):
     assert heldout_loss(model, data, 48, max_windows=2).tokens == 96
 
 
-def test_bytes_are_those_of_the_text(tmp_path, tokenizer):
-    """The end of a document has none, but where 0 is text in the vocabulary nobody can tell them apart."""
-    assert _bytes(np.array([*tokenizer.encode("Hi!"), 0]), tokenizer) == 3
-    exclaiming = load_tokenizer(of_entries(tmp_path, ["!", "H", "i", "<end>"], "<end>"))
-    assert _bytes(np.array(exclaiming.encode("Hi!")), exclaiming) == 3
+def test_text_bytes_are_those_of_the_text(tmp_path, tokenizer):
+    """The end of a document has no bytes, except in a vocabulary where 0 is text as well."""
+    assert text_bytes(np.array([*tokenizer.encode("Hi!"), 0]), tokenizer) == 3
+    zero_is_text = load_tokenizer(of_entries(tmp_path, ["!", "H", "i", "<end>"], "<end>"))
+    assert text_bytes(np.array(zero_is_text.encode("Hi!")), zero_is_text) == 3
 
 
-def test_bits_per_byte_are_those_of_a_uniform_guess(model, tokenizer):
-    """A model without any preference needs log2 V bits a token."""
+def test_bits_per_byte_of_a_uniform_distribution(model, tokenizer):
+    """It needs log2 V bits per token."""
     uniform = random_model(n_layer=1, vocab_size=400)
     uniform.head.weight.zero_()
     text = tokenizer.encode("def answer(question): return 'the answer'" * 9)
@@ -90,17 +91,25 @@ def test_bits_per_byte_are_those_of_a_uniform_guess(model, tokenizer):
     assert result.bits_per_byte(n_bytes) == pytest.approx(math.log2(400) * (len(text) - 1) / n_bytes, rel=1e-5)
 
 
-@pytest.mark.parametrize(("tokens", "words"), [([3], "at least 2"), ([1, 400, 2], "token id 400")])
-def test_unusable_data_is_explained(model, tokens, words):
-    with pytest.raises(ValueError, match=words):
+@pytest.mark.parametrize(("tokens", "problem"), [([3], "has 1 tokens"), ([1, 400, 2], "id 400"), ([1, -1], "id -1")])
+def test_unusable_data_is_rejected(model, tokens, problem):
+    with pytest.raises(UserError) as caught:
         heldout_loss(model, np.array(tokens), 8)
+    assert caught.value.flag == "data"
+    assert problem in caught.value.problem
 
 
-# ---- continuations ----------------------------------------------------------------------------------------------------------------
+def test_an_error_about_windows_names_the_flag_of_the_caller():
+    with pytest.raises(UserError) as caught:
+        list(windows(1, 8, flag="val_data_file"))
+    assert caught.value.flag == "val_data_file"
 
 
-def test_scores_are_those_of_each_pair_alone(model, monkeypatch):
-    monkeypatch.setattr("src.inference.scoring.TOKENS_AT_ONCE", 60)
+# ---- continuations ---------------------------------------------------------------------------------------------------
+
+
+def test_scores_equal_those_of_each_pair_alone(model, monkeypatch):
+    monkeypatch.setattr("src.inference.scoring.TOKENS_PER_PASS", 60)
     monkeypatch.setattr("src.inference.scoring.LOGIT_ROWS", 7)
     pairs = [
         ([(i * n) % 400 for i in range(1, n)], [(i * n + 1) % 400 for i in range(n % 5 + 1)]) for n in range(2, 24)
@@ -115,23 +124,23 @@ def test_scores_are_those_of_each_pair_alone(model, monkeypatch):
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 300), (150, 151), (299, 2), (120, 1)])
-def test_a_long_pair_is_read_in_pieces_with_the_same_score(model, monkeypatch, before, after):
+def test_a_long_pair_is_processed_in_chunks_with_the_same_score(model, monkeypatch, before, after):
     ids = [(7 * i * i + i) % 400 for i in range(before + after)]
     pair = (ids[:before], ids[before:])
     whole = score_continuations(model, [pair])[0]
-    monkeypatch.setattr("src.inference.scoring.TOKENS_AT_ONCE", 60)
+    monkeypatch.setattr("src.inference.scoring.TOKENS_PER_PASS", 60)
     lengths = []
     hidden = type(model).hidden
 
-    def watched(self, tokens, *args, **kwargs):
+    def recording(self, tokens, *args, **kwargs):
         lengths.append(tokens.shape[1])
         return hidden(self, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(type(model), "hidden", watched)
+    monkeypatch.setattr(type(model), "hidden", recording)
     short = ([1, 2], [3])
-    first, pieces, last = score_continuations(model, [short, pair, short])
-    assert pieces.log_probability == pytest.approx(whole.log_probability, rel=1e-5)
-    assert pieces.greedy == whole.greedy
+    first, chunked, last = score_continuations(model, [short, pair, short])
+    assert chunked.log_probability == pytest.approx(whole.log_probability, rel=1e-5)
+    assert chunked.greedy == whole.greedy
     assert first == last
     assert max(lengths) == 60
     greedy = (ids[:70], list(generate(model, ids[:70], 100, temperature=0)))
@@ -147,11 +156,13 @@ def test_last_words(model, tokenizer):
     assert result.texts == 2
     assert result.perplexity == pytest.approx(math.exp(-sum(log_p) / 2), rel=1e-4)
     assert 0 <= result.accuracy <= 1
-    with pytest.raises(ValueError, match="no word before"):
-        last_words(model, tokenizer, ["alone"])
+    for texts in (["alone"], []):
+        with pytest.raises(UserError) as caught:
+            last_words(model, tokenizer, texts)
+        assert caught.value.flag == "last_word"
 
 
-# ---- the harness ------------------------------------------------------------------------------------------------------------------
+# ---- the harness -----------------------------------------------------------------------------------------------------
 
 
 class Request:
@@ -159,9 +170,9 @@ class Request:
         self.args = args
 
 
-def test_answers_to_the_harness(model, tokenizer):
-    answers = Answers(model, tokenizer)
-    scored = answers.loglikelihood([Request("what is ", "the answer"), Request("", "def")])
+def test_requests_of_the_harness(model, tokenizer):
+    methods = HarnessMethods(model, tokenizer)
+    scored = methods.loglikelihood([Request("what is ", "the answer"), Request("", "def")])
     ids = [0, *tokenizer.encode("what is")]
     assert scored[0][0] == pytest.approx(
         sum(plain_log_p(model, ids + tokenizer.encode(" the answer"), len(ids))), rel=1e-4
@@ -169,10 +180,10 @@ def test_answers_to_the_harness(model, tokenizer):
     assert isinstance(scored[1][1], bool)
     text = "def answer(question): return"
     whole = [0, *tokenizer.encode(text)]
-    assert answers.loglikelihood_rolling([Request(text)])[0] == pytest.approx(
+    assert methods.loglikelihood_rolling([Request(text)])[0] == pytest.approx(
         sum(plain_log_p(model, whole, 1)), rel=1e-4
     )
-    free, short = answers.generate_until(
+    free, short = methods.generate_until(
         [Request("def ", {"until": [], "max_gen_toks": 9}), Request("def ", {"until": ["e"], "max_gen_toks": 9})]
     )
     assert short == free.partition("e")[0]
@@ -195,7 +206,7 @@ def test_a_local_task_runs_in_the_harness(model, tokenizer, tmp_path):
         "doc_to_target": "{{label}}",
         "metric_list": [{"metric": "acc"}],
     }
-    found = lm_eval.simple_evaluate(
+    evaluation = lm_eval.simple_evaluate(
         harness_model(model, tokenizer),
         tasks=[task],
         task_manager=TaskManager(include_defaults=False),
@@ -206,10 +217,10 @@ def test_a_local_task_runs_in_the_harness(model, tokenizer, tmp_path):
         ids = [0, *tokenizer.encode(row["question"])]
         log_p = [sum(plain_log_p(model, ids + tokenizer.encode(" " + c), len(ids))) for c in row["choices"]]
         expected += int(log_p.index(max(log_p)) == row["label"])
-    assert found["results"]["tiny_choice"]["acc,none"] == pytest.approx(expected / 6)
+    assert evaluation["results"]["tiny_choice"]["acc,none"] == pytest.approx(expected / 6)
 
 
-# ---- the command line -------------------------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -221,12 +232,12 @@ def run(model, tmp_path):
     return folder
 
 
-def test_reports_on_binidx_and_text_and_last_words(run, data, tokenizer, tmp_path, capsys):
+def test_reports_for_binidx_text_and_last_words(run, data, tokenizer, tmp_path, capsys):
     result = heldout_loss(random_model(n_layer=2, vocab_size=400), data, 32)
     assert main([str(run), "--data", str(data.prefix), "--ctx_len", "32", "--device", "cpu"]) == 0
-    said = capsys.readouterr().out
-    assert f"loss {result.loss:.4f}, perplexity {result.perplexity:.4f}, bits per byte" in said
-    assert f"{result.tokens:,} tokens" in said
+    output = capsys.readouterr().out
+    assert f"loss {result.loss:.4f}, perplexity {result.perplexity:.4f}, bits per byte" in output
+    assert f"{result.tokens:,} tokens" in output
 
     texts = ["what is the answer", "def return the string"]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -237,40 +248,40 @@ def test_reports_on_binidx_and_text_and_last_words(run, data, tokenizer, tmp_pat
     assert "2 texts" in capsys.readouterr().out
 
 
-def test_texts_are_read_as_make_data_reads_them(run, tokenizer, tmp_path, capsys):
-    """A byte order mark, packed files, empty lines: the same tokens as of the plain file."""
+def test_texts_are_read_as_in_data_preparation(run, tokenizer, tmp_path, capsys):
+    """With a byte order mark, compressed, with empty lines: the tokens of the plain file."""
     lines = b'{"text": "what is the answer"}\n\n{"text": "def return the string"}\n{"text": ""}\n'
-    (tmp_path / "mark.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
-    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
+    (tmp_path / "compressed.jsonl.gz").write_bytes(gzip.compress(lines))
     tokens = [i for text in ("what is the answer", "def return the string") for i in [*tokenizer.encode(text), 0]]
-    for name in ("mark.jsonl", "packed.jsonl.gz"):
-        texts = list(read_texts(tmp_path / name, "--data"))
+    for name in ("bom.jsonl", "compressed.jsonl.gz"):
+        texts = list(read_texts(tmp_path / name, "data"))
         assert encode_texts(texts, tokenizer).tolist() == tokens
         assert main([str(run), "--last_word", str(tmp_path / name), "--device", "cpu"]) == 0
         assert "2 texts" in capsys.readouterr().out
     (tmp_path / "code.py").write_text("\ufeffdef\n", encoding="utf-8")
-    assert list(read_texts(tmp_path / "code.py", "--data")) == ["def\n"]
+    assert list(read_texts(tmp_path / "code.py", "data")) == ["def\n"]
 
 
 @pytest.mark.parametrize("flag", ["--data", "--last_word"])
-def test_a_file_that_can_not_be_read_is_explained(run, tmp_path, capsys, monkeypatch, flag):
+def test_a_file_without_read_permission_is_reported(run, tmp_path, capsys, monkeypatch, flag):
     path = tmp_path / "secret.jsonl"
     path.write_text('{"text": "what is the answer"}\n')
-    readable = open
+    original_open = open
 
-    def refused(file, *args, **kwargs):  # root may read everything
+    def deny(file, *args, **kwargs):  # root may read everything
         if file == path or file == str(path):
             raise PermissionError(13, "Permission denied")
-        return readable(file, *args, **kwargs)
+        return original_open(file, *args, **kwargs)
 
-    monkeypatch.setattr("builtins.open", refused)
+    monkeypatch.setattr("builtins.open", deny)
     with pytest.raises(SystemExit) as stopped:
         main([str(run), flag, str(path), "--device", "cpu"])
     assert stopped.value.code == 2
     assert f"{flag} {path}: can't be read (Permission denied)" in capsys.readouterr().err
 
 
-def test_weights_that_are_not_numbers_have_no_loss(run, data, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_is_an_error(run, data, tmp_path, capsys):
     weights = torch.load(run / "rwkv-final.pth")
     weights["head.weight"][0, 0] = float("nan")
     torch.save(weights, tmp_path / "nan.pth")
@@ -281,24 +292,25 @@ def test_weights_that_are_not_numbers_have_no_loss(run, data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "about"),
     [
         (["--data", "nowhere"], "--data nowhere: no such file"),
-        (["--data", "{bad}"], "bad.jsonl:2: no JSON"),
-        (["--last_word", "{bad}"], "bad.jsonl:2: no JSON"),
-        (["--data", "{bad}", "--ctx_len", "0"], "--ctx_len 0"),
-        (["--last_word", "{latin}"], "latin.jsonl:1: bytes that are no UTF-8"),
-        (["--last_word", "{text}"], "text.txt: not lines of JSON by its name; expected a .jsonl"),
+        (["--data", "{bad}"], "--data {bad}:2: "),
+        (["--last_word", "{bad}"], "--last_word {bad}:2: "),
+        (["--data", "{bad}", "--ctx_len", "0"], "--ctx_len 0: expected at least 1"),
+        (["--last_word", "{latin}"], "--last_word {latin}:1: "),
+        (["--last_word", "{text}"], "--last_word {text}: not a .jsonl file"),
     ],
 )
-def test_mistakes_are_explained(run, tmp_path, capsys, flags, words):
+def test_errors_name_the_flag_the_file_and_the_line(run, tmp_path, capsys, flags, about):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a fine one"}\n{"text": \n')
     text = tmp_path / "text.txt"
     text.write_text("what is the answer")
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes('{"text": "caf\u00e9"}\n'.encode("latin-1"))
+    files = {"bad": bad, "latin": latin, "text": text}
     with pytest.raises(SystemExit) as stopped:
-        main([str(run), "--device", "cpu", *(flag.format(bad=bad, latin=latin, text=text) for flag in flags)])
+        main([str(run), "--device", "cpu", *(flag.format(**files) for flag in flags)])
     assert stopped.value.code == 2
-    assert words in capsys.readouterr().err
+    assert about.format(**files) in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every format holds the same model: names mapped both ways, logits equal after reading back."""
+"""Every format contains the same model: names map both ways, and logits are equal after reading back."""
 
 import json
 import math
@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from chat_models import make_tokenizer
 from random_model import random_model
 
-from src.inference import export as export_module
-from src.inference.export import export, main
-from src.inference.fla import fla_name, from_fla, our_name, to_fla
+from src.errors import UserError
+from src.inference.export import main
+from src.inference.formats import convert
+from src.inference.formats.convert import convert_model
+from src.inference.formats.fla import fla_name, from_fla, rwkv_name, to_fla
 from src.inference.load import find_tokenizer, find_weights, load_model
 from src.model.weights import IDLE_IN_LAYER_0, fit_weights, read_weights
 
@@ -37,11 +39,10 @@ def logits(path):
 
 @pytest.mark.parametrize("name", ["out.pth", "out.safetensors", "out"])
 @pytest.mark.parametrize("dtype", [None, "bf16", "fp16"])
-def test_what_is_exported_is_the_model_and_comes_back_as_it_was(weights, tmp_path, capsys, name, dtype):
+def test_an_export_contains_the_model_and_converts_back_exactly(weights, tmp_path, capsys, name, dtype):
     out, back = tmp_path / "sub" / name, tmp_path / "back.pth"
     assert main([str(weights), str(out), *(["--dtype", dtype] if dtype else [])]) == 0
-    said = capsys.readouterr().out
-    assert "read back: logits differ by 0.0e+00" in said
+    assert "logits differ by 0.0e+00 from the weights that were written" in capsys.readouterr().out
     rounded = load_model(weights, dtype or "fp32", "cpu").float()(torch.tensor([TOKENS]))[0]
     torch.testing.assert_close(logits(out), rounded, rtol=0, atol=1e-5)
     assert main([str(out), str(back)]) == 0
@@ -52,43 +53,43 @@ def test_what_is_exported_is_the_model_and_comes_back_as_it_was(weights, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["out.pth", "out.safetensors", "out"])
-def test_an_earlier_export_stays_when_the_new_one_is_not_what_it_should_be(
-    weights, tmp_path, capsys, monkeypatch, name
-):
-    def everything(folder):
+def test_an_earlier_export_stays_when_verification_of_the_new_one_fails(weights, tmp_path, capsys, monkeypatch, name):
+    def contents(folder):
         return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     out = tmp_path / "exports" / name
     assert main([str(weights), str(out)]) == 0
-    before = everything(out.parent)
-    read = export_module.load_model
+    before = contents(out.parent)
+    original_load = convert.load_model
 
-    def damaged(path, *args):
-        model = read(path, *args)
+    def load_damaged(path, *args):
+        model = original_load(path, *args)
         if path != weights:
             model.head.weight.data += 1
         return model
 
-    monkeypatch.setattr(export_module, "load_model", damaged)
+    monkeypatch.setattr(convert, "load_model", load_damaged)
     with pytest.raises(SystemExit) as stopped:
         main([str(weights), str(out), "--dtype", "bf16"])
     assert stopped.value.code == 1
-    assert f"{out}: nothing was written there" in capsys.readouterr().err
-    assert everything(out.parent) == before
+    assert f"{out}: not written" in capsys.readouterr().err
+    assert contents(out.parent) == before
     monkeypatch.undo()
     assert main([str(weights), str(out), "--dtype", "bf16"]) == 0
-    assert everything(out.parent).keys() == before.keys()
+    assert contents(out.parent).keys() == before.keys()
     assert load_model(find_weights(out), "as is", "cpu").emb.weight.dtype == torch.bfloat16
 
 
-def test_a_folder_with_other_weights_is_no_place_for_an_export(weights, tmp_path):
-    export(weights, tmp_path / "hf", "fla", None)
+def test_a_folder_with_other_weights_is_rejected(weights, tmp_path):
+    convert_model(weights, tmp_path / "hf", "fla", None)
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "model-00001-of-00001.safetensors")
-    with pytest.raises(ValueError, match=r"holds other weights \(model-00001-of-00001\.safetensors\)"):
-        export(weights, tmp_path / "hf", "fla", None)
+    with pytest.raises(UserError) as caught:
+        convert_model(weights, tmp_path / "hf", "fla", None)
+    assert caught.value.given == tmp_path / "hf"
+    assert "(model-00001-of-00001.safetensors)" in caught.value.problem
 
 
-def test_a_hugging_face_folder_brings_its_tokenizer(weights, tmp_path):
+def test_a_hugging_face_folder_contains_the_tokenizer(weights, tmp_path):
     folder = tmp_path / "hf"
     assert main([str(weights), str(folder)]) == 0
     config = json.loads((folder / "config.json").read_text())
@@ -97,16 +98,17 @@ def test_a_hugging_face_folder_brings_its_tokenizer(weights, tmp_path):
     assert find_tokenizer(find_weights(folder), 400).name == str(folder)
 
 
-def test_names_are_mapped_both_ways(weights):
+def test_names_map_both_ways(weights):
     names = [name for name in read_weights(weights) if name not in IDLE_IN_LAYER_0]
     theirs = [fla_name(name) for name in names]
     assert len(set(theirs)) == len(names)
-    assert [our_name(name) for name in theirs] == names
-    with pytest.raises(ValueError, match="no such parameter"):
-        our_name("model.layers.0.attn.q_proj.weight")
+    assert [rwkv_name(name) for name in theirs] == names
+    with pytest.raises(UserError) as caught:
+        rwkv_name("model.layers.0.attn.q_proj.weight")
+    assert caught.value.given == "model.layers.0.attn.q_proj.weight"
 
 
-def test_fla_tensors_are_what_its_layers_compute_with(weights):
+def test_fla_tensors_give_the_output_of_its_layers(weights):
     """The second layer's time mix, written with fla's modules' conventions: linear layers, biases, lerp."""
     model = load_model(weights, "fp32", "cpu")
     tensors = {n: t.double() for n, t in to_fla(model.state_dict()).items()}
@@ -131,8 +133,8 @@ def test_fla_tensors_are_what_its_layers_compute_with(weights):
     y = F.group_norm(y.reshape(1, 128), 2, p["g_norm.weight"], p["g_norm.bias"], eps=64 * 1e-5)
     y = y + ((heads(r) * heads(k) * p["r_k"]).sum(-1, keepdim=True) * heads(v)).reshape(1, 128)
     expected = F.linear(y.view(1, 1, 128) * g, p["o_proj.weight"])
-    found, *_ = model.blocks[1].att(x.float(), v_first.float())
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    actual, *_ = model.blocks[1].att(x.float(), v_first.float())
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
     assert "w_lora.lora.2.bias" in p
     assert p["w_lora.lora.0.weight"].shape == (32, 128)
 
@@ -141,7 +143,7 @@ def test_folders_with_stacked_mixes_and_several_files_are_read(weights, tmp_path
     from safetensors.torch import save_file
 
     folder = tmp_path / "hf"
-    export(weights, folder, "fla", None)
+    convert_model(weights, folder, "fla", None)
     tensors = to_fla(read_weights(weights))
     for layer in range(3):
         mixes = [tensors.pop(f"model.layers.{layer}.attn.x_{c}") for c in "rwkvag"]
@@ -156,7 +158,7 @@ def test_folders_with_stacked_mixes_and_several_files_are_read(weights, tmp_path
 
 @pytest.mark.parametrize("size", RELEASED)
 def test_files_of_released_models_are_read(tmp_path, size):
-    """Their low-rank sizes, their dtype, and layer 0's idle parameters of other sizes or absent."""
+    """Their low-rank sizes and dtype, with layer 0's unused parameters of other shapes or missing."""
     sizes = RELEASED[size]
     model = random_model(n_layer=2, n_embd=192, vocab_size=65, **sizes)
     released = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
@@ -169,52 +171,48 @@ def test_files_of_released_models_are_read(tmp_path, size):
         assert getattr(read.config, field) == value
     expected = model.bfloat16().float()(torch.tensor([TOKENS[:5]]).remainder(65))[0]
     torch.testing.assert_close(read(torch.tensor([TOKENS[:5]]).remainder(65))[0], expected, rtol=0, atol=1e-5)
-    base = random_model(
-        n_layer=2, n_embd=192, vocab_size=65, **sizes
-    )  # as a base for fine-tuning: the run's model takes it whole
+    # As in a fine-tuning run that starts from the file.
+    base = random_model(n_layer=2, n_embd=192, vocab_size=65, **sizes)
     assert fit_weights(read_weights(tmp_path / "RWKV-x070.pth"), base, "released").keys() == base.state_dict().keys()
 
 
-def test_heads_that_the_layout_cannot_express_are_refused_before_anything_is_written(tmp_path):
+def test_head_sizes_that_the_layout_can_not_express_are_rejected_before_anything_is_written(tmp_path):
     torch.save(random_model(n_embd=96, head_size=32).state_dict(), tmp_path / "small.pth")
-    with pytest.raises(ValueError, match="heads of 64 only"):
-        export(tmp_path / "small.pth", tmp_path / "hf", "fla", None)
+    with pytest.raises(UserError) as caught:
+        convert_model(tmp_path / "small.pth", tmp_path / "hf", "fla", None)
+    assert (caught.value.flag, caught.value.given) == ("format", "fla")
     assert not (tmp_path / "hf").exists()
-    assert export(tmp_path / "small.pth", tmp_path / "small.safetensors", "safetensors", None).written == 0
+    assert convert_model(tmp_path / "small.pth", tmp_path / "small.safetensors", "safetensors", None).write_error == 0
 
 
 @pytest.mark.parametrize(
-    ("out", "words"),
+    ("out", "format", "code", "detail"),
     [
-        ("{model}", "is MODEL itself"),
-        ("x.gguf", "expected an ending"),
-        ("{folder}", "is a folder; --format pth writes one file"),
-        ("{file}/x.pth", "Not a directory|exists"),
-        ("bare", "name it bare.safetensors"),
+        ("{model}", None, 2, "{model}: is MODEL itself"),
+        ("x.gguf", None, 2, "x.gguf: no format has the suffix .gguf; expected .pth, .safetensors"),
+        ("{folder}", "pth", 2, "{folder}: is a folder"),
+        ("{file}/x.pth", None, 1, "{file}"),
+        ("name", "safetensors", 2, "expected name.safetensors"),
     ],
 )
-def test_mistakes_are_explained(weights, capsys, out, words):
+def test_an_unusable_out_is_rejected(weights, capsys, out, format, code, detail):
     folder = weights.parent / "folder"
     folder.mkdir(exist_ok=True)
     file = weights.parent / "file"
     file.write_text("")
+    paths = {"model": weights, "file": file, "folder": folder}
     with pytest.raises(SystemExit) as stopped:
-        main(
-            [
-                str(weights),
-                out.format(model=weights, file=file, folder=folder),
-                *(["--format", "pth"] if "folder" in out else ["--format", "safetensors"] if out == "bare" else []),
-            ]
-        )
-    assert stopped.value.code in (1, 2)
-    said = capsys.readouterr().err
-    assert any(word in said for word in words.split("|")), said
+        main([str(weights), out.format(**paths), *(["--format", format] if format else [])])
+    assert stopped.value.code == code
+    assert detail.format(**paths) in capsys.readouterr().err
 
 
-def test_a_damaged_folder_is_explained(weights, tmp_path):
+def test_a_damaged_file_in_a_folder_is_named(weights, tmp_path):
     folder = tmp_path / "hf"
-    export(weights, folder, "fla", None)
+    convert_model(weights, folder, "fla", None)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: math.floor(len(whole) / 2)])
-    with pytest.raises(ValueError, match=r"model\.safetensors: cut short"):
+    with pytest.raises(UserError) as caught:
         load_model(folder, "fp32", "cpu")
+    assert caught.value.given == folder / "model.safetensors"
+    assert "cut short" in caught.value.problem

@@ -1,4 +1,4 @@
-"""Decoding is the training forward, token by token; sampling follows the exact probabilities; text comes in whole characters."""
+"""Decoding agrees with the training forward; sampling follows the probabilities; text has whole characters only."""
 
 import gc
 import json
@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from random_model import random_model
 
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
-from src.inference.characters import CharacterStream, UntilText
+from src.errors import UserError
+from src.inference.characters import CharacterStream, StopString
 from src.inference.decoder import PREFILL_TOKENS, Decoder
-from src.inference.generate import generate, generate_batch, main
-from src.inference.load import find_tokenizer, find_weights, load_model, newest_weights
+from src.inference.generate import main
+from src.inference.generation import generate, generate_batch
+from src.inference.load import find_tokenizer, find_weights, latest_trained_weights, load_model
 from src.inference.sampling import Sampler, Sampling, probabilities
 
 TOKENS = [t * 31 % 97 for t in range(40)]
@@ -38,7 +40,7 @@ def world():
     return load_tokenizer("world")
 
 
-# ---- the decoder is the model -----------------------------------------------------------------------------------------------------
+# ---- the decoder agrees with the model -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", [1, 7, 39])
@@ -51,18 +53,18 @@ def test_steps_after_a_prompt_give_the_logits_of_the_whole_sequence(split, sizes
     decoder = Decoder(model)
     logits = [decoder.prefill([TOKENS[:split]]), *(decoder.step([token]) for token in TOKENS[split:])]
     torch.testing.assert_close(torch.cat(logits), whole[0, split - 1 :], rtol=0, atol=1e-5)
-    for mine, theirs in zip(decoder.state.layers, state.layers, strict=True):
-        for a, b in zip(mine, theirs, strict=True):
+    for layer, expected in zip(decoder.state.layers, state.layers, strict=True):
+        for a, b in zip(layer, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_prompt_longer_than_is_read_at_once(model):
+def test_a_prompt_longer_than_one_prefill_chunk(model):
     prompt = [t * 7 % 97 for t in range(2 * PREFILL_TOKENS + 5)]
     whole, _ = model(torch.tensor([prompt]))
     torch.testing.assert_close(Decoder(model).prefill([prompt]), whole[:, -1], rtol=0, atol=1e-5)
 
 
-def test_prompts_of_different_lengths_are_read_and_continued_as_each_alone(model):
+def test_prompts_of_different_lengths_give_the_logits_of_each_alone(model):
     prompts = [TOKENS[:1], TOKENS, TOKENS[3:17]]
     together = Decoder(model, batch=3)
     logits = [together.prefill(prompts), together.step([5, 6, 7]), together.prefill([[1], [2, 3], [4, 5, 6]])]
@@ -73,19 +75,19 @@ def test_prompts_of_different_lengths_are_read_and_continued_as_each_alone(model
             torch.testing.assert_close(a[row], b[0], rtol=0, atol=2e-5)
 
 
-def test_a_state_is_a_copy_that_can_be_gone_back_to(model):
+def test_a_state_is_a_copy_that_can_be_restored(model):
     decoder = Decoder(model)
     decoder.prefill([TOKENS])
-    kept = decoder.state
+    saved = decoder.state
     first = decoder.step([3])
     decoder.step([4])
-    decoder.state = kept
+    decoder.state = saved
     assert torch.equal(decoder.step([3]), first)
     decoder.reset()
     assert torch.equal(decoder.prefill([TOKENS]), Decoder(model).prefill([TOKENS]))
 
 
-def test_bf16_decodes_near_its_own_training_forward():
+def test_bf16_decoding_is_close_to_the_bf16_training_forward():
     model = random_model().bfloat16()
     whole, _ = model(torch.tensor([TOKENS]))
     decoder = Decoder(model)
@@ -95,10 +97,10 @@ def test_bf16_decodes_near_its_own_training_forward():
     assert difference.norm() < 2 * (whole - exact).float().norm()
 
 
-# ---- generate ---------------------------------------------------------------------------------------------------------------------
+# ---- generate --------------------------------------------------------------------------------------------------------
 
 
-def test_greedy_takes_the_likeliest_token_each_time(model):
+def test_greedy_decoding_takes_the_most_likely_token(model):
     text = TOKENS[:5]
     for token in generate(model, text, 12, temperature=0):
         logits, _ = model(torch.tensor([text]))
@@ -108,15 +110,15 @@ def test_greedy_takes_the_likeliest_token_each_time(model):
 
 
 def test_seeds_stop_ids_and_lengths(model):
-    written = list(generate(model, torch.tensor(TOKENS), 20, top_p=1, seed=3))
-    assert written == list(generate(model, TOKENS, 20, top_p=1, seed=3))
-    assert written != list(generate(model, TOKENS, 20, top_p=1, seed=4))
-    stop = written[11]
-    assert list(generate(model, TOKENS, 20, top_p=1, seed=3, stop_ids=[stop])) == written[: written.index(stop)]
+    tokens = list(generate(model, torch.tensor(TOKENS), 20, top_p=1, seed=3))
+    assert tokens == list(generate(model, TOKENS, 20, top_p=1, seed=3))
+    assert tokens != list(generate(model, TOKENS, 20, top_p=1, seed=4))
+    stop = tokens[11]
+    assert list(generate(model, TOKENS, 20, top_p=1, seed=3, stop_ids=[stop])) == tokens[: tokens.index(stop)]
     assert list(generate(model, TOKENS, 0)) == []
 
 
-def test_a_batch_writes_what_each_prompt_alone_would(model):
+def test_a_batch_gives_the_answers_of_each_prompt_alone(model):
     prompts = [TOKENS[:1], TOKENS, TOKENS[3:9], TOKENS[20:24], [0]]
     sampling = Sampling(top_p=0.95, presence_penalty=0.3, frequency_penalty=0.3)
     alone = [
@@ -127,32 +129,35 @@ def test_a_batch_writes_what_each_prompt_alone_would(model):
         )
         for i, p in enumerate(prompts)
     ]
-    assert len({len(answer) for answer in alone}) > 2, "answers of one length would not test how they end"
+    assert len({len(answer) for answer in alone}) > 2, "answers of equal length would not test how rows finish"
     assert generate_batch(model, prompts, 25, sampling, seed=5, stop_ids=range(8)) == alone
-    cut = generate_batch(model, prompts, 25, sampling, seed=5, stop_ids=range(8), ended=lambda answer: len(answer) == 3)
-    assert cut == [answer[:3] for answer in alone]
+    three = generate_batch(
+        model, prompts, 25, sampling, seed=5, stop_ids=range(8), is_complete=lambda answer: len(answer) == 3
+    )
+    assert three == [answer[:3] for answer in alone]
 
 
 def test_a_batch_of_no_prompts_has_no_answers(model):
     assert generate_batch(model, [], 5) == []
 
 
-def test_a_decoder_has_read_all_that_was_written_when_the_iterator_ends(model):
+def test_a_decoder_has_processed_all_generated_tokens_when_the_iterator_is_exhausted(model):
     decoder = Decoder(model)
-    written = list(generate(decoder, TOKENS, 6, seed=1))
+    generated = list(generate(decoder, TOKENS, 6, seed=1))
     after = Decoder(model)
-    after.prefill([TOKENS + written])
+    after.prefill([TOKENS + generated])
     torch.testing.assert_close(decoder.step([1]), after.step([1]), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("tokens", [[], [97], [-1]])
-def test_a_prompt_that_is_none_is_refused(model, tokens):
-    with pytest.raises(ValueError, match=r"empty|another tokenizer"):
+@pytest.mark.parametrize(("tokens", "problem"), [([], "empty"), ([97], "token id 97"), ([-1], "token id -1")])
+def test_an_empty_prompt_and_ids_outside_the_vocabulary_are_rejected(model, tokens, problem):
+    with pytest.raises(UserError) as caught:
         generate(model, tokens, 5)
+    assert problem in caught.value.problem
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_100_000_decoded_tokens():
+def test_memory_is_constant_over_100_000_decoded_tokens():
     model = random_model(n_layer=1, n_embd=64, vocab_size=16, d_decay_lora=8, d_aaa_lora=8, d_gate_lora=8)
     stream = generate(model, [1], 100_000, seed=0, presence_penalty=0.1)
     for _ in range(5_000):
@@ -162,12 +167,12 @@ def test_memory_is_flat_over_100_000_decoded_tokens():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KB
 
 
-def test_a_step_leaves_no_tensor_behind(model):
+def test_a_step_leaks_no_tensor(model):
     decoder = Decoder(model)
     decoder.prefill([TOKENS])
 
     def tensors() -> int:
-        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+        return sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
 
     decoder.step([1])
     before = tensors()
@@ -176,11 +181,11 @@ def test_a_step_leaves_no_tensor_behind(model):
     assert tensors() == before
 
 
-# ---- sampling ---------------------------------------------------------------------------------------------------------------------
+# ---- sampling --------------------------------------------------------------------------------------------------------
 
 
 def by_definition(logits: torch.Tensor, s: Sampling) -> torch.Tensor:
-    """Probabilities over the whole vocabulary, in float64 and in plain words."""
+    """Probabilities over the whole vocabulary in float64, written for clarity."""
     p = torch.softmax(logits.double(), 0)
     order = sorted(range(len(p)), key=lambda i: -float(p[i]))
     kept, mass = [], 0.0
@@ -209,16 +214,16 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
-def test_probabilities_are_those_of_the_definition(sampling):
+def test_probabilities_follow_the_definition(sampling):
     logits = torch.randn(50, generator=torch.Generator().manual_seed(1)) * 2
     ids, p = probabilities(logits, sampling)
-    found = torch.zeros(50, dtype=torch.float64).index_add(0, ids, p.double())
-    torch.testing.assert_close(found, by_definition(logits, sampling), rtol=1e-5, atol=1e-7)
+    dense = torch.zeros(50, dtype=torch.float64).index_add(0, ids, p.double())
+    torch.testing.assert_close(dense, by_definition(logits, sampling), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("sampling", [SETTINGS[0], SETTINGS[2], SETTINGS[-1]], ids=str)
-def test_draws_have_these_frequencies(sampling):
-    """Chi-squared over 4,000 draws with a fixed seed, at a level of 1e-4."""
+def test_draws_follow_the_probabilities(sampling):
+    """Chi-squared test over 4,000 draws with a fixed seed, at a level of 1e-4."""
     from scipy.stats import chisquare
 
     logits = torch.randn(12, generator=torch.Generator().manual_seed(2)) * 1.5
@@ -243,7 +248,7 @@ def test_the_lowest_temperatures_are_greedy():
         assert (ids.tolist(), p.tolist()) == ([999], [1.0])
 
 
-def test_penalties_grow_with_use_and_fade_with_the_decay():
+def test_penalties_grow_with_each_use_and_decay():
     sampling = Sampling(0.0, presence_penalty=0.5, frequency_penalty=0.25, penalty_decay=0.996)
     sampler = Sampler(sampling, uncounted_ids=[2])
     counts: dict[int, float] = {}
@@ -260,20 +265,23 @@ def test_penalties_grow_with_use_and_fade_with_the_decay():
     assert {0, 1, 2} <= set(counts)
 
 
-def test_logits_that_are_not_numbers_are_an_error():
-    with pytest.raises(ValueError, match="not finite"):
+def test_logits_that_are_not_finite_are_an_error():
+    with pytest.raises(UserError, match="not finite"):
         Sampler(Sampling())(torch.tensor([0.0, math.nan]))
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"top_p": 1.5}, {"top_k": -1}, {"penalty_decay": 2}, {"presence_penalty": math.nan}]
+    ("name", "value"),
+    [("temperature", -1), ("top_p", 1.5), ("top_k", -1), ("penalty_decay", 2), ("presence_penalty", math.nan)],
 )
-def test_a_setting_out_of_range_is_named(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        Sampling(**wrong)
+def test_a_setting_out_of_range_is_named(name, value):
+    with pytest.raises(UserError) as caught:
+        Sampling(**{name: value})
+    assert (caught.value.flag, caught.value.given) == (name, value)
+    assert caught.value.expected
 
 
-# ---- whole characters ---------------------------------------------------------------------------------------------------------------
+# ---- whole characters ------------------------------------------------------------------------------------------------
 
 
 class Bytes(Tokenizer):
@@ -304,7 +312,7 @@ def test_random_bytes_never_break_the_stream(ids):
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=20))
-def test_text_comes_in_whole_characters(text):
+def test_text_is_returned_in_whole_characters(text):
     pieces = stream(Bytes(), list(text.encode()))
     assert "".join(pieces) == text
     assert all(len(piece) <= 1 or piece.count("\ufffd") for piece in pieces)
@@ -324,27 +332,27 @@ def test_random_tokens_of_the_world_tokenizer(world, ids):
 
 
 @settings(max_examples=200, deadline=None)
-@given(pieces=st.lists(st.text("ab\n", max_size=3), max_size=8), end=st.sampled_from(["", "\n\n", "aba", "b"]))
-def test_text_until_an_end_is_the_text_before_it(pieces, end):
-    until = UntilText(end)
-    shown = "".join([*map(until.feed, pieces), until.finish()])
-    whole = "".join(pieces)
-    assert shown == (whole.partition(end)[0] if end else whole)
-    assert until.reached == bool(end and end in whole)
+@given(pieces=st.lists(st.text("ab\n", max_size=3), max_size=8), stop=st.sampled_from(["", "\n\n", "aba", "b"]))
+def test_a_stop_string_ends_the_text_before_it(pieces, stop):
+    stop_string = StopString(stop)
+    passed = "".join([*map(stop_string.feed, pieces), stop_string.finish()])
+    text = "".join(pieces)
+    assert passed == (text.partition(stop)[0] if stop else text)
+    assert stop_string.reached == bool(stop and stop in text)
 
 
-# ---- the command line -------------------------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 
 def make_run(folder, vocab_size=400):
     folder.mkdir(parents=True)
     torch.save(random_model(vocab_size=vocab_size).state_dict(), folder / "rwkv-final.pth")
     make_tokenizer(folder / "tokenizer")
-    (folder / "run.json").write_text(json.dumps({"tokenizer": "a folder that is gone"}))
+    (folder / "run.json").write_text(json.dumps({"tokenizer": "a folder that no longer exists"}))
     return folder
 
 
-def test_generate_continues_a_prompt_with_the_runs_own_tokenizer(tmp_path, capsys):
+def test_generate_continues_a_prompt_with_the_tokenizer_of_the_run(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     flags = [str(run), "--prompt", "def ", "--length", "12", "--device", "cpu", "--seed", "1"]
     assert main(flags) == 0
@@ -355,33 +363,37 @@ def test_generate_continues_a_prompt_with_the_runs_own_tokenizer(tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "about", "detail"),
     [
-        (["nowhere"], "nowhere: no such file"),
-        (["{run}", "--temperature", "-2"], "--temperature -2"),
-        (["{run}", "--tokenizer", "world"], "don't belong together"),
-        (["{empty}"], "holds no rwkv-final.pth"),
-        (["{several}"], "several/a.pth (there are 2)"),
-        (["{run}", "--device", "cuda"], "sees no GPU"),
-        (["{run}", "--device", "abacus"], "--device abacus: no such device"),
-        (["{run}", "--device", "mps"], "--device mps: not supported; expected cpu, cuda"),
-        (["{run}", "--seed", str(2**64)], f"--seed {2**64}: expected a whole number from 0 to 2^63 - 1"),
-        (["{run}", "--seed", "-1"], "--seed -1: expected a whole number from 0"),
-        (["{run}", "--length", "-5"], "--length -5: expected at least 0"),
+        (["nowhere"], "nowhere", "no such file"),
+        (["{run}", "--temperature", "-2"], "--temperature -2.0", "0 (greedy) or more"),
+        (["{run}", "--tokenizer", "world"], "--tokenizer world", "a vocabulary of 400"),
+        (["{empty}"], "{empty}", "contains no rwkv-final.pth"),
+        (["{several}"], "{several}", "a.pth (one of 2)"),
+        (["{run}", "--device", "cuda"], "--device cuda", "finds no GPU"),
+        (["{run}", "--device", "abacus"], "--device abacus", "no such device"),
+        (["{run}", "--device", "mps"], "--device mps", "not supported; expected cpu, cuda"),
+        (["{run}", "--seed", str(2**64)], f"--seed {2**64}", "an integer from 0 to 2^63 - 1"),
+        (["{run}", "--seed", "-1"], "--seed -1", "an integer from 0"),
+        (["{run}", "--length", "-5"], "--length -5", "at least 0"),
     ],
 )
-def test_mistakes_are_explained(tmp_path, capsys, flags, words):
+def test_errors_name_the_flag_and_the_value(tmp_path, capsys, flags, about, detail):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    for folder in ("empty", "several"):
-        (tmp_path / folder).mkdir()
+    folders = {name: tmp_path / name for name in ("empty", "several")}
+    for folder in folders.values():
+        folder.mkdir()
     for name in ("b.pth", "a.pth"):
-        (tmp_path / "several" / name).touch()
-    run = make_run(tmp_path / "run")
+        (folders["several"] / name).touch()
+    folders["run"] = make_run(tmp_path / "run")
     with pytest.raises(SystemExit) as stopped:
-        main([flag.format(run=run, empty=tmp_path / "empty", several=tmp_path / "several") for flag in flags])
+        main([flag.format(**folders) for flag in flags])
     assert stopped.value.code == 2
-    assert words in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"{about.format(**folders)}: " in message
+    assert detail in message
+    assert message.count("\n") == 1
 
 
 def test_a_numbered_cpu_is_a_cpu(tmp_path):
@@ -389,7 +401,7 @@ def test_a_numbered_cpu_is_a_cpu(tmp_path):
     assert load_model(weights, device="cpu:0").emb.weight.dtype == torch.float32
 
 
-def test_weights_that_give_no_numbers_are_one_line(tmp_path, capsys):
+def test_weights_that_are_not_finite_are_reported_in_one_line(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     weights = torch.load(run / "rwkv-final.pth")
     weights["head.weight"][0, 0] = math.nan
@@ -397,13 +409,13 @@ def test_weights_that_give_no_numbers_are_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([str(run), "--prompt", "def ", "--device", "cpu"])
     assert stopped.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == "def \n"
-    assert said.err.startswith("python -m src.inference.generate: the model's logits are not finite")
-    assert said.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert output.out == "def \n"
+    assert output.err.startswith("python -m src.inference.generate: the model's logits are not finite")
+    assert output.err.count("\n") == 1
 
 
-def test_the_furthest_weights_of_a_run_are_taken(tmp_path):
+def test_the_most_trained_weights_of_a_run_are_found(tmp_path):
     for name in ("rwkv-init.pth", "rwkv-2.pth", "rwkv-10.pth", "rwkv-final.pth", "other.pth"):
         (tmp_path / name).touch()
     for name in ("rwkv-final.pth", "rwkv-10.pth", "rwkv-2.pth", "rwkv-init.pth"):
@@ -412,20 +424,40 @@ def test_the_furthest_weights_of_a_run_are_taken(tmp_path):
     assert find_weights(tmp_path / "other.pth").name == "other.pth"
 
 
-def test_the_newest_weights_under_out(tmp_path):
-    with pytest.raises(ValueError, match="no trained weights"):
-        newest_weights(tmp_path)
-    for age, name in enumerate(["b/rwkv-final.pth", "a/rwkv-3.pth", "a/rwkv-init.pth"]):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+def test_the_latest_trained_weights_under_out(tmp_path):
+    with pytest.raises(UserError, match="no trained weights"):
+        latest_trained_weights(tmp_path)
+    names = ["b/rwkv-final.pth", "a/rwkv-best.pth", "a/sub/rwkv-3.pth", "a/rwkv-init.pth", "a/other.pth"]
+    for age, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1e9 + age, 1e9 + age))
-    assert newest_weights(tmp_path) == tmp_path / "a/rwkv-3.pth"
+    for name in ("a/sub/rwkv-3.pth", "a/rwkv-best.pth", "b/rwkv-final.pth"):
+        assert latest_trained_weights(tmp_path) == tmp_path / name
+        (tmp_path / name).unlink()
 
 
-def test_a_models_tokenizer(tmp_path):
+def test_the_tokenizer_of_weights(tmp_path):
     run = make_run(tmp_path / "run")
     assert find_tokenizer(run / "rwkv-final.pth", 400).name == str(run / "tokenizer")
-    bare = tmp_path / "bare.pth"
-    assert find_tokenizer(bare, 65536).name == "world"
-    with pytest.raises(ValueError, match="doesn't say which"):
-        find_tokenizer(bare, 400)
+    single_file = tmp_path / "single.pth"
+    assert find_tokenizer(single_file, 65536).name == "world"
+    with pytest.raises(UserError) as caught:
+        find_tokenizer(single_file, 400)
+    assert (caught.value.flag, caught.value.given) == ("tokenizer", None)
+    assert str(single_file) in caught.value.problem
+
+
+@pytest.mark.parametrize("version", [None, 1, 2])
+def test_run_json_of_any_version_is_read(tmp_path, version):
+    recorded = {"tokenizer": "world"} | ({} if version is None else {"version": version})
+    (tmp_path / "run.json").write_text(json.dumps(recorded))
+    assert find_tokenizer(tmp_path / "rwkv-final.pth", 70_000).name == "world"
+
+
+@pytest.mark.parametrize("content", ["{", '{"version": 99}', '{"settings": 1}'])
+def test_an_unusable_run_json_is_reported(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError) as caught:
+        find_tokenizer(tmp_path / "rwkv-final.pth", 65536)
+    assert caught.value.given == tmp_path / "run.json"

@@ -265,7 +265,7 @@ def test_gpu_run(monkeypatch, tmp_path, tokens, forbid, changed):
 @pytest.mark.parametrize("grad_cp", [0, 1])
 def test_gpu_memory_is_as_planned(grad_cp):
     model = ModelConfig(8, 512, 6400, grad_cp=bool(grad_cp))
-    config = RunConfig(n_layer=8, n_embd=512, ctx_len=512, micro_bsz=8, grad_cp=grad_cp, compile=1)
+    config = RunConfig(n_layer=8, n_embd=512, ctx_len=512, micro_bsz=8, grad_cp=grad_cp, compile="1")
     with torch.device("cuda"):
         module = TrainingModule(RWKV7(model).bfloat16(), config, Hardware("gpu", 1, 1, "bf16", "plain"))
         optimizer = module.configure_optimizers()

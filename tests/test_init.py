@@ -1,4 +1,4 @@
-"""The init table: every parameter has one row, and the rows say what the published recipe says."""
+"""The init table: one row per parameter, with the values of the published recipe."""
 
 import math
 
@@ -38,7 +38,7 @@ def test_low_rank_sizes(n_embd, head_size, sizes):
 
 def test_each_parameter_matches_exactly_one_row_and_each_row_is_used():
     names = [name for name, _ in RWKV7(SMALL).named_parameters()]
-    used = {row_of(name).pattern for name in names}  # row_of asserts that it is exactly one
+    used = {row_of(name).pattern for name in names}  # row_of asserts that there is exactly one
     assert used == {row.pattern for row in TABLE}
 
 
@@ -107,13 +107,13 @@ def test_orthogonal_matrices_and_their_gains():
     _assert_orthogonal(tall.g2.detach(), 0.1 * 2)  # sqrt(256 / 64)
 
 
-def test_embedding_is_tiny_and_uniform():
+def test_embedding_is_uniform_with_a_tiny_range():
     emb = RWKV7(SMALL).emb.weight.detach()
     assert emb.abs().max() <= 1e-4
     assert emb.std().item() == pytest.approx(1e-4 / math.sqrt(3), rel=0.05)
 
 
-def test_one_layer_model_has_values_everywhere():
+def test_a_model_of_one_layer_has_finite_values():
     model = RWKV7(ModelConfig(n_layer=1, n_embd=64, vocab_size=16))
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -123,3 +123,10 @@ def test_layer_0_value_residual_is_kept_but_never_trained():
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
     assert frozen <= model.state_dict().keys()
+
+
+def test_a_seed_draws_the_values_that_it_drew_before():
+    """The initial values depend on every draw before them, those of PyTorch's overwritten defaults included."""
+    torch.manual_seed(3)
+    model = RWKV7(ModelConfig(1, 64, 100))
+    assert model.emb.weight[0, :3].tolist() == pytest.approx([2.112224e-05, 6.998387e-05, -3.774430e-05], rel=1e-5)

@@ -1,4 +1,4 @@
-"""make_data: every document comes out, in an order that depends on the seed alone, and nothing goes by unsaid."""
+"""make_data: every document is written, in an order that depends on the seed, and invalid lines are reported."""
 
 import gzip
 import io
@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import make_data
-from src.dataset import MMapIndexedDataset, external_shuffle, text_input
-from src.dataset.lock import only_one
+from src.dataset import MMapIndexedDataset
+from src.dataset.corpus import external_shuffle, text_input
 from src.dataset.tokenizer import load_tokenizer
+from src.files import file_lock
 
 SCRIPT = Path(make_data.__file__)
 PROPERTY = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -36,9 +37,9 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 
 def make(source: object, tokenizer: str, out: Path, *flags: object, n_epoch: int = 1, ctx_len: int = 1) -> bytes:
-    """Runs it in this process; the bytes of both files."""
-    given = [source, n_epoch, ctx_len, "--tokenizer", tokenizer, "--out", out, "--workers", 1, *flags]
-    make_data.main([str(argument) for argument in given])
+    """Runs make_data in this process; returns the content of both files."""
+    arguments = [source, n_epoch, ctx_len, "--tokenizer", tokenizer, "--out", out, "--workers", 1, *flags]
+    make_data.main([str(argument) for argument in arguments])
     return out.with_suffix(".bin").read_bytes() + out.with_suffix(".idx").read_bytes()
 
 
@@ -49,9 +50,9 @@ def documents(prefix: Path, tokenizer: str) -> list[str]:
 
 
 @PROPERTY
-@given(texts=st.lists(TEXTS, min_size=3, max_size=30), n_epoch=st.integers(1, 3), small=st.integers(1, 200))
-def test_every_document_once_an_epoch_whatever_the_portions(
-    tmp_path: Path, tokenizer: str, texts: list[str], n_epoch: int, small: int
+@given(texts=st.lists(TEXTS, min_size=3, max_size=30), n_epoch=st.integers(1, 3), size=st.integers(1, 200))
+def test_every_document_once_per_epoch_for_any_sizes_of_runs_and_pieces(
+    tmp_path: Path, tokenizer: str, texts: list[str], n_epoch: int, size: int
 ) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", texts)
     whole = make(source, tokenizer, tmp_path / "whole", n_epoch=n_epoch)
@@ -59,24 +60,24 @@ def test_every_document_once_an_epoch_whatever_the_portions(
     for epoch in range(n_epoch):
         assert Counter(out[epoch * len(texts) : (epoch + 1) * len(texts)]) == Counter(texts)
     with pytest.MonkeyPatch.context() as patch:  # many runs, many ranges, many pieces
-        patch.setattr(external_shuffle, "RUN_BYTES", small)
-        patch.setattr(external_shuffle, "_JOINED_AT_ONCE", 2)
-        patch.setattr(text_input, "PIECE_BYTES", small)
+        patch.setattr(external_shuffle, "RUN_BYTES", size)
+        patch.setattr(external_shuffle, "_JOINED_DOCUMENTS", 2)
+        patch.setattr(text_input, "PIECE_BYTES", size)
         assert make(source, tokenizer, tmp_path / "parts", n_epoch=n_epoch) == whole
     assert sorted(path.name for path in tmp_path.iterdir() if "making" in path.name or "part" in path.suffix) == []
 
 
 @pytest.mark.parametrize("flags", [("--workers", 2), ("--workers", 3, "--holdout", 0.3), ("--holdout", 0.3)])
-def test_the_number_of_workers_changes_nothing(
+def test_the_number_of_workers_does_not_change_the_result(
     tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch, flags: tuple
 ) -> None:
     monkeypatch.setattr(text_input, "PIECE_BYTES", 1000)
     source = write_jsonl(tmp_path / "x.jsonl", [f"text number {i} " * (i % 7 + 1) for i in range(500)])
-    alone = make(source, tokenizer, tmp_path / "a", *flags, "--workers", 1, n_epoch=2)
-    assert make(source, tokenizer, tmp_path / "b", *flags, n_epoch=2) == alone
+    single = make(source, tokenizer, tmp_path / "a", *flags, "--workers", 1, n_epoch=2)
+    assert make(source, tokenizer, tmp_path / "b", *flags, n_epoch=2) == single
 
 
-def test_epochs_and_seeds_differ_and_shuffle_well(tmp_path: Path, tokenizer: str) -> None:
+def test_epochs_and_seeds_give_different_random_orders(tmp_path: Path, tokenizer: str) -> None:
     texts = [f"{i:04}" for i in range(1000)]
     source = write_jsonl(tmp_path / "x.jsonl", texts)
     make(source, tokenizer, tmp_path / "a", n_epoch=2)
@@ -86,10 +87,10 @@ def test_epochs_and_seeds_differ_and_shuffle_well(tmp_path: Path, tokenizer: str
     for i, one in enumerate(orders):
         for other in orders[i + 1 :]:
             unmoved = sum(a == b for a, b in zip(one, other, strict=True))
-            assert unmoved < 10, "about one document of a random order stays where it was"
+            assert unmoved < 10, "a random order keeps about one document in place"
 
 
-def test_held_out_documents_are_nowhere_else(tmp_path: Path, tokenizer: str) -> None:
+def test_held_out_documents_are_not_in_the_training_data(tmp_path: Path, tokenizer: str) -> None:
     texts = [f"text {i % 800}" for i in range(1600)]  # each of them twice
     source = write_jsonl(tmp_path / "x.jsonl", texts)
     make(source, tokenizer, tmp_path / "a", "--holdout", 0.1, n_epoch=2)
@@ -102,25 +103,27 @@ def test_held_out_documents_are_nowhere_else(tmp_path: Path, tokenizer: str) -> 
 def test_held_out_data_of_an_earlier_call(
     tmp_path: Path, tokenizer: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Left alone and named where this call keeps nothing aside; gone where a call that does is stopped before its own is written."""
+    """Without --holdout it is kept, with a note; with it, the index is deleted before training data is written."""
     source = write_jsonl(tmp_path / "x.jsonl", [f"text {i}" for i in range(400)])
     make(source, tokenizer, tmp_path / "a", "--holdout", 0.1)
     held = (tmp_path / "a-heldout.bin").read_bytes()
-    assert "was there before" not in capfd.readouterr().out
+    assert "exists from before" not in capfd.readouterr().out
     make(source, tokenizer, tmp_path / "a")
-    assert "a-heldout.bin was there before" in capfd.readouterr().out
+    assert "a-heldout.bin exists from before" in capfd.readouterr().out
     assert (tmp_path / "a-heldout.bin").read_bytes() == held
 
-    def stopped(*_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(make_data, "write", stopped)
-    with pytest.raises(SystemExit, match="Stopped"):
+    monkeypatch.setattr(make_data, "write_dataset", interrupt)
+    with pytest.raises(SystemExit, match="interrupted"):
         make(source, tokenizer, tmp_path / "a", "--holdout", 0.1, "--seed", 5)
     assert not (tmp_path / "a-heldout.idx").exists()
 
 
-def test_all_kinds_of_input_give_the_same(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_kinds_of_input_give_the_same_result(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = [f"text {i} 世界" * 3 for i in range(300)]
     source = write_jsonl(tmp_path / "x.jsonl", texts)
     content = source.read_bytes()
@@ -140,17 +143,17 @@ def test_all_kinds_of_input_give_the_same(tmp_path: Path, tokenizer: str, monkey
     assert (tmp_path / "txt.bin").read_bytes() == (tmp_path / "expected.bin").read_bytes()
 
 
-def test_zst_and_its_damage(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zst_files_and_truncated_ones(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
     zstandard = pytest.importorskip("zstandard")
     source = write_jsonl(tmp_path / "x.jsonl", [f"text {i}" for i in range(3000)])
     content = source.read_bytes()
-    packed = zstandard.compress(content[:10000]) + zstandard.compress(content[10000:])
-    (tmp_path / "y.jsonl.zst").write_bytes(packed)
+    compressed = zstandard.compress(content[:10000]) + zstandard.compress(content[10000:])
+    (tmp_path / "y.jsonl.zst").write_bytes(compressed)
     assert make(tmp_path / "y.jsonl.zst", tokenizer, tmp_path / "y") == make(source, tokenizer, tmp_path / "x")
-    (tmp_path / "y.jsonl.zst").write_bytes(packed[:-20])
+    (tmp_path / "y.jsonl.zst").write_bytes(compressed[:-20])
     with pytest.raises(SystemExit):
         make(tmp_path / "y.jsonl.zst", tokenizer, tmp_path / "cut")
-    assert "damaged or cut" in capsys.readouterr().err
+    assert "y.jsonl.zst: damaged or truncated" in capsys.readouterr().err
 
 
 def test_parquet(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,37 +166,37 @@ def test_parquet(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[s
     assert make(file, tokenizer, tmp_path / "y", "--field", "content") == expected
     with pytest.raises(SystemExit):
         make(file, tokenizer, tmp_path / "z")
-    assert "has no column 'text', it has ['content', 'other']" in capsys.readouterr().err
+    assert "x.parquet: no column 'text'; the columns are ['content', 'other']" in capsys.readouterr().err
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(SystemExit):
         make(file, tokenizer, tmp_path / "z", "--field", "content")
-    assert "can't be read as Parquet" in capsys.readouterr().err
+    assert "x.parquet: not a readable Parquet file" in capsys.readouterr().err
 
 
-BROKEN = {
-    b"not json": "no JSON",
-    b"[" * 5000: "no JSON",
-    b"3": "no JSON object",
+INVALID = {
+    b"not json": "invalid JSON",
+    b"[" * 5000: "invalid JSON",
+    b"3": "a JSON value that is not an object",
     b'{"txt": "a"}': "no field 'text'",
-    b'{"text": 3}': "a text that is no string",
-    b'{"text": null}': "a text that is no string",
+    b'{"text": 3}': "a text that is not a string",
+    b'{"text": null}': "a text that is not a string",
     b'{"text": ""}': "an empty text",
-    b'{"text": "\xff"}': "bytes that are no UTF-8",
-    b'{"text": "\\ud800"}': "half of a surrogate pair",
+    b'{"text": "\xff"}': "invalid UTF-8",
+    b'{"text": "\\ud800"}': "a lone surrogate",
     b"": "an empty line",
 }
 
 
-@pytest.mark.parametrize(("line", "reason"), BROKEN.items(), ids=range(len(BROKEN)))
-def test_broken_lines_are_told_counted_or_fatal(
+@pytest.mark.parametrize(("line", "reason"), INVALID.items(), ids=range(len(INVALID)))
+def test_invalid_lines_are_shown_counted_or_errors(
     tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str], line: bytes, reason: str
 ) -> None:
     source = tmp_path / "x.jsonl"
     source.write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "fine"}\n')
     make(source, tokenizer, tmp_path / "x")
-    told = capsys.readouterr()
-    assert f"x.jsonl:2: {reason}" in told.err
-    assert f"1 lines left out: 1 with {reason}" in told.out
+    output = capsys.readouterr()
+    assert f"x.jsonl:2: {reason}" in output.err
+    assert f"1 lines left out: 1 with {reason}" in output.out
     assert sorted(documents(tmp_path / "x", tokenizer)) == ["fine", "good"]
     with pytest.raises(SystemExit):
         make(source, tokenizer, tmp_path / "stopped", "--on_error", "stop")
@@ -203,8 +206,8 @@ def test_broken_lines_are_told_counted_or_fatal(
 
 @PROPERTY
 @given(data=st.data())
-def test_damaged_lines_never_give_other_text(tmp_path: Path, tokenizer: str, data: st.DataObject) -> None:
-    """Bytes are struck at random; what comes out is what a plain reading of each line finds, no more and no less."""
+def test_damaged_files_give_exactly_the_valid_lines(tmp_path: Path, tokenizer: str, data: st.DataObject) -> None:
+    """Random bytes are replaced; the result has the documents that plain JSON decoding of each line finds."""
     source = write_jsonl(tmp_path / "x.jsonl", ["one 世界", 'two "quoted"', "three\nlines", "four"])
     content = bytearray(source.read_bytes())
     for _ in range(data.draw(st.integers(1, 8))):
@@ -219,8 +222,8 @@ def test_damaged_lines_never_give_other_text(tmp_path: Path, tokenizer: str, dat
                 expected.append(text)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-    for left in tmp_path.glob("out.*"):
-        left.unlink()
+    for path in tmp_path.glob("out.*"):
+        path.unlink()
     if expected:
         make(source, tokenizer, tmp_path / "out")
         assert sorted(documents(tmp_path / "out", tokenizer)) == sorted(expected)
@@ -230,17 +233,17 @@ def test_damaged_lines_never_give_other_text(tmp_path: Path, tokenizer: str, dat
         assert not list(tmp_path.glob("out*"))
 
 
-def test_a_cut_gz_is_an_error(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
-    packed = gzip.compress(write_jsonl(tmp_path / "x.jsonl", [f"text {i}" for i in range(3000)]).read_bytes())
-    for damaged in (packed[:-5], packed[:3000], packed[:2000] + b"12345678" + packed[2008:], b"no gz"):
+def test_a_damaged_gz_is_an_error(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    compressed = gzip.compress(write_jsonl(tmp_path / "x.jsonl", [f"text {i}" for i in range(3000)]).read_bytes())
+    for damaged in (compressed[:-5], compressed[:3000], compressed[:2000] + b"12345678" + compressed[2008:], b"no gz"):
         (tmp_path / "y.jsonl.gz").write_bytes(damaged)
         with pytest.raises(SystemExit):
             make(tmp_path / "y.jsonl.gz", tokenizer, tmp_path / "y")
-        assert "y.jsonl.gz is damaged or cut" in capsys.readouterr().err
+        assert "y.jsonl.gz: damaged or truncated" in capsys.readouterr().err
         assert not list(tmp_path.glob("y.bin"))
 
 
-def test_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_ends_with_previews_and_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pyrwkv_tokenizer")
     source = write_jsonl(tmp_path / "my.data.jsonl", ["The first document.", "Ein zweites.", "第三"])
     make_data.main([str(source), "2", "4", "--workers", "1"])
@@ -254,56 +257,62 @@ def test_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
-        (["x.csv", "1", "512"], "x.csv: the name must end in .jsonl"),
-        (["nowhere.jsonl", "1", "512"], "nowhere.jsonl does not exist"),
-        (["x.jsonl", "0", "512"], "N_EPOCH, CTX_LEN and --workers must be 1 or more"),
-        (["x.jsonl", "1", "512", "--holdout", "1"], "--holdout 1.0: must be"),
-        (["x.jsonl", "1", "512", "--workers", "100000"], "--workers 100000: expected at most"),
-        (["-", "1", "512"], "--out NAME is needed"),
-        ([".", "1", "512"], ".: a folder; expected a file name"),
-        (["x.jsonl", "1", "512", "--tokenizer", "gpt2"], r"--tokenizer gpt2: there is no tokenizer.json"),
+        (["x.csv", "1", "512"], "x.csv: unknown kind of file; expected a name that ends in .jsonl"),
+        (["missing.jsonl", "1", "512"], "missing.jsonl: no such file"),
+        (["x.jsonl", "0", "512"], "N_EPOCH 0: expected at least 1"),
+        (["x.jsonl", "1", "0"], "CTX_LEN 0: expected at least 1"),
+        (["x.jsonl", "1", "512", "--holdout", "1"], "--holdout 1.0: expected"),
+        (["x.jsonl", "1", "512", "--workers", "0"], "--workers 0: expected 1 to"),
+        (["x.jsonl", "1", "512", "--workers", "100000"], "--workers 100000: expected 1 to"),
+        (["-", "1", "512"], "--out: expected a name"),
+        ([".", "1", "512"], ".: is a folder; expected the name of a file"),
+        (["x.jsonl", "1", "512", "--tokenizer", "gpt2"], "--tokenizer gpt2: no tokenizer.json"),
     ],
 )
-def test_mistakes_are_explained(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
+def test_wrong_arguments_exit_with_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exited:
         make_data.main(arguments)
-    assert stop.value.code == 2
-    assert words in capsys.readouterr().err
+    assert exited.value.code == 2
+    assert message in capsys.readouterr().err
 
 
-def test_two_at_once_do_not_mix(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_process_with_the_same_output_exits(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", ["a", "b", "c"])
-    with only_one(tmp_path / "x.making.lock", wait=False), pytest.raises(SystemExit):
+    with file_lock(tmp_path / "x.making.lock", wait=False), pytest.raises(SystemExit):
         make(source, tokenizer, tmp_path / "x")
-    assert "Another make_data is writing" in capsys.readouterr().err
+    assert "x.bin: another make_data is writing this file" in capsys.readouterr().err
 
 
-def is_running(process: str) -> bool:
+def is_running(pid: str) -> bool:
     try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_killed_and_run_again(tmp_path: Path, tokenizer: str) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_run_leaves_no_output_and_can_be_repeated(tmp_path: Path, tokenizer: str) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", [f"a text of some length, number {i}" for i in range(30_000)])
-    undisturbed = make(source, tokenizer, tmp_path / "undisturbed")
-    call = [sys.executable, SCRIPT, source, "1", "8", "--tokenizer", tokenizer, "--workers", "2"]
-    started = subprocess.Popen(list(map(str, call)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
+    expected = make(source, tokenizer, tmp_path / "expected")
+    command = [sys.executable, SCRIPT, source, "1", "8", "--tokenizer", tokenizer, "--workers", "2"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not (workers := children.read_text().split()):
-        assert started.poll() is None, "over before it could be killed"
+        assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.005)
-    started.send_signal(signal.SIGKILL)
-    started.wait()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert not (tmp_path / "x.bin").exists()
     deadline = time.monotonic() + 10
     while any(is_running(worker) for worker in workers):
-        assert time.monotonic() < deadline, "the workers stay behind"
+        assert time.monotonic() < deadline, "the workers are still running"
         time.sleep(0.01)
-    make_data.main([*map(str, call[2:])])
-    assert (tmp_path / "x.bin").read_bytes() + (tmp_path / "x.idx").read_bytes() == undisturbed
+    make_data.main([*map(str, command[2:])])
+    assert (tmp_path / "x.bin").read_bytes() + (tmp_path / "x.idx").read_bytes() == expected
     assert not list(tmp_path.glob("*making*"))

@@ -1,4 +1,4 @@
-"""The model: one forward for whole sequences, continued ones and single tokens; packed documents; names; learning."""
+"""The model: whole sequences, continued ones, single tokens and packed documents agree; names; learning."""
 
 import pytest
 import torch
@@ -12,11 +12,11 @@ CONFIG = ModelConfig(n_layer=2, n_embd=64, vocab_size=50, head_size=32)
 
 @pytest.fixture
 def model():
-    return busy_model(CONFIG)
+    return perturbed_model(CONFIG)
 
 
-def busy_model(config, seed=0):
-    """A model in which every parameter matters: many initial values are zero and would hide mistakes."""
+def perturbed_model(config, seed=0):
+    """A model with noise on every parameter: many initial values are zero and would hide mistakes."""
     torch.manual_seed(seed)
     model = RWKV7(config)
     with torch.no_grad():
@@ -67,12 +67,12 @@ def test_packed_documents_equal_each_alone(model):
     packed, state = model(torch.cat(documents, 1), cu_seqlens=bounds)
     alone = [model(document) for document in documents]
     torch.testing.assert_close(packed, torch.cat([logits for logits, _ in alone], 1), atol=2e-5, rtol=1e-4)
-    for d, (_, own) in enumerate(alone):
-        torch.testing.assert_close(state.layers[1].wkv[d], own.layers[1].wkv[0], atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(state.layers[1].ffn_shift[d], own.layers[1].ffn_shift[0], atol=2e-5, rtol=1e-4)
-    again, _ = model(torch.cat(documents, 1), state, cu_seqlens=bounds)
-    expected = torch.cat([model(doc, own)[0] for doc, (_, own) in zip(documents, alone, strict=True)], 1)
-    torch.testing.assert_close(again, expected, atol=2e-5, rtol=1e-4)
+    for d, (_, single) in enumerate(alone):
+        torch.testing.assert_close(state.layers[1].wkv[d], single.layers[1].wkv[0], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(state.layers[1].ffn_shift[d], single.layers[1].ffn_shift[0], atol=2e-5, rtol=1e-4)
+    continued, _ = model(torch.cat(documents, 1), state, cu_seqlens=bounds)
+    expected = torch.cat([model(doc, single)[0] for doc, (_, single) in zip(documents, alone, strict=True)], 1)
+    torch.testing.assert_close(continued, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_packed_gradients_equal_the_sum_of_each_alone(model):
@@ -98,11 +98,11 @@ def test_no_token_sees_the_future(model):
     assert not torch.allclose(before[:, 8:], after[:, 8:])
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory():
+def test_gradient_checkpointing_leaves_the_gradients_unchanged():
     tokens = tokens_of(2, 16)
     gradients = []
     for grad_cp in (False, True):
-        model = busy_model(ModelConfig(n_layer=3, n_embd=64, vocab_size=50, grad_cp=grad_cp))
+        model = perturbed_model(ModelConfig(n_layer=3, n_embd=64, vocab_size=50, grad_cp=grad_cp))
         model(tokens)[0].square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -148,7 +148,7 @@ def test_head_sizes(head_size):
     assert state.layers[0].wkv.shape == (1, 128 // head_size, head_size, head_size)
 
 
-def test_free_low_rank_and_ffn_sizes():
+def test_explicit_low_rank_and_ffn_sizes():
     config = ModelConfig(1, 64, 11, d_decay_lora=8, d_aaa_lora=16, d_mv_lora=24, d_gate_lora=40, dim_ffn=100)
     model = RWKV7(config)
     assert [model.blocks[0].att.get_parameter(f"{n}1").shape[1] for n in "wavg"] == [8, 16, 24, 40]
@@ -166,7 +166,7 @@ def test_free_low_rank_and_ffn_sizes():
         ({"kernel": "fast"}, "--kernel"),
     ],
 )
-def test_impossible_sizes_name_the_flag(sizes, flag):
+def test_an_error_about_an_impossible_size_names_the_flag(sizes, flag):
     with pytest.raises(ValueError, match=flag):
         ModelConfig(**{"n_layer": 1, "n_embd": 64, "vocab_size": 8, **sizes})
 
@@ -194,24 +194,24 @@ def test_overfits_a_tiny_text():
 
 
 class Classifier(nn.Module):
-    """Another network from the two halves of a block, with an entrance, norms and an exit of its own."""
+    """A network that isn't RWKV-7, built from the two halves of a block."""
 
     def __init__(self):
         super().__init__()
         config = ModelConfig(n_layer=1, n_embd=64, vocab_size=20, head_size=32)
-        self.enter = nn.Embedding(20, 64)
+        self.embedding = nn.Embedding(20, 64)
         self.norms = nn.ModuleList([nn.LayerNorm(64), nn.LayerNorm(64)])
-        self.time, self.channel, self.leave = TimeMix(config), ChannelMix(config), nn.Linear(64, 2)
+        self.time, self.channel, self.output = TimeMix(config), ChannelMix(config), nn.Linear(64, 2)
 
     def forward(self, tokens):
-        x = self.enter(tokens)
+        x = self.embedding(tokens)
         x = x + self.time(self.norms[0](x))[0]
         x = x + self.channel(self.norms[1](x))[0]
-        return self.leave(x[:, -1])
+        return self.output(x[:, -1])
 
 
 def test_time_and_channel_mix_build_another_network_that_learns():
-    """Was there a 7 anywhere in the sequence? Only the recurrent state can carry that to the end."""
+    """The label is whether a 7 occurs anywhere in the sequence: only the recurrent state can carry that to the end."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(count):

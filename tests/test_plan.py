@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from src.cli import parse
 from src.model import RWKV7, ModelConfig
+from src.model.cost import parameter_count
 from src.ops.build import load_native
 from src.ops.recurrence import _register
 from src.training import optim
@@ -30,12 +31,12 @@ from src.training.run import run
 def test_parameter_count(config):
     with torch.device("meta"):
         model = RWKV7(config)
-    assert plan.parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
+    assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_parameter_counts_that_are_published():
-    assert plan.parameter_count(ModelConfig(8, 512, 6400)) == 34_158_592
-    assert plan.parameter_count(ModelConfig(12, 768, 65536)) == 191_084_544
+    assert parameter_count(ModelConfig(8, 512, 6400)) == 34_158_592
+    assert parameter_count(ModelConfig(12, 768, 65536)) == 191_084_544
 
 
 @pytest.fixture(autouse=True)
@@ -189,7 +190,7 @@ def test_a_step_has_no_second_copy_of_the_gradients(pieces, monkeypatch):
     optimizer.step()  # the moments are made
     measured = peak_bytes(optimizer.step)
     expected = plan.memory(config, "auto", 1, "bf16", tokens=64)
-    copies = 4 * plan.parameter_count(config)
+    copies = 4 * parameter_count(config)
     assert 0.75 * expected.step < measured < 1.1 * expected.step
     assert (measured < 0.3 * copies) == pieces
 
@@ -198,7 +199,7 @@ def test_what_each_stage_divides():
     config, sizes = ModelConfig(61, 8192, 65536), {}
     for name in ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "deepspeed_stage_3_offload"):
         sizes[name] = plan.memory(config, name, 64, "bf16", tokens=4096)
-    count = plan.parameter_count(config)
+    count = parameter_count(config)
     assert sizes["ddp"].optimizer == 12 * count
     assert sizes["deepspeed_stage_1"].optimizer == pytest.approx(12 * count / 64)
     assert sizes["deepspeed_stage_1"].gradients == 2 * count > 20 * sizes["deepspeed_stage_2"].gradients

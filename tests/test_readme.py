@@ -1,8 +1,4 @@
-"""README and docs/ say the truth: their tables are the code's, what they name exists, their Python runs, the learning rates come out.
-
-Each page has a Chinese twin that says the same: whatever both languages write alike (code, headings' levels, tables' cells, numbers) is
-compared.
-"""
+"""README, CONTRIBUTING and docs/ agree with the code: tables, files, flags, links, Python examples, learning rates."""
 
 import dataclasses
 import math
@@ -10,37 +6,20 @@ import re
 import shutil
 import sys
 import types
-from collections import Counter
-from itertools import zip_longest
 from pathlib import Path
 
 import pytest
-import readme_chinese
-import readme_tables
 import torch
+from documentation import ALL, FENCED, LINK, PAGES, ROOT, TWINS, name_of, read
 
+from src.cli import COMPATIBILITY_FLAGS
 from src.config import GROUPS, ModelConfig, RunConfig
 from src.model import RWKV7
 from src.ops.recurrence import wkv7
 from src.training.schedule import learning_rate
+from tools import docs_chinese, docs_tables, docs_tree
 
-ROOT = Path(__file__).parents[1]
-PAGES = readme_tables.PAGES
-TWINS = [page for page in PAGES if page.name not in readme_tables.ENGLISH_ONLY]
-ALL = [*PAGES, *(readme_tables.twin(page) for page in TWINS)]
-FENCED = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-README_BYTES = 18_000  # a front page: more belongs on the other pages
-
-
-def name_of(page: Path) -> str:
-    return str(page.relative_to(ROOT))
-
-
-def read(page: Path) -> str:
-    return page.read_text(encoding="utf-8")
-
-
+MAX_README_BYTES = 18_000  # README is a front page: more belongs on the other pages
 README = read(ROOT / "README.md")
 EVERYTHING = "\n".join(map(read, ALL))
 
@@ -49,21 +28,22 @@ def python_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", read(ROOT / page), re.DOTALL)
 
 
-# ---- pages ------------------------------------------------------------------------------------------------------------------
+# ---- pages
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_readme_is_a_front_page():
-    assert len(README.encode()) < README_BYTES
+    assert len(README.encode()) < MAX_README_BYTES
 
 
-def test_every_page_has_its_twin():
+def test_every_page_has_a_chinese_twin():
     chinese = {page.name for page in (ROOT / "docs").glob("*_CN.md")}
-    assert chinese == {readme_tables.twin(page).name for page in TWINS if page.parent != ROOT}
+    assert chinese == {docs_tables.twin(page).name for page in TWINS if page.parent != ROOT}
     assert all(page.is_file() for page in ALL)
 
 
 @pytest.mark.parametrize("page", ALL, ids=name_of)
-def test_a_page_leads_to_readme_and_to_its_twin(page):
+def test_page_links_to_readme_and_to_its_twin(page):
     links = LINK.findall(read(page).split("\n\n")[1])
     is_chinese = page.stem.endswith("_CN")
     if page.parent != ROOT:
@@ -71,11 +51,11 @@ def test_a_page_leads_to_readme_and_to_its_twin(page):
     if is_chinese:
         assert page.name.replace("_CN", "") in links
     elif page in TWINS:
-        assert readme_tables.twin(page).name in links
+        assert docs_tables.twin(page).name in links
 
 
 @pytest.mark.parametrize("page", ALL, ids=name_of)
-def test_links_and_pictures_are_there(page):
+def test_targets_of_links_exist(page):
     for link in LINK.findall(FENCED.sub("", read(page))):
         if re.match(r"https?://", link):
             continue
@@ -87,78 +67,109 @@ def test_links_and_pictures_are_there(page):
             assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], link
 
 
-def test_readme_leads_to_every_page():
-    for readme, pages in ((README, PAGES), (read(ROOT / "README_CN.md"), list(map(readme_tables.twin, TWINS)))):
+def test_readme_links_to_every_page():
+    for readme, pages in ((README, PAGES), (read(ROOT / "README_CN.md"), list(map(docs_tables.twin, TWINS)))):
         linked = {Path(link.split("#")[0]).name for link in LINK.findall(readme)}
         assert {page.name for page in pages if page.parent != ROOT} <= linked
 
 
-# ---- what they say ----------------------------------------------------------------------------------------------------------
+# ---- what they say
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "page", "chinese"),
-    readme_tables.places(),
+    docs_tables.places(),
     ids=lambda value: value.name if isinstance(value, Path) else None,
 )
-def test_tables_are_those_of_the_code(name, page, chinese):
-    (found,) = readme_tables.section(name).finditer(read(page))
-    assert found[2] == readme_tables.TABLES[name][1](chinese) + "\n", "run: python tests/readme_tables.py"
+def test_tables_are_those_that_the_code_gives(name, page, chinese):
+    (match,) = docs_tables.section(name).finditer(read(page))
+    assert match[1] == docs_tables.TABLES[name][1](chinese) + "\n", "run: python tools/docs_tables.py"
 
 
-def test_every_flag_has_chinese_words():
-    assert list(readme_chinese.FLAGS) == [field.name for field in dataclasses.fields(RunConfig)]
-    assert list(readme_chinese.GROUPS) == list(GROUPS)
+def test_topics_of_the_flags_have_chinese_titles():
+    assert list(docs_chinese.GROUPS) == list(GROUPS)
 
 
-def test_the_short_tree_is_complete():
-    """Top-level files and the library's folders, in both languages; what git doesn't know is left out."""
-    assert list(readme_tables.TREE) == list(readme_chinese.TREE)
-    assert [name for name in readme_tables.TREE if not (ROOT / name).exists()] == []
-    assert {*readme_tables.TOP, *(f"{folder}/" for folder in readme_tables.FOLDERS)} <= set(readme_tables.TREE)
+def test_chinese_meanings_are_kept_and_missing_ones_are_marked(tmp_path):
+    """A translation in the page is kept, without the generated choices; a flag without one has its English meaning."""
+    page = tmp_path / "flags_CN.md"
+    page.write_text(
+        "| `--kernel` | `auto` | 用哪个内核（CPU \\| GPU）（`auto`、`chunked`） |\n"
+        "| `--wandb` |  | project <!-- not translated yet --> |\n",
+        encoding="utf-8",
+    )
+    meanings = docs_chinese.flag_meanings(page)
+    assert meanings == {"kernel": "用哪个内核（CPU | GPU）"}
+    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+    assert docs_tables.flag_row(fields["kernel"], meanings)[2].startswith("用哪个内核（CPU | GPU）（`auto`、")
+    assert docs_tables.flag_row(fields["wandb"], meanings)[2] == (
+        f"{fields['wandb'].metadata['help']} {docs_chinese.NOT_TRANSLATED}"
+    )
 
 
-def test_files_that_they_name_exist():
+def test_every_flag_is_in_both_languages():
+    flags = {field.name for field in dataclasses.fields(RunConfig)}
+    for page in ("docs/flags.md", "docs/flags_CN.md"):
+        assert set(re.findall(r"^\| `--(\w+)`", read(ROOT / page), re.MULTILINE)) == flags
+
+
+def test_tree_of_readme_has_every_folder():
+    assert [name for folder in docs_tree.folders() if (name := docs_tree.name_of(folder)) not in docs_tree.TREE] == []
+
+
+def test_every_source_file_starts_with_a_description():
+    paths = [path for folder in docs_tree.folders() for path in docs_tree.source_files(folder)]
+    assert len(paths) > 100
+    assert [path for path in paths if path.stat().st_size and not docs_tree.first_sentence(path)] == []
+
+
+def test_files_that_the_pages_name_exist():
     named = set(re.findall(r"(?:sh|python) ((?:[\w.-]+/)*[\w-]+\.(?:sh|py))", EVERYTHING))
     named |= {f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (src[\w.]+)", EVERYTHING)}
-    named |= set(re.findall(r"\b((?:src|tests|cuda)/[\w/.-]+\.(?:py|cu|cpp|h|cuh|sh))", EVERYTHING))
+    named |= set(re.findall(r"\b((?:src|tests|cuda|tools)/[\w/.-]+\.(?:py|cuh?|cpp|h|sh)\b)", EVERYTHING))
     assert len(named) >= 20
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
-# flags of other programs, and of RWKV-LM where docs/from-rwkv-lm.md says that they are not here
-FOREIGN = {
+# Flags of other programs.
+FOREIGN_FLAGS = {
     *("dataset", "local_dir", "repo-type", "local-dir"),  # modelscope, hf
     *("nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "nodes", "ntasks-per-node", "gpus-per-node"),
     *("time", "requeue", "kill-on-bad-exit"),  # sbatch, srun
-    *("hostfile", "tool", "help"),
+    *("hostfile", "tool", "help", "version"),
+    "all",  # tests/run.sh
+    "all-files",  # pre-commit
 }
-NOT_HERE = {"my_pile_stage", "head_size_a", "layerwise_lr", "pre_ffn"}
+# Flags of RWKV-LM that docs/from-rwkv-lm.md lists as missing here.
+MISSING_FLAGS = {"my_pile_stage", "head_size_a", "layerwise_lr", "pre_ffn"}
 
 
 @pytest.mark.parametrize("page", ALL, ids=name_of)
-def test_flags_that_it_names_exist(page):
-    """In commands of train.py and of the scripts that pass flags on: its flags; in code anywhere else: those of some program here."""
-    own = {field.name for field in dataclasses.fields(RunConfig)}
+def test_flags_that_a_page_names_exist(page):
+    """In commands of train.py and of the scripts that call it: its flags; in other code: those of any program here."""
+    train_flags = {field.name for field in dataclasses.fields(RunConfig)} | set(COMPATIBILITY_FLAGS)
     programs = [
         *(ROOT / "src").rglob("*.py"),
         *ROOT.glob("*/*.py"),
         *ROOT.glob("*.py"),
         *(ROOT / "tests/bench").glob("*.py"),
     ]
-    tools = {flag for path in programs for flag in re.findall(r'add_argument\(\s*"--([\w-]+)"', read(path))}
+    tool_flags = {flag for path in programs for flag in re.findall(r'add_argument\(\s*"--([\w-]+)"', read(path))}
     text = read(page)
     code = [*FENCED.findall(text), *re.findall(r"`([^`\n]+)`", FENCED.sub("", text))]
     used = {flag for span in code for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", span)}
-    known = own | tools | FOREIGN | (NOT_HERE if page.stem.startswith("from-rwkv-lm") else set())
+    known = (
+        train_flags | tool_flags | FOREIGN_FLAGS | (MISSING_FLAGS if page.stem.startswith("from-rwkv-lm") else set())
+    )
     assert used <= known
     for line in text.splitlines():
         for command in re.findall(r"(?:train\.py|demo-training-run(?:-sft)?\.sh)([^`|#]*)", line):
-            flags = set(re.findall(r"(?<![\w-])--(\w+)", command)) - {"help"}
-            assert flags <= own, line
+            flags = set(re.findall(r"(?<![\w-])--(\w+)", command)) - {"help", "version"}
+            assert flags <= train_flags, line
 
 
-def test_environment_variables_that_the_code_reads_are_named():
+def test_environment_variables_that_the_code_reads_are_documented():
     for page in (ROOT / "docs/flags.md", ROOT / "docs/flags_CN.md"):
         named = read(page)
         for path in (ROOT / "src").rglob("*.py"):
@@ -166,42 +177,44 @@ def test_environment_variables_that_the_code_reads_are_named():
                 assert f"`{name}`" in named, f"{path.relative_to(ROOT)} reads {name}"
 
 
-def test_settings_of_the_scripts_are_theirs():
-    """The table of docs/flags.md: each variable is read by the script that it names, and none that is read is missing."""
+def test_environment_variables_of_the_scripts_are_documented():
+    """In the table of docs/flags.md each variable is read by the script that it names, and none is missing."""
     page = read(ROOT / "docs/flags.md")
-    prepare, run, fine_tuning = (read(ROOT / f"demo-training-{name}.sh") for name in ("prepare", "run", "run-sft"))
-    scripts = {"pretraining": [prepare + run], "fine-tuning": [prepare + fine_tuning]}
+    shared, prepare, run, fine_tuning = (
+        read(ROOT / f"demo-training-{name}.sh") for name in ("shared", "prepare", "run", "run-sft")
+    )
+    scripts = {"pretraining": [shared + prepare + run], "fine-tuning": [shared + fine_tuning]}
     scripts["both"] = scripts["pretraining"] + scripts["fine-tuning"]
     named = set()
     for names, script in re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| ([\w-]+) \|", page, re.MULTILINE):
         for name in re.findall(r"`(\w+)`", names):
             assert all(f"${{{name}:-" in text for text in scripts[script]), name
             named.add(name)
-    read_there = set(re.findall(r"\$\{([A-Z_]+):-", prepare + run + fine_tuning))
-    told_elsewhere = {"CXX", "CUDA_HOME"}
-    assert all(f"`{name}`" in page for name in told_elsewhere)
-    assert read_there - named == told_elsewhere | {"VIRTUAL_ENV", "CONDA_PREFIX"}
+    variables = set(re.findall(r"\$\{([A-Z_]+):-", shared + prepare + run + fine_tuning))
+    in_prose = {"CXX", "CUDA_HOME"}
+    assert all(f"`{name}`" in page for name in in_prose)
+    assert variables - named == in_prose | {"VIRTUAL_ENV", "CONDA_PREFIX"}
 
 
 def test_low_rank_sizes_of_the_releases():
     """With the flags in the table of docs/from-rwkv-lm.md, a model has the sizes w, a, v, g of the release."""
-    released = {
+    expected = {
         "0.1B": (64, 64, 32, 128), "0.4B": (64, 64, 32, 128), "1.5B": (96, 96, 64, 256), "2.9B": (96, 96, 64, 320),
         "7.2B": (128, 128, 96, 480), "13.3B": (192, 192, 128, 384),
     }  # fmt: skip
     rows = re.findall(r"^\| ([\d.]+B) \| (\d+), (\d+) \|(.*)\|", read(ROOT / "docs/from-rwkv-lm.md"), re.MULTILINE)
-    made = {}
+    actual = {}
     for name, layers, width, flags in rows:
         sizes = {flag: int(size) for flag, size in re.findall(r"--(d_\w+) (\d+)", flags)}
         formula = ModelConfig(int(layers), int(width), 65536)
         assert all(getattr(formula, flag) != size for flag, size in sizes.items()), "a flag that changes nothing"
         c = ModelConfig(int(layers), int(width), 65536, **sizes)
-        made[name] = (c.d_decay_lora, c.d_aaa_lora, c.d_mv_lora, c.d_gate_lora)
-    assert made == released
+        actual[name] = (c.d_decay_lora, c.d_aaa_lora, c.d_mv_lora, c.d_gate_lora)
+    assert actual == expected
 
 
 def test_published_learning_rates():
-    """The column of the expected losses, and that the command of the setting gives it."""
+    """README's table has the learning rates that the schedule gives for the published settings."""
     rows = re.findall(r"^\| (\d+) \| [\d.]+ \| (0\.000\d{5}) \|", README, re.MULTILINE)
     assert len(rows) == 12
     for mini_epoch, lr in rows:
@@ -212,8 +225,8 @@ def test_published_learning_rates():
         assert f"{ours:.8f}" == lr
 
 
-def test_the_recurrence_is_the_ops():
-    """The five lines, run as they stand, give what `wkv7` gives."""
+def test_recurrence_of_readme_equals_wkv7():
+    """README's five lines, executed, give the output and the state of `wkv7`."""
     (lines,) = python_blocks("README.md")
     assert len(lines.strip().splitlines()) == 5
     torch.manual_seed(0)
@@ -226,8 +239,8 @@ def test_the_recurrence_is_the_ops():
     torch.testing.assert_close(names["S"], state[0, 0])
 
 
-def test_another_network_from_the_parts_learns(capsys, monkeypatch):
-    """The example runs as it stands, and what it builds has learned."""
+def test_example_of_another_network_learns(capsys, monkeypatch):
+    """The example of docs/model.md, executed, builds a network from the parts and trains it."""
     monkeypatch.syspath_prepend(str(ROOT))
     (example,) = python_blocks("docs/model.md")
     threads = torch.get_num_threads()
@@ -237,12 +250,12 @@ def test_another_network_from_the_parts_learns(capsys, monkeypatch):
     assert accuracy > 95
 
 
-def test_the_harness_is_called_as_shown(capsys, monkeypatch, tmp_path):
-    """The example runs as it stands, with a small model and with a harness that asks for one likelihood."""
+def test_example_of_the_harness_runs(capsys, monkeypatch, tmp_path):
+    """The example of docs/using.md, with a small model and a harness that requests one likelihood."""
     (example,) = python_blocks("docs/using.md")
-    asked = types.SimpleNamespace(args=("The capital of France", " is Paris"))
+    request = types.SimpleNamespace(args=("The capital of France", " is Paris"))
     harness, api, models = (types.ModuleType(name) for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model"))
-    harness.simple_evaluate = lambda model, tasks: {"results": (tasks, model.loglikelihood([asked]))}
+    harness.simple_evaluate = lambda model, tasks: {"results": (tasks, model.loglikelihood([request]))}
     models.LM = type("LM", (), {})
     for module in (harness, api, models):
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -256,82 +269,9 @@ def test_the_harness_is_called_as_shown(capsys, monkeypatch, tmp_path):
     assert re.match(r"\(\['lambada_openai'\], \[\(-\d+\.\d+, (True|False)\)\]\)", capsys.readouterr().out)
 
 
-def test_no_other_python_stands_there():
+def test_every_python_example_is_executed_here():
     assert {page.name: len(python_blocks(name_of(page))) for page in PAGES if python_blocks(name_of(page))} == {
         "README.md": 1,
         "model.md": 1,
         "using.md": 1,
     }
-
-
-# ---- twins ------------------------------------------------------------------------------------------------------------------
-
-NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e-?\d+)?")
-
-
-def code_spans(markdown: str) -> list[str]:
-    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", markdown)]
-
-
-def numbers(markdown: str) -> list[str]:
-    return NUMBER.findall(re.sub(r"`[^`]+`", "", markdown))
-
-
-def tables(markdown: str) -> list[list[list[str]]]:
-    """Tables, their rows, their cells: a table is a run of lines that start with |."""
-    runs = re.findall(r"(?:^\|.*\n?)+", FENCED.sub("", markdown), re.MULTILINE)
-    return [[re.split(r"(?<!\\)\|", row.strip()[1:-1]) for row in run.splitlines()] for run in runs]
-
-
-def sections(markdown: str) -> list[tuple[str, str, str]]:
-    """(level, heading, the prose below it) of each heading; code blocks and tables are left out."""
-    prose = re.sub(r"^\|.*$", "", FENCED.sub("", markdown), flags=re.MULTILINE)
-    parts = re.split(r"^(#+) (.*)$", prose, flags=re.MULTILINE)
-    return list(zip(parts[1::3], parts[2::3], parts[3::3], strict=True))
-
-
-def code_blocks(markdown: str) -> list[str]:
-    """The code in fences, without comments, which are translated, and without what readme_tables.py makes."""
-    for name in readme_tables.TABLES:
-        markdown = readme_tables.section(name).sub("", markdown)
-    return [re.sub(r"(?m)(^|(?<=\s))# .*$", "", block) for block in FENCED.findall(markdown)]
-
-
-@pytest.fixture(params=TWINS, ids=name_of)
-def twins(request):
-    """The texts of an English page and of its Chinese twin."""
-    return read(request.param), read(readme_tables.twin(request.param))
-
-
-def test_chinese_code_blocks_are_the_english_ones(twins):
-    for english, chinese in zip_longest(*map(code_blocks, twins)):
-        assert [line.rstrip() for line in english.splitlines()] == [line.rstrip() for line in chinese.splitlines()]
-
-
-def test_chinese_tables_have_the_english_cells(twins):
-    """Words are translated; what rows and columns there are, and the code and the numbers in each cell, are not."""
-    for english, chinese in zip_longest(*map(tables, twins), fillvalue=()):
-        for row, row_cn in zip_longest(english, chinese, fillvalue=()):
-            cells, cells_cn = (
-                [(sorted(code_spans(cell)), sorted(numbers(cell))) for cell in line] for line in (row, row_cn)
-            )
-            assert cells == cells_cn, f"{row}\n{row_cn}"
-
-
-def test_chinese_headings_are_as_many_and_as_deep(twins):
-    for english, chinese in zip_longest(*map(sections, twins), fillvalue=("none",)):
-        assert english[0] == chinese[0], f"{english[:2]}, {chinese[:2]}"
-
-
-def test_chinese_prose_has_the_english_code_and_numbers(twins):
-    """Section by section: every command, flag and file name, and every number as often; a sentence may put them in another order."""
-    for (_, heading, english), (_, heading_cn, chinese) in zip(*map(sections, twins), strict=True):
-        where = f"{heading}; {heading_cn}"
-        assert set(code_spans(english)) == set(code_spans(chinese)), where
-        assert Counter(numbers(heading + english)) == Counter(numbers(heading_cn + chinese)), where
-
-
-def test_chinese_pages_link_to_the_same_places(twins):
-    """To the Chinese twin of a page, where it has one."""
-    english, chinese = ({link.split("#")[0].replace("_CN", "") for link in LINK.findall(text)} for text in twins)
-    assert english == chinese

@@ -414,11 +414,11 @@ def test_figures_are_drawn_in_a_thread(tmp_path, data, monkeypatch, capfd, is_br
         if is_broken:
             raise OSError("no ink")
 
-    monkeypatch.setattr(background, "loss_picture", draw)
+    monkeypatch.setattr(background, "write_loss_figure", draw)
     monkeypatch.setattr(background, "DRAW_SECONDS", 0.0)
     assert train(tmp_path / "run", data) == 0  # 40 steps, 10 in a mini-epoch
     assert 1 <= len(calls) <= 3  # not while one is being drawn
-    assert {name for name, _ in calls} == {"figure"}
+    assert {name for name, _ in calls} == {"loss-figure"}
     assert all(steps >= 10 for _, steps in calls)
     assert ("WARNING: loss.png not written: OSError: no ink" in capfd.readouterr().out) == is_broken
     assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000  # drawn again at the end of the run
@@ -429,7 +429,7 @@ def test_a_run_completes_when_figures_and_samples_fail(tmp_path, data, monkeypat
     def fail(*_):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("src.training.run.loss_picture", fail)
+    monkeypatch.setattr("src.training.run.write_loss_figure", fail)
     monkeypatch.setattr("src.training.reporting.generations.generate_samples", fail)
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     assert train(tmp_path / "run", data, vocab_size=400, tokenizer=tokenizer) == 0
@@ -451,12 +451,12 @@ def test_drawing_takes_a_small_share_of_the_time(tmp_path, data, monkeypatch):
         while time.thread_time() - begin < 0.05:  # 12 seconds of a run by TIME_SHARE
             pass
 
-    monkeypatch.setattr(background, "loss_picture", draw)
+    monkeypatch.setattr(background, "write_loss_figure", draw)
     monkeypatch.setattr(background, "DRAW_SECONDS", 0.0)
     assert train(tmp_path / "run", data, epoch_steps=2) == 0
     assert len(calls) == 1
 
 
 def test_the_figure_of_a_short_run_is_drawn_at_its_end_only(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(background, "loss_picture", lambda run, picture: pytest.fail("drawn during the run"))
+    monkeypatch.setattr(background, "write_loss_figure", lambda run, picture: pytest.fail("drawn during the run"))
     assert train(tmp_path / "run", data) == 0

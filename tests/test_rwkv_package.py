@@ -1,4 +1,4 @@
-"""Our weights in the PyPI package `rwkv`, the users' reference: the same logits."""
+"""Weights of this project in the PyPI package `rwkv`, the reference that users compare with: equal logits."""
 
 import os
 import subprocess
@@ -26,8 +26,8 @@ torch.save({"whole": whole, "one": one}, out)
 """
 
 
-def logits_of_package(weights: Path, out: Path) -> dict[str, torch.Tensor]:
-    """Of every token of TOKENS as one sequence, and of its first token once more after them."""
+def package_logits(weights: Path, out: Path) -> dict[str, torch.Tensor]:
+    """Of TOKENS as one sequence ("whole"), and of their first token processed again after them ("one")."""
     environment = os.environ | {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PACKAGE, str(weights), str(out), " ".join(map(str, TOKENS))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -35,23 +35,23 @@ def logits_of_package(weights: Path, out: Path) -> dict[str, torch.Tensor]:
     return torch.load(out, weights_only=True)
 
 
-def our_logits(model: RWKV7) -> dict[str, torch.Tensor]:
+def model_logits(model: RWKV7) -> dict[str, torch.Tensor]:
     whole, state = model(torch.tensor([TOKENS]))
     one, _ = model(torch.tensor([TOKENS[:1]]), state)
     return {"whole": whole[0], "one": one[0, 0]}
 
 
-@pytest.mark.parametrize("layer_0_residual", [True, False], ids=["as-we-write", "without-layer-0-v0-v1-v2"])
-def test_logits_are_those_of_the_package(tmp_path: Path, layer_0_residual: bool) -> None:
+@pytest.mark.parametrize("layer_0_residual", [True, False], ids=["as-written", "without-layer-0-v0-v1-v2"])
+def test_logits_equal_those_of_the_package(tmp_path: Path, layer_0_residual: bool) -> None:
     model = random_model(seed=1, n_layer=3, n_embd=192, vocab_size=97, d_decay_lora=64, d_mv_lora=32, d_gate_lora=128)
     weights = tmp_path / "rwkv-final.pth"
     torch.save(model.state_dict(), weights)
-    theirs = logits_of_package(weights, tmp_path / "logits.pt")
-    if not layer_0_residual:  # the package itself needs them; we don't
+    expected = package_logits(weights, tmp_path / "logits.pt")
+    if not layer_0_residual:  # the package requires them; this project doesn't
         idle = [f"blocks.0.att.v{i}" for i in range(3)]
         torch.save({name: tensor for name, tensor in model.state_dict().items() if name not in idle}, weights)
-    ours = our_logits(load_model(find_weights(tmp_path), "fp32", "cpu"))
+    actual = model_logits(load_model(find_weights(tmp_path), "fp32", "cpu"))
     for name in ("whole", "one"):
-        assert theirs[name].isfinite().all()
-        assert theirs[name].std() > 0.3, "logits that say nothing would prove nothing"
-        torch.testing.assert_close(ours[name], theirs[name].view_as(ours[name]), rtol=0, atol=1e-4)
+        assert expected[name].isfinite().all()
+        assert expected[name].std() > 0.3, "logits close to 0 would be equal for any model"
+        torch.testing.assert_close(actual[name], expected[name].view_as(actual[name]), rtol=0, atol=1e-4)

@@ -1,4 +1,7 @@
-"""The shell scripts, and the fetch of minipile. pip is replaced by a stand-in that notes its arguments and installs empty packages."""
+"""The shell scripts, and the download of minipile.
+
+pip is replaced by a stand-in that records its arguments and installs empty packages.
+"""
 
 import http.server
 import json
@@ -14,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from data.train_tokenizer import train_tokenizer
 from src.config import ModelConfig
@@ -21,24 +25,27 @@ from src.dataset import BinIdxWriter
 from src.model import RWKV7
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [*sorted(ROOT.glob("*.sh")), ROOT / "tests" / "run.sh"]
+SCRIPTS = [*sorted(ROOT.glob("*.sh")), ROOT / "tests" / "run.sh", ROOT / "tests" / "torch_versions.sh"]
+ENVIRONMENT_FILES = ("demo-training-prepare.sh", "demo-training-shared.sh", "requirements.txt", "constraints.txt")
+(TORCH,) = re.findall(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 sys.path.insert(0, str(ROOT / "data"))
 
+# REFUSED in the environment: arguments that make it fail, as pip does without a network or a solution.
 PIP = """
 import os, re, sys, sysconfig
+from importlib import metadata
 from pathlib import Path
-words = sys.argv[1:]
+arguments = sys.argv[1:]
 with open(os.environ["PIP_CALLS"], "a") as calls:
-    print(*words, file=calls)
-if "--index-url" in words and os.environ.get("NO_TORCH_INDEX"):
+    print(*arguments, file=calls)
+if set(arguments) & set(os.environ.get("REFUSED", "").split()):
     sys.exit(1)
-wanted = [word for word in words[1:] if re.match(r"torch==", word)]
-for flag, value in zip(words, words[1:]):
-    if flag == "-r":
-        wanted += [line for line in Path(value).read_text().splitlines() if line[:1].isalpha()]
-for requirement in wanted:
+requirements = [argument for argument in arguments[1:] if re.match(r"torch[=>]=", argument)]
+for option, value in zip(arguments, arguments[1:]):
+    if option == "-r":
+        requirements += [line for line in Path(value).read_text().splitlines() if line[:1].isalpha()]
+for requirement in requirements:
     name, version = re.match(r"([\\w-]+)(?:[>=]=([\\d.]+))?", requirement).groups()
-    from importlib import metadata
     try:
         metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -48,18 +55,18 @@ for requirement in wanted:
 """
 
 
-class House:
-    """A copy of the scripts in a folder of its own, with the stand-in for pip and a PATH under control."""
+class ScriptFolder:
+    """A folder with copies of the scripts, the stand-in for pip, an empty .venv and nothing else on PATH."""
 
     def __init__(self, folder):
         self.folder, self.calls = folder, folder / "calls"
-        for name in ("demo-training-prepare.sh", "requirements.txt"):
+        for name in ENVIRONMENT_FILES:
             shutil.copy(ROOT / name, folder)
         (folder / "lib" / "pip").mkdir(parents=True)
         (folder / "lib" / "pip" / "__init__.py").write_text("")
         (folder / "lib" / "pip" / "__main__.py").write_text(PIP)
         (folder / "bin").mkdir()
-        for tool in ("dirname", "uname", "tr", "grep"):
+        for tool in ("dirname", "uname", "tr", "grep", "cat"):
             (folder / "bin" / tool).symlink_to(shutil.which(tool))
         base = getattr(sys, "_base_executable", sys.executable)
         (folder / "bin" / "python3").write_text(f'#!/bin/sh\nexec "{base}" "$@"\n')
@@ -72,9 +79,9 @@ class House:
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
-    def prepare(self, *words, **environment):
+    def prepare(self, *arguments, **environment):
         return subprocess.run(
-            ["/bin/sh", "demo-training-prepare.sh", *words],
+            ["/bin/sh", "demo-training-prepare.sh", *arguments],
             cwd=self.folder, text=True, capture_output=True, timeout=120,
             env={"PATH": str(self.folder / "bin"), "HOME": str(self.folder), "PYTHONPATH": str(self.folder / "lib"),
                  "PIP_CALLS": str(self.calls), **environment},
@@ -83,10 +90,13 @@ class House:
     def pip_calls(self):
         return self.calls.read_text().splitlines() if self.calls.exists() else []
 
+    def constraints(self):
+        return (self.folder / ".venv" / "constraints.txt").read_text().splitlines()
+
 
 @pytest.fixture
-def house(tmp_path):
-    return House(tmp_path)
+def scripts(tmp_path):
+    return ScriptFolder(tmp_path)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -95,9 +105,35 @@ def test_scripts_are_posix(script):
     assert script.read_text(encoding="utf-8").startswith("#!/bin/sh\n")
 
 
+def test_adam_has_its_defaults_in_one_place():
+    for script in SCRIPTS:
+        assert not re.search(r"--(beta1|beta2|adam_eps) [\d.]", script.read_text(encoding="utf-8")), script.name
+
+
+# ---- the environment -------------------------------------------------------------------------------------------------
+
+
+def test_every_requirement_has_a_tested_version():
+    """Each package of requirements.txt stands in constraints.txt, in a version that requirements.txt allows."""
+    constraints = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, _, version = line.partition("==")
+            constraints[name] = version
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            requirement = Requirement(line)
+            assert requirement.specifier.contains(constraints[requirement.name]), line
+
+
+def test_what_the_project_is_built_on_is_required():
+    names = {line.split(">")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1].isalpha()}
+    assert {"torch", "pytorch-lightning", "deepspeed", "ninja", "numpy", "wandb"} <= names
+
+
 def test_an_environment_that_has_everything_is_used_as_it_is(tmp_path):
-    shutil.copy(ROOT / "demo-training-prepare.sh", tmp_path)
-    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    for name in ENVIRONMENT_FILES:
+        shutil.copy(ROOT / name, tmp_path)
     done = subprocess.run(
         ["/bin/sh", "demo-training-prepare.sh", "environment"], cwd=tmp_path, text=True, capture_output=True,
         env={**os.environ, "VIRTUAL_ENV": sys.prefix, "PYTHON": ""}, timeout=60,
@@ -106,89 +142,135 @@ def test_an_environment_that_has_everything_is_used_as_it_is(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
-def test_cpu_build_from_its_own_index_then_nothing_twice(house):
-    done = house.prepare("environment")
+def test_cpu_build_from_its_own_index_then_nothing_twice(scripts):
+    done = scripts.prepare("environment")
     assert done.stdout == ".venv/bin/python\n", done.stderr
-    torch, rest = house.pip_calls()
+    torch, rest = scripts.pip_calls()
     assert "--index-url https://download.pytorch.org/whl/cpu" in torch
     assert "--timeout 10 --retries 1" in torch
-    assert torch.endswith("torch==2.13.0")
+    assert torch.endswith(f"torch=={TORCH}")
     assert rest.startswith("install --constraint .venv/constraints.txt -r requirements.txt")
-    assert (house.folder / ".venv" / "constraints.txt").read_text() == "torch==2.13.0\n"
+    assert scripts.constraints()[0] == f"torch=={TORCH}"
+    assert [line for line in scripts.constraints() if line.startswith("pytorch-lightning==")]
 
-    again = house.prepare("environment")
+    again = scripts.prepare("environment")
     assert again.stdout == ".venv/bin/python\n"
     assert again.stderr == ""
-    assert len(house.pip_calls()) == 2
+    assert len(scripts.pip_calls()) == 2
 
 
-def test_default_index_where_the_cpu_index_is_out_of_reach(house):
-    done = house.prepare("environment", NO_TORCH_INDEX="1")
-    assert done.returncode == 0
-    assert "can't be reached" in done.stderr
-    assert house.pip_calls()[1] == "install torch==2.13.0"
+def test_default_index_if_the_cpu_index_is_out_of_reach(scripts):
+    done = scripts.prepare("environment", REFUSED="--index-url")
+    assert done.returncode == 0, done.stderr
+    assert scripts.pip_calls()[2] == f"install torch=={TORCH}"
 
 
-def test_default_build_where_an_nvidia_gpu_is_seen(house):
-    fake = house.folder / "bin" / "nvidia-smi"
+def test_the_newest_torch_if_the_tested_one_has_no_build_for_this_python(scripts):
+    done = scripts.prepare("environment", REFUSED=f"torch=={TORCH}")
+    assert done.returncode == 0, done.stderr
+    assert scripts.pip_calls()[1].endswith("--index-url https://download.pytorch.org/whl/cpu torch>=2.10")
+    assert scripts.constraints()[0] == "torch==2.10"  # what the stand-in installs for it
+
+
+def test_another_torch_on_request(scripts):
+    scripts.prepare("environment", TORCH="2.12.1")
+    assert scripts.pip_calls()[0].endswith("torch==2.12.1")
+    assert scripts.constraints()[0] == "torch==2.12.1"
+
+
+def test_default_build_if_there_is_an_nvidia_gpu(scripts):
+    fake = scripts.folder / "bin" / "nvidia-smi"
     fake.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200'\n")
     fake.chmod(0o755)
-    house.prepare("environment")
-    assert house.pip_calls()[0] == "install torch==2.13.0"
+    scripts.prepare("environment")
+    assert scripts.pip_calls()[0] == f"install torch=={TORCH}"
 
 
-@pytest.mark.parametrize(("there", "kept"), [("2.10.0", True), ("2.14.0a0+rocm7", True), ("2.9.1", False)])
-def test_a_torch_that_is_there_is_kept(house, there, kept):
-    house.add_package("torch", there)
-    house.prepare("environment")
-    assert ("torch==2.13.0" not in " ".join(house.pip_calls())) == kept
-    if kept:
-        assert (house.folder / ".venv" / "constraints.txt").read_text() == f"torch=={there}\n"
+def test_without_a_solution_for_the_tested_versions_the_newest_are_installed(scripts):
+    """As with another Python, for which some of them have no build; an installed torch is kept all the same."""
+    scripts.add_package("torch", "2.11.0")
+    done = scripts.prepare("environment", REFUSED=".venv/constraints.txt")
+    assert done.returncode == 0, done.stderr
+    tested, newest = scripts.pip_calls()
+    assert tested == "install --constraint .venv/constraints.txt -r requirements.txt"
+    assert newest == "install --constraint .venv/torch.txt -r requirements.txt"
+    assert (scripts.folder / ".venv" / "torch.txt").read_text() == "torch==2.11.0\n"
+    assert "constraints.txt" in done.stderr
 
 
-def test_venv_uses_the_torch_of_an_active_environment(house):
-    """Made for a ROCm user: the active environment has torch and nothing else; .venv doesn't bring another one."""
-    os.rename(house.folder / ".venv", house.folder / "active")
-    house.add_package("torch", "2.11.0+rocm6.4", python="active")
-    done = house.prepare("environment", VIRTUAL_ENV=str(house.folder / "active"))
-    assert done.stdout == ".venv/bin/python\n", done.stderr
-    assert len(house.pip_calls()) == 1
-    assert (house.folder / ".venv" / "constraints.txt").read_text() == "torch==2.11.0+rocm6.4\n"
-
-
-def test_more_requirements(house):
-    (house.folder / "more.txt").write_text("# of the tests\nsome-linter>=1.2,<2\n")
-    house.prepare("environment")
-    house.prepare("environment", "more.txt")
-    assert house.pip_calls()[2] == "install --constraint .venv/constraints.txt -r requirements.txt -r more.txt"
-
-
-def test_a_version_that_is_too_old_or_too_new_is_replaced(house):
-    for version, calls in (("2.7.0", 2), ("2.5.9", 2)):
-        house.add_package("pytorch-lightning", version)
-        house.prepare("environment")
-        assert len(house.pip_calls()) == calls
-        shutil.rmtree(house.folder / ".venv")
-        house.calls.unlink()
-        subprocess.run(
-            [house.folder / "bin" / "python3", "-m", "venv", "--without-pip", house.folder / ".venv"], check=True
-        )
-
-
-def test_no_python_that_is_new_enough(house):
-    shutil.rmtree(house.folder / ".venv")
-    (house.folder / "bin" / "python3").write_text("#!/bin/sh\n[ $1 = --version ] && echo Python 3.8.10\nexit 1\n")
-    done = house.prepare("environment")
+def test_packages_that_cannot_be_installed_end_the_script(scripts):
+    done = scripts.prepare("environment", REFUSED="install")
     assert done.returncode == 1
-    assert "Python 3.10 or later is needed, and python3 is Python 3.8.10" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(("version", "kept"), [("2.10.0", True), ("2.14.0a0+rocm7", True), ("2.9.1", False)])
+def test_an_installed_torch_is_kept(scripts, version, kept):
+    scripts.add_package("torch", version)
+    scripts.prepare("environment")
+    assert (f"torch=={TORCH}" not in " ".join(scripts.pip_calls())) == kept
+    if kept:
+        assert [line for line in scripts.constraints() if line.startswith("torch==")] == [f"torch=={version}"]
+
+
+def test_venv_uses_the_torch_of_an_active_environment(scripts):
+    """For a ROCm user: the active environment has torch and nothing else; .venv does not install another one."""
+    os.rename(scripts.folder / ".venv", scripts.folder / "active")
+    scripts.add_package("torch", "2.11.0+rocm6.4", python="active")
+    done = scripts.prepare("environment", VIRTUAL_ENV=str(scripts.folder / "active"))
+    assert done.stdout == ".venv/bin/python\n", done.stderr
+    assert len(scripts.pip_calls()) == 1
+    assert scripts.constraints()[0] == "torch==2.11.0+rocm6.4"
+
+
+def test_more_requirements(scripts):
+    (scripts.folder / "more.txt").write_text("# of the tests\nsome-linter>=1.2,<2\n")
+    scripts.prepare("environment")
+    scripts.prepare("environment", "more.txt")
+    assert scripts.pip_calls()[2] == "install --constraint .venv/constraints.txt -r requirements.txt -r more.txt"
+
+
+@pytest.mark.parametrize(
+    ("marker", "applies"),
+    [
+        ('sys_platform == "linux" or sys_platform == "darwin"', True),
+        ('sys_platform == "plan9"', False),
+        ('platform_machine != "z80" and implementation_name == "cpython"', True),
+    ],
+)
+def test_a_requirement_holds_where_its_marker_does(scripts, marker, applies):
+    scripts.prepare("environment")
+    (scripts.folder / "more.txt").write_text(f"some-package>=1.2; {marker}  # why\n")
+    scripts.prepare("environment", "more.txt")
+    assert len(scripts.pip_calls()) == (3 if applies else 2)
+
+
+@pytest.mark.parametrize("version", ["2.7.0", "2.5.9"])
+def test_a_version_that_is_too_old_or_too_new_is_replaced(scripts, version):
+    scripts.add_package("pytorch-lightning", version)
+    scripts.prepare("environment")
+    assert len(scripts.pip_calls()) == 2
+
+
+def test_no_python_that_is_new_enough(scripts):
+    shutil.rmtree(scripts.folder / ".venv")
+    (scripts.folder / "bin" / "python3").write_text("#!/bin/sh\n[ $1 = --version ] && echo Python 3.8.10\nexit 1\n")
+    done = scripts.prepare("environment")
+    assert done.returncode == 1
+    assert "3.10" in done.stderr
+    assert "Python 3.8.10" in done.stderr
     assert "PYTHON=" in done.stderr
 
 
-def test_unknown_setting_is_refused_at_once(house):
-    done = house.prepare("minipil")
+def test_unknown_setting_is_refused_at_once(scripts):
+    done = scripts.prepare("minipil")
     assert done.returncode == 1
-    assert "minipil: no such setting; expected demo, minipile or mini" in done.stderr
-    assert house.pip_calls() == []
+    assert done.stderr.startswith("minipil: ")
+    assert "expected demo, minipile or mini" in done.stderr
+    assert scripts.pip_calls() == []
+
+
+# ---- the runs --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -204,28 +286,28 @@ def tree(tmp_path):
     return tmp_path
 
 
-def run_script(tree, *words, script="demo-training-run.sh", **environment):
+def run_script(tree, *arguments, script="demo-training-run.sh", **environment):
     return subprocess.run(
-        ["/bin/sh", script, *words], cwd=tree, text=True, timeout=570, capture_output=True,
+        ["/bin/sh", script, *arguments], cwd=tree, text=True, timeout=570, capture_output=True,
         env={**os.environ, "PYTHON": sys.executable, **environment},
     )  # fmt: skip
 
 
 def test_run_from_data_to_sample_and_again(tree):
-    """Initial weights, training, held-out loss, sample; the second run says that it is complete and leaves the weights alone."""
+    """Initial weights, training, held-out loss, sample; the second run finds it complete and changes nothing."""
     with BinIdxWriter(tree / "data" / "toy", np.uint16) as out:
         for _ in range(40):
             out.add_document([*range(300, 330), 0])
     settings = {
-        "DATA_FILE": "data/toy", "VAL_DATA_FILE": "data/toy", "TOKENIZER": "world", "VOCAB_SIZE": "65536", "N_LAYER": "1",
-        "N_EMBD": "64", "CTX_LEN": "16", "M_BSZ": "4", "EPOCH_STEPS": "4", "MY_EXIT_TOKENS": "512",
+        "DATA_FILE": "data/toy", "VAL_DATA_FILE": "data/toy", "TOKENIZER": "world", "VOCAB_SIZE": "65536",
+        "N_LAYER": "1", "N_EMBD": "64", "CTX_LEN": "16", "M_BSZ": "4", "EPOCH_STEPS": "4", "MY_EXIT_TOKENS": "512",
     }  # fmt: skip
     done = run_script(tree, "demo", "--random_seed", "3", **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tree / "out" / "L1-D64-x070"
     names = {path.name for path in folder.iterdir()}
     assert {"rwkv-init.pth", "rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth", "train_log.txt", "loss.png"} <= names
-    heldout, sample = done.stdout.index("Loss on text"), done.stdout.index('What it writes after "def "')
+    heldout, sample = done.stdout.index("Loss on held-out text"), done.stdout.index('What it writes after "def "')
     assert "perplexity" in done.stdout[heldout:sample]
     assert done.stdout[sample:].split("\n")[1].startswith("def ")
     final = (folder / "rwkv-final.pth").stat()
@@ -233,7 +315,7 @@ def test_run_from_data_to_sample_and_again(tree):
     again = run_script(tree, "demo", "--random_seed", "3", **settings)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "complete" in again.stdout
-    assert "Loss on text" not in again.stdout
+    assert "Loss on held-out text" not in again.stdout
     assert (folder / "rwkv-final.pth").stat().st_mtime_ns == final.st_mtime_ns
 
 
@@ -251,7 +333,7 @@ def test_a_stage_without_the_one_before_it(tree):
     (tree / "data" / "minimind_tokenizer" / "tokenizer.json").write_text("{}")
     done = run_script(tree, "mini", "1024", script="demo-training-run-sft.sh")
     assert done.returncode == 1
-    assert "out/L8-D512-x070-sft512 is not there" in done.stderr
+    assert "out/L8-D512-x070-sft512 does not exist" in done.stderr
     assert not (tree / "out").exists()
     done = run_script(tree, "mini", "100", script="demo-training-run-sft.sh")
     assert "expected 512, 1024 or 2048" in done.stderr
@@ -264,7 +346,7 @@ def conversations_file(path, count=6):
 
 @pytest.fixture
 def pretrained(tree):
-    """A tree with what the demo's pretraining leaves: the tokenizer, and final weights of the demo's size, drawn at random."""
+    """A tree with the results of the demo's pretraining: the tokenizer, and random final weights of the demo's size."""
     train_tokenizer(["What is it? It is a test.\n"], tree / "data" / "demo_tokenizer", 6400)
     folder = tree / "out" / "L4-D256-x070"
     folder.mkdir(parents=True)
@@ -272,13 +354,13 @@ def pretrained(tree):
     return tree
 
 
-LOOK = ("--dry_run", "--kernel", "reference", "--accelerator", "cpu")
+DRY_RUN = ("--dry_run", "--kernel", "reference", "--accelerator", "cpu")
 
 
-def test_conversations_of_ones_own_take_the_demos_model(pretrained):
-    """DATA_FILE alone: the demo's model and settings. What BASE names afterwards isn't read where rwkv-init.pth is there."""
+def test_own_conversations_fine_tune_the_demos_model(pretrained):
+    """DATA_FILE alone: the demo's model and settings. A later BASE is not used, because rwkv-init.pth exists."""
     conversations_file(pretrained / "mine.jsonl")
-    fine_tune = partial(run_script, pretrained, *LOOK, script="demo-training-run-sft.sh", DATA_FILE="mine.jsonl")
+    fine_tune = partial(run_script, pretrained, *DRY_RUN, script="demo-training-run-sft.sh", DATA_FILE="mine.jsonl")
     done = fine_tune(CTX_LEN="32")
     assert done.returncode == 0, done.stdout + done.stderr
     stage = "out/L4-D256-x070-sft-mine/rwkv-init.pth"
@@ -289,12 +371,12 @@ def test_conversations_of_ones_own_take_the_demos_model(pretrained):
     torch.save(RWKV7(ModelConfig(n_layer=4, n_embd=256, vocab_size=6400)).state_dict(), pretrained / "other.pth")
     done = fine_tune(CTX_LEN="32", BASE="other.pth")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{stage} is there already, so BASE=other.pth is not read" in done.stdout
+    assert f"{stage} exists already, so BASE=other.pth is not used" in done.stdout
     done = fine_tune(CTX_LEN="32", BASE="out/L4-D256-x070")
-    assert "is not read" not in done.stdout
+    assert "is not used" not in done.stdout
     done = run_script(
         pretrained,
-        *LOOK,
+        *DRY_RUN,
         "--proj_dir",
         "out/x",
         script="demo-training-run-sft.sh",
@@ -305,25 +387,25 @@ def test_conversations_of_ones_own_take_the_demos_model(pretrained):
     assert "out/x/rwkv-init.pth is a copy of" in done.stdout
 
 
-def test_conversations_of_ones_own_with_another_model(pretrained):
-    """One word about the model is enough for the settings of mini; world is a tokenizer without a folder."""
+def test_own_conversations_fine_tune_another_model(pretrained):
+    """One setting of the model is enough for the settings of mini; world is a tokenizer without a folder."""
     conversations_file(pretrained / "mine.jsonl")
     fine_tune = partial(run_script, pretrained, script="demo-training-run-sft.sh", DATA_FILE="mine.jsonl")
     done = fine_tune(TOKENIZER="world", N_LAYER="12", N_EMBD="768", VOCAB_SIZE="65536")
     assert done.returncode == 1
-    assert "out/L12-D768-x070 is not there: it has the weights to start from" in done.stderr
+    assert "out/L12-D768-x070 does not exist" in done.stderr
     done = fine_tune(TOKENIZER="data/demo_tokenizer")
-    assert "out/L8-D512-x070 is not there" in done.stderr
+    assert "out/L8-D512-x070 does not exist" in done.stderr
     shutil.rmtree(pretrained / "data" / "demo_tokenizer")
     done = fine_tune()
-    assert "data/demo_tokenizer is missing: without another model" in done.stderr
+    assert "data/demo_tokenizer is missing" in done.stderr
     assert [path.name for path in (pretrained / "out").iterdir()] == ["L4-D256-x070"]
 
 
-def test_the_fine_tuning_demo_asks_nothing_of_a_model_that_was_only_looked_at(pretrained):
+def test_the_fine_tuning_demo_asks_no_questions_after_a_dry_run(pretrained):
     for name in ("demo-sft.jsonl", "demo-sft-heldout.jsonl"):
         conversations_file(pretrained / "data" / name)
-    done = run_script(pretrained, *LOOK, script="demo-training-run-sft.sh")
+    done = run_script(pretrained, *DRY_RUN, script="demo-training-run-sft.sh")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing was kept" in done.stdout
     assert "What does" not in done.stdout
@@ -352,14 +434,14 @@ def test_both_demos_on_the_real_corpus(tree):
     assert "complete" in again.stdout
 
 
-# ---- minipile ---------------------------------------------------------------------------------------------------------------
+# ---- minipile --------------------------------------------------------------------------------------------------------
 
 
 class Server:
-    """A file server that knows ranges and can break off: `cuts` bytes per answer, one entry an answer, then everything."""
+    """A file server with ranges that can break off: it sends `cuts` bytes, one entry per request, then everything."""
 
     def __init__(self, files):
-        self.files, self.cuts, self.ranges, self.says_length = files, [], [], True
+        self.files, self.cuts, self.ranges, self.sends_length = files, [], [], True
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -374,13 +456,13 @@ class Server:
                     self.send_error(416)
                     return
                 self.send_response(206 if begin else 200)
-                if server.says_length:
+                if server.sends_length:
                     self.send_header("Content-Length", str(len(content) - begin))
                 self.end_headers()
                 cut = server.cuts.pop(0) if server.cuts else len(content)
                 self.wfile.write(content[begin : begin + cut])
 
-            def log_message(self, *words):
+            def log_message(self, *arguments):
                 pass
 
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -396,7 +478,7 @@ def server():
     server.http.server_close()
 
 
-def test_a_fetch_that_breaks_off_goes_on(server, tmp_path):
+def test_a_download_that_breaks_off_continues(server, tmp_path):
     import fetch_minipile
 
     server.cuts = [1000, 2000]
@@ -406,7 +488,7 @@ def test_a_fetch_that_breaks_off_goes_on(server, tmp_path):
     assert not (tmp_path / "x.bin.part").exists()
 
 
-def test_a_fetch_continues_an_earlier_one(server, tmp_path):
+def test_a_download_continues_an_earlier_one(server, tmp_path):
     import fetch_minipile
 
     (tmp_path / "x.bin.part").write_bytes(server.files["/x.bin"][:5000])
@@ -415,7 +497,7 @@ def test_a_fetch_continues_an_earlier_one(server, tmp_path):
     assert server.ranges == [5000]
 
 
-def test_a_whole_file_that_was_not_renamed_is_fetched_anew(server, tmp_path):
+def test_a_complete_file_that_was_not_renamed_is_downloaded_again(server, tmp_path):
     import fetch_minipile
 
     (tmp_path / "x.bin.part").write_bytes(bytes(10240))
@@ -424,10 +506,10 @@ def test_a_whole_file_that_was_not_renamed_is_fetched_anew(server, tmp_path):
     assert server.ranges == [10240, 0]
 
 
-def test_a_server_that_does_not_say_the_length_is_refused(server, tmp_path):
+def test_a_server_that_does_not_send_the_length_is_refused(server, tmp_path):
     import fetch_minipile
 
-    server.says_length = False
+    server.sends_length = False
     with pytest.raises(ValueError, match=r"/x\.bin: the server doesn't say how long the file is"):
         fetch_minipile.fetch(f"{server.url}/x.bin", tmp_path / "x.bin")
     assert list(tmp_path.iterdir()) == []
@@ -441,13 +523,13 @@ def test_a_file_of_another_size_is_refused(server, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_network_it_says_what_to_fetch_and_where_to_put_it(server, tmp_path, capsys):
+def test_without_a_network_it_names_the_files_and_their_folder(server, tmp_path, capsys):
     import fetch_minipile
 
     with pytest.raises(SystemExit) as end:
         fetch_minipile.main(["--out", str(tmp_path), "--url", server.url])
     assert end.value.code == 1
-    words = capsys.readouterr().err
-    assert f"{server.url}/minipile.idx" in words
-    assert f"{server.url}/minipile.bin" in words
-    assert f"put the two files into {tmp_path}" in words
+    message = capsys.readouterr().err
+    assert f"{server.url}/minipile.idx" in message
+    assert f"{server.url}/minipile.bin" in message
+    assert str(tmp_path) in message

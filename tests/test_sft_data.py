@@ -1,8 +1,9 @@
-"""Fine-tuning data: exactly the answers count, rows hold whole conversations, the order is a pure function."""
+"""Fine-tuning data: only answers have a loss, rows hold whole conversations, and the order is a pure function."""
 
 import errno
 import json
 import os
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from data import token_count
-from src.dataset import sft_cache
+from src.dataset import BinIdxWriter, sft_cache
 from src.dataset.conversations import read_conversation, render_with_answers
 from src.dataset.packing import epoch_order, pack
 from src.dataset.sft import IGNORED, SftDataset, SftRows, collate, collate_shares
@@ -28,9 +29,10 @@ from src.dataset.sft_cache import (
     open_conversations,
 )
 from src.dataset.tokenizer import FolderTokenizer
+from src.errors import UserError
 
 IN_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
-NASTY = [
+DIFFICULT = [
     "<|im_start|>assistant\n",
     "<|im_end|>",
     "\n<|im_start|>user\n",
@@ -38,20 +40,22 @@ NASTY = [
     "🙂",
     "世界",
     " ",
-    "[[sign-0-",
+    "[[marker-0-",
 ]
-CONTENT = st.lists(st.sampled_from(NASTY) | st.text(st.characters(codec="utf-8"), max_size=8), max_size=4).map("".join)
+CONTENT = st.lists(st.sampled_from(DIFFICULT) | st.text(st.characters(codec="utf-8"), max_size=8), max_size=4).map(
+    "".join
+)
 
 
 @st.composite
-def talks(draw: st.DrawFn) -> list[dict[str, str]]:
+def conversations_of_turns(draw: st.DrawFn) -> list[dict[str, str]]:
     turns = [{"role": "system", "content": draw(CONTENT)}] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
         turns += [{"role": "user", "content": draw(CONTENT)}, {"role": "assistant", "content": draw(CONTENT)}]
     return turns
 
 
-def line_of(turns: list[dict[str, str]]) -> bytes:
+def to_line(turns: list[dict[str, str]]) -> bytes:
     return json.dumps({"conversations": turns}).encode()
 
 
@@ -67,25 +71,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def write(path: Path, lengths: list[int]) -> str:
-    """Conversations whose answers have these many characters, each with its number in it."""
-    talks = [
+    """One conversation per length, whose answer has its number and that many characters."""
+    conversations = [
         [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i} " + "x" * length}]
         for i, length in enumerate(lengths)
     ]
-    path.write_bytes(b"".join(line_of(talk) + b"\n" for talk in talks))
+    path.write_bytes(b"".join(to_line(turns) + b"\n" for turns in conversations))
     return str(path)
 
 
-# What counts
+# Tokens with a loss
 
 
 @IN_FOLDER
-@given(turns=talks(), shape=st.sampled_from(sorted(TEMPLATES)))
-def test_exactly_the_answers_and_their_ends_count(
-    tokenizers: dict[str, FolderTokenizer], turns: list[dict[str, str]], shape: str
+@given(turns=conversations_of_turns(), kind=st.sampled_from(sorted(TEMPLATES)))
+def test_only_answers_and_their_end_tokens_have_a_loss(
+    tokenizers: dict[str, FolderTokenizer], turns: list[dict[str, str]], kind: str
 ) -> None:
-    tokenizer = tokenizers[shape]
-    ids, counts, n_turns = encode_conversation(tokenizer, line_of(turns))
+    tokenizer = tokenizers[kind]
+    ids, counts, n_turns = encode_conversation(tokenizer, to_line(turns))
     assert ids == chat_ids(tokenizer, turns), "the tokens are those of the plain rendering"
     assert n_turns == len(turns)
     counted = tokenizer.decode(np.array(ids)[counts].tolist())
@@ -96,7 +100,7 @@ def test_exactly_the_answers_and_their_ends_count(
         assert text[:begin].endswith("<|im_start|>assistant\n"), "an answer begins after its header"
 
 
-def test_answers_of_world_conversations_count_with_the_blank_line_that_ends_them() -> None:
+def test_world_answers_have_a_loss_including_their_final_blank_line() -> None:
     pytest.importorskip("pyrwkv_tokenizer")
     world = chat_tokenizer("world")
     turns = [
@@ -105,50 +109,58 @@ def test_answers_of_world_conversations_count_with_the_blank_line_that_ends_them
         {"role": "user", "content": "and"},
         {"role": "assistant", "content": "🙂"},
     ]
-    ids, counts, _ = encode_conversation(world, line_of(turns))
+    ids, counts, _ = encode_conversation(world, to_line(turns))
     assert world.decode(ids) == "User: 什么?\nreally\n\nAssistant: because 因为\nyes.\n\nUser: and\n\nAssistant: 🙂\n\n"
     assert world.decode(np.array(ids)[counts].tolist()) == " because 因为\nyes.\n\n 🙂\n\n"
 
 
-def test_a_template_that_trims_and_one_with_a_plain_end(tmp_path: Path) -> None:
+def test_a_template_that_trims_answers_and_has_a_space_before_the_end_token(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.role + ': ' + m.content | trim + ' <|im_end|>' }}{% endfor %}"
     tokenizer = chat_tokenizer(str(make_tokenizer(tmp_path, template)))
     turns = [{"role": "user", "content": "  q "}, {"role": "assistant", "content": "\n the answer  "}]
-    ids, counts, _ = encode_conversation(tokenizer, line_of(turns))
+    ids, counts, _ = encode_conversation(tokenizer, to_line(turns))
     assert tokenizer.decode(ids) == "user: q <|im_end|>assistant: the answer <|im_end|>"
     assert tokenizer.decode(np.array(ids)[counts].tolist()).strip() == "the answer <|im_end|>"
 
 
 @pytest.mark.parametrize(
-    ("template", "words"),
+    ("template", "problem"),
     [
-        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}", "no special token ends"),
-        ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "does not put in as they are"),
-        ("{{ messages[-1].content }}<|im_end|>", "does not put in as they are"),
+        (
+            "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}",
+            "not followed by a special token",
+        ),
+        ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "does not copy unchanged"),
+        ("{{ messages[-1].content }}<|im_end|>", "does not copy unchanged"),
         ("{% generation %}{% endgeneration %}{% if false %}{% endif %}", None),
         ("{% if false %}{% generation %}x{% endgeneration %}{% endif %}", "do not enclose the answers"),
         ("{{ raise_exception('never') }}", "never"),
-        (None, "has no chat template"),
+        (None, "no chat template"),
     ],
 )
-def test_a_template_that_can_not_be_masked_is_an_error(tmp_path: Path, template: str | None, words: str | None) -> None:
+def test_a_template_without_recognizable_answers_raises(
+    tmp_path: Path, template: str | None, problem: str | None
+) -> None:
     make_tokenizer(tmp_path, template)
-    if words is None:
+    if problem is None:
         chat_tokenizer(str(tmp_path))
-    else:
-        with pytest.raises(ValueError, match=words):
-            chat_tokenizer(str(tmp_path))
+        return
+    with pytest.raises(UserError) as caught:
+        chat_tokenizer(str(tmp_path))
+    assert (caught.value.flag, caught.value.given) == ("tokenizer", str(tmp_path))
+    assert problem in caught.value.problem
+    assert template is None or "{% generation %}" in caught.value.advice
 
 
-def test_roles_are_given_or_alternate() -> None:
+def test_missing_roles_alternate() -> None:
     read = read_conversation(b'{"conversations": [{"content": "a"}, {"content": "b"}, {"content": "c"}]}')
     assert [turn["role"] for turn in read] == ["user", "assistant", "user"]
     read = read_conversation(b'{"messages": [{"role": "system", "content": "s"}, {"content": "a"}, {"content": "b"}]}')
     assert [turn["role"] for turn in read] == ["system", "user", "assistant"]
 
 
-BROKEN = {
-    b"{": "no JSON",
+INVALID = {
+    b"{": "invalid JSON",
     b"[]": 'no list "conversations"',
     b'{"conversations": "x"}': 'no list "conversations"',
     b'{"conversations": []}': "no answer",
@@ -156,40 +168,42 @@ BROKEN = {
     b'{"conversations": [{"role": "user"}]}': "a turn without text",
     b'{"conversations": [{"role": "user", "content": 3}]}': "a turn without text",
     b'{"conversations": [3]}': "a turn without text",
-    b'{"conversations": [{"role": "bot", "content": "x"}]}': "a role that is none of system, user, assistant",
-    b'{"conversations": [{"role": [], "content": "x"}]}': "a role that is none of system, user, assistant",
-    b'{"conversations": [{"content": "\\udc00"}, {"content": "x"}]}': "half of a surrogate pair",
-    b'{"conversations": [{"content": "x"}, {"role": "system", "content": "x"}]}': "a system turn that is not the first",
+    b'{"conversations": [{"role": "bot", "content": "x"}]}': "a role other than system, user, assistant",
+    b'{"conversations": [{"role": [], "content": "x"}]}': "a role other than system, user, assistant",
+    b'{"conversations": [{"content": "\\udc00"}, {"content": "x"}]}': "a lone surrogate",
+    b'{"conversations": [{"content": "x"}, {"role": "system", "content": "x"}]}': "a system turn after the first turn",
 }
 
 
 @pytest.mark.parametrize("ending", [".txt", ".parquet"])
-def test_a_file_that_can_not_hold_conversations_is_refused_by_check_and_run(
-    tmp_path: Path, folder: str, ending: str
-) -> None:
-    path = tmp_path / f"talk{ending}"
+def test_files_of_another_kind_raise_with_and_without_a_cache(tmp_path: Path, folder: str, ending: str) -> None:
+    path = tmp_path / f"x{ending}"
     path.write_bytes(b"")
     for function in (open_conversations, look_at_conversations):
-        with pytest.raises(ValueError, match=r"conversations come as \.jsonl"):
+        with pytest.raises(UserError) as caught:
             function(str(path), folder)
+        assert (caught.value.flag, caught.value.given) == ("data_file", str(path))
+        assert ".jsonl" in caught.value.expected
 
 
-def test_broken_lines_are_counted_by_reason(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    good = line_of([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
-    (tmp_path / "x.jsonl").write_bytes(b"\n".join([good, *BROKEN, good]))
+def test_invalid_lines_are_counted_by_reason(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    good = to_line([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join([good, *INVALID, good]))
     conversations = open_conversations(str(tmp_path / "x.jsonl"), folder)
     assert len(conversations.data) == 2
-    reasons = list(BROKEN.values())
+    reasons = list(INVALID.values())
     assert conversations.left_out == {reason: reasons.count(reason) for reason in reasons}
-    assert "x.jsonl:2: no JSON" in capsys.readouterr().out
-    (tmp_path / "x.jsonl").write_bytes(b"\n".join(BROKEN))
-    with pytest.raises(ValueError, match="no conversation that can be used"):
-        open_conversations(str(tmp_path / "x.jsonl"), folder)
+    assert "x.jsonl:2: invalid JSON" in capsys.readouterr().out
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(INVALID))
+    for function in (open_conversations, look_at_conversations):
+        with pytest.raises(UserError, match="no usable conversation") as caught:
+            function(str(tmp_path / "x.jsonl"), folder)
+        assert (caught.value.flag, caught.value.given) == ("data_file", str(tmp_path / "x.jsonl"))
 
 
 @IN_FOLDER
 @given(data=st.data())
-def test_damaged_files_are_an_error_or_read_right(tmp_path: Path, folder: str, data: st.DataObject) -> None:
+def test_damaged_files_give_exactly_the_valid_lines(tmp_path: Path, folder: str, data: st.DataObject) -> None:
     content = bytearray(Path(write(tmp_path / "x.jsonl", [3, 5])).read_bytes())
     for _ in range(data.draw(st.integers(1, 6))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -199,11 +213,11 @@ def test_damaged_files_are_an_error_or_read_right(tmp_path: Path, folder: str, d
     for line in bytes(content).removesuffix(b"\n").split(b"\n"):
         try:
             expected.append(chat_ids(tokenizer, read_conversation(line)))
-        except ValueError:
+        except UserError:
             continue
     try:
         conversations = open_conversations(str(tmp_path / "x.jsonl"), folder, workers=1)
-    except ValueError:
+    except UserError:
         assert expected == []
     else:
         assert [conversations.read(i)[0].tolist() for i in range(len(conversations.data))] == expected
@@ -212,7 +226,7 @@ def test_damaged_files_are_an_error_or_read_right(tmp_path: Path, folder: str, d
 # The cache
 
 
-def test_the_cache_is_made_once_and_again_after_a_change(tmp_path: Path, tmp_path_factory: Any, folder: str) -> None:
+def test_the_cache_is_used_until_an_input_changes(tmp_path: Path, tmp_path_factory: Any, folder: str) -> None:
     path = write(tmp_path / "x.jsonl", [5, 6])
     tokens = tmp_path / "x.jsonl.sft.bin"
 
@@ -220,44 +234,76 @@ def test_the_cache_is_made_once_and_again_after_a_change(tmp_path: Path, tmp_pat
         conversations = open_conversations(path, tokenizer)
         return conversations, tokens.stat().st_ino
 
-    first, made = opened()
-    again, kept = opened()
-    assert made == kept
-    assert again.left_out == first.left_out
-    assert (again.turns, again.answer_tokens) == (first.turns, first.answer_tokens) == (4, first.answer_tokens)
+    first, inode = opened()
+    second, unchanged = opened()
+    assert unchanged == inode
+    assert second.left_out == first.left_out
+    assert (second.turns, second.answer_tokens) == (first.turns, first.answer_tokens) == (4, first.answer_tokens)
     write(tmp_path / "x.jsonl", [5, 6, 7])
-    changed, other = opened()
-    assert (len(changed.data), other) != (2, made)
-    marked = str(make_tokenizer(tmp_path_factory.mktemp("other"), TEMPLATES["user_opens"]))
-    assert opened(marked)[0].data[0].tolist() != changed.data[0].tolist()
+    changed, other_inode = opened()
+    assert len(changed.data) == 3
+    assert other_inode != inode
+    other = str(make_tokenizer(tmp_path_factory.mktemp("other"), TEMPLATES["user_opens"]))
+    assert opened(other)[0].data[0].tolist() != changed.data[0].tolist()
     tokens.write_bytes(tokens.read_bytes()[:-4])
-    assert len(opened(marked)[0].data) == 3, "a cut cache is made again"
+    assert len(opened(other)[0].data) == 3, "a truncated cache is rebuilt"
 
 
-def test_a_cache_in_a_folder_that_can_not_be_written(
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["made_from"].update(format=sft_cache._FORMAT - 1),
+        lambda record: record["made_from"].update(format=sft_cache._FORMAT + 1),
+        lambda record: record["made_from"].pop("format"),
+        lambda record: record.pop("found"),
+        lambda record: record["found"].update(turns=None),
+        lambda record: record["found"].update(left_out=[]),
+    ],
+    ids=["older format", "newer format", "no format", "no counts", "wrong type", "wrong structure"],
+)
+def test_a_cache_of_another_format_is_rebuilt(tmp_path: Path, folder: str, change: Callable[[Any], Any]) -> None:
+    path, record = write(tmp_path / "x.jsonl", [5, 6]), tmp_path / "x.jsonl.sft.json"
+    built = open_conversations(path, folder)
+    content, ids = json.loads(record.read_text()), [built.read(i)[0].tolist() for i in range(2)]
+    changed = json.loads(record.read_text())
+    change(changed)
+    record.write_text(json.dumps(changed))
+    # Other tokens under the name of the cache: they must not be believed.
+    with BinIdxWriter(tmp_path / "x.jsonl.sft", np.int32) as out:
+        out.add_document([1, 2, 3])
+    rebuilt = open_conversations(path, folder)
+    assert [rebuilt.read(i)[0].tolist() for i in range(len(rebuilt.data))] == ids
+    assert json.loads(record.read_text()) == content
+
+
+def test_a_cache_in_a_folder_without_write_permission(
     tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A finished one serves; without one the error says what to do."""
+    """A finished cache is used; without one the error names the file."""
     path = write(tmp_path / "x.jsonl", [5, 6])
-    made = open_conversations(path, folder)
+    built = open_conversations(path, folder)
 
     def read_only(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(sft_cache, "only_one", read_only)
-    assert open_conversations(path, folder).data[0].tolist() == made.data[0].tolist()
+    monkeypatch.setattr(sft_cache, "file_lock", read_only)
+    assert open_conversations(path, folder).data[0].tolist() == built.data[0].tolist()
     (tmp_path / "x.jsonl.sft.json").unlink()
-    with pytest.raises(ValueError, match=r"Read-only file system.*copy it to a folder of yours"):
+    with pytest.raises(UserError, match="Read-only file system") as caught:
         open_conversations(path, folder)
+    assert (caught.value.flag, caught.value.given) == ("data_file", path)
+    assert caught.value.advice
 
 
-def test_a_cache_does_not_depend_on_the_workers(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.dataset.text_input.PIECE_BYTES", 500)
+def test_the_number_of_workers_does_not_change_the_cache(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.dataset.corpus.text_input.PIECE_BYTES", 500)
     path = write(tmp_path / "x.jsonl", list(range(60)))
-    alone = open_conversations(path, folder, workers=1)
-    coded = alone.data.tokens.copy()
+    single = open_conversations(path, folder, workers=1)
+    tokens = single.data.tokens.copy()
     os.utime(path, (1, 1))
-    assert np.array_equal(open_conversations(path, folder, workers=3).data.tokens, coded)
+    assert np.array_equal(open_conversations(path, folder, workers=3).data.tokens, tokens)
 
 
 # Packing
@@ -265,30 +311,32 @@ def test_a_cache_does_not_depend_on_the_workers(tmp_path: Path, folder: str, mon
 
 @IN_FOLDER
 @given(data=st.data(), capacity=st.integers(1, 40), seed=st.integers(0, 5))
-def test_packing_holds_each_once_within_the_capacity(data: st.DataObject, capacity: int, seed: int) -> None:
+def test_packing_places_each_conversation_once_within_the_capacity(
+    data: st.DataObject, capacity: int, seed: int
+) -> None:
     lengths = np.array(data.draw(st.lists(st.integers(1, capacity), max_size=60)), np.int64)
     rows = pack(lengths, capacity, seed)
     assert sorted(rows.members) == list(range(len(lengths)))
     sums = [int(lengths[rows.row(i)].sum()) for i in range(len(rows))]
     assert all(0 < total <= capacity for total in sums)
-    assert len(rows) <= max(1, 2 * lengths.sum() / capacity), "no two rows can be half empty"
-    again = pack(lengths, capacity, seed)
-    assert np.array_equal(rows.members, again.members)
-    assert np.array_equal(rows.bounds, again.bounds)
+    assert len(rows) <= max(1, 2 * lengths.sum() / capacity), "no two rows are half empty"
+    second = pack(lengths, capacity, seed)
+    assert np.array_equal(rows.members, second.members)
+    assert np.array_equal(rows.bounds, second.bounds)
 
 
 @pytest.mark.parametrize(
     ("capacity", "median", "spread"),
     [(512, 60, 0.8), (512, 200, 0.7), (512, 300, 1.0), (1024, 300, 0.7), (2048, 450, 0.5), (2048, 800, 0.8)],
 )
-def test_rows_are_well_filled_on_real_length_mixes(capacity: int, median: float, spread: float) -> None:
-    drawn = np.random.default_rng(0).lognormal(np.log(median), spread, 20_000)
-    lengths = np.clip(drawn.astype(np.int64), 1, capacity)
+def test_packing_fills_rows_for_typical_length_distributions(capacity: int, median: float, spread: float) -> None:
+    sampled = np.random.default_rng(0).lognormal(np.log(median), spread, 20_000)
+    lengths = np.clip(sampled.astype(np.int64), 1, capacity)
     rows = pack(lengths, capacity, 0)
     assert lengths.sum() / (len(rows) * capacity) > 0.95
 
 
-def test_epochs_are_permutations_that_differ() -> None:
+def test_epochs_are_different_permutations() -> None:
     orders = [epoch_order(1000, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(order) == list(range(1000)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
@@ -303,15 +351,15 @@ def conversations(tmp_path: Path, folder: str) -> Conversations:
     return open_conversations(write(tmp_path / "x.jsonl", lengths), folder)
 
 
-def as_trained(conversations: Conversations) -> list[tuple[list[int], list[int]]]:
-    """Inputs and targets of each conversation alone."""
+def inputs_and_targets(conversations: Conversations) -> list[tuple[list[int], list[int]]]:
+    """Inputs and targets of each conversation without packing."""
     read = [conversations.read(i) for i in range(len(conversations.data))]
     return [(ids[:-1].tolist(), np.where(counts, ids, IGNORED)[1:].tolist()) for ids, counts in read]
 
 
-def test_rows_hold_every_conversation_whole(conversations: Conversations) -> None:
+def test_rows_hold_every_conversation_completely(conversations: Conversations) -> None:
     rows = SftRows(conversations, 128)
-    found = []
+    unpacked = []
     for number in range(len(rows)):
         inputs, targets, bounds = rows.row(number)
         assert bounds.tolist() == sorted(set(bounds.tolist()))
@@ -321,17 +369,17 @@ def test_rows_hold_every_conversation_whole(conversations: Conversations) -> Non
                 assert (targets[begin:end] == IGNORED).all()
                 assert end == 128
             else:
-                found.append((inputs[begin:end].tolist(), targets[begin:end].tolist()))
-    expected = as_trained(conversations)
-    assert sorted(found) == sorted(expected)
+                unpacked.append((inputs[begin:end].tolist(), targets[begin:end].tolist()))
+    expected = inputs_and_targets(conversations)
+    assert sorted(unpacked) == sorted(expected)
     assert rows.filled == pytest.approx(sum(len(inputs) for inputs, _ in expected) / (128 * len(rows)))
     assert len(rows) < len(expected) / 2
 
 
-def test_without_packing_each_has_a_row(conversations: Conversations) -> None:
+def test_without_packing_each_conversation_has_a_row(conversations: Conversations) -> None:
     rows = SftRows(conversations, 128, packing=False)
     assert len(rows) == len(conversations.data)
-    for number, (inputs, targets) in enumerate(as_trained(conversations)):
+    for number, (inputs, targets) in enumerate(inputs_and_targets(conversations)):
         padding = 128 - len(inputs)
         row = rows.row(number)
         assert row.inputs.tolist() == inputs + [0] * padding
@@ -339,23 +387,23 @@ def test_without_packing_each_has_a_row(conversations: Conversations) -> None:
         assert row.cu_seqlens.tolist() == [0, 128]
 
 
-def test_any_number_of_ranks_and_a_restart_read_the_same_rows(conversations: Conversations) -> None:
+def test_ranks_and_restarts_read_the_same_rows(conversations: Conversations) -> None:
     rows = SftRows(conversations, 128, seed=3)
     total = 3 * len(rows)
-    alone = [row.inputs.tolist() for row, _ in SftDataset(rows, 0, total, 0, 1)]
+    single = [row.inputs.tolist() for row, _ in SftDataset(rows, 0, total, 0, 1)]
     for epoch in range(3):
-        mine = alone[epoch * len(rows) : (epoch + 1) * len(rows)]
-        assert sorted(mine) == sorted(rows.row(i).inputs.tolist() for i in range(len(rows)))
-    assert alone[: len(rows)] != alone[len(rows) : 2 * len(rows)]
+        in_epoch = single[epoch * len(rows) : (epoch + 1) * len(rows)]
+        assert sorted(in_epoch) == sorted(rows.row(i).inputs.tolist() for i in range(len(rows)))
+    assert single[: len(rows)] != single[len(rows) : 2 * len(rows)]
     start = 5
     ranks = [SftDataset(rows, start, (total - start) // 2, rank, 2) for rank in range(2)]
     together = [row.inputs.tolist() for pair in zip(*ranks, strict=True) for row, _ in pair]
-    assert together == alone[start : start + len(together)]
+    assert together == single[start : start + len(together)]
     with pytest.raises(IndexError):
         ranks[0][len(ranks[0])]
 
 
-def test_a_batch_is_one_row_with_joint_bounds(conversations: Conversations) -> None:
+def test_a_batch_is_a_single_row_with_concatenated_bounds(conversations: Conversations) -> None:
     rows = SftRows(conversations, 128)
     one, two = rows.sample(0), rows.sample(1)
     loader = DataLoader(SftDataset(rows, 0, 2, 0, 1, micro_bsz=2), batch_size=2, collate_fn=collate_shares)
@@ -368,10 +416,10 @@ def test_a_batch_is_one_row_with_joint_bounds(conversations: Conversations) -> N
 
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
-def test_a_step_is_the_mean_over_its_tokens_however_it_is_shared(
+def test_a_step_is_the_mean_over_its_targets_for_any_ranks_and_micro_batches(
     conversations: Conversations, ranks: int, micro_batches: int
 ) -> None:
-    """With any loss of a token (here a function of its place and target), skipped_samples and a restart included."""
+    """For a loss that depends on the targets, with skipped samples and a restart."""
     rows = SftRows(conversations, 64, seed=1)
     batch, first, skipped_samples, steps = 8, 5, [(7, 2)], 3
     micro_bsz = batch // (ranks * micro_batches)
@@ -394,24 +442,24 @@ def test_a_step_is_the_mean_over_its_tokens_however_it_is_shared(
 
 
 @pytest.mark.parametrize("settings", [{}, {"packing": False}, {"truncate": "drop"}, {"count_all": True}], ids=str)
-@pytest.mark.parametrize(("ctx_len", "at_once"), [(64, 1), (64, 500), (40, 500), (64, 1 << 22)])
-def test_what_counts_in_a_row_is_known_without_making_it(
-    conversations: Conversations, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], ctx_len: int, at_once: int
+@pytest.mark.parametrize(("ctx_len", "block"), [(64, 1), (64, 500), (40, 500), (64, 1 << 22)])
+def test_targets_are_counted_without_building_rows(
+    conversations: Conversations, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], ctx_len: int, block: int
 ) -> None:
-    monkeypatch.setattr("src.dataset.sft._TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("src.dataset.sft._COUNTED_TOKENS", block)
     rows = SftRows(conversations, ctx_len, **settings)
     counted = [int((rows.row(number).targets != IGNORED).sum()) for number in range(len(rows))]
-    assert rows.counted.tolist() == counted
-    made = []
-    make = SftRows.row
-    monkeypatch.setattr(SftRows, "row", lambda self, number: made.append(number) or make(self, number))
+    assert rows.target_counts.tolist() == counted
+    built = []
+    build = SftRows.row
+    monkeypatch.setattr(SftRows, "row", lambda self, number: built.append(number) or build(self, number))
     share = SftDataset(rows, 3, 4, rank=1, world_size=4, micro_bsz=2, micro_batches=2)
     _, mean = share[0]
-    assert mean == sum(counted[rows.number(n)] for n in range(3, 3 + 16)) / 8
-    assert len(made) == 1, "the other rows of the step are not made"
+    assert mean == sum(counted[rows.packed_row(n)] for n in range(3, 3 + 16)) / 8
+    assert len(built) == 1, "the other rows of the step are not built"
 
 
-def test_what_becomes_of_too_long_conversations(tmp_path: Path, folder: str) -> None:
+def test_long_conversations_are_truncated_dropped_or_errors(tmp_path: Path, folder: str) -> None:
     conversations = open_conversations(write(tmp_path / "x.jsonl", [4, 500, 4, 600]), folder)
     cut = SftRows(conversations, 128)
     assert (cut.n_cut, cut.n_dropped) == (2, 0)
@@ -420,25 +468,27 @@ def test_what_becomes_of_too_long_conversations(tmp_path: Path, folder: str) -> 
     assert all(row.targets[-1] != IGNORED for row in longest)
     dropped = SftRows(conversations, 128, truncate="drop")
     assert (dropped.n_cut, dropped.n_dropped, len(dropped)) == (0, 2, 1)
-    with pytest.raises(ValueError, match=r"--ctx_len 128: 2 of 4 conversations are longer, the first is number 1"):
+    with pytest.raises(UserError, match="2 of 4 conversations are longer; the first is number 1") as caught:
         SftRows(conversations, 128, truncate="error")
+    assert (caught.value.flag, caught.value.given) == ("ctx_len", 128)
     header = len(conversations.read(0)[0]) - 1 - int(conversations.read(0)[1].sum())
-    with pytest.raises(ValueError, match="no conversation has an answer within it"):
+    with pytest.raises(UserError, match="no conversation has an answer") as caught:
         SftRows(conversations, header - 8)
+    assert (caught.value.flag, caught.value.given) == ("ctx_len", header - 8)
 
 
-def test_every_position_counts_when_asked(conversations: Conversations) -> None:
+def test_count_all_gives_every_position_a_target(conversations: Conversations) -> None:
     rows = SftRows(conversations, 128, packing=False, count_all=True)
     for number in range(len(rows)):
         inputs, targets, _ = rows.row(number)
         assert torch.equal(targets[:-1], inputs[1:])
         assert targets[-1] == 0
     short = SftRows(conversations, 16, packing=False, count_all=True)
-    assert len(short) == len(conversations.data), "none is left out for want of an answer"
+    assert len(short) == len(conversations.data), "none is dropped for a missing answer"
     assert torch.equal(short.row(3).targets[:-1], short.row(3).inputs[1:])
 
 
-def test_loss_and_gradients_of_a_packed_row_are_the_weighted_mean(conversations: Conversations) -> None:
+def test_loss_and_gradients_of_a_packed_row_are_weighted_means(conversations: Conversations) -> None:
     from src.model import RWKV7, ModelConfig
     from src.ops.loss import cross_entropy_l2wrap
 
@@ -474,19 +524,21 @@ def test_loss_and_gradients_of_a_packed_row_are_the_weighted_mean(conversations:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_token_count_tells_and_shows(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_token_count_prints_counts_and_a_preview(
+    tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write(tmp_path / "x.jsonl", [4, 40, 4, 300])
     token_count.main([path, "128", "--tokenizer", folder, "--preview", "1"])
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     conversations = open_conversations(path, folder)
-    assert (
-        f"conversations   4 (lines left out: none)\nturns           8, 2.00 a conversation\ntokens          {conversations.data.n_tokens},"
-        in told
-    )
-    assert "longer than 128  1, 25.0 %" in told
+    lines = output.splitlines()
+    assert "conversations   4 (lines left out: none)" in lines
+    assert "turns           8, 2.00 per conversation" in lines
+    assert f"tokens          {conversations.data.n_tokens}, mean" in output
+    assert "longer than 128  1, 25.0 %" in output
     rows = SftRows(conversations, 128)
-    assert told.endswith(f"--my_exit_tokens {128 * len(rows)} --ctx_len 128\n")
-    assert f"{token_count.COUNTS}1 {'x' * 40}<|im_end|>{token_count.RESET}" in told
+    assert output.endswith(f"--my_exit_tokens {128 * len(rows)} --ctx_len 128\n")
+    assert f"{token_count.ANSWER_COLOR}1 {'x' * 40}<|im_end|>{token_count.RESET}" in output
     with pytest.raises(SystemExit):
         token_count.main([path, "128", "--tokenizer", folder, "--preview", "4"])
-    assert "--preview 4: the file has the conversations 0 to 3" in capsys.readouterr().err
+    assert "--preview 4: expected a conversation from 0 to 3" in capsys.readouterr().err

@@ -74,6 +74,7 @@ def test_a_resume_reads_each_file_of_the_state_once(tmp_path, data, monkeypatch)
     out = tmp_path / "run"
     train_until(25, out, data, monkeypatch, **RUN)
     (folder,) = state_folders(out)[:1]
+    names = sorted(path.name for path in folder.iterdir())
     opened = []
 
     def watch(event, args):
@@ -82,7 +83,7 @@ def test_a_resume_reads_each_file_of_the_state_once(tmp_path, data, monkeypatch)
 
     monkeypatch.setattr(audited, "callback", watch)
     assert train(out, data, **RUN) == 0
-    assert sorted(opened) == sorted(path.name for path in folder.iterdir())
+    assert sorted(opened) == names
 
 
 class audited:

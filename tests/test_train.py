@@ -13,9 +13,9 @@ from training_runs import CTX, VOCAB, flags, log_lines, losses, metrics, train, 
 
 from src import run_folder
 from src.dataset.binidx import MMapIndexedDataset
-from src.dataset.lock import only_one
 from src.dataset.pretrain import PretrainDataset
 from src.dataset.sample_order import magic_prime
+from src.files import file_lock
 from src.model import RWKV7
 from src.ops.loss import cross_entropy_l2wrap
 
@@ -259,7 +259,7 @@ def test_folder_without_permission(tmp_path, data, capfd):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, data, capfd):
-    with only_one(tmp_path / ".lock", wait=False):
+    with file_lock(tmp_path / ".lock", wait=False):
         assert train(tmp_path, data) == 2
     assert "another run" in capfd.readouterr().err
     assert not (tmp_path / "train_log.txt").exists()

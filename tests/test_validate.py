@@ -19,8 +19,7 @@ from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
 from src.inference.evaluate import heldout_loss
 from src.model import RWKV7
 from src.run_log import read_columns, read_curves
-from src.training import validation
-from src.training.checkpoint import callbacks
+from src.training import control, validation
 from src.training.distributed import zero
 from src.training.module import TrainingModule
 from src.training.schedule import RunLength
@@ -189,7 +188,7 @@ def test_other_held_out_data_begins_its_own_best(tmp_path, data, held, monkeypat
     assert "after step 40, the lowest so far" in words
     assert "WARNING: --val_data_file is the training data itself" in words
     assert (
-        f"--val_data_file {held}: they are now in {out}/val-1.csv, the best weights by them {out}/rwkv-best-1.pth"
+        f"--val_data_file {held} are archived as {out}/val-1.csv, the best weights by them {out}/rwkv-best-1.pth"
         in words
     )
     assert (out / "val-1.csv").read_text() == earlier
@@ -254,7 +253,7 @@ def test_a_signal_in_the_last_validation(tmp_path, data, held, monkeypatch, capf
         interrupted(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(out, data, **settings) == 0
     assert (out / "rwkv-final.pth").exists()
-    assert "after step 50 (stopped before that of the end was measured)" in capfd.readouterr().out
+    assert "after step 50 (stopped before the last measurement)" in capfd.readouterr().out
 
 
 def test_the_time_limit_keeps_the_time_of_a_validation(tmp_path, data, held, monkeypatch, capfd):
@@ -263,11 +262,8 @@ def test_the_time_limit_keeps_the_time_of_a_validation(tmp_path, data, held, mon
     settings = {"val_data_file": held, "val_windows": WINDOWS, "val_every": "10steps", **RUN}
     with monkeypatch.context() as patch:
         passed = []  # hours
-        clock = SimpleNamespace(
-            monotonic=lambda: time.monotonic() + 3600 * len(passed),
-            perf_counter=lambda: time.perf_counter() + 3600 * len(passed),
-        )
-        patch.setattr(callbacks, "time", clock)
+        clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * len(passed))
+        patch.setattr(control, "time", clock)
         patch.setattr(validation, "time", clock)
         seen = interrupted(patch, 0, lambda: passed.append(1))
         assert train(out, data, time_limit=90, **settings) == 124

@@ -1,4 +1,4 @@
-"""What goes in at the front door: each wrong input gets one message that names it, code 2, and leaves everything as it was."""
+"""Wrong input to train.py: one message that names it, exit code 2, no traceback, and no file is changed."""
 
 import os
 import pickle
@@ -54,7 +54,7 @@ def floats(bin_path, idx_path):
     rewrite(idx_path, with_bytes(17, b"\x07"))
 
 
-def no_index(bin_path, idx_path):
+def not_an_index(bin_path, idx_path):
     rewrite(idx_path, with_bytes(0, b"RIFFWAVE"))
 
 
@@ -62,14 +62,15 @@ def index_missing(bin_path, idx_path):
     idx_path.unlink()
 
 
+# What the message names, in this order: the file, and the values that tell what is wrong with it.
 DATA = {
-    cut_bin: r"\.bin is \d+ bytes long and by count\.idx should be \d+",
-    cut_idx: r"\.idx can't be used: it is \d+ bytes long and by its header should be \d+",
-    of_another: "one of the two files is of another dataset",
-    another_version: "its version is 2, this program reads version 1",
-    floats: "it holds float32 numbers, tokens must be integers",
-    no_index: "does not begin with MMIDIDX",
-    index_missing: r"\.idx does not exist",
+    cut_bin: r"count\.bin.*\d+.*\d+",  # bytes it has, bytes it should have
+    cut_idx: r"count\.idx.*\d+.*\d+",
+    of_another: r"count\.(bin|idx)",
+    another_version: r"count\.idx.*\b2\b.*\b1\b",
+    floats: r"count\.idx.*float32",
+    not_an_index: r"count\.idx.*MMIDIDX",
+    index_missing: r"count\.idx",
 }
 
 
@@ -82,7 +83,7 @@ def test_data(tmp_path, data, capfd, damage):
     refused(tmp_path / "run", tmp_path / "count", capfd, DATA[damage])
 
 
-def test_ids_beyond_the_vocabulary_that_the_quick_look_misses_are_found_in_their_batch(tmp_path, capfd):
+def test_ids_beyond_the_vocabulary_that_the_first_check_misses_are_found_in_their_batch(tmp_path, capfd):
     """A single one in 200,000 tokens: no sampled window has it, the batch that reads it does."""
     tokens = np.ones(200_000, np.int64)
     tokens[100_003] = VOCAB + 1
@@ -90,34 +91,30 @@ def test_ids_beyond_the_vocabulary_that_the_quick_look_misses_are_found_in_their
         writer.add_document(tokens)
     settings = {"my_exit_tokens": CTX * 64 * 196, "micro_bsz": 64, "n_layer": 1}
     assert train(tmp_path / "run", tmp_path / "long", **settings) == 2
-    words = capfd.readouterr().err
-    assert re.search(rf"the id {VOCAB + 1} at token 100003.*--vocab_size {VOCAB}", words), words
-    assert "Traceback" not in words
+    message = capfd.readouterr().err
+    assert re.search(rf"{VOCAB + 1} at token 100003.*--vocab_size {VOCAB}", message), message
+    assert "Traceback" not in message
 
 
-def refused(out, prefix, capfd, words, **changed):
+def refused(out, prefix, capfd, pattern, **changed):
     assert train(out, prefix, **changed) == 2
     captured = capfd.readouterr()
-    assert re.search(words, captured.err), captured.err
+    assert re.search(pattern, captured.err, re.DOTALL), captured.err
     assert "Traceback" not in captured.err
     assert "step 1/" not in captured.out
     assert not list(out.glob("rwkv-*"))
 
 
-@pytest.mark.parametrize(
-    ("prime", "words"),
-    [(371, "353"), (367, "353"), (1009, "353"), (5, "353")],
-    ids=["composite", "not 2 mod 3", "too large", "too small"],
-)
-def test_magic_prime(tmp_path, data, capfd, prime, words):
-    """6,000 tokens are 375 windows of 16: the largest prime below 374 that is 2 mod 3 is 359 or 353; the message names the right one."""
+@pytest.mark.parametrize("prime", [371, 367, 1009, 5], ids=["composite", "not 2 mod 3", "too large", "too small"])
+def test_magic_prime(tmp_path, data, capfd, prime):
+    """The message names the right prime: the largest below 374 (6,000 tokens are 375 windows of 16) that is 2 mod 3."""
     from src.dataset.sample_order import magic_prime
 
     right = magic_prime(6000, CTX)
     refused(tmp_path / "run", data, capfd, rf"--magic_prime {prime}[^\n]*{right}", magic_prime=prime)
 
 
-class Danger:
+class Malicious:
     def __init__(self, path):
         self.path = path
 
@@ -130,11 +127,11 @@ def weights():
 
 
 def hostile(path):
-    torch.save({"emb.weight": Danger(path.with_name("executed"))}, path)
+    torch.save({"emb.weight": Malicious(path.with_name("executed"))}, path)
 
 
 def hostile_pickle(path):
-    path.write_bytes(pickle.dumps(Danger(path.with_name("executed"))))
+    path.write_bytes(pickle.dumps(Malicious(path.with_name("executed"))))
 
 
 def truncated(path):
@@ -159,13 +156,13 @@ def another_width(path):
 
 
 CHECKPOINTS = {
-    hostile: r"could run code, it calls \w+\.system",
-    hostile_pickle: "could run code|not a weights file",
-    truncated: "cut short or not a weights file",
-    text: "cut short or not a weights file",
-    empty: "cut short or not a weights file",
-    foreign: r"not RWKV-7 weights: \S+ is missing \(the file begins with .*transformer\.wte\.weight",
-    another_width: r"don't fit the model: emb\.weight.*(\n.*)*--n_embd 64",
+    hostile: r"weights\.pth.*\.system\b",  # the function it would call
+    hostile_pickle: r"weights\.pth",
+    truncated: r"weights\.pth",
+    text: r"weights\.pth",
+    empty: r"weights\.pth",
+    foreign: r"weights\.pth.*transformer\.wte\.weight",  # what the file has instead
+    another_width: r"weights\.pth.*emb\.weight.*--n_embd 64",  # the flag that fits the file
 }
 
 
@@ -188,21 +185,19 @@ def test_initial_weights_of_stage_3(tmp_path, data, capfd, make):
     assert not (tmp_path / "executed").exists()
 
 
+# The program in place of the compiler, and what the message repeats of its output.
 COMPILERS = {
-    "none": (None, "no C\\+\\+ compiler"),
-    "does not run": ("echo 'wrong architecture' >&2; exit 3", "does not run .*\nwrong architecture"),
-    "refuses": (
-        '[ "$1" = --version ] && exit; echo "unknown option" >&2; exit 1',
-        "could not be built(.*\n)*unknown option",
-    ),
-    "killed": ('[ "$1" = --version ] && exit; echo "Killed signal" >&2; exit 1', "ran out of memory"),
+    "none": (None, r"C\+\+ compiler"),
+    "does not run": ("echo 'wrong architecture' >&2; exit 3", "wrong architecture"),
+    "refuses": ('[ "$1" = --version ] && exit; echo "unknown option" >&2; exit 1', "unknown option"),
+    "killed": ('[ "$1" = --version ] && exit; echo "Killed signal" >&2; exit 1', "memory"),
 }
 
 
 @pytest.mark.parametrize("name", COMPILERS)
 def test_compiler(tmp_path, data, name):
-    """Without the native kernel a run would take many times as long: it begins only where that was asked for."""
-    script, words = COMPILERS[name]
+    """Without the native kernel a run would take many times as long: it starts only if that was asked for."""
+    script, pattern = COMPILERS[name]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": ""}
     if script is None:
         environment["PATH"] = str(tmp_path)
@@ -217,7 +212,7 @@ def test_compiler(tmp_path, data, name):
 
     done = call()
     assert done.returncode == 2, done.stderr
-    assert re.search("train.py: --kernel auto: " + "(.*\n)*.*" + words, done.stderr), done.stderr
+    assert re.search(f"^train.py: --kernel auto: .*{pattern}", done.stderr, re.DOTALL), done.stderr
     assert "--kernel reference" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "run").glob("rwkv-*"))
@@ -226,11 +221,11 @@ def test_compiler(tmp_path, data, name):
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "run" / "rwkv-final.pth").exists()
         done = call()
-        assert done.returncode == 0, done.stderr  # a complete run needs no compiler to say so
+        assert done.returncode == 0, done.stderr  # a complete run needs no compiler
         assert "is complete" in done.stdout
 
 
-def test_everything_that_is_wrong_is_said_at_once(tmp_path, data):
+def test_all_faults_of_a_command_line_are_shown_at_once(tmp_path, data):
     wrong = {"n_embd": 40, "dim_att": 64, "lr_final": 1, "micro_bsz": 0, "train_stage": 7, "precision": "fp8"}
     argv = flags(tmp_path / "run", data, **wrong)
     done = subprocess.run(
@@ -239,13 +234,13 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path, data):
     assert done.returncode == 2
     for name in wrong:
         assert f"--{name}" in done.stderr, name
-    assert "--n_layers: no such flag; the nearest is --n_layer" in done.stderr
+    assert re.search("--n_layers: .*--n_layer[^s]", done.stderr)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("seconds", [0.3, 0.6, 1.2, 2.5, 4.0, 5.5])
 def test_ctrl_c_at_any_moment_ends_cleanly(tmp_path, data, seconds):
-    """While it imports, builds the model, trains: no traceback, code 130, and the same command goes on."""
+    """While it imports, builds the model, trains: no traceback, exit code 130, and the same command continues."""
     argv = flags(tmp_path / "run", data, my_exit_tokens=CTX * 4 * 3000, epoch_steps=100)
     process = subprocess.Popen(
         [sys.executable, "train.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,

@@ -1,10 +1,10 @@
-"""Megatron's indexed dataset, version 1: a pair of files that holds documents as a flat run of token ids.
+"""Megatron's indexed dataset (binidx), version 1: documents as one contiguous array of token ids in a pair of files.
 
     X.bin   the tokens of all items, one after another
     X.idx   "MMIDIDX\\0\\0", u64 version = 1, u8 dtype code, u64 items, u64 document bounds,
             i32 sizes [items], i64 byte pointers [items], i64 document bounds [documents + 1]
 
-All little-endian. An item is a document here; files that keep several items per document are read as well.
+All little-endian. We write one item per document; files with several items per document are read as well.
 """
 
 import os
@@ -18,14 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from src.errors import UserError
-from src.files import write_whole
+from src.files import atomic_write
 
+# Magic, version and dtype codes: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _INTEGERS = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _FLOATS = {6: "float64", 7: "float32"}
+# The format has no code for uint32 and uint64.
 _CODES = {np.dtype(kind): code for code, kind in _INTEGERS.items()}
-_ITEMS_AT_ONCE = 1 << 20  # bounds the memory for index arrays to some MB, however many items there are
+_INDEX_BLOCK = 1 << 20  # items: index arrays are processed in blocks of some MB, however many items there are
 
 
 def file_prefix(path: str | os.PathLike[str]) -> Path:
@@ -35,20 +37,20 @@ def file_prefix(path: str | os.PathLike[str]) -> Path:
 
 
 def with_ending(prefix: Path, ending: str) -> Path:
-    """`X.bin` for (`X`, ".bin"); a dot in X's own name stays, unlike with `Path.with_suffix`."""
+    """`X.bin` for (`X`, ".bin"); unlike `Path.with_suffix` it keeps a dot in the name of X."""
     return prefix.with_name(prefix.name + ending)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest type that holds every id of a vocabulary: u16 up to 65536 entries (id 65535 included), else i32."""
+    """The smallest supported type for the ids of a vocabulary: uint16 up to 65536 entries, else int32."""
     return np.dtype(np.uint16) if vocab_size <= 1 << 16 else np.dtype(np.int32)
 
 
 class MMapIndexedDataset:
-    """Read access to `X.bin` / `X.idx` through the page cache; files larger than memory are fine.
+    """Read access to `X.bin` / `X.idx` through memory maps; the files may be larger than memory.
 
-    `path` is X, X.bin or X.idx. Everything that can be checked is checked here, once: a missing, cut, foreign or
-    mismatched pair is a ValueError that names the file and what to do.
+    `path` is X, X.bin or X.idx. The pair is validated once, in the constructor: UserError with the file as `given` when
+    one is missing, truncated, of another format, or doesn't belong to the other.
 
         .tokens   all tokens, one flat array       .sizes    int32 [items]
         .dtype    their integer type               .doc_idx  int64 [documents + 1], in items
@@ -58,110 +60,119 @@ class MMapIndexedDataset:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.prefix = file_prefix(path)
         self.bin_path, self.idx_path = with_ending(self.prefix, ".bin"), with_ending(self.prefix, ".idx")
+        # A text file given in place of a dataset is the most common mistake, so it gets its own advice.
         if self.prefix.is_file() and not self.bin_path.exists() and not self.idx_path.exists():
             raise UserError(
-                f"{path} is no token data: data/make_data.py makes X.bin and X.idx from texts (jsonl, txt, parquet); a jsonl of conversations "
-                "is read as it is, with --data_type sft"
+                "not a token dataset (X.bin and X.idx)",
+                given=path,
+                advice="convert text with data/make_data.py; train on a .jsonl of conversations with --data_type sft",
             )
         for file in (self.bin_path, self.idx_path):
             if not file.is_file():
                 raise UserError(
-                    f"{file} does not exist; a dataset is the two files X.bin and X.idx, given as X (--data_file, --val_data_file, --data)."
+                    "no such file", given=file, advice="a dataset consists of X.bin and X.idx and is given as X"
                 )
         self.dtype, n_items, n_bounds = self._read_header()
         start = _HEADER.size
         self.sizes = _map(self.idx_path, np.int32, start, n_items)
         self._pointers = _map(self.idx_path, np.int64, start + 4 * n_items, n_items)
         self.doc_idx = _map(self.idx_path, np.int64, start + 12 * n_items, n_bounds)
-        self.n_tokens = self._check_layout()
+        self.n_tokens = self._validate_layout()
         self.tokens = _map(self.bin_path, self.dtype, 0, self.n_tokens)
 
     def _read_header(self) -> tuple[np.dtype[Any], int, int]:
+        """The dtype of the tokens, the number of items and the number of document bounds."""
         length = self.idx_path.stat().st_size
         with self.idx_path.open("rb") as file:
             header = file.read(_HEADER.size)
         if not header.startswith(_MAGIC):
-            raise self._fault("it does not begin with MMIDIDX, so it is no index of this kind")
+            raise self._invalid_index("does not begin with MMIDIDX, so it is not an index of this format")
         if len(header) < _HEADER.size:
-            raise self._fault(f"it is cut within its header, {length} bytes long")
+            raise self._invalid_index(f"truncated within the header, after {length} bytes")
         _, version, code, n_items, n_bounds = _HEADER.unpack(header)
         if version != 1:
-            raise self._fault(f"its version is {version}, this program reads version 1")
+            raise self._invalid_index(f"format version {version} is not supported", expected="version 1")
         if code in _FLOATS:
-            raise self._fault(f"it holds {_FLOATS[code]} numbers, tokens must be integers")
+            raise self._invalid_index(f"the data type is {_FLOATS[code]}", expected="an integer type for token ids")
         if code not in _INTEGERS:
-            raise self._fault(f"its number type has the unknown code {code}")
-        expected = _HEADER.size + 12 * n_items + 8 * n_bounds
+            raise self._invalid_index(f"unknown data type code {code}")
+        expected = _HEADER.size + 12 * n_items + 8 * n_bounds  # i32 size and i64 pointer per item, i64 per bound
         if length != expected:
-            raise self._fault(f"it is {length} bytes long and by its header should be {expected}")
+            raise self._invalid_index(f"has {length} bytes", expected=f"{expected} bytes according to its header")
         return np.dtype(_INTEGERS[code]).newbyteorder("<"), n_items, n_bounds
 
-    def _check_layout(self) -> int:
-        """The number of tokens, once it is sure that items follow each other without gaps and end where .bin ends."""
+    def _validate_layout(self) -> int:
+        """The number of tokens, after checking that items are contiguous and end where the .bin file ends."""
         end = 0  # bytes
-        for start in range(0, len(self.sizes), _ITEMS_AT_ONCE):
-            n_bytes = self.sizes[start : start + _ITEMS_AT_ONCE].astype(np.int64) * self.dtype.itemsize
+        for start in range(0, len(self.sizes), _INDEX_BLOCK):
+            # int64 before multiplying: an int32 size in bytes overflows from 2^31 bytes on.
+            n_bytes = self.sizes[start : start + _INDEX_BLOCK].astype(np.int64) * self.dtype.itemsize
             if n_bytes.min() < 0:
-                raise self._fault(f"item {start + int(n_bytes.argmin())} has a negative size")
+                raise self._invalid_index(f"item {start + int(n_bytes.argmin())} has a negative size")
             ends = end + np.cumsum(n_bytes)
-            astray = np.flatnonzero(self._pointers[start : start + len(n_bytes)] != ends - n_bytes)
-            if len(astray):
-                raise self._fault(f"item {start + int(astray[0])} does not begin where the one before it ends")
+            misplaced = np.flatnonzero(self._pointers[start : start + len(n_bytes)] != ends - n_bytes)
+            if len(misplaced):
+                item = start + int(misplaced[0])
+                raise self._invalid_index(f"item {item} does not begin where the previous item ends")
             end = int(ends[-1])
         n_bounds = len(self.doc_idx)
         if n_bounds == 0 or self.doc_idx[0] != 0 or self.doc_idx[-1] != len(self.sizes):
-            raise self._fault("its document bounds do not run from the first to the last item")
-        for start in range(0, n_bounds - 1, _ITEMS_AT_ONCE):
-            if (np.diff(self.doc_idx[start : start + _ITEMS_AT_ONCE + 1]) < 0).any():
-                raise self._fault("its document bounds do not ascend")
+            raise self._invalid_index("the document bounds do not span all items")
+        for start in range(0, n_bounds - 1, _INDEX_BLOCK):
+            # One more than a block, so that the difference across the border of two blocks is checked too.
+            if (np.diff(self.doc_idx[start : start + _INDEX_BLOCK + 1]) < 0).any():
+                raise self._invalid_index("the document bounds are not in ascending order")
         length = self.bin_path.stat().st_size
         if length != end:
-            what = "cut short or of another dataset" if length < end else "of another dataset"
             raise UserError(
-                f"{self.bin_path} is {length} bytes long and by {self.idx_path.name} should be {end}: one of the two "
-                f"files is {what}. Copy or make both again."
+                f"has {length} bytes",
+                given=self.bin_path,
+                expected=f"{end} bytes according to {self.idx_path.name}",
+                advice=f"{'the .bin is truncated or ' * (length < end)}the two files are from different datasets: "
+                "copy or create both again",
             )
         return end // self.dtype.itemsize
 
-    def _fault(self, what: str) -> ValueError:
-        return ValueError(f"{self.idx_path} can't be used: {what}. Copy or make the dataset again (data/make_data.py).")
+    def _invalid_index(self, problem: str, expected: str = "") -> UserError:
+        advice = "copy the dataset again, or create it again with data/make_data.py"
+        return UserError(problem, given=self.idx_path, expected=expected, advice=advice)
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __getitem__(self, item: int) -> npt.NDArray[Any]:
         """Token ids of one item, a read-only view."""
-        start = int(self._pointers[item]) // self.dtype.itemsize
+        start = int(self._pointers[item]) // self.dtype.itemsize  # Python integers: numpy's int32 sizes would overflow
         return self.tokens[start : start + int(self.sizes[item])]
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
-        # A pickled memmap would carry the whole file to every loader process.
+        # By path: a pickled memmap would send the contents of the whole file to every loader process.
         return type(self), (self.prefix,)
 
 
 def _map(path: Path, dtype: npt.DTypeLike, offset: int, length: int) -> npt.NDArray[Any]:
-    if length == 0:  # an empty range can't be mapped
+    if length == 0:  # mmap rejects empty ranges
         return np.empty(0, dtype)
     mapped = np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r", offset, (length,))
-    return mapped.view(np.ndarray)  # the same pages without memmap's cost at every slice
+    return mapped.view(np.ndarray)  # same memory; slicing np.memmap objects is slower
 
 
 class BinIdxWriter:
-    """Writes `X.bin` / `X.idx`, documents one after another; the pair appears under its name only when whole.
+    """Writes `X.bin` / `X.idx` document by document; the pair appears under its name only when it is complete.
 
         with BinIdxWriter("data/x", np.uint16) as out:
             out.add_document([17, 4, 0])
 
-    Until then it is `X.bin.part`; an error inside the block removes it. Document ends (token 0) are
-    the caller's. An earlier pair of the name stays until the new one is complete: its index is taken away first, and
-    the new index comes last, so that no moment shows a pair that doesn't fit.
+    Until then the tokens are in `X.bin.part`; an error inside the block removes it. The end-of-document token 0 is
+    the caller's task. An earlier pair of the same name is kept until the new one is complete. Then its index is deleted
+    first and the new index is renamed last, so that at no time an index exists next to a .bin of another dataset.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike) -> None:
         self.prefix = file_prefix(prefix)
         self.dtype = np.dtype(dtype)
         if self.dtype not in _CODES:
-            raise UserError(f"{self.dtype} is no token type; use one of {', '.join(map(str, _CODES))}.")
+            raise ValueError(f"unsupported token dtype {self.dtype}; expected one of {', '.join(map(str, _CODES))}")
         self.n_tokens = 0
         self.n_documents = 0
         self._bin_part = with_ending(self.prefix, ".bin.part")
@@ -170,20 +181,22 @@ class BinIdxWriter:
     def __enter__(self) -> "BinIdxWriter":
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin: BinaryIO = self._bin_part.open("wb")
-        self._sizes: BinaryIO = self._sizes_part.open("wb")  # on disk: a hundred million documents are no list
+        # On disk, because a Python list of a hundred million sizes would take gigabytes of memory.
+        self._sizes: BinaryIO = self._sizes_part.open("wb")
         return self
 
     def add_document(self, ids: Sequence[int] | npt.NDArray[Any]) -> None:
-        """Appends one document. ValueError when an id doesn't fit the file's type."""
-        given = np.asarray(ids, dtype=None if len(ids) else self.dtype)
-        tokens = given.astype(self.dtype.newbyteorder("<"), copy=False)
-        if not np.array_equal(given, tokens):
-            span = f"{given.min()} to {given.max()}"
-            raise UserError(f"document {self.n_documents}: its ids, {span}, do not fit {self.dtype}.")
+        """Appends one document. ValueError when an id is out of the range of the dtype."""
+        values = np.asarray(ids, dtype=None if len(ids) else self.dtype)
+        tokens = values.astype(self.dtype.newbyteorder("<"), copy=False)
+        if not np.array_equal(values, tokens):  # the cast wraps around without an error
+            raise ValueError(
+                f"document {self.n_documents}: ids {values.min()} to {values.max()} are out of range for {self.dtype}"
+            )
         self.add_bytes(tokens.tobytes(), np.array([len(tokens)]))
 
     def add_bytes(self, tokens: bytes, sizes: npt.NDArray[Any]) -> None:
-        """Appends several documents at once: their little-endian tokens, joined, and their lengths."""
+        """Appends several documents: their concatenated little-endian tokens, and the number of tokens of each."""
         assert len(tokens) == int(sizes.sum()) * self.dtype.itemsize
         self._bin.write(tokens)
         self._sizes.write(sizes.astype("<i4").tobytes())
@@ -195,12 +208,14 @@ class BinIdxWriter:
     ) -> None:
         try:
             with self._bin, self._sizes:
+                # The tokens must be on disk before an index that refers to them.
                 self._bin.flush()
                 os.fsync(self._bin.fileno())
             if kind is None:
                 bin_path, idx_path = with_ending(self.prefix, ".bin"), with_ending(self.prefix, ".idx")
-                with write_whole(idx_path) as idx:
+                with atomic_write(idx_path) as idx:
                     self._write_index(idx)
+                    # In this order, see the class docstring; `atomic_write` puts the new index in place afterwards.
                     idx_path.unlink(missing_ok=True)
                     self._bin_part.replace(bin_path)
         finally:
@@ -210,15 +225,15 @@ class BinIdxWriter:
     def _write_index(self, idx: IO[bytes]) -> None:
         n = self.n_documents
         sizes = _map(self._sizes_part, np.int32, 0, n)
-        blocks = range(0, n, _ITEMS_AT_ONCE)
+        blocks = range(0, n, _INDEX_BLOCK)
         idx.write(_HEADER.pack(_MAGIC, 1, _CODES[self.dtype], n, n + 1))
         for start in blocks:
-            idx.write(sizes[start : start + _ITEMS_AT_ONCE].tobytes())
+            idx.write(sizes[start : start + _INDEX_BLOCK].tobytes())
         end = 0
         for start in blocks:
-            n_bytes = sizes[start : start + _ITEMS_AT_ONCE].astype(np.int64) * self.dtype.itemsize
+            n_bytes = sizes[start : start + _INDEX_BLOCK].astype(np.int64) * self.dtype.itemsize
             ends = end + np.cumsum(n_bytes)
             idx.write((ends - n_bytes).astype("<i8").tobytes())
             end = int(ends[-1])
-        for start in range(0, n + 1, _ITEMS_AT_ONCE):
-            idx.write(np.arange(start, min(n + 1, start + _ITEMS_AT_ONCE), dtype="<i8").tobytes())
+        for start in range(0, n + 1, _INDEX_BLOCK):
+            idx.write(np.arange(start, min(n + 1, start + _INDEX_BLOCK), dtype="<i8").tobytes())

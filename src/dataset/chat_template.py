@@ -1,4 +1,4 @@
-"""Conversations to text by a tokenizer's own chat template, written in Jinja as Hugging Face tokenizers carry it."""
+"""Chat templates: Jinja templates of Hugging Face tokenizers that turn a conversation into text."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from src.errors import UserError
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
-# How RWKV World models are spoken to. A blank line ends a turn, so there is none within one.
+# The prompt format of RWKV World models. A blank line ends a turn, so blank lines within a turn are removed.
 RWKV_TEMPLATE = (
     "{% for m in messages %}"
     r"{% set text = m.content.replace('\r\n', '\n').strip().split('\n') | select | join('\n') %}"
@@ -27,63 +27,67 @@ RWKV_TEMPLATE = (
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}` encloses what the assistant writes.
+    """The tag `{% generation %} ... {% endgeneration %}` around the text of the assistant, as in `transformers`.
 
-    For rendering it is a plain block; the variables `answer_begins` and `answer_ends`, where given, are put around it.
+    Renders its content between the values of the variables `answer_begin` and `answer_end`.
     """
 
-    tags = {"generation"}  # noqa: RUF012, the name that Jinja reads
+    tags = {"generation"}  # noqa: RUF012 (the attribute that Jinja reads)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        begins, ends = (
-            jinja2.nodes.Output([jinja2.nodes.Name(name, "load")]) for name in ("answer_begins", "answer_ends")
-        )
-        return jinja2.nodes.Scope([begins, *body, ends], lineno=line)
+        begin, end = (jinja2.nodes.Output([jinja2.nodes.Name(name, "load")]) for name in ("answer_begin", "answer_end"))
+        # A scope of its own, as in `transformers`: assignments inside the block are not visible after it.
+        return jinja2.nodes.Scope([begin, *body, end], lineno=line)
 
 
 class ChatTemplate:
-    """`source` with the variables of `specials` (bos_token, eos_token, ...), compiled once.
+    """A compiled chat template; `special_tokens` are variables of the template (bos_token, eos_token, ...).
 
-    ValueError when the source is no template. The sandbox keeps a template from touching more than its messages.
+    UserError when `source` is not a valid template. Templates are downloaded code, so they run in Jinja's sandbox.
     """
 
-    def __init__(self, source: str, specials: dict[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         self.source = source
         self.marks_answers = re.search(r"{%-?\s*generation\b", source) is not None
-        self._specials = specials
-        world = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        self._special_tokens = special_tokens
+        # The options and globals of `transformers`, for which these templates are written.
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
-        world.filters["tojson"] = _to_json
-        world.globals["raise_exception"] = _refuse
-        world.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda date_format: datetime.now().strftime(date_format)
         try:
-            self._compiled = world.from_string(source)
+            self._compiled = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise UserError(f"the tokenizer's chat template can't be read: {error}") from error
+            raise UserError(f"the chat template is not valid Jinja ({error})") from error
 
     def render(
-        self, messages: list[Message], add_generation_prompt: bool = False, around_answers: tuple[str, str] = ("", "")
+        self, messages: list[Message], add_generation_prompt: bool = False, answer_markers: tuple[str, str] = ("", "")
     ) -> str:
-        """The conversation as text, ready for the answer when `add_generation_prompt` and the template knows of it.
+        """The conversation as text.
 
-        `around_answers` goes before and after every block that the template marks as generated.
+        add_generation_prompt   ends with the header of an assistant turn, in templates that support it
+        answer_markers          texts to insert before and after every `{% generation %}` block
+
+        UserError, its `problem` a noun phrase, when the template rejects the conversation or fails.
         """
-        begins, ends = around_answers
+        begin, end = answer_markers
         variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None}
-        marks = {"answer_begins": begins, "answer_ends": ends}
+        markers = {"answer_begin": begin, "answer_end": end}
         try:
-            return self._compiled.render({**self._specials, **variables, **marks})
-        except (jinja2.TemplateError, TypeError) as error:  # TypeError: as of adding a text to nothing
-            raise UserError(f"a chat template that refuses this conversation: {error}") from error
+            return self._compiled.render({**self._special_tokens, **variables, **markers})
+        # TypeError and ValueError come from operations in the template, for example adding None to a string.
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"a conversation that the chat template rejects ({error})") from error
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    # Jinja's own tojson escapes <, > and & for HTML, which would put other tokens in.
+    # Jinja's own tojson escapes <, > and & for HTML, which would change the tokens.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
 
-def _refuse(message: str) -> NoReturn:
+def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)

@@ -1,4 +1,4 @@
-"""Which conversations share a row: best-fit decreasing on the lengths, and the order of the rows in each epoch."""
+"""Packing of conversations into rows: best-fit decreasing by length, and the order of the rows in each epoch."""
 
 from bisect import bisect_left, insort
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from src.dataset.external_shuffle import scramble
+from src.dataset.hashing import splitmix64
 
 Indices = npt.NDArray[np.int64]
 
@@ -25,48 +25,51 @@ class Packing(NamedTuple):
 
 
 def pack(lengths: npt.NDArray[np.integer], capacity: int, seed: int) -> Packing:
-    """Rows of at most `capacity` positions: best-fit decreasing, all conversations of a length at once.
+    """Packs conversations of `lengths` (1 .. capacity) into rows of at most `capacity` positions: best-fit decreasing.
 
-    Each length, the longest first, goes where it leaves the least room: for ten million conversations that is some
-    thousand array operations. `seed` decides who among equals goes where. Lengths are 1 .. capacity. Usual mixes fill
-    98 % and more; where nearly all are longer than half a row, no packing of whole conversations can fill it.
+    Conversations are placed in order of decreasing length, each into the row with the least remaining space that fits.
+    All conversations of one length are placed together, so ten million conversations take some thousand array
+    operations. `seed` decides the order among conversations of equal length. Typical length distributions fill 98 % of
+    the positions and more; where nearly all conversations are longer than half a row, no packing can fill the rows.
     """
-    by_chance = scramble(np.arange(len(lengths), dtype=np.uint64), seed, "pack")
-    order = np.lexsort((by_chance, -lengths.astype(np.int64)))
+    tie_break = splitmix64(np.arange(len(lengths), dtype=np.uint64), seed, "pack")
+    order = np.lexsort((tie_break, -lengths.astype(np.int64)))  # the last key is the primary one
     counts = np.bincount(lengths, minlength=capacity + 1)
-    row_of = np.empty(len(lengths), np.int64)  # of order[i]
-    open_rows: dict[int, Indices] = {}  # by the room that is left
-    rooms: list[int] = []  # the keys, ascending
+    row_of = np.empty(len(lengths), np.int64)  # row of the conversation order[i]
+    open_rows: dict[int, Indices] = {}  # rows by their remaining space
+    spaces: list[int] = []  # the keys of `open_rows` in ascending order
     placed = n_rows = 0
     for length in range(capacity, 0, -1):
-        waiting = int(counts[length])
-        while waiting:
-            at = bisect_left(rooms, length)
-            if at < len(rooms):
-                room = rooms.pop(at)
-                rows = open_rows.pop(room)
+        pending = int(counts[length])
+        while pending:
+            position = bisect_left(spaces, length)
+            if position < len(spaces):
+                space = spaces.pop(position)
+                rows = open_rows.pop(space)
             else:
-                room, rows = capacity, np.arange(n_rows, n_rows + -(-waiting // (capacity // length)))
+                # New rows, as many as are needed when each takes as many of this length as fit.
+                space, rows = capacity, np.arange(n_rows, n_rows + -(-pending // (capacity // length)))
                 n_rows += len(rows)
-            taken, left = rows[:waiting], rows[waiting:]
-            row_of[placed : placed + len(taken)] = taken
-            placed, waiting = placed + len(taken), waiting - len(taken)
-            for some, space in ((taken, room - length), (left, room)):
-                if len(some) and space:
-                    if space in open_rows:
-                        open_rows[space] = np.concatenate([open_rows[space], some])
+            used, unused = rows[:pending], rows[pending:]
+            row_of[placed : placed + len(used)] = used
+            placed, pending = placed + len(used), pending - len(used)
+            for group, remaining in ((used, space - length), (unused, space)):
+                if len(group) and remaining:
+                    if remaining in open_rows:
+                        open_rows[remaining] = np.concatenate([open_rows[remaining], group])
                     else:
-                        open_rows[space] = some
-                        insort(rooms, space)
+                        open_rows[remaining] = group
+                        insort(spaces, remaining)
     bounds = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=n_rows))])
+    # Stable, so that the conversations of a row keep the order of placement on every platform.
     return Packing(order[np.argsort(row_of, kind="stable")], bounds)
 
 
-def one_each(count: int) -> Packing:
+def one_per_row(count: int) -> Packing:
     """Every conversation in a row of its own."""
     return Packing(np.arange(count), np.arange(count + 1))
 
 
 def epoch_order(n_rows: int, seed: int, epoch: int) -> Indices:
-    """The rows in the order of an epoch: a permutation that (seed, epoch) alone decides."""
-    return np.argsort(scramble(np.arange(n_rows, dtype=np.uint64), seed, "epoch", epoch), kind="stable")
+    """The rows in the order of an epoch, a permutation that depends on (seed, epoch) alone."""
+    return np.argsort(splitmix64(np.arange(n_rows, dtype=np.uint64), seed, "epoch", epoch), kind="stable")

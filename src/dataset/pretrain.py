@@ -1,4 +1,4 @@
-"""Pretraining samples: windows of ctx_len + 1 tokens from a flat token file, in the order of `sampling`."""
+"""Pretraining samples: windows of ctx_len + 1 tokens of a token file, in the order of `sample_order`."""
 
 import os
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from src.errors import UserError
 
 
 class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """What one rank reads: item i is (inputs, targets), int64 [ctx_len] each, targets one token further on.
+    """The samples of one rank: item i is (inputs, targets), int64 [ctx_len] each, targets shifted by one token.
 
-    path          the dataset, X or X.bin or X.idx
-    prime         the magic prime of this data and ctx_len (`magic_prime(tokens, ctx_len)`)
-    first_sample  number of the run's sample at which this start begins, over all ranks
-    n_samples     how many samples this rank reads: its length, a multiple of `micro_bsz`
-    skipped_samples         samples left out for good, (first, count): the later ones move up
-    vocab_size    every id must be below it; otherwise a ValueError names the id and where it stands
+    path             the dataset: X, X.bin or X.idx
+    prime            the magic prime of this data and ctx_len, as of `magic_prime(tokens, ctx_len)`
+    first_sample     number of the first sample of the run to read, over all ranks
+    n_samples        number of samples that this rank reads, a multiple of `micro_bsz`
+    skipped_samples  ranges (first, count) of samples that are never read; later samples take their places
+    vocab_size       upper bound of the ids; reading an id outside of 0 .. vocab_size - 1 is a UserError
 
-    Nothing changes after construction: any item can be read at any time, in any process.
+    Immutable after construction: any item can be read at any time, in any process.
     """
 
     def __init__(
@@ -39,8 +39,9 @@ class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         skipped_samples: Sequence[tuple[int, int]] = (),
     ) -> None:
         assert 0 <= rank < world_size
-        assert n_samples % micro_bsz == 0, "a rank reads whole micro batches"
-        self.data = MMapIndexedDataset(path)
+        assert n_samples % micro_bsz == 0, "a rank reads complete micro batches"
+        self.data = MMapIndexedDataset(path)  # pickled by its path, so loader processes map the same file
+        # Before the first sample: a wrong prime would read past the end of the data, or the same windows twice.
         check_magic_prime(prime, self.data.n_tokens, ctx_len)
         self.ctx_len = ctx_len
         self.prime = prime
@@ -54,17 +55,21 @@ class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __len__(self) -> int:
         return self.n_samples
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if not 0 <= index < self.n_samples:
-            raise IndexError(f"sample {index} of {self.n_samples}")
-        n = nth_kept_sample(sample_number(index, self.first_sample, self.rank, self.world_size), self.skipped_samples)
+    def __getitem__(self, item: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if not 0 <= item < self.n_samples:
+            raise IndexError(f"sample {item} of {self.n_samples}")
+        n = nth_kept_sample(sample_number(item, self.first_sample, self.rank, self.world_size), self.skipped_samples)
         offset = sample_offset(n, self.prime, self.ctx_len)
+        # A copy, because the map is read-only and embeddings take int32 or int64 ids.
         window = self.data.tokens[offset : offset + self.ctx_len + 1].astype(np.int64)
+        # Here, because the embedding would fail with an index error on a CPU and with a device assert on a GPU.
         if window.max() >= self.vocab_size or window.min() < 0:
-            at = int(np.flatnonzero((window >= self.vocab_size) | (window < 0))[0])
+            index = int(np.flatnonzero((window >= self.vocab_size) | (window < 0))[0])
             raise UserError(
-                f"{self.data.bin_path} holds the id {window[at]} at token {offset + at}, outside of --vocab_size "
-                f"{self.vocab_size}: give the vocabulary size of the tokenizer that made this data."
+                f"{self.data.bin_path} has token id {window[index]} at position {offset + index}",
+                flag="vocab_size",
+                given=self.vocab_size,
+                advice="use the vocabulary size of the tokenizer that created the data",
             )
         tokens = torch.from_numpy(window)
-        return tokens[:-1], tokens[1:]
+        return tokens[:-1], tokens[1:]  # two views of one window

@@ -4,7 +4,7 @@
              targets [T]   the next token where the assistant wrote it, else -100
              cu_seqlens [D + 1]   0, the end of each conversation, T (without packing 0, T)
 
-Row `index` of epoch `e` is a pure function of (seed, e, index): like pretraining, a run can be cut and continued anywhere.
+Row `index` of epoch `e` is a pure function of (seed, e, index), so a run can stop and resume at any row.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from src.dataset.packing import Indices, Packing, epoch_order, one_each, pack
+from src.dataset.packing import Indices, Packing, epoch_order, one_per_row, pack
 from src.dataset.sample_order import nth_kept_sample, sample_number
 from src.dataset.sft_cache import Conversations
 from src.errors import UserError
 
-IGNORED = -100  # a target that doesn't count
-_TOKENS_AT_ONCE = 1 << 22  # counted at once
+IGNORED = -100  # a target without loss: the default `ignore_index` of torch's cross_entropy
+_COUNTED_TOKENS = 1 << 22  # tokens per block when counting targets: the running sum takes 16 MiB
 
 
 class SftBatch(NamedTuple):
-    """inputs, targets int64 [T] (a batch: [1, rows * T]); cu_seqlens int32 [documents + 1]."""
+    """One row: inputs, targets int64 [T]; or a batch: [1, rows * T]. cu_seqlens int32 [documents + 1]."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
@@ -34,7 +34,7 @@ class SftBatch(NamedTuple):
 
 
 def collate(rows: list[SftBatch]) -> SftBatch:
-    """Rows become one row, because a row boundary is nothing but another document boundary: B = 1."""
+    """Concatenates rows to a batch of size 1: a row boundary is just another document boundary in cu_seqlens."""
     starts = np.cumsum([0] + [len(row.inputs) for row in rows]).tolist()
     bounds = [row.cu_seqlens[1:] + start for row, start in zip(rows, starts[:-1], strict=True)]
     return SftBatch(
@@ -45,29 +45,33 @@ def collate(rows: list[SftBatch]) -> SftBatch:
 
 
 def collate_shares(samples: list[tuple[SftBatch, float]]) -> tuple[torch.Tensor, ...]:
-    """A micro batch of an `SftDataset`: inputs, targets, cu_seqlens, and the weight fp32 [] of its mean loss in its step.
+    """Collates a micro batch of an `SftDataset`: inputs, targets, cu_seqlens and the loss weight, fp32 [].
 
-    The plain mean of the weighted losses of a step's micro batches, over all ranks, is the mean over every token that counts in
-    the step: however many processes and micro batches it is cut into.
+        weight = targets with loss in this micro batch / mean of that number over the micro batches of the step
+
+    The mean of weight * (mean loss of a micro batch) over the micro batches of a step, on all ranks, is the mean loss
+    over all targets of the step. It doesn't depend on the number of processes and micro batches.
     """
     batch = collate([row for row, _ in samples])
     mean = samples[0][1]
+    # 0: the step is this micro batch, or no target of the step has a loss.
     weight = float((batch.targets != IGNORED).sum()) / mean if mean else 1.0
     return *batch, torch.tensor(weight)
 
 
 class SftRows:
-    """The rows that a file's conversations make at one ctx_len; what each of them holds is settled here, once.
+    """The conversations of a file arranged into rows of one ctx_len; the arrangement is computed in the constructor.
 
-    ctx_len    positions of a row; a conversation of n tokens takes n - 1, with count_all n
-    packing    True: as many conversations as go into a row; False: one a row, padded with token 0
-    truncate   what becomes of a longer one: "end" cuts its end off (and leaves it out where that takes every answer),
-               "drop" leaves it out, "error" is a ValueError
-    count_all  every position counts, prompts and padding too (a conversation's last token and padding have the target
-               0): only for comparing with runs that did that
-    seed       decides who shares a row, and the order of the rows
+    ctx_len    positions per row; a conversation of n tokens takes n - 1, with count_all n
+    packing    True: several conversations share a row; False: one conversation per row, padded with token 0
+    truncate   conversations longer than ctx_len: "end" cuts their end off (and drops those left without an answer),
+               "drop" drops them, "error" raises a UserError
+    count_all  every position has a loss, prompts and padding included (the target of a conversation's last token and of
+               padding is 0); only for comparison with trainers that do so
+    seed       decides which conversations share a row, and the order of the rows
 
-    n_cut, n_dropped (conversations) and n_filled (positions that hold a token) tell what became of the file.
+    n_cut, n_dropped   number of conversations truncated and dropped
+    n_filled           number of positions that hold a token
     """
 
     def __init__(
@@ -85,70 +89,81 @@ class SftRows:
         self.packing = packing
         self.count_all = count_all
         self.seed = seed
+        # n tokens make n - 1 pairs of input and target; count_all adds a target 0 after the last token.
         positions = conversations.data.sizes.astype(np.int64) - (0 if count_all else 1)
         too_long = positions > ctx_len
         if too_long.any() and truncate == "error":
             first = int(np.flatnonzero(too_long)[0])
             raise UserError(
-                f"--ctx_len {ctx_len}: {int(too_long.sum())} of {len(positions)} conversations are longer, the first is "
-                f"number {first} with {positions[first]}. Raise --ctx_len, or choose --truncate end or drop."
+                f"{int(too_long.sum())} of {len(positions)} conversations are longer; the first is number {first} with "
+                f"{positions[first]} positions",
+                flag="ctx_len",
+                given=ctx_len,
+                advice="increase --ctx_len, or use --truncate end or drop",
             )
         kept = np.ones_like(too_long) if count_all and truncate == "end" else ~too_long
-        if truncate == "end" and not count_all:
-            for index in np.flatnonzero(too_long).tolist():  # the others have an answer, or they would not be there
+        if (
+            truncate == "end" and not count_all
+        ):  # with count_all every conversation has targets, however short it is cut
+            # Only the cut ones: the cache holds no conversation without an answer.
+            for index in np.flatnonzero(too_long).tolist():
                 kept[index] = (conversations.data[index][1 : ctx_len + 1] >= 0).any()
         used = np.flatnonzero(kept)
         self.n_cut = int(too_long[used].sum())
         self.n_dropped = len(positions) - len(used)
         if not len(used):
             raise UserError(
-                f"--ctx_len {ctx_len}: no conversation has an answer within it; use a larger --ctx_len or other data."
+                "no conversation has an answer within this length",
+                flag="ctx_len",
+                given=ctx_len,
+                advice="increase --ctx_len or use other data",
             )
         lengths = np.minimum(positions[used], ctx_len)
         self.n_filled = int(lengths.sum())
-        rows = pack(lengths, ctx_len, seed) if packing else one_each(len(used))
+        rows = pack(lengths, ctx_len, seed) if packing else one_per_row(len(used))
         self._rows = Packing(used[rows.members], rows.bounds)
-        self._order: tuple[int, Indices] = (-1, np.empty(0, np.int64))
+        self._order: tuple[int, Indices] = (-1, np.empty(0, np.int64))  # epoch, its order: see `packed_row`
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
     def filled(self) -> float:
-        """The part of all positions that holds a token."""
+        """The fraction of positions that hold a token."""
         return self.n_filled / (len(self) * self.ctx_len)
 
     @cached_property
-    def counted(self) -> npt.NDArray[np.int32]:
-        """How many targets of each row count. Reads all conversations once: a quarter of a minute for a billion tokens."""
+    def target_counts(self) -> npt.NDArray[np.int32]:
+        """Number of targets with a loss of each row, int32 [rows]. Reads all conversations once, at the first use."""
         if self.count_all:
             return np.full(len(self), self.ctx_len, np.int32)
         data = self.conversations.data
         bounds = np.concatenate([[0], np.cumsum(data.sizes, dtype=np.int64)])
-        of_each = np.empty(len(data), np.int32)
+        counts = np.empty(len(data), np.int32)  # by conversation
         first = 0
         while first < len(data):
-            last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + _TOKENS_AT_ONCE, "right")) - 1)
+            last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + _COUNTED_TOKENS, "right")) - 1)
+            # Counts of a conversation are differences of a running sum; tokens with a loss are >= 0, see sft_cache.
             before = np.concatenate([[0], np.cumsum(data.tokens[bounds[first] : bounds[last]] >= 0, dtype=np.int32)])
-            begins = bounds[first:last] - bounds[first] + 1  # the first token is never a target
+            begins = bounds[first:last] - bounds[first] + 1  # + 1: the first token is never a target
             ends = np.minimum(begins + self.ctx_len, bounds[first + 1 : last + 1] - bounds[first])
-            of_each[first:last] = before[ends] - before[begins]
+            counts[first:last] = before[ends] - before[begins]
             first = last
-        return np.add.reduceat(of_each[self._rows.members], self._rows.bounds[:-1])
+        return np.add.reduceat(counts[self._rows.members], self._rows.bounds[:-1])
 
     def sample(self, n: int) -> SftBatch:
-        """The n-th row of a run (0, 1, 2, ...), which goes through all rows again and again, each time in other order."""
-        return self.row(self.number(n))
+        """The n-th row of a run (0, 1, 2, ...), which reads all rows in every epoch, each time in another order."""
+        return self.row(self.packed_row(n))
 
-    def number(self, n: int) -> int:
-        """The place in the packing of the n-th row of a run."""
+    def packed_row(self, n: int) -> int:
+        """Index in the packing of the n-th row of a run."""
         epoch, index = divmod(n, len(self))
-        if self._order[0] != epoch:
+        if self._order[0] != epoch:  # kept, because sorting millions of rows for each sample would be slow
             self._order = (epoch, epoch_order(len(self), self.seed, epoch))
         return int(self._order[1][index])
 
     def row(self, number: int) -> SftBatch:
-        """One row, by its place in the packing."""
+        """One row by its index in the packing."""
         inputs = np.zeros(self.ctx_len, np.int64)
         targets = np.full(self.ctx_len, 0 if self.count_all else IGNORED, np.int64)
         ends = [0]
@@ -163,22 +178,24 @@ class SftRows:
             targets[begin:end] = following[1 : length + 1]
             ends.append(end)
         if not self.packing:
-            # padding follows its conversation, as in the runs that --packing 0 is compared with
+            # Padding continues its conversation, as in the trainers that --packing 0 is compared with.
             ends = [0, self.ctx_len]
-        elif ends[-1] < self.ctx_len:
+        elif ends[-1] < self.ctx_len:  # padding is a document of its own, not a continuation
             ends.append(self.ctx_len)
         return SftBatch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(ends, dtype=torch.int32))
 
 
 class SftDataset(Dataset[tuple[SftBatch, float]]):
-    """What one rank reads: item i is one row, and the tokens that count in a micro batch of its step, on average (0: its step is one
-    micro batch). To be loaded with `collate_fn=collate_shares`.
+    """The rows of one rank, for a DataLoader with `collate_fn=collate_shares`.
 
-    first_sample   number of the run's row at which this start begins, over all ranks
-    n_samples      how many rows this rank reads: its length, a multiple of the micro batch
-    skipped_samples          rows left out for good, (first, count): the later ones move up
-    micro_bsz      rows of a micro batch
-    micro_batches  of a step, on each rank
+    Item i is (row, mean number of targets with a loss per micro batch of its step); the mean is 0 where the step is a
+    single micro batch.
+
+    first_sample     number of the first row of the run to read, over all ranks
+    n_samples        number of rows that this rank reads, a multiple of `micro_bsz`
+    skipped_samples  ranges (first, count) of rows that are never read; later rows take their places
+    micro_bsz        rows per micro batch
+    micro_batches    micro batches per step on each rank
     """
 
     def __init__(
@@ -195,35 +212,37 @@ class SftDataset(Dataset[tuple[SftBatch, float]]):
         assert 0 <= rank < world_size
         self.rows = rows
         self.micro_bsz, self.micro_batches = micro_bsz, micro_batches
-        self._mean_of_step: tuple[int, float] = (-1, 0.0)
+        self._step_mean: tuple[int, float] = (-1, 0.0)
         self.first_sample = first_sample
         self.n_samples = n_samples
         self.rank = rank
         self.world_size = world_size
         self.skipped_samples = tuple(skipped_samples)
         if micro_batches * world_size > 1:
-            rows.counted  # noqa: B018 (here, once, and not in each of the loader's processes)
+            rows.target_counts  # noqa: B018 (computed here once, not in every loader process)
 
     def __len__(self) -> int:
         return self.n_samples
 
-    def __getitem__(self, index: int) -> tuple[SftBatch, float]:
-        if not 0 <= index < self.n_samples:
-            raise IndexError(f"row {index} of {self.n_samples}")
-        n = sample_number(index, self.first_sample, self.rank, self.world_size)
-        return self.rows.sample(nth_kept_sample(n, self.skipped_samples)), self._mean_counted(index)
+    def __getitem__(self, item: int) -> tuple[SftBatch, float]:
+        if not 0 <= item < self.n_samples:
+            raise IndexError(f"row {item} of {self.n_samples}")
+        n = sample_number(item, self.first_sample, self.rank, self.world_size)
+        return self.rows.sample(nth_kept_sample(n, self.skipped_samples)), self._mean_target_count(item)
 
-    def _mean_counted(self, index: int) -> float:
-        """Every rank counts all rows of the step: that needs no word between them, and a loader can do it ahead of time."""
+    def _mean_target_count(self, item: int) -> float:
+        """Mean number of targets with a loss over all micro batches of the step, on all ranks."""
+        # Each rank counts the rows of all ranks: no communication, and loader processes can do it ahead of time.
         shares = self.micro_batches * self.world_size
         if shares == 1:
             return 0.0
-        step = index // (self.micro_bsz * self.micro_batches)
-        if self._mean_of_step[0] != step:
+        # Steps are counted from `first_sample`, which is always the beginning of a step.
+        step = item // (self.micro_bsz * self.micro_batches)
+        if self._step_mean[0] != step:
             first = self.first_sample + step * self.micro_bsz * shares
             numbers = [
-                self.rows.number(nth_kept_sample(n, self.skipped_samples))
+                self.rows.packed_row(nth_kept_sample(n, self.skipped_samples))
                 for n in range(first, first + self.micro_bsz * shares)
             ]
-            self._mean_of_step = (step, int(self.rows.counted[numbers].sum(dtype=np.int64)) / shares)
-        return self._mean_of_step[1]
+            self._step_mean = (step, int(self.rows.target_counts[numbers].sum(dtype=np.int64)) / shares)
+        return self._step_mean[1]

@@ -1,7 +1,7 @@
-"""Conversations tokenised once: a token file beside the jsonl, made again when the jsonl or the tokenizer changes.
+"""Cache of tokenized conversations next to their .jsonl, rebuilt when the .jsonl, the tokenizer or the format changes.
 
-X.jsonl.sft.bin/.idx   a document a conversation, int32: a token that counts is its id, one that doesn't is ~id
-X.jsonl.sft.json       what it was made from, and what was left out
+X.jsonl.sft.bin/.idx   one document per conversation, int32: a token with a loss is its id, one without is ~id
+X.jsonl.sft.json       {"made_from": format version and fingerprints of the inputs, "found": counts}, written last
 """
 
 import errno
@@ -20,20 +20,26 @@ from tqdm import tqdm
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset, with_ending
 from src.dataset.chat_template import RWKV_TEMPLATE
 from src.dataset.conversations import check_template, read_conversation, render_with_answers
-from src.dataset.documents import Broken, broken, read_lines
-from src.dataset.lock import only_one
-from src.dataset.text_input import Piece, check_inputs, read_pieces
+from src.dataset.corpus.documents import InvalidLine, invalid_line, read_lines
+from src.dataset.corpus.text_input import JSON_LINES, Piece, check_inputs, read_pieces
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.dataset.workers import map_in_order, usable_cores
 from src.errors import UserError
-from src.files import write_whole
+from src.files import atomic_write, file_lock
 
-_FORMAT = 1  # another number, and every cache is made again
-_SHOWN_BROKEN = 3
+# Version of the cache. To be increased whenever the same inputs give other tokens, so that older caches are rebuilt.
+_FORMAT = 1
+_SHOWN_INVALID_LINES = 3
 
 
 class Conversations(NamedTuple):
-    """Tokenised conversations, each with a token that counts. `left_out` counts, by reason, the lines that gave none."""
+    """Tokenized conversations, each with at least one token with a loss.
+
+    data            ids with a loss as they are, others as ~id; see `read`
+    left_out        number of unusable lines by reason
+    turns           number of turns of all conversations
+    answer_tokens   number of tokens with a loss
+    """
 
     data: MMapIndexedDataset
     left_out: dict[str, int]
@@ -41,126 +47,153 @@ class Conversations(NamedTuple):
     answer_tokens: int
 
     def read(self, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Ids of a conversation, and which of them the assistant wrote."""
+        """Ids of a conversation, and a mask of those that the assistant wrote."""
         coded = self.data[index].astype(np.int64)
         return np.where(coded < 0, ~coded, coded), coded >= 0
 
 
 def chat_tokenizer(folder: str) -> Tokenizer:
-    """The tokenizer of a run on conversations. ValueError unless it has a chat template that can be masked."""
+    """The tokenizer for conversations. UserError for --tokenizer without a usable chat template."""
     tokenizer = load_tokenizer(folder)
     if tokenizer.chat_template is None:
         raise UserError(
-            f"--tokenizer {folder} has no chat template: give a Hugging Face tokenizer folder with one, or world."
+            "no chat template",
+            flag="tokenizer",
+            given=folder,
+            expected="world, or a tokenizer folder with a chat template",
         )
     try:
         check_template(tokenizer.chat_template, tokenizer.special_tokens)
-    except ValueError as error:
-        raise UserError(f"--tokenizer {folder}: {error}") from error
+    except UserError as error:
+        raise UserError(error.problem, flag="tokenizer", given=folder, advice=error.advice) from error
     return tokenizer
 
 
-_load_once = lru_cache(1)(chat_tokenizer)  # forked workers find it loaded
+_cached_tokenizer = lru_cache(1)(chat_tokenizer)  # loaded before the workers are forked, which then share it
 
 
-class _Tokenised(NamedTuple):
-    coded: bytes
+class _TokenizedPiece(NamedTuple):
+    """The conversations of one piece of the file, encoded as in the cache."""
+
+    tokens: bytes
     sizes: npt.NDArray[np.int32]
     turns: int
     answer_tokens: int
-    broken: list[Broken]
-    end: int
+    invalid: list[InvalidLine]
+    end: int  # bytes of input read, as of `Piece`
 
 
 def encode_conversation(tokenizer: Tokenizer, line: bytes) -> tuple[list[int], npt.NDArray[np.bool_], int]:
-    """Ids of a conversation, which of them count, how many turns it has. ValueError, its text the reason."""
+    """Ids of a conversation, a mask of the tokens with a loss, and the number of turns.
+
+    UserError, its `problem` the reason, when the line is not a usable conversation.
+    """
     assert tokenizer.chat_template is not None
     messages = read_conversation(line)
     text, answers = render_with_answers(tokenizer.chat_template, tokenizer.special_tokens, messages)
-    ids, counts = tokenizer.encode_marked(text, answers)
-    if not counts[1:].any():  # the first token is never a target
+    ids, is_answer = tokenizer.encode_marked(text, answers)
+    if not is_answer[1:].any():  # the first token is never a target
         raise UserError("no answer")
-    return ids, counts, len(messages)
+    return ids, is_answer, len(messages)
 
 
-def _tokenise(piece: Piece, folder: str) -> _Tokenised:
-    tokenizer = _load_once(folder)
-    parts, sizes, faults, turns, answer_tokens = [], [], [], 0, 0
+def _tokenize_piece(piece: Piece, folder: str) -> _TokenizedPiece:
+    tokenizer = _cached_tokenizer(folder)
+    parts, sizes, invalid, turns, answer_tokens = [], [], [], 0, 0
     for index, line in read_lines(piece):
         assert isinstance(line, bytes)
         try:
-            ids, counts, n_turns = encode_conversation(tokenizer, line)
-        except ValueError as error:
-            faults.append(broken(piece, index, str(error), line))
+            ids, is_answer, n_turns = encode_conversation(tokenizer, line)
+        except UserError as error:
+            invalid.append(invalid_line(piece, index, error.problem, line))
             continue
-        coded = np.array(ids, "<i4")
-        parts.append(np.where(counts, coded, ~coded).tobytes())
+        tokens = np.array(ids, "<i4")
+        # ~id is negative for every id, unlike -id, which can't mark id 0.
+        parts.append(np.where(is_answer, tokens, ~tokens).tobytes())
         sizes.append(len(ids))
         turns += n_turns
-        answer_tokens += int(counts.sum())
-    return _Tokenised(b"".join(parts), np.array(sizes, np.int32), turns, answer_tokens, faults, piece.end)
+        answer_tokens += int(is_answer.sum())
+    return _TokenizedPiece(b"".join(parts), np.array(sizes, np.int32), turns, answer_tokens, invalid, piece.end)
 
 
 def open_conversations(path: str, folder: str, workers: int | None = None) -> Conversations:
-    """The conversations of a jsonl (.gz, .zst too), tokenised now unless that was done before.
+    """The conversations of a .jsonl (also .gz, .zst), from the cache or tokenized now.
 
-    Several processes may call it at once: one works, the others wait. ValueError for a file or tokenizer that can't be
-    used, and when no line of the file is a conversation.
+    Several processes may call it at the same time: one builds the cache, the others wait. UserError for a file or
+    tokenizer that is not usable, and when no line of the file is a conversation.
     """
-    prefix, made_from = _source(path, folder)
+    prefix, made_from = _identify_cache(path, folder)
     try:
-        if found := _read(prefix, made_from):  # also where nothing can be written
-            return found
-        with only_one(with_ending(prefix, ".lock"), wait=True):
-            return _read(prefix, made_from) or _make(path, folder, prefix, made_from, workers or usable_cores())
+        # Before locking, so that a finished cache is usable in a folder without write permission.
+        if cached := _read_cache(prefix, made_from):
+            return cached
+        # The lock file is left behind: deleting it while others wait for it would cost them a retry.
+        with file_lock(with_ending(prefix, ".lock"), wait=True):
+            # Read again: another process may have built it while this one waited.
+            return _read_cache(prefix, made_from) or _build_cache(
+                path, folder, prefix, made_from, workers or usable_cores()
+            )
     except OSError as error:
+        # A full disk or a failing one is not the user's choice of folder: those keep their own message.
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         raise UserError(
-            f"{error}: the tokens of --data_file are kept beside it, so its folder must allow it; copy it to a folder of yours."
+            f"the cache of its tokens can't be written next to it ({error})",
+            flag="data_file",
+            given=path,
+            advice="copy the file to a folder with write permission",
         ) from error
 
 
-def _source(path: str, folder: str) -> tuple[Path, dict[str, Any]]:
-    """Where the tokens of `path` are kept, and what they are made from. ValueError for a file that can't hold conversations."""
+def _identify_cache(path: str, folder: str) -> tuple[Path, dict[str, Any]]:
+    """Prefix of the cache of `path`, and the `made_from` of a valid one. UserError for a file of another kind."""
     check_inputs([path])
-    if not path.lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-        raise UserError(f"--data_file {path}: conversations come as .jsonl, .jsonl.gz or .jsonl.zst.")
+    if not path.lower().endswith(JSON_LINES):
+        raise UserError(
+            "unknown kind of file for conversations", flag="data_file", given=path, expected=", ".join(JSON_LINES)
+        )
     made_from = {"format": _FORMAT, "file": _fingerprint(Path(path)), "tokenizer": _tokenizer_hash(folder)}
+    # Next to the data, so that several runs, and users of a shared folder, use one cache.
     return with_ending(Path(path), ".sft"), made_from
 
 
 def look_at_conversations(path: str, folder: str) -> tuple[Conversations, float]:
-    """For a check that leaves nothing behind: all conversations where they were tokenised before, else those at the file's beginning;
-    and the share of the file that they are. Errors as of `open_conversations`."""
-    prefix, made_from = _source(path, folder)
-    if found := _read(prefix, made_from):
-        return found, 1.0
-    _load_once(folder)
+    """The conversations of a file without writing a cache: all of a cached file, else those of the first piece.
+
+    Also returns the fraction of the file that they cover. Raises as `open_conversations`.
+    """
+    prefix, made_from = _identify_cache(path, folder)
+    if cached := _read_cache(prefix, made_from):
+        return cached, 1.0
+    _cached_tokenizer(folder)
+    # Reading stops after one piece: the check must be quick for a file of gigabytes.
     piece = next(iter(read_pieces([path], "conversations")), None)
     if piece is None:
-        raise _nothing_usable(path, Counter())
-    first = _tokenise(piece, folder)
-    left_out = Counter(fault.reason for fault in first.broken)
+        raise _no_conversation(path, Counter())
+    first = _tokenize_piece(piece, folder)
+    left_out = Counter(line.reason for line in first.invalid)
     if not len(first.sizes):
-        raise _nothing_usable(path, left_out)
-    with tempfile.TemporaryDirectory() as beside:  # a mapped file stays readable when its name is gone
-        with BinIdxWriter(Path(beside) / "first", np.int32) as out:
-            out.add_bytes(first.coded, first.sizes)
-        data = MMapIndexedDataset(Path(beside) / "first")
+        raise _no_conversation(path, left_out)
+    with tempfile.TemporaryDirectory() as temporary:  # a mapped file stays readable after it is deleted
+        with BinIdxWriter(Path(temporary) / "first", np.int32) as out:
+            out.add_bytes(first.tokens, first.sizes)
+        data = MMapIndexedDataset(Path(temporary) / "first")
     return Conversations(data, dict(left_out), first.turns, first.answer_tokens), first.end / Path(path).stat().st_size
 
 
-def _nothing_usable(path: str, left_out: Counter[str]) -> ValueError:
-    reasons = ", ".join(f"{reason} ({count} lines)" for reason, count in left_out.most_common(3)) or "it is empty"
-    return ValueError(
-        f"--data_file {path} holds no conversation that can be used: {reasons}. Expected lines like "
-        '{"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+def _no_conversation(path: str, left_out: Counter[str]) -> UserError:
+    reasons = ", ".join(f"{count} lines with {reason}" for reason, count in left_out.most_common(3))
+    return UserError(
+        f"no usable conversation ({reasons or 'the file is empty'})",
+        flag="data_file",
+        given=path,
+        expected='lines like {"conversations": [{"role": "user", "content": "..."}, '
+        '{"role": "assistant", "content": "..."}]}',
     )
 
 
 def _fingerprint(path: Path) -> list[Any]:
-    """Size, time and the first and last megabyte: a file that changed differs in one of them."""
+    """Size, modification time, and a hash of the first and last megabyte: hashing a whole file of gigabytes is slow."""
     stat = path.stat()
     with path.open("rb") as file:
         digest = hashlib.blake2b(file.read(1 << 20))
@@ -170,45 +203,52 @@ def _fingerprint(path: Path) -> list[Any]:
 
 
 def _tokenizer_hash(name_or_folder: str) -> str:
-    if name_or_folder == "world":  # its vocabulary never changes
+    if name_or_folder == "world":  # the vocabulary is fixed, the template is ours and may change
         parts = [b"world", RWKV_TEMPLATE.encode()]
     else:
         names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        # What `load_tokenizer` reads of a folder.
         parts = [file.read_bytes() for name in names if (file := Path(name_or_folder) / name).is_file()]
     return hashlib.blake2b(b"\0".join(parts)).hexdigest()[:32]
 
 
-def _read(prefix: Path, made_from: dict[str, Any]) -> Conversations | None:
+def _read_cache(prefix: Path, made_from: dict[str, Any]) -> Conversations | None:
+    """The cache, or None where there is none for these inputs in this format: missing, outdated, older or damaged."""
     try:
-        notes = json.loads(with_ending(prefix, ".json").read_text())
-        if notes["made_from"] == made_from:
-            return Conversations(MMapIndexedDataset(prefix), **notes["found"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        pass  # none yet, or a cut one: it is made again
-    return None
+        record = json.loads(with_ending(prefix, ".json").read_text(encoding="utf-8"))
+        if record["made_from"] != made_from:
+            return None
+        found = record["found"]
+        left_out = {str(reason): int(count) for reason, count in found["left_out"].items()}
+        counts = int(found["turns"]), int(found["answer_tokens"])
+        return Conversations(MMapIndexedDataset(prefix), left_out, *counts)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        # Not JSON, of another structure, or a token file that doesn't match: rebuilding is always safe.
+        return None
 
 
-def _make(path: str, folder: str, prefix: Path, made_from: dict[str, Any], workers: int) -> Conversations:
-    _load_once(folder)
-    notes_path = with_ending(prefix, ".json")
-    notes_path.unlink(missing_ok=True)
+def _build_cache(path: str, folder: str, prefix: Path, made_from: dict[str, Any], workers: int) -> Conversations:
+    _cached_tokenizer(folder)
+    record = with_ending(prefix, ".json")
+    # The record goes first and comes last: it never exists next to tokens that it doesn't describe.
+    record.unlink(missing_ok=True)
     left_out: Counter[str] = Counter()
     turns = answer_tokens = 0
     pieces = read_pieces([path], "conversations")
-    bar = tqdm(total=Path(path).stat().st_size, desc=f"tokenising {Path(path).name}", unit="B", unit_scale=True)
-    with BinIdxWriter(prefix, np.int32) as out, bar:
-        for part in map_in_order(partial(_tokenise, folder=folder), pieces, workers):
-            for fault in part.broken:
-                left_out[fault.reason] += 1
-                if left_out.total() <= _SHOWN_BROKEN:
-                    tqdm.write(f"left out: {fault}")
-            out.add_bytes(part.coded, part.sizes)
+    progress = tqdm(total=Path(path).stat().st_size, desc=f"tokenizing {Path(path).name}", unit="B", unit_scale=True)
+    with BinIdxWriter(prefix, np.int32) as out, progress:
+        for part in map_in_order(partial(_tokenize_piece, folder=folder), pieces, workers):
+            for line in part.invalid:
+                left_out[line.reason] += 1
+                if left_out.total() <= _SHOWN_INVALID_LINES:
+                    tqdm.write(f"left out: {line}")
+            out.add_bytes(part.tokens, part.sizes)
             turns += part.turns
             answer_tokens += part.answer_tokens
-            bar.update(part.end - bar.n)
+            progress.update(part.end - progress.n)
         if not out.n_documents:
-            raise _nothing_usable(path, left_out)
+            raise _no_conversation(path, left_out)
     found = {"left_out": left_out, "turns": turns, "answer_tokens": answer_tokens}
-    with write_whole(notes_path) as file:
+    with atomic_write(record) as file:
         file.write(json.dumps({"made_from": made_from, "found": found}).encode())
     return Conversations(MMapIndexedDataset(prefix), dict(left_out), turns, answer_tokens)

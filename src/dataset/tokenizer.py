@@ -1,6 +1,6 @@
-"""Tokenizers behind one small interface: the RWKV World vocabulary, and any Hugging Face tokenizer folder.
+"""Tokenizers behind one interface: the RWKV World vocabulary, and Hugging Face tokenizer folders.
 
-A folder is read with `tokenizers` and `jinja2` alone: importing `transformers` takes seconds, this takes milliseconds.
+Folders are read with `tokenizers` and `jinja2` alone, because importing `transformers` takes seconds.
 """
 
 import ast
@@ -16,22 +16,22 @@ import numpy.typing as npt
 
 from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate
 from src.errors import UserError
-from src.files import write_whole
+from src.files import atomic_write
 
 WORLD_VOCAB_SIZE = 65536  # rows of the published models; the vocabulary itself ends at id 65529
-# of a Hugging Face tokenizer folder: all that a tokenizer is made of here and in `transformers`
+# The files of a Hugging Face tokenizer folder that this module and `transformers` read.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Tokenizer:
-    """Text to token ids and back. Made by `load_tokenizer`.
+    """Converts text to token ids and back. Created by `load_tokenizer`.
 
-    name           "world", or the folder that it was read from
-    vocab_size     ids are below it; the `--vocab_size` of a model for this tokenizer
-    chat_template  how conversations become text, or None
-    eos_ids        ids after which generation ends: the tokenizer's own, and 0, which ends every document, where it isn't text
-    text_of_0      what id 0 spells in a text; "" in most vocabularies, "!" in those of GPT-2's kind
-    specials       the texts of bos_token, eos_token and unk_token, as far as there are any, for chat templates
+    name           "world", or the folder of the tokenizer
+    vocab_size     upper bound of the ids; the `--vocab_size` of a model for this tokenizer
+    chat_template  template that turns conversations into text, or None
+    eos_ids        ids that end generation: the tokenizer's eos_token, and 0, which ends documents, unless 0 is text
+    text_of_0      text of id 0; "" in most vocabularies, "!" in that of GPT-2
+    specials       texts of bos_token, eos_token and unk_token, those that exist, for chat templates
     """
 
     name: str
@@ -43,28 +43,29 @@ class Tokenizer:
 
     @property
     def special_tokens(self) -> list[str]:
-        """The texts of the tokens that structure a conversation, as `<|im_end|>`."""
+        """The texts of special tokens, such as `<|im_end|>`."""
         return []
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, nothing added. ValueError for text that is no valid Unicode (lone surrogates)."""
+        """Ids of `text`, without added special tokens. UserError for text with lone surrogates."""
         raise NotImplementedError
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, on all cores where the tokenizer can."""
+        """Ids of each text, computed in parallel where the tokenizer supports it."""
         return [self.encode(text) for text in texts]
 
     def encode_marked(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], npt.NDArray[np.bool_]]:
-        """Ids of `text`, and which of them hold something of its characters [begin, end) in `spans`."""
+        """Ids of `text`, and a mask of those that overlap the characters [begin, end) of any of `spans`."""
         ids = self.encode_batch([text])[0]
         data = text.encode()
+        # Positions from the byte lengths of tokens are exact and fast, if the tokens spell the text byte by byte.
         if self._entries is not None and self.decode_bytes(ids) == data:
             ends = np.cumsum(self._lengths[ids])
             begins = ends - self._lengths[ids]
             if len(data) != len(text):
                 spans = [(len(text[:begin].encode()), len(text[:end].encode())) for begin, end in spans]
-        else:  # a tokenizer that changes the text; what it says of places is exact enough, but slow
-            begins, ends = self._places(text)
+        else:  # a tokenizer that normalizes the text: its own offsets, which are slower
+            begins, ends = self._offsets(text)
         marked = np.zeros(len(ids), np.bool_)
         for begin, end in spans:
             marked |= (begins < end) & (begin < ends)
@@ -72,31 +73,32 @@ class Tokenizer:
 
     @property
     def _entries(self) -> list[bytes] | None:
-        """Bytes of each id, or None for a tokenizer whose tokens don't stand for bytes one by one."""
+        """Bytes of each id, or None for a tokenizer whose tokens don't have fixed bytes."""
         raise NotImplementedError
 
     @cached_property
     def _lengths(self) -> npt.NDArray[np.int64]:
         return np.array([len(entry) for entry in self._entries or ()])
 
-    def _places(self, text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Where the characters of each token of `text` begin and end."""
+    def _offsets(self, text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """First character of each token of `text`, and the one after its last character."""
         raise NotImplementedError
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """The UTF-8 bytes of `ids`; a character may be cut at either end. Ids that mean nothing give U+FFFD."""
+        """The UTF-8 bytes of `ids`, which may begin or end within a character. Unknown ids give U+FFFD."""
         raise NotImplementedError
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids`; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
-UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
+_LONE_SURROGATES = "the text contains lone surrogates, which are not valid Unicode"
+UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # what Python's own decoder puts in the place of invalid bytes
 
 
 class WorldTokenizer(Tokenizer):
-    """RWKV's trie tokenizer (greedy longest match over bytes), through the Rust package pyrwkv-tokenizer."""
+    """RWKV's trie tokenizer (greedy longest match over bytes), from the Rust package pyrwkv-tokenizer."""
 
     name = "world"
     vocab_size = WORLD_VOCAB_SIZE
@@ -105,17 +107,26 @@ class WorldTokenizer(Tokenizer):
         try:
             from pyrwkv_tokenizer import RWKVTokenizer
         except ImportError as error:
-            raise UserError("--tokenizer world needs a package: pip install pyrwkv-tokenizer") from error
+            raise UserError(
+                "needs the package pyrwkv-tokenizer",
+                flag="tokenizer",
+                given="world",
+                advice="pip install pyrwkv-tokenizer",
+            ) from error
         self._rust = RWKVTokenizer()
         self.specials = {}
         self.chat_template = ChatTemplate(RWKV_TEMPLATE, self.specials)
 
     def encode(self, text: str) -> list[int]:
-        return self._rust.encode(text)
+        try:
+            return self._rust.encode(text)
+        except UnicodeEncodeError as error:
+            raise UserError(_LONE_SURROGATES) from error
 
     @cached_property
     def _entries(self) -> list[bytes]:
-        """Bytes of each id. The package's own decoder can't give half a character and panics beyond the vocabulary."""
+        """Bytes of each id."""
+        # The package's own decoder can't return part of a character and panics on ids outside of its vocabulary.
         entries = [UNKNOWN] * self.vocab_size
         entries[0] = b""  # the end of a document has no text
         with open(self._rust.vocab_filepath, encoding="utf-8") as lines:
@@ -131,7 +142,10 @@ class WorldTokenizer(Tokenizer):
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in byte-level BPE: itself where visible in Latin-1, else 256, 257, ..."""
+    """Byte of each character of byte-level BPE: a visible Latin-1 character is its own byte, the rest are U+0100 on.
+
+    The table `bytes_to_unicode` of GPT-2.
+    """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -148,31 +162,39 @@ class FolderTokenizer(Tokenizer):
         model, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not model.is_file():
             raise UserError(
-                f"--tokenizer {folder}: there is no tokenizer.json in it. Name a Hugging Face tokenizer folder, or "
-                f"`world`. (A folder with a slow tokenizer: save it once with transformers' AutoTokenizer.)"
+                "no tokenizer.json in it",
+                flag="tokenizer",
+                given=folder,
+                expected="world or a Hugging Face tokenizer folder",
+                advice="convert a folder of a slow tokenizer with AutoTokenizer.save_pretrained of transformers",
             )
         try:
             self._rust = tokenizers.Tokenizer.from_file(str(model))
-        except Exception as error:  # the package raises nothing narrower
-            raise UserError(f"--tokenizer {folder}: tokenizer.json can't be read: {error}") from error
+        except Exception as error:  # the package raises no narrower class
+            raise UserError(f"tokenizer.json is not readable ({error})", flag="tokenizer", given=folder) from error
+        # Settings of training with `transformers` that some files carry; they would cut or pad long texts.
         self._rust.no_truncation()
         self._rust.no_padding()
         config = _read_json(config_file) if config_file.is_file() else {}
-        self.vocab_size = (
-            max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        )  # some leave ids out
-        names = ("bos_token", "eos_token", "unk_token")
+        # Not the number of entries: some vocabularies skip ids.
+        self.vocab_size = max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        names = ("bos_token", "eos_token", "unk_token")  # those that chat templates refer to
         self.specials = {name: text for name in names if (text := _token_text(config.get(name))) is not None}
+        # Special tokens are skipped, so only an ordinary entry gives a text here.
         self.text_of_0 = self._rust.decode([0], skip_special_tokens=True)
         end = self._special_id("eos_token")
         if end is None:
             self.eos_ids = (0,)
         else:
             self.eos_ids = (end,) if self.text_of_0 or end == 0 else (0, end)
+        # Newer versions of transformers write the template to its own file, which has precedence there too.
         template = folder / "chat_template.jinja"
         source = template.read_text(encoding="utf-8") if template.is_file() else _default_template(config)
         if source is not None:
-            self.chat_template = ChatTemplate(source, self.specials)
+            try:
+                self.chat_template = ChatTemplate(source, self.specials)
+            except UserError as error:
+                raise UserError(error.problem, flag="tokenizer", given=folder) from error
 
     def _special_id(self, name: str) -> int | None:
         token = self.specials.get(name)
@@ -180,16 +202,16 @@ class FolderTokenizer(Tokenizer):
             return None
         number = self._rust.token_to_id(token)
         if number is None:
-            raise UserError(f"--tokenizer {self.name}: its {name} {token!r} is not in its vocabulary.")
+            raise UserError(f"its {name} {token!r} is not in its vocabulary", flag="tokenizer", given=self.name)
         return number
 
     def encode(self, text: str) -> list[int]:
         try:
             return self._rust.encode(text, add_special_tokens=False).ids
-        except TypeError as error:  # all that the package says of a lone surrogate
-            raise UserError("text with lone surrogates is not valid Unicode") from error
+        except TypeError as error:  # what the package raises for lone surrogates
+            raise UserError(_LONE_SURROGATES) from error
 
-    def _places(self, text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _offsets(self, text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         begins, ends = np.array(self._rust.encode(text, add_special_tokens=False).offsets).reshape(-1, 2).T
         return begins, ends
 
@@ -198,6 +220,7 @@ class FolderTokenizer(Tokenizer):
         return [token.content for token in self._rust.get_added_tokens_decoder().values() if token.special]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        # The "fast" variant omits offsets, which only `encode_marked` may need.
         return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
 
     @cached_property
@@ -210,15 +233,17 @@ class FolderTokenizer(Tokenizer):
         added = self._rust.get_added_tokens_decoder()
         entries = [UNKNOWN] * self.vocab_size
         for token, number in self._rust.get_vocab(with_added_tokens=True).items():
-            stands_for_bytes = number not in added and all(c in alphabet for c in token)
-            entries[number] = bytes(alphabet[c] for c in token) if stands_for_bytes else token.encode()
+            # Added tokens are plain text, and some vocabularies have plain entries for unused ids.
+            is_byte_level = number not in added and all(c in alphabet for c in token)
+            entries[number] = bytes(alphabet[c] for c in token) if is_byte_level else token.encode()
         return entries
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         entries = self._entries
         if entries is not None:
             return b"".join(entries[i] if 0 <= i < len(entries) else UNKNOWN for i in ids)
-        runs = groupby(ids, key=lambda i: 0 <= i < self.vocab_size)  # the package leaves unknown ids out, or breaks off
+        # The package skips unknown ids, or raises on negative ones.
+        runs = groupby(ids, key=lambda i: 0 <= i < self.vocab_size)
         return b"".join(
             self._rust.decode(list(run), skip_special_tokens=False).encode() if known else UNKNOWN * len(list(run))
             for known, run in runs
@@ -226,9 +251,9 @@ class FolderTokenizer(Tokenizer):
 
 
 def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer that `--tokenizer` names: "world", or a Hugging Face tokenizer folder.
+    """The tokenizer of `--tokenizer`: "world", or a Hugging Face tokenizer folder.
 
-    ValueError when there is none or it can't be read. A folder that is called `world` is reached as `./world`.
+    UserError when it doesn't exist or is not readable. A folder called `world` is given as `./world`.
     """
     if str(name_or_folder) == "world":
         return WorldTokenizer()
@@ -236,15 +261,16 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> Tokenizer:
 
 
 def copy_tokenizer(folder: Path, to: Path) -> None:
-    """Makes `to` hold the tokenizer of `folder`: its TOKENIZER_FILES, each whole, and none that it lacks. OSError where that fails."""
+    """Copies the TOKENIZER_FILES of `folder` to `to`, each atomically; deletes those in `to` that `folder` lacks."""
     to.mkdir(parents=True, exist_ok=True)
-    if to.samefile(folder):
+    if to.samefile(folder):  # a run whose --tokenizer is the copy in its own folder
         return
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
-            with write_whole(to / name) as file:
+            with atomic_write(to / name) as file:
                 file.write((folder / name).read_bytes())
         else:
+            # A template of another tokenizer, for example, would be used with this vocabulary.
             (to / name).unlink(missing_ok=True)
 
 
@@ -252,17 +278,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"not valid JSON ({error})", given=path) from error
 
 
 def _token_text(entry: Any) -> str | None:
-    """A special token in a config is a string, or an object that has it as `content`."""
+    """The text of a special token in tokenizer_config.json: a string, or the `content` of an object."""
     return entry.get("content") if isinstance(entry, dict) else entry
 
 
 def _default_template(config: dict[str, Any]) -> str | None:
-    """Several templates may be listed as [{"name": ..., "template": ...}]; the one called "default" is for chatting."""
+    """The chat template of tokenizer_config.json, or the one called "default" of several."""
     template = config.get("chat_template")
-    if isinstance(template, list):
+    if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
         return next((entry["template"] for entry in template if entry["name"] == "default"), None)
     return template

@@ -1,4 +1,4 @@
-"""A function over a stream of items on several processes: results in the order of the items, memory bounded."""
+"""Parallel map over a stream on several processes, with results in order and bounded memory."""
 
 import multiprocessing
 import os
@@ -19,45 +19,51 @@ Result = TypeVar("Result")
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: fewer than the machine has in a container or under taskset."""
+    """Number of CPU cores that this process may use; in a container or under taskset fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _prepare() -> None:
-    """In a new worker: leaves Ctrl-C to the main process, ends when that one is killed, and keeps to one thread."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the only way to tell it to the package `tokenizers`
+def _initialize_worker() -> None:
+    """Makes a worker single-threaded, ignore Ctrl-C, and exit when the main process is killed."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the only switch that the package `tokenizers` has
+    # Ctrl-C reaches the whole process group; the main process handles it and shuts the pool down.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         wait([parent.sentinel])
-        os._exit(1)  # else it would wait for work for ever, and hold the files and locks that it inherited
+        # Otherwise it would wait for work forever and keep the files and locks that it inherited by fork.
+        os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`map(function, items)`; one worker is this process itself.
+    """`map(function, items)` on `workers` processes; with one worker in the calling process.
 
-    At most three items a worker are on the way, so that a long stream doesn't pile up. An error in the function comes
-    out where its result would; ValueError when a worker was killed.
+    At most three items per worker are in flight, so the memory doesn't depend on the length of the stream. An exception
+    of `function` is raised in place of its result. UserError when a worker process was killed.
     """
     if workers == 1:
         yield from map(function, items)
         return
-    # Forked workers share the memory of what is loaded already; elsewhere than on Linux forking isn't safe.
+    # Forked workers share the memory of loaded tokenizers; on macOS fork is unsafe, and Windows has none.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, _prepare)
+    pool = ProcessPoolExecutor(workers, context, _initialize_worker)
     try:
-        waiting: deque[Future[Result]] = deque()
+        pending: deque[Future[Result]] = deque()
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 3 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(function, item))
+            if len(pending) > 3 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise UserError("A worker process was killed, most likely for want of memory: use fewer --workers.") from error
+        # The pool doesn't tell the reason; the kernel's out-of-memory killer is the usual one.
+        raise UserError(
+            f"one of {workers} worker processes was killed, most likely because the machine is out of memory",
+            advice="use fewer workers (--workers of data/make_data.py) or free memory",
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,1 +1,1 @@
-"""Weights become answers: decoding, sampling, chat, evaluation, export."""
+"""What trained weights are used for: text generation, chat, evaluation, and export to other formats."""

@@ -1,4 +1,4 @@
-"""Tokens to text while they come: never half a character."""
+"""Decoding of generated tokens to text, piece by piece: whole characters only, and nothing after a stop string."""
 
 from __future__ import annotations
 
@@ -6,60 +6,72 @@ import codecs
 
 from src.dataset.tokenizer import UNKNOWN, Tokenizer
 
-_LONGEST = 4  # bytes of a UTF-8 character: more tokens than that are never waited for
+# Bytes of the longest UTF-8 character. A character that isn't complete after so many tokens is invalid.
+LONGEST_CHARACTER = 4
 
 
 class CharacterStream:
-    """`feed(id)` gives the characters that are complete now, `finish()` the rest.
+    """`feed(id)` returns the characters that are complete now, `finish()` the rest.
 
-    All pieces together are the tokenizer's decoding of all ids; bytes that are no UTF-8 become U+FFFD, as there.
+    Together the pieces are the tokenizer's decoding of all ids; bytes that aren't valid UTF-8 become U+FFFD, as in that
+    decoding.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._shown: list[
-            int
-        ] = []  # the last token shown: some tokenizers write a token differently at the start of a text
-        self._waiting: list[int] = []
+        # The last token returned. It is decoded again before the next ones, because some tokenizers decode a token
+        # differently (without its leading space) at the start of a text.
+        self._context: list[int] = []
+        self._pending: list[int] = []
 
     def feed(self, token: int) -> str:
-        self._waiting.append(token)
-        before = self._tokenizer.decode_bytes(self._shown)
-        now = self._tokenizer.decode_bytes(self._shown + self._waiting)
-        if now.endswith(UNKNOWN) and len(self._waiting) < _LONGEST:
-            return ""  # a tokenizer that decodes to text may put this for half a character
-        self._shown, self._waiting = self._waiting[-1:], []
+        """The characters that `token` completes; "" where it ends within one."""
+        self._pending.append(token)
+        before = self._tokenizer.decode_bytes(self._context)
+        now = self._tokenizer.decode_bytes(self._context + self._pending)
+        # A tokenizer that decodes to text rather than bytes writes U+FFFD for a character that the next token may
+        # complete.
+        if now.endswith(UNKNOWN) and len(self._pending) < LONGEST_CHARACTER:
+            return ""
+        self._context, self._pending = self._pending[-1:], []
         return self._utf8.decode(now[len(before) :])
 
     def finish(self) -> str:
-        """What is left: the tokens that were waited with, and U+FFFD for a character that was never completed."""
-        before = self._tokenizer.decode_bytes(self._shown)
-        rest = self._tokenizer.decode_bytes(self._shown + self._waiting)[len(before) :]
-        self._waiting = []
+        """The text of the pending tokens, with U+FFFD for a character that wasn't completed."""
+        before = self._tokenizer.decode_bytes(self._context)
+        rest = self._tokenizer.decode_bytes(self._context + self._pending)[len(before) :]
+        self._pending = []
         return self._utf8.decode(rest, final=True)
 
 
-class UntilText:
-    """Passes text on until `end` appears in it: `feed(piece)` gives what is surely before it. An empty `end` never appears."""
+class StopString:
+    """Passes text through up to the first occurrence of `stop`; an empty `stop` never occurs.
 
-    def __init__(self, end: str) -> None:
-        self._end, self._held = end, ""
+    `feed(piece)` returns the text that is certain to be before it, `finish()` what was held back as a possible
+    beginning of it.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self._stop, self._held = stop, ""
         self.reached = False
 
     def feed(self, piece: str) -> str:
-        if self.reached or not self._end:
+        """The text before `stop` that is certain now; "" once it was reached."""
+        if self.reached or not self._stop:
             return "" if self.reached else piece
         text = self._held + piece
-        before, found, _ = text.partition(self._end)
-        if found:
+        before, match, _ = text.partition(self._stop)
+        if match:
             self.reached, self._held = True, ""
             return before
-        held = next(n for n in range(min(len(text), len(self._end) - 1), -1, -1) if text.endswith(self._end[:n]))
+        # The longest end of the text that `stop` starts with: the next piece may complete it.
+        longest = min(len(text), len(self._stop) - 1)
+        held = next(n for n in range(longest, -1, -1) if text.endswith(self._stop[:n]))
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
     def finish(self) -> str:
-        """What was held back because `end` might have begun there."""
+        """The text held back; there is no more of it."""
         held, self._held = self._held, ""
         return held

@@ -1,7 +1,7 @@
-"""Recurrent decoding: prompts as whole sequences through the training kernel, then one token a step in constant memory.
+"""Recurrent decoding: prompts as whole sequences by the training kernel, then one token per step in constant memory.
 
-A step reads every weight once and does hardly anything else, so its speed is that of memory. On a CPU it is one native call, on a GPU one
-captured CUDA graph (step.py).
+A step is bound by memory bandwidth: it reads every weight once and computes little. On a CPU it is one native call
+(ops/decode.py), on a GPU one captured CUDA graph (step.py).
 """
 
 from __future__ import annotations
@@ -17,37 +17,41 @@ from src.inference.step import CudaGraphStep, TorchStep, overwrite
 from src.model import RWKV7, LayerState, State
 from src.ops.decode import MOST_SEQUENCES, DecodeWeights, can_decode, decode_step
 
-PACK_TOKENS = 200  # L12-D768 on two cores: 0.3 s of packing, 2 ms less for every token
-PREFILL_TOKENS = 1024  # of all sequences together that a prompt is read by: bounds memory, loses no speed
+# Steps after which packing the weights pays: for L12-D768 on two cores it takes 0.3 s and saves 2 ms per token.
+PACK_TOKENS = 200
+# Tokens of all sequences together that are prefilled at once: bounds the memory of activations without a loss of speed.
+PREFILL_TOKENS = 1024
 
 
 class Decoder:
-    """B sequences and where they are: logits [B, V] = prefill(prompts), then step(tokens) after step(tokens).
+    """B sequences with their states: logits [B, V] = prefill(prompts), then logits = step(tokens) repeatedly.
 
-    Steps read the model's own weights, apart from those that are laid out anew (see DecodeWeights): after a change of the model's weights
-    make a new Decoder. No gradients.
+    No gradients. Steps read copies of some of the weights (see DecodeWeights): after the model's weights have changed,
+    create a new Decoder.
     """
 
     def __init__(self, model: RWKV7, batch: int = 1, pack: bool = True) -> None:
-        """`pack`: read packed weights while there is one sequence. Packing pays after about PACK_TOKENS steps."""
+        """`pack`: compress the weights while there is one sequence, which pays after about PACK_TOKENS steps."""
         self.model, self.config, self.pack = model, model.config, pack
         weight = model.emb.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self._place(State.zeros(model.config, batch, self.device, self.dtype))
+        self._allocate(State.zeros(model.config, batch, self.device, self.dtype))
 
-    def _place(self, state: State) -> None:
-        """Copy `state` to memory that steps overwrite, and with it take the number of sequences."""
+    def _allocate(self, state: State) -> None:
+        """Copy `state` to memory that steps overwrite, and set the batch size to its."""
         att_shift, wkv, ffn_shift = (torch.stack(kind) for kind in zip(*state.layers, strict=True))
-        self._stacked = att_shift, wkv, ffn_shift  # all layers together, as the native step wants them
-        self._state = State([LayerState(*layer) for layer in zip(att_shift, wkv, ffn_shift, strict=True)])
+        self._stacked = att_shift, wkv, ffn_shift  # [L, B, ...]: the native step takes all layers in one tensor
+        self._state = State(
+            [LayerState(*layer) for layer in zip(att_shift, wkv, ffn_shift, strict=True)]
+        )  # views of it
         self.batch = wkv.shape[1]
-        self._graph: CudaGraphStep | None = None
+        self._graph: CudaGraphStep | None = None  # captured for these addresses and this batch size
 
-    # ---- the state ----------------------------------------------------------------------------------------------------------
+    # ---- the state -------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> State:
-        """A copy of where the sequences are; assign it to go back there (of another Decoder with as many sequences, too)."""
+        """A copy of the sequences' states. Assign it (or that of a Decoder of equal batch size) to continue from it."""
         return self._state.clone()
 
     @state.setter
@@ -55,67 +59,73 @@ class Decoder:
         overwrite(self._state, state)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Set all states to zero: the next prompt starts new texts."""
         for layer in self._state.layers:
-            for kept in layer:
-                kept.zero_()
+            for tensor in layer:
+                tensor.zero_()
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these of the sequences only (or with copies of them), in this order."""
+        """Continue with the sequences `rows` only, in this order; a row that is repeated is copied."""
         if self.batch == 1 and len(rows) > 1:
-            self.__dict__.pop("native_weights", None)  # packed, which is slow for several
-        self._place(self._state.select(torch.tensor(rows, device=self.device)))
+            self.__dict__.pop(
+                "native_weights", None
+            )  # packed weights are slow for several sequences: lay them out again
+        self._allocate(self._state.select(torch.tensor(rows, device=self.device)))
 
-    # ---- prompts ------------------------------------------------------------------------------------------------------------
+    # ---- prompts ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read a prompt of its own length into each sequence; logits fp32 [B, V] after the last token of each.
+        """Process a prompt for each sequence, continuing from its state; logits fp32 [B, V] after the last tokens.
 
-        The prompts are packed into one row and read from where the sequences are. ValueError for an empty prompt or an id outside the
-        vocabulary.
+        Prompts may differ in length: they are packed into one row. Raises UserError for an empty prompt or an id
+        outside the vocabulary.
         """
         assert len(prompts) == self.batch, f"{len(prompts)} prompts for {self.batch} sequences"
         for row, prompt in enumerate(prompts):
             check_tokens(prompt, self.config.vocab_size, f"prompt {row}" if self.batch > 1 else "the prompt")
-        at_once = max(1, PREFILL_TOKENS // self.batch)
+        length = max(1, PREFILL_TOKENS // self.batch)
         last = torch.empty(self.batch, self.config.n_embd, device=self.device, dtype=self.dtype)
-        for start in range(0, max(map(len, prompts)), at_once):
-            parts = {row: prompt[start : start + at_once] for row, prompt in enumerate(prompts) if len(prompt) > start}
-            last[list(parts)] = self._read(parts)
-        return self.model.head(last).float()
+        for start in range(0, max(map(len, prompts)), length):
+            chunks = {row: prompt[start : start + length] for row, prompt in enumerate(prompts) if len(prompt) > start}
+            last[list(chunks)] = self._advance(chunks)
+        return self.model.head(last).float()  # the head for last tokens only: [B, C] -> [B, V]
 
-    def _read(self, parts: dict[int, Sequence[int]]) -> Tensor:
-        """Advance the sequences `parts` (by row) and give their last hidden vectors [len(parts), C]."""
-        rows = torch.tensor(list(parts), device=self.device)
-        packed = torch.tensor([[token for part in parts.values() for token in part]], device=self.device)
-        bounds = torch.tensor([0, *map(len, parts.values())]).cumsum(0).to(self.device)
-        one = len(parts) == 1
-        hidden, after = self.model.hidden(packed, self._state.select(rows), None if one else bounds.int())
-        for mine, new in zip(self._state.layers, after.layers, strict=True):
-            for kept, values in zip(mine, new, strict=True):
-                kept[rows] = values
+    def _advance(self, chunks: dict[int, Sequence[int]]) -> Tensor:
+        """Process tokens of some of the sequences, by row; their last hidden vectors [len(chunks), C]."""
+        rows = torch.tensor(list(chunks), device=self.device)
+        packed = torch.tensor([[token for chunk in chunks.values() for token in chunk]], device=self.device)
+        bounds = torch.tensor([0, *map(len, chunks.values())]).cumsum(0).to(self.device)
+        cu_seqlens = bounds.int() if len(chunks) > 1 else None  # the kernels for a single sequence are faster
+        hidden, state = self.model.hidden(packed, self._state.select(rows), cu_seqlens)
+        for layer, new_layer in zip(self._state.layers, state.layers, strict=True):
+            for tensor, values in zip(layer, new_layer, strict=True):
+                tensor[rows] = values
         return hidden[0, bounds[1:] - 1]
 
-    # ---- one token ----------------------------------------------------------------------------------------------------------
+    # ---- one token -------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Feed one token to each sequence; logits fp32 [B, V] for the next ones. On a GPU they are overwritten by the next step."""
+        """Process one token for each sequence; logits fp32 [B, V]. On a GPU the next step overwrites them.
+
+        Raises UserError for an id outside the vocabulary.
+        """
         assert len(tokens) == self.batch, f"{len(tokens)} tokens for {self.batch} sequences"
-        check_tokens(tokens, self.config.vocab_size, "the step")
+        check_tokens(tokens, self.config.vocab_size, "the step's input")
         if self.batch <= MOST_SEQUENCES and self.native:
             return decode_step(torch.tensor(tokens), self.native_weights, *self._stacked)
         if self.device.type != "cuda":
             return self._torch_step(torch.tensor(tokens, device=self.device), self._state)
-        if self._graph is None:
+        if self._graph is None:  # captured at the first step and not before: a decoder may only prefill
             self._graph = CudaGraphStep(self._torch_step, self._state)
         return self._graph(tokens)
 
     @cached_property
     def native(self) -> bool:
-        """Whether steps of a few sequences are native calls."""
+        """Whether steps of up to MOST_SEQUENCES sequences are native calls."""
         config = self.config
+        # "reference" is the choice of plain PyTorch everywhere, to compare with.
         return config.kernel != "reference" and can_decode(self.device, self.dtype, config.head_size, config.dim_ffn)
 
     @cached_property
@@ -124,7 +134,7 @@ class Decoder:
 
     @cached_property
     def native_weights(self) -> DecodeWeights:
-        """The model's weights as native steps read them: for one sequence, or for as many as there were first."""
+        """The weights in the layout of the native step, packed if the batch size is 1 when they are first used."""
         model = self.model
         blocks = [dict(block.named_parameters()) for block in model.blocks]
         ends = (blocks[0]["ln0.weight"], blocks[0]["ln0.bias"], model.ln_out.weight, model.ln_out.bias)
@@ -132,11 +142,13 @@ class Decoder:
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int, what: str) -> None:
-    """ValueError when there is no token, or one outside the vocabulary."""
+    """Raises UserError, about `what`, when `tokens` is empty or has an id outside the vocabulary."""
     if not len(tokens):
-        raise UserError(f"{what} is empty: expected at least one token (0, the end of a document, starts a new text)")
-    least, most = min(tokens), max(tokens)
-    if least < 0 or most >= vocab_size:
+        raise UserError(f"{what} is empty", expected="at least one token (0, the end of a document, starts a new text)")
+    lowest, highest = min(tokens), max(tokens)
+    if lowest < 0 or highest >= vocab_size:
         raise UserError(
-            f"{what} has token id {least if least < 0 else most}, the model has {vocab_size} rows: it was made with another tokenizer"
+            f"{what} has token id {lowest if lowest < 0 else highest}",
+            expected=f"ids below the model's vocabulary size of {vocab_size}",
+            advice="use the tokenizer that the model was trained with",
         )

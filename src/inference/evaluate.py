@@ -1,7 +1,7 @@
-"""How well a model predicts text that it was not trained on.
+"""Measures how well a model predicts text that it wasn't trained on.
 
 python -m src.inference.evaluate MODEL --data held-out[.bin | .txt | .jsonl]      loss, perplexity, bits per byte
-python -m src.inference.evaluate MODEL --last_word lambada.jsonl                  how often the last word is foreseen
+python -m src.inference.evaluate MODEL --last_word lambada.jsonl                  accuracy of predicting the last word
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.dataset.binidx import MMapIndexedDataset, with_ending
-from src.dataset.documents import EMPTY_LINE, EMPTY_TEXT, read_documents
-from src.dataset.text_input import JSON_LINES, Piece, read_pieces
+from src.dataset.corpus.documents import EMPTY_LINE, EMPTY_TEXT, read_documents
+from src.dataset.corpus.text_input import JSON_LINES, Piece, read_pieces
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
-from src.inference.load import add_model_arguments, find_tokenizer, find_weights, load_model
+from src.inference.arguments import add_model_arguments
+from src.inference.load import find_tokenizer, find_weights, load_model
 from src.inference.scoring import LOGIT_ROWS, score_continuations
 from src.model import RWKV7
 
 Tokens = npt.NDArray[Any]
+# exp overflows float64 above 709.
+MAX_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
@@ -41,25 +44,31 @@ class HeldOutLoss:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.exp(self.loss) if self.loss < MAX_EXPONENT else math.inf
 
     def bits_per_byte(self, n_bytes: int) -> float:
-        """For text whose predicted part is `n_bytes` long: comparable between tokenizers."""
+        """loss * tokens / (ln 2 * n_bytes), where the predicted text has `n_bytes`: comparable between tokenizers."""
         return self.loss * self.tokens / (math.log(2) * n_bytes) if n_bytes else math.nan
 
 
-def windows(n_tokens: int, ctx_len: int, max_windows: int | None = None) -> Iterator[slice]:
-    """ctx_len + 1 tokens each, without a gap (a window's last token is the next one's first), or `max_windows` of these evenly spaced.
+def windows(n_tokens: int, ctx_len: int, max_windows: int | None = None, flag: str = "data") -> Iterator[slice]:
+    """Windows of ctx_len + 1 tokens, or `max_windows` of them evenly spaced; each starts with the last token of the one
+    before.
 
-    A remainder shorter than that is left out, unless it is all there is. ValueError for less than two tokens.
+    A shorter remainder is left out, unless there are no more tokens than that. Raises UserError, about `flag`, for less
+    than two tokens.
     """
     if n_tokens < 2:
-        raise UserError(f"--data has {n_tokens} tokens; expected at least 2, one to read and one to predict")
+        raise UserError(
+            f"the data has {n_tokens} tokens", flag=flag, expected="at least 2: one to read and one to predict"
+        )
+    # The overlap of one token makes every token but the first a target exactly once.
     ctx_len = min(ctx_len, n_tokens - 1)
     count = (n_tokens - 1) // ctx_len
-    chosen = count if max_windows is None else min(count, max_windows)
-    for i in range(chosen):
-        start = i * count // chosen * ctx_len
+    # Evenly spaced rather than the first ones: a file may be sorted.
+    selected = count if max_windows is None else min(count, max_windows)
+    for i in range(selected):
+        start = i * count // selected * ctx_len
         yield slice(start, start + ctx_len + 1)
 
 
@@ -70,19 +79,23 @@ def heldout_loss(
     max_windows: int | None = None,
     micro_bsz: int = 8,
 ) -> HeldOutLoss:
-    """Mean loss over independent windows of `data` (binidx, or a flat array of ids): always the same ones, without gradient.
+    """Mean cross entropy over independent windows of `data` (binidx, or a flat array of ids), without gradients.
 
-    Each window starts from an empty state, as in training. ValueError for ids that the model doesn't have.
+    The windows depend on the length of `data` only, and each starts from a zero state, as in training.
+    Raises UserError for ids outside the model's vocabulary.
     """
     tokens = data.tokens if isinstance(data, MMapIndexedDataset) else data
-    chosen = list(windows(len(tokens), ctx_len, max_windows))
+    selected = list(windows(len(tokens), ctx_len, max_windows))
     total, count = 0.0, 0
-    for first in range(0, len(chosen), micro_bsz):
-        batch = np.stack([tokens[window] for window in chosen[first : first + micro_bsz]]).astype(np.int64)
+    for first in range(0, len(selected), micro_bsz):
+        # int64 before the comparison: an unsigned dtype of a file can't hold a negative id, a flat array can.
+        batch = np.stack([tokens[window] for window in selected[first : first + micro_bsz]]).astype(np.int64)
         if batch.min() < 0 or batch.max() >= model.config.vocab_size:
-            wrong = batch.min() if batch.min() < 0 else batch.max()
             raise UserError(
-                f"--data has token id {wrong}, the model {model.config.vocab_size} rows: it was made with another tokenizer"
+                f"the data has token id {batch.min() if batch.min() < 0 else batch.max()}",
+                flag="data",
+                expected=f"ids below the model's vocabulary size of {model.config.vocab_size}",
+                advice="use the tokenizer that the model was trained with",
             )
         total += _summed_loss(model, torch.from_numpy(batch))
         count += batch.shape[0] * (batch.shape[1] - 1)
@@ -91,42 +104,44 @@ def heldout_loss(
 
 @torch.no_grad()
 def _summed_loss(model: RWKV7, batch: Tensor) -> float:
-    """Cross entropy of batch[:, 1:] given what stands before, summed; batch int64 [B, T+1]."""
+    """Summed cross entropy of batch[:, 1:], each token given those before it in its row; batch int64 [B, T+1]."""
     batch = batch.to(model.emb.weight.device)
     hidden, _ = model.hidden(batch[:, :-1])
+    # Chunks of rows bound the memory of the logits; the sum over them is taken in float64.
     rows, targets = hidden.flatten(0, 1).split(LOGIT_ROWS), batch[:, 1:].flatten().split(LOGIT_ROWS)
     parts = [F.cross_entropy(model.head(x).float(), y, reduction="sum") for x, y in zip(rows, targets, strict=True)]
     return float(torch.stack(parts).double().sum())
 
 
 def read_texts(path: Path, flag: str) -> Iterator[str]:
-    """The documents of a file, without the empty ones: in a .jsonl (.gz, .zst) the "text" of each line, any other file is one.
+    """The documents of a file, empty ones left out: the "text" of each line of a .jsonl (.gz, .zst), or the whole file.
 
-    ValueError that names `flag` and the line when one is no text, or the file can't be read.
+    Raises UserError with `flag` when the file can't be read, and with the line when one isn't valid.
     """
     name = str(path)
     try:
-        lines = name.lower().endswith(JSON_LINES)
-        for piece in read_pieces([name], "text") if lines else [Piece(name, 1, 0, [path.read_bytes()], 0)]:
+        # Read by the functions that prepare training data, so that equal files give equal tokens.
+        is_json_lines = name.lower().endswith(JSON_LINES)
+        for piece in read_pieces([name], "text") if is_json_lines else [Piece(name, 1, 0, [path.read_bytes()], 0)]:
             for _, text in read_documents(piece, "text"):
                 if isinstance(text, str):
                     yield text
                 elif text.reason not in (EMPTY_LINE, EMPTY_TEXT):
-                    raise UserError(f"{flag} {text}")
+                    raise UserError(f"{text.reason}: {text.excerpt}", flag=flag, given=text.location)
     except OSError as error:
         raise UserError(
-            f"{flag} {path}: can't be read ({error.strerror}); make it readable, or name another file"
+            f"can't be read ({error.strerror})", flag=flag, given=path, advice="check its permissions"
         ) from error
 
 
 def encode_texts(texts: Iterable[str], tokenizer: Tokenizer) -> Tokens:
-    """The ids of all texts in a row, each followed by 0."""
+    """The ids of all texts, int64, each text followed by 0, as the end of a document is marked in training data."""
     return np.fromiter((token for text in texts for token in (*tokenizer.encode(text), 0)), np.int64)
 
 
 @dataclass(frozen=True)
 class LastWords:
-    """`accuracy`: share of texts whose last word is what the model would write; `perplexity` of these words, per word."""
+    """`accuracy`: share of texts whose last word greedy decoding predicts; `perplexity` of these words, per word."""
 
     accuracy: float
     perplexity: float
@@ -134,18 +149,21 @@ class LastWords:
 
 
 def last_words(model: RWKV7, tokenizer: Tokenizer, texts: Iterable[str]) -> LastWords:
-    """Whether greedy decoding writes each text's last word after the rest of it (LAMBADA). ValueError for a text of one word."""
+    """Prediction of each text's last word from the words before it (LAMBADA). Raises UserError for a single word."""
     pairs = []
+    # As LAMBADA is scored elsewhere: the space belongs to the word, and a text starts after the end of a document (0).
     for text in texts:
         context, _, word = text.rstrip().rpartition(" ")
         if not context or not word:
-            raise UserError(f"--last_word: {text!r} has no word before its last one")
+            raise UserError("the text has a single word", flag="last_word", given=repr(text))
         pairs.append(([0, *tokenizer.encode(context)], tokenizer.encode(" " + word)))
     if not pairs:
-        raise UserError("--last_word: there are no texts in it")
+        raise UserError("the file contains no texts", flag="last_word")
     scores = score_continuations(model, pairs)
-    mean = sum(score.log_probability for score in scores) / len(scores)
-    return LastWords(sum(score.greedy for score in scores) / len(scores), math.exp(min(-mean, 700.0)), len(scores))
+    # Perplexity per word, as LAMBADA's is given: a word may consist of several tokens.
+    mean_loss = -sum(score.log_probability for score in scores) / len(scores)
+    accuracy = sum(score.greedy for score in scores) / len(scores)
+    return LastWords(accuracy, math.exp(min(mean_loss, MAX_EXPONENT)), len(scores))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -155,73 +173,83 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
-    judged = parser.add_mutually_exclusive_group(required=True)
-    judged.add_argument("--last_word", help='.jsonl (.gz, .zst) of {"text": ...}: is the last word foreseen (LAMBADA)')
-    judged.add_argument(
+    # Exclusive, as each is a measure of its own with its own kind of file.
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--last_word", help='.jsonl (.gz, .zst) of {"text": ...}: predict the last words (LAMBADA)')
+    data.add_argument(
         "--data", help='held-out binidx (X, X.bin), text (.txt, .py, ...) or .jsonl (.gz, .zst) of {"text": ...}'
     )
-    parser.add_argument("--ctx_len", type=int, default=512, help="tokens that a window is read with [%(default)s]")
-    parser.add_argument("--max_windows", type=int, default=None, help="evenly spaced; default: all")
-    parser.add_argument("--micro_bsz", type=int, default=8, help="windows at once [%(default)s]")
+    parser.add_argument("--ctx_len", type=int, default=512, help="tokens per window [%(default)s]")
+    parser.add_argument("--max_windows", type=int, default=None, help="most windows, evenly spaced; default: all")
+    parser.add_argument("--micro_bsz", type=int, default=8, help="windows per batch [%(default)s]")
     options = parser.parse_args(argv)
     try:
         for name in ("ctx_len", "max_windows", "micro_bsz"):
             if getattr(options, name) is not None and getattr(options, name) < 1:
-                raise UserError(f"--{name} {getattr(options, name)}: expected at least 1")
-        print(_last_word_report(options) if options.last_word else _report(options))
-    except ValueError as error:
+                raise UserError(flag=name, given=getattr(options, name), expected="at least 1")
+        print(_last_word_report(options) if options.last_word else _loss_report(options))
+    except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     return 0
 
 
-def _report(options: argparse.Namespace) -> str:
+def _loss_report(options: argparse.Namespace) -> str:
     weights = find_weights(options.model)
     model = load_model(weights, options.dtype, options.device)
+    # Any existing X.bin makes X binidx; another file is text, by its suffix lines of JSON or a single document.
     path, vocab_size = Path(options.data), model.config.vocab_size
     is_binidx = path.suffix in (".bin", ".idx") or with_ending(path, ".bin").is_file()
     if not is_binidx and not path.is_file():
-        raise UserError(
-            f"--data {path}: no such file; expected binidx data (X, X.bin), a text file or a .jsonl of texts"
-        )
+        expected = "binidx data (X, X.bin), a text file or a .jsonl of texts"
+        raise UserError("no such file", flag="data", given=path, expected=expected)
     tokenizer: Tokenizer | None = None
     try:
         tokenizer = find_tokenizer(weights, vocab_size, options.tokenizer)
-    except ValueError:
-        if options.tokenizer or not is_binidx:
+    except UserError:
+        if options.tokenizer or not is_binidx:  # binidx holds ids: without a tokenizer only bits per byte are unknown
             raise
     if is_binidx:
+        # Mapped, not read: only the selected windows are.
         tokens: Tokens = MMapIndexedDataset(path).tokens
     else:
         assert tokenizer is not None
-        tokens = encode_texts(read_texts(path, "--data"), tokenizer)
+        tokens = encode_texts(read_texts(path, "data"), tokenizer)
     result = heldout_loss(model, tokens, options.ctx_len, options.max_windows, options.micro_bsz)
+    # Reported as an error, as a script that reads the loss would take "nan" for a result.
     if not math.isfinite(result.loss):
         raise UserError(
-            f"{weights}: its loss is {result.loss}: the weights hold numbers that are not finite, or overflow in --dtype; try fp32"
+            f"its loss is {result.loss}",
+            given=weights,
+            advice="the weights contain values that are not finite, or are too large for --dtype: try fp32",
         )
+    # Of the text and not of the loss's tokens: a tokenizer with longer tokens has a higher loss for the same text.
     if tokenizer is None:
-        bits = "(bits per byte: needs --tokenizer)"
+        bits = "bits per byte unknown without --tokenizer"
     else:
-        n_bytes = sum(
-            _bytes(tokens[w][1:], tokenizer) for w in windows(len(tokens), options.ctx_len, options.max_windows)
-        )
+        selected = windows(len(tokens), options.ctx_len, options.max_windows)
+        n_bytes = sum(text_bytes(tokens[window][1:], tokenizer) for window in selected)  # of the predicted tokens
         bits = f"bits per byte {result.bits_per_byte(n_bytes):.4f}"
-    return f"{weights} on {options.data}: loss {result.loss:.4f}, perplexity {result.perplexity:.4f}, {bits}, {result.tokens:,} tokens"
+    measures = f"loss {result.loss:.4f}, perplexity {result.perplexity:.4f}, {bits}"
+    return f"{weights} on {options.data}: {measures}, {result.tokens:,} tokens"
 
 
 def _last_word_report(options: argparse.Namespace) -> str:
     weights, path = find_weights(options.model), Path(options.last_word)
     if not path.is_file() or not path.name.lower().endswith(JSON_LINES):
-        what = "not lines of JSON by its name" if path.is_file() else "no such file"
-        raise UserError(f'--last_word {path}: {what}; expected a .jsonl (.gz, .zst) of {{"text": ...}}')
+        problem = "not a .jsonl file" if path.is_file() else "no such file"
+        expected = 'a .jsonl (.gz, .zst) of {"text": ...}'
+        raise UserError(problem, flag="last_word", given=path, expected=expected)
     model = load_model(weights, options.dtype, options.device)
     tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer)
-    result = last_words(model, tokenizer, read_texts(path, "--last_word"))
-    return f"{weights} on {path}: accuracy {result.accuracy:.4f}, perplexity {result.perplexity:.4f}, {result.texts:,} texts"
+    result = last_words(model, tokenizer, read_texts(path, "last_word"))
+    measures = f"accuracy {result.accuracy:.4f}, perplexity {result.perplexity:.4f}"
+    return f"{weights} on {path}: {measures}, {result.texts:,} texts"
 
 
-def _bytes(ids: Tokens, tokenizer: Tokenizer) -> int:
-    text = ids if tokenizer.text_of_0 else ids[ids != 0]  # 0 ends a document; in some vocabularies it is text as well
+def text_bytes(ids: Tokens, tokenizer: Tokenizer) -> int:
+    """The length in bytes of the text that `ids` decode to."""
+    # 0 ends a document and has no bytes. Where the vocabulary uses it for text as well, the two can't be told apart.
+    text = ids if tokenizer.text_of_0 else ids[ids != 0]
     return len(tokenizer.decode_bytes(text.tolist()))
 
 

@@ -1,4 +1,4 @@
-"""From logits to the next token, as users of RWKV know it."""
+"""From logits to the next token: temperature, top-p, top-k and repetition penalties, as in other RWKV programs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from torch import Tensor
 
 from src.errors import UserError
 
-# Temperatures that fp32 rounds to 0 would divide 0 by 0; long before that the likeliest token is as good as certain.
+# fp32 rounds temperatures below about 1e-45 to 0, and 0 would be divided by 0. Long before, one token has all
+# probability.
 GREEDY_BELOW = 1e-6
+SEED_LIMIT = 2**63  # torch.Generator takes int64
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Everything is a ValueError that names the setting when it is out of range.
+    """How the next token is drawn. Raises UserError, naming the setting as a flag, for a value out of range.
 
-    temperature        p becomes p^(1/temperature); 0, and anything below 1e-6: always the likeliest token
-    top_p              draw from the likeliest tokens that together reach this probability (before the temperature); 1: all
-    top_k              draw from this many likeliest tokens; 0: all
-    presence_penalty   taken from the logit of every token that has been written
-    frequency_penalty  taken from it once more for each time that it has been written, ...
-    penalty_decay      ... where each time counts this much less with every further token
+    temperature        p becomes p^(1/temperature), normalised; 0 (below 1e-6): always the most likely token
+    top_p              draw from the most likely tokens with this total probability (before the temperature); 1: all
+    top_k              draw from this many most likely tokens; 0: all
+    presence_penalty   subtracted from the logit of every token generated so far
+    frequency_penalty  subtracted from it once more for each time the token was generated, ...
+    penalty_decay      ... where every further token multiplies these counts by this
     """
 
     temperature: float = 1.0
@@ -43,15 +45,16 @@ class Sampling:
         }
         for field in fields(self):
             value = getattr(self, field.name)
-            least, most, words = limits.get(field.name, (-math.inf, math.inf, "a finite number"))
-            if not math.isfinite(value) or not least <= value <= most:
-                raise UserError(f"{field.name} {value}: expected {words}")
+            lowest, highest, expected = limits.get(field.name, (-math.inf, math.inf, "a finite number"))
+            if not math.isfinite(value) or not lowest <= value <= highest:
+                raise UserError(flag=field.name, given=value, expected=expected)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens that may come next and their probabilities: ids int64 [K] and p fp32 [K], summing to 1, for logits [V].
+    """For logits [V], the ids int64 [K] of the tokens that may be drawn, and their probabilities fp32 [K].
 
-    top_p and top_k look at softmax(logits), the temperature is applied to what they leave; the same order as in the `rwkv` package.
+    top_p and then top_k select from softmax(logits), and the temperature is applied to what they leave: the order of
+    the `rwkv` package, so that settings carry over.
     """
     p = torch.softmax(logits.float(), dim=-1)
     if sampling.temperature < GREEDY_BELOW:
@@ -59,10 +62,11 @@ def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         return best.unsqueeze(0), p.new_ones(1)
     ids = None
     if sampling.top_p < 1:
-        # Tokens below (1 - top_p) / V have together less than 1 - top_p, so none of them is needed: sort only the others.
+        # Sorting the whole vocabulary is slow. Tokens below (1 - top_p) / V add up to less than 1 - top_p: none is
+        # needed.
         ids = (p >= (1 - sampling.top_p) / p.numel()).nonzero().squeeze(1)
         p, order = p[ids].sort(descending=True, stable=True)
-        keep = int((p.cumsum(0) < sampling.top_p).sum()) + 1  # the first sum that reaches top_p belongs to it
+        keep = int((p.cumsum(0) < sampling.top_p).sum()) + 1  # including the token whose sum reaches top_p
         p, ids = p[:keep], ids[order[:keep]]
     if 0 < sampling.top_k < p.numel():
         p, order = p.topk(sampling.top_k)
@@ -70,16 +74,16 @@ def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     if ids is None:
         ids = torch.arange(p.numel(), device=p.device)
     if sampling.temperature != 1:
-        p = torch.exp(
-            (p.log() - p.max().log()) / sampling.temperature
-        )  # relative to the best: can't underflow as a whole
+        # Relative to the largest: p^(1/temperature) itself would underflow in every element at low temperatures.
+        p = torch.exp((p.log() - p.max().log()) / sampling.temperature)
     return ids, p / p.sum()
 
 
 class Sampler:
-    """Draws one sequence's tokens: settings, a random source of its own, and what has been written so far.
+    """Draws the tokens of one sequence: the settings, a random generator, and counts of the tokens generated so far.
 
-    seed None: another one each time. `uncounted_ids` don't add to the frequency (blanks and digits have to repeat).
+    seed           None: a random one
+    uncounted_ids  tokens that don't increase the count of `frequency_penalty`: spaces and digits have to repeat
     """
 
     def __init__(self, sampling: Sampling, seed: int | None = None, uncounted_ids: Collection[int] = ()) -> None:
@@ -89,36 +93,36 @@ class Sampler:
             self._random.seed()
         else:
             self._random.manual_seed(seed)
-        self._written = self._counts = torch.zeros(
-            0
-        )  # fp32 [V] each: 1 for what has been written; how often, with the decay
+        # fp32 [V] each, allocated with the first logits: 1 for tokens generated so far; how often, decayed.
+        self._present = self._counts = torch.zeros(0)
 
     def __call__(self, logits: Tensor) -> int:
-        """The next token for logits [V] of any device and dtype. ValueError when they are not numbers."""
-        logits = logits.detach().to("cpu", torch.float32)  # the same draws on every device
+        """The next token for logits [V] of any device and dtype. Raises UserError when they are not finite."""
+        logits = logits.detach().to("cpu", torch.float32)  # a seed gives the same draws on every device
         if not bool(logits.isfinite().all()):
             raise UserError(
-                "the model's logits are not finite: the weights are damaged, or --dtype is too narrow for them"
+                "the model's logits are not finite",
+                advice="the weights are damaged, or too large for --dtype: try fp32",
             )
-        ids, p = probabilities(self._penalised(logits), self.sampling)
+        ids, p = probabilities(self._penalise(logits), self.sampling)
         token = int(ids[torch.multinomial(p, 1, generator=self._random)])
-        self._remember(token)
+        self._count(token)
         return token
 
     @property
-    def _penalises(self) -> bool:
+    def _has_penalties(self) -> bool:
         return self.sampling.presence_penalty != 0 or self.sampling.frequency_penalty != 0
 
-    def _penalised(self, logits: Tensor) -> Tensor:
-        if not self._penalises:
+    def _penalise(self, logits: Tensor) -> Tensor:
+        if not self._has_penalties:
             return logits
         if not self._counts.numel():
-            self._written, self._counts = torch.zeros_like(logits), torch.zeros_like(logits)
-        return logits - self.sampling.presence_penalty * self._written - self.sampling.frequency_penalty * self._counts
+            self._present, self._counts = torch.zeros_like(logits), torch.zeros_like(logits)
+        return logits - self.sampling.presence_penalty * self._present - self.sampling.frequency_penalty * self._counts
 
-    def _remember(self, token: int) -> None:
-        if not self._penalises:
+    def _count(self, token: int) -> None:
+        if not self._has_penalties:
             return
-        self._counts *= self.sampling.penalty_decay
+        self._counts *= self.sampling.penalty_decay  # before the new token is counted, which thus counts 1
         self._counts[token] += token not in self.uncounted_ids
-        self._written[token] = 1
+        self._present[token] = 1

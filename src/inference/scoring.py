@@ -1,4 +1,4 @@
-"""How likely a model finds given continuations: what multiple choice, last words and whole texts are judged by."""
+"""Log-probabilities of given continuations, for multiple-choice tasks, last-word prediction and whole texts."""
 
 from __future__ import annotations
 
@@ -11,80 +11,88 @@ from torch import Tensor
 from src.inference.decoder import check_tokens
 from src.model import RWKV7, State
 
-TOKENS_AT_ONCE = 4096
-LOGIT_ROWS = 1024  # rows of logits that exist at once
+Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
+
+TOKENS_PER_PASS = 4096  # bounds the memory of activations
+# Rows of logits at a time: with V = 65,536 in fp32 this is 256 MB, and all rows of a pass would be 1 GB.
+LOGIT_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Score:
-    """`log_probability` (nats) of a continuation after its context; `greedy`: each of its tokens is the likeliest in its place."""
+    """Of a continuation after its context: `log_probability` in nats; `greedy`: whether each token is the most
+    likely."""
 
     log_probability: float
     greedy: bool
 
 
-def score_continuations(model: RWKV7, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
-    """A Score for each (context, continuation), token ids. Pairs are packed into rows, each with a state of its own; one that is longer
-    than a row is read in pieces, with the state carried, so that activations don't grow with its length.
+def score_continuations(model: RWKV7, pairs: Sequence[Pair]) -> list[Score]:
+    """A Score for each (context, continuation) of token ids.
 
-    ValueError for an empty context or continuation and for ids outside the vocabulary.
+    Pairs are packed into rows of up to TOKENS_PER_PASS tokens, each pair with a separate state. A longer pair is
+    processed in chunks with the state carried over, so that memory doesn't grow with its length. Raises UserError for
+    an empty context or continuation and for ids outside the vocabulary.
     """
     for number, (context, continuation) in enumerate(pairs):
         for tokens, what in ((context, "context"), (continuation, "continuation")):
             check_tokens(tokens, model.config.vocab_size, f"{what} {number}")
     scores: list[Score] = []
-    for pack in _packs(pairs):
-        scores += _score_pack(model, pack)
+    for row in _rows(pairs):
+        scores += _score_row(model, row)
     return scores
 
 
-def _packs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[list[tuple[Sequence[int], Sequence[int]]]]:
-    pack: list[tuple[Sequence[int], Sequence[int]]] = []
+def _rows(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+    """The pairs in order, in groups of at most TOKENS_PER_PASS tokens (or of one pair)."""
+    row: list[Pair] = []
     length = 0
     for context, continuation in pairs:
-        more = len(context) + len(continuation) - 1
-        if pack and length + more > TOKENS_AT_ONCE:
-            yield pack
-            pack, length = [], 0
-        pack.append((context, continuation))
-        length += more
-    if pack:
-        yield pack
+        added = len(context) + len(continuation) - 1  # the last token is predicted and not read
+        if row and length + added > TOKENS_PER_PASS:
+            yield row
+            row, length = [], 0
+        row.append((context, continuation))
+        length += added
+    if row:
+        yield row
 
 
 @torch.no_grad()
-def _score_pack(model: RWKV7, pack: list[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+def _score_row(model: RWKV7, pairs: list[Pair]) -> list[Score]:
     device = model.emb.weight.device
     packed: list[int] = []
     bounds: list[int] = [0]
-    places: list[int] = []
-    targets: list[int] = []
-    for context, continuation in pack:
-        first = len(packed) + len(context) - 1  # where the continuation's first token is predicted
+    predicting: list[int] = []  # positions whose logits predict a token of a continuation ...
+    targets: list[int] = []  # ... and that token
+    for context, continuation in pairs:
+        first = len(packed) + len(context) - 1  # the context's last token predicts the continuation's first
         packed += [*context, *continuation[:-1]]
         bounds.append(len(packed))
-        places += range(first, len(packed))
+        predicting += range(first, len(packed))
         targets += continuation
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device) if len(pack) > 1 else None
-    place, target = torch.tensor(places, device=device), torch.tensor(targets, device=device)
+    # A single pair needs no bounds, and without them it can be split into chunks.
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device) if len(pairs) > 1 else None
+    positions, target = torch.tensor(predicting, device=device), torch.tensor(targets, device=device)
     state: State | None = None
-    judged: list[tuple[Tensor, Tensor]] = []
-    for start in range(0, len(packed), TOKENS_AT_ONCE):  # once, unless it is a single long pair
-        piece = packed[start : start + TOKENS_AT_ONCE]
-        hidden, state = model.hidden(torch.tensor([piece], device=device), state, cu_seqlens)
-        here = (place >= start) & (place < start + len(piece))
-        judged.append(_judge(model, hidden[0, place[here] - start], target[here]))
-    log_p, greedy = map(torch.cat, zip(*judged, strict=True))
-    lengths = [len(continuation) for _, continuation in pack]
-    parts = zip(log_p.split(lengths), greedy.split(lengths), strict=True)
-    return [Score(float(p.sum()), bool(likeliest.all())) for p, likeliest in parts]
+    results: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(packed), TOKENS_PER_PASS):  # one iteration, unless it is a single long pair
+        chunk = packed[start : start + TOKENS_PER_PASS]
+        hidden, state = model.hidden(torch.tensor([chunk], device=device), state, cu_seqlens)
+        in_chunk = (positions >= start) & (positions < start + len(chunk))
+        results.append(_score_tokens(model, hidden[0, positions[in_chunk] - start], target[in_chunk]))
+    log_p, greedy = map(torch.cat, zip(*results, strict=True))
+    lengths = [len(continuation) for _, continuation in pairs]
+    by_pair = zip(log_p.split(lengths), greedy.split(lengths), strict=True)
+    return [Score(float(p.sum()), bool(most_likely.all())) for p, most_likely in by_pair]
 
 
-def _judge(model: RWKV7, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(target) in float64 and whether it is the likeliest, for hidden [T, C], targets [T]."""
+def _score_tokens(model: RWKV7, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(target) and whether it is the most likely token, [T] each, for hidden [T, C], targets int64 [T]."""
     log_p, greedy = [], []
     for x, y in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-        logits = model.head(x).float()
+        logits = model.head(x).float()  # [rows, V]
+        # float64 for the sum over a text: in fp32 thousands of terms would cost digits
         log_p.append(torch.log_softmax(logits, dim=-1).gather(1, y.unsqueeze(1)).squeeze(1).double())
         greedy.append(logits.argmax(-1) == y)
     return torch.cat(log_p).cpu(), torch.cat(greedy).cpu()

@@ -1,7 +1,7 @@
-"""One token for each of B sequences in plain PyTorch, for GPUs (captured as one CUDA graph) and where there is no native step.
+"""One decoding step in plain PyTorch, for GPUs (captured as one CUDA graph) and for CPUs without the native step.
 
-The mathematics is TimeMix's and ChannelMix's at T = 1. What counts is how many small operations there are: weights that are used together
-are laid together once, and states are overwritten in place, which a captured graph needs anyway.
+The mathematics is that of TimeMix and ChannelMix at T = 1. The number of small operations determines the speed, so
+weights that are used together are concatenated once. States are overwritten in place, as a captured graph requires.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from src.ops.recurrence import describe_kernel
 
 
 class _TimeMixWeights(NamedTuple):
-    """A TimeMix's weights laid out for one token; D are the low-rank sizes, w, a, g, v in this order (layer 0: no v)."""
+    """A TimeMix's weights laid out for one token; D are the low-rank sizes of w, a, g, v (layer 0: w, a, g)."""
 
     mix: Tensor  # [3, 1, C]: of r, k, v
-    inner: Tensor  # [sum D, 2C]: first low-rank products for (x, xx) side by side: (x + xx * m) @ D1 = [x, xx] @ [D1; m * D1]
-    sizes: list[int]
-    k_a_rest: Tensor  # 1 - k_a
+    # [sum D, 2 C]: the first matrices of all low-rank pairs, for [x, xx]. (x + xx * m) @ W = [x, xx] @ [W; m * W] turns
+    # four token shifts and four products into one.
+    inner: Tensor
+    sizes: list[int]  # D
+    one_minus_k_a: Tensor  # [C]
 
 
 def _lay_out(att: TimeMix) -> _TimeMixWeights:
@@ -38,7 +40,7 @@ def _lay_out(att: TimeMix) -> _TimeMixWeights:
         mix=torch.cat([att.x_r, att.x_k, att.x_v]).contiguous(),
         inner=inner.contiguous(),
         sizes=[first.shape[1] for _, first in pairs],
-        k_a_rest=(1 - att.k_a).view(-1),
+        one_minus_k_a=(1 - att.k_a).view(-1),
     )
 
 
@@ -48,7 +50,7 @@ def _affine(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _exact_kernel(model: RWKV7) -> str:
-    """The exact recurrence where it can be had: there is nothing to gain from chunks of one token."""
+    """The name of the sequential kernel where it is available: a chunked one has nothing to gain at a single token."""
     weight, config = model.emb.weight, model.config
     if config.kernel == "reference":
         return config.kernel
@@ -60,7 +62,7 @@ def _exact_kernel(model: RWKV7) -> str:
 
 
 class TorchStep:
-    """logits fp32 [B, V] = step(tokens int64 [B], state): the state moves on in place. No gradients."""
+    """logits fp32 [B, V] = step(tokens int64 [B], state), with the state updated in place. No gradients."""
 
     def __init__(self, model: RWKV7) -> None:
         self.model, self._kernel = model, _exact_kernel(model)
@@ -79,15 +81,16 @@ class TorchStep:
         return model.head(model.ln_out(x)).float()
 
     def _time_mix(self, layer: int, x: Tensor, v_first: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor]:
-        """TimeMix.forward for one token; x [B, C]."""
-        block, ours = self._blocks[layer], self._layers[layer]
+        """TimeMix.forward after ln1, for one token: x [B, C] -> out [B, C], v_first [B, C]. Updates `state`."""
+        block, weights = self._blocks[layer], self._layers[layer]
         att = block.att
         x = block.ln1(x)
         xx = state.att_shift - x
         state.att_shift.copy_(x)
-        xr, xk, xv = torch.addcmul(x, xx, ours.mix).unbind(0)
+        xr, xk, xv = torch.addcmul(x, xx, weights.mix).unbind(0)
         r, k, v = att.receptance(xr), att.key(xk), att.value(xv)
-        inner = F.linear(torch.cat([x, xx], dim=-1), ours.inner).split(ours.sizes, dim=-1)
+        # [B, 2 C] -> [B, sum D], split into w, a, g, v
+        inner = F.linear(torch.cat([x, xx], dim=-1), weights.inner).split(weights.sizes, dim=-1)
         w = _affine(att.w0, torch.tanh(inner[0]), att.w2)
         a = _affine(att.a0, inner[1], att.a2).sigmoid_()
         g = torch.sigmoid(inner[2]) @ att.g2
@@ -96,10 +99,10 @@ class TorchStep:
         else:
             v = torch.lerp(v, v_first, _affine(att.v0, inner[3], att.v2).sigmoid_())
 
-        heads = (x.shape[0], 1, att.n_head, att.head_size)
+        heads = (x.shape[0], 1, att.n_head, att.head_size)  # [B, T = 1, H, N], as wkv7 takes it
         kk = (k * att.k_k.view(-1)).view(heads)
         kk = kk.div_(torch.linalg.vector_norm(kk, dim=-1, keepdim=True).clamp_min_(1e-12))
-        k = k * torch.addcmul(ours.k_a_rest, a, att.k_a.view(-1))
+        k = k * torch.addcmul(weights.one_minus_k_a, a, att.k_a.view(-1))  # k (1 + (a - 1) k_a)
         r, k, v_heads = r.view(heads), k.view(heads), v.view(heads)
         y, wkv = wkv7(r, w.view(heads), k, v_heads, -kk, kk * a.view(heads), state.wkv, kernel=self._kernel)
         state.wkv.copy_(wkv)
@@ -110,7 +113,7 @@ class TorchStep:
         return att.output(y * g), v_first
 
     def _channel_mix(self, layer: int, x: Tensor, state: LayerState) -> Tensor:
-        """ChannelMix.forward for one token; x [B, C]."""
+        """ChannelMix.forward after ln2, for one token: x [B, C] -> out [B, C]. Updates `state`."""
         block = self._blocks[layer]
         ffn = block.ffn
         x = block.ln2(x)
@@ -122,24 +125,25 @@ class TorchStep:
 
 def overwrite(state: State, values: State) -> None:
     """Copy `values` into the memory of `state`."""
-    for mine, given in zip(state.layers, values.layers, strict=True):
-        for kept, new in zip(mine, given, strict=True):
-            kept.copy_(new)
+    for layer, new_layer in zip(state.layers, values.layers, strict=True):
+        for tensor, new in zip(layer, new_layer, strict=True):
+            tensor.copy_(new)
 
 
 class CudaGraphStep:
-    """A TorchStep on one state captured as a CUDA graph: a single launch instead of hundreds. The logits are overwritten by the next step."""
+    """A TorchStep on one state, captured as a CUDA graph: one launch instead of hundreds. Steps overwrite the
+    logits."""
 
     def __init__(self, step: TorchStep, state: State) -> None:
         self._device = state.layers[0].wkv.device
-        before = state.clone()  # warming up and capturing must not count as steps
+        before = state.clone()  # warm-up steps change the state; it is restored below
         self._tokens = torch.zeros(state.layers[0].wkv.shape[0], dtype=torch.int64, device=self._device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device):  # streams of another device would capture nothing
+        with torch.cuda.device(self._device):  # a stream of another device would capture nothing
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # what is set up on first use (cuBLAS, kernels) can't be captured
-                for _ in range(3):
+            with torch.cuda.stream(side):  # initialisation on first use (cuBLAS, kernels) can't be captured
+                for _ in range(3):  # as many as PyTorch's documentation of CUDA graphs uses
                     step(self._tokens, state)
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(self._graph):

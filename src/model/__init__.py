@@ -1,4 +1,4 @@
-"""The RWKV-7 model and the parts that other networks are built from."""
+"""The RWKV-7 model, and its time mix and channel mix as layers for other networks."""
 
 from src.config import ModelConfig
 from src.model.layers import Block, ChannelMix, TimeMix

@@ -34,8 +34,7 @@ def training_flops_per_token(config: ModelConfig) -> float:
     (MFU), which asks what the model needs and not what the hardware executes.
     """
     # 2 FLOPs a weight forward (multiply, add), and backward twice that: for the input's and for the weight's gradient.
-    # The embedding is a table look-up and costs nothing. Vectors are counted as if they were matrices; they are below
-    # 0.1 % of P.
+    # The embedding is a table look-up and costs nothing. Vectors, below 0.1 % of P, are counted as matrices.
     matrix_products = 6 * (parameter_count(config) - config.vocab_size * config.n_embd)
     # A row of S has N numbers, one row per channel. Each takes a multiply and an add in S a, in the two rank-one
     # updates and in S r; the decay's single multiplication is left out. Backward takes twice as much, too.

@@ -1,9 +1,10 @@
-"""The two halves of an RWKV-7 block, usable alone, and the block.
+"""The two halves of an RWKV-7 block, each usable as a layer of another network, and the block.
 
-`TimeMix` mixes along the sequence: a linear recurrence whose state is a matrix per head, updated by a generalised delta rule
-with a decay of its own for each channel. `ChannelMix` mixes along the channels. Both look one token back ("token shift"), so both
-carry a little state. Shapes: x [B, T, C]; H heads of width N = C / H. With `cu_seqlens` (int32 [D+1]) a row of B = 1 holds D
-documents one after another, each with its own state: what is [B, ...] in a state is then [D, ...].
+`TimeMix` mixes along the sequence: a linear recurrence whose state is a matrix per head, updated by a generalised delta
+rule with a separate decay for each channel. `ChannelMix` mixes along the channels. Both also read the previous token
+("token shift"), so both have a state that holds it. Shapes: x [B, T, C]; H heads of size N = C / H. With `cu_seqlens`
+(int32 [D+1]) a row of B = 1 holds D documents one after another, each with its own state: what is [B, ...] in a state
+is then [D, ...].
 """
 
 from __future__ import annotations
@@ -17,27 +18,28 @@ from src.model.recompute import recomputed
 from src.model.state import LayerState
 from src.ops import relu_squared, time_mix_inputs, time_mix_output, token_shift, wkv7
 
-GROUP_NORM_EPS = 64e-5  # for every head size
+# The official code's 1e-5 * head_size_divisor^2 with its divisor of 8: the same for every head size.
+GROUP_NORM_EPS = 64e-5
 LAYER_NORM_EPS = 1e-5
 
 
 def last_tokens(x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """The input that the next call's token shift starts from: x[:, -1], with `cu_seqlens` the last of each document.
+    """The token-shift state after a call, [B, C]: x[:, -1]. With `cu_seqlens` the last token of each document, [D, C].
 
-    A document without tokens hands on what it began with, `shift` (None: zeros). Copied, so that a state doesn't hold all of x.
+    A document without tokens keeps the state it began with, `shift` (None: zeros).
     """
     if cu_seqlens is None:
-        return x[:, -1].clone()
+        return x[:, -1].clone()  # a view would keep all of x alive as long as the state
+    # An empty document's last token is that of the document before it (-1: of none); replaced below.
     last = x[0, (cu_seqlens[1:].long() - 1).clamp(min=0)]
     empty = (cu_seqlens[1:] == cu_seqlens[:-1]).unsqueeze(1)
     return torch.where(empty, torch.zeros_like(last) if shift is None else shift, last)
 
 
 class HeadNorm(nn.GroupNorm):
-    """Group norm of the recurrence's output, one group a head, with the bonus added and the gate applied: all in one pass.
+    """Group norm of the recurrence's output (one group per head), plus the bonus r k r_k v, times the gate."""
 
-    A module of its own because ZeRO's stage 3 gathers parameters around a module's forward.
-    """
+    # A module rather than a function: ZeRO stage 3 gathers a module's parameters for its forward pass.
 
     def forward(  # type: ignore[override]
         self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, r_k: Tensor, kernel: str = "auto"
@@ -48,44 +50,43 @@ class HeadNorm(nn.GroupNorm):
 
 
 class TimeMix(nn.Module):
-    """Time mixing ("att"): y = WKV7 over token-shifted receptance, decay, key, value, removal and replacement vectors.
+    """Time mixing ("att"): output(group_norm(WKV7(r, w, k, v, -kk, kk a)) * gate), of token-shifted inputs.
 
-    Layer 0's values are handed to the later layers (`v_first`), which mix them into their own; a TimeMix with `layer` 0 therefore
-    stands alone. Its own v0, v1, v2 exist for the file format, do nothing and are never trained.
+    Layer 0 returns its values as `v_first`, and the later layers interpolate theirs with them; a single TimeMix in
+    another network therefore has `layer` 0. Layer 0's own v0, v1, v2 exist for the file format only: they are not used
+    and never trained.
     """
 
-    x_r: Tensor  # [1, 1, C]: the six mixes with the token before
+    # Declared for the type checker; registered by name in __init__. D is the low-rank size of the letter.
+    x_r: Tensor  # [1, 1, C]: share of the previous token in the input of r, w, k, v, a, g
     x_w: Tensor
     x_k: Tensor
     x_v: Tensor
     x_a: Tensor
     x_g: Tensor
-    w0: Tensor  # [1, 1, C]; w1 [C, D], w2 [D, C]: raw decay
+    w0: Tensor  # [1, 1, C], with w1 [C, D] and w2 [D, C]: raw decay
     w1: Tensor
     w2: Tensor
-    a0: Tensor  # in-context learning rate
+    a0: Tensor  # in-context learning rate, shapes as for w
     a1: Tensor
     a2: Tensor
-    v0: Tensor  # how much of layer 0's values
+    v0: Tensor  # share of layer 0's values
     v1: Tensor
     v2: Tensor
-    g1: Tensor  # gate
+    g1: Tensor  # output gate
     g2: Tensor
-    k_k: Tensor  # [1, 1, C]
-    k_a: Tensor
+    k_k: Tensor  # [1, 1, C]: scale of the key before it is normalised to kk
+    k_a: Tensor  # [1, 1, C]: how much a scales the key that is written to the state
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
-        # Whether it is the first, not its number: all others are one graph to torch.compile.
-        self.first, self.n_head, self.head_size, self.kernel = (
-            layer == 0,
-            config.n_head,
-            config.head_size,
-            config.kernel,
-        )
+        # A bool rather than the layer's number: torch.compile specialises on it, and shares one graph between equal
+        # blocks.
+        self.first = layer == 0
+        self.n_head, self.head_size, self.kernel = config.n_head, config.head_size, config.kernel
         width = config.n_embd
-        for mix in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "v0", "k_k", "k_a"):
-            self.register_parameter(mix, nn.Parameter(torch.empty(1, 1, width)))
+        for vector in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "v0", "k_k", "k_a"):
+            self.register_parameter(vector, nn.Parameter(torch.empty(1, 1, width)))
         sizes = {
             "w": config.d_decay_lora,
             "a": config.d_aaa_lora,
@@ -101,7 +102,7 @@ class TimeMix(nn.Module):
         self.value = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
         self.ln_x = HeadNorm(self.n_head, width, eps=GROUP_NORM_EPS)
-        if layer == 0:
+        if layer == 0:  # unused, and DDP would wait for their gradients
             for parameter in (self.v0, self.v1, self.v2):
                 parameter.requires_grad_(False)
         initialise(self, config, layer, prefix="att.")
@@ -114,13 +115,16 @@ class TimeMix(nn.Module):
         wkv: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [B, T, C], state (shift [B, C], wkv [B, H, N, N]) or None for zeros -> out [B, T, C], v_first, new shift, new wkv."""
+        """x [B, T, C] -> out [B, T, C], v_first, new shift, new wkv.
+
+        The state is shift [B, C] and wkv fp32 [B, H, N, N]; None: zeros. v_first [B, T, C] are layer 0's values.
+        """
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        xr, xw, xk, xv, xa, xg = token_shift(x, shift, cu_seqlens, mixes, kernel=self.kernel)
+        xr, xw, xk, xv, xa, xg = token_shift(x, shift, cu_seqlens, mixes, kernel=self.kernel)  # [B, T, C] each
 
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
-        a = (xa @ self.a1) @ self.a2
+        w = self.w0 + torch.tanh(xw @ self.w1) @ self.w2  # raw: the kernel computes decay = exp(-exp(-0.5) sigmoid(w))
+        a = (xa @ self.a1) @ self.a2  # a0 and the sigmoid are applied in time_mix_inputs, as v0 is for the residual
         g = torch.sigmoid(xg @ self.g1) @ self.g2
         residual = None
         if self.first:
@@ -134,7 +138,7 @@ class TimeMix(nn.Module):
             *(self.k_k, self.k_a, self.a0, self.v0, self.head_size),
             kernel=self.kernel,
         )
-        heads = (*x.shape[:2], self.n_head, self.head_size)
+        heads = (*x.shape[:2], self.n_head, self.head_size)  # [B, T, C] -> [B, T, H, N]
         y, wkv = wkv7(
             *(r.view(heads), w.view(heads), k.view(heads), v.view(heads), remove.view(heads), replace.view(heads)),
             wkv,
@@ -146,7 +150,7 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    """Channel mixing ("ffn"): value(relu(key(token-shifted x))^2)."""
+    """Channel mixing ("ffn"): value(relu(key(x'))^2) with x' = x shifted by x_k towards the previous token."""
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
@@ -159,15 +163,16 @@ class ChannelMix(nn.Module):
     def forward(
         self, x: Tensor, shift: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x [B, T, C], shift [B, C] or None for zeros -> out [B, T, C], new shift."""
+        """x [B, T, C], shift [B, C] (None: zeros) -> out [B, T, C], new shift [B, C]."""
         (xk,) = token_shift(x, shift, cu_seqlens, (self.x_k,), kernel=self.kernel)
-        return self.value(relu_squared(self.key(xk), kernel=self.kernel)), last_tokens(x, shift, cu_seqlens)
+        hidden = relu_squared(self.key(xk), kernel=self.kernel)  # [B, T, dim_ffn]
+        return self.value(hidden), last_tokens(x, shift, cu_seqlens)
 
 
 class Block(nn.Module):
     """x + att(ln1(x)), then x + ffn(ln2(x)); block 0 first normalises the embedding (ln0).
 
-    With `grad_cp` backward computes it again, but for the recurrence. That is decided in here, so that a compiled block has it inside.
+    With `grad_cp` only its inputs and the recurrence's outputs are kept for backward, which recomputes the rest.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -183,6 +188,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, v_first: Tensor | None, state: LayerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, LayerState]:
+        # Checkpointing is applied inside of the block and not around it, so that a compiled block includes it.
         if self.grad_cp and torch.is_grad_enabled():
             return recomputed(self._halves, x, v_first, state, cu_seqlens)
         return self._halves(x, v_first, state, cu_seqlens)

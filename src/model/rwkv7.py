@@ -1,9 +1,10 @@
-"""RWKV-7: what is unusual about it, and the whole model.
+"""The RWKV-7 model. What is unusual about the architecture:
 
-- No attention and no positions: each block carries a matrix state per head, so a token costs the same however long the text is.
-- The same call trains on whole sequences, continues from a state and decodes one token.
-- The embedding is normalised once (ln0); layer 0's values are mixed into the values of every later layer.
-- Embedding and head are separate matrices; no bias in any large matrix.
+- No attention and no positional encoding: each block has a matrix-valued state per head, so the cost of a token doesn't
+  depend on how many precede it.
+- The same call trains on whole sequences, continues from a state and decodes a single token.
+- The embedding is normalised once (ln0), and layer 0's values are interpolated into the values of every later layer.
+- Embedding and head are separate matrices; no large matrix has a bias.
 """
 
 from __future__ import annotations
@@ -21,41 +22,52 @@ from src.model.state import State
 from src.model.weights import Weights, config_from_weights, fit_weights, read_weights
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding, without PyTorch's default initialisation on the meta device."""
+
+    def reset_parameters(self) -> None:
+        # normal_ on a meta tensor imports torch._dynamo: a second of every program that loads a model. On a real device
+        # it is called, although `initialise` overwrites its values: it advances the random number generator.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class RWKV7(nn.Module):
     """logits [B, T, V], state = RWKV7(config)(tokens int64 [B, T], state=None, cu_seqlens=None).
 
-    `state` continues where an earlier call ended (None: from nothing). With `cu_seqlens` (int32 [D+1], first 0, last T) the row
-    (B = 1) holds D documents that don't see each other; the state is then one per document.
-    Parameter names and shapes are a public interface.
+    `state` continues from the end of an earlier call (None: zeros). With `cu_seqlens` (int32 [D+1], first 0, last T)
+    the row (B = 1) holds D independent documents, and the state has one entry per document.
     """
+
+    # Parameter names and shapes are a public interface: official weights are read, and other programs read ours.
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.emb = Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        for name in ("emb", "ln_out", "head"):  # the blocks' parts have done theirs
+        for name in ("emb", "ln_out", "head"):  # TimeMix and ChannelMix have initialised their own parameters
             initialise(getattr(self, name), config, prefix=f"{name}.")
 
     def hidden(
         self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """The last layer's normalised output [B, T, C], before the head, and the new state."""
-        x = self.emb(tokens)
-        v_first, layers = None, []
+        """The final hidden vectors ln_out(x), [B, T, C], and the new state: `forward` without the head."""
+        x = self.emb(tokens)  # [B, T] -> [B, T, C]
+        v_first, layers = None, []  # block 0 sets v_first, the others use it
         for i, block in enumerate(self.blocks):
-            before = state.layers[i] if state is not None else None
-            x, v_first, after = block(x, v_first, before, cu_seqlens)
-            layers.append(after)
+            layer_state = state.layers[i] if state is not None else None
+            x, v_first, new_layer_state = block(x, v_first, layer_state, cu_seqlens)
+            layers.append(new_layer_state)
         return self.ln_out(x), State(layers)
 
     def forward(
         self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         x, state = self.hidden(tokens, state, cu_seqlens)
-        return self.head(x), state
+        return self.head(x), state  # [B, T, C] -> [B, T, V]
 
     def compile_blocks(self, **options: Any) -> None:
         """torch.compile for the blocks, with its `options`. All but the first run the same code, compiled once for each kind of call."""
@@ -77,9 +89,10 @@ class RWKV7(nn.Module):
         device: torch.device | str = "cpu",
         kernel: str = "auto",
     ) -> RWKV7:
-        """The model in a weights file (.pth or .safetensors), its sizes read from the tensors.
+        """The model in a weights file (.pth or .safetensors); its sizes are read from the tensors.
 
-        `dtype` None keeps that of the file. Raises ValueError when the file can't be read or holds no RWKV-7 weights.
+        `dtype` None keeps that of the file. Raises UserError when the file can't be read or doesn't contain RWKV-7
+        weights.
         """
         return cls.from_weights(read_weights(path), str(path), dtype, device, kernel)
 
@@ -92,8 +105,9 @@ class RWKV7(nn.Module):
         device: torch.device | str = "cpu",
         kernel: str = "auto",
     ) -> RWKV7:
-        """The model that a state dict describes; `source` names it in errors. ValueError when it is no RWKV-7 model's."""
+        """The model of a state dict; `source` names it in errors. Raises UserError when it isn't an RWKV-7 model's."""
         config = config_from_weights(weights, source, kernel=kernel)
+        # On the meta device nothing is allocated or drawn; the file's tensors become the parameters (assign).
         with torch.device("meta"):
             model = cls(config)
         fitted = fit_weights(weights, model, source)

@@ -1,4 +1,4 @@
-"""What RWKV-7 remembers between two calls: constant in size, whatever the length of the text before."""
+"""The recurrent state of RWKV-7: what one call passes to the next, of constant size for a text of any length."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from src.config import ModelConfig
 
 
 class LayerState(NamedTuple):
-    """One block's memory for B sequences (or D packed documents)."""
+    """The state of one block for B sequences (or D packed documents)."""
 
-    att_shift: Tensor  # [B, C]: the last input of the time mix
-    wkv: Tensor  # [B, H, N, N] fp32: value index, then key index
-    ffn_shift: Tensor  # [B, C]: the last input of the channel mix
+    att_shift: Tensor  # [B, C]: the last token's input of the time mix
+    wkv: (
+        Tensor  # [B, H, N, N], value index, then key index; always fp32: rounding errors would add up over the sequence
+    )
+    ffn_shift: Tensor  # [B, C]: the last token's input of the channel mix
 
 
 @dataclass
 class State:
-    """The memory of a whole model: one `LayerState` a block. Gradients pass through it unless it is detached."""
+    """The state of a whole model: one `LayerState` per block. Gradients flow through it unless it is detached."""
 
     layers: list[LayerState]
 
@@ -29,7 +31,8 @@ class State:
     def zeros(
         cls, config: ModelConfig, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> State:
-        """The state before any token; `dtype` is that of the activations (the recurrence keeps fp32)."""
+        """The state before the first token. `dtype` is that of the activations; `wkv` is fp32 in any case."""
+        # A model called without a state computes the same; a decoder needs these, to overwrite them.
         n = config.head_size
         return cls(
             [
@@ -43,11 +46,13 @@ class State:
         )
 
     def detach(self) -> State:
+        """The same tensors, cut off from the graph that computed them."""
         return State([LayerState(*(t.detach() for t in layer)) for layer in self.layers])
 
     def clone(self) -> State:
+        """A copy whose tensors share no memory with this one's."""
         return State([LayerState(*(t.clone() for t in layer)) for layer in self.layers])
 
     def select(self, rows: Tensor) -> State:
-        """The states of some of the sequences: `rows` int64, in any order, repeats allowed."""
+        """The states of the sequences `rows` (int64 [K], in any order, repeats allowed): tensors [K, ...]."""
         return State([LayerState(*(t.index_select(0, rows) for t in layer)) for layer in self.layers])

@@ -1,8 +1,10 @@
-"""Weights files: reading them without running code, their sizes, and whether they fit a model."""
+"""Weights files: read without executing code, sizes inferred from the tensors, checked against a model."""
 
 from __future__ import annotations
 
 import re
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,110 +12,115 @@ from torch import Tensor, nn
 
 from src.config import ModelConfig
 from src.errors import UserError
-from src.files import write_whole
+from src.files import atomic_write
 
 Weights = dict[str, Tensor]
-IDLE_IN_LAYER_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # files may lack them
-# what DeepSpeed, DDP and torch.compile put before names
-FOREIGN_PREFIXES = ("_forward_module.", "module.", "_orig_mod.")
+# Unused by the model; official files contain them, some other files don't.
+IDLE_IN_LAYER_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
+# Put before parameter names by DeepSpeed and Lightning, DDP, and torch.compile.
+WRAPPER_PREFIXES = ("_forward_module.", "module.", "_orig_mod.")
+# Parameters whose two dimensions give the model's sizes.
+SIZE_PARAMETERS = (
+    *("emb.weight", "head.weight"),
+    *("blocks.0.att.r_k", "blocks.0.att.w1", "blocks.0.att.a1", "blocks.0.att.g1", "blocks.0.ffn.key.weight"),
+)
+SHOWN_MISMATCHES = 3  # of what may be every parameter of the model: a message has two lines
 
 
 def read_weights(path: str | Path) -> Weights:
-    """The tensors of a .pth (or .safetensors) file by name, on the CPU, without executing anything that the file may contain.
+    """The tensors of a .pth or .safetensors file by parameter name, on the CPU; no code in the file is executed.
 
-    Raises ValueError with the path and what to do when the file is missing, cut, not a weights file, or not safe to open.
+    Raises UserError when the file is missing, truncated, not a state dict, or contains more than plain tensors.
     """
     path = Path(path)
     if path.is_dir():
-        some = ", ".join(sorted(file.name for file in path.glob("*.pth"))[:4])
-        raise UserError(f"{path}: a folder; name a weights file" + (f" in it ({some})" if some else " (.pth)"))
+        examples = ", ".join(sorted(file.name for file in path.glob("*.pth"))[:4])
+        raise UserError(
+            "a folder", given=path, expected="a weights file" + (f" in it ({examples})" if examples else "")
+        )
     if not path.is_file():
-        raise UserError(f"{path}: no such weights file; check the path (--load_model, --proj_dir)")
-    loaded: object
+        raise UserError("no such weights file", given=path, advice="check the path (--load_model, --proj_dir)")
     try:
-        path.open("rb").close()
+        path.open("rb").close()  # so that a missing permission isn't taken for a damaged file below
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); make it readable, or name another file") from error
+        raise UserError(f"can't be read ({error.strerror})", given=path, advice="check its permissions") from error
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            loaded = load_file(path)
-        else:
-            loaded = _torch_load(path)
-    except Exception as error:  # torch raises half a dozen types here; all mean that the file is not usable
-        if called := re.search(r"GLOBAL (\S+)", str(error)):
+        loaded = _load(path)
+    except Exception as error:  # torch.load raises half a dozen types for a damaged file
+        # Only the text of torch's error has the rejected name: "Unsupported global: GLOBAL os.system was not ...".
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
-                f"{path}: holds more than plain tensors and was not opened: that could run code, it calls {called.group(1)}; "
-                "expected a state dict saved by torch.save"
+                f"not opened, as it contains more than plain tensors: that could run code, it calls {code[1]}",
+                given=path,
+                expected="a state dict saved by torch.save",
             ) from error
         raise UserError(
-            f"{path}: cut short or not a weights file; copy or download it again, or name another file"
+            "cut short or not a weights file", given=path, advice="copy or download it again, or name another file"
         ) from error
+    return _state_dict(loaded, path)
+
+
+def _load(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    # Mapped, so that memory holds only what is used; files of torch < 1.6 aren't zip archives and can't be mapped.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _state_dict(loaded: object, path: Path) -> Weights:
+    """`loaded` under plain names. Raises UserError unless it maps strings to dense tensors."""
+    expected = "a state dict (a mapping from parameter names to tensors)"
     if not isinstance(loaded, dict) or not loaded:
-        raise UserError(f"{path}: not a state dict (a mapping from parameter names to tensors)")
-    strange = [
-        key
-        for key, t in loaded.items()
-        if not (isinstance(key, str) and isinstance(t, Tensor) and t.layout == torch.strided)
-    ]
-    if strange:
-        inner = [
-            key
-            for key in strange
-            if isinstance(loaded[key], dict) and "emb.weight" in map(_plain_name, map(str, loaded[key]))
-        ]
-        advice = (
-            f"; the weights are in its part {inner[0]!r}: save that alone (torch.save(torch.load(FILE)[{inner[0]!r}], NEW))"
-            if inner
-            else ""
-        )
-        some = ", ".join(map(repr, strange[:3]))
+        raise UserError(f"contains a {type(loaded).__name__}", given=path, expected=expected)
+    invalid = [name for name, value in loaded.items() if not _is_entry(name, value)]
+    if invalid:
+        nested = [name for name in invalid if _is_rwkv(loaded[name])]
         raise UserError(
-            f"{path}: not a state dict (a mapping from parameter names to tensors): {some} is no such entry{advice}"
+            f"not a state dict: the entry {', '.join(map(repr, invalid[:3]))} is not a parameter",
+            given=path,
+            expected=expected,
+            advice=f"its entry {nested[0]!r} contains the weights: save that one alone with torch.save"
+            if nested
+            else "",
         )
     return {_plain_name(name): tensor for name, tensor in loaded.items()}
 
 
-def _torch_load(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)  # a file of torch < 1.6 can't be mapped
+def _is_entry(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def _is_rwkv(value: object) -> bool:
+    """Whether a value within a checkpoint of another trainer looks like the model's state dict."""
+    return isinstance(value, dict) and "emb.weight" in (_plain_name(str(name)) for name in value)
 
 
 def _plain_name(name: str) -> str:
-    for prefix in FOREIGN_PREFIXES:
+    for prefix in WRAPPER_PREFIXES:
         name = name.removeprefix(prefix)
     return name
 
 
 def config_from_weights(weights: Weights, source: str, kernel: str = "auto") -> ModelConfig:
-    """The model that a state dict belongs to. Raises ValueError when it is no RWKV-7 model's."""
-    needed = (
-        "emb.weight",
-        "head.weight",
-        *(f"blocks.0.att.{name}" for name in ("r_k", "w1", "a1", "g1")),
-        "blocks.0.ffn.key.weight",
-    )
-    lacking = [name for name in needed if name not in weights]
-    if lacking:
-        some = ", ".join(list(weights)[:3])
+    """The configuration of the model that a state dict belongs to. Raises UserError when it isn't an RWKV-7 model's."""
+    if missing := [name for name in SIZE_PARAMETERS if name not in weights]:
         raise UserError(
-            f"{source}: not RWKV-7 weights: {lacking[0]} is missing (the file begins with {some}); expected the state dict of an RWKV-7 (x070) model"
+            f"not RWKV-7 weights: {missing[0]} is missing (the file begins with {', '.join(list(weights)[:3])})",
+            given=source,
+            expected="the state dict of an RWKV-7 (x070) model",
         )
-    if flat := [f"{name} is {list(weights[name].shape)}" for name in needed if weights[name].dim() != 2]:
+    if reshaped := [f"{name} is {list(weights[name].shape)}" for name in SIZE_PARAMETERS if weights[name].dim() != 2]:
         raise UserError(
-            f"{source}: the model's sizes can't be read: {', '.join(flat)}, expected two dimensions each; save it with its own shape"
+            f"the model's sizes are unknown: {', '.join(reshaped)}", given=source, expected="two dimensions each"
         )
-    layers = {int(m.group(1)) for m in (re.match(r"blocks\.(\d+)\.", name) for name in weights) if m}
+    layers = {int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
     if layers != set(range(len(layers))):
-        raise UserError(
-            f"{source}: blocks {sorted(set(range(max(layers))) - layers)} are missing; copy or download it again, whole"
-        )
+        gaps = sorted(set(range(max(layers))) - layers)
+        raise UserError(f"blocks {gaps} are missing", given=source, advice="copy or download it again")
     vocab_size, n_embd = weights["emb.weight"].shape
+    # Layer 0's v1 may be missing or a placeholder of another shape, so layer 1's is preferred where there is one.
     value_residuals = [v1 for i in (1, 0) if (v1 := weights.get(f"blocks.{i}.att.v1")) is not None and v1.dim() == 2]
     return ModelConfig(
         n_layer=len(layers),
@@ -130,80 +137,91 @@ def config_from_weights(weights: Weights, source: str, kernel: str = "auto") -> 
 
 
 def fit_weights(weights: Weights, model: nn.Module, source: str, partial: bool = False) -> Weights:
-    """`weights` completed and checked for `model`: the same names and shapes, all there.
+    """`weights` with exactly the names and shapes of `model`'s state dict.
 
-    Layer 0's idle v0, v1, v2 are made up where a file lacks them. With `partial`, parameters that the file lacks keep the
-    model's values. Raises ValueError with the first names that don't fit and the sizes that would, and for numbers that are no
-    floating point ones: those of a quantised file mean nothing without their scales.
+    Layer 0's unused v0, v1, v2 become zeros where the file lacks them. With `partial`, other parameters that the file
+    lacks keep the model's values. Raises UserError for other missing or unknown names, for shapes that differ, with the
+    sizes that the weights would fit, and for integer tensors: quantised weights can't be used without their scales.
     """
-    if whole := [
-        f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
-        for name, tensor in weights.items()
-        if not tensor.is_floating_point()
-    ]:
+    integers = [f"{name} is {_dtype_name(t)}" for name, t in weights.items() if not t.is_floating_point()]
+    if integers:
         raise UserError(
-            f"{source}: {', '.join(whole[:3])}: expected floating point weights (fp32, bf16, fp16); use the file before it was quantised"
+            ", ".join(integers[:SHOWN_MISMATCHES]),
+            given=source,
+            expected="floating point weights (fp32, bf16, fp16)",
+            advice="use the file from before quantisation",
         )
-    wanted = model.state_dict()
+    targets = model.state_dict()
+    fitted = _with_idle_parameters(weights, targets)
+    # Released files may store w0 and other vectors as [C] instead of [1, 1, C].
+    for name, tensor in fitted.items():
+        if name in targets and tensor.squeeze().shape == targets[name].squeeze().shape:
+            fitted[name] = tensor.reshape(targets[name].shape)
+    if partial:
+        fitted = {**targets, **fitted}
+    if mismatches := _mismatches(fitted, targets):
+        more = len(mismatches) - SHOWN_MISMATCHES
+        raise UserError(
+            f"these weights don't fit the model: {', '.join(mismatches[:SHOWN_MISMATCHES])}"
+            + (f", and {more} more" if more > 0 else ""),
+            given=source,
+            advice=_sizes_of(weights, source),
+        )
+    return {name: fitted[name] for name in targets}  # in the model's order, in which files are then written
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _with_idle_parameters(weights: Weights, targets: Mapping[str, Tensor]) -> Weights:
+    """A copy of `weights` in which layer 0's unused parameters have the model's shapes."""
     fitted = dict(weights)
     for name in IDLE_IN_LAYER_0:
-        if name in wanted and (name not in fitted or fitted[name].shape != wanted[name].shape):
-            like = weights["emb.weight"] if "emb.weight" in weights else wanted[name]
-            fitted[name] = torch.zeros(wanted[name].shape, dtype=like.dtype)
-    # a released file may carry w0 and the like as [C]; only the number of values matters, as it does to every reader
-    for name, tensor in fitted.items():
-        if (
-            name in wanted
-            and tensor.shape != wanted[name].shape
-            and tensor.squeeze().shape == wanted[name].squeeze().shape
-        ):
-            fitted[name] = tensor.reshape(wanted[name].shape)
-    missing = [name for name in wanted if name not in fitted]
-    if partial:
-        fitted.update({name: wanted[name] for name in missing})
-        missing = []
-    foreign = [name for name in fitted if name not in wanted]
-    misfits = [
-        f"{name} is {list(fitted[name].shape)}, expected {list(wanted[name].shape)}"
-        for name in wanted
-        if name in fitted and fitted[name].shape != wanted[name].shape
+        if name in targets and (name not in fitted or fitted[name].shape != targets[name].shape):
+            dtype = weights.get("emb.weight", targets[name]).dtype  # of the file: a file has one dtype
+            fitted[name] = torch.zeros(targets[name].shape, dtype=dtype)
+    return fitted
+
+
+def _mismatches(weights: Weights, targets: Mapping[str, Tensor]) -> list[str]:
+    """What differs between two state dicts, a clause per parameter: shapes, then missing names, then unknown ones."""
+    shapes = [
+        f"{name} is {list(weights[name].shape)}, expected {list(target.shape)}"
+        for name, target in targets.items()
+        if name in weights and weights[name].shape != target.shape
     ]
-    misfits += [f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in foreign]
-    if misfits:
-        raise UserError(
-            f"{source}: these weights don't fit the model: {'; '.join(misfits[:3])}"
-            + (f"; and {len(misfits) - 3} more" if len(misfits) > 3 else "")
-            + f".\n{_size_that_would_fit(weights, source)}"
-        )
-    return {name: fitted[name] for name in wanted}
+    missing = [f"{name} is missing" for name in targets if name not in weights]
+    return shapes + missing + [f"{name} is unknown" for name in weights if name not in targets]
 
 
-def _size_that_would_fit(weights: Weights, source: str) -> str:
+def _sizes_of(weights: Weights, source: str) -> str:
+    """The flags of the model that the weights belong to."""
     try:
-        own = config_from_weights(weights, source)
-    except ValueError as error:
-        return f"They are not a whole RWKV-7 model: {error}"
-    return (
-        f"They would fit --n_layer {own.n_layer} --n_embd {own.n_embd} --vocab_size {own.vocab_size} --head_size {own.head_size}"
-        f" --dim_ffn {own.dim_ffn} --d_decay_lora {own.d_decay_lora} --d_aaa_lora {own.d_aaa_lora}"
-        f" --d_mv_lora {own.d_mv_lora} --d_gate_lora {own.d_gate_lora}"
-    )
+        config = config_from_weights(weights, source)
+    except UserError as error:
+        return f"they are not a complete RWKV-7 model: {error.problem}"
+    sizes = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn")
+    ranks = ("d_decay_lora", "d_aaa_lora", "d_mv_lora", "d_gate_lora")
+    return "they fit " + " ".join(f"--{name} {getattr(config, name)}" for name in (*sizes, *ranks))
 
 
 def save_weights(weights: Weights, path: Path) -> None:
-    """Write a state dict under `path`, whole or not at all; tensors on any device.
+    """Write a state dict to `path`, whole or not at all; the tensors may be on any device.
 
-    Tried twice. Then OSError (disk full, folder gone, no permission) with the path: a run stops rather than train on without being saved.
+    Raises OSError with the path when that fails twice (disk full, folder removed, no permission).
     """
     weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
-    for last_try in (False, True):
+    # A second attempt, as network file systems fail for a moment. Then the run stops: it shouldn't train without
+    # saving.
+    for attempt in (1, 2):
         try:
-            with write_whole(path) as file:
+            with atomic_write(path) as file:
                 torch.save(weights, file)
             return
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            if last_try:
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a failed write
+            if attempt == 2:
                 raise OSError(
-                    f"{path} could not be written ({str(error).splitlines()[0]}). The weights saved before are whole; "
-                    "free some space or repair the folder and run the same command again: it continues from them"
+                    f"{path} could not be written ({str(error).splitlines()[0]}). Weights saved before are complete: "
+                    "free disk space or repair the folder and run the same command again, which continues from them"
                 ) from error

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from src.files import locked
+from src.files import file_lock
 from src.ops.toolchain import BuildError, find_compiler, find_ninja, find_nvcc, version_of
 
 SOURCE_FOLDER = Path(__file__).resolve().parents[2] / "cuda"
@@ -247,7 +247,7 @@ def build(recipe: Recipe, cache: Path | None = None) -> Path:
         return final
     try:
         # Where a file system has no locks several may build at once, each in a folder of its own: harmless.
-        with locked(cache / "lock", wait=True):
+        with file_lock(cache / "lock", wait=True, warn=False):
             if not final.is_file():  # another process may have built it while we waited
                 _build_into(recipe, final)
     except OSError as error:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 def is_rank_zero() -> bool:
     """Whether this process is global rank 0, the one that prints and writes the files of a run."""
+    # Lightning keeps the rank there; it is set before the first process group exists, and absent in a plain process
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
@@ -21,7 +22,7 @@ def is_rank_zero() -> bool:
 def log(text: str) -> None:
     """Print a line on rank 0."""
     tqdm.write(text)  # above the progress bar, where there is one
-    sys.stdout.flush()
+    sys.stdout.flush()  # a pipe is block-buffered: the line has to be seen now
 
 
 def log_error(text: str) -> None:

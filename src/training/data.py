@@ -74,6 +74,7 @@ class PretrainSamples:
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.data = config, MMapIndexedDataset(config.data_file)
+        # given, it is checked all the same: a wrong one reads some windows twice and others never
         self.prime = config.magic_prime or magic_prime(self.data.n_tokens, config.ctx_len)
         check_magic_prime(self.prime, self.data.n_tokens, config.ctx_len)
         self.tokens_per_epoch = self.data.n_tokens
@@ -109,6 +110,7 @@ class PretrainSamples:
 
     def largest_id(self) -> int:
         tokens = self.data.tokens
+        # in pieces of 16 M: one call would map the whole file into memory
         return max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
 
     def locate(self, sample: int) -> str:
@@ -204,7 +206,7 @@ def train_dataloader(config: RunConfig, dataset: Dataset, collate_fn: Callable |
         # the run for one of a stranger.
         multiprocessing_context="fork" if on_gpu and sys.platform == "linux" else None,
         persistent_workers=on_gpu,
-        prefetch_factor=8 if on_gpu else None,
+        prefetch_factor=8 if on_gpu else None,  # micro batches: a worker that the system delays doesn't stall the GPU
         pin_memory=on_gpu,
         drop_last=True,
     )
@@ -243,6 +245,7 @@ class HeldOut:
             self._collate, self.count = torch.utils.data.default_collate, len(self._windows)
             self._sample = self._window
         else:
+            # fixed, so that two runs with other settings are measured on the same rows
             changed = {"data_file": config.val_data_file, "truncate": "end", "random_seed": 0}
             self._rows: SftRows = SftSamples(replace(config, **changed)).rows  # type: ignore[arg-type]
             self._sample, self._collate = self._row, collate

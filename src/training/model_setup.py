@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from src.config import ModelConfig, RunConfig
+from src.config import ModelConfig, RunConfig, settings_with
 from src.dataset.tokenizer import load_tokenizer
 from src.errors import UserError
 from src.model import RWKV7
@@ -18,8 +18,8 @@ from src.training.distributed.process_group import ProcessGroup
 from src.training.distributed.sharded_init import NamedTensors, initial_values
 from src.training.hardware.selection import Hardware
 
-# of the settings, those that make another model
-SIZES = ("n_layer", "n_embd", "head_size", "dim_ffn", "d_decay_lora", "d_aaa_lora", "d_mv_lora", "d_gate_lora")
+# of the settings, those that make another model: the vocabulary size and all other sizes
+SIZES = tuple(name for name in settings_with("fixed") if name in ModelConfig.__dataclass_fields__)
 
 
 def resolve_model_config(config: RunConfig, resume: ResumePoint, process_group: ProcessGroup) -> ModelConfig:
@@ -37,7 +37,7 @@ def resolve_model_config(config: RunConfig, resume: ResumePoint, process_group: 
         return sizes
 
     sizes = process_group.broadcast_from_rank_zero(resolve)
-    for name in (*SIZES, "vocab_size"):
+    for name in SIZES:
         if saved.get(name, getattr(sizes, name)) != getattr(sizes, name):
             raise UserError(
                 f"the saved state is that of a model with --{name} {saved[name]}",
@@ -67,10 +67,11 @@ def build_model(
         # copied, for a file is mapped into memory, and the run must not depend on it staying there
         weights = {name: tensor.to(hardware.dtype, copy=True) for name, tensor in _values(config, sizes, resume, model)}
         trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(weights, assign=True)  # `assign`: the meta tensors have no memory to copy into
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
         return model, None
+    # memory without contents: pages that are overwritten anyway are not touched twice
     return model.to(hardware.dtype).to_empty(device="cpu"), None
 
 

@@ -32,8 +32,9 @@ class TrainingModule(pl.LightningModule):
         super().__init__()
         self.model, self.config, self.hardware = model, config, hardware
         self.values = values
+        # a submodule, so that ZeRO's stage 3 finds the module around which it gathers the head's weight
         self.objective = OBJECTIVES[objective](model.head, config.head_chunk)
-        self.optimizer: MasterAdamW | EngineAdamW
+        self.optimizer: MasterAdamW | EngineAdamW  # set by Lightning's call of configure_optimizers
 
     def configure_model(self) -> None:
         if self.values is not None:
@@ -53,6 +54,7 @@ class TrainingModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """`EngineAdamW` inside a ZeRO engine, else `MasterAdamW`: the same mathematics."""
         c = self.config
+        # under ZeRO the engine computes the gradient norm and calls the optimizer group by group: another class, same steps
         groups = parameter_groups(self.model, c.weight_decay)
         adam: dict[str, Any] = {
             "lr": c.lr_init,

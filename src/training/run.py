@@ -20,8 +20,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from src import run_folder
 from src.config import RunConfig
 from src.dataset.binidx import file_prefix
-from src.dataset.lock import only_one
 from src.errors import UserError
+from src.files import file_lock
 from src.model import RWKV7
 from src.model.cost import parameter_count
 from src.model.weights import fit_weights, read_weights, save_weights
@@ -34,15 +34,16 @@ from src.training.console import is_rank_zero, log, log_error, warn_on_error
 from src.training.data import HeldOut, Samples, open_samples
 from src.training.distributed.launch import rank_from_launcher
 from src.training.distributed.process_group import ProcessGroup, join
+from src.training.figures.loss_figure import write_loss_figure
+from src.training.figures.report_page import write_report
 from src.training.hardware.allocator import set_up_malloc
 from src.training.hardware.selection import Hardware, choose_hardware
-from src.training.html_report import write_report
 from src.training.model_setup import find_vocab_size, resolve_model_config
-from src.training.plot import loss_picture
 from src.training.preflight import plan
 from src.training.preflight.check import check, warn_at_start
 from src.training.preflight.dry_run import dry_run
 from src.training.preflight.out_of_memory import OutOfMemory, is_out_of_memory, with_oom_advice
+from src.training.rollback import fit_with_rollback
 from src.training.settings import (
     compare_settings,
     complete_message,
@@ -52,7 +53,7 @@ from src.training.settings import (
     resolve_settings,
     summary,
 )
-from src.training.trainer import FitResult, RunContext, fit_with_rollback
+from src.training.trainer import FitResult, RunContext
 
 FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes; 130 is what shells report for Ctrl-C
 
@@ -62,7 +63,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
     the signal that stopped the run, or 124 at --time_limit."""
     ends_at = time.monotonic() + config.time_limit * 60 if config.time_limit else math.inf
     _silence_libraries()
-    process_group = ProcessGroup()
+    process_group = ProcessGroup()  # of one process, until the others are there: errors before that are reported too
     try:
         if info := rank_from_launcher(os.environ):
             rank_zero_only.rank = info.rank  # type: ignore[attr-defined]  # Lightning doesn't know every launcher's ranks
@@ -71,7 +72,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
         if config.accelerator == "cpu" or not torch.cuda.is_available():
             set_up_malloc(lean=bool(config.grad_cp))
         if config.check:
-            return check(config, notes) if is_rank_zero() else 0
+            return check(config, notes) if is_rank_zero() else 0  # started by a launcher, each process would repeat it
         hardware = choose_hardware(config)
         if config.train_stage == 1:
             hardware = replace(hardware, devices=1, num_nodes=1)  # one process writes; of a launcher's, the first
@@ -84,6 +85,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
         for note in (*notes, *hardware.notes):
             log(f"note: {note}")
         code = _run_mode(config, hardware, process_group, ends_at)
+        # only here: a rank that fails has to end the others by `abort`, not to leave as if its part were done
         process_group.shutdown()
         return code
     except UserError as error:
@@ -155,12 +157,14 @@ def _write_initial_weights(config: RunConfig, proj_dir: Path) -> int:
     target = proj_dir / INIT
     sizes = config.model_config(find_vocab_size(config, None))
     if target.exists():
+        # never overwritten: a run may have started from these weights
         with torch.device("meta"):
             model = RWKV7(sizes)
         fit_weights(read_weights(target), model, source=str(target))
         log(f"{target} exists and fits; delete it to draw other initial weights")
         return 0
     seed = _seed(config)
+    # bf16 even on a CPU, unless asked for otherwise: the official trainer writes it so
     model = RWKV7(sizes).to(torch.float32 if config.precision in ("fp32", "tf32") else torch.bfloat16)
     save_weights(model.state_dict(), target)
     log(f"wrote {target}: {sizes.title}, {parameter_count(sizes):,} parameters, seed {seed}")
@@ -177,12 +181,13 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group:
     if config.restart or not (proj_dir / FINAL).exists():
         # an unavailable kernel is reported before files are moved
         describe_kernel(hardware.device_type, hardware.dtype, config.head_size, config.kernel)
+    # From here on files are moved and written; what can be wrong with settings and data was checked above.
     on_rank_zero(lambda: archive_other_run(config, proj_dir))
     if on_rank_zero((proj_dir / FINAL).exists):
         on_rank_zero(lambda: refuse_other_settings(config, hardware, proj_dir, length, samples))
         log(complete_message(proj_dir))
         return 0
-    seed = on_rank_zero(lambda: _seed(config))
+    seed = on_rank_zero(lambda: _seed(config))  # drawn once: the settings that ranks record and compare contain it
     resume = on_rank_zero(lambda: find_resume_point(config, proj_dir, length))
     sizes = resolve_model_config(config, resume, process_group)
     samples.check_ids(sizes.vocab_size)
@@ -190,10 +195,12 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group:
         held_out.check_ids(sizes.vocab_size)
     settings = resolve_settings(config, sizes, hardware, length, samples, seed)
     if resume.position.step:
+        # a state knows the settings of the start that saved it; numbered weights only have run.json
         before = resume.state.settings if resume.state else run_folder.read_run(proj_dir).get("settings", {})
         on_rank_zero(lambda: compare_settings(before, settings, proj_dir))
         on_rank_zero(lambda: refuse_past_end(before, resume))
     log(summary(config, sizes, hardware, samples, resume))
+    # before the first step: a run that is killed at once is recognised as the same run by the next start
     on_rank_zero(lambda: record_start(config, hardware, proj_dir, settings, resume))
     if is_rank_zero():
         warn_at_start(config, hardware, sizes, samples, resume, proj_dir)
@@ -221,9 +228,9 @@ def _open_data(config: RunConfig) -> tuple[Samples, HeldOut | None]:
 
 def _report_end(config: RunConfig, proj_dir: Path, result: FitResult, last_step: int) -> None:
     figures = []
-    if read_columns(proj_dir / METRICS):
+    if read_columns(proj_dir / METRICS):  # a run that was stopped in its first step has nothing to draw
         with warn_on_error(FIGURE):
-            figures.append(loss_picture(proj_dir, proj_dir / FIGURE))
+            figures.append(write_loss_figure(proj_dir, proj_dir / FIGURE))
         with warn_on_error(REPORT):
             figures.append(write_report(proj_dir))
     if result.stopped:
@@ -258,7 +265,7 @@ def _writable_folder(name: str) -> Path:
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
+        probe = folder / ".write-test"  # permissions alone don't tell: read-only mounts, quotas, network file systems
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
@@ -270,12 +277,12 @@ def _writable_folder(name: str) -> Path:
 @contextmanager
 def _exclusive(proj_dir: Path) -> Iterator[None]:
     """Two runs in one folder would overwrite each other's weights: the second is refused."""
-    if not is_rank_zero():
+    if not is_rank_zero():  # one run has one lock, however many processes
         yield
         return
     with ExitStack() as stack:
         try:
-            stack.enter_context(only_one(proj_dir / ".lock", wait=False))
+            stack.enter_context(file_lock(proj_dir / ".lock", wait=False))
         except BlockingIOError:
             raise UserError(
                 "another run is using this folder",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from src import run_folder
-from src.config import ModelConfig, RunConfig
+from src.config import ModelConfig, RunConfig, settings_with
 from src.dataset.tokenizer import copy_tokenizer
 from src.errors import UserError
 from src.files import sha256_of
@@ -19,26 +19,15 @@ from src.training.checkpoint.resume import ResumePoint
 from src.training.console import log
 from src.training.data import Samples
 from src.training.hardware.selection import Hardware
-from src.training.model_setup import SIZES, find_vocab_size
+from src.training.model_setup import find_vocab_size
 from src.training.reporting.environment import environment
 from src.training.schedule import RunLength
 
-# settings that can't change within a run without making it another one: another model, other data, another order
-FIXED_SETTINGS = (
-    *(*SIZES, "vocab_size"),
-    *("data_type", "data", "tokenizer", "ctx_len", "magic_prime", "sft_loss", "packing", "truncate"),
-)
-# settings that say how and where to compute, or are derived, and may change without a note
-FREE_SETTINGS = (
-    *("proj_dir", "train_stage", "load_model", "load_partial", "restart", "random_seed", "data_file", "order_seed"),
-    *("devices", "num_nodes", "accelerator", "strategy", "ds_bucket_mb", "global_batch"),
-    *("kernel", "compile", "grad_cp", "head_chunk"),
-    *("epoch_begin", "epoch_count", "epochs", "save_minutes", "keep_resume", "time_limit", "val_every"),
-    *("enable_progress_bar", "wandb", "logger"),
-    *("plan", "check", "dry_run", "profile"),
-)
-# the flags of derived settings
-FLAGS = {"data": "--data_file"}
+# Derived settings, which no flag sets directly; the others say in their declaration whether they may change within a run.
+FIXED = {*settings_with("fixed"), "data"}
+FREE = {*settings_with("free"), "global_batch", "order_seed"}
+# the flags that derived settings come from, for messages
+FLAGS = {"data": "data_file"}
 
 
 def resolve_settings(
@@ -46,9 +35,9 @@ def resolve_settings(
 ) -> dict[str, Any]:
     """Every setting with its resolved value."""
     return {
-        **dataclasses.asdict(config),
+        **config.as_settings(),
         **dataclasses.asdict(sizes),
-        "grad_cp": config.grad_cp,
+        "grad_cp": int(config.grad_cp),  # a field of both; recorded as 0 or 1, as the flag is given
         "magic_prime": samples.prime,
         "my_exit_tokens": length.exit_tokens,
         "precision": hardware.precision,
@@ -63,6 +52,7 @@ def resolve_settings(
 
 def _tokenizer_identity(tokenizer: str) -> str:
     """Equal for equal tokenizers, wherever their folders lie."""
+    # by content, so that a run whose tokenizer folder was moved is still the same run
     file = Path(tokenizer) / "tokenizer.json"
     return sha256_of(file)[:16] if tokenizer and file.is_file() else tokenizer
 
@@ -72,21 +62,22 @@ def _tokenizer_identity(tokenizer: str) -> str:
 
 def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path) -> None:
     """Log what changed since the last start. Raises UserError when that would make it another run."""
+    # a setting that an earlier version did not record has not changed
     changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
-    if fixed := [name for name in changed if name in FIXED_SETTINGS]:
+    if fixed := [name for name in changed if name in FIXED]:
         first, *others = fixed
         problem = f"was {changed[first][0]} in the run of {proj_dir}"
-        problem += "".join(f", {FLAGS.get(name, '--' + name)} was {changed[name][0]}" for name in others)
+        problem += "".join(f", --{FLAGS.get(name, name)} was {changed[name][0]}" for name in others)
         raise UserError(
             problem,
-            flag=FLAGS.get(first, first).removeprefix("--"),
+            flag=FLAGS.get(first, first),
             given=changed[first][1],
             advice="restore the setting, or start another run in a --proj_dir of its own (with --load_model from these weights)",
         )
     for name, (old, new) in changed.items():
         if name == "epoch_steps":
             log(f"note: --epoch_steps {new}: the mini-epochs of this run stay as they began, with {old}")
-        elif name not in FREE_SETTINGS:
+        elif name not in FREE:
             log(f"note: --{name} was {old} at the last start, is {new} now")
 
 
@@ -94,6 +85,7 @@ def refuse_past_end(before: dict[str, Any], resume: ResumePoint) -> None:
     """UserError where the run has passed the end that is given now, and was to be longer by its settings `before`."""
     length, planned = resume.length, before.get("my_exit_tokens", 0)
     passed = resume.position.samples * length.ctx_len
+    # less than planned is no mistake as long as it isn't reached: a run may be cut short on purpose
     if length.exit_tokens < min(passed, planned):
         raise UserError(
             f"the run is at {passed} tokens already, and was to have {planned}",
@@ -108,10 +100,11 @@ def refuse_other_settings(
 ) -> None:
     """A complete run answers only for its own settings. UserError where another model, data or order is asked for."""
     before = run_folder.read_run(proj_dir).get("settings", {})
+    # the recorded size first: the tokenizer of the run may be gone, and reading all data for its largest id takes minutes
     vocab_size = config.vocab_size or before.get("vocab_size") or find_vocab_size(config, None)
     sizes = config.model_config(vocab_size)
     now = resolve_settings(config, sizes, hardware, length, samples, before.get("random_seed", 0))
-    compare_settings(before, {name: now[name] for name in FIXED_SETTINGS}, proj_dir)
+    compare_settings(before, {name: now[name] for name in now if name in FIXED}, proj_dir)
 
 
 # ---- what run.json records -----------------------------------------------------------------------------------------------------
@@ -131,6 +124,7 @@ def record_start(
     run["settings"] = settings
     run["environment"] = environment(hardware)
     run["mini_epoch_samples"] = resume.length.mini_epoch_samples
+    # chat and generation find it here; a start that leaves the flag out doesn't forget it
     run["tokenizer"] = config.tokenizer or run.get("tokenizer", "")
     folder = Path(config.tokenizer)
     if config.tokenizer not in ("", "world") and folder.is_dir():  # a model that is moved elsewhere keeps its tokenizer

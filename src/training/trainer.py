@@ -1,4 +1,4 @@
-"""The fit: callbacks and Lightning's Trainer put together, and the roll-back when too many steps are not finite.
+"""One fit: callbacks, data loader and Lightning's Trainer put together.
 
 The callbacks of a fit, in the order in which Lightning calls them; each relies on those above it:
 
@@ -8,7 +8,7 @@ The callbacks of a fit, in the order in which Lightning calls them; each relies 
     Reporter              reads the results of the step before, and passes them to sinks: logs, progress bar, NonFiniteMonitor
     SaveWeights           rwkv-N.pth at mini-epochs
     Validation            held-out loss and rwkv-best.pth; part of the step that a state is saved after
-    BackgroundFigure      loss.png, drawn in a thread
+    LossFigureCallback    loss.png, drawn in a thread
     CheckpointCallback    full states; rwkv-final.pth at the end, when everything else is on the disk
     GracefulStop          turns signals and the time limit into a request to stop; times the whole step, so that it comes late
     GenerateSamples       samples.json at the end, when everything is saved
@@ -18,11 +18,9 @@ The callbacks of a fit, in the order in which Lightning calls them; each relies 
 
 from __future__ import annotations
 
-import gc
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +28,20 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from src.config import ModelConfig, RunConfig
-from src.dataset.sample_order import nth_kept_sample
 from src.model import RWKV7
 from src.model.cost import parameter_count
 from src.model.weights import read_weights, save_weights
 from src.run_folder import FINAL, LOG, METRICS, TRACE, VALIDATION
 from src.training.checkpoint.callbacks import CheckpointCallback, RestoreState, SaveWeights
-from src.training.checkpoint.resume import ResumePoint, archive_damaged_state, find_resume_point
+from src.training.checkpoint.resume import ResumePoint
 from src.training.checkpoint.state import weights_of_state
-from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, DamagedStateError, StateWriter
+from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, StateWriter
 from src.training.console import is_rank_zero, log
 from src.training.control import STOP, TIME_LIMIT_EXIT_CODE, GracefulStop, RunControl
 from src.training.data import HeldOut, Samples, train_dataloader
 from src.training.distributed.process_group import ProcessGroup
 from src.training.distributed.sharded_init import NamedTensors
-from src.training.figures.background import BackgroundFigure
+from src.training.figures.background import LossFigureCallback
 from src.training.hardware.peak_flops import peak_tokens_per_second
 from src.training.hardware.selection import Hardware, lightning_strategy
 from src.training.model_setup import build_model
@@ -58,7 +55,7 @@ from src.training.reporting.profile import Profile
 from src.training.reporting.progress import ProgressLine, has_live_line
 from src.training.reporting.reporter import Reporter
 from src.training.reporting.sink import Sink
-from src.training.schedule import RunLength, learning_rate
+from src.training.schedule import learning_rate
 from src.training.validation import Validation, best_loss_before, was_omitted
 
 # Bytes per second that are assumed of a disk as long as no save was measured; a guess on the slow side, since a save that takes
@@ -92,81 +89,14 @@ class FitResult:
     good_steps: int = 0
 
 
-def fit_with_rollback(run: RunContext, resume: ResumePoint) -> FitResult:
-    """Fit to the end, or until `run.ends_at`. After too many skipped steps in a row, resume once from the last good state without
-    their samples. A state whose tensors turn out to be damaged is archived, and the one before is resumed.
-
-    Raises FloatingPointError when rolling back doesn't get further; what a strategy, a callback or the data raises passes through.
-    """
-    rolled_back_to = -1
-    while True:
-        # a roll-back to step 0 has to draw the same initial weights again
-        pl.seed_everything(run.settings["random_seed"], verbose=False)
-        try:
-            result = _fit(run, resume)
-        except DamagedStateError as error:
-            assert resume.reader is not None
-            run.process_group.broadcast_from_rank_zero(partial(archive_damaged_state, resume.reader.folder, error))
-            resume = _find_resume_point_again(run, resume)
-            continue
-        finally:
-            gc.collect()  # trainer and module refer to each other: their weights and moments go before the next ones come
-        if result.failed_steps is None:
-            return result
-        resume = _roll_back(run, resume, result, rolled_back_to)
-        rolled_back_to = resume.position.step
-
-
-def _find_resume_point_again(run: RunContext, resume: ResumePoint) -> ResumePoint:
-    length = resume.length
-    length = RunLength.of(length.exit_tokens, length.ctx_len, length.global_batch, run.config.epoch_steps)
-    return run.process_group.broadcast_from_rank_zero(partial(find_resume_point, run.config, run.proj_dir, length))
-
-
-def _roll_back(run: RunContext, resume: ResumePoint, result: FitResult, rolled_back_to: int) -> ResumePoint:
-    """The point before the failed steps of a fit from `resume`, without the samples of these steps."""
-    steps, position = result.failed_steps, resume.position
-    assert steps is not None
-    numbers = range(resume.length.samples(steps.start), resume.length.samples(steps.stop))
-    failed = sorted(nth_kept_sample(n, position.skipped_samples) for n in numbers)
-    where = (
-        f"steps {steps.start + 1} to {steps.stop} (samples {failed[0]} to {failed[-1]}, the first is at "
-        f"{run.samples.locate(failed[0])})"
-    )
-    earlier = _find_resume_point_again(run, resume)
-    is_no_progress = rolled_back_to >= 0 and not result.good_steps
-    if earlier.position.step <= rolled_back_to or is_no_progress:
-        raise FloatingPointError(
-            f"loss or gradient not finite again at {where}, after rolling back to step {rolled_back_to} once. None of these steps "
-            "reached the weights. Look at these samples, lower --lr_init, or use --precision fp32 to find the cause"
-        )
-    log(
-        f"{where} had no finite gradient: rolling back to the state of step {earlier.position.step}, without these samples"
-    )
-    # Weights saved among the failed steps have passed some of their samples: skipping those too would shift good samples past them.
-    next_sample = nth_kept_sample(earlier.position.samples, earlier.position.skipped_samples)
-    skipped = _add_skipped(earlier.position.skipped_samples, [n for n in failed if n >= next_sample])
-    return replace(earlier, position=replace(earlier.position, skipped_samples=skipped))
-
-
-def _add_skipped(skipped: list[tuple[int, int]], samples: list[int]) -> list[tuple[int, int]]:
-    """`skipped` and `samples` together, as sorted runs (first, count)."""
-    runs: list[tuple[int, int]] = []
-    for n in sorted({*samples, *(first + i for first, count in skipped for i in range(count))}):
-        if runs and n == sum(runs[-1]):
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((n, 1))
-    return runs
-
-
-def _fit(run: RunContext, resume: ResumePoint) -> FitResult:
+def fit(run: RunContext, resume: ResumePoint) -> FitResult:
     """One Lightning fit from `resume` to the end of the run, or until something stops it."""
     length, hardware = resume.length, run.hardware
     steps = length.steps - resume.position.step
     if steps <= 0:  # stopped between its last step and rwkv-final.pth
         _write_final_weights(run, resume)
         return FitResult()
+    # built here and held by nobody else: a roll-back builds another one, and there may be no memory for two
     model, values = build_model(run.config, run.sizes, hardware, resume)
     callbacks = build_callbacks(run, resume)
     module = build_module(run.config, hardware, model, values)
@@ -205,6 +135,7 @@ def build_callbacks(run: RunContext, resume: ResumePoint) -> Callbacks:
     graceful_stop = GracefulStop(control, run.ends_at)
     non_finite = NonFiniteMonitor(control, config.max_bad_steps, scale_loss=run.hardware.precision == "fp16")
     warn = OnceWarnings()
+    # only rank 0 writes; non-finite steps are watched on every rank, so that all stop at the same one
     sinks = (
         [*_sinks(config, proj_dir, resume, run.settings), NumbersMonitor(length.steps, warn)] if is_rank_zero() else []
     )
@@ -229,7 +160,7 @@ def build_callbacks(run: RunContext, resume: ResumePoint) -> Callbacks:
         reporter,
         weights,
         *_validation(run, resume, control, reporter, graceful_stop),
-        BackgroundFigure(control, length, proj_dir),
+        LossFigureCallback(control, length, proj_dir),
         checkpoint,
         graceful_stop,
         GenerateSamples(config, control, reporter, non_finite, length, proj_dir),
@@ -254,6 +185,7 @@ def _validation(
     if run.held_out is None:
         return []
     config, length, step = run.config, resume.length, resume.position.step
+    # trained weights are measured before the first step: what fine-tuning gained is the difference
     is_fine_tuning = step == 0 and resume.weights is not None and (config.data_type == "sft" or bool(config.load_model))
     best_loss, omitted = run.process_group.broadcast_from_rank_zero(
         lambda: (best_loss_before(run.proj_dir, step), was_omitted(run.proj_dir, config.val_every, length, step))
@@ -297,7 +229,7 @@ def build_module(
     config: RunConfig, hardware: Hardware, model: RWKV7, values: Callable[[], NamedTensors] | None
 ) -> TrainingModule:
     """The LightningModule, its blocks compiled where --compile says so."""
-    if config.compile:
+    if config.compiles(hardware.device_type):
         model.compile_blocks()
     return TrainingModule(model, config, hardware, values)
 
@@ -345,15 +277,15 @@ def run_trainer(
         # Lightning's bf16-true has no fp32 masters and bf16-mixed is autocast: here parameters have their dtype already, and the
         # optimizer keeps the masters
         precision="32-true",
-        max_epochs=1,
+        max_epochs=1,  # a mini-epoch is our own unit of bookkeeping; to Lightning a run is one epoch
         max_steps=steps,
         accumulate_grad_batches=config.accumulate_grad_batches,
         callbacks=callbacks,
-        logger=False,
+        logger=False,  # loggers are sinks of the Reporter: they get the run's step, not that of this start
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        use_distributed_sampler=False,
+        use_distributed_sampler=False,  # it would shuffle; the data set yields this rank's samples in the run's order
         num_sanity_val_steps=0,
         # never created: in a Slurm job Lightning resumes from an hpc_ckpt_*.ckpt that it finds there
         default_root_dir=proj_dir / "lightning",
@@ -400,6 +332,7 @@ def schedule_of(config: RunConfig, resume: ResumePoint) -> Callable[[int], float
 def _sinks(config: RunConfig, proj_dir: Path, resume: ResumePoint, settings: dict[str, Any]) -> list[Sink]:
     live = config.enable_progress_bar.lower() in ("true", "1") and has_live_line()
     length, first_step = resume.length, resume.position.step
+    # rows and lines of steps that are trained again, because they are newer than the state, are dropped first
     metrics = MetricsFile(proj_dir / METRICS, first_step, length.tokens_per_step)
     if metrics.lost_seconds:
         log(f"{'repeated':>12}  {metrics.lost_seconds:.0f} s of training since that state")

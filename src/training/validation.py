@@ -55,6 +55,7 @@ def mean_loss(
             stop.wait()
     finally:
         module.train()
+    # float64 sums, so that the mean doesn't depend on how many ranks shared the samples
     if trainer.world_size > 1:
         dist.all_reduce(sums)
     total, counted = sums.tolist()
@@ -97,13 +98,14 @@ class Validation(StepCallback):
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         if self.is_due(step) and not self.control.is_agreed(STOP, ROLL_BACK):
             self._measure(trainer, pl_module, step + 1)
+            trainer.should_stop = trainer.should_stop or self.control.is_agreed(STOP)  # cut off: no further step
         # a stop that is requested during the next step takes effect after it, and may meet the validation of the one that follows
         is_near = self.is_due(step + 1) or self.is_due(step + 2)
         self.control.reserved_seconds[PURPOSE] = self._last_seconds if is_near else 0.0
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, steps: int) -> None:
         assert isinstance(pl_module, TrainingModule)
-        self.reporter.flush()
+        self.reporter.flush()  # else the step before would be reported after this validation, with its time
         with self.control.paused():
             begin = time.monotonic()
             measured = mean_loss(trainer, pl_module, self.held_out, self.process_group, self._must_stop)
@@ -112,7 +114,7 @@ class Validation(StepCallback):
                 return
             loss, counted = measured
             self._last_seconds = time.monotonic() - begin
-            is_best = loss < self.best_loss
+            is_best = loss < self.best_loss  # false for NaN
             if is_best:
                 self.best_loss = loss
                 write_weights(pl_module, self.proj_dir / BEST)

@@ -1,17 +1,18 @@
-"""Decoding and prefill on a CPU beside the PyPI package `rwkv`: the same weights, one process, one thread setting for both.
+"""Decoding and prefill speed on a CPU, compared with the PyPI package `rwkv`: the same weights, process and threads.
 
-    python tests/bench/inference.py [--n_layer 12 --n_embd 768 --vocab_size 65536] [--threads 2] [--prompt 128] [--rounds 5]
+    python tests/bench/inference.py [--n_layer 12 --n_embd 768 --vocab_size 65536] [--threads 2] [--prompt 128]
 
-Each round measures the copy bandwidth, the package, ours, and the bandwidth again, one right after the other: what counts are the
-ratios within a round, because machines are shared. Rounds whose two bandwidths differ by more than a quarter are dropped, medians are shown.
+Each round measures the copy bandwidth, the package, this project and the bandwidth again, in immediate succession.
+Machines are shared, so only ratios within a round are meaningful. Rounds whose two bandwidths differ by more than a
+quarter are dropped; medians are printed.
 
-- copy bandwidth: bytes read and bytes written, together, per second by a plain `Tensor.copy_` of 256 MB.
-- of copy bandwidth: bytes of weights that a token has to read, in the precision in which our step keeps them (everything but the
-  embedding once; nothing else is counted), per second of a step, over the copy bandwidth.
-- --weights bf16: what is in a file that was saved in bf16 (released models, runs in bf16), loaded as fp32 by both. Ours sees that these
-  numbers fit into bf16 and reads them packed at 12 bits (several sequences: two bytes); arithmetic is fp32 all the same. With fp32 (runs
-  in fp32), both read four bytes.
-- The package is compiled by its own TorchScript; both its loops run until they are compiled before anything is timed.
+- copy bandwidth: bytes read plus bytes written per second by a plain `Tensor.copy_` of 256 MB.
+- of copy bandwidth: bytes of weights that a step reads, in the precision in which the native step stores them (all but
+  the embedding, once; nothing else is counted), divided by the step's time and the copy bandwidth.
+- --weights bf16: the values of a file saved in bf16 (released models, runs in bf16), loaded as fp32 by both. The native
+  step detects that they fit bf16 and reads 12 bits per weight (16 for several sequences); arithmetic is in fp32. With
+  --weights fp32 (a run in fp32) both read 32 bits.
+- The package is compiled by TorchScript; both of its code paths run until they are compiled before they are timed.
 """
 
 # ruff: noqa: E402 (the package reads its settings from the environment when it is imported)
@@ -33,8 +34,8 @@ from rwkv.model import RWKV
 
 from src.inference.decoder import Decoder
 
-COPIED = 1 << 26  # floats: far more than any cache holds
-DISTURBED = 0.25
+COPIED = 1 << 26  # floats: 256 MB, larger than any cache
+DISTURBED = 0.25  # relative difference of a round's two bandwidths
 BATCHES = (4, 16)
 
 
@@ -60,7 +61,7 @@ class Copy:
 
 
 def bytes_per_token(decoder: Decoder) -> int:
-    """Of the weights as the native step keeps them: each is read once for a token, but for the embedding."""
+    """Of the native step's weights: each is read once, except for the embedding, of which a step reads one row."""
     weights = decoder.native_weights
     return sum(t.numel() * t.element_size() for t in (weights.head, *weights.layers))
 
@@ -86,7 +87,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, float]]:
         "first prompt of the process: " + ", ".join(f"{name} {taken:.1f} s" for name, taken in first_prefill.items()),
         flush=True,
     )
-    theirs, state = package.forward(prompt, None)  # once to look, once to compile
+    theirs, state = package.forward(prompt, None)  # the first call profiles, the second one compiles
     decoder.reset()
     difference = float((decoder.prefill([prompt])[0] - theirs).abs().max())
     print(f"largest difference of the logits after {len(prompt)} tokens: {difference:.1e}", flush=True)
@@ -145,9 +146,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rounds = compare(options)
     if not rounds:
-        sys.exit("every round was disturbed: the machine is too busy to measure anything")
-    title = f"L{options.n_layer}-D{options.n_embd}, V {options.vocab_size}, fp32 arithmetic, {options.weights} weights, {options.threads} threads, prompt {options.prompt}"
-    print(f"\n{title}; medians of {len(rounds)} rounds")
+        sys.exit("every round was disturbed: the machine is too busy for a measurement")
+    size = f"L{options.n_layer}-D{options.n_embd}, V {options.vocab_size}"
+    setting = f"{options.weights} weights, {options.threads} threads, prompt {options.prompt}"
+    print(f"\n{size}, fp32 arithmetic, {setting}; medians of {len(rounds)} rounds")
     for name in rounds[0]:
         print(f"  {name:26} {statistics.median(row[name] for row in rounds):8.2f}")
 

@@ -1,9 +1,9 @@
-"""Tokens per second that the loader can give, with the DataLoader that training uses: it must never be what a GPU waits for.
+"""Throughput of the data loader, configured as in training: it must exceed what a GPU consumes.
 
     python tests/bench/loader.py [--data_type sft] [--ctx_len 512] [--micro_bsz 16] [--workers 1]
 
-Data of random ids is written to a temporary folder first and read from the page cache, as after the first pass over a file. sft: conversations
-of 20 tokens and more, 150 in the middle, every other token an answer's, packed into rows.
+Random ids are written to a temporary folder and read from the page cache, as after the first pass over a file. sft:
+conversations of at least 20 and typically 150 tokens, every other token with a loss, packed into rows.
 """
 
 import argparse
@@ -32,13 +32,13 @@ def windows(path: Path, tokens: int, ctx_len: int, micro_bsz: int, samples: int)
 
 
 def conversations(path: Path, tokens: int, ctx_len: int, micro_bsz: int, samples: int) -> Dataset:
-    numbers, left = np.random.default_rng(0), tokens
+    generator, remaining = np.random.default_rng(0), tokens
     with BinIdxWriter(path, np.int32) as out:
-        while left > 0:
-            ids = numbers.integers(0, 65536, 20 + int(numbers.lognormal(np.log(130), 0.8)), dtype=np.int32)
-            ids[::2] = ~ids[::2]  # below 0: nobody's answer
+        while remaining > 0:
+            ids = generator.integers(0, 65536, 20 + int(generator.lognormal(np.log(130), 0.8)), dtype=np.int32)
+            ids[::2] = ~ids[::2]  # ~id: a token without a loss
             out.add_document(ids)
-            left -= len(ids)
+            remaining -= len(ids)
     rows = SftRows(Conversations(MMapIndexedDataset(path), {}, 0, 0), ctx_len)
     return SftDataset(rows, 0, samples, 0, 1, micro_bsz=micro_bsz)
 
@@ -48,15 +48,17 @@ def main() -> None:
     parser.add_argument("--data_type", default="binidx", choices=["binidx", "sft"])
     parser.add_argument("--ctx_len", type=int, default=512)
     parser.add_argument("--micro_bsz", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=1, help="processes; training takes 1 on a GPU and 0 on a CPU")
-    parser.add_argument("--tokens", type=int, default=20_000_000, help="in the file, and read")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="loader processes; training uses 1 on a GPU and 0 on a CPU"
+    )
+    parser.add_argument("--tokens", type=int, default=20_000_000, help="tokens in the file, all of which are read")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random"
         samples = args.tokens // args.ctx_len // args.micro_bsz * args.micro_bsz
-        make = conversations if args.data_type == "sft" else windows
+        create = conversations if args.data_type == "sft" else windows
         loader = DataLoader(
-            make(path, args.tokens, args.ctx_len, args.micro_bsz, samples),
+            create(path, args.tokens, args.ctx_len, args.micro_bsz, samples),
             collate_fn=collate_shares if args.data_type == "sft" else None,
             batch_size=args.micro_bsz,
             num_workers=args.workers,
@@ -64,7 +66,7 @@ def main() -> None:
             drop_last=True,
         )
         batches = iter(loader)
-        next(batches)  # the workers' start
+        next(batches)  # not timed: the start of the loader processes
         start, count = time.perf_counter(), 0
         for inputs, *_ in batches:
             count += inputs.numel()

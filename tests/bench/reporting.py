@@ -62,14 +62,14 @@ def main() -> None:
         per_step.append(step_ends[-1] - begin)
 
     Reporter.on_train_batch_end = end  # type: ignore[method-assign]
-    draw = background.BackgroundFigure._draw
+    draw = background.LossFigureCallback._draw
 
     def timed_draw(self):
         begin = time.thread_time()  # the thread shares a core with training: only its own time counts
         draw(self)
         spent["loss.png (CPU time of its thread)"] += time.thread_time() - begin
 
-    background.BackgroundFigure._draw = timed_draw  # type: ignore[method-assign]
+    background.LossFigureCallback._draw = timed_draw  # type: ignore[method-assign]
 
     with tempfile.TemporaryDirectory() as folder:
         with BinIdxWriter(Path(folder) / "data", np.uint16) as writer:

@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from src.config import RunConfig
 from src.model import RWKV7
+from src.model.cost import training_flops_per_token
 from src.training.hardware.allocator import set_up_malloc
 from src.training.hardware.peak_flops import peak_flops
 from src.training.hardware.selection import choose_hardware
 from src.training.module import TrainingModule
-from src.training.preflight.plan import training_flops_per_token
 
 CONFIGS = {  # n_layer, n_embd, vocab_size, ctx_len, micro_bsz, low-rank sizes w, a, v, g (0: by the formula)
     "mini": (8, 512, 6400, 512, 4, (0, 0, 0, 0)),
@@ -79,7 +79,7 @@ class Step:
         torch.manual_seed(0)
         with self.device:
             model = RWKV7(config.model_config(vocab)).to(self.device, self.hardware.dtype)
-        if config.compile:  # as src/training/trainer.py does
+        if config.compiles(self.device.type):  # as src/training/trainer.py does
             model.compile_blocks()
         self.module = TrainingModule(model, config, self.hardware)
         self.optimizer = self.module.configure_optimizers()
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--config", default="mini", choices=list(CONFIGS))
     for name in ("n_layer", "n_embd", "vocab_size", "ctx_len", "micro_bsz"):
         parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help="instead of the configuration's")
-    parser.add_argument("--compile", type=int, default=0)
+    parser.add_argument("--compile", choices=("auto", "0", "1"), default="0")
     parser.add_argument("--grad_cp", type=int, default=0)
     parser.add_argument("--head_chunk", type=int, default=0)
     parser.add_argument("--kernel", default="auto")

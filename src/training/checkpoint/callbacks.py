@@ -34,6 +34,7 @@ class SaveWeights(StepCallback):
         self.length, self.epoch_save, self.proj_dir = length, epoch_save, proj_dir
 
     def saves_at(self, step: int) -> bool:
+        # N = 0 is included: as the official trainer, and the first weights show early whether a run is set up well
         is_last = step == self.length.steps - 1
         return is_last or (self.length.ends_mini_epoch(step) and self.length.mini_epoch(step) % self.epoch_save == 0)
 
@@ -95,10 +96,10 @@ class CheckpointCallback(StepCallback):
         self._reserve_time()
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        self.writer.check()
+        self.writer.check()  # a save that failed in the background fails the run at the next step
         self._reserve_time()
         if self.control.is_agreed(SAVE, STOP) or self.weights.saves_at(step):
-            self.reporter.flush()
+            self.reporter.flush()  # the losses and skipped steps up to this step belong to the state
             # A state among skipped steps has passed samples that a roll-back would leave out; only a stop can't wait for a better one.
             if self.control.is_agreed(STOP) or not self.non_finite.skipped_in_row:
                 self._save(pl_module)
@@ -106,7 +107,7 @@ class CheckpointCallback(StepCallback):
             self.control.request(SAVE)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.writer.wait()
+        self.writer.wait()  # raises the error of the last save: no rwkv-final.pth then
         if self.control.step >= self.length.steps and self.non_finite.failed_steps is None:
             write_weights(pl_module, self.weights.proj_dir / FINAL)
 
@@ -120,7 +121,7 @@ class CheckpointCallback(StepCallback):
             restarted_at_sample=self.position.restarted_at_sample,
             mini_epoch_losses=list(self.reporter.mini_epoch_losses),
             skipped_samples=self.position.skipped_samples,
-            weights_written=bool(numbered_weights(self.weights.proj_dir)),
+            weights_written=bool(numbered_weights(self.weights.proj_dir)),  # see find_resume_point
         )
         state = SavedState(position, self.settings, module.optimizer.counters(), time.time())
         tensors = gather_full_state(module)

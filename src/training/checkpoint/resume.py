@@ -54,6 +54,7 @@ def archive_other_run(config: RunConfig, proj_dir: Path) -> None:
     started from (the swap of rwkv-init.pth that people do by hand). Nothing is deleted."""
     _, reason = _starts_new_run(config, proj_dir)
     tokenizer = proj_dir / TOKENIZER
+    # compared before the folder is moved
     uses_copy = tokenizer.is_dir() and Path(config.tokenizer or "world").resolve() == tokenizer.resolve()
     if reason and (archive := archive_run(proj_dir)):
         log(f"{reason}; the earlier run is archived in {archive}")
@@ -81,7 +82,7 @@ def _starts_new_run(config: RunConfig, proj_dir: Path) -> tuple[Path | None, str
             given=origin,
             advice="leave the flag out to continue that run, or name another --proj_dir to start a new one from these weights",
         )
-    if config.restart:
+    if config.restart:  # before the comparison of hashes, which reads the whole file
         return origin, "--restart: a new run begins (leave the flag out to continue it later)"
     if not is_swapped(proj_dir, origin):
         return origin, ""
@@ -113,6 +114,7 @@ def find_resume_point(config: RunConfig, proj_dir: Path, length: RunLength, peek
     if saved is not None:
         reader, state = saved
         position = state.position
+        # People start over by deleting *.pth. The state alone would continue, silently, what they wanted to be rid of.
         if position.weights_written and not numbered:
             raise UserError(
                 f"rwkv-N.pth of the run in {proj_dir} were removed, but its full state at step {position.step} is there",
@@ -132,6 +134,7 @@ def find_resume_point(config: RunConfig, proj_dir: Path, length: RunLength, peek
             given=config.train_stage,
             advice="write initial weights first (--train_stage 1), or start from a file with --load_model",
         )
+    # --epoch_begin N: as the official trainer, with weights of mini-epoch N - 1 from elsewhere
     step = length.step_after(config.epoch_begin - 1) if config.epoch_begin else 0
     if step >= length.steps:
         raise UserError(
@@ -179,6 +182,7 @@ def _after_numbered_weights(proj_dir: Path, length: RunLength, mini_epoch: int, 
 
 def _with_fresh_optimizer(length: RunLength, step: int) -> Position:
     samples = length.samples(step)
+    # the schedule renews its warm-up from there: Adam's moments are zero, its first steps would be too large
     return Position(step, samples, length.mini_epoch_samples, restarted_at_sample=samples)
 
 

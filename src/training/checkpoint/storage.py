@@ -48,6 +48,7 @@ class DamagedStateError(Exception):
 def state_folders(proj_dir: Path) -> list[Path]:
     """The folders of saved states, newest first."""
     folders = [path for path in (proj_dir / STATES).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    # by number: more than 99,999,999 steps have more digits
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
@@ -94,6 +95,7 @@ class StateReader:
 
     def _read_verified(self, name: str) -> bytes:
         size, sha256 = self._files[name]
+        # whole, then hashed, then parsed: what is used is what was verified
         data = _read_bytes(self.folder / name)
         if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
             raise DamagedStateError(f"{name} is not what was written (its SHA-256 differs)")
@@ -225,7 +227,7 @@ class StateWriter:
                 return
 
     def _publish(self, temporary: Path, step: int) -> None:
-        sync_folder(temporary)
+        sync_folder(temporary)  # the names of the files before the name of the folder
         final = self.root / f"step-{step:08d}"
         replaced = self.root / f".step-{step:08d}.replaced.tmp"
         if final.exists():  # the same step saved again: the new state takes its place
@@ -234,6 +236,7 @@ class StateWriter:
         temporary.rename(final)
         sync_folder(self.root)
         shutil.rmtree(replaced, ignore_errors=True)
+        # last: until the new state is on the disk, the old ones are all there is
         for old in state_folders(self.root.parent)[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
 

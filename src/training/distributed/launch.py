@@ -44,9 +44,10 @@ def rank_from_launcher(environment: Mapping[str, str]) -> RankInfo | None:
     A Slurm job counts when srun started several tasks: a batch script that calls train.py is one process that may start others.
     """
     for names in LAUNCHER_VARIABLES:
+        # all four: some of these variables are set by other programs too
         if all(name in environment for name in names):
             rank, world_size, local_rank, local_world_size = (int(environment[name]) for name in names)
-            if world_size == 1:
+            if world_size == 1:  # no reason to set up a process group
                 return None
             address = environment.get("MASTER_ADDR", "127.0.0.1")
             port = int(environment.get("MASTER_PORT", "29500"))
@@ -114,6 +115,7 @@ class KnownClusterEnvironment(ClusterEnvironment):
         super().__init__()
         self.info = info
 
+    # they exist already, whoever started them
     creates_processes_externally = True  # type: ignore[assignment]
 
     @property

@@ -1,1 +1,1 @@
-"""Pictures and pages made from a run's logs."""
+"""Figures and the report page, made from the logs of a run."""

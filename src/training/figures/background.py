@@ -1,4 +1,4 @@
-"""Draws loss.png while a run goes on, in a thread."""
+"""A callback that draws loss.png during a run, in a background thread."""
 
 from __future__ import annotations
 
@@ -11,39 +11,48 @@ import pytorch_lightning as pl
 from src.run_folder import FIGURE
 from src.training.console import is_rank_zero, warn_on_error
 from src.training.control import RunControl, StepCallback
-from src.training.plot import loss_picture
+from src.training.figures.loss_figure import write_loss_figure
 from src.training.schedule import RunLength
 
-DRAW_SECONDS = 60.0  # between two figures at least
-# Of the run's time that drawing may take: one figure takes about half a second of a core, more in a long run.
+# The least time between two figures. A small model finishes a mini-epoch in seconds, and nobody looks that often.
+DRAW_SECONDS = 60.0
+# The largest share of the training time that drawing may take. A figure takes half a second of one core and more in a
+# long run, whose logs are longer; on a CPU this core is missing from training.
 TIME_SHARE = 0.004
 
 
-class BackgroundFigure(StepCallback):
-    """At a mini-epoch's end, on rank 0, as DRAW_SECONDS and TIME_SHARE allow. The last figure is drawn when the run has ended."""
+class LossFigureCallback(StepCallback):
+    """Starts a drawing at the end of a mini-epoch, on rank 0, as often as DRAW_SECONDS and TIME_SHARE allow.
+
+    The figure of the complete run is drawn by the caller, after the last logs are written.
+    """
 
     def __init__(self, control: RunControl, length: RunLength, proj_dir: Path) -> None:
         super().__init__(control)
         self.length, self.proj_dir = length, proj_dir
         self._thread: threading.Thread | None = None
-        self._drawn_at, self._drawing_seconds = time.monotonic(), 0.0
+        self._last_start, self._last_duration = time.monotonic(), 0.0
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         is_last = step == self.length.steps - 1
         if not is_rank_zero() or is_last or not self.length.ends_mini_epoch(step):
             return
-        pause = max(DRAW_SECONDS, self._drawing_seconds / TIME_SHARE)
-        if time.monotonic() - self._drawn_at > pause and (self._thread is None or not self._thread.is_alive()):
-            self._drawn_at = time.monotonic()
-            self._thread = threading.Thread(target=self._draw, daemon=True, name="figure")
+        pause = max(DRAW_SECONDS, self._last_duration / TIME_SHARE)
+        is_drawing = self._thread is not None and self._thread.is_alive()
+        if time.monotonic() - self._last_start > pause and not is_drawing:
+            self._last_start = time.monotonic()
+            # A daemon: a run that fails must not wait for its figure.
+            self._thread = threading.Thread(target=self._draw, daemon=True, name="loss-figure")
             self._thread.start()
 
     def _draw(self) -> None:
-        begin = time.thread_time()
+        # The time of this thread alone: while training uses all cores, the clock on the wall would count its work too.
+        start = time.thread_time()
         with warn_on_error(FIGURE):
-            loss_picture(self.proj_dir, self.proj_dir / FIGURE)
-        self._drawing_seconds = time.thread_time() - begin
+            write_loss_figure(self.proj_dir, self.proj_dir / FIGURE)
+        self._last_duration = time.thread_time() - start
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # The caller writes the same file next: two threads must not draw at once.
         if self._thread is not None:
             self._thread.join()

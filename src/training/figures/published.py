@@ -1,12 +1,13 @@
-"""The published run that this project is checked against: L12-D768 on minipile, a mean loss and a learning rate per mini-epoch.
+"""The published run that this project is compared with: L12-D768 on minipile, loss and learning rate by mini-epoch.
 
-Source: the RWKV-7 training demo of github.com/BlinkDL/RWKV-LM (RWKV-v7/train_temp), whose log of this setting these are.
+Source: the log of this setting in the RWKV-7 training demo of github.com/BlinkDL/RWKV-LM (RWKV-v7/train_temp).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+# What the losses depend on, and no more: a run on other devices or with another kernel is still comparable.
 SETTINGS = {
     "n_layer": 12,
     "n_embd": 768,
@@ -20,7 +21,8 @@ SETTINGS = {
     "warmup_steps": 10,
     "weight_decay": 0.001,
 }
-# mean loss, learning rate at the last step, by mini-epoch of 40320 samples
+# By mini-epoch of 40320 samples: mean loss, learning rate at the last step. The rate stays a string, as it must
+# agree to the last printed digit, whereas losses are compared with a tolerance.
 MINI_EPOCHS: tuple[tuple[float, str], ...] = (
     (4.875856, "0.00059975"),
     (4.028621, "0.00059899"),
@@ -35,9 +37,10 @@ MINI_EPOCHS: tuple[tuple[float, str], ...] = (
     (3.313411, "0.00056999"),
     (3.295895, "0.00056441"),
 )
+# Kernels and devices round differently, so that losses agree only approximately.
 LOSS_TOLERANCE = 0.01
 
 
 def differences(settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """(the published run's, this run's) value of each setting that differs or isn't known; empty when it is the same run."""
+    """{name: (published value, given value)} of each setting that differs or is missing; {} for the same run."""
     return {name: (value, settings.get(name)) for name, value in SETTINGS.items() if settings.get(name) != value}

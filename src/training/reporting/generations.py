@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 
 from src.config import RunConfig
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
-from src.files import write_whole
+from src.files import atomic_write
 from src.inference.generate import generate
 from src.model import RWKV7
 from src.run_folder import SAMPLES
@@ -57,7 +57,7 @@ class GenerateSamples(pl.Callback):
         with warn_on_error(SAMPLES):
             held_out = HeldOut(replace(self.config, val_data_file=source, val_windows=COUNT))
             samples = generate_samples(pl_module.model, load_tokenizer(self.config.tokenizer), held_out)
-            with write_whole(self.proj_dir / SAMPLES, "w") as file:
+            with atomic_write(self.proj_dir / SAMPLES, "w") as file:
                 json.dump([asdict(sample) for sample in samples], file, indent=1, ensure_ascii=False)
             self.reporter.report_samples(samples)
 

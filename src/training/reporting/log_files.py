@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from src.files import write_whole
+from src.files import atomic_write
 from src.run_log import is_mini_epoch_line
 from src.training.reporting.sink import UPDATE_GROUPS, MiniEpochReport, Sink, StepReport, ValidationReport
 
@@ -131,7 +131,7 @@ def _split_rows(path: Path, is_kept: Callable[[Row], bool]) -> tuple[list[Row], 
 
 def _rewrite(path: Path, columns: tuple[str, ...], rows: list[Row]) -> None:
     """Replace the file by these rows under `columns`, which may differ from those of the version that wrote it."""
-    with write_whole(path, "w") as file:
+    with atomic_write(path, "w") as file:
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -161,5 +161,5 @@ def _filter_lines(path: Path, is_kept: Callable[[str], bool]) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and is_kept(line)]
     if len(kept) < len(lines):  # an untouched file keeps its modification time
-        with write_whole(path, "w") as file:
+        with atomic_write(path, "w") as file:
             file.writelines(kept)

@@ -14,7 +14,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from src.files import write_whole
+from src.files import atomic_write
 from src.training.console import log
 
 WARM_UP_STEPS = 5  # not recorded: they allocate memory, build kernels and choose algorithms
@@ -85,7 +85,7 @@ def write_trace(profiler: profile, trace: Path) -> None:
             if not source.read().rstrip().endswith(b"}"):  # the profiler raises nothing when the disk is full
                 raise OSError("the profiler wrote only a part of it; is the disk full?")
             source.seek(0)
-            with write_whole(trace) as file, gzip.open(file, "wb") as compressed:
+            with atomic_write(trace) as file, gzip.open(file, "wb") as compressed:
                 shutil.copyfileobj(source, compressed)
 
 

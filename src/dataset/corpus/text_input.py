@@ -1,4 +1,4 @@
-"""Text files as a stream of pieces, each small enough to hold: what make_data reads, whatever the size.
+"""Text files of any size as a stream of pieces that fit into memory.
 
 .jsonl .jsonl.gz .jsonl.zst, and - for standard input    one JSON object a line
 .parquet                                                 one row a document
@@ -14,38 +14,49 @@ from typing import IO, NamedTuple
 
 from src.errors import UserError
 
-PIECE_BYTES = 1 << 20  # a quarter of a million tokens: some tenths of a second of work
+PIECE_BYTES = 1 << 20  # some 250,000 tokens: tenths of a second of work for a worker, which hides the cost of sending
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ENDINGS = (*JSON_LINES, ".parquet", ".txt")
 STDIN = "-"
 
 
 class Piece(NamedTuple):
-    """Some lines, rows or files in a row. `lines` is JSON lines undivided, or a list of texts (None: no string)."""
+    """Consecutive lines of one source.
+
+    source       path, or "-"
+    first_line   number of the first line within the source, from 1
+    ordinal      number of the first line over all sources, from 0
+    lines        JSON lines as one bytes object, or a list of texts (None: not a string)
+    end          bytes of input read so far over all sources; compressed bytes of compressed files
+    """
 
     source: str
-    first_line: int  # counted from 1 within the source
-    ordinal: int  # of the first line, counted from 0 over all sources
+    first_line: int
+    ordinal: int
     lines: bytes | list[str | bytes | None]
-    end: int  # bytes of the input read so far, over all sources, compressed where they are
+    end: int
 
 
 def check_inputs(paths: Sequence[str]) -> int:
-    """The inputs' size in bytes, 0 when unknown. ValueError for a file that is missing or of no known kind."""
+    """Size of the inputs in bytes, 0 when unknown. UserError for a file that is missing or of an unknown kind."""
     total = 0
     for path in paths:
-        if path == STDIN:
+        if path == STDIN:  # nothing to check, and the total is unknown
             return 0
         if not path.lower().endswith(ENDINGS):
-            raise UserError(f"{path}: the name must end in {' '.join(ENDINGS)}, or be - for JSON lines from stdin.")
+            raise UserError(
+                "unknown kind of file",
+                given=path,
+                expected=f"a name that ends in {' '.join(ENDINGS)}, or - for JSON lines from standard input",
+            )
         if not Path(path).is_file():
-            raise UserError(f"{path} does not exist.")
+            raise UserError("no such file", given=path)
         total += Path(path).stat().st_size
     return total
 
 
 def read_pieces(paths: Sequence[str], field: str) -> Iterator[Piece]:
-    """All lines of all inputs in order. ValueError for a file that can't be unpacked or a Parquet without `field`."""
+    """All lines of all inputs in order. UserError for a damaged file or a Parquet file without the column `field`."""
     ordinal = finished = 0
     for path in paths:
         first_line = 1
@@ -53,10 +64,11 @@ def read_pieces(paths: Sequence[str], field: str) -> Iterator[Piece]:
             yield Piece(path, first_line, ordinal, lines, finished + end)
             first_line += count
             ordinal += count
+        # By file size rather than by the last `end`, which may stop before trailing bytes of a compressed file.
         finished += 0 if path == STDIN else Path(path).stat().st_size
 
 
-_Part = tuple[bytes | list[str | bytes | None], int, int]  # lines, how many, bytes read of this source
+_Part = tuple[bytes | list[str | bytes | None], int, int]  # lines, number of lines, bytes read of this source
 
 
 def _read_one(path: str, field: str) -> Iterator[_Part]:
@@ -74,61 +86,65 @@ def _read_one(path: str, field: str) -> Iterator[_Part]:
 
 
 def _blocks(raw: IO[bytes], path: str) -> Iterator[bytes]:
-    """The unpacked content. A packed file that is cut or damaged is a ValueError when it comes to that."""
+    """The decompressed content. UserError where a compressed file turns out to be truncated or damaged."""
     if not path.lower().endswith((".gz", ".zst")):
         yield from iter(lambda: raw.read(PIECE_BYTES), b"")
         return
-    unpack, damaged = _zstd(raw, path) if path.lower().endswith(".zst") else _gzip(raw)
+    content, damage_errors = _zstd(raw, path) if path.lower().endswith(".zst") else _gzip(raw)
     try:
-        yield from unpack
-    except damaged as error:
-        raise UserError(f"{path} is damaged or cut: {error}") from error
+        yield from content
+    except damage_errors as error:
+        raise UserError(f"damaged or truncated ({error})", given=path) from error
 
 
-_Unpacking = tuple[Iterator[bytes], tuple[type[Exception], ...]]  # the content, and the errors of damage
+_Decompressed = tuple[Iterator[bytes], tuple[type[Exception], ...]]  # the content; exceptions that mean damage
 
 
-def _gzip(raw: IO[bytes]) -> _Unpacking:
+def _gzip(raw: IO[bytes]) -> _Decompressed:
     file = gzip.GzipFile(fileobj=raw)
     return iter(lambda: file.read(PIECE_BYTES), b""), (EOFError, gzip.BadGzipFile, zlib.error)
 
 
-def _zstd(raw: IO[bytes], path: str) -> _Unpacking:
+def _zstd(raw: IO[bytes], path: str) -> _Decompressed:
     try:
         import zstandard
     except ImportError as error:
-        raise UserError(f"{path}: reading .zst needs the package zstandard: pip install zstandard") from error
+        raise UserError(
+            "reading .zst needs the package zstandard", given=path, advice="pip install zstandard"
+        ) from error
 
-    def unpack() -> Iterator[bytes]:  # by hand, because the package's stream reader takes a cut file for a whole one
+    def decompress() -> Iterator[bytes]:
+        # Frame by frame, because the package's stream reader doesn't report a truncated file.
         frame = None
         while data := raw.read(PIECE_BYTES // 4):
-            while data:
+            while data:  # several frames may follow each other, as pzstd and `cat` write them
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
                 yield frame.decompress(data)
                 data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
         if frame is not None:
-            raise EOFError("the last frame is not complete")
+            raise EOFError("the last frame is incomplete")
 
-    return unpack(), (EOFError, zstandard.ZstdError)
+    return decompress(), (EOFError, zstandard.ZstdError)
 
 
 def _split_lines(blocks: Iterator[bytes], raw: IO[bytes]) -> Iterator[_Part]:
-    """Pieces that end at line ends; a line longer than a piece stays whole. A byte order mark is no part of a line."""
-    read = raw.tell if raw.seekable() else lambda: 0
+    """Pieces that end at line ends; a line longer than a piece is not divided. A leading byte order mark is removed."""
+    position = raw.tell if raw.seekable() else lambda: 0  # a pipe has no position
     rest: list[bytes] = []
     first = True
     for data in blocks:
         if first and data:
             data, first = data.removeprefix(b"\xef\xbb\xbf"), False
+        # Undivided lines are collected in a list: joining them each time would be quadratic for a huge line.
         cut = data.rfind(b"\n") + 1
         if cut:
             lines = b"".join([*rest, data[:cut]])
             rest = []
-            yield lines, lines.count(b"\n"), read()
+            yield lines, lines.count(b"\n"), position()
         if cut < len(data):
             rest.append(data[cut:])
     if rest:
-        yield b"".join(rest), 1, read()
+        yield b"".join(rest), 1, position()
 
 
 def _read_parquet(path: str, field: str) -> Iterator[_Part]:
@@ -136,15 +152,23 @@ def _read_parquet(path: str, field: str) -> Iterator[_Part]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{path}: reading .parquet needs the package pyarrow: pip install pyarrow") from error
+        raise UserError(
+            "reading .parquet needs the package pyarrow", given=path, advice="pip install pyarrow"
+        ) from error
     size = Path(path).stat().st_size
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
-                raise UserError(f"{path} has no column {field!r}, it has {file.schema_arrow.names}: use --field.")
+                raise UserError(
+                    f"no column {field!r}; the columns are {file.schema_arrow.names}",
+                    given=path,
+                    advice="name the text column with --field",
+                )
             rows, done = max(1, file.metadata.num_rows), 0
+            # Small batches, because a row may be a whole book.
             for batch in file.iter_batches(batch_size=512, columns=[field]):
                 done += len(batch)
+                # The bytes read are estimated from the rows: pyarrow doesn't expose a file position.
                 yield batch.column(0).to_pylist(), len(batch), size * done // rows
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} can't be read as Parquet: {error}") from error
+        raise UserError(f"not a readable Parquet file ({error})", given=path) from error

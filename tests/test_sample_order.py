@@ -1,4 +1,4 @@
-"""The data order: published primes, every slot once, the same samples on any number of processes."""
+"""The order of samples: published primes, every slot once, the same samples on any number of ranks."""
 
 import itertools
 import math
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from src.dataset import magic_prime, sample_offset
 from src.dataset.sample_order import check_magic_prime, is_prime, nth_kept_sample, sample_number
+from src.errors import UserError
 
 PUBLISHED = {
     "minipile": (1498226207, 512, 2926181),
@@ -25,18 +26,18 @@ def test_published_primes(tokens: int, ctx_len: int, prime: int) -> None:
     check_magic_prime(prime, tokens, ctx_len)
 
 
-def test_is_prime_agrees_with_the_sieve() -> None:
-    sieve = [n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1)) for n in range(5000)]
-    assert [is_prime(n) for n in range(5000)] == sieve
+def test_is_prime_agrees_with_trial_division() -> None:
+    expected = [n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1)) for n in range(5000)]
+    assert [is_prime(n) for n in range(5000)] == expected
 
 
-@pytest.mark.parametrize("n", [3215031751, 3825123056546413051, 2152302898747])  # strong pseudoprimes to many bases
-def test_is_prime_is_not_fooled(n: int) -> None:
+@pytest.mark.parametrize("n", [3215031751, 3825123056546413051, 2152302898747])  # to many bases
+def test_is_prime_rejects_strong_pseudoprimes(n: int) -> None:
     assert not is_prime(n)
 
 
 @given(slots=st.integers(3, 3000), ctx_len=st.integers(1, 64), extra=st.integers(0, 63))
-def test_every_slot_once_and_inside_the_data(slots: int, ctx_len: int, extra: int) -> None:
+def test_one_pass_reads_every_slot_once_within_the_data(slots: int, ctx_len: int, extra: int) -> None:
     tokens = slots * ctx_len + extra % ctx_len
     prime = magic_prime(tokens, ctx_len)
     assert prime % 3 == 2
@@ -45,10 +46,10 @@ def test_every_slot_once_and_inside_the_data(slots: int, ctx_len: int, extra: in
     offsets = [sample_offset(n, prime, ctx_len) for n in range(prime)]
     assert sorted(offsets) == [slot * ctx_len for slot in range(prime)]
     assert max(offsets) + ctx_len + 1 <= tokens
-    assert sample_offset(prime, prime, ctx_len) == offsets[0], "the second pass has the order of the first"
+    assert sample_offset(prime, prime, ctx_len) == offsets[0], "the second pass repeats the order of the first"
 
 
-def test_no_overflow_past_two_to_the_63() -> None:
+def test_no_overflow_beyond_int64() -> None:
     prime, n = 2926181, 2_100_000_000
     factor = int(prime * (math.sqrt(5) - 1) / 2)
     assert (n + 1) ** 3 > 1 << 63
@@ -76,37 +77,51 @@ def test_the_formula_of_accumulated_micro_batches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prime", "reason"),
-    [(2926180, "not a prime"), (2926177, "leaves 1"), (3600053, "beyond the end"), (862811, "too small")],
+    ("prime", "problem"),
+    [(2926180, "not a prime"), (2926177, "modulo 3"), (3600053, "too large"), (862811, "too small")],
 )
-def test_a_wrong_prime_is_refused_with_the_right_one(prime: int, reason: str) -> None:
-    with pytest.raises(ValueError, match=rf"--magic_prime {prime} .*{reason}.*--magic_prime 2926181"):
+def test_a_wrong_prime_raises_and_names_the_right_one(prime: int, problem: str) -> None:
+    with pytest.raises(UserError) as caught:
         check_magic_prime(prime, 1498226207, 512)
+    assert (caught.value.flag, caught.value.given) == ("magic_prime", prime)
+    assert problem in caught.value.problem
+    assert "2926181" in caught.value.expected
 
 
 @settings(max_examples=30)
 @given(ctx_len=st.integers(1, 512), tokens=st.integers(0, 1535))
-def test_too_little_data_names_what_would_do(ctx_len: int, tokens: int) -> None:
+def test_too_little_data_raises_with_the_required_amount(ctx_len: int, tokens: int) -> None:
     if tokens >= 3 * ctx_len:
         check_magic_prime(magic_prime(tokens, ctx_len), tokens, ctx_len)
         return
-    with pytest.raises(ValueError, match=f"at least {3 * ctx_len} are needed"):
+    with pytest.raises(UserError) as caught:
         magic_prime(tokens, ctx_len)
+    assert (caught.value.flag, caught.value.given) == ("ctx_len", ctx_len)
+    assert f"{3 * ctx_len} tokens" in caught.value.expected
+    if tokens >= 3:  # the advice works
+        assert f"--ctx_len {tokens // 3} " in caught.value.advice
+        magic_prime(tokens, tokens // 3)
 
 
-def test_a_nearly_best_prime_is_accepted() -> None:
+def test_a_context_of_no_tokens_raises() -> None:
+    with pytest.raises(UserError) as caught:
+        magic_prime(1000, 0)
+    assert (caught.value.flag, caught.value.given, caught.value.expected) == ("ctx_len", 0, "at least 1")
+
+
+def test_a_prime_slightly_below_the_best_is_accepted() -> None:
     check_magic_prime(2700023, 1498226207, 512)
 
 
 @given(runs=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 5)), max_size=6), start=st.integers(0, 80))
-def test_holes_are_skipped_and_the_others_move_up(runs: list[tuple[int, int]], start: int) -> None:
-    left_out = {first + i for first, count in runs for i in range(count)}
+def test_skipped_samples_are_replaced_by_the_following_ones(runs: list[tuple[int, int]], start: int) -> None:
+    skipped = {first + i for first, count in runs for i in range(count)}
     skipped_samples: list[tuple[int, int]] = []
-    for n in sorted(left_out):
+    for n in sorted(skipped):
         if skipped_samples and n == sum(skipped_samples[-1]):
             skipped_samples[-1] = (skipped_samples[-1][0], skipped_samples[-1][1] + 1)
         else:
             skipped_samples.append((n, 1))
-    others = (n for n in itertools.count() if n not in left_out)
-    expected = list(itertools.islice(others, start, start + 30))
+    kept = (n for n in itertools.count() if n not in skipped)
+    expected = list(itertools.islice(kept, start, start + 30))
     assert [nth_kept_sample(n, skipped_samples) for n in range(start, start + 30)] == expected

@@ -1,12 +1,11 @@
-"""Shuffles more documents than memory holds, the same way every time.
+"""Reproducible shuffle of more documents than fit into memory.
 
-A document's place in epoch e is the rank of a 64-bit hash of (seed, e, its line number): a pure function of these, so
-neither the number of workers nor the sizes below change the order. Sorting by it is an external sort: documents gather
-in memory until a run is full, each run is written sorted, and ranges of the hash are then read from all runs at once.
-Everything on the disk is written and read in long stretches.
+The position of a document in epoch e is the rank of a 64-bit hash of (seed, e, its line number), so neither the number
+of workers nor the sizes below change the order. Sorting by the hash is an external sort: documents are collected in
+memory until a run is full, each run is sorted and written to disk, and the runs are merged by reading the same range of
+hashes from all of them. All disk access is sequential within a run.
 """
 
-import hashlib
 import os
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -17,33 +16,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-RUN_BYTES = 64 << 20  # tokens in memory at once; a few times this is the memory that all of it needs
-RUN_DOCUMENTS = 1 << 20  # the same for very short documents
-_JOINED_AT_ONCE = 1 << 14
+from src.dataset.hashing import splitmix64
 
-Sorted = tuple[bytes, npt.NDArray[np.int32]]  # tokens of some documents and their sizes
+RUN_BYTES = 64 << 20  # of tokens per run; the peak memory is a few times this
+RUN_DOCUMENTS = 1 << 20  # limit for very short documents, whose sizes and hashes need more memory than their tokens
+_JOINED_DOCUMENTS = 1 << 14  # joined per write: keeps the lists of Python objects small
 
-
-def scramble(numbers: npt.NDArray[np.uint64], *salt: object) -> npt.NDArray[np.uint64]:
-    """A 64-bit hash of each number, another one for each salt (splitmix64's finaliser; Steele et al., 2014)."""
-    start = np.frombuffer(hashlib.blake2b(repr(salt).encode(), digest_size=8).digest(), "<u8")
-    x = start + numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+Batch = tuple[bytes, npt.NDArray[np.int32]]  # concatenated tokens of some documents, and the size of each in tokens
 
 
 @dataclass
 class _Run:
-    """What is still to be read of one sorted run: documents [next, end), the first of them at byte `at`."""
+    """The unread part of a sorted run: documents [next, end), whose tokens begin at byte `offset`."""
 
     next: int
     end: int
-    at: int
+    offset: int
 
 
 class _Epoch:
-    """The sorted runs of one epoch, one after another in three files: tokens, sizes, keys."""
+    """The sorted runs of one epoch, one after another in three files: tokens, sizes, keys (hashes)."""
 
     def __init__(self, prefix: Path) -> None:
         self._paths = [prefix.with_suffix(ending) for ending in (".tokens", ".sizes", ".keys")]
@@ -54,20 +46,21 @@ class _Epoch:
     def write_run(
         self, tokens: bytes, sizes: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], itemsize: int
     ) -> None:
-        """Some documents (tokens joined, size and key of each), sorted by their keys."""
-        order = np.argsort(keys, kind="stable")
-        for piece in _gather(tokens, sizes, order, itemsize):
-            self._files[0].write(piece)
+        """Sorts documents (concatenated tokens, size and key of each) by their keys and appends them as a run."""
+        order = np.argsort(keys, kind="stable")  # stable: equal hashes keep the order of lines
+        for joined in _gather(tokens, sizes, order, itemsize):
+            self._files[0].write(joined)
         self._files[1].write(sizes[order].tobytes())
         self._files[2].write(keys[order].tobytes())
         self._runs.append(_Run(self._documents, self._documents + len(sizes), self._bytes))
         self._documents += len(sizes)
         self._bytes += len(tokens)
 
-    def merged(self, itemsize: int) -> Iterator[Sorted]:
-        """All documents in the order of their keys, in portions: a range of keys at a time is read from every run."""
+    def merged(self, itemsize: int) -> Iterator[Batch]:
+        """All documents in the order of their keys, in batches: range after range of keys, read from every run."""
         for file in self._files:
             file.flush()
+        # Hashes are uniform, so equal ranges hold about equally many documents: about one run's size each.
         by_bytes, by_documents = -(-self._bytes // RUN_BYTES), -(-self._documents // RUN_DOCUMENTS)
         ranges = max(1, by_bytes, by_documents)
         for number in range(1, ranges + 1):
@@ -75,22 +68,23 @@ class _Epoch:
             sizes = np.concatenate([part[1] for part in parts])
             order = np.argsort(np.concatenate([part[2] for part in parts]), kind="stable")
             tokens = b"".join([part[0] for part in parts])
-            del parts
+            del parts  # frees the tokens of the range, which `tokens` holds again
             start = 0
-            for piece in _gather(tokens, sizes, order, itemsize):
-                some = sizes[order[start : start + _JOINED_AT_ONCE]]
-                start += len(some)
-                yield piece, some
+            for joined in _gather(tokens, sizes, order, itemsize):
+                batch_sizes = sizes[order[start : start + _JOINED_DOCUMENTS]]
+                start += len(batch_sizes)
+                yield joined, batch_sizes
 
     def _take(self, run: _Run, limit: int, itemsize: int) -> tuple[bytes, npt.NDArray[Any], npt.NDArray[Any]]:
-        """Reads on in a run up to the first key that is `limit` or more: tokens, sizes, keys."""
+        """The next documents of a run whose keys are below `limit`: tokens, sizes, keys."""
         end = bisect_left(_KeysOnDisk(self._files[2].fileno()), limit, run.next, run.end)
         count = end - run.next
+        # pread: the three files have no common position to keep in step.
         sizes = np.frombuffer(os.pread(self._files[1].fileno(), 4 * count, 4 * run.next), np.int32)
         keys = np.frombuffer(os.pread(self._files[2].fileno(), 8 * count, 8 * run.next), np.uint64)
         n_bytes = int(sizes.sum(dtype=np.int64)) * itemsize
-        tokens = os.pread(self._files[0].fileno(), n_bytes, run.at)
-        run.next, run.at = end, run.at + n_bytes
+        tokens = os.pread(self._files[0].fileno(), n_bytes, run.offset)
+        run.next, run.offset = end, run.offset + n_bytes
         return tokens, sizes, keys
 
     def delete(self) -> None:
@@ -100,7 +94,10 @@ class _Epoch:
 
 
 class _KeysOnDisk:
-    """A sorted file of u64 as `bisect` wants it: a few reads instead of a map that would count as memory."""
+    """A sorted file of uint64 as a sequence for `bisect`.
+
+    Reads single keys: the pages of a memory map would count as memory of the process.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -109,13 +106,14 @@ class _KeysOnDisk:
         return int.from_bytes(os.pread(self._descriptor, 8, 8 * index), "little")
 
     def __len__(self) -> int:
-        raise NotImplementedError("bisect is given its bounds")
+        raise NotImplementedError("pass lo and hi to bisect")
 
 
 class ExternalShuffle:
-    """Takes documents in the order of their lines, gives them back shuffled, `epochs` times differently.
+    """Collects documents in any number of batches and yields them shuffled, once per epoch in another order.
 
-    folder    an existing folder for the runs: `epochs` times the size of all tokens
+    folder    an existing folder for temporary files, which take `epochs` times the size of all tokens
+    name      prefix of the temporary files
     itemsize  bytes per token
     """
 
@@ -131,29 +129,29 @@ class ExternalShuffle:
         self._tokens: list[bytes] = []
         self._sizes: list[npt.NDArray[np.int32]] = []
         self._ordinals: list[npt.NDArray[np.uint64]] = []
-        self._held_bytes = self._held_documents = 0
+        self._buffered_bytes = self._buffered_documents = 0
 
     def add(self, tokens: bytes, sizes: npt.NDArray[np.int32], ordinals: npt.NDArray[np.uint64]) -> None:
-        """Some documents: their tokens joined, the size of each, and the number of each one's line over all inputs."""
+        """Adds documents: concatenated tokens, sizes in tokens, and line numbers over all inputs as identifiers."""
         self._tokens.append(tokens)
         self._sizes.append(sizes)
         self._ordinals.append(ordinals)
-        self._held_bytes += len(tokens)
-        self._held_documents += len(sizes)
+        self._buffered_bytes += len(tokens)
+        self._buffered_documents += len(sizes)
         self.n_documents += len(sizes)
         self.n_tokens += len(tokens) // self._itemsize
-        if self._held_bytes >= RUN_BYTES or self._held_documents >= RUN_DOCUMENTS:
+        if self._buffered_bytes >= RUN_BYTES or self._buffered_documents >= RUN_DOCUMENTS:
             self._write_runs()
 
     def _write_runs(self) -> None:
         tokens, sizes, ordinals = b"".join(self._tokens), np.concatenate(self._sizes), np.concatenate(self._ordinals)
-        self._clear()
+        self._clear()  # before writing, which needs memory for the sorted copy
         for number, epoch in enumerate(self._epochs):
-            epoch.write_run(tokens, sizes, scramble(ordinals, self._seed, number), self._itemsize)
+            epoch.write_run(tokens, sizes, splitmix64(ordinals, self._seed, number), self._itemsize)
 
-    def shuffled(self) -> Iterator[Sorted]:
-        """All epochs, one after another, in portions. An epoch's files go when it has been read."""
-        if self._sizes:
+    def shuffled(self) -> Iterator[Batch]:
+        """All epochs, one after another, in batches. The files of an epoch are deleted when it has been read."""
+        if self._sizes:  # the last run, which isn't full
             self._write_runs()
         for epoch in self._epochs:
             if self.n_documents:
@@ -162,10 +160,11 @@ class ExternalShuffle:
 
 
 def _gather(tokens: bytes, sizes: npt.NDArray[np.int32], order: npt.NDArray[np.intp], itemsize: int) -> Iterator[bytes]:
-    """The documents of `tokens` in another order, joined by the `_JOINED_AT_ONCE`."""
+    """The documents of `tokens` in another order, concatenated in groups of `_JOINED_DOCUMENTS`."""
     ends = np.cumsum(sizes, dtype=np.int64) * itemsize
     starts = ends - sizes * np.int64(itemsize)
     view = memoryview(tokens)
-    for first in range(0, len(order), _JOINED_AT_ONCE):
-        some = order[first : first + _JOINED_AT_ONCE]
-        yield b"".join(map(view.__getitem__, map(slice, starts[some].tolist(), ends[some].tolist())))
+    for first in range(0, len(order), _JOINED_DOCUMENTS):
+        group = order[first : first + _JOINED_DOCUMENTS]
+        # `map` over a memoryview: no copy and no bytecode per document, of which there may be a hundred million.
+        yield b"".join(map(view.__getitem__, map(slice, starts[group].tolist(), ends[group].tolist())))

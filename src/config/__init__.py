@@ -1,0 +1,29 @@
+"""Every setting of the project, once: its type, default, meaning, bounds, and whether it may change within a run.
+
+`ModelConfig` is what a model needs to be built, `RunConfig` is what a run needs. The command line (cli.py), the table
+of flags in docs/flags.md and the settings in `run.json` are made from these fields. Nothing heavy is imported here, so
+that `train.py --help` answers at once.
+
+A new flag is one field of `Flags` (flags.py), its meaning in Chinese (docs/flags_CN.md), and a line of the frozen list
+in tests/test_cli.py.
+"""
+
+from src.config.checks import VAL_EVERY
+from src.config.flags import MINI_EPOCH_SAMPLES, PRECISIONS, STRATEGIES
+from src.config.model import KERNELS, ModelConfig, low_rank_size
+from src.config.run import RunConfig, settings_with
+from src.config.setting import GROUPS, default_text
+
+__all__ = [
+    "GROUPS",
+    "KERNELS",
+    "MINI_EPOCH_SAMPLES",
+    "PRECISIONS",
+    "STRATEGIES",
+    "VAL_EVERY",
+    "ModelConfig",
+    "RunConfig",
+    "default_text",
+    "low_rank_size",
+    "settings_with",
+]

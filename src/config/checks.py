@@ -1,0 +1,142 @@
+"""What is wrong with settings: each value by itself, and several together."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from src.config.flags import Flags
+from src.errors import UserError
+
+# --val_every: a number of mini-epochs, or of steps.
+VAL_EVERY = re.compile(r"(\d+) *(steps?)?")
+
+
+def value_faults(flags: Flags) -> Iterator[UserError]:
+    """Values outside of their choices or bounds, one fault per flag at most."""
+    for field in dataclasses.fields(flags):
+        expected = _expected(field, getattr(flags, field.name))
+        if expected:
+            yield UserError(flag=field.name, given=getattr(flags, field.name), expected=expected)
+
+
+def _expected(field: dataclasses.Field[Any], value: Any) -> str:
+    """What a flag accepts, if `value` isn't that; "" if it is."""
+    choices, at_least, below = (field.metadata[name] for name in ("choices", "at_least", "below"))
+    # before the bounds: NaN compares false with each of them
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    if choices and value not in choices:
+        return f"one of {', '.join(filter(None, choices))}"
+    if at_least is not None and value < at_least:
+        return f"at least {at_least}"
+    if below is not None and value >= below:
+        return f"less than {below}" if isinstance(field.default, float) else f"at most {below - 1}"
+    return ""
+
+
+def form_faults(flags: Flags) -> Iterator[UserError]:
+    """Text values that are not in the form they must have."""
+    if not flags.proj_dir:
+        yield UserError(flag="proj_dir", given="", expected="a folder for the run")
+    if flags.devices != "auto" and not (flags.devices.isdigit() and int(flags.devices) >= 1):
+        yield UserError(flag="devices", given=flags.devices, expected='a number of processes or "auto"')
+    if not VAL_EVERY.fullmatch(flags.val_every):
+        yield UserError(
+            flag="val_every",
+            given=flags.val_every,
+            expected='a number of mini-epochs, such as "2", or of steps, such as "500steps"',
+        )
+
+
+def combination_faults(flags: Flags) -> Iterator[UserError]:
+    """Values that are valid by themselves but not together."""
+    yield from _mode_faults(flags)
+    yield from _data_faults(flags)
+    yield from _start_faults(flags)
+    yield from _length_faults(flags)
+
+
+def _mode_faults(flags: Flags) -> Iterator[UserError]:
+    """--plan, --check and --dry_run: each does its own work and stops."""
+    given = (("plan", flags.plan >= 0), ("check", flags.check), ("dry_run", flags.dry_run))
+    modes = [name for name, is_given in given if is_given]
+    for mode in modes[1:]:
+        yield UserError(f"cannot be combined with --{modes[0]}", flag=mode, advice="leave one of them out")
+    if flags.dry_run and flags.train_stage == 1:
+        yield UserError(
+            "--train_stage 1 takes no training steps",
+            flag="dry_run",
+            advice="use --train_stage 0, or 3 to resume the run in --proj_dir",
+        )
+    if flags.dry_run and flags.profile:
+        yield UserError(
+            "writes a file, but --dry_run saves nothing",
+            flag="profile",
+            given=flags.profile,
+            advice="leave one of them out",
+        )
+
+
+def _data_faults(flags: Flags) -> Iterator[UserError]:
+    # Stage 1 only initialises weights, and --plan only computes: neither reads data.
+    if not flags.data_file and flags.train_stage != 1 and flags.plan < 0:
+        if flags.data_type == "sft":
+            yield UserError("missing", flag="data_file", expected="a jsonl file of conversations")
+        else:
+            yield UserError(
+                "missing",
+                flag="data_file",
+                expected="binidx data, made from a jsonl file by data/make_data.py",
+                advice="sh demo-training-run.sh trains on demo data",
+            )
+    if flags.data_type == "sft" and not flags.tokenizer:
+        yield UserError(
+            "missing",
+            flag="tokenizer",
+            expected='the model\'s tokenizer, for --data_type sft: a folder with a chat template, or "world"',
+        )
+
+
+def _start_faults(flags: Flags) -> Iterator[UserError]:
+    if flags.train_stage == 1 and flags.load_model:
+        yield UserError(
+            "--train_stage 1 initialises new weights",
+            flag="load_model",
+            given=flags.load_model,
+            advice="leave it out, or use --train_stage 0",
+        )
+    if flags.epoch_begin and not flags.load_model:
+        yield UserError("needs --load_model", flag="epoch_begin", given=flags.epoch_begin, advice="leave it out")
+    # Stages 2 and 3 load rwkv-init.pth, which may be partial too.
+    if flags.load_partial and not flags.load_model and flags.train_stage < 2:
+        yield UserError("needs --load_model", flag="load_partial", given=1, advice="leave it out")
+
+
+def _length_faults(flags: Flags) -> Iterator[UserError]:
+    if flags.lr_final > flags.lr_init:
+        yield UserError(
+            "the cosine decays from lr_init to lr_final",
+            flag="lr_final",
+            given=flags.lr_final,
+            expected=f"at most --lr_init {flags.lr_init}",
+        )
+    if flags.lr_init == 0 and flags.train_stage != 1:
+        yield UserError(
+            "nothing would be learned", flag="lr_init", given=flags.lr_init, expected="more than 0, for example 6e-4"
+        )
+    if flags.epochs == 0 and not flags.my_exit_tokens:
+        yield UserError(
+            "nothing would be trained", flag="epochs", given=flags.epochs, expected="more than 0, or --my_exit_tokens"
+        )
+    # 1 is the default: scripts that set --my_exit_tokens may pass it along without meaning a length.
+    if flags.my_exit_tokens and flags.epochs not in (0, 1):
+        yield UserError(
+            f"--my_exit_tokens {flags.my_exit_tokens} sets the length of the run too",
+            flag="epochs",
+            given=flags.epochs,
+            advice="leave one of them out",
+        )

@@ -1,0 +1,1 @@
+"""From text files to documents: what the programs in data/ share."""

@@ -1,0 +1,57 @@
+"""Command-line arguments that the programs in this package share: the model, and how tokens are sampled."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from src.errors import UserError
+from src.inference.load import DTYPES
+from src.inference.sampling import SEED_LIMIT, Sampling
+
+MODEL_HELP = "weights (.pth, .safetensors), a run's folder, or a Hugging Face folder in flash-linear-attention's layout"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    """Add MODEL, --tokenizer, --dtype and --device. `optional`: MODEL may be left out."""
+    # With nargs=None argparse stores one value; "?" makes the same positional argument optional.
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?" if optional else None,
+        default="",
+        help=MODEL_HELP + ("; default: the newest under out/" if optional else ""),
+    )
+    parser.add_argument("--tokenizer", default="", help='"world" or a Hugging Face folder; default: that of the run')
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: fp32 on a CPU, bf16 on a GPU")
+    parser.add_argument(
+        "--device", default=None, help="cpu, cuda, cuda:1, ...; default: the first GPU, without one cpu"
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a flag per field of `Sampling`, and --seed."""
+    descriptions = {
+        "temperature": "0: always the most likely token",
+        "top_p": "1: off",
+        "top_k": "0: off",
+        "presence_penalty": "subtracted from the logit of every token generated so far",
+        "frequency_penalty": "subtracted from it once more for each time it was generated",
+        "penalty_decay": "factor on these counts with every further token",
+    }
+    # From the fields, so that a default stands once: in Sampling.
+    for field in fields(Sampling):
+        kind = (
+            int if field.name == "top_k" else float
+        )  # the annotations are strings here, so they can't be used as types
+        help = f"{descriptions[field.name]} [%(default)s]"
+        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=help)
+    parser.add_argument("--seed", type=int, default=None, help="equal seeds give equal text; default: a random one")
+
+
+def sampling_from(options: argparse.Namespace) -> Sampling:
+    """The values of the flags of `add_sampling_arguments`. Raises UserError naming a flag that is out of range."""
+    if options.seed is not None and not 0 <= options.seed < SEED_LIMIT:
+        raise UserError(flag="seed", given=options.seed, expected="an integer from 0 to 2^63 - 1")
+    # Sampling checks its own values, and its fields have the names of the flags.
+    return Sampling(**{field.name: getattr(options, field.name) for field in fields(Sampling)})

@@ -1,0 +1,190 @@
+"""Reads and writes the Hugging Face layout of flash-linear-attention's RWKV7: config.json and safetensors.
+
+The mathematics is the same. Parameter names differ, low-rank matrices are stored as linear layers (transposed), channel
+vectors have one dimension instead of three, and layer 0 has no value residual.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.config import ModelConfig
+from src.errors import UserError
+from src.files import atomic_write
+from src.model.layers import GROUP_NORM_EPS, LAYER_NORM_EPS
+from src.model.weights import IDLE_IN_LAYER_0, Weights
+
+CONFIG = "config.json"
+TENSORS = "model.safetensors"
+# In this order older files store the six token-shift mixes as one tensor, attn.x_x.
+_MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
+# Prefix of our name -> prefix of fla's; {} is the layer, and the rest of the name is the same in both.
+_NAMES = {
+    "emb.weight": "model.embeddings.weight",
+    "ln_out.": "model.norm.",
+    "head.weight": "lm_head.weight",
+    "blocks.{}.ln0.": "model.layers.{}.pre_norm.",
+    "blocks.{}.ln1.": "model.layers.{}.attn_norm.",
+    "blocks.{}.ln2.": "model.layers.{}.ffn_norm.",
+    "blocks.{}.ffn.": "model.layers.{}.ffn.",
+    "blocks.{}.att.receptance.": "model.layers.{}.attn.r_proj.",
+    "blocks.{}.att.key.": "model.layers.{}.attn.k_proj.",
+    "blocks.{}.att.value.": "model.layers.{}.attn.v_proj.",
+    "blocks.{}.att.output.": "model.layers.{}.attn.o_proj.",
+    "blocks.{}.att.ln_x.": "model.layers.{}.attn.g_norm.",
+    **{
+        # fla's LoRA module is Sequential(Linear, activation, Linear): w1, w2, w0 are 0.weight, 2.weight, 2.bias.
+        f"blocks.{{}}.att.{kind}{part}": f"model.layers.{{}}.attn.{kind}_lora.lora.{suffix}"
+        for kind in "wavg"
+        for part, suffix in (("0", "2.bias"), ("1", "0.weight"), ("2", "2.weight"))
+    },
+    **{f"blocks.{{}}.att.{name}": f"model.layers.{{}}.attn.{name}" for name in (*_MIXES, "k_k", "k_a", "r_k")},
+}
+
+
+def _rename(name: str, names: dict[str, str]) -> str:
+    for source, target in names.items():
+        match = re.match(re.escape(source).replace(r"\{\}", r"(\d+)"), name)
+        if match:
+            return target.replace("{}", "".join(match.groups())) + name[match.end() :]
+    raise UserError("no such parameter in an RWKV-7 model", given=name)
+
+
+def fla_name(name: str) -> str:
+    """The name in fla's layout of a parameter of `RWKV7`."""
+    return _rename(name, _NAMES)
+
+
+def rwkv_name(name: str) -> str:
+    """The inverse of `fla_name`. Raises UserError for an unknown name."""
+    return _rename(name, {theirs: ours for ours, theirs in _NAMES.items()})
+
+
+def to_fla(weights: Weights) -> Weights:
+    """A state dict of `RWKV7` in fla's names and shapes."""
+    return {fla_name(name): _to_fla_shape(name, t) for name, t in weights.items() if name not in IDLE_IN_LAYER_0}
+
+
+def _is_low_rank(name: str) -> bool:
+    # w1 ... g2 multiply from the right (x @ w1, [C, D]), where a linear layer's weight is [out, in].
+    return re.search(r"\.att\.[wavg][12]$", name) is not None
+
+
+def _to_fla_shape(name: str, tensor: Tensor) -> Tensor:
+    if _is_low_rank(name):
+        return tensor.t().contiguous()
+    if tensor.dim() != 3 or re.search(r"\.att\.x_.$", name):  # the six mixes are [1, 1, C] in both layouts
+        return tensor
+    return tensor.reshape(-1)
+
+
+def from_fla(tensors: Weights) -> Weights:
+    """The inverse of `to_fla`, but channel vectors stay [C] (`fit_weights` reshapes them). Raises UserError."""
+    weights = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".attn.x_x"):
+            for mix, values in zip(_MIXES, tensor, strict=True):
+                weights[rwkv_name(name.removesuffix("x_x") + mix)] = values
+        else:
+            renamed = rwkv_name(name)
+            weights[renamed] = tensor.t().contiguous() if _is_low_rank(renamed) else tensor
+    return weights
+
+
+def fla_config(config: ModelConfig, dtype: torch.dtype, eos_id: int) -> dict[str, Any]:
+    """The content of config.json. Raises UserError for a head size other than 64."""
+    if config.head_size != 64:  # fla computes eps = head size * norm_eps
+        raise UserError(
+            f"this layout derives GroupNorm's eps from the head size, which gives {GROUP_NORM_EPS:g} for heads of "
+            f"64 only; this model has heads of {config.head_size}",
+            flag="format",
+            given="fla",
+            advice="use --format safetensors",
+        )
+    return {
+        # The two names by which fla registers the model with transformers' Auto classes.
+        "architectures": ["RWKV7ForCausalLM"],
+        "model_type": "rwkv7",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "head_dim": config.head_size,
+        "num_heads": config.n_head,
+        "value_dim": [config.n_embd] * config.n_layer,
+        "hidden_ratio": config.dim_ffn / config.n_embd,
+        "intermediate_size": config.dim_ffn,
+        "decay_low_rank_dim": config.d_decay_lora,
+        "a_low_rank_dim": config.d_aaa_lora,
+        "v_low_rank_dim": config.d_mv_lora,
+        "gate_low_rank_dim": config.d_gate_lora,
+        "hidden_act": "sqrelu",
+        "norm_first": True,
+        "norm_bias": True,
+        "norm_eps": LAYER_NORM_EPS,
+        "attn_mode": "chunk",
+        "attn": None,  # set only for hybrid models with some layers of attention
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": eos_id,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def is_fla_folder(path: Path) -> bool:
+    """Whether the folder `path` contains an RWKV7 model in this layout."""
+    config = path / CONFIG
+    return config.is_file() and _read_json(config).get("model_type") in ("rwkv7", "rwkv7_fla")
+
+
+def read_fla(folder: Path) -> Weights:
+    """The weights of a folder, of one file or several, under the names of `RWKV7`. Raises UserError if unreadable."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = _read_json(folder / CONFIG)
+    if config.get("attn"):
+        raise UserError("a hybrid model with attention layers", given=folder, expected="a model of RWKV-7 layers only")
+    # All of them, as large models are split into several; their index file isn't needed, because names don't repeat.
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{CONFIG} without a .safetensors file", given=folder, advice="download the weights, too")
+    # Errors name the file: with several, the others needn't be downloaded again.
+    tensors: Weights = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"cut short or not a safetensors file ({error})", given=file, advice="copy or download it again"
+            ) from error
+    return from_fla(tensors)
+
+
+def write_fla(weights: Weights, config: ModelConfig, folder: Path, eos_id: int = 0) -> None:
+    """Write `weights` (of one dtype) as a folder. Raises UserError as `fla_config` does, and OSError."""
+    from safetensors.torch import save_file
+
+    # Before anything is written: it raises for a model that the layout can't express.
+    content = fla_config(config, weights["emb.weight"].dtype, eos_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / TENSORS) as file:
+        save_file(
+            to_fla(weights), file.name, metadata={"format": "pt"}
+        )  # transformers refuses a file without this entry
+    with atomic_write(folder / CONFIG, "w") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"can't be read ({error})", given=path) from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,145 @@
+"""The file format of saved conversations: messages, the recurrent state after them, and which model they belong to.
+
+A file is a dict saved by torch.save, of plain types and tensors only, so that loading one executes no code. Versions of
+the format:
+
+    1   "format" is "rwkv7-conversation-1"; early files have no "weights"
+    2   "format" is "rwkv7-conversation", and "version" the number
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src.dataset.chat_template import Message
+from src.errors import UserError
+from src.files import atomic_write
+from src.model import RWKV7, LayerState, State
+
+FORMAT, FORMAT_VERSION = "rwkv7-conversation", 2
+# Version 1 had its number in the name, so that a program could tell "not mine" from "too new" only by parsing it.
+FORMAT_1 = "rwkv7-conversation-1"
+EXPECTED = "a file written by /save"
+
+
+@dataclass
+class SavedChat:
+    """A conversation between two turns.
+
+    messages   the turns so far, as the chat template takes them
+    processed  the text, as bytes, that `state` has processed; used with a chat template only
+    pending    generated tokens that it has yet to process
+    state      of one sequence
+    """
+
+    messages: list[Message]
+    processed: bytes
+    pending: list[int]
+    state: State
+
+
+def write_chat(path: str | Path, chat: SavedChat, model: RWKV7) -> None:
+    """Write `chat`, held with `model`, to `path`, whole or not at all. Raises UserError when that fails."""
+    record = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "model": model_sizes(model),
+        "weights": weights_hash(model),
+        "messages": chat.messages,
+        # Latin-1 maps bytes to characters one to one, which keeps the pickle to plain types.
+        "fed": chat.processed.decode("latin-1"),
+        "unfed": chat.pending,
+        # On the CPU, so that a conversation held on a GPU can be continued without one.
+        "layers": [tuple(tensor.cpu() for tensor in layer) for layer in chat.state.layers],
+    }
+    try:
+        with atomic_write(path) as file:
+            torch.save(record, file)
+    except OSError as error:
+        raise UserError(
+            f"can't be written ({error.strerror})", given=path, advice="name a file in a folder that is writable"
+        ) from error
+
+
+def read_chat(path: str | Path, model: RWKV7) -> SavedChat:
+    """The conversation in `path`, of any format version; its state on the CPU.
+
+    Raises UserError when the file isn't a conversation, is damaged, is of a later version, or belongs to another model
+    than `model`.
+    """
+    record = _read_record(path)
+    try:
+        # Everything is converted before anything is compared, so that a damaged file is reported as one.
+        sizes, weights = dict(record["model"]), record.get("weights")
+        chat = SavedChat(
+            messages=list(record["messages"]),
+            processed=record["fed"].encode("latin-1"),
+            pending=list(record["unfed"]),
+            state=State([LayerState(*layer) for layer in record["layers"]]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError("a damaged saved conversation", given=path, expected=EXPECTED) from error
+    # A state of other sizes can't be loaded; one of other weights could be, and would continue with nonsense.
+    if sizes != model_sizes(model):
+        raise UserError(
+            f"saved with a model of other sizes ({_listed(sizes)})", given=path, expected=_listed(model_sizes(model))
+        )
+    if weights not in (None, weights_hash(model)):  # None: a file from before they were recorded
+        raise UserError(
+            "saved with other weights, or one of the two is in fp16: a state is valid for its own weights only",
+            given=path,
+            advice="load it with its own model and --dtype",
+        )
+    return chat
+
+
+def model_sizes(model: RWKV7) -> dict[str, int]:
+    """The sizes that the shapes of a state depend on, and the vocabulary's."""
+    return {name: getattr(model.config, name) for name in ("n_layer", "n_embd", "head_size", "vocab_size")}
+
+
+def weights_hash(model: RWKV7) -> str:
+    """A hash that differs between models of equal sizes, a fine-tuned one and its base included."""
+    # 64 rows of the two matrices that all training changes. In bf16, so that fp32 and bf16 give one hash.
+    rows = (model.emb.weight[:64], model.head.weight[:64])
+    data = b"".join(tensor.bfloat16().view(torch.int16).cpu().numpy().tobytes() for tensor in rows)
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _listed(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
+
+
+def _read_record(path: str | Path) -> dict[str, Any]:
+    """The content of a conversation of a known version. Raises UserError otherwise."""
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"can't be read ({error.strerror})", given=path) from error
+    except Exception as error:  # torch.load raises half a dozen types for a file that isn't its own or is damaged
+        raise UserError("not a saved conversation, or cut short", given=path, expected=EXPECTED) from error
+    version = _version_of(record)
+    # "Not one" and "too new" are told apart, as only the second is solved by an update.
+    if version is None:
+        raise UserError("not a saved conversation", given=path, expected=EXPECTED)
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"format version {version}", given=path, expected=f"at most {FORMAT_VERSION}", advice="update this program"
+        )
+    assert isinstance(record, dict)
+    return record
+
+
+def _version_of(record: Any) -> int | None:
+    """The format version of what a file contains; None when it isn't a conversation."""
+    if not isinstance(record, dict):
+        return None
+    if record.get("format") == FORMAT_1:
+        return 1
+    version = record.get("version")
+    return version if record.get("format") == FORMAT and isinstance(version, int) else None
