@@ -39,6 +39,7 @@ def learning_rate(
     progress = (step * tokens_per_step - warmup_tokens) / max(1, exit_tokens - warmup_tokens)
     progress = min(1.0, max(0.0, progress))  # lr_init during the warm-up, lr_final beyond the end
     f = lr_final / lr_init
+    # tests/test_schedule.py compares this with the learning rates of the published run, to the last printed digit
     lr = lr_init * ((0.5 + f / 2) + (0.5 - f / 2) * math.cos(math.pi * progress))
     warming = warmup_steps if restarted_at == 0 else max(MIN_RESTART_WARMUP_STEPS, warmup_steps)
     since = step - restarted_at
@@ -59,8 +60,8 @@ class RunLength:
 
     exit_tokens: int
     ctx_len: int
-    global_batch: int
-    mini_epoch_samples: int
+    global_batch: int  # samples of one optimizer step, over all processes
+    mini_epoch_samples: int  # in samples, not steps: stays the same when the batch changes
     steps_before: int = 0
     samples_before: int = 0
 

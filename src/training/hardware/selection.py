@@ -71,6 +71,7 @@ def choose_hardware(config: RunConfig) -> Hardware:
     """The hardware for these flags on this machine. Raises UserError when the machine lacks what they ask for."""
     accelerator = _choose_accelerator(config)
     notes: list[str] = []
+    # the strategy follows from the number of processes, and the precision from both
     devices, num_nodes = _count_processes(config, accelerator)
     if accelerator == "gpu" and devices > (visible := torch.cuda.device_count()):
         raise UserError(flag="devices", given=devices, expected=f"at most {visible}, the GPUs that torch sees")
@@ -126,8 +127,7 @@ def _choose_strategy(config: RunConfig, processes: int, accelerator: str, notes:
     if not config.strategy.startswith("deepspeed"):
         return ("ddp" if processes > 1 else "plain"), 0, False
     stage, offload = int(config.strategy[len("deepspeed_stage_")]), config.strategy.endswith("_offload")
-    # ZeRO splits state into as many shards as there are processes: one process needs it only to keep state in CPU
-    # memory
+    # ZeRO splits state between processes: a single one needs it only to keep state in CPU memory instead of the GPU's
     if processes == 1 and not (offload and accelerator == "gpu"):
         notes.append(f"--strategy {config.strategy}: DeepSpeed is not needed for one process and is not used")
         return "plain", 0, False
@@ -156,7 +156,7 @@ def _choose_precision(config: RunConfig, processes: int, accelerator: str, strat
             )
     if precision == "bf16" and accelerator == "cpu":
         notes.append(
-            "--precision bf16 may be slower than fp32 on this CPU; without the flag, the faster one is measured"
+            "--precision bf16 may be slower than fp32 on this CPU; without the flag, a short measurement decides"
         )
     if not precision:
         precision, note = cpu_precision(config, processes)

@@ -52,11 +52,13 @@ class GenerateSamples(pl.Callback):
         is_complete = self.control.step >= self.length.steps and self.non_finite.failed_steps is None
         if not (is_rank_zero() and is_complete and self.config.tokenizer) or pl_module.hardware.is_partitioned:
             return
+        # held-out text is preferred: the model may have memorised the training data
         source = self.config.val_data_file or self.config.data_file
         # the weights are saved already: a failure here must not make the run a failed one
         with warn_on_error(SAMPLES):
             held_out = HeldOut(replace(self.config, val_data_file=source, val_windows=COUNT))
             samples = generate_samples(pl_module.model, load_tokenizer(self.config.tokenizer), held_out)
+            # read back by the report, which may run at any time
             with atomic_write(self.proj_dir / SAMPLES, "w") as file:
                 json.dump([asdict(sample) for sample in samples], file, indent=1, ensure_ascii=False)
             self.reporter.report_samples(samples)

@@ -1,7 +1,7 @@
 """Warns of common problems of a run (loss spikes, missing gradients, an idle device), once each, with what to try.
 
-Judged from values that are known anyway: losses read a step late, the host's clock, and whether the device had finished
-when the host came back to it. Nothing here waits for the device.
+They use only values that are available anyway: losses read a step late, the host's clock, and whether the device had
+finished before the host queued the next step. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from src.training.reporting.sink import Sink, StepReport
 
 BASELINE_STEPS, RECENT_STEPS = 100, 5  # losses compared: the median of the recent ones with the baseline before them
 WARM_UP_STEPS = 10  # left out of the timing: these allocate memory and build kernels
-WINDOW_STEPS = 50  # over which time is measured, so that a single slow read is no finding
-GRADIENT_CHECK_STEP = (
-    30  # not earlier: the init zeroes some matrices, and gradients before these are 0 in the first steps
-)
+WINDOW_STEPS = 50  # over which time is measured, so that a single slow read does not count
+# Not earlier: the init sets some matrices to 0, and what lies before them has no gradient in the first steps.
+GRADIENT_CHECK_STEP = 30
 MAX_DATA_SHARE = 0.1  # of the time that the device may wait for data
 MAX_IDLE_SHARE = 0.8  # of the steps before which the GPU may be idle; below it the GPU is busy most of the time
 MAX_NAMES = 3  # of parameters in one message

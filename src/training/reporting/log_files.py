@@ -54,7 +54,7 @@ class TrainLog(Sink):
         self._append(f"validation after step {report.steps}: {report.loss:.6f}\n")
 
     def _append(self, text: str) -> None:
-        # opened for each line: there are few, and someone may move or edit the file while the run goes on
+        # opened for each line: there are few, and the file may be moved or edited during the run
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(text)
 

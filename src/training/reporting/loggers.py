@@ -47,7 +47,7 @@ class LoggerSink(Sink):
         self.logger: Any = logger  # the `experiment` of each logger has methods of its own
         self.weight_decay = weight_decay
         self._step = 0
-        # -infinity lets the first call be free: it opens connections and files, once
+        # -infinity exempts the first call, which opens connections and files
         self._began, self._spent_seconds = time.perf_counter(), -math.inf
 
     def step(self, report: StepReport) -> None:

@@ -19,7 +19,7 @@ from src.training.console import log
 
 WARM_UP_STEPS = 5  # not recorded: they allocate memory, build kernels and choose algorithms
 TOP_OPERATIONS = 10
-TAIL_BYTES = 8  # of a trace: its closing brace and whatever whitespace follows
+TAIL_BYTES = 8  # of a trace: its closing brace and the whitespace after it
 
 
 class Profile(pl.Callback):

@@ -35,7 +35,7 @@ class ProgressLine(Sink):
             )
 
     def step(self, report: StepReport) -> None:
-        if math.isfinite(report.loss):  # one NaN would stay in the running mean for ever
+        if math.isfinite(report.loss):  # a NaN would never leave the running mean
             is_first = math.isnan(self.smoothed_loss)
             mean = LOSS_SMOOTHING * self.smoothed_loss + (1 - LOSS_SMOOTHING) * report.loss
             self.smoothed_loss = report.loss if is_first else mean

@@ -64,7 +64,7 @@ class GeneratedSample:
 class Sink:
     """Base class of everything that receives reports; subclasses override the methods they need."""
 
-    # Called on the training thread between two steps: whatever takes long here holds up the device.
+    # Called on the training thread between two steps: slow work here delays the next step.
 
     def step(self, report: StepReport) -> None: ...
     def mini_epoch(self, report: MiniEpochReport) -> None: ...
