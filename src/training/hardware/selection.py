@@ -108,6 +108,7 @@ def _count_processes(config: RunConfig, accelerator: str) -> tuple[int, int]:
             ("devices", config.devices, devices),
             ("num_nodes", str(config.num_nodes), num_nodes),
         ):
+            # the number of processes is the launcher's: another one in a flag is a mistake that would change the batch
             if given not in ("1", "auto", str(started)):  # 1 is the default: the flag was not given
                 raise UserError(
                     f"the launcher started {started}",
