@@ -1,4 +1,4 @@
-"""A run's course, read back from its files: metrics.csv and val.csv, or the train_log.txt alone of any RWKV training run."""
+"""Reads a run's curves back from its files: metrics.csv and val.csv, or the train_log.txt of any RWKV training run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ import numpy.typing as npt
 
 from src.config import MINI_EPOCH_SAMPLES
 from src.errors import UserError
-from src.run_folder import LOG, METRICS, RUN, VALIDATION
+from src.run_folder import LOG, METRICS, VALIDATION, read_run
 
 Numbers = npt.NDArray[np.float64]
-PIECE_BYTES = 1 << 16  # of a csv that are read at a time
-SMOOTHED_SHARE = 0.02  # of the run's steps: the width of the running mean
-SMOOTHED_STEPS = 10  # at least
+CHUNK_BYTES = 1 << 16  # of a csv file parsed at a time: training gets the interpreter's lock in between
+SMOOTHING_SHARE = 0.02  # of the run's steps: the width of the running mean
+MIN_SMOOTHING_STEPS = 10
+REQUIRED_COLUMNS = ("step", "tokens", "loss", "lr")
 
 
 @dataclass(frozen=True)
 class MiniEpoch:
-    """A line of train_log.txt; `lr` as it is printed there."""
+    """A line of train_log.txt. `lr` is the text that is printed there; `ended` is None where the time is unreadable."""
 
     number: int
     loss: float
@@ -36,11 +37,11 @@ class MiniEpoch:
 
 @dataclass
 class Curves:
-    """Values by step, or by mini-epoch (`by_step` False) where only a log is there. NaN: not known."""
+    """Values by step, or by mini-epoch (`by_step` False) where only a log exists. NaN stands for an unknown value."""
 
     name: str
     by_step: bool
-    tokens: Numbers  # trained on up to and with each point
+    tokens: Numbers  # trained on up to and including each point
     seconds: Numbers  # of training
     loss: Numbers
     lr: Numbers
@@ -53,58 +54,55 @@ class Curves:
     val_loss: Numbers = field(default_factory=lambda: np.empty(0))
 
     def smoothed(self) -> tuple[Numbers, int]:
-        """Running mean of the loss over the last steps (those that are finite), and how many steps it is over."""
-        width = max(SMOOTHED_STEPS, int(len(self.loss) * SMOOTHED_SHARE)) if self.by_step else 1
-        known = np.isfinite(self.loss)
-        total = np.cumsum(np.where(known, self.loss, 0.0))
-        count = np.cumsum(known)
-        before = np.maximum(np.arange(len(total)) - width, -1)
-        total -= np.where(before >= 0, total[before], 0.0)
-        count = count - np.where(before >= 0, count[before], 0)
+        """(running mean of the finite losses over the last `width` points, `width`)."""
+        width = max(MIN_SMOOTHING_STEPS, int(len(self.loss) * SMOOTHING_SHARE)) if self.by_step else 1
+        is_finite = np.isfinite(self.loss)
+        # differences of cumulative sums: linear in the number of points, whatever the width
+        total = np.cumsum(np.where(is_finite, self.loss, 0.0))
+        count = np.cumsum(is_finite)
+        start = np.maximum(np.arange(len(total)) - width, -1)
+        total -= np.where(start >= 0, total[start], 0.0)
+        count = count - np.where(start >= 0, count[start], 0)
         return np.divide(total, count, out=np.full(len(total), math.nan), where=count > 0), width
 
     def seconds_at(self, tokens: Numbers) -> Numbers:
-        """The training time at which so many tokens had been trained on."""
-        known = np.isfinite(self.seconds)
-        if not known.any():
+        """The training time at which so many tokens had been trained on, interpolated between points."""
+        is_finite = np.isfinite(self.seconds)
+        if not is_finite.any():
             return np.full(len(tokens), math.nan)
-        return np.interp(tokens, np.r_[0.0, self.tokens[known]], np.r_[0.0, self.seconds[known]])
+        return np.interp(tokens, np.r_[0.0, self.tokens[is_finite]], np.r_[0.0, self.seconds[is_finite]])
 
 
 def read_curves(run: str | Path) -> Curves:
-    """Of a run's folder or a log file. Raises ValueError naming it when there is nothing to read."""
+    """The curves of a run's folder or of a log file. Raises UserError naming it when there is nothing to read."""
     run = Path(run)
     folder = run if run.is_dir() else run.parent
     log = run / LOG if run.is_dir() else run
     metrics = folder / METRICS
     if not log.is_file() and not metrics.is_file():
-        raise UserError(f"{run}: expected the folder of a run ({METRICS}, {LOG}), or a log file")
+        raise UserError(given=run, expected=f"the folder of a run ({METRICS}, {LOG}), or a log file")
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    remembered = _remembered(folder)
-    mini_epochs, settings = read_log(text), remembered.get("settings") or _settings(text)
-    # as the run remembers its mini-epochs: its batch may have changed since it began
-    samples = remembered.get("mini_epoch_samples") or settings.get("epoch_steps", 0) * settings.get("global_batch", 0)
+    record = _read_record(folder)
+    mini_epochs, settings = read_log(text), record.get("settings") or _read_settings(text)
+    # from run.json first: the settings are those of the last start, whose batch may differ from the one that fixed the
+    # mini-epochs
+    samples = record.get("mini_epoch_samples") or settings.get("epoch_steps", 0) * settings.get("global_batch", 0)
     mini_epoch_tokens = float((samples or MINI_EPOCH_SAMPLES) * settings.get("ctx_len", 1))
     name = run.resolve().name if run.is_dir() else str(run)
-    if metrics.is_file() and run.name != LOG:
-        columns = read_arrays(metrics)
-        if columns and not {"step", "tokens", "loss", "lr"} <= columns.keys():
-            raise UserError(f"{metrics}: expected the columns step, tokens, loss and lr")
-        if columns:
-            curves = _by_step(name, columns, mini_epochs, mini_epoch_tokens, settings)
-            if (folder / VALIDATION).is_file():
-                val, none = read_arrays(folder / VALIDATION), np.empty(0)
-                known = np.isfinite(val.get("loss", none))
-                curves.val_tokens, curves.val_loss = val.get("tokens", none)[known], val.get("loss", none)[known]
-            return curves
+    # an explicit path to train_log.txt asks for the log's own curve
+    columns = read_arrays(metrics) if metrics.is_file() and run.name != LOG else {}
+    if columns:
+        curves = _by_step(name, metrics, columns, mini_epochs, mini_epoch_tokens, settings)
+        _add_validation(curves, folder / VALIDATION)
+        return curves
     if not mini_epochs:
-        raise UserError(f"{run}: nothing has been logged in it yet")
+        raise UserError("nothing has been logged yet", given=run)
     return _by_mini_epoch(name, mini_epochs, mini_epoch_tokens, settings)
 
 
 def read_log(text: str) -> list[MiniEpoch]:
-    """The mini-epochs of a train_log.txt; of one that stands there twice (trained again after a stop), the later line."""
-    found = {}
+    """The mini-epochs of a train_log.txt. Of one that was trained again after a stop the last line counts."""
+    by_number = {}
     for line in text.splitlines():
         if is_mini_epoch_line(line):
             number, loss, _, lr, date, time, _ = line.split()
@@ -112,107 +110,136 @@ def read_log(text: str) -> list[MiniEpoch]:
                 ended = datetime.fromisoformat(f"{date} {time}")
             except ValueError:
                 ended = None
-            found[int(number)] = MiniEpoch(int(number), float(loss), lr, ended)
-    return [found[number] for number in sorted(found)]
+            by_number[int(number)] = MiniEpoch(int(number), float(loss), lr, ended)
+    return [by_number[number] for number in sorted(by_number)]
 
 
 def _by_step(
     name: str,
+    metrics: Path,
     columns: dict[str, Numbers],
     mini_epochs: list[MiniEpoch],
     mini_epoch_tokens: float,
     settings: dict[str, Any],
 ) -> Curves:
+    if missing := [column for column in REQUIRED_COLUMNS if column not in columns]:
+        raise UserError(
+            f"no column {', '.join(missing)}", given=metrics, expected=f"the columns {', '.join(REQUIRED_COLUMNS)}"
+        )
     tokens, unknown = columns["tokens"], np.full(len(columns["tokens"]), math.nan)
     speed, seconds = columns.get("tokens_per_second", unknown), columns.get("seconds", unknown)
-    if not np.isfinite(seconds).any() and np.isfinite(speed).any():  # written before this column was
+    if not np.isfinite(seconds).any() and np.isfinite(speed).any():  # written before this column existed
         seconds = np.cumsum(np.diff(tokens, prepend=0.0) / np.maximum(speed, 1e-9))
     return Curves(
-        name,
-        True,
-        tokens,
-        seconds,
-        columns["loss"],
-        columns["lr"],
-        speed,
-        mini_epochs,
-        mini_epoch_tokens,
-        settings,
-        columns,
+        name=name,
+        by_step=True,
+        tokens=tokens,
+        seconds=seconds,
+        loss=columns["loss"],
+        lr=columns["lr"],
+        speed=speed,
+        mini_epochs=mini_epochs,
+        mini_epoch_tokens=mini_epoch_tokens,
+        settings=settings,
+        columns=columns,
     )
 
 
 def _by_mini_epoch(
     name: str, mini_epochs: list[MiniEpoch], mini_epoch_tokens: float, settings: dict[str, Any]
 ) -> Curves:
-    most = settings.get("my_exit_tokens") or math.inf  # the last one may be partial
-    tokens = np.array([min(most, (line.number + 1) * mini_epoch_tokens) for line in mini_epochs])
-    ends = np.array([line.ended.timestamp() if line.ended else math.nan for line in mini_epochs])
-    took = np.diff(ends)
-    usual = float(np.nanmedian(took)) if np.isfinite(took).any() else math.nan
-    # breaks between two starts are not training: a mini-epoch that took far longer than usual counts as usual
-    took = np.where(took > 3 * usual, usual, took)
-    seconds = np.cumsum(np.r_[usual, took])
-    gained, took = np.diff(tokens, prepend=tokens[0] - mini_epoch_tokens), np.diff(seconds, prepend=0.0)
-    speed = np.divide(gained, took, out=np.full(len(gained), math.nan), where=took > 0)
+    exit_tokens = settings.get("my_exit_tokens") or math.inf  # the last mini-epoch may be partial
+    tokens = np.array([min(exit_tokens, (line.number + 1) * mini_epoch_tokens) for line in mini_epochs])
+    end_times = np.array([line.ended.timestamp() if line.ended else math.nan for line in mini_epochs])
+    durations = np.diff(end_times)
+    typical = float(np.nanmedian(durations)) if np.isfinite(durations).any() else math.nan
+    # pauses between two starts are not training time: a mini-epoch that took far longer than the others counts as a
+    # typical one
+    durations = np.where(durations > 3 * typical, typical, durations)
+    seconds = np.cumsum(np.r_[typical, durations])  # the log doesn't say when the first one began
+    new_tokens, new_seconds = np.diff(tokens, prepend=tokens[0] - mini_epoch_tokens), np.diff(seconds, prepend=0.0)
+    speed = np.divide(new_tokens, new_seconds, out=np.full(len(tokens), math.nan), where=new_seconds > 0)
     loss, lr = (np.array([float(getattr(line, key)) for line in mini_epochs]) for key in ("loss", "lr"))
     return Curves(name, False, tokens, seconds, loss, lr, speed, mini_epochs, mini_epoch_tokens, settings)
 
 
-def _remembered(folder: Path) -> dict[str, Any]:
-    """What run.json says; nothing where it can't be read: the log may know."""
+def _add_validation(curves: Curves, path: Path) -> None:
+    columns, empty = read_arrays(path), np.empty(0)
+    is_finite = np.isfinite(columns.get("loss", empty))
+    curves.val_tokens = columns.get("tokens", empty)[is_finite]
+    curves.val_loss = columns.get("loss", empty)[is_finite]
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """The content of run.json; {} where it is missing or unreadable, since the log's header has the settings too."""
     try:
-        return json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return read_run(folder)
+    except UserError:
         return {}
 
 
-def _settings(log: str) -> dict[str, Any]:
-    """From the log's last header: JSON as written here, or the printed dict of other RWKV training scripts."""
-    found: dict[str, Any] = {}
+def _read_settings(log: str) -> dict[str, Any]:
+    """The settings in the log's last header: this program's JSON, or the dict that other RWKV scripts print."""
+    settings: dict[str, Any] = {}
     for line in log.splitlines():
         if line.startswith("{"):
             try:
-                found = json.loads(line)
+                settings = json.loads(line)
             except ValueError:
+                # a printed dict may hold objects that no parser reads: only its numbers are needed
                 pairs = re.findall(r"'(\w+)': (-?[\d.]+(?:e-?\d+)?)(?=[,}])", line)
-                found = {name: float(value) if re.search(r"[.e]", value) else int(value) for name, value in pairs}
-                if "real_bsz" in found:
-                    found["global_batch"] = found["real_bsz"]
-    return found
+                settings = {name: float(value) if re.search(r"[.e]", value) else int(value) for name, value in pairs}
+                if "real_bsz" in settings:
+                    settings["global_batch"] = settings["real_bsz"]
+    return settings
 
 
 def is_mini_epoch_line(line: str) -> bool:
-    """`N loss perplexity lr date time count`, as RWKV training scripts write it."""
+    """Whether a line is `N loss perplexity lr date time count`, as RWKV training scripts write it."""
     return len(line.split()) == 7 and line.split()[0].isdigit()
 
 
+# ---- csv files -------------------------------------------------------------------------------------------------------
+
+
 def read_columns(path: Path) -> dict[str, list[float]]:
-    """As `read_arrays`, in lists."""
+    """As `read_arrays`, but lists."""
     return {name: values.tolist() for name, values in read_arrays(path).items()}
 
 
 def read_arrays(path: Path) -> dict[str, Numbers]:
-    """The columns of a csv with a header, as numbers; an empty cell is NaN, a last line that was cut is left out. {} where there are none.
+    """The columns of a csv file with a header, float64 by name; {} where there is no file or no row.
 
-    Raises ValueError naming the file when a line has other columns. Made for hundreds of thousands of rows, read by a thread beside training: numpy takes them a piece at a time, and the lock of the
-    interpreter is free for training in between.
+    An empty cell is NaN, and a last line without its newline is left out: it is being written. Raises UserError naming
+    the file when a line has another number of cells.
     """
     if not path.exists():
         return {}
-    pieces: list[Numbers] = []
+    chunks: list[Numbers] = []
     with open(path, "rb") as file:
         names = file.readline().decode().strip().split(",")
-        while text := file.read(PIECE_BYTES) + file.readline():
-            text = text[: text.rfind(b"\n") + 1].replace(b"\r\n", b"\n")
-            for _ in range(2):  # of several empty cells in a row, one pass sees every other
-                text = text.replace(b",,", b",nan,")
-            text = text.replace(b",\n", b",nan\n")
+        while text := file.read(CHUNK_BYTES) + file.readline():
+            text = text[: text.rfind(b"\n") + 1]
             if text.strip():
-                try:
-                    pieces.append(np.loadtxt(io.BytesIO(text), delimiter=",", ndmin=2))
-                    if pieces[-1].shape[1] != len(names):
-                        raise UserError(f"{pieces[-1].shape[1]} cells under {len(names)} names")
-                except ValueError as error:
-                    raise UserError(f"{path}: a line is not like the others; mend or remove it ({error})") from error
-    return dict(zip(names, np.concatenate(pieces).T, strict=True)) if pieces else {}
+                chunks.append(_parse_rows(path, text, len(names)))
+    return dict(zip(names, np.concatenate(chunks).T, strict=True)) if chunks else {}
+
+
+def _parse_rows(path: Path, text: bytes, width: int) -> Numbers:
+    """Whole lines as numbers, [rows, width]."""
+    text = text.replace(b"\r\n", b"\n")
+    # numpy's parser, since files have hundreds of thousands of rows; it accepts no empty cells
+    for _ in range(2):  # of several empty cells in a row, one pass sees every other
+        text = text.replace(b",,", b",nan,")
+    text = text.replace(b",\n", b",nan\n")
+    try:
+        rows = np.loadtxt(io.BytesIO(text), delimiter=",", ndmin=2)
+    except ValueError as error:
+        raise _malformed(path, str(error)) from error
+    if rows.shape[1] != width:
+        raise _malformed(path, f"{rows.shape[1]} cells under {width} names")
+    return rows
+
+
+def _malformed(path: Path, detail: str) -> UserError:
+    return UserError(f"a line is malformed ({detail})", given=path, advice="repair the line or remove it")

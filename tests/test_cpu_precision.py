@@ -1,4 +1,4 @@
-"""fp32 or bf16 on a CPU: by measurement for a new run, never again for one that goes on."""
+"""The precision on a CPU without --precision: measured for a new run, kept by a resumed one."""
 
 import json
 import time
@@ -16,7 +16,7 @@ def config(folder, **changed):
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(0.3, "fp32"), (1.2, "fp32"), (2.4, "bf16")])
-def test_bf16_only_where_it_is_clearly_faster(tmp_path, monkeypatch, gain, expected):
+def test_bf16_is_chosen_only_where_it_is_clearly_faster(tmp_path, monkeypatch, gain, expected):
     monkeypatch.setattr(cpu_precision, "bf16_gain", lambda width: gain)
     hardware = choose_hardware(config(tmp_path))
     assert hardware.precision == expected
@@ -25,15 +25,15 @@ def test_bf16_only_where_it_is_clearly_faster(tmp_path, monkeypatch, gain, expec
 
 @pytest.mark.parametrize("began", ["fp32", "bf16", "tf32"])
 @pytest.mark.parametrize("gain", [0.3, 6.0])
-def test_a_run_keeps_what_it_began_in(tmp_path, monkeypatch, began, gain):
+def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch, began, gain):
     (tmp_path / "run.json").write_text(json.dumps({"settings": {"precision": began, "accelerator": "cpu"}}))
     monkeypatch.setattr(cpu_precision, "bf16_gain", lambda width: gain)
     assert choose_hardware(config(tmp_path)).precision == began
     assert choose_hardware(config(tmp_path, restart=1)).precision == ("bf16" if gain > 1 else "fp32")
 
 
-def test_a_new_run_in_an_old_folder_is_measured(tmp_path, monkeypatch):
-    """The swap by hand: other weights under the name rwkv-init.pth begin another run, which inherits nothing."""
+def test_a_new_run_in_the_folder_of_an_earlier_one_is_measured(tmp_path, monkeypatch):
+    """Another file under the name rwkv-init.pth starts another run, which inherits nothing."""
     weights = tmp_path / "rwkv-init.pth"
     weights.write_bytes(b"old")
     origin = run_folder.fingerprint(weights)
@@ -46,19 +46,19 @@ def test_a_new_run_in_an_old_folder_is_measured(tmp_path, monkeypatch):
     assert choose_hardware(config(tmp_path, train_stage=3)).precision == "bf16"
 
 
-def test_a_run_of_a_gpu_decides_nothing(tmp_path, monkeypatch):
+def test_the_precision_of_a_run_on_a_gpu_is_not_kept(tmp_path, monkeypatch):
     (tmp_path / "run.json").write_text(json.dumps({"settings": {"precision": "bf16", "accelerator": "gpu"}}))
     monkeypatch.setattr(cpu_precision, "bf16_gain", lambda width: 0.3)
     assert choose_hardware(config(tmp_path)).precision == "fp32"
 
 
 @pytest.mark.parametrize("changed", [{"precision": "fp32"}, {"n_embd": 256}, {"devices": "2"}], ids=str)
-def test_where_nothing_is_measured(tmp_path, monkeypatch, changed):
+def test_nothing_is_measured_where_the_result_is_known(tmp_path, monkeypatch, changed):
     monkeypatch.setattr(cpu_precision, "bf16_gain", lambda width: pytest.fail("measured"))
     assert choose_hardware(config(tmp_path, **changed)).precision == "fp32"
 
 
-def test_measuring_is_quick():
+def test_the_measurement_takes_less_than_two_seconds():
     start = time.perf_counter()
     assert cpu_precision.bf16_gain(512) > 0
     assert time.perf_counter() - start < 2  # some hundredths of a second on a quiet machine

@@ -1,4 +1,4 @@
-"""Health: each judgement with numbers, each warning once, and both watches in a real fit."""
+"""The health monitors: each criterion by numbers, each warning once, and the callback's hooks as a fit calls them."""
 
 import math
 import random
@@ -7,137 +7,153 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src.training.checkpoint.callbacks import NonFiniteMonitor
+from src.training.control import ROLL_BACK, RunControl
+from src.training.distributed.process_group import ProcessGroup
 from src.training.module import TrainingModule
 from src.training.optim import LOSS_SCALE_POWER, MasterAdamW
 from src.training.reporting.health import (
-    BEFORE,
-    GRADIENTS_AT,
-    LATEST,
+    BASELINE_STEPS,
+    GRADIENT_CHECK_STEP,
+    RECENT_STEPS,
     NumbersMonitor,
     OnceWarnings,
     PaceMonitor,
+    bottleneck,
+    is_lr_zero_early,
     loss_spike,
-    lr_is_over,
-    slow_part,
-    without_gradient,
+    parameters_without_gradient,
 )
+from src.training.reporting.non_finite import NonFiniteMonitor
 from src.training.reporting.sink import StepReport
 
 
 def falling(count, noise, seed=0):
-    """Losses as a run has them: from 9 towards 3, with normal noise."""
+    """Losses like those of a run: from 9 towards 3, with normal noise."""
     random.seed(seed)
     return [3 + 6 * math.exp(-i / 50) + random.gauss(0, noise) for i in range(count)]
 
 
 @pytest.mark.parametrize("noise", [0.01, 0.1, 0.5])
-def test_no_spike_in_the_noise_of_a_run(noise):
+def test_noise_is_not_a_spike(noise):
     losses = falling(600, noise)
     assert not any(loss_spike(losses[: i + 1]) for i in range(len(losses)))
 
 
 @pytest.mark.parametrize(("noise", "rise"), [(0.01, 0.5), (0.1, 1.0), (0.3, 3.0)])
-def test_spike_is_seen_within_a_few_steps(noise, rise):
+def test_a_spike_is_detected_within_a_few_steps(noise, rise):
     losses = falling(600, noise)
-    losses += [3.0 + rise + random.gauss(0, noise) for _ in range(LATEST)]
-    usual, now = loss_spike(losses)
-    assert usual == pytest.approx(3.0, abs=0.2)
-    assert now == pytest.approx(usual + rise, abs=4 * noise)
+    losses += [3.0 + rise + random.gauss(0, noise) for _ in range(RECENT_STEPS)]
+    baseline, recent = loss_spike(losses)
+    assert baseline == pytest.approx(3.0, abs=0.2)
+    assert recent == pytest.approx(baseline + rise, abs=4 * noise)
 
 
-def test_single_bad_batches_are_no_spike():
+def test_single_bad_batches_are_not_a_spike():
     losses = [*falling(400, 0.1), 9.0, 3.0, 9.0, 3.0, 3.0]
     assert loss_spike(losses) is None
-    assert loss_spike([5.0] * (BEFORE - 1) + [50.0] * LATEST) is None  # too little to compare with
+    assert loss_spike([5.0] * (BASELINE_STEPS - 1) + [50.0] * RECENT_STEPS) is None  # the baseline is too short
 
 
-def test_learning_rate_that_is_over():
-    assert lr_is_over(0.0, 100)
-    assert not lr_is_over(0.0, 0)  # --lr_final 0 ends there
-    assert not lr_is_over(1e-9, 100)
+def test_a_learning_rate_of_0_before_the_end():
+    assert is_lr_zero_early(0.0, 100)
+    assert not is_lr_zero_early(0.0, 0)  # the last step of a run with --lr_final 0
+    assert not is_lr_zero_early(1e-9, 100)
 
 
 def test_parameters_without_a_gradient():
-    assert without_gradient({"a": 1e-30, "b": 0.0, "c": None, "d": math.inf}) == ["b", "c"]
+    assert parameters_without_gradient({"a": 1e-30, "b": 0.0, "c": None, "d": math.inf}) == ["b", "c"]
 
 
 @pytest.mark.parametrize(
-    ("seconds", "waiting", "idle", "expected"),
+    ("seconds", "data_seconds", "idle_share", "expected"),
     [(10, 0.1, 0.0, ""), (10, 3, 0.0, "data"), (10, 0.1, 0.95, "host"), (10, 5, 1.0, "data"), (10, 0.9, 0.7, "")],
 )
-def test_what_holds_up_the_device(seconds, waiting, idle, expected):
-    assert slow_part(seconds, waiting, idle) == expected
+def test_what_the_device_waits_for(seconds, data_seconds, idle_share, expected):
+    assert bottleneck(seconds, data_seconds, idle_share) == expected
 
 
 def report(step, loss=3.0, lr=1e-3, grad_norm=0.5):
     return StepReport(step=step, tokens=step * 10, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=1e3)
 
 
-def test_warnings_are_given_once_with_what_to_try(capsys):
-    watch = NumbersMonitor(steps=1000, warn=OnceWarnings())
+def test_each_warning_is_logged_once_with_what_to_try(capsys):
+    monitor = NumbersMonitor(steps=1000, warn=OnceWarnings())
     for step, loss in enumerate(falling(200, 0.05)):
-        watch.step(report(step, loss))
+        monitor.step(report(step, loss))
     assert capsys.readouterr().out == ""
     for step in range(200, 220):
-        watch.step(report(step, 8.0, lr=0.0, grad_norm=0.0))
-    words = capsys.readouterr().out
-    assert words.count("WARNING") == words.count("what to try") == 3
-    assert "from about 3." in words
+        monitor.step(report(step, 8.0, lr=0.0, grad_norm=0.0))
+    output = capsys.readouterr().out
+    assert output.count("WARNING") == output.count("what to try") == 3
+    assert "from about 3." in output
     for flag in ("--lr_init", "--lr_final", "--ctx_len"):
-        assert flag in words
-    watch.step(report(220, math.nan, grad_norm=math.nan))  # not finite: NonFiniteMonitor speaks of that
+        assert flag in output
+    monitor.step(report(220, math.nan, grad_norm=math.nan))  # NonFiniteMonitor reports it
     assert capsys.readouterr().out == ""
 
 
-def test_overflows_find_the_scale_until_it_has_nowhere_to_go():
-    """fp16: the scale is halved sixteen times at most; what overflows after that has another cause."""
-    watch = NonFiniteMonitor(3, scale_loss=True)
+def is_rolled_back(control, global_step):
+    """Whether the ranks of `control`, of which there is one, agree on a roll-back after the next step."""
+    trainer = SimpleNamespace(global_step=global_step, should_stop=False)
+    control.on_train_batch_end(trainer, None, None, None, 0)
+    assert trainer.should_stop == control.is_agreed(ROLL_BACK)
+    return control.is_agreed(ROLL_BACK)
+
+
+def test_overflows_are_not_counted_until_the_loss_scale_reaches_its_minimum():
+    """fp16: the scale can be halved LOSS_SCALE_POWER times; what overflows after that has another cause."""
+    control = RunControl(ProcessGroup(), first_step=0)
+    monitor = NonFiniteMonitor(control, limit=3, scale_loss=True)
     for step in range(LOSS_SCALE_POWER):
-        watch.step(report(step, grad_norm=math.inf))
-    assert (watch.good, watch.in_row, watch.total) == (0, 0, 0)
+        monitor.step(report(step, grad_norm=math.inf))
+    assert (monitor.good, monitor.skipped, monitor.skipped_in_row) == (0, 0, 0)
     for step in range(20, 22):
-        watch.step(report(step, grad_norm=math.nan))
-    assert (watch.in_row, watch.wish()) == (2, False)
-    watch.step(report(22))
-    assert (watch.good, watch.in_row, watch.wish()) == (1, 0, False)
+        monitor.step(report(step, grad_norm=math.nan))
+    assert (monitor.skipped_in_row, monitor.failed_steps) == (2, None)
+    monitor.step(report(22))
+    assert (monitor.good, monitor.skipped_in_row, monitor.failed_steps) == (1, 0, None)
+    assert not is_rolled_back(control, global_step=1)
     for step in range(30, 30 + LOSS_SCALE_POWER + 3):
-        watch.step(report(step, grad_norm=math.inf))
-    assert watch.too_many == range(30 + LOSS_SCALE_POWER, 30 + LOSS_SCALE_POWER + 3)
-    watch = NonFiniteMonitor(3, scale_loss=False)
-    watch.step(report(0, grad_norm=math.inf))
-    assert watch.in_row == 1
+        monitor.step(report(step, grad_norm=math.inf))
+    assert monitor.failed_steps == range(30 + LOSS_SCALE_POWER, 30 + LOSS_SCALE_POWER + 3)
+    assert is_rolled_back(control, global_step=2)
+
+
+def test_an_overflow_without_loss_scaling_is_a_skipped_step():
+    monitor = NonFiniteMonitor(RunControl(ProcessGroup(), first_step=0), limit=3, scale_loss=False)
+    monitor.step(report(0, grad_norm=math.inf))
+    assert monitor.skipped_in_row == 1
 
 
 def run_steps(monkeypatch, steps, loader_seconds, step_seconds, idle):
-    """The callback's two ends called as a fit calls them, under a clock and a GPU of ours."""
+    """Call the hooks of PaceMonitor as a fit does, with a simulated clock and GPU."""
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     event = SimpleNamespace(record=lambda: None, query=lambda: idle)
     monkeypatch.setattr("torch.cuda.Event", lambda: event)
-    watch = PaceMonitor(OnceWarnings())
+    monitor = PaceMonitor(OnceWarnings())
     module = SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr(watch, "_look_at_gradients", lambda module: None)
+    monkeypatch.setattr(monitor._gradient_check, "begin", lambda module: None)
     for step in range(steps):
         now[0] += loader_seconds
-        watch.on_train_batch_start(None, module, None, step)
+        monitor.on_train_batch_start(None, module, None, step)
         now[0] += step_seconds
-        watch.on_train_batch_end(None, module, None, None, step)
+        monitor.on_train_batch_end(None, module, None, None, step)
 
 
 @pytest.mark.parametrize(
     ("loader_seconds", "idle", "expected"),
-    [(0.001, False, ""), (0.5, False, "33% of the time goes into waiting for data"), (0.001, True, "50 of 50 steps")],
-    ids=["well", "data", "host"],
+    [(0.001, False, ""), (0.5, False, "33% of the time is spent waiting for data"), (0.001, True, "50 of 50 steps")],
+    ids=["none", "data", "host"],
 )
-def test_pace(monkeypatch, capsys, loader_seconds, idle, expected):
+def test_the_bottleneck_is_reported_once(monkeypatch, capsys, loader_seconds, idle, expected):
     run_steps(monkeypatch, 200, loader_seconds, 1.0, idle)
-    words = capsys.readouterr().out
-    assert words.count("WARNING") == (1 if expected else 0)
-    assert expected in words
+    output = capsys.readouterr().out
+    assert output.count("WARNING") == (1 if expected else 0)
+    assert expected in output
 
 
-def test_gradients_are_looked_at_once(capsys):
+def test_parameters_without_a_gradient_are_reported_once(capsys):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -148,10 +164,10 @@ def test_gradients_are_looked_at_once(capsys):
     module.model = model
     module._device = torch.device("cpu")
     module.optimizer = MasterAdamW.__new__(MasterAdamW)
-    watch = PaceMonitor(OnceWarnings())
-    for step in range(GRADIENTS_AT + 3):
-        watch.on_train_batch_start(None, module, None, step)
-        watch.on_train_batch_end(None, module, None, None, step)
-    words = capsys.readouterr().out
-    assert words.count("WARNING") == 1
-    assert "0.bias, 1.bias" in words
+    monitor = PaceMonitor(OnceWarnings())
+    for step in range(GRADIENT_CHECK_STEP + 3):
+        monitor.on_train_batch_start(None, module, None, step)
+        monitor.on_train_batch_end(None, module, None, None, step)
+    output = capsys.readouterr().out
+    assert output.count("WARNING") == 1
+    assert "0.bias, 1.bias" in output

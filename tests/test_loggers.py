@@ -1,4 +1,4 @@
-"""--wandb and --logger: what was logged is read back from the files, after a run that was stopped once."""
+"""--wandb and --logger: what was logged is read back from the files of a run that was stopped and resumed."""
 
 import csv
 import json
@@ -19,8 +19,8 @@ RUN = {"my_exit_tokens": CTX * 4 * STEPS, "epoch_steps": 20, "epoch_save": 1, "v
 
 
 @pytest.fixture(scope="module")
-def held(tmp_path_factory):
-    prefix = tmp_path_factory.mktemp("held") / "held"
+def held_out(tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("held-out") / "data"
     with BinIdxWriter(prefix, np.uint16) as writer:
         for first in range(1, 28):
             writer.add_document([first + i for i in range(29)] + [0])
@@ -28,13 +28,13 @@ def held(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def every_step(monkeypatch):
-    """Steps here are shorter than logging one."""
+def log_every_step(monkeypatch):
+    """Steps of these runs take less time than logging one."""
     monkeypatch.setattr(loggers, "TIME_SHARE", float("inf"))
 
 
-class Letters:
-    """A tokenizer whose every token is a letter."""
+class LetterTokenizer:
+    """Decodes each token to a letter."""
 
     eos_ids = (0,)
 
@@ -44,7 +44,7 @@ class Letters:
 
 @pytest.fixture
 def with_samples(monkeypatch):
-    monkeypatch.setattr(generations, "load_tokenizer", lambda name: Letters())
+    monkeypatch.setattr(generations, "load_tokenizer", lambda name: LetterTokenizer())
     return {"tokenizer": "world"}
 
 
@@ -52,25 +52,28 @@ def with_samples(monkeypatch):
 def offline(monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))  # no login of whoever runs this
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))  # not the login of the user who runs the tests
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "home" / "config"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "home" / "cache"))
 
 
 def records(path):
-    """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB, each piece with checksum, length and kind) after 7 bytes."""
-    raw, at, whole = path.read_bytes(), 7, b""
+    """The records of a .wandb file: LevelDB's log format after a header of 7 bytes.
+
+    Blocks of 32 KiB hold fragments of records, each with checksum (4 bytes), length (2) and kind (1).
+    """
+    raw, position, record = path.read_bytes(), 7, b""
     assert raw[:4] == b":W&B"
-    while at + 7 <= len(raw):
-        if 32768 - at % 32768 < 7:  # no room for a piece: the block is filled up
-            at += 32768 - at % 32768
+    while position + 7 <= len(raw):
+        if 32768 - position % 32768 < 7:  # no room for another header: the rest of the block is padding
+            position += 32768 - position % 32768
             continue
-        length, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
-        whole += raw[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or its last piece
-            yield whole
-            whole = b""
+        length, kind = int.from_bytes(raw[position + 4 : position + 6], "little"), raw[position + 6]
+        record += raw[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or its last fragment
+            yield record
+            record = b""
 
 
 def read_back(folder):
@@ -93,15 +96,17 @@ def read_back(folder):
     return rows, config, ids
 
 
-def test_wandb_offline_keeps_one_run_over_two_starts(tmp_path, data, held, monkeypatch, offline, with_samples, capfd):
+def test_offline_wandb_logs_one_run_over_two_starts(
+    tmp_path, data, held_out, monkeypatch, offline, with_samples, capfd
+):
     pytest.importorskip("wandb")
     out = tmp_path / "run"
-    settings = {**RUN, **with_samples, "wandb": "a-project", "val_data_file": held}
+    settings = {**RUN, **with_samples, "wandb": "a-project", "val_data_file": held_out}
     train_until(35, out, data, monkeypatch, **settings)
     assert train(out, data, **settings) == 0
-    words = capfd.readouterr().out
-    assert "no login is known" in words
-    assert "wandb sync" in words
+    output = capfd.readouterr().out
+    assert "--wandb a-project: not logged in" in output
+    assert "wandb sync" in output
     rows, config, ids = read_back(out)
     assert ids == {json.loads((out / "run.json").read_text())["wandb_id"]}
     assert len(list(out.glob("wandb/offline-run-*"))) == 2
@@ -136,11 +141,11 @@ def test_wandb_offline_keeps_one_run_over_two_starts(tmp_path, data, held, monke
     ]
 
 
-def test_wandb_as_the_environment_says(tmp_path, monkeypatch, offline, capfd):
-    """WANDB_MODE is believed; a key, in the environment or where `wandb login` puts it, means online; else it is said."""
+def test_the_mode_of_wandb_follows_the_environment(tmp_path, monkeypatch, offline, capfd):
+    """WANDB_MODE has priority, then an API key in the environment or the netrc file; else offline, with a note."""
     pytest.importorskip("wandb")
-    for given, mode in (("offline", "offline"), ("dryrun", "offline"), ("online", "online"), ("disabled", "disabled")):
-        monkeypatch.setenv("WANDB_MODE", given)
+    for value, mode in (("offline", "offline"), ("dryrun", "offline"), ("online", "online"), ("disabled", "disabled")):
+        monkeypatch.setenv("WANDB_MODE", value)
         assert loggers._wandb_mode("a-project", tmp_path) == mode
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
@@ -154,7 +159,7 @@ def test_wandb_as_the_environment_says(tmp_path, monkeypatch, offline, capfd):
     assert loggers._wandb_mode("a-project", tmp_path) == "online"
 
 
-def test_a_missing_package_is_named(tmp_path, data, monkeypatch, capfd):
+def test_a_missing_package_is_reported(tmp_path, data, monkeypatch, capfd):
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
     assert train(tmp_path / "run", data, wandb="a-project", **RUN) == 2
     assert "pip install wandb" in capfd.readouterr().err
@@ -162,25 +167,23 @@ def test_a_missing_package_is_named(tmp_path, data, monkeypatch, capfd):
     assert "pip install tensorboard" in capfd.readouterr().err
 
 
-def test_tensorboard_over_two_starts(tmp_path, data, held, monkeypatch, with_samples):
+def test_tensorboard_logs_one_run_over_two_starts(tmp_path, data, held_out, monkeypatch, with_samples):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "run"
-    settings = {**RUN, **with_samples, "logger": "tensorboard", "val_data_file": held}
+    settings = {**RUN, **with_samples, "logger": "tensorboard", "val_data_file": held_out}
     train_until(35, out, data, monkeypatch, **settings)
     assert train(out, data, **settings) == 0
     events = EventAccumulator(str(out / "tensorboard"), {"scalars": 0, "tensors": 0})
     events.Reload()
-    last = {event.step: event.value for event in events.Scalars("loss")}
-    assert [last[step] for step in range(STEPS)] == pytest.approx(losses(out), rel=1e-6)
-    assert [
-        event.step for event in events.Scalars("val_loss" if "val_loss" in events.Tags()["scalars"] else "val loss")
-    ][-1] == 59
+    logged = {event.step: event.value for event in events.Scalars("loss")}
+    assert [logged[step] for step in range(STEPS)] == pytest.approx(losses(out), rel=1e-6)
+    assert events.Scalars("val loss")[-1].step == 59
     assert any("samples" in tag for tag in events.Tags()["tensors"])
 
 
-def test_csv_logger(tmp_path, data):
+def test_the_csv_logger_logs_every_loss(tmp_path, data):
     assert train(tmp_path / "run", data, logger="csv", **{**RUN, "my_exit_tokens": CTX * 4 * 20}) == 0
     (file,) = (tmp_path / "run" / "csv").rglob("metrics.csv")
     with open(file, newline="") as rows:
@@ -188,56 +191,53 @@ def test_csv_logger(tmp_path, data):
     assert values == pytest.approx(losses(tmp_path / "run"), rel=1e-6)
 
 
-def test_where_steps_are_short_some_are_left_out(tmp_path, data, monkeypatch):
+def test_some_short_steps_are_not_logged(tmp_path, data, monkeypatch):
     monkeypatch.setattr(loggers, "TIME_SHARE", 0.0)
     assert train(tmp_path / "run", data, logger="csv", **RUN) == 0
     (file,) = (tmp_path / "run" / "csv").rglob("metrics.csv")
     with open(file, newline="") as rows:
-        assert [row["step"] for row in csv.DictReader(rows) if row["loss"]] == [
-            "0",
-            "1",
-            "50",
-        ]  # the first is free, 50 is measured
+        steps = [row["step"] for row in csv.DictReader(rows) if row["loss"]]
+    assert steps == ["0", "1", "50"]  # the first call is not counted; step 50 has update ratios
     assert len(losses(tmp_path / "run")) == STEPS
 
 
-def test_a_slow_first_call_costs_no_later_ones(monkeypatch):
-    """wandb takes a tenth of a second for the first; in a short run nothing else would be logged."""
-    now, shown = 0.0, []
+def test_a_slow_first_call_does_not_suppress_later_ones(monkeypatch):
+    """wandb takes a tenth of a second for the first; counted, a short run would log nothing else."""
+    now, logged = 0.0, []
     monkeypatch.setattr(loggers, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(loggers, "TIME_SHARE", 0.003)
     sink = loggers.LoggerSink(SimpleNamespace(), 0.0)
 
     def log(values):
         nonlocal now
-        now += 0.1 if not shown else 0.001
-        shown.append(values["loss"])
+        now += 0.1 if not logged else 0.001
+        logged.append(values["loss"])
 
     monkeypatch.setattr(sink, "_log", log)
     for step in range(200):
         now += 0.2
         sink.step(StepReport(step, 64 * step, float(step), 1e-3, 0.5, 6400.0))
-    assert 100 < len(shown) <= 200 * 0.2 * 0.003 / 0.001 + 2
+    assert 100 < len(logged) <= 200 * 0.2 * 0.003 / 0.001 + 2
 
 
-def test_samples_begin_like_the_data(tmp_path, data, held, with_samples):
-    assert train(tmp_path / "run", data, val_data_file=held, **with_samples, **RUN) == 0
-    found = [GeneratedSample(**row) for row in json.loads((tmp_path / "run" / "samples.json").read_text())]
-    assert len(found) == generations.COUNT
-    for sample in found:
+def test_samples_are_written_for_each_prompt(tmp_path, data, held_out, with_samples):
+    assert train(tmp_path / "run", data, val_data_file=held_out, **with_samples, **RUN) == 0
+    samples = [GeneratedSample(**row) for row in json.loads((tmp_path / "run" / "samples.json").read_text())]
+    assert len(samples) == generations.COUNT
+    for sample in samples:
         assert 1 <= len(sample.prompt) <= generations.PROMPT_TOKENS
         assert len(sample.answer) <= generations.NEW_TOKENS
 
 
 def test_the_dashboard_shows_what_is_logged():
-    shown = [name for plots in dashboard.LAYOUT.values() for _, _, names, _ in plots for name in names]
+    drawn = [name for plots in dashboard.LAYOUT.values() for _, _, names, _ in plots for name in names]
     logged = {*loggers.STEP_NAMES, *loggers.UPDATE_NAMES, *loggers.OTHER_NAMES}
-    assert set(shown) <= logged
-    assert logged - set(shown) == {"Gtokens"}  # the axis
+    assert set(drawn) <= logged
+    assert logged - set(drawn) == {"Gtokens"}  # the axis
     assert {axis for plots in dashboard.LAYOUT.values() for _, axis, _, _ in plots} == {"Gtokens", "_runtime"}
 
 
-def test_the_dashboard_without_what_it_needs(capsys, monkeypatch):
+def test_the_dashboard_reports_a_missing_package(capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces", None)
     with pytest.raises(SystemExit) as exit_:
         dashboard.main(["a-project", "--entity", "us"])
@@ -245,8 +245,8 @@ def test_the_dashboard_without_what_it_needs(capsys, monkeypatch):
     assert "pip install wandb wandb-workspaces" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("entity", [[], ["--entity", "us"]], ids=["own", "named"])
-def test_the_dashboard_without_login_or_network(capsys, monkeypatch, entity):
+@pytest.mark.parametrize("entity", [[], ["--entity", "us"]], ids=["default entity", "named entity"])
+def test_the_dashboard_reports_a_missing_login(capsys, monkeypatch, entity):
     wandb = pytest.importorskip("wandb")
 
     def refuse(*args, **kwargs):
@@ -257,19 +257,19 @@ def test_the_dashboard_without_login_or_network(capsys, monkeypatch, entity):
     with pytest.raises(SystemExit) as exit_:
         dashboard.main(["a-project", *entity])
     assert exit_.value.code == 2
-    words = capsys.readouterr().err
-    assert "No API key configured" in words
-    assert "wandb login" in words
-    assert "the network" in words
+    message = capsys.readouterr().err
+    assert "No API key configured" in message
+    assert "wandb login" in message
+    assert "the network" in message
 
 
-def test_the_dashboard_is_one_that_wandb_understands():
+def test_the_dashboard_is_a_valid_workspace():
     pytest.importorskip("wandb_workspaces")
     view = dashboard.workspace("a-project", "us")
     assert [section.name for section in view.sections] == list(dashboard.LAYOUT)
 
 
-def test_the_commit_of_this_program(monkeypatch):
+def test_the_git_commit_is_empty_outside_of_a_repository(monkeypatch):
     from src.training.reporting import environment
 
     assert len(environment.git_commit().rstrip("+")) in (0, 40)

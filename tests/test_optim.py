@@ -1,4 +1,4 @@
-"""The optimizer: AdamW's mathematics, fp32 masters, clipping, steps with gradients that are not finite."""
+"""The optimizer: AdamW's mathematics, fp32 masters, clipping, skipped steps, loss scaling."""
 
 import copy
 
@@ -30,7 +30,7 @@ def set_gradients(model, seed, scale=1.0):
         p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype) if p.requires_grad else None
 
 
-def test_groups_are_those_of_the_table():
+def test_parameter_groups_follow_the_init_table():
     groups = parameter_groups(small_model(), weight_decay=0.1)
     by_rule = {(g["lr_scale"], g["weight_decay"]): g["names"] for g in groups}
     assert by_rule.keys() == {(2.0, 0.0), (1.0, 0.1), (1.0, 0.0)}
@@ -40,7 +40,7 @@ def test_groups_are_those_of_the_table():
     assert not [n for g in groups for n in g["names"] if n.startswith("blocks.0.att.v") and n[-1] in "012"]
 
 
-def test_three_steps_against_the_formula_in_float64():
+def test_three_steps_match_the_formula_in_float64():
     model = small_model()
     optimizer = build(model)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -67,8 +67,8 @@ def test_three_steps_against_the_formula_in_float64():
             torch.testing.assert_close(p.detach().double(), theta[n], atol=1e-6, rtol=1e-5)
 
 
-def test_bf16_keeps_small_updates_in_the_master():
-    """Steps far below bf16's resolution are lost without an fp32 master, and add up with one."""
+def test_masters_accumulate_updates_below_the_resolution_of_bf16():
+    """Without an fp32 master these updates would be rounded away."""
     model = small_model(torch.bfloat16)
     before = model.head.weight.detach().clone()
     optimizer = build(model, lr=1e-5)
@@ -82,8 +82,8 @@ def test_bf16_keeps_small_updates_in_the_master():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(dtype, poison):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_with_a_non_finite_gradient_is_skipped(dtype, value):
     model = small_model(dtype)
     optimizer = build(model)
     set_gradients(model, seed=1)
@@ -91,7 +91,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype, poison):
     before = copy.deepcopy(model.state_dict())
     moments = {p: copy.deepcopy(optimizer.moments(p)) for p in optimizer.parameters}
     set_gradients(model, seed=2)
-    model.head.weight.grad[0, 0] = poison
+    model.head.weight.grad[0, 0] = value
     optimizer.step()
     assert optimizer.skipped_steps.item() == 1
     for name, tensor in model.state_dict().items():
@@ -103,39 +103,39 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype, poison):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_steps_in_pieces_are_the_steps_of_the_whole(dtype, monkeypatch):
-    whole, cut = small_model(dtype), small_model(dtype)
-    one = build(whole)
+def test_chunked_steps_equal_unchunked_ones(dtype, monkeypatch):
+    model, chunked_model = small_model(dtype), small_model(dtype)
+    optimizer = build(model)
     monkeypatch.setattr(optim, "MAX_FP32_GRAD_NUMEL", 5000)
-    other = build(cut)
+    chunked = build(chunked_model)
     for seed in (1, 2):
-        for model, optimizer in ((whole, one), (cut, other)):
-            set_gradients(model, seed)
-            optimizer.param_groups[0]["lr"] *= 0.9
-            optimizer.step()
-    assert one.grad_norm == other.grad_norm
-    for a, b in zip(one.parameters, other.parameters, strict=True):
+        for each_model, each in ((model, optimizer), (chunked_model, chunked)):
+            set_gradients(each_model, seed)
+            each.param_groups[0]["lr"] *= 0.9
+            each.step()
+    assert optimizer.grad_norm == chunked.grad_norm
+    for a, b in zip(optimizer.parameters, chunked.parameters, strict=True):
         assert torch.equal(a, b)
-        assert torch.equal(one.master_of(a), other.master_of(b))
-        assert all(torch.equal(one.moments(a)[kind], moment) for kind, moment in other.moments(b).items())
+        assert torch.equal(optimizer.master_of(a), chunked.master_of(b))
+        assert all(torch.equal(optimizer.moments(a)[kind], moment) for kind, moment in chunked.moments(b).items())
 
 
-def test_loss_scale_is_taken_out_and_adapts():
+def test_the_loss_scale_is_divided_out_and_halved_at_an_overflow():
     plain, scaled = small_model(), small_model()
-    one, two = build(plain), build(scaled, scale_loss=True)
+    plain_optimizer, optimizer = build(plain), build(scaled, scale_loss=True)
     set_gradients(plain, seed=1)
-    set_gradients(scaled, seed=1, scale=two.loss_scale.item())
-    one.step()
-    two.step()
+    set_gradients(scaled, seed=1, scale=optimizer.loss_scale.item())
+    plain_optimizer.step()
+    optimizer.step()
     for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-    before = two.loss_scale.item()
+    before = optimizer.loss_scale.item()
     scaled.head.weight.grad.fill_(float("inf"))
-    two.step()
-    assert two.loss_scale.item() == before / 2
+    optimizer.step()
+    assert optimizer.loss_scale.item() == before / 2
 
 
-def test_a_loss_scale_is_taken_over_only_between_runs_that_have_one():
+def test_the_loss_scale_is_resumed_only_between_runs_that_have_one():
     scaled, plain, other = (build(small_model(), scale_loss=scales) for scales in (True, False, True))
     first = scaled.loss_scale.item()
     plain.load_counters({**scaled.counters(), "loss_scale": 256.0})
@@ -149,23 +149,23 @@ def test_a_loss_scale_is_taken_over_only_between_runs_that_have_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_continuing_from_masters_moments_and_counters_gives_equal_bits(dtype):
-    straight = small_model(dtype)
-    optimizer = build(straight)
+def test_resuming_from_masters_moments_and_counters_is_bitwise_equal(dtype):
+    uninterrupted = small_model(dtype)
+    optimizer = build(uninterrupted)
     for seed in (1, 2):
-        set_gradients(straight, seed)
+        set_gradients(uninterrupted, seed)
         optimizer.step()
-    continued = small_model(dtype)
-    continued.load_state_dict(straight.state_dict())
-    other = build(continued)
+    resumed = small_model(dtype)
+    resumed.load_state_dict(uninterrupted.state_dict())
+    other = build(resumed)
     with torch.no_grad():
         for old, new in zip(optimizer.parameters, other.parameters, strict=True):
             other.master_of(new).copy_(optimizer.master_of(old))
             for kind in ("exp_avg", "exp_avg_sq"):
                 other.moments(new)[kind].copy_(optimizer.moments(old)[kind])
     other.load_counters(optimizer.counters())
-    for model, own in ((straight, optimizer), (continued, other)):
+    for model, each in ((uninterrupted, optimizer), (resumed, other)):
         set_gradients(model, seed=3)
-        own.step()
-    for a, b in zip(straight.parameters(), continued.parameters(), strict=True):
+        each.step()
+    for a, b in zip(uninterrupted.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -1,13 +1,15 @@
-"""What a run tells on its way: the live line, the files, values that are measured now and then, and that nothing waits for a device."""
+"""What a run reports: progress line, log files, values measured at some steps, figures; nothing waits for a device."""
 
 import csv
 import math
 import os
 import re
 import struct
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +17,11 @@ import torch
 from chat_models import make_tokenizer
 from training_runs import train
 
+from src import run_log
 from src.config import ModelConfig
+from src.errors import UserError
 from src.model import RWKV7
-from src.run_log import read_columns
+from src.run_log import read_columns, read_curves
 from src.training.console import log
 from src.training.control import RunControl
 from src.training.distributed.process_group import ProcessGroup
@@ -26,7 +30,7 @@ from src.training.hardware import peak_flops
 from src.training.hardware.selection import Hardware
 from src.training.objectives.next_token import HeadLoss, NextToken
 from src.training.optim import MasterAdamW, parameter_groups
-from src.training.reporting import log_files, progress
+from src.training.reporting import progress
 from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile
 from src.training.reporting.progress import ProgressLine, duration
 from src.training.reporting.reporter import MEASURE_EVERY_STEPS, Reporter, peak_memory_gib
@@ -49,53 +53,52 @@ def report(step, loss=3.0, **changed):
     return StepReport(**{**values, "seconds": (step + 1) / 100, "memory_gib": 1.25, **changed})
 
 
-# ---- the live line ----------------------------------------------------------------------------------------------------------
+# ---- progress line ---------------------------------------------------------------------------------------------------
 
 
-def test_the_line_names_everything_that_is_known():
+def test_the_progress_line_shows_all_known_values():
     line = ProgressLine(LENGTH, 0, live=False)
-    line.smooth = 3.21987
-    words = line.words(report(499, mfu=0.412))
-    assert words == (
+    line.smoothed_loss = 3.21987
+    assert line.describe(report(499, mfu=0.412)) == (
         "step 500/1000, mini-epoch 49, loss 3.2199, grad 0.50, lr 6.00e-04, 6,400 tokens/s, MFU 41%, 1.2 GiB, left 0:05"
     )
-    assert "MFU" not in line.words(report(499))  # on a CPU
+    assert "MFU" not in line.describe(report(499))  # on a CPU
 
 
 @pytest.mark.parametrize("width", [140, 100, 80, 60, 40, 20])
-def test_a_narrow_terminal_gets_what_matters_most(width):
+def test_a_narrow_terminal_shows_the_most_important_values(width):
     line = ProgressLine(LENGTH, 0, live=False)
-    line.smooth = 3.2
-    words = line.words(report(499, mfu=0.4), width)
-    assert len(words) <= width
-    assert "loss" in words or "step" in words
-    assert ("GiB" in words) <= ("left" in words) <= ("tokens/s" in words)
+    line.smoothed_loss = 3.2
+    text = line.describe(report(499, mfu=0.4), width)
+    assert len(text) <= width
+    assert "loss" in text or "step" in text
+    assert ("GiB" in text) <= ("left" in text) <= ("tokens/s" in text)
 
 
-def test_the_loss_is_smoothed_and_bad_steps_leave_no_mark():
+def test_the_loss_is_smoothed_over_finite_values():
     line = ProgressLine(LENGTH, 0, live=False)
     for step in range(200):
         line.step(report(step, loss=4.0 if step < 100 else 2.0))
-    assert 2.0 < line.smooth < 2.05
-    before = line.smooth
+    assert 2.0 < line.smoothed_loss < 2.05
+    before = line.smoothed_loss
     line.step(report(200, loss=math.nan))
-    assert line.smooth == before
+    assert line.smoothed_loss == before
 
 
-def test_without_a_terminal_there_is_a_line_every_so_many_seconds(monkeypatch, capsys):
+def test_without_a_terminal_a_line_is_printed_every_20_seconds(monkeypatch, capsys):
     now = 0.0
     monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now))
     line = ProgressLine(LENGTH, 0, live=False)
     for step in range(1000):
         now = step * 0.1
         line.step(report(step))
-    shown = re.findall(r"^step (\d+)/1000", capsys.readouterr().out, re.M)
-    assert len(shown) == 5
-    assert shown[-1] == "1000"
-    assert all(200 <= int(b) - int(a) <= 202 for a, b in zip(["0", *shown], shown[:-1], strict=False))  # 20 s each
+    steps = [int(number) for number in re.findall(r"^step (\d+)/1000", capsys.readouterr().out, re.M)]
+    assert len(steps) == 5
+    assert steps[-1] == 1000
+    assert all(200 <= b - a <= 202 for a, b in zip([0, *steps], steps[:-1], strict=False))  # 20 s each
 
 
-def test_the_live_line_and_what_is_said_above_it(capsys):
+def test_messages_are_printed_above_the_progress_bar(capsys):
     line = ProgressLine(LENGTH, 0, live=True)
     line.step(report(9))
     line.mini_epoch(MiniEpochReport(0, 3.5, report(9)))
@@ -106,8 +109,8 @@ def test_the_live_line_and_what_is_said_above_it(capsys):
     captured = capsys.readouterr()
     assert captured.err == ""  # which may be a file
     assert "| step 10/1000" in captured.out
-    said = [words.split("\r")[-1] for words in captured.out.splitlines()]  # each on a line of its own
-    assert [words for words in said if words.strip() and "|" not in words] == [
+    lines = [line.split("\r")[-1] for line in captured.out.splitlines()]
+    assert [line for line in lines if line.strip() and "|" not in line] == [
         "mini-epoch 0: mean loss 3.5000, lr 0.00060000",
         "held-out loss 3.4000 after step 10, the lowest so far (0.5 s)",
         "WARNING: something",
@@ -117,31 +120,31 @@ def test_the_live_line_and_what_is_said_above_it(capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 @pytest.mark.parametrize(("rows", "columns", "live"), [(24, 80, True), (0, 0, False), (0, 80, False)])
-def test_a_terminal_without_a_size_gets_plain_lines(monkeypatch, rows, columns, live):
-    """As under `docker run -t` or `script`, where nobody has told it."""
+def test_a_terminal_of_unknown_size_gets_plain_lines(monkeypatch, rows, columns, live):
+    """As under `docker run -t` or `script`."""
     import fcntl
     import pty
     import termios
 
-    ends = pty.openpty()
+    master, slave = pty.openpty()
     try:
-        fcntl.ioctl(ends[1], termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        with open(ends[1], "w", closefd=False) as terminal:
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        with open(slave, "w", closefd=False) as terminal:
             monkeypatch.setattr(sys, "stdout", terminal)
             assert progress.has_live_line() == live
     finally:
-        for end in ends:
-            os.close(end)
+        os.close(master)
+        os.close(slave)
 
 
-def test_duration():
+def test_durations_are_formatted_as_minutes_or_hours():
     assert [duration(s) for s in (0, 59.6, 3599, 3600, 90061)] == ["0:00", "1:00", "59:59", "1:00:00", "25:01:01"]
 
 
-# ---- the files --------------------------------------------------------------------------------------------------------------
+# ---- log files -------------------------------------------------------------------------------------------------------
 
 
-def test_metrics_go_on_where_the_saved_state_is(tmp_path):
+def test_metrics_continue_from_the_saved_state(tmp_path):
     path = tmp_path / "metrics.csv"
     first = MetricsFile(path, 0, 64)
     for step in range(10):
@@ -162,9 +165,9 @@ def test_metrics_go_on_where_the_saved_state_is(tmp_path):
     assert math.isnan(columns["mfu"][0])
 
 
-@pytest.mark.parametrize("piece", [1, 37, 1 << 16])
-def test_a_table_is_read_in_pieces_as_it_stands(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(log_files, "PIECE_BYTES", piece)
+@pytest.mark.parametrize("chunk_bytes", [1, 37, 1 << 16])
+def test_columns_do_not_depend_on_the_chunks_they_are_read_in(tmp_path, monkeypatch, chunk_bytes):
+    monkeypatch.setattr(run_log, "CHUNK_BYTES", chunk_bytes)
     path = tmp_path / "metrics.csv"
     metrics = MetricsFile(path, 0, 64)
     for step in range(60):
@@ -176,19 +179,56 @@ def test_a_table_is_read_in_pieces_as_it_stands(tmp_path, monkeypatch, piece):
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     with open(path, "a") as file:
-        file.write("60,3904,3.0,0.0")  # as it stands while a row is being written
+        file.write("60,3904,3.0,0.0")  # a row that is being written
     columns = read_columns(path)
     assert list(columns) == list(MetricsFile.COLUMNS)
     for name, values in columns.items():
         assert values == pytest.approx([float(row[name] or "nan") for row in rows], nan_ok=True, rel=1e-12), name
     path.write_text("step,loss\n")
     assert read_columns(path) == {}
-    path.write_text("step,loss\n1,2\n3\n")
-    with pytest.raises(ValueError, match=r"metrics.csv: a line is not like the others"):
-        read_columns(path)
+    for malformed in ("1,2\n3\n", "1,2,3\n", "1,word\n"):
+        path.write_text(f"step,loss\n{malformed}")
+        with pytest.raises(UserError) as error:
+            read_columns(path)
+        assert error.value.given == path
 
 
-def test_metrics_of_an_earlier_version_are_read_and_continued(tmp_path):
+@pytest.mark.parametrize("record", ["[]", '{"settings"', '{"version": 99}'], ids=["no object", "cut", "later version"])
+def test_curves_are_read_without_a_readable_run_json(tmp_path, record):
+    metrics = MetricsFile(tmp_path / "metrics.csv", 0, 64)
+    metrics.step(report(0))
+    metrics.close()
+    TrainLog(tmp_path / "train_log.txt", 0, 0, {"ctx_len": 16, "epoch_steps": 10, "global_batch": 4})
+    (tmp_path / "run.json").write_text(record)
+    curves = read_curves(tmp_path)
+    assert curves.tokens.tolist() == [64]
+    assert curves.mini_epoch_tokens == 10 * 64  # by the header of the log
+    assert curves.settings["ctx_len"] == 16
+
+
+def test_missing_columns_and_empty_folders_are_reported(tmp_path):
+    with pytest.raises(UserError) as error:
+        read_curves(tmp_path)
+    assert error.value.given == tmp_path
+    (tmp_path / "train_log.txt").write_text("NEW RUN\n")
+    with pytest.raises(UserError) as error:
+        read_curves(tmp_path)
+    assert error.value.given == tmp_path
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,2\n")
+    with pytest.raises(UserError) as error:
+        read_curves(tmp_path)
+    assert error.value.given == tmp_path / "metrics.csv"
+    assert "tokens, lr" in error.value.problem
+
+
+def test_curves_are_read_without_torch():
+    """A server or a script that only shows curves starts fast."""
+    script = "import sys, src.run_log; print(*{'torch', 'pytorch_lightning', 'lightning_fabric'} & sys.modules.keys())"
+    root = Path(__file__).parents[1]
+    assert subprocess.check_output([sys.executable, "-c", script], cwd=root, text=True).strip() == ""
+
+
+def test_metrics_of_an_earlier_version_are_continued(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text(
         "step,tokens,loss,lr,grad_norm,tokens_per_second\n0,64,3.5,0.0006,0.5,6400\n1,128,3.4,0.0006,0.5,6400\n"
@@ -216,12 +256,12 @@ def test_validations_after_the_saved_state_are_dropped(tmp_path):
     assert re.findall(r"validation after step (\d+)", log.read_text()) == ["10", "20"]
 
 
-# ---- what is measured now and then ------------------------------------------------------------------------------------------
+# ---- values measured at some steps -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_update_ratios_are_those_of_the_real_step(dtype):
-    """Against weights copied before the step, group by group, with weight decay."""
+def test_update_ratios_equal_those_of_the_weights_before_and_after_a_step(dtype):
+    """Compared with weights copied before the step, group by group, with weight decay."""
     torch.manual_seed(0)
     model = RWKV7(ModelConfig(2, 32, 64, head_size=16, kernel="reference")).to(dtype)
     for parameter in model.parameters():
@@ -248,26 +288,23 @@ def test_update_ratios_are_those_of_the_real_step(dtype):
     for parameter in optimizer.parameters:
         parameter.grad = torch.full_like(parameter, math.nan)
     optimizer.step()
-    assert update_ratios(optimizer).tolist() == [0.0, 0.0, 0.0]  # the step was left out
+    assert update_ratios(optimizer).tolist() == [0.0, 0.0, 0.0]  # the step was skipped
 
 
 @pytest.mark.parametrize("chunk", [0, 3])
-def test_largest_logit(chunk):
+def test_the_largest_logit_is_that_of_the_head(chunk):
     head = torch.nn.Linear(8, 50, bias=False)
-    module, hidden, targets = (
-        HeadLoss(head, chunk),
-        torch.randn(2, 5, 8, requires_grad=True),
-        torch.zeros(2, 5, dtype=torch.long),
-    )
+    module = HeadLoss(head, chunk)
+    hidden, targets = torch.randn(2, 5, 8, requires_grad=True), torch.zeros(2, 5, dtype=torch.long)
     module(hidden, targets)
     assert math.isnan(module.largest_logit)
-    module.measures = True
+    module.measures_largest_logit = True
     module(hidden, targets)
     assert module.largest_logit.item() == pytest.approx(head(hidden).max().item())
     assert not module.largest_logit.requires_grad
 
 
-def test_peaks_of_gpus():
+def test_peak_flops_by_the_name_of_a_gpu():
     peak = {
         name: peak_flops.peak_flops(name)
         for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA L40S", "NVIDIA L4")
@@ -281,11 +318,11 @@ def test_peaks_of_gpus():
     assert math.isnan(peak_flops.peak_tokens_per_second(model, Hardware("cpu", 1, 1, "bf16", "plain")))
 
 
-def test_memory_of_this_process_is_known():
+def test_peak_memory_of_this_process_is_measured():
     assert 0.05 < peak_memory_gib(torch.device("cpu")) < 1000
 
 
-# ---- reading late -----------------------------------------------------------------------------------------------------------
+# ---- values read one step late ---------------------------------------------------------------------------------------
 
 
 class Recorder(Sink):
@@ -300,7 +337,7 @@ class Recorder(Sink):
 
 
 def drive(device, steps, each=lambda step: None, peak=math.nan):
-    """A Reporter beside steps of a model that does nothing but count."""
+    """The reports of a Reporter in `steps` steps whose loss is their number. `each` is called within every step."""
     torch.manual_seed(0)
     model = RWKV7(ModelConfig(1, 32, 64, head_size=16, kernel="reference")).to(device)
     optimizer = MasterAdamW(parameter_groups(model, 0.0), lr=1e-3, betas=(0.9, 0.99), eps=1e-18, grad_clip=1.0)
@@ -330,12 +367,12 @@ def drive(device, steps, each=lambda step: None, peak=math.nan):
         control.on_train_batch_end(trainer, module, None, None, step)
         reporter.on_train_batch_end(trainer, module, {"metrics": {"loss": losses[step]}}, None, step)
         if step < steps - 2:
-            assert [report.step for report in recorder.steps] == list(range(step))  # this one is still on its way
+            assert [report.step for report in recorder.steps] == list(range(step))  # this step is read later
     reporter.on_train_end(trainer, module)
     return recorder
 
 
-def test_a_step_is_read_when_the_next_one_is_under_way():
+def test_a_step_is_read_while_the_next_one_is_computed():
     recorder = drive("cpu", MEASURE_EVERY_STEPS + 5, peak=1e9)
     assert [report.loss for report in recorder.steps] == list(range(MEASURE_EVERY_STEPS + 5))
     assert [len(report.update_ratios) for report in recorder.steps if report.update_ratios] == [3, 3]
@@ -350,8 +387,8 @@ def test_a_step_is_read_when_the_next_one_is_under_way():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_nothing_waits_for_the_gpu():
-    """Synchronising calls of PyTorch raise; reading waits for an event of the step before only."""
-    drive("cuda", 3)  # first calls may do more
+    """Synchronising calls of PyTorch raise; reading waits only for an event of the step before."""
+    drive("cuda", 3)  # the first calls allocate and may synchronise
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
 
@@ -364,51 +401,52 @@ def test_nothing_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode(before)
 
 
-# ---- pictures beside the run ------------------------------------------------------------------------------------------------
+# ---- figures and samples ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_pictures_are_drawn_beside_the_run(tmp_path, data, monkeypatch, capfd, broken):
-    """In a thread of their own, at each mini-epoch's end; one that fails is told, and the run goes on."""
-    drawn = []
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_figures_are_drawn_in_a_thread(tmp_path, data, monkeypatch, capfd, is_broken):
+    """At the ends of mini-epochs; an error is logged as a warning, and the run continues."""
+    calls = []
 
     def draw(run, picture):
-        drawn.append((threading.current_thread().name, len(read_columns(run / "metrics.csv")["step"])))
-        if broken:
+        calls.append((threading.current_thread().name, len(read_columns(run / "metrics.csv")["step"])))
+        if is_broken:
             raise OSError("no ink")
 
     monkeypatch.setattr(background, "write_loss_figure", draw)
     monkeypatch.setattr(background, "DRAW_SECONDS", 0.0)
     assert train(tmp_path / "run", data) == 0  # 40 steps, 10 in a mini-epoch
-    assert 1 <= len(drawn) <= 3  # not while one is under way
-    assert {name for name, _ in drawn} == {"loss-figure"}
-    assert all(steps >= 10 for _, steps in drawn)
-    assert ("WARNING: no loss.png: OSError: no ink" in capfd.readouterr().out) == broken
-    assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000  # the last one, drawn when all was done
+    assert 1 <= len(calls) <= 3  # not while one is being drawn
+    assert {name for name, _ in calls} == {"loss-figure"}
+    assert all(steps >= 10 for _, steps in calls)
+    assert ("WARNING: loss.png not written: OSError: no ink" in capfd.readouterr().out) == is_broken
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000  # drawn again at the end of the run
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_a_complete_run_is_none_the_worse_for_pictures_and_samples_that_fail(tmp_path, data, monkeypatch, capfd):
+def test_a_run_completes_when_figures_and_samples_fail(tmp_path, data, monkeypatch, capfd):
     def fail(*_):
         raise RuntimeError("no ink")
 
     monkeypatch.setattr("src.training.run.write_loss_figure", fail)
-    monkeypatch.setattr("src.training.reporting.generations.write_samples", fail)
+    monkeypatch.setattr("src.training.reporting.generations.generate_samples", fail)
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     assert train(tmp_path / "run", data, vocab_size=400, tokenizer=tokenizer) == 0
-    words = capfd.readouterr().out
-    assert "WARNING: no loss.png: RuntimeError: no ink" in words
-    assert "WARNING: no samples.json: RuntimeError: no ink" in words
+    output = capfd.readouterr().out
+    assert "WARNING: loss.png not written: RuntimeError: no ink" in output
+    assert "WARNING: samples.json not written: RuntimeError: no ink" in output
+    assert not (tmp_path / "run" / "samples.json").exists()
     assert (tmp_path / "run" / "rwkv-final.pth").exists()
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_pictures_take_a_small_share_of_the_time(tmp_path, data, monkeypatch):
-    """One that takes long is not drawn again soon."""
-    drawn = []
+def test_drawing_takes_a_small_share_of_the_time(tmp_path, data, monkeypatch):
+    """After a slow figure the next one is drawn much later."""
+    calls = []
 
     def draw(run, picture):
-        drawn.append(run)
+        calls.append(run)
         begin = time.thread_time()
         while time.thread_time() - begin < 0.05:  # 12 seconds of a run by TIME_SHARE
             pass
@@ -416,9 +454,9 @@ def test_pictures_take_a_small_share_of_the_time(tmp_path, data, monkeypatch):
     monkeypatch.setattr(background, "write_loss_figure", draw)
     monkeypatch.setattr(background, "DRAW_SECONDS", 0.0)
     assert train(tmp_path / "run", data, epoch_steps=2) == 0
-    assert len(drawn) == 1
+    assert len(calls) == 1
 
 
-def test_a_short_run_is_drawn_at_its_end_only(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(background, "write_loss_figure", lambda run, picture: pytest.fail("drawn too often"))
+def test_the_figure_of_a_short_run_is_drawn_at_its_end_only(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(background, "write_loss_figure", lambda run, picture: pytest.fail("drawn during the run"))
     assert train(tmp_path / "run", data) == 0

@@ -1,4 +1,4 @@
-"""Learning rate by step and the bounds of mini-epochs, against the published run and by their definitions."""
+"""Learning rate by step and the bounds of mini-epochs, compared with the published run and by their definitions."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_published_learning_rates_to_the_last_digit():
     assert {MINIPILE.mini_epoch(s): f"{minipile_lr(s):.8f}" for s in ends} == PUBLISHED
 
 
-def test_shape_of_the_schedule():
+def test_the_schedule_is_a_warmup_and_a_cosine():
     assert minipile_lr(0) == pytest.approx(6e-6)  # 1 % at the first step of the warm-up
     assert minipile_lr(5) == pytest.approx(6e-4 * (0.01 + 0.99 * 0.5))
     assert minipile_lr(10) == pytest.approx(6e-4)
@@ -43,26 +43,26 @@ def test_shape_of_the_schedule():
     assert values == sorted(values, reverse=True)
 
 
-def test_no_warmup_starts_at_lr_init():
+def test_without_a_warmup_the_first_step_has_lr_init():
     assert minipile_lr(0, warmup_steps=0) == 6e-4
 
 
-def test_continuing_from_weights_warms_up_again_while_the_cosine_goes_on():
-    at = 5000
-    plain, renewed = minipile_lr, lambda s: minipile_lr(s, restarted_at=at)
-    assert renewed(at) == pytest.approx(0.01 * plain(at))
-    assert renewed(at + 5) == pytest.approx((0.01 + 0.99 * 0.5) * plain(at + 5))
-    assert renewed(at + 10) == plain(at + 10)
-    no_warmup = minipile_lr(at, warmup_steps=0, restarted_at=at)
-    assert no_warmup == pytest.approx(0.01 * minipile_lr(at, warmup_steps=0))  # at least 10 steps all the same
+def test_resuming_from_weights_repeats_the_warmup_within_the_same_cosine():
+    start = 5000
+    assert minipile_lr(start, restarted_at=start) == pytest.approx(0.01 * minipile_lr(start))
+    assert minipile_lr(start + 5, restarted_at=start) == pytest.approx((0.01 + 0.99 * 0.5) * minipile_lr(start + 5))
+    assert minipile_lr(start + 10, restarted_at=start) == minipile_lr(start + 10)
+    no_warmup = minipile_lr(start, warmup_steps=0, restarted_at=start)
+    # MIN_RESTART_WARMUP_STEPS holds without --warmup_steps too
+    assert no_warmup == pytest.approx(0.01 * minipile_lr(start, warmup_steps=0))
 
 
-def test_a_run_no_longer_than_its_warmup_is_defined():
+def test_a_run_may_be_as_short_as_its_warmup():
     for step in range(12):
         assert math.isfinite(minipile_lr(step, exit_tokens=MINIPILE.tokens_per_step * 10))
 
 
-def test_published_run_has_2520_steps_a_mini_epoch():
+def test_the_published_run_has_2520_steps_per_mini_epoch():
     assert MINIPILE.mini_epoch_samples == 40320
     assert MINIPILE.step_after(0) == 2520
     assert MINIPILE.steps == math.ceil(1_498_226_207 / (512 * 16))
@@ -93,8 +93,8 @@ def test_mini_epochs_cover_a_run_of_any_size(exit_tokens, ctx_len, global_batch,
     batches=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 40)), min_size=1, max_size=5),
     exit_tokens=st.integers(1, 20_000),
 )
-def test_a_batch_that_changes_on_the_way_loses_and_repeats_no_sample(batches, exit_tokens):
-    """The same run continued again and again with other global batches, as when the number of processes changes."""
+def test_no_sample_is_lost_or_repeated_when_the_batch_size_changes(batches, exit_tokens):
+    """A run that is resumed several times with other global batches, as when the number of processes changes."""
     length = RunLength.of(exit_tokens, 8, 4, epoch_steps=7)
     step, samples, ended = 0, 0, []
     for global_batch, steps in [*batches, (16, 10**9)]:

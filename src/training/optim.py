@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from src.model.init import row_of
 
-# fp16 only, as in torch.amp.GradScaler: the scale begins at 2^16, is halved at an overflow, and doubled after so many good steps.
-# fp16 only, as in torch.amp.GradScaler: the scale begins at 2^16, is halved at an overflow, and doubled after so many good steps.
-LOSS_SCALE_POWER = 16
+# fp16 only: halved at an overflow and doubled after so many good steps, as in torch.amp.GradScaler, with DeepSpeed's
+# default values, so that a run under ZeRO adapts its scale alike.
+LOSS_SCALE_POWER = 16  # the scale starts at 2^16
 LOSS_SCALE_GROWTH_STEPS = 1000
-# Gradients that one optimizer step has in fp32 at a time, below fp32: 256 MiB of them. A larger parameter is a chunk of its own.
+# Elements of bf16 or fp16 gradients that exist in fp32 at a time: 256 MiB. A larger parameter is a chunk of its own.
 MAX_FP32_GRAD_NUMEL = 1 << 26
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The three groups, from the init table: (lr x2, no decay), (lr x1, decay), (lr x1, no decay).
 
-    Each has `lr_scale`, which the schedule multiplies in, and `names`. Parameters that are never trained are in none.
+    Each has `lr_scale`, by which the schedule's learning rate is multiplied, and `names`. Frozen ones are in none.
     """
     groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
@@ -35,6 +35,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             "lr_scale": lr_scale,
             "weight_decay": weight_decay if decay else 0.0,
         }
+        # reporting/sink.py names the groups in this order
         for (lr_scale, decay), members in sorted(groups.items(), reverse=True)
     ]
 
@@ -42,13 +43,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 class MasterAdamW(torch.optim.Optimizer):
     """AdamW with decoupled decay and an fp32 master copy of parameters that are bf16 or fp16.
 
-    One step: the global gradient norm in fp32; gradients times min(1, grad_clip / norm); AdamW on the masters; masters rounded to the
-    parameters. Below fp32 this is done in chunks of parameters, so that a second, fp32 copy of all gradients never exists. When the
-    norm is not finite the whole step is skipped: weights, moments and step count stay as they are, and `skipped_steps` grows by one.
-    That is decided on the device; nothing here synchronises with it.
+    One step: the global gradient norm in fp32; gradients times min(1, grad_clip / norm); AdamW on the masters; masters
+    rounded to the parameters. Below fp32 this is done in chunks of parameters, so that a second, fp32 copy of all
+    gradients never exists. When the norm is not finite the whole step is skipped: weights, moments and step count stay
+    as they are, and `skipped_steps` grows by one. That is decided on the device; nothing here synchronises with it.
 
-    `grad_norm` and `skipped_steps` are tensors on the parameters' device. With `scale_loss` (fp16) the caller multiplies its loss by
-    `loss_scale`, which this class divides out and adapts.
+    `grad_norm` and `skipped_steps` are tensors on the parameters' device. With `scale_loss` (fp16) the caller
+    multiplies its loss by `loss_scale`, which this class divides out and adapts.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class MasterAdamW(torch.optim.Optimizer):
         self.masters = [p if p.dtype == torch.float32 else _master(p) for p in self.parameters]
         self._master_of = dict(zip(self.parameters, self.masters, strict=True))
         self._chunks = _chunks(self.parameters)
+        # one AdamW per chunk, so that fp32 gradients need to exist for one chunk at a time
         self._adams = [
             torch.optim.AdamW(
                 [
@@ -89,7 +91,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step as the class describes it, with the `lr` of each group. Returns what `closure` (forward and backward) returned."""
+        """Take one step, with the `lr` of each group. Returns what `closure` (forward and backward) returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -97,29 +99,31 @@ class MasterAdamW(torch.optim.Optimizer):
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norms = torch._foreach_norm(gradients, 2, torch.float32)
         self.grad_norm = torch.linalg.vector_norm(torch.stack(norms)) / self.loss_scale
+        # a tensor, not a bool: reading it on the host would wait for the device
         found_inf = (~torch.isfinite(self.grad_norm)).float()
         clip = self.grad_clip / (self.grad_norm + 1e-6) if self.grad_clip else torch.ones_like(self.grad_norm)
         scale = self.loss_scale / clip.clamp(max=1.0)
         for chunk, adam in zip(self._chunks, self._adams, strict=True):
-            low = [(p, self._master_of[p]) for p in chunk if p is not self._master_of[p]]
-            for parameter, master in low:
+            pairs = [(p, self._master_of[p]) for p in chunk if p is not self._master_of[p]]
+            for parameter, master in pairs:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
-            # The fused AdamW divides gradients by grad_scale and changes nothing where found_inf is 1, inside its one pass over
-            # memory; torch.amp.GradScaler sets the same two attributes.
+            # The fused AdamW divides gradients by grad_scale and changes nothing where found_inf is 1, inside its one
+            # pass over memory; torch.amp.GradScaler sets the same two attributes.
             adam.grad_scale, adam.found_inf = scale, found_inf  # type: ignore[attr-defined]
             for group, inner in zip(self.param_groups, adam.param_groups, strict=True):
                 inner["lr"] = group["lr"]  # the schedule sets it in this optimizer's groups
             adam.step()
-            if low:
-                torch._foreach_copy_([p for p, _ in low], [m for _, m in low])
-                for _, master in low:
-                    master.grad = None
+            if pairs:
+                torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+                for _, master in pairs:
+                    master.grad = None  # frees the fp32 gradients before those of the next chunk are made
         self.skipped_steps = self.skipped_steps + found_inf
         if self.scale_loss:
             self._adapt_loss_scale(found_inf)
         return loss
 
     def _adapt_loss_scale(self, found_inf: Tensor) -> None:
+        # arithmetic in place of branches, which would need the values on the host
         self._good_steps = (self._good_steps + 1) * (1 - found_inf)
         grow = (self._good_steps >= LOSS_SCALE_GROWTH_STEPS).float()
         self._good_steps = self._good_steps * (1 - grow)
@@ -130,12 +134,12 @@ class MasterAdamW(torch.optim.Optimizer):
         return self._master_of[parameter]
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Adam's state of a parameter: `exp_avg`, `exp_avg_sq` [shape of the parameter] and `step`, all fp32; zeros before the first step."""
+        """Adam's state of a parameter, fp32: `exp_avg`, `exp_avg_sq` (like the parameter), `step`; zeros at first."""
         master = self._master_of[parameter]
         return adam_state(self._adam_of[master], master)
 
     def counters(self) -> dict[str, float]:
-        """The numbers that belong to no parameter: with masters and moments, all that a resumed run needs."""
+        """The numbers that belong to no parameter. With masters and moments they are all that a resumed run needs."""
         return {
             "adam_steps": self.moments(self.parameters[0])["step"].item(),
             "skipped_steps": self.skipped_steps.item(),
@@ -144,7 +148,7 @@ class MasterAdamW(torch.optim.Optimizer):
         }
 
     def load_counters(self, counters: dict[str, float]) -> None:
-        """Set what `counters` gave, of this class or of `EngineAdamW`; the loss scale only where this run scales its loss."""
+        """Set what `counters` returned (here or in EngineAdamW); the loss scale only where this run scales its loss."""
         for parameter in self.parameters:
             self.moments(parameter)["step"].fill_(counters["adam_steps"])
         self.skipped_steps.fill_(counters["skipped_steps"])
@@ -154,9 +158,9 @@ class MasterAdamW(torch.optim.Optimizer):
 
 
 def adam_state(adam: torch.optim.AdamW, weights: nn.Parameter) -> dict[str, Tensor]:
-    """The state that `adam` keeps for `weights`: `exp_avg`, `exp_avg_sq` (like `weights`) and `step`; zeros before the first step."""
+    """The state of `weights` in `adam`: `exp_avg`, `exp_avg_sq` (like `weights`), `step`; zeros before step 1."""
     state = adam.state[weights]
-    if not state:
+    if not state:  # AdamW creates it at its first step; a state that is loaded before that needs it now
         state["step"] = torch.zeros((), device=weights.device)
         state["exp_avg"] = torch.zeros_like(weights)
         state["exp_avg_sq"] = torch.zeros_like(weights)
@@ -164,7 +168,7 @@ def adam_state(adam: torch.optim.AdamW, weights: nn.Parameter) -> dict[str, Tens
 
 
 def _chunks(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters in order, in chunks of at most MAX_FP32_GRAD_NUMEL low-precision numbers; fp32 parameters need no copy and count 0."""
+    """Parameters in order, in chunks of at most MAX_FP32_GRAD_NUMEL elements below fp32; fp32 ones need no copy."""
     chunks: list[list[nn.Parameter]] = [[]]
     size = 0
     for parameter in parameters:

@@ -168,10 +168,11 @@ def describe_start(resume: ResumePoint) -> str:
 def summary(config: RunConfig, sizes: ModelConfig, hardware: Hardware, samples: Samples, resume: ResumePoint) -> str:
     """What is about to be trained, a line each."""
     length = resume.length
+    steps = f"{length.steps:,} steps of {length.global_batch} x {config.ctx_len} tokens"
     rows = {
         "model": f"{sizes.title}, {parameter_count(sizes):,} parameters, vocabulary {sizes.vocab_size:,}",
         "data": samples.summary,
-        "run": f"{length.steps:,} steps of {length.global_batch} x {config.ctx_len} tokens, {length.exit_tokens:,} tokens",
+        "run": f"{steps}, {length.exit_tokens:,} in all",
         "lr": f"{config.lr_init:g} to {config.lr_final:g}",
         "device": f"{hardware.device_name}, {hardware.description}, {hardware.precision}",
         "wkv7": describe_kernel(hardware.device_type, hardware.dtype, sizes.head_size, sizes.kernel),

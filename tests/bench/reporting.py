@@ -1,5 +1,4 @@
-"""What seeing a run costs it: the share of training time that reports, files, live line, wandb (offline), pictures and
-measurements take.
+"""The share of training time that reporting takes: log files, progress line, wandb (offline), figures, measurements.
 
 python tests/bench/reporting.py [STEPS] [flags of train.py]      default: 120 steps of L4-D256, context 256, batch 8
 """
@@ -25,12 +24,12 @@ from src.training.reporting.reporter import MEASURE_EVERY_STEPS, Reporter
 from src.training.run import run
 
 spent: dict[str, float] = defaultdict(float)
-ends: list[float] = []
+step_ends: list[float] = []
 per_step: list[float] = []
 
 
-def clocked(owner: type, method: str, name: str) -> None:
-    """Adds up what a method takes, in this thread."""
+def add_timer(owner: type, method: str, name: str) -> None:
+    """Make `owner.method` add its time to spent[name]."""
     original = getattr(owner, method)
 
     def timed(*args, **kwargs):
@@ -47,30 +46,30 @@ def main() -> None:
     for sink, name in (
         (MetricsFile, "metrics.csv"),
         (TrainLog, "train_log.txt"),
-        (ProgressLine, "live line"),
+        (ProgressLine, "progress line"),
         (LoggerSink, "wandb"),
     ):
         for method in ("step", "mini_epoch"):
-            clocked(sink, method, name)
-    clocked(Reporter, "_measure", f"update ratios, memory (every {MEASURE_EVERY_STEPS} steps)")
-    clocked(Reporter, "on_train_batch_start", "Reporter")
+            add_timer(sink, method, name)
+    add_timer(Reporter, "_measure", f"update ratios, largest logit (every {MEASURE_EVERY_STEPS} steps)")
+    add_timer(Reporter, "on_train_batch_start", "Reporter")
     original = Reporter.on_train_batch_end
 
     def end(self, *args):
         begin = time.perf_counter()
         original(self, *args)
-        ends.append(time.perf_counter())
-        per_step.append(ends[-1] - begin)
+        step_ends.append(time.perf_counter())
+        per_step.append(step_ends[-1] - begin)
 
     Reporter.on_train_batch_end = end  # type: ignore[method-assign]
     draw = background.LossFigureCallback._draw
 
-    def drawn(self):
-        begin = time.thread_time()
+    def timed_draw(self):
+        begin = time.thread_time()  # the thread shares a core with training: only its own time counts
         draw(self)
         spent["loss.png (CPU time of its thread)"] += time.thread_time() - begin
 
-    background.LossFigureCallback._draw = drawn  # type: ignore[method-assign]
+    background.LossFigureCallback._draw = timed_draw  # type: ignore[method-assign]
 
     with tempfile.TemporaryDirectory() as folder:
         with BinIdxWriter(Path(folder) / "data", np.uint16) as writer:
@@ -89,19 +88,21 @@ def main() -> None:
             "wandb": "bench",
             "save_minutes": 0,
         }
-        run(*parse([word for name, value in settings.items() for word in (f"--{name}", str(value))] + sys.argv[2:]))
-    assert threading.active_count() < 20
+        arguments = [argument for name, value in settings.items() for argument in (f"--{name}", str(value))]
+        run(*parse(arguments + sys.argv[2:]))
+    assert threading.active_count() < 20  # no sink may start threads without end
     first = min(5, steps // 4)  # the first steps are slower
-    whole, reported = ends[-1] - ends[first], sum(per_step[first + 1 :])
+    measured = per_step[first + 1 :]
+    total, reporting = step_ends[-1] - step_ends[first], sum(measured)
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"\n{steps} steps, {whole / (len(ends) - first - 1):.4f} s each")
+    print(f"\n{steps} steps, {total / (len(step_ends) - first - 1):.4f} s each")
     print(
-        f"reporting, all sinks and measurements: {reported / whole:.3%} of the time, "
-        f"median {np.median(per_step[first + 1 :]) * 1e3:.2f} ms a step"
+        f"reporting, all sinks and measurements: {reporting / total:.3%} of the time, "
+        f"median {np.median(measured) * 1e3:.2f} ms per step"
     )
     for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
-        print(f"  {seconds / (ends[-1] - ends[0]):8.3%}  {name}")
-    print(f"CPU time of processes beside (wandb, git): {children.ru_utime + children.ru_stime:.1f} s in all")
+        print(f"  {seconds / (step_ends[-1] - step_ends[0]):8.3%}  {name}")
+    print(f"CPU time of child processes (wandb, git): {children.ru_utime + children.ru_stime:.1f} s")
 
 
 if __name__ == "__main__":

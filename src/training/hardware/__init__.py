@@ -1,1 +1,1 @@
-"""What a run computes on: device, precision, strategy, allocator."""
+"""What a run computes on: device, precision, strategy, memory allocator."""

@@ -1,7 +1,8 @@
-"""fp32 or bf16 on a CPU where --precision leaves it open: what the run began in, else what a short measurement says.
+"""Chooses fp32 or bf16 on a CPU without --precision: the precision that the run began in, else by a short measurement.
 
-Most CPUs multiply bf16 slowly; those with AMX or AVX512-BF16 do it two to four times as fast as fp32. Only products are measured; the rest of
-a step gains little, so bf16 has to be CLEARLY faster to be taken. A run keeps the precision that it began in, whatever a later measurement would say.
+Most CPUs multiply bf16 slowly; those with AMX or AVX512-BF16 do it two to four times as fast as fp32. Only products are
+measured; the rest of a step gains little, so bf16 is chosen only where it is clearly faster. A resumed run is never
+measured again: another result would change its precision halfway.
 """
 
 from __future__ import annotations
@@ -15,29 +16,30 @@ import torch
 from src import run_folder
 from src.config import RunConfig
 
-# Times as fast. Products are three quarters of an fp32 step, the rest takes up to 1.2 times as long in bf16, so a step takes 0.75 / 1.5 + 0.25 * 1.2 =
-# 0.8 of the time there. Measured steps (tests/bench/train_step.py): products 2.4 times as fast, step 1.9; 3.5 and 2.0.
-CLEARLY = 1.5
-NARROWEST = 512  # n_embd: below it a step's time is not in its products
+# bf16 is chosen when its products are so many times as fast. Products are three quarters of an fp32 step, and the rest
+# takes up to 1.2 times as long in bf16, so a step takes 0.75 / 1.5 + 0.25 * 1.2 = 0.8 of the time there. Measured steps
+# (tests/bench/train_step.py): products 2.4 times as fast, step 1.9; 3.5 and 2.0.
+MIN_GAIN = 1.5
+MIN_N_EMBD = 512  # below it products are not what a step's time is spent on
 ROWS, REPETITIONS = 512, 5
 
 
 def cpu_precision(config: RunConfig, processes: int) -> tuple[str, str]:
-    """The precision, and a sentence for the user where it is not the plain default."""
-    if began := _began_in(config):
-        return began, f"{began}, in which this run began (--precision changes it)" if began != "fp32" else ""
-    if processes > 1 or config.n_embd < NARROWEST:  # several processes might measure differently
+    """(precision, note for the user); the note is empty for the default, fp32."""
+    if recorded := _recorded_precision(config):
+        note = f"{recorded}, the precision that this run began in (--precision changes it)"
+        return recorded, note if recorded != "fp32" else ""
+    # several processes might measure differently, and their gradients have to be of one dtype
+    if processes > 1 or config.n_embd < MIN_N_EMBD:
         return "fp32", ""
     gain = bf16_gain(config.n_embd)
-    if gain < CLEARLY:
+    if gain < MIN_GAIN:
         return "fp32", ""
-    return "bf16", (
-        f"bf16: this CPU multiplies it {gain:.1f} times as fast as fp32 (measured just now; --precision fp32 for fp32)"
-    )
+    return "bf16", f"bf16, measured {gain:.1f} times as fast as fp32 on this CPU (--precision fp32 overrides this)"
 
 
-def _began_in(config: RunConfig) -> str:
-    """The precision on a CPU of the run that goes on here; '' where a new one begins, or it began elsewhere."""
+def _recorded_precision(config: RunConfig) -> str:
+    """The precision on a CPU of the run that is resumed; "" where a new run starts, or where it began on a GPU."""
     proj_dir = Path(config.proj_dir)
     origin = run_folder.origin_weights(proj_dir, config.train_stage, config.load_model)
     if config.restart or run_folder.is_swapped(proj_dir, origin):
@@ -47,17 +49,17 @@ def _began_in(config: RunConfig) -> str:
 
 
 def bf16_gain(width: int) -> float:
-    """How many times as fast as fp32 products this CPU's bf16 products are, [512, C] x [C, 4C]; some hundredths of a second."""
+    """Time of an fp32 product [512, C] x [C, 4C] on this CPU over that of a bf16 one; takes hundredths of a second."""
     operands = {
         dtype: (torch.full((ROWS, width), 0.5, dtype=dtype), torch.full((width, 4 * width), 0.5, dtype=dtype))
         for dtype in (torch.float32, torch.bfloat16)
     }
     seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in operands}
-    for repetition in range(REPETITIONS + 1):  # in turns, so that both see the same machine; the first warms up
-        for dtype, (x, weight) in operands.items():
+    for repetition in range(REPETITIONS + 1):
+        for dtype, (x, weight) in operands.items():  # alternating, so that other load affects both alike
             start = time.perf_counter()
             x @ weight
-            if repetition:
+            if repetition:  # the first one warms up
                 seconds[dtype].append(time.perf_counter() - start)
-    fp32, bf16 = (statistics.median(s) for s in seconds.values())
+    fp32, bf16 = (statistics.median(s) for s in seconds.values())  # a median ignores one disturbed product
     return fp32 / bf16

@@ -1,4 +1,4 @@
-"""What GPUs could compute at best, for the share of it that a run reaches (model FLOPs utilisation, MFU)."""
+"""Peak FLOP/s of GPUs, from which a run's model FLOPs utilisation (MFU) is computed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from src.config import ModelConfig
 from src.model.cost import training_flops_per_token
 from src.training.hardware.selection import Hardware
 
-# Dense bf16 matrix products with fp32 sums, TFLOP/s, by a pattern of the name that the driver gives; the first that fits holds. From the
-# makers' data sheets, which often print twice as much, with structured sparsity: NVIDIA's of each product (SXM boards unless
-# the name says PCIe or NVL; GeForce cards from the architecture papers "Ampere GA102", "Ada", "RTX Blackwell"), AMD's of the Instinct series.
+# Dense bf16 matrix products with fp32 accumulation, TFLOP/s, by a pattern of the name that the driver reports; the
+# first match counts, so that "H100 PCIe" stands before "H100". From the vendors' data sheets, which often print twice
+# as much, with structured sparsity: NVIDIA's of each product (SXM boards unless the name says PCIe or NVL; GeForce
+# cards from the architecture papers "Ampere GA102", "Ada", "RTX Blackwell"), AMD's of the Instinct series.
 PEAKS: tuple[tuple[str, float], ...] = (
     (r"\bGB200\b", 2500.0),
     (r"\bB200\b", 2250.0),
@@ -38,17 +39,19 @@ PEAKS: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Floating-point operations per second of one device in dense bf16 products; None for one that the table doesn't know.
+    """Peak FLOP/s of one device in dense bf16 products; None where the table has no entry.
 
-    `device_name` as torch.cuda.get_device_name gives it: "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090 D" (not known), ...
+    `device_name` is what torch.cuda.get_device_name returns: "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090 D" (no
+    entry), ...
     """
-    if re.search(r"\bRTX \d+ (D|Laptop)\b", device_name):  # cut-down cards under the same name
+    if re.search(r"\bRTX \d+ (D|Laptop)\b", device_name):  # slower cards under the same name
         return None
     return next((peak * 1e12 for pattern, peak in PEAKS if re.search(pattern, device_name)), None)
 
 
 def peak_tokens_per_second(model: ModelConfig, hardware: Hardware) -> float:
-    """What all devices of the run would train at their peak; NaN where that isn't known (a CPU, another precision, another GPU)."""
+    """Tokens/s of the run with all devices at their peak FLOP/s; NaN where that is unknown (CPU, fp32, other GPUs)."""
+    # fp16 products have the same peak as bf16 ones on all of these GPUs; fp32 and tf32 have others
     if hardware.accelerator != "gpu" or hardware.precision not in ("bf16", "fp16"):
         return math.nan
     peak = peak_flops(torch.cuda.get_device_name())

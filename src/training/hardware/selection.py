@@ -1,4 +1,4 @@
-"""Where a run computes: device, number format, how processes share the work."""
+"""Chooses what a run computes on: device, precision, and how the processes share the work."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from src.training.distributed import zero
 from src.training.distributed.launch import rank_from_launcher
 from src.training.hardware.cpu_precision import cpu_precision
 
+# tf32 stores fp32: it changes only how products are computed (TrainingModule.on_train_start)
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the flags and the machine come to. `notes` is what the user should know about it."""
+    """What a run computes on, as the flags and the machine determine it. `notes` are for the user."""
 
     accelerator: str  # cpu | gpu
     devices: int  # processes on this machine
@@ -33,17 +34,17 @@ class Hardware:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of parameters and activations; the optimizer keeps fp32 masters beside lower ones."""
+        """Of parameters and activations; below fp32 the optimizer keeps fp32 master weights."""
         return DTYPES[self.precision]
 
     @property
     def device_type(self) -> str:
-        """As torch names it: cuda (AMD's GPUs too) or cpu."""
+        """torch's name: cuda (for AMD's GPUs too) or cpu."""
         return "cuda" if self.accelerator == "gpu" else "cpu"
 
     @property
     def device_name(self) -> str:
-        """The GPU's name, or the threads of the CPU."""
+        """The GPU's name, or the number of threads on a CPU."""
         if self.accelerator == "gpu":
             return torch.cuda.get_device_name()
         return f"CPU, {(count := torch.get_num_threads())} thread{'s' * (count > 1)}"
@@ -54,90 +55,114 @@ class Hardware:
 
     @property
     def description(self) -> str:
+        """Number of processes and their strategy, for summaries: "4 processes (DDP)"."""
         if self.strategy == "plain":
             return "1 process"
-        how = "DDP" if self.strategy == "ddp" else f"DeepSpeed ZeRO {self.stage}" + ", offloaded" * self.offload
-        return f"{self.world_size} process{'es' * (self.world_size > 1)} ({how})"
+        strategy = "DDP" if self.strategy == "ddp" else f"DeepSpeed ZeRO {self.stage}" + ", offloaded" * self.offload
+        return f"{self.world_size} process{'es' * (self.world_size > 1)} ({strategy})"
 
     @property
     def is_partitioned(self) -> bool:
-        """No process holds the whole model: it is built parameter by parameter when the processes are there."""
+        """Whether no process holds the whole model: it is then built parameter by parameter in the process group."""
         return self.strategy == "deepspeed" and self.stage == 3
 
 
 def choose_hardware(config: RunConfig) -> Hardware:
-    """Raises ValueError naming the flag when the machine can't give what is asked for."""
-    cuda = torch.cuda.is_available()
-    if config.accelerator == "gpu" and not cuda:
-        why = (
-            f"this torch ({torch.__version__}) is built without CUDA or ROCm; install a build that has it"
-            if torch.version.cuda is None and torch.version.hip is None
-            else "torch sees none; `nvidia-smi` (or `rocm-smi`) tells whether the driver does"
-        )
-        raise UserError(f"--accelerator gpu: no GPU can be used: {why}, or train with --accelerator cpu")
-    accelerator = "gpu" if config.accelerator == "gpu" or (config.accelerator == "auto" and cuda) else "cpu"
+    """The hardware for these flags on this machine. Raises UserError when the machine lacks what they ask for."""
+    accelerator = _choose_accelerator(config)
     notes: list[str] = []
-    devices, num_nodes = _processes(config, accelerator)
-    if accelerator == "gpu" and devices > torch.cuda.device_count():
-        raise UserError(f"--devices {devices}: expected at most {torch.cuda.device_count()}, the GPUs that torch sees")
+    # the strategy follows from the number of processes, and the precision from both
+    devices, num_nodes = _count_processes(config, accelerator)
+    if accelerator == "gpu" and devices > (visible := torch.cuda.device_count()):
+        raise UserError(flag="devices", given=devices, expected=f"at most {visible}, the GPUs that torch sees")
+    # under a launcher the count may be of those that this process was given, not of the machine's
     if accelerator == "cpu" and devices > (cores := usable_cores()) and rank_from_launcher(os.environ) is None:
         notes.append(
-            f"--devices {devices}: this machine lets them use {cores} core{'s' * (cores > 1)}, which they share; with --devices {cores} "
-            "each has its own"
+            f"--devices {devices}: only {cores} core{'s' * (cores > 1)} can be used, which the processes share; "
+            f"--devices {cores} gives each its own"
         )
-    strategy, stage, offload = _sharing(config, devices * num_nodes, accelerator, notes)
-    precision = config.precision or ("bf16" if accelerator == "gpu" else "")
-    if precision == "fp16":
-        notes.append("--precision fp16 overflows easily; bf16 is what RWKV-7 is trained in")
-        if strategy == "deepspeed" and not zero.takes_fp16(accelerator):
-            raise UserError(
-                f"--precision fp16: DeepSpeed (--strategy {config.strategy}) doesn't compute in it on this CPU; use bf16 or fp32, or "
-                "--strategy ddp"
-            )
-    if precision == "bf16" and accelerator == "cpu":
-        notes.append("--precision bf16 may be slower than fp32 on this CPU; without the flag that is measured")
-    if not precision:
-        precision, note = cpu_precision(config, devices * num_nodes)
-        notes += [note] if note else []
+    strategy, stage, offload = _choose_strategy(config, devices * num_nodes, accelerator, notes)
+    precision = _choose_precision(config, devices * num_nodes, accelerator, strategy, notes)
     return Hardware(accelerator, devices, num_nodes, precision, strategy, stage, offload, tuple(notes))
 
 
-def _processes(config: RunConfig, accelerator: str) -> tuple[int, int]:
-    """Processes per machine, and machines: as the launcher says where there is one."""
-    if place := rank_from_launcher(os.environ):
-        devices, num_nodes = place.local_world_size, place.world_size // place.local_world_size
-        for flag, given, found in (
+def _choose_accelerator(config: RunConfig) -> str:
+    """cpu | gpu."""
+    is_available = torch.cuda.is_available()
+    if config.accelerator == "gpu" and not is_available:
+        if torch.version.cuda is None and torch.version.hip is None:
+            problem = f"this torch ({torch.__version__}) is built without CUDA and ROCm"
+            advice = "install a build with one of them, or train with --accelerator cpu"
+        else:
+            problem = "torch finds no GPU"
+            advice = "check the driver with `nvidia-smi` (or `rocm-smi`), or train with --accelerator cpu"
+        raise UserError(problem, flag="accelerator", given="gpu", advice=advice)
+    return "gpu" if config.accelerator == "gpu" or (config.accelerator == "auto" and is_available) else "cpu"
+
+
+def _count_processes(config: RunConfig, accelerator: str) -> tuple[int, int]:
+    """(processes per machine, machines): what a launcher has started, else what the flags say."""
+    if rank := rank_from_launcher(os.environ):
+        devices, num_nodes = rank.local_world_size, rank.world_size // rank.local_world_size
+        for flag, given, started in (
             ("devices", config.devices, devices),
             ("num_nodes", str(config.num_nodes), num_nodes),
         ):
-            if given not in ("1", "auto", str(found)):
+            # the number of processes is the launcher's: another one in a flag is a mistake that would change the batch
+            if given not in ("1", "auto", str(started)):  # 1 is the default: the flag was not given
                 raise UserError(
-                    f"--{flag} {given}: the launcher started {found}; leave the flag out, or start as many ({place.world_size} "
-                    "processes in all)"
+                    f"the launcher started {started}",
+                    flag=flag,
+                    given=given,
+                    advice=f"leave the flag out, or start as many ({rank.world_size} processes are running in total)",
                 )
         return devices, num_nodes
     if config.devices == "auto":
+        # one process on a CPU: torch's threads use all of its cores
         return (torch.cuda.device_count() if accelerator == "gpu" else 1), config.num_nodes
     return int(config.devices), config.num_nodes
 
 
-def _sharing(config: RunConfig, processes: int, accelerator: str, notes: list[str]) -> tuple[str, int, bool]:
-    """plain | ddp | deepspeed, ZeRO stage, offload. ZeRO cuts state into as many parts as there are processes, so one process needs
-    it only to keep state in the CPU's memory instead of the GPU's."""
+def _choose_strategy(config: RunConfig, processes: int, accelerator: str, notes: list[str]) -> tuple[str, int, bool]:
+    """(plain | ddp | deepspeed, ZeRO stage, offload)."""
     if not config.strategy.startswith("deepspeed"):
         return ("ddp" if processes > 1 else "plain"), 0, False
     stage, offload = int(config.strategy[len("deepspeed_stage_")]), config.strategy.endswith("_offload")
+    # ZeRO splits state between processes: a single one needs it only to keep state in CPU memory instead of the GPU's
     if processes == 1 and not (offload and accelerator == "gpu"):
-        notes.append(f"--strategy {config.strategy}: one process needs no DeepSpeed; the plain strategy is used")
+        notes.append(f"--strategy {config.strategy}: DeepSpeed is not needed for one process and is not used")
         return "plain", 0, False
     if not zero.is_usable():
-        here = (
-            f"deepspeed {found} can't be used here" if (found := zero.version()) else "the package deepspeed is missing"
-        )
+        installed = zero.version()
         raise UserError(
-            f"--strategy {config.strategy}: {here}; pip install '{zero.REQUIREMENT}', or use --strategy ddp"
+            f"deepspeed {installed} can't be used" if installed else "the package deepspeed is missing",
+            flag="strategy",
+            given=config.strategy,
+            advice=f"pip install '{zero.REQUIREMENT}', or use --strategy ddp",
         )
     return "deepspeed", stage, offload
+
+
+def _choose_precision(config: RunConfig, processes: int, accelerator: str, strategy: str, notes: list[str]) -> str:
+    """--precision, else bf16 on a GPU, else what suits the CPU."""
+    precision = config.precision or ("bf16" if accelerator == "gpu" else "")
+    if precision == "fp16":
+        notes.append("--precision fp16 overflows easily; RWKV-7 is usually trained in bf16")
+        if strategy == "deepspeed" and not zero.takes_fp16(accelerator):
+            raise UserError(
+                f"DeepSpeed (--strategy {config.strategy}) does not support it on this CPU",
+                flag="precision",
+                given="fp16",
+                advice="use bf16 or fp32, or --strategy ddp",
+            )
+    if precision == "bf16" and accelerator == "cpu":
+        notes.append(
+            "--precision bf16 may be slower than fp32 on this CPU; without the flag, a short measurement decides"
+        )
+    if not precision:
+        precision, note = cpu_precision(config, processes)
+        notes += [note] if note else []
+    return precision
 
 
 def engine_settings(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
@@ -148,7 +173,7 @@ def engine_settings(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
 
 
 def lightning_strategy(config: RunConfig, hardware: Hardware) -> Any:
-    """For Lightning's Trainer, with every process there already."""
+    """The `strategy` of Lightning's Trainer. Every process is running already: no strategy has to start any."""
     if hardware.strategy == "plain":
         return "auto"
     if hardware.strategy == "deepspeed":
@@ -157,5 +182,5 @@ def lightning_strategy(config: RunConfig, hardware: Hardware) -> Any:
 
     return DDPStrategy(
         process_group_backend="nccl" if hardware.accelerator == "gpu" else "gloo",
-        gradient_as_bucket_view=True,
+        gradient_as_bucket_view=True,  # without it every gradient exists twice
     )

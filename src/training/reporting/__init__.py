@@ -1,1 +1,1 @@
-"""What a run tells: reports of its steps, the places they go to, and its course read back from its files."""
+"""Reports of a run's steps, and everything that receives them: log files, loggers, progress bar, warnings."""

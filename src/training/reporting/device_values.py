@@ -1,4 +1,4 @@
-"""Numbers that travel between host and device without either waiting for the other."""
+"""Copies values from the device to the host without making either wait for the other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class PendingValues:
-    """Values that are being copied from the device. Reading them waits only for the work before the copy, not for what follows."""
+    """Values that are being copied from the device. `read` waits for the work queued before the copy, not after it."""
 
     def __init__(self, values: Tensor) -> None:
         self._values, self._copied = values, None
@@ -15,10 +15,12 @@ class PendingValues:
             # a copy to pageable memory would make the host wait
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
+            # the event lets `read` wait for this copy alone; synchronising the device would also wait for the next step
             self._copied = torch.cuda.Event()
             self._copied.record()
 
     def read(self) -> list[float]:
+        """The values, flattened in their order."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._values.tolist()

@@ -1,4 +1,4 @@
-"""What the model generates at the end of a run, next to what the data holds: kept in samples.json, shown by the loggers."""
+"""Generates sample texts at the end of a run and stores them in samples.json, next to how the data continues."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from src.training.reporting.reporter import Reporter
 from src.training.reporting.sink import GeneratedSample
 from src.training.schedule import RunLength
 
+# few and short: decoding token by token delays the end of the run
 COUNT, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 64
 # a fixed seed makes the texts of two runs comparable
 TEMPERATURE, TOP_P, SEED = 1.0, 0.7, 1
 
 
 class GenerateSamples(pl.Callback):
-    """Lets rank 0 generate a few texts when the run is complete: from beginnings of held-out texts, or of training data without them.
+    """Generates a few texts on rank 0 when the run is complete, from prompts of the held-out (else the training) data.
 
-    Needs --tokenizer, and a model that is whole on one device (not ZeRO stage 3); otherwise it does nothing.
+    Requires --tokenizer, and a model that is whole on one device (not ZeRO stage 3); otherwise it does nothing.
     """
 
     def __init__(
@@ -51,10 +52,13 @@ class GenerateSamples(pl.Callback):
         is_complete = self.control.step >= self.length.steps and self.non_finite.failed_steps is None
         if not (is_rank_zero() and is_complete and self.config.tokenizer) or pl_module.hardware.is_partitioned:
             return
+        # held-out text is preferred: the model may have memorised the training data
         source = self.config.val_data_file or self.config.data_file
+        # the weights are saved already: a failure here must not make the run a failed one
         with warn_on_error(SAMPLES):
             held_out = HeldOut(replace(self.config, val_data_file=source, val_windows=COUNT))
             samples = generate_samples(pl_module.model, load_tokenizer(self.config.tokenizer), held_out)
+            # read back by the report, which may run at any time
             with atomic_write(self.proj_dir / SAMPLES, "w") as file:
                 json.dump([asdict(sample) for sample in samples], file, indent=1, ensure_ascii=False)
             self.reporter.report_samples(samples)

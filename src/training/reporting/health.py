@@ -1,7 +1,7 @@
-"""Is the run well: warnings that explain, each given once, with what to try.
+"""Warns of common problems of a run (loss spikes, missing gradients, an idle device), once each, with what to try.
 
-Judged from values that are known anyway: losses read a step late, the host's clock, and whether the device has finished when the
-host comes back to it. Nothing here waits for the device.
+They use only values that are available anyway: losses read a step late, the host's clock, and whether the device had
+finished before the host queued the next step. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -22,168 +22,193 @@ from src.training.optim import MasterAdamW
 from src.training.reporting.device_values import PendingValues
 from src.training.reporting.sink import Sink, StepReport
 
-BEFORE, LATEST = 100, 5  # losses that are compared: the median of the latest with the spread of those before
-WARM_UP_STEPS = 10  # slower than the rest: memory is fetched, kernels are built
-WINDOW_STEPS = 50  # over which time is judged
-GRADIENTS_AT = 30  # the step whose gradients are looked at one by one: at first many are 0 by the initial values
-STARVING = 0.1  # share of the time that the device may wait for data
-IDLE = 0.8  # share of the steps before which the GPU may be idle
+BASELINE_STEPS, RECENT_STEPS = 100, 5  # losses compared: the median of the recent ones with the baseline before them
+WARM_UP_STEPS = 10  # left out of the timing: these allocate memory and build kernels
+WINDOW_STEPS = 50  # over which time is measured, so that a single slow read does not count
+# Not earlier: the init sets some matrices to 0, and what lies before them has no gradient in the first steps.
+GRADIENT_CHECK_STEP = 30
+MAX_DATA_SHARE = 0.1  # of the time that the device may wait for data
+MAX_IDLE_SHARE = 0.8  # of the steps before which the GPU may be idle; below it the GPU is busy most of the time
+MAX_NAMES = 3  # of parameters in one message
 
 
 def loss_spike(losses: Sequence[float]) -> tuple[float, float] | None:
-    """(loss before, loss now) when the last LATEST of `losses` lie clearly above the BEFORE ones before them.
+    """(baseline, recent) medians when the last RECENT_STEPS losses clearly exceed the BASELINE_STEPS before, else None.
 
-    Clearly: their median exceeds the earlier median by 0.3 and by six times the earlier spread (1.48 times the median distance from the
-    median, which is the standard deviation of normal noise). A single bad batch is no spike.
+    Clearly: the recent median exceeds the baseline median by 0.3 and by six times the spread of the baseline (1.48
+    times the median absolute deviation, which is the standard deviation of normal noise). A single bad batch is not a
+    spike.
     """
-    if len(losses) < BEFORE + LATEST:
+    if len(losses) < BASELINE_STEPS + RECENT_STEPS:
         return None
-    before, latest = losses[-BEFORE - LATEST : -LATEST], losses[-LATEST:]
-    usual, now = statistics.median(before), statistics.median(latest)
-    spread = 1.48 * statistics.median(abs(loss - usual) for loss in before)
-    return (usual, now) if now - usual > max(0.3, 6 * spread) else None
+    baseline, recent = losses[-BASELINE_STEPS - RECENT_STEPS : -RECENT_STEPS], losses[-RECENT_STEPS:]
+    # medians: means would be moved by the very outliers that are to be ignored
+    baseline_median, recent_median = statistics.median(baseline), statistics.median(recent)
+    spread = 1.48 * statistics.median(abs(loss - baseline_median) for loss in baseline)
+    return (baseline_median, recent_median) if recent_median - baseline_median > max(0.3, 6 * spread) else None
 
 
-def lr_is_over(lr: float, steps_left: int) -> bool:
+def is_lr_zero_early(lr: float, steps_left: int) -> bool:
     """Whether the learning rate is 0 with steps still to come."""
     return lr == 0 and steps_left > 0
 
 
-def without_gradient(norms: dict[str, float | None]) -> list[str]:
-    """Names of the parameters whose gradient is missing (None) or 0 in every number."""
+def parameters_without_gradient(norms: dict[str, float | None]) -> list[str]:
+    """Names of the parameters whose gradient is missing (None) or zero everywhere."""
     return [name for name, norm in norms.items() if norm is None or norm == 0]
 
 
-def slow_part(seconds: float, waiting_for_data: float, idle_share: float) -> str:
-    """What holds up the device: "data", "host" (the CPU, before a GPU), or "" when nothing does.
+def bottleneck(seconds: float, data_seconds: float, idle_share: float) -> str:
+    """What keeps the device waiting: "data", "host" (the CPU that launches a GPU's work), or "" for neither.
 
-    `seconds` of training, of which `waiting_for_data` were spent in the loader; `idle_share` of the steps found the GPU idle.
+    `seconds` of training, of which `data_seconds` were spent in the loader; before `idle_share` of the steps the GPU
+    was idle.
     """
-    if waiting_for_data > STARVING * seconds:
+    # data first: a GPU that waits for data is idle too
+    if data_seconds > MAX_DATA_SHARE * seconds:
         return "data"
-    return "host" if idle_share > IDLE else ""
+    return "host" if idle_share > MAX_IDLE_SHARE else ""
 
 
 class OnceWarnings:
-    """Says each kind of warning once."""
+    """Logs each kind of warning once; the monitors of a run share one."""
 
     def __init__(self) -> None:
-        self.said: set[str] = set()
+        self._issued: set[str] = set()
 
-    def __call__(self, kind: str, what: str, advice: str) -> None:
-        if kind not in self.said:
-            self.said.add(kind)
-            log(f"WARNING: {what}\n  what to try: {advice}")
+    def __call__(self, kind: str, problem: str, advice: str) -> None:
+        if kind not in self._issued:
+            self._issued.add(kind)
+            log(f"WARNING: {problem}\n  what to try: {advice}")
 
 
 class NumbersMonitor(Sink):
-    """A sink that judges loss, gradient norm and learning rate; `steps` is the run's number of them."""
+    """A sink that watches loss, gradient norm and learning rate in a run of `steps` steps."""
 
     def __init__(self, steps: int, warn: OnceWarnings) -> None:
         self.steps, self.warn = steps, warn
-        self._losses: deque[float] = deque(maxlen=BEFORE + LATEST)
+        self._losses: deque[float] = deque(maxlen=BASELINE_STEPS + RECENT_STEPS)
 
     def step(self, report: StepReport) -> None:
         number = report.step + 1
-        if math.isfinite(report.loss):
+        if math.isfinite(report.loss):  # NonFiniteMonitor reports the others
             self._losses.append(report.loss)
-        if number % LATEST == 0 and (spike := loss_spike(list(self._losses))):
+        # the steps are judged in groups of RECENT_STEPS, so that medians are not computed at each of them
+        if number % RECENT_STEPS == 0 and (spike := loss_spike(list(self._losses))):
+            baseline, recent = spike
             self.warn(
                 "spike",
-                f"step {number}: the loss rose from about {spike[0]:.2f} to {spike[1]:.2f}",
-                "wait a few hundred steps, most spikes come down by themselves; if it stays up, go on from saved weights before it with half the "
-                "--lr_init, a longer --warmup_steps or a --grad_clip below the usual gradient norm",
+                f"step {number}: the loss rose from about {baseline:.2f} to {recent:.2f}",
+                "wait a few hundred steps, since most spikes recover; if it stays high, resume from weights before "
+                "it with half the --lr_init, a longer --warmup_steps, or a --grad_clip below the usual gradient norm",
             )
         if report.grad_norm == 0:
             self.warn(
                 "gradient",
-                f"step {number}: the gradient is 0, nothing is learned",
-                "look whether any target counts in the data (for --data_type sft a larger --ctx_len, so that answers aren't cut off); "
-                "with --precision fp16 take bf16",
+                f"step {number}: the gradient is 0, so nothing is learned",
+                "check that the data has targets that count towards the loss (with --data_type sft, a larger --ctx_len "
+                "keeps answers from being truncated); with --precision fp16, use bf16",
             )
-        if lr_is_over(report.lr, left := self.steps - number):
+        if is_lr_zero_early(report.lr, left := self.steps - number):
             self.warn(
                 "lr",
-                f"step {number}: the learning rate is 0 with {left:,} steps to come, which will change nothing",
-                "give --lr_final more than 0 (a tenth of --lr_init is usual), or --my_exit_tokens where the cosine should end",
+                f"step {number}: the learning rate is 0, so the remaining {left:,} steps will not change the weights",
+                "set --lr_final above 0 (a tenth of --lr_init is common), or --my_exit_tokens to where the schedule "
+                "should end",
             )
 
 
 class PaceMonitor(pl.Callback):
-    """A callback, the last in the list, that judges which gradients arrive and what the device waits for."""
+    """Watches what the device waits for between steps, and once which parameters receive a gradient.
+
+    The last of the callbacks: the time between the end of one step and the begin of the next is then the loader's
+    alone.
+    """
 
     def __init__(self, warn: OnceWarnings) -> None:
         self.warn = warn
-        self._ended = math.nan  # when the host was done with the step before
-        self._finished: torch.cuda.Event | None = None  # when the device was
-        self._norms: tuple[list[str], PendingValues] | None = None
-        self._begin()
+        self._gradient_check = _GradientCheck(warn)
+        self._host_done = math.nan  # when the host was done with the step before
+        self._device_done: torch.cuda.Event | None = None  # recorded behind the device's work on it
+        self._start_window()
 
-    def _begin(self) -> None:
-        self._steps, self._idle, self._waited, self._since = 0, 0, 0.0, time.perf_counter()
+    def _start_window(self) -> None:
+        self._steps, self._idle_steps, self._data_seconds = 0, 0, 0.0
+        self._window_start = time.perf_counter()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx == WARM_UP_STEPS:
-            self._begin()
+            self._start_window()
         elif batch_idx > WARM_UP_STEPS:
-            self._waited += time.perf_counter() - self._ended
-            self._idle += self._finished is not None and self._finished.query()
+            self._data_seconds += time.perf_counter() - self._host_done
+            # `query` doesn't wait: True means that the device ran out of work before the host queued more
+            self._idle_steps += self._device_done is not None and self._device_done.query()
             self._steps += 1
             if self._steps == WINDOW_STEPS:
-                self._judge()
-                self._begin()
+                self._report_bottleneck()
+                self._start_window()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._norms is not None:
-            self._judge_gradients()
-        if batch_idx == GRADIENTS_AT:
-            self._look_at_gradients(pl_module)
+        self._gradient_check.report()  # before the next is begun: the norms are read a step late
+        if batch_idx == GRADIENT_CHECK_STEP:
+            self._gradient_check.begin(pl_module)
         if pl_module.device.type == "cuda":
-            self._finished = self._finished or torch.cuda.Event()
-            self._finished.record()
-        self._ended = time.perf_counter()
+            self._device_done = self._device_done or torch.cuda.Event()
+            self._device_done.record()
+        self._host_done = time.perf_counter()
 
-    def _judge(self) -> None:
-        seconds = time.perf_counter() - self._since
-        kind = slow_part(seconds, self._waited, self._idle / self._steps)
+    def _report_bottleneck(self) -> None:
+        seconds = time.perf_counter() - self._window_start
+        kind = bottleneck(seconds, self._data_seconds, self._idle_steps / self._steps)
         if kind == "data":
             self.warn(
                 kind,
-                f"{self._waited / seconds:.0%} of the time goes into waiting for data",
-                "copy --data_file to a local disk (it is read here and there, all over), leave memory free for the system to keep it in, "
-                "and see what else uses the disk and the CPU",
+                f"{self._data_seconds / seconds:.0%} of the time is spent waiting for data",
+                "copy --data_file to a local disk (it is read in random order), leave memory free for the file cache, "
+                "and check what else uses the disk and the CPU",
             )
         elif kind == "host":
             self.warn(
                 kind,
-                f"the GPU had finished and waited for the CPU at {self._idle} of {self._steps} steps",
-                "give it more to do at a time (a larger --micro_bsz, as memory allows), --compile 1 for fewer and larger operations; "
-                "--profile 10 shows where the time goes",
+                f"the GPU was idle, waiting for the CPU, before {self._idle_steps} of {self._steps} steps",
+                "give the GPU more work per step with a larger --micro_bsz, as memory allows, or use --compile 1 for "
+                "fewer and larger kernels; --profile 10 shows where the time goes",
             )
 
-    def _look_at_gradients(self, pl_module: pl.LightningModule) -> None:
-        """The norms are read a step later. Under ZeRO gradients are in parts, and not looked at."""
-        assert isinstance(pl_module, TrainingModule)
-        if not isinstance(pl_module.optimizer, MasterAdamW):
-            return
-        named = [(name, p.grad) for name, p in pl_module.model.named_parameters() if p.requires_grad]
-        gradients = [torch.zeros((), device=pl_module.device) if grad is None else grad for _, grad in named]
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, ord=math.inf)])
-        self._norms = ([name for name, _ in named], PendingValues(norms))
 
-    def _judge_gradients(self) -> None:
-        assert self._norms is not None
-        names, norms = self._norms
-        self._norms = None
-        if none := without_gradient(dict(zip(names, norms.read(), strict=True))):
-            some = ", ".join(none[:3]) + (f" and {len(none) - 3} more" if len(none) > 3 else "")
+class _GradientCheck:
+    """Warns about parameters that receive no gradient. Under ZeRO gradients are sharded, and nothing is checked."""
+
+    def __init__(self, warn: OnceWarnings) -> None:
+        self.warn = warn
+        self._pending: tuple[list[str], PendingValues] | None = None
+
+    def begin(self, module: pl.LightningModule) -> None:
+        """Start copying the norms of all gradients to the host."""
+        assert isinstance(module, TrainingModule)
+        if not isinstance(module.optimizer, MasterAdamW):
+            return
+        named = [(name, p.grad) for name, p in module.model.named_parameters() if p.requires_grad]
+        gradients = [torch.zeros((), device=module.device) if grad is None else grad for _, grad in named]
+        # the largest element rather than the 2-norm: squares of tiny gradients would underflow to 0
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, ord=math.inf)])
+        self._pending = ([name for name, _ in named], PendingValues(norms))
+
+    def report(self) -> None:
+        """Read the norms that `begin` started to copy, and warn."""
+        if self._pending is None:
+            return
+        names, norms = self._pending
+        self._pending = None
+        if affected := parameters_without_gradient(dict(zip(names, norms.read(), strict=True))):
+            others = f" and {len(affected) - MAX_NAMES} more" if len(affected) > MAX_NAMES else ""
             self.warn(
                 "parameters",
-                f"no gradient reaches {some}: what they hold never changes",
-                "look at the weights that the run started from (--load_model): where the matrix that follows them is 0 and stays so, nothing "
-                "arrives; new weights from --train_stage 1 have no such place",
+                f"no gradient reaches {', '.join(affected[:MAX_NAMES])}{others}: these parameters never change",
+                "check the weights that the run started from (--load_model): a parameter gets no gradient where the "
+                "matrix after it is 0 and stays 0; initial weights from --train_stage 1 do not have this problem",
             )

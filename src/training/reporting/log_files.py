@@ -1,4 +1,4 @@
-"""The files that a run tells its course in: train_log.txt, metrics.csv, val.csv. What is trained again is dropped from them first."""
+"""Writes a run's log files (train_log.txt, metrics.csv, val.csv); a resumed run first drops what it trains again."""
 
 from __future__ import annotations
 
@@ -18,30 +18,35 @@ from src.run_log import is_mini_epoch_line
 from src.training.reporting.sink import UPDATE_GROUPS, MiniEpochReport, Sink, StepReport, ValidationReport
 
 VALIDATION_LINE = re.compile(r"validation after step (\d+): ")
+# exp(709.8) is the largest that a float64 can hold; a diverged run should log its loss, not fail on its perplexity
+MAX_LOSS_OF_PERPLEXITY = 700.0
+Row = dict[str, str]
 
 
 class TrainLog(Sink):
-    """train_log.txt: a header per start, then a line per mini-epoch, and one per validation.
+    """train_log.txt: a header per start, then a line per mini-epoch and per validation.
 
     Lines of mini-epochs that are trained again, because their weights were not saved, are dropped first.
     """
 
     def __init__(self, path: Path, first_mini_epoch: int, first_step: int, settings: dict[str, Any]) -> None:
+        # `count` is the last column: other RWKV training scripts number the lines of each start
         self.path, self.count = path, 0
 
-        def stays(line: str) -> bool:
-            if found := VALIDATION_LINE.match(line):
-                return first_step > 0 and int(found[1]) <= first_step  # before step 0 it is measured again
+        def is_kept(line: str) -> bool:
+            if match := VALIDATION_LINE.match(line):
+                return first_step > 0 and int(match[1]) <= first_step  # before step 0 it is measured again
             return not is_mini_epoch_line(line) or int(line.split()[0]) < first_mini_epoch
 
         if path.exists():
-            _keep_lines(path, stays)
+            _filter_lines(path, is_kept)
         title = "NEW RUN" if first_mini_epoch == 0 else f"NEW RUN continues at mini-epoch {first_mini_epoch}"
         self._append(f"{title} {datetime.now():%Y-%m-%d %H:%M:%S}\n{json.dumps(settings)}\n")
 
     def mini_epoch(self, report: MiniEpochReport) -> None:
         now, lr = datetime.now(), report.last.lr
-        perplexity = math.exp(min(report.loss, 700.0)) if math.isfinite(report.loss) else math.nan
+        is_finite = math.isfinite(report.loss)
+        perplexity = math.exp(min(report.loss, MAX_LOSS_OF_PERPLEXITY)) if is_finite else math.nan
         self._append(f"{report.mini_epoch} {report.loss:.6f} {perplexity:.4f} {lr:.8f} {now} {self.count}\n")
         self.count += 1
 
@@ -49,6 +54,7 @@ class TrainLog(Sink):
         self._append(f"validation after step {report.steps}: {report.loss:.6f}\n")
 
     def _append(self, text: str) -> None:
+        # opened for each line: there are few, and the file may be moved or edited during the run
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(text)
 
@@ -56,8 +62,8 @@ class TrainLog(Sink):
 class MetricsFile(Sink):
     """metrics.csv: a row per step, for plots and comparisons. Rows of steps that are trained again are dropped first.
 
-    `lost_seconds` is the training time of the dropped rows. `seconds` goes on from the last row that stays. A cell is empty where
-    the value isn't known. Each row is handed to the system at once, so that a run that was killed has told how far it came.
+    A cell is empty where the value is unknown. `seconds` continues from the last row that is kept; `lost_seconds` is
+    the training time of the dropped rows.
     """
 
     COLUMNS = (
@@ -69,69 +75,70 @@ class MetricsFile(Sink):
         self.lost_seconds = self._seconds_before = 0.0
         if path.exists():
             rows, dropped = _split_rows(path, lambda row: int(row["step"]) < first_step)
-            speeds = [_number(row.get("tokens_per_second")) for row in dropped]
+            # from the speed, not from `seconds`: files of earlier versions lack that column
+            speeds = [_parse_number(row.get("tokens_per_second")) for row in dropped]
             self.lost_seconds = sum(tokens_per_step / speed for speed in speeds if speed > 0)
-            known = [seconds for row in rows if math.isfinite(seconds := _number(row.get("seconds")))]
+            known = [seconds for row in rows if math.isfinite(seconds := _parse_number(row.get("seconds")))]
             self._seconds_before = known[-1] if known else 0.0
             _rewrite(path, self.COLUMNS, rows)
-        self._file, self._writer = _open_rows(path, self.COLUMNS)
+        self._file, self._writer = _open_for_append(path, self.COLUMNS)
 
     def step(self, report: StepReport) -> None:
-        *plain, ratios = astuple(report)
-        row = dict(zip(self.COLUMNS, plain, strict=False))
+        *values, update_ratios = astuple(report)
+        row = dict(zip(self.COLUMNS, values, strict=False))
         row["seconds"] += self._seconds_before
-        row |= {f"update_{group}": ratio for group, ratio in ratios.items()}
-        self._writer.writerow([_cell(row.get(name, math.nan)) for name in self.COLUMNS])
-        self._file.flush()
+        row |= {f"update_{group}": ratio for group, ratio in update_ratios.items()}
+        self._writer.writerow([_format_cell(row.get(name, math.nan)) for name in self.COLUMNS])
+        self._file.flush()  # each row is handed to the system, so that a killed process loses none
 
     def mini_epoch(self, report: MiniEpochReport) -> None:
-        os.fsync(self._file.fileno())
+        os.fsync(
+            self._file.fileno()
+        )  # a power cut loses one mini-epoch at most; a sync per step would cost more than the step
 
     def close(self) -> None:
         self._file.close()
 
 
 class ValidationFile(Sink):
-    """val.csv: a row per validation, `steps` after which it was, tokens trained on, loss, tokens that it counts."""
+    """val.csv, a row per validation: steps and tokens trained on before it, loss, and number of tokens it covers."""
 
     COLUMNS = ("steps", "tokens", "loss", "counted")
 
     def __init__(self, path: Path, first_step: int) -> None:
         self.path = path
         if path.exists():
+            # at step 0 none is kept: the measurement before the run is repeated
             rows, _ = _split_rows(path, lambda row: first_step > 0 and int(row["steps"]) <= first_step)
             _rewrite(path, self.COLUMNS, rows)
 
     def validation(self, report: ValidationReport) -> None:
-        file, writer = _open_rows(self.path, self.COLUMNS)
+        file, writer = _open_for_append(self.path, self.COLUMNS)
         with file:
-            writer.writerow([_cell(getattr(report, name)) for name in self.COLUMNS])
+            writer.writerow([_format_cell(getattr(report, name)) for name in self.COLUMNS])
 
 
-# ---- rows -------------------------------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def _split_rows(path: Path, is_kept: Callable[[Row], bool]) -> tuple[list[Row], list[Row]]:
+    """(kept, dropped) rows of a csv file."""
     text = path.read_text(encoding="utf-8")
-    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+    # a last line without its newline was cut by a crash
+    rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+    return [row for row in rows if is_kept(row)], [row for row in rows if not is_kept(row)]
 
 
-def _split_rows(
-    path: Path, wanted: Callable[[dict[str, str]], bool]
-) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    rows = _rows(path)
-    return [row for row in rows if wanted(row)], [row for row in rows if not wanted(row)]
-
-
-def _rewrite(path: Path, columns: tuple[str, ...], rows: list[dict[str, str]]) -> None:
-    """The file with these rows and columns, whatever version of this program wrote it."""
+def _rewrite(path: Path, columns: tuple[str, ...], rows: list[Row]) -> None:
+    """Replace the file by these rows under `columns`, which may differ from those of the version that wrote it."""
     with atomic_write(path, "w") as file:
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _open_rows(path: Path, columns: tuple[str, ...]) -> tuple[Any, Any]:
+def _open_for_append(path: Path, columns: tuple[str, ...]) -> tuple[Any, Any]:
+    """(file, csv writer); a new file gets its header."""
     file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (the caller closes it)
     writer = csv.writer(file, lineterminator="\n")
     if file.tell() == 0:
@@ -139,20 +146,20 @@ def _open_rows(path: Path, columns: tuple[str, ...]) -> tuple[Any, Any]:
     return file, writer
 
 
-def _cell(value: float) -> str:
-    if isinstance(value, int):
+def _format_cell(value: float) -> str:
+    if isinstance(value, int):  # tokens: all digits, which .9g would round
         return str(value)
-    return "" if math.isnan(value) else f"{value:.9g}"
+    return "" if math.isnan(value) else f"{value:.9g}"  # nine digits tell any two fp32 values apart
 
 
-def _number(cell: str | None) -> float:
+def _parse_number(cell: str | None) -> float:
     return float(cell) if cell else math.nan
 
 
-def _keep_lines(path: Path, wanted: Callable[[str], bool]) -> None:
+def _filter_lines(path: Path, is_kept: Callable[[str], bool]) -> None:
     """Drop the other lines, and a last one that was cut by a crash."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    keeps = [line.endswith("\n") and wanted(line) for line in lines]
-    if not all(keeps):
+    kept = [line for line in lines if line.endswith("\n") and is_kept(line)]
+    if len(kept) < len(lines):  # an untouched file keeps its modification time
         with atomic_write(path, "w") as file:
-            file.writelines(line for line, keep in zip(lines, keeps, strict=True) if keep)
+            file.writelines(kept)

@@ -1,4 +1,4 @@
-"""Weights & Biases, TensorBoard or csv files through Lightning's loggers, under the names that existing RWKV dashboards plot."""
+"""Logs a run to Weights & Biases, TensorBoard or csv files, under the names that existing RWKV dashboards plot."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from src import run_folder
 from src.config import RunConfig
@@ -28,30 +26,37 @@ from src.training.reporting.sink import (
     ValidationReport,
 )
 
-# the first row is what RWKV training scripts have always logged
+if TYPE_CHECKING:
+    from pytorch_lightning.loggers import Logger, WandbLogger
+
+# The names of what is logged. Those up to "kt/s" are what RWKV training scripts have always logged: dashboards rely on
+# them.
 STEP_NAMES = ("loss", "lr", "wd", "Gtokens", "kt/s", "tokens", "grad norm", "largest logit", "MFU", "memory GiB")
 UPDATE_NAMES = tuple(f"update ratio/{group}" for group in UPDATE_GROUPS)
 OTHER_NAMES = ("val loss", "mini-epoch loss")
 SAMPLE_TABLE = "samples"
-TIME_SHARE = (
-    0.003  # of the run that logging steps may take: where steps are short, some are left out (metrics.csv has all)
-)
+# Share of the run's time that logging steps may take. Where steps are shorter, some are not logged; metrics.csv has all
+# of them.
+TIME_SHARE = 0.003
 
 
 class LoggerSink(Sink):
-    """Hands reports to one of Lightning's loggers. Its step is the run's, so that a continued run continues its curves."""
+    """Passes reports to one of Lightning's loggers, with the run's own step: a resumed run continues its curves."""
 
     def __init__(self, logger: Logger, weight_decay: float) -> None:
-        self.logger, self.weight_decay = logger, weight_decay
+        self.logger: Any = logger  # the `experiment` of each logger has methods of its own
+        self.weight_decay = weight_decay
         self._step = 0
-        self._began, self._spent = time.perf_counter(), -math.inf  # the first one opens things, once
+        # -infinity exempts the first call, which opens connections and files
+        self._began, self._spent_seconds = time.perf_counter(), -math.inf
 
     def step(self, report: StepReport) -> None:
         begin = time.perf_counter()
         self._step = report.step
-        if self._spent > TIME_SHARE * (begin - self._began) and not report.update_ratios:
+        # steps with update ratios are always logged: nothing else measures these values again
+        if self._spent_seconds > TIME_SHARE * (begin - self._began) and not report.update_ratios:
             return
-        shown = {
+        values = {
             "loss": report.loss,
             "lr": report.lr,
             "wd": self.weight_decay,
@@ -63,110 +68,141 @@ class LoggerSink(Sink):
             "memory GiB": report.memory_gib,
             **{f"update ratio/{group}": ratio for group, ratio in report.update_ratios.items()},
         }
-        self._log({name: value for name, value in shown.items() if not math.isnan(value)})
-        self._spent = max(0.0, self._spent + time.perf_counter() - begin)
+        self._log({name: value for name, value in values.items() if not math.isnan(value)})
+        self._spent_seconds = max(0.0, self._spent_seconds + time.perf_counter() - begin)
 
     def mini_epoch(self, report: MiniEpochReport) -> None:
         self._log({"mini-epoch loss": report.loss, **_axes(report.last.tokens)})
         self.logger.save()
 
     def validation(self, report: ValidationReport) -> None:
-        self._step = max(0, report.steps - 1)
+        self._step = max(0, report.steps - 1)  # the step that it follows: logged steps are numbered from 0
         self._log({"val loss": report.loss, **_axes(report.tokens)})
-
-    def samples(self, samples: list[GeneratedSample]) -> None:
-        if isinstance(self.logger, WandbLogger):
-            import wandb
-
-            table = wandb.Table(["prompt", "the model goes on", "the data goes on"], _rows(samples))
-            self.logger.experiment.log({SAMPLE_TABLE: table}, step=self._step)
-        elif isinstance(self.logger, TensorBoardLogger):
-            for i, (prompt, answer, in_data) in enumerate(_rows(samples)):
-                text = f"**{prompt}** {answer}\n\nIn the data: {in_data}"
-                self.logger.experiment.add_text(f"{SAMPLE_TABLE}/{i}", text, self._step)
 
     def close(self) -> None:
         self.logger.save()
         self.logger.finalize("finished")
-        if isinstance(self.logger, WandbLogger):
-            self.logger.experiment.finish()
 
     def _log(self, values: dict[str, float]) -> None:
-        if isinstance(self.logger, WandbLogger):
-            # with the run's own step too, which Lightning only keeps in this column
-            self.logger.experiment.log({**values, "trainer/global_step": self._step}, step=self._step)
-        else:
-            self.logger.log_metrics(values, step=self._step)
+        self.logger.log_metrics(values, step=self._step)
+
+
+class TensorBoardSink(LoggerSink):
+    """Adds generated samples as text."""
+
+    def samples(self, samples: list[GeneratedSample]) -> None:
+        for i, sample in enumerate(samples):
+            text = f"**{sample.prompt}** {sample.answer}\n\nIn the data: {sample.in_data}"
+            self.logger.experiment.add_text(f"{SAMPLE_TABLE}/{i}", text, self._step)
+
+
+class WandbSink(LoggerSink):
+    """Adds generated samples as a table, and finishes the run at the end."""
+
+    def samples(self, samples: list[GeneratedSample]) -> None:
+        import wandb
+
+        rows = [[sample.prompt, sample.answer, sample.in_data] for sample in samples]
+        table = wandb.Table(["prompt", "the model goes on", "the data goes on"], rows)
+        self.logger.experiment.log({SAMPLE_TABLE: table}, step=self._step)
+
+    def close(self) -> None:
+        super().close()
+        self.logger.experiment.finish()  # Lightning leaves it open and would log the fit after a roll-back into it
+
+    def _log(self, values: dict[str, float]) -> None:
+        # wandb's own step is set too: Lightning's logger keeps the number in the column trainer/global_step only
+        self.logger.experiment.log({**values, "trainer/global_step": self._step}, step=self._step)
 
 
 def _axes(tokens: int) -> dict[str, float]:
-    """What dashboards draw the others against."""
+    """The x axes of dashboards."""
     return {"Gtokens": tokens / 1e9, "tokens": tokens}
 
 
-def _rows(samples: list[GeneratedSample]) -> list[list[str]]:
-    return [[sample.prompt, sample.answer, sample.in_data] for sample in samples]
-
-
 def open_loggers(config: RunConfig, proj_dir: Path, settings: dict[str, Any]) -> list[Sink]:
-    """What --wandb and --logger ask for. Raises ValueError when a package is missing."""
-    loggers: list[Logger] = []
+    """The sinks of --wandb and --logger. Raises UserError when a package is missing or wandb refuses."""
+    sinks: list[Sink] = []
     if config.wandb:
-        loggers.append(_open_wandb(config.wandb, proj_dir, settings))
+        sinks.append(WandbSink(_open_wandb(config.wandb, proj_dir, settings), config.weight_decay))
     if config.logger == "tensorboard":
-        if importlib.util.find_spec("tensorboard") is None:
-            raise UserError("--logger tensorboard: the package tensorboard is missing; pip install tensorboard")
-        loggers.append(TensorBoardLogger(proj_dir, name="tensorboard", version=""))
+        _require("tensorboard", flag="logger", given="tensorboard")
+        from pytorch_lightning.loggers import TensorBoardLogger
+
+        # without a version in the path, a resumed run appends to the same curves
+        sinks.append(TensorBoardSink(TensorBoardLogger(proj_dir, name="tensorboard", version=""), config.weight_decay))
     if config.logger == "csv":
-        loggers.append(CSVLogger(proj_dir, name="csv"))  # a folder for each start: it would empty one that is there
-    return [LoggerSink(logger, config.weight_decay) for logger in loggers]
+        from pytorch_lightning.loggers import CSVLogger
+
+        # a numbered folder for each start: CSVLogger empties an existing one
+        sinks.append(LoggerSink(CSVLogger(proj_dir, name="csv"), config.weight_decay))
+    return sinks
+
+
+def _require(package: str, *, flag: str, given: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"the package {package} is missing",
+            flag=flag,
+            given=given,
+            advice=f"pip install {package}, or leave the flag out",
+        )
+
+
+# ---- Weights & Biases ------------------------------------------------------------------------------------------------
 
 
 def _open_wandb(project: str, proj_dir: Path, settings: dict[str, Any]) -> WandbLogger:
-    if importlib.util.find_spec("wandb") is None:
-        raise UserError(f"--wandb {project}: the package wandb is missing; pip install wandb, or leave the flag out")
-    remembered = run_folder.read_run(proj_dir)
-    identity = remembered.setdefault("wandb_id", secrets.token_hex(4))
-    run_folder.write_run(proj_dir, remembered)
+    """The logger, connected. One wandb run per folder: its id is kept in run.json."""
+    _require("wandb", flag="wandb", given=project)
+    record = run_folder.read_run(proj_dir)
+    run_id = record.setdefault("wandb_id", secrets.token_hex(4))
+    run_folder.write_run(proj_dir, record)
     mode = _wandb_mode(project, proj_dir)
     if mode == "offline":
-        log(f"{'wandb':>12}  offline; `wandb sync {proj_dir}/wandb/offline-run-*-{identity}` sends it")
+        log(f"{'wandb':>12}  offline; `wandb sync {proj_dir}/wandb/offline-run-*-{run_id}` uploads it")
+    import wandb
+    from pytorch_lightning.loggers import WandbLogger
+
     logger = WandbLogger(
         project=project,
         name=proj_dir.name,
-        id=identity,
+        id=run_id,
         resume="allow",
         mode=mode,
         save_dir=str(proj_dir),
         config={**settings, "git_commit": git_commit()},
     )
-    import wandb
-
     try:
-        _ = logger.experiment  # opened now, before any training time is spent
+        _ = logger.experiment  # connects now: a mistake is reported before any training time is spent
     except wandb.Error as error:
         raise UserError(
-            f"--wandb {project}: {error}; `wandb login` again, or set WANDB_MODE=offline to keep what is logged here"
+            str(error),
+            flag="wandb",
+            given=project,
+            advice="run `wandb login` again, or set WANDB_MODE=offline to log to this folder only",
         ) from error
     return logger
 
 
 def _wandb_mode(project: str, proj_dir: Path) -> str:
-    """online | offline | disabled: as WANDB_MODE says, else offline where no login is known."""
+    """online | offline | disabled: the value of WANDB_MODE, else offline where nobody is logged in."""
     if mode := os.environ.get("WANDB_MODE"):
-        return {"dryrun": "offline", "run": "online"}.get(mode, mode)
-    if _has_login():
+        return {"dryrun": "offline", "run": "online"}.get(mode, mode)  # wandb's older names
+    if _is_logged_in():
         return "online"
-    log(f"--wandb {project}: no login is known here (wandb login), so what is logged stays in {proj_dir / 'wandb'}")
+    # wandb itself would prompt for a key, or fail where there is no terminal
+    log(f"note: --wandb {project}: not logged in (`wandb login`); logging offline to {proj_dir / 'wandb'}")
     return "offline"
 
 
-def _has_login() -> bool:
-    """Whether wandb would find a key: in the environment, or where `wandb login` has put it."""
+def _is_logged_in() -> bool:
+    """Whether wandb would find an API key: in the environment, or in the netrc file that `wandb login` writes."""
     import wandb
 
     if os.environ.get("WANDB_API_KEY"):
         return True
+    # the configured server, which may be self-hosted, and the public one
     hosts = (urlsplit(wandb.setup().settings.base_url).hostname or "", "api.wandb.ai")
     try:
         logins = netrc.netrc(os.environ.get("NETRC"))
@@ -174,5 +210,5 @@ def _has_login() -> bool:
     except FileNotFoundError:
         return False
     except (netrc.NetrcParseError, OSError) as error:
-        log(f"note: the file that keeps wandb's login can't be read: {error}")
+        log(f"note: the netrc file with wandb's login can't be read: {error}")
         return False

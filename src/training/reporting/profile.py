@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a trace for Perfetto and the slowest operations."""
+"""Profiles some steps of a run: a trace for Perfetto and a table of the slowest operations."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from torch.profiler import ProfilerActivity, profile
 from src.files import atomic_write
 from src.training.console import log
 
-WARM_UP_STEPS = 5  # memory is fetched, kernels are built and chosen in the first ones
-SLOWEST = 10
+WARM_UP_STEPS = 5  # not recorded: they allocate memory, build kernels and choose algorithms
+TOP_OPERATIONS = 10
+TAIL_BYTES = 8  # of a trace: its closing brace and the whitespace after it
 
 
 class Profile(pl.Callback):
-    """Records `steps` optimizer steps of this process after WARM_UP_STEPS; writes `trace` (.json.gz) and says the slowest operations."""
+    """Records `steps` optimizer steps after WARM_UP_STEPS; writes `trace` (.json.gz), logs the slowest operations."""
 
     def __init__(self, steps: int, trace: Path) -> None:
         self.steps, self.trace = steps, trace
@@ -34,8 +35,8 @@ class Profile(pl.Callback):
     ) -> None:
         if self._profiler is not None or self._done or trainer.global_step < WARM_UP_STEPS:
             return
-        kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
-        self._profiler = profile(activities=kinds)
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
+        self._profiler = profile(activities=activities)
         self._profiler.start()
 
     def on_train_batch_end(
@@ -49,52 +50,55 @@ class Profile(pl.Callback):
             self._finish()
         elif not self._done:
             log(
-                f"--profile {self.steps}: no trace, the run ended within its first {WARM_UP_STEPS} steps, which are left out"
+                f"--profile {self.steps}: no trace was written, since the run ended within the {WARM_UP_STEPS} warm-up "
+                "steps, which are not recorded"
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._profiler is not None:
-            self._profiler.stop()
+            self._profiler.stop()  # a profiler that is still recording would print errors when it is destroyed
             self._profiler = None
 
     def _finish(self) -> None:
         assert self._profiler is not None
         profiler, self._profiler, self._done = self._profiler, None, True
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # kernels of the last step may still be running
         profiler.stop()
         try:
             write_trace(profiler, self.trace)
-            said = f"wrote {self.trace}: open it at https://ui.perfetto.dev"
-        except OSError as error:  # what was measured can still be said, and the run has nothing to do with it
-            said = f"WARNING: --profile {self.steps}: {self.trace} could not be written ({error}); training goes on"
-        log(f"{said}\n{slowest(profiler)}")
+            message = f"wrote {self.trace}: open it at https://ui.perfetto.dev"
+        except OSError as error:  # the table needs no file, and a missing trace is no reason to stop the run
+            message = (
+                f"WARNING: --profile {self.steps}: {self.trace} could not be written ({error}); training continues"
+            )
+        log(f"{message}\n{slowest_operations(profiler)}")
 
 
 def write_trace(profiler: profile, trace: Path) -> None:
     """The recorded events as JSON of the Trace Event Format, compressed, whole or not at all. Raises OSError."""
-    with tempfile.TemporaryDirectory(dir=trace.parent, prefix=f".{trace.name}.") as beside:
-        plain = Path(beside) / "trace.json"
+    with tempfile.TemporaryDirectory(dir=trace.parent, prefix=f".{trace.name}.") as folder:
+        plain = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(plain))
         with open(plain, "rb") as source:
-            source.seek(max(0, source.seek(0, os.SEEK_END) - 8))
-            if not source.read().rstrip().endswith(b"}"):  # a full disk is not an error to the profiler
+            source.seek(max(0, source.seek(0, os.SEEK_END) - TAIL_BYTES))
+            if not source.read().rstrip().endswith(b"}"):  # the profiler raises nothing when the disk is full
                 raise OSError("the profiler wrote only a part of it; is the disk full?")
             source.seek(0)
-            with atomic_write(trace) as file, gzip.open(file, "wb") as packed:
-                shutil.copyfileobj(source, packed)
+            with atomic_write(trace) as file, gzip.open(file, "wb") as compressed:
+                shutil.copyfileobj(source, compressed)
 
 
-def slowest(profiler: profile) -> str:
-    """A line for each of the ten operations with the most time of their own, on the GPU where there is one, else on the CPU."""
+def slowest_operations(profiler: profile) -> str:
+    """A table of the TOP_OPERATIONS with the most self time, on the GPU where one was used, else on the CPU."""
     # an operation's time on the GPU is that of the kernels it launched; the kernels themselves would count it twice
-    totals = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
-    on_gpu = any(event.self_device_time_total for event in totals)
-    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    whole = sum(getattr(event, own) for event in totals) or 1
-    first = sorted(totals, key=lambda event: getattr(event, own), reverse=True)[:SLOWEST]
+    operations = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
+    on_gpu = any(event.self_device_time_total for event in operations)
+    attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    total = sum(getattr(event, attribute) for event in operations) or 1
+    top = sorted(operations, key=lambda event: getattr(event, attribute), reverse=True)[:TOP_OPERATIONS]
     lines = [f"{'ms':>10} {'share':>6} {'calls':>7}  the slowest operations on the {'GPU' if on_gpu else 'CPU'}"]
-    for event in first:
-        time = getattr(event, own)
-        lines.append(f"{time / 1e3:10.1f} {time / whole:6.1%} {event.count:7}  {event.key}")
+    for event in top:
+        microseconds = getattr(event, attribute)
+        lines.append(f"{microseconds / 1e3:10.1f} {microseconds / total:6.1%} {event.count:7}  {event.key}")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Reads the results of each step once and passes them to every sink.
 
-Each step's values are read one step late, when the device has long finished it, so that nothing waits for the device.
+The values of a step are read one step late, when the device has finished it, so that nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from src.training.reporting.sink import (
 from src.training.reporting.update_ratio import update_ratios
 from src.training.schedule import RunLength
 
-SPEED_WINDOW_STEPS = 20  # over which tokens per second are averaged
-# Steps between two measurements of what costs something: update ratios read all weights and moments once.
+SPEED_WINDOW_STEPS = 20  # over which tokens per second are averaged: a single step is too noisy to compare
+# Steps between two measurements of the values that take time: update ratios read all weights and moments once.
 MEASURE_EVERY_STEPS = 50
 
 
 class Reporter(pl.Callback):
-    """Collects step results and passes a `StepReport` to every sink, and at the end of a mini-epoch its mean loss.
+    """Passes a `StepReport` of each step to every sink, and a `MiniEpochReport` at the end of a mini-epoch.
 
-    `peak_tokens_per_second` is what all devices would reach at their peak (NaN: not known).
+    `peak_tokens_per_second` is what all devices would reach at their peak FLOP/s (NaN: unknown); `mini_epoch_losses`
+    are those of the current mini-epoch before this start.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class Reporter(pl.Callback):
     ) -> None:
         self.control, self.length, self.sinks = control, length, list(sinks)
         self.peak_tokens_per_second = peak_tokens_per_second
-        self.mini_epoch_losses = list(mini_epoch_losses)  # of the steps since the last mini-epoch's end, read so far
-        self._micro_losses: list[Tensor] = []
+        # of the current mini-epoch's steps, as far as they have been read; a saved state keeps them
+        self.mini_epoch_losses = list(mini_epoch_losses)
+        self._micro_losses: list[Tensor] = []  # of the micro steps of one optimizer step, on the device
         self._pending: _PendingStep | None = None
         self._step_times: deque[float] = deque(maxlen=SPEED_WINDOW_STEPS + 1)
         self._began = 0.0
@@ -79,7 +81,7 @@ class Reporter(pl.Callback):
         step = self.control.step - 1
         self._pending = self._start_reading(trainer, pl_module, step)
         if self.length.ends_mini_epoch(step):
-            self.flush()  # the mean has to be complete before weights or a state of this mini-epoch are saved
+            self.flush()  # the mean must be complete before weights or a state of this mini-epoch are saved
 
     def _start_reading(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> _PendingStep:
         loss = torch.stack(self._micro_losses).mean().float().reshape(1)
@@ -88,11 +90,13 @@ class Reporter(pl.Callback):
             reduced = trainer.strategy.reduce(loss, reduce_op="mean")
             assert isinstance(reduced, Tensor)
             loss = reduced
+        # one tensor, so that a single copy brings all values to the host
         values = [loss, module.grad_norm.to(loss).reshape(1)]
         if math.isnan(self._memory_gib) or self._is_measured(step):
             self._memory_gib = peak_memory_gib(module.device)
         if self._is_measured(step):
             values.append(self._measure(trainer, module).to(loss))
+        # the learning rate of the schedule, without the group's own scale
         group = trainer.optimizers[0].param_groups[0]
         return _PendingStep(step, group["lr"] / group["lr_scale"], PendingValues(torch.cat(values)))
 
@@ -104,6 +108,7 @@ class Reporter(pl.Callback):
         self._pending = None
         loss, grad_norm, *measured = values.read()
         self._step_times.append(self._training_seconds())
+        # not 0, where the clock is too coarse for a step
         elapsed = max(1e-9, self._step_times[-1] - self._step_times[0])
         tokens_per_second = (len(self._step_times) - 1) * self.length.tokens_per_step / elapsed
         report = StepReport(
@@ -119,7 +124,7 @@ class Reporter(pl.Callback):
             largest_logit=measured[0] if measured else math.nan,
             update_ratios=dict(zip(UPDATE_GROUPS, measured[1:], strict=True)) if measured else {},
         )
-        if math.isfinite(loss):  # a skipped step has no part in the mean
+        if math.isfinite(loss):  # a skipped step does not count in the mean
             self.mini_epoch_losses.append(loss)
         for sink in self.sinks:
             sink.step(report)
@@ -151,7 +156,9 @@ class Reporter(pl.Callback):
         self._close_sinks()
 
     def _close_sinks(self) -> None:
-        while self.sinks:  # from the last: the progress bar is opened last and closed first, since loggers print
+        # From the last: the progress bar is opened last and closed first, since loggers print. Popped, because
+        # Lightning calls both on_exception and teardown.
+        while self.sinks:
             self.sinks.pop().close()
 
     def _training_seconds(self) -> float:
@@ -170,7 +177,7 @@ class Reporter(pl.Callback):
 
 
 class _PendingStep(NamedTuple):
-    """A step whose results are on their way from the device: loss, gradient norm, and what `_measure` gives at some steps."""
+    """A step whose values are being copied to the host: loss, gradient norm, and at some steps those of `_measure`."""
 
     step: int
     lr: float
@@ -178,12 +185,12 @@ class _PendingStep(NamedTuple):
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory that this process has had so far, GiB: reserved on its GPU, else resident."""
+    """Peak memory of this process so far, in GiB: reserved on its GPU, else resident; NaN on Windows without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     if sys.platform == "win32":
         return math.nan
-    import resource
+    import resource  # does not exist on Windows
 
     maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return maximum / 2**30 if sys.platform == "darwin" else maximum / 2**20  # bytes there, KiB elsewhere
+    return maximum / 2**30 if sys.platform == "darwin" else maximum / 2**20  # bytes on macOS, else KiB

@@ -1,4 +1,4 @@
-"""What a run reports, and the interface of the places that reports go to."""
+"""What a run reports, and `Sink`, the interface of everything that receives reports."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ UPDATE_GROUPS = ("w0", "matrices", "others")  # of the optimizer, in the order o
 class StepReport:
     """One optimizer step: mean loss over its samples, learning rate before group scales, gradient norm before clipping.
 
-    NaN: not known, as `mfu` where the device's peak isn't, and the last two at steps where they are not measured.
+    NaN stands for an unknown value: `mfu` where the device's peak is unknown, the last two at steps where they are not
+    measured.
     """
+
+    # The names and their order are the columns of metrics.csv (log_files.py): new ones go to the end.
 
     step: int
     tokens: int  # trained on since the run began, this step included
@@ -33,7 +36,7 @@ class MiniEpochReport:
     """The mean loss over the steps of a mini-epoch, and its last step."""
 
     mini_epoch: int
-    loss: float
+    loss: float  # NaN where every step of it was skipped
     last: StepReport
 
 
@@ -41,17 +44,17 @@ class MiniEpochReport:
 class ValidationReport:
     """The loss on held-out data after `steps` steps; `is_best` when no earlier one of this run was lower."""
 
-    steps: int
-    tokens: int  # trained on
+    steps: int  # names of the first four: columns of val.csv
+    tokens: int  # trained on so far
     loss: float
-    counted: int  # tokens of the held-out data that count
-    seconds: float  # that the validation took
+    counted: int  # tokens of the held-out data that count towards the loss
+    seconds: float  # duration of the validation
     is_best: bool
 
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """What the model generates after `prompt`, and how the data continues it. The names are those of samples.json."""
+    """What the model generates after `prompt`, and how the data continues it. The fields are those of samples.json."""
 
     prompt: str
     answer: str
@@ -59,7 +62,9 @@ class GeneratedSample:
 
 
 class Sink:
-    """Base class of everything that receives reports; each overrides what it needs."""
+    """Base class of everything that receives reports; subclasses override the methods they need."""
+
+    # Called on the training thread between two steps: slow work here delays the next step.
 
     def step(self, report: StepReport) -> None: ...
     def mini_epoch(self, report: MiniEpochReport) -> None: ...

@@ -1,4 +1,4 @@
-"""How large the last optimizer step was beside the weights, group by group: found from Adam's moments, without a copy of the weights."""
+"""The size of the last optimizer step relative to the weights, from Adam's moments, without a copy of the weights."""
 
 from __future__ import annotations
 
@@ -13,63 +13,66 @@ from src.training.distributed.zero import EngineAdamW
 from src.training.optim import MasterAdamW, adam_state
 from src.training.reporting.sink import UPDATE_GROUPS
 
-ELEMENTS_AT_A_TIME = 1 << 26  # bounds what is computed beside the weights: 256 MiB
+CHUNK_NUMEL = 1 << 26  # elements whose update exists at a time: 256 MiB in fp32
 
 
 @torch.no_grad()
 def update_ratios(optimizer: MasterAdamW | EngineAdamW) -> Tensor:
-    """|update| / |weights| of the last step for each of UPDATE_GROUPS, fp32 [3] on the optimizer's device; 0 for a step that was left out.
+    """|update| / |weights| of the last step by UPDATE_GROUPS, fp32 [3] on the optimizer's device; 0 for a skipped step.
 
-    With Adam's moments m, v after step t, A = lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), weights w after the step and
-    decay d: the step took (A + lr d w) / (1 - lr d) from them. Under ZeRO every rank takes part; nothing waits for the device.
+    With Adam's moments m, v after step t, A = lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), weights w after
+    the step and decay d: the step subtracted (A + lr d w) / (1 - lr d) from them. Collective under ZeRO; nothing waits
+    for the device.
     """
     squares = torch.zeros(len(UPDATE_GROUPS), 2, device=optimizer.grad_norm.device)
-    for number, group, weights, states in _members(optimizer):
+    for number, group, weights, states in _groups(optimizer):
         (beta1, beta2), decay = group["betas"], group["lr"] * group["weight_decay"]
-        for part in _parts(weights):
-            w, own = [weights[i] for i in part], [states[i] for i in part]
-            t = own[0]["step"].to(w[0].device)
-            update = torch._foreach_sqrt([state["exp_avg_sq"] for state in own])
+        for indices in _chunks(weights):
+            w, chunk_states = [weights[i] for i in indices], [states[i] for i in indices]
+            t = chunk_states[0]["step"].to(w[0].device)
+            # sqrt(v) * rsqrt(1 - beta2^t) + eps, inverted, times m: in place, so that one buffer per chunk is enough
+            update = torch._foreach_sqrt([state["exp_avg_sq"] for state in chunk_states])
             torch._foreach_mul_(update, (1 - beta2**t).rsqrt())
             torch._foreach_add_(update, group["eps"])
             torch._foreach_reciprocal_(update)
-            torch._foreach_mul_(update, [state["exp_avg"] for state in own])
+            torch._foreach_mul_(update, [state["exp_avg"] for state in chunk_states])
             torch._foreach_mul_(update, group["lr"] / (1 - beta1**t))
             torch._foreach_add_(update, w, alpha=decay)
             squares[number, 0] += _sum_of_squares(list(update)) / (1 - decay) ** 2
             squares[number, 1] += _sum_of_squares(w)
     if isinstance(optimizer, EngineAdamW):
-        dist.all_reduce(squares)
+        dist.all_reduce(squares)  # each rank has summed its own shard
     ratios = (squares[:, 0] / squares[:, 1].clamp(min=1e-30)).sqrt()
+    # after a skipped step the moments are those of the step before, whose update would be reported twice
     return torch.where(torch.isfinite(optimizer.grad_norm), ratios, 0.0)
 
 
-def _members(
+def _groups(
     optimizer: MasterAdamW | EngineAdamW,
 ) -> Iterator[tuple[int, dict[str, Any], list[Tensor], list[dict[str, Tensor]]]]:
-    """(number, group, fp32 weights, their Adam states) of each group; under ZeRO the parts that this process keeps."""
+    """(number, group, fp32 weights, their Adam states) of each group; under ZeRO the shards that this process holds."""
     if isinstance(optimizer, EngineAdamW):
         for number, flat in optimizer.flats_by_group():
             yield number, optimizer.param_groups[number], [flat.detach()], [adam_state(optimizer, flat)]
         return
     for number, group in enumerate(optimizer.param_groups):
         weights = [optimizer.master_of(parameter).detach() for parameter in group["params"]]
-        defaults = optimizer.defaults
+        defaults = optimizer.defaults  # betas and eps are set once for all groups
         yield number, {**defaults, **group}, weights, [optimizer.moments(parameter) for parameter in group["params"]]
 
 
-def _parts(tensors: list[Tensor]) -> Iterator[list[int]]:
-    """Their numbers, as many at a time as stay below ELEMENTS_AT_A_TIME together."""
-    part: list[int] = []
+def _chunks(tensors: list[Tensor]) -> Iterator[list[int]]:
+    """Indices of consecutive tensors of at most CHUNK_NUMEL elements in all; a larger tensor is a chunk of its own."""
+    chunk: list[int] = []
     size = 0
     for i, tensor in enumerate(tensors):
-        if part and size + tensor.numel() > ELEMENTS_AT_A_TIME:
-            yield part
-            part, size = [], 0
-        part.append(i)
+        if chunk and size + tensor.numel() > CHUNK_NUMEL:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(i)
         size += tensor.numel()
-    if part:
-        yield part
+    if chunk:
+        yield chunk
 
 
 def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
