@@ -61,7 +61,7 @@ def everything(folder):
     return sorted(str(path) for path in folder.rglob("*"))
 
 
-# ---- --check ----------------------------------------------------------------------------------------------------------------
+# ---- --check ---------------------------------------------------------------------------------------------------------
 
 
 def test_check_of_a_run_that_is_well(tmp_path, data, capfd, monkeypatch):
@@ -181,7 +181,7 @@ def test_kernel_that_computes_something_else_is_seen(monkeypatch):
     assert not kernel.kernel_error("cpu", torch.float32, 64, "auto") <= 1.0
 
 
-# ---- the machine ------------------------------------------------------------------------------------------------------------
+# ---- the machine -----------------------------------------------------------------------------------------------------
 
 
 def test_memory_of_a_container(tmp_path):
@@ -263,7 +263,7 @@ def test_a_gpu_that_this_torch_cannot_use(monkeypatch):
     assert "update the NVIDIA driver" in machine.cuda().to_do
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------------------
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 LARGE = ModelConfig(24, 2048, 65536)
 
@@ -366,7 +366,7 @@ def test_out_of_memory_while_building_is_a_message(tmp_path, data, capfd, monkey
     assert out_of_memory.SMALL_HEAD_CHUNK > 0
 
 
-# ---- --dry_run, --profile ---------------------------------------------------------------------------------------------------
+# ---- --dry_run, --profile --------------------------------------------------------------------------------------------
 
 
 def test_dry_run_takes_the_runs_first_two_steps_and_keeps_nothing(tmp_path, data, capfd):
