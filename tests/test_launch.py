@@ -1,4 +1,4 @@
-"""train.py in several processes: started by itself, by torchrun, on two machines; killed, and resumed by other numbers."""
+"""train.py in several processes: started alone, by torchrun, on two machines; killed, and resumed by another number."""
 
 import contextlib
 import os

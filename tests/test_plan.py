@@ -74,7 +74,8 @@ def test_activations_are_what_torch_keeps(precision, shape):
 
 
 def memory_events(work):
-    """Bytes taken (positive) and given back, one after the other, while `work` runs; what it returns is still there at the end."""
+    """Bytes taken (positive) and given back, one after the other, while `work` runs; what it returns is still there at
+    the end."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -89,7 +90,8 @@ def peak_bytes(work):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_stays_when_blocks_are_recomputed(precision):
-    """Each layer's input, the recurrence's output and what its gradients need. One block is added while it is recomputed."""
+    """Each layer's input, the recurrence's output and what its gradients need. One block is added while it is
+    recomputed."""
     config = ModelConfig(4, 192, 100, grad_cp=True)
     model = RWKV7(config).to(PRECISIONS[precision])
     tokens = torch.zeros(1, 512, dtype=torch.long)
@@ -178,7 +180,8 @@ def test_what_the_recurrence_keeps_is_what_its_kernels_are_given_to_fill(kernel,
 
 @pytest.mark.parametrize("pieces", [True, False], ids=["in pieces", "whole"])
 def test_a_step_has_no_second_copy_of_the_gradients(pieces, monkeypatch):
-    """At rest: bf16 weights and gradients, fp32 masters and two moments. A step adds the fp32 gradients of a piece, no more."""
+    """At rest: bf16 weights and gradients, fp32 masters and two moments. A step adds the fp32 gradients of a piece, no
+    more."""
     if pieces:
         monkeypatch.setattr(optim, "MAX_FP32_GRAD_NUMEL", 300_000)
     config = ModelConfig(4, 256, 1200)
