@@ -19,10 +19,10 @@ def check_memory(checks: Checklist, config: RunConfig, hardware: Hardware, model
     """Compare the estimate with the free memory; a problem names settings with which the run would fit."""
     memory, free = estimate(config, model, hardware), machine.free_memory(hardware.accelerator, hardware.devices)
     # On a CPU the free memory of the machine is divided by its processes, so both numbers are per process.
-    owner = "of the GPU" if hardware.accelerator == "gpu" else "of a process"
-    free_text = "free memory is unknown on this system" if free is None else f"{free / GIB:.2f} GiB are free for it"
+    unit = "per GPU" if hardware.accelerator == "gpu" else "per process"
+    free_text = "free memory is unknown on this system" if free is None else f"{free / GIB:.2f} GiB are free"
     checks.report("model", f"{model.title}, {parameter_count(model):,} parameters, vocabulary {model.vocab_size:,}")
-    checks.report("memory", f"{owner}, in GiB: {describe_memory(memory)}; {free_text}")
+    checks.report("memory", f"{unit}, in GiB: {describe_memory(memory)}; {free_text}")
     if memory.on_cpu:
         checks.report("", f"CPU memory of each process, for offloading: {memory.on_cpu / GIB:.2f} GiB")
     # The estimate may be too low, so a run that would fill all free memory counts as one that doesn't fit.

@@ -122,8 +122,8 @@ def _check_run(
     remaining = f"; {length.steps - step:,} steps remain" if step > 0 else ""
     checks.report(
         "run",
-        f"{length.exit_tokens:,} tokens{estimated} in {length.steps:,} steps of {length.tokens_per_step:,}, "
-        f"{mini_epochs:,} mini-epoch{'s' * (mini_epochs > 1)}{remaining}",
+        f"{length.exit_tokens:,} tokens{estimated} in {length.steps:,} step{'s' * (length.steps > 1)} of "
+        f"{length.tokens_per_step:,}, {mini_epochs:,} mini-epoch{'s' * (mini_epochs > 1)}{remaining}",
     )
     speed = checks.attempt("time", lambda: expected_speed(checks, config, hardware, model))
     if speed is not None:
@@ -148,4 +148,4 @@ def _duration(seconds: float) -> str:
     for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.0f} s"
