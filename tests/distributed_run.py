@@ -3,7 +3,8 @@
     python -m tests.distributed_run OUT SCENARIO.json
 
 SCENARIO.json: {"processes": 2, "fits": {name: {flags of train.py, "optimizer": "sgd" | "adam", "steps": n, ...}}}.
-"poison": n makes the loss of the last rank NaN in step n. Each fit writes OUT/name.pt: losses, gradient
+"poison": n makes the loss of the last rank NaN in step n; "stop": [rank, n] lets a rank request a stop in step n. Each
+fit writes OUT/name.pt: losses, gradient
 norms, weights, the full state and the type of the engine.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from torch.utils.data import Dataset
 
@@ -20,7 +22,7 @@ from src.config import RunConfig
 from src.model import RWKV7
 from src.training.checkpoint.state import gather_full_state, gather_weights, scatter_full_state
 from src.training.console import is_rank_zero
-from src.training.control import RunControl
+from src.training.control import STOP, RunControl
 from src.training.data import train_dataloader
 from src.training.distributed import zero
 from src.training.distributed.process_group import join
@@ -87,11 +89,13 @@ def fit(process_group, name, scenario, out):
     scenario = dict(scenario)
     optimizer, steps = scenario.pop("optimizer", "adam"), scenario.pop("steps", 4)
     poison, first_step = scenario.pop("poison", -1), scenario.pop("first_step", 0)
+    stop_rank, stop_step = scenario.pop("stop", (-1, -1))
     load, init_seed = scenario.pop("load", None), scenario.pop("init_seed", 5)
     lightning_backward = scenario.pop("lightning_backward", False)
     flags = {
         "n_layer": 2, "n_embd": 32, "head_size": 16, "vocab_size": VOCAB, "ctx_len": CTX, "micro_bsz": 2,
-        "accelerator": "cpu", "precision": "fp32", "lr_init": 1e-2, "lr_final": 1e-3, "weight_decay": 0.1, "kernel": "reference", **scenario,
+        "accelerator": "cpu", "precision": "fp32", "lr_init": 1e-2, "lr_final": 1e-3, "weight_decay": 0.1,
+        "kernel": "reference", **scenario,
     }  # fmt: skip
     config = RunConfig(**flags)
     if config.precision == "fp16":  # DeepSpeed refuses CPUs without fp16 instructions
@@ -125,15 +129,26 @@ def fit(process_group, name, scenario, out):
                 shards = [saved["state"]] if is_rank_zero() else []
                 scatter_full_state(trainer, module, shards, saved["counters"])
 
+    class RequestStop(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if (process_group.rank, control.step) == (stop_rank, stop_step):
+                control.request(STOP)
+
     trainer = pl.Trainer(
         accelerator="cpu", devices=hardware.devices, num_nodes=hardware.num_nodes, strategy=strategy,
         precision="32-true", plugins=[process_group.environment], max_epochs=1, max_steps=steps,
         accumulate_grad_batches=config.accumulate_grad_batches, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        callbacks=[Restore(), control, SetLearningRate(control, lambda step: config.lr_init / (1 + 0.1 * step))],
+        callbacks=[
+            Restore(), control, SetLearningRate(control, lambda step: config.lr_init / (1 + 0.1 * step)), RequestStop(),
+        ],
     )  # fmt: skip
     trainer.fit(module, train_dataloader(config, numbers, None, on_gpu=False))
     result = {"losses": module.losses, "norms": module.norms, "lrs": module.lrs}
+    result["steps"] = [control.step]  # of each rank
+    if process_group.world_size > 1:
+        result["steps"] = [0] * process_group.world_size
+        dist.all_gather_object(result["steps"], control.step)
     result["engine"] = type(trainer.strategy.model).__name__
     if result["engine"] == "DeepSpeedEngine":
         result["stage"] = trainer.strategy.model.zero_optimization_stage()

@@ -73,6 +73,7 @@ def quick(tmp_path_factory):
     fit = {**SGD, "steps": 5}
     names = ["ddp", *(STAGES if zero.is_usable() else ())]
     fits = {name: {**fit, "strategy": name} for name in names}
+    fits.update({f"stop of rank {rank}": {"strategy": "ddp", "steps": 9, "stop": [rank, 2]} for rank in (0, 1)})
     fits.update({f"checkpointed {name}": {**fits[name], "grad_cp": 1, "kernel": "auto"} for name in names})
     if zero.is_usable():
         fits["stage 3, checkpointed and chunked"] = {**fits["deepspeed_stage_3"], "grad_cp": 1, "head_chunk": 5}
@@ -106,6 +107,15 @@ def test_activation_checkpointing_changes_no_result(quick, name):
     assert_same_engine(other, name)
     assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert largest_difference(one["weights"], other["weights"]) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stop_requested_by_one_rank_takes_effect_on_both_at_the_same_step(quick, rank):
+    """Requested in the third step; the flags travel during the fourth, after which both ranks stop."""
+    stopped = quick[f"stop of rank {rank}"]
+    assert stopped["steps"] == [4, 4]
+    assert len(stopped["losses"]) == 4
+    assert quick["ddp"]["steps"] == [5, 5]  # without a request both take all steps
 
 
 @needs_deepspeed
