@@ -24,8 +24,8 @@ STEPS, SAMPLES = 120, 6  # per step, for any number of processes
 
 def settings(proj_dir, data, processes, **changed):
     return flags(
-        proj_dir, data, micro_bsz=SAMPLES // processes, my_exit_tokens=CTX * SAMPLES * STEPS, lr_init=1e-3, lr_final=1e-4,
-        adam_eps=1e-8, **{"epoch_steps": 10, **changed},
+        proj_dir, data, micro_bsz=SAMPLES // processes, my_exit_tokens=CTX * SAMPLES * STEPS, lr_init=1e-3,
+        lr_final=1e-4, adam_eps=1e-8, **{"epoch_steps": 10, **changed},
     )  # fmt: skip
 
 
