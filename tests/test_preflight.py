@@ -83,7 +83,7 @@ def test_check_of_a_run_without_problems(tmp_path, data, capfd, monkeypatch):
     output = capfd.readouterr().out
     assert output.rstrip().endswith("OK: no problems found")
     software = ("Python 3.", "torch 2.", "within", "float64")
-    contents = ("200 documents, each ends with token 0", "ids 0 to 5", "vocabulary 64")
+    contents = ("200 documents, all 200 sampled ones end with token 0", "ids 0 to 5", "vocabulary 64")
     memory = ("weights 0.", "gradients 0.", "optimizer 0.", "activations 0.", "logits 0.", "GiB at peak")
     run_length = ("GiB are free", "20 steps of 64", "measured on")
     for text in (*software, *contents, *memory, *run_length):

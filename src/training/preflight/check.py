@@ -27,9 +27,8 @@ from src.training.preflight.speed import expected_speed
 
 
 def check(config: RunConfig, notes: list[str]) -> int:
-    """Print what was checked and all problems with their solutions. Returns the exit code: 0 without problems, else
-    1."""
-    # In the order of dependence: software, device, kernel, data, model, run. A part is skipped when what it needs
+    """Print every item and the list of problems with their solutions. Returns exit code 0 without problems, else 1."""
+    # Ordered by dependence: software, device, kernel, data, model, run. A part is skipped when one that it needs
     # failed.
     checks = Checklist()
     for note in notes:
@@ -73,8 +72,7 @@ def check(config: RunConfig, notes: list[str]) -> int:
 def warn_at_start(
     config: RunConfig, hardware: Hardware, model: ModelConfig, samples: Samples, resume: ResumePoint, proj_dir: Path
 ) -> None:
-    """The checks that take well under a second, at every start of a run: prints a warning for each problem, else
-    nothing."""
+    """The quick checks (well under a second), at every start of a run. Prints only problems, as warnings."""
     findings = [
         machine.software(),
         machine.cuda(config.accelerator != "cpu"),

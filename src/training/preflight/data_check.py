@@ -23,8 +23,7 @@ MAX_UNDECODABLE_SHARE = 0.05
 
 
 def check_data(checks: Checklist, config: RunConfig, samples: Samples, share: float, vocab_size: int) -> None:
-    """Report what --data_file holds, of which `share` was read. Raises UserError when its ids don't fit the
-    vocabulary."""
+    """Report what --data_file holds, of which `share` was read. Raises UserError when ids exceed the vocabulary."""
     part = f"; the first {share:.1%} of the file, the rest is tokenized when the run starts" if share < 1 else ""
     checks.report("data", samples.summary + part)
     ends, (ids, largest) = check_document_ends(samples), _sampled_ids(samples)
@@ -59,7 +58,7 @@ def check_document_ends(samples: Samples) -> Finding:
     last = [data[int(data.doc_idx[d + 1]) - 1] for d in sampled.tolist() if data.doc_idx[d + 1] > data.doc_idx[d]]
     without_end = sum(1 for item in last if len(item) == 0 or item[-1] != 0)
     if not without_end:
-        return Finding("", f"{documents:,} documents, each ends with token 0")
+        return Finding("", f"{documents:,} documents, all {len(last)} sampled ones end with token 0")
     return Finding(
         "",
         f"{documents:,} documents",
@@ -69,8 +68,7 @@ def check_document_ends(samples: Samples) -> Finding:
 
 
 def _check_text(checks: Checklist, tokenizer: Tokenizer, window: list[int], vocab_size: int, largest: int) -> None:
-    """Print the ids in `window` as text, and check that this tokenizer made them; `largest` is the largest sampled
-    id."""
+    """Print the ids in `window` as text, and check that `tokenizer` made them. `largest` is the largest sampled id."""
     if tokenizer.vocab_size > vocab_size:
         # The data may use few of its ids, but a chat with the model would use others.
         checks.problems.append(
@@ -78,7 +76,7 @@ def _check_text(checks: Checklist, tokenizer: Tokenizer, window: list[int], voca
             "or the next multiple of 64"
         )
     wrong_tokenizer = (
-        f"--tokenizer {tokenizer.name}: the data is not readable text with it; name the one that made --data_file"
+        f"--tokenizer {tokenizer.name}: the data is not readable text with it; give the one that made --data_file"
     )
     if max(window) >= tokenizer.vocab_size:
         checks.problems.append(wrong_tokenizer)
@@ -88,7 +86,7 @@ def _check_text(checks: Checklist, tokenizer: Tokenizer, window: list[int], voca
     if text.count("\N{REPLACEMENT CHARACTER}") > MAX_UNDECODABLE_SHARE * len(text):
         checks.problems.append(wrong_tokenizer)
     if largest < vocab_size // 2:
-        # only a remark: small data may use a large vocabulary's frequent ids only
+        # no problem for certain: a small data set may use only the frequent ids of its tokenizer, which come first
         checks.report(
             "",
             f"the largest sampled id is {largest:,}, and much of the vocabulary is unused; is it the data's tokenizer?",

@@ -149,8 +149,7 @@ def _output(command: list[str]) -> str:
 
 
 def free_memory(accelerator: str, processes: int, device: int = 0) -> float | None:
-    """Bytes that one process may still allocate: of GPU `device`, or its share of the CPU memory. None where
-    unknown."""
+    """Bytes that one process may still allocate: of GPU `device`, or its share of CPU memory. None where unknown."""
     if accelerator == "gpu":
         return float(torch.cuda.mem_get_info(device)[0])
     shared = (_available(), _cgroup_available(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))

@@ -65,7 +65,7 @@ def activation_bytes(c: ModelConfig, tokens: int, precision: str, on_gpu: bool =
         recurrence = vector + kept_by_recurrence(c, precision, on_gpu)
         kept = tokens * (2 * vector + c.n_layer * (vector + recurrence))
         return kept + recomputed_bytes(c, tokens, precision, on_gpu)
-    # 2 vectors: the input of the first block and that of the last norm
+    # 2 vectors outside of the blocks: before the first and after the last one
     return tokens * (2 * vector + c.n_layer * kept_by_block(c, precision, on_gpu))
 
 
@@ -164,8 +164,7 @@ def _largest_chunk(c: ModelConfig, count: int) -> int:
 
 
 def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes: int, precision: str) -> str:
-    """The text of `train.py --plan`: the run, and a table of memory by strategy. `config.plan` is a speed in tokens/s,
-    or 0."""
+    """The text of `train.py --plan`: the run and a table of memory by strategy. `config.plan`: tokens/s, or 0."""
     tokens = config.micro_bsz * config.ctx_len
     per_step = tokens * config.accumulate_grad_batches * processes
     steps = math.ceil(exit_tokens / per_step)
@@ -196,8 +195,7 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
 
 
 def _memory_table(config: RunConfig, model: ModelConfig, processes: int, precision: str) -> Iterator[str]:
-    """One line for each strategy that differs from the others with this number of processes; the run's is marked by
-    ">"."""
+    """One line for each strategy that differs from the others with so many processes; ">" marks the run's."""
     yield f"{'--strategy':>28}  weights  gradients  optimizer    step  activations  logits    total  on the CPU"
     widths = (7, 9, 9, 6, 11, 6, 7, 10)
     for name in STRATEGIES:
