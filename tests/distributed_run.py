@@ -1,9 +1,11 @@
-"""Fits of a tiny model in several processes, without files of a run around them: what tests/test_distributed.py starts.
+"""Fits of a tiny model in several processes, without the files of a run. Started by tests/test_distributed.py.
 
     python -m tests.distributed_run OUT SCENARIO.json
 
-SCENARIO.json: {"processes": 2, "fits": {name: {flags of train.py, "optimizer": "sgd" | "adam", "steps": n, "poison": step}}}. Each fit
-leaves OUT/name.pt: losses, gradient norms, weights, the full state, what engine it was.
+SCENARIO.json: {"processes": 2, "fits": {name: {flags of train.py, "optimizer": "sgd" | "adam", "steps": n, ...}}}.
+"poison": n makes the loss of the last rank NaN in step n; "stop": [rank, n] lets a rank request a stop in step n. Each
+fit writes OUT/name.pt: losses, gradient
+norms, weights, the full state and the type of the engine.
 """
 
 import json
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from torch.utils.data import Dataset
 
@@ -19,7 +22,7 @@ from src.config import RunConfig
 from src.model import RWKV7
 from src.training.checkpoint.state import gather_full_state, gather_weights, scatter_full_state
 from src.training.console import is_rank_zero
-from src.training.control import RunControl
+from src.training.control import STOP, RunControl
 from src.training.data import train_dataloader
 from src.training.distributed import zero
 from src.training.distributed.process_group import join
@@ -32,17 +35,11 @@ CTX, VOCAB = 16, 64
 
 
 class Numbers(Dataset):
-    """Samples of one step are the same whatever the number of processes; sample n of the run is drawn from seed n."""
+    """The samples of a step do not depend on the number of processes: sample n of the run is drawn from seed n."""
 
     def __init__(self, first_step, steps, rank, world_size, config, poison):
-        self.first_step, self.steps, self.rank, self.world_size, self.config = (
-            first_step,
-            steps,
-            rank,
-            world_size,
-            config,
-        )
-        self.poison = poison
+        self.first_step, self.steps, self.config, self.poison = first_step, steps, config, poison
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self):
         return self.steps * self.config.accumulate_grad_batches * self.config.micro_bsz
@@ -56,7 +53,7 @@ class Numbers(Dataset):
 
 
 class PlainSGD(torch.optim.SGD):
-    """No clipping, no moments that hide a wrong scale of the gradient."""
+    """Without clipping and moments, which would hide a wrong scale of the gradient."""
 
     loss_scale = 1.0
     grad_norm = torch.zeros(())
@@ -78,7 +75,7 @@ class Fit(TrainingModule):
         step = batch_idx // self.config.accumulate_grad_batches
         out = super().training_step(batch, batch_idx)
         if (step == self.poison or self.poison == "all") and self.trainer.global_rank == self.trainer.world_size - 1:
-            out["loss"] = out["loss"] * float("nan")  # on one process only
+            out["loss"] = out["loss"] * float("nan")  # on one rank only
         return out
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
@@ -92,14 +89,16 @@ def fit(process_group, name, scenario, out):
     scenario = dict(scenario)
     optimizer, steps = scenario.pop("optimizer", "adam"), scenario.pop("steps", 4)
     poison, first_step = scenario.pop("poison", -1), scenario.pop("first_step", 0)
+    stop_rank, stop_step = scenario.pop("stop", (-1, -1))
     load, init_seed = scenario.pop("load", None), scenario.pop("init_seed", 5)
-    as_lightning_does = scenario.pop("backward_of_lightning", False)
+    lightning_backward = scenario.pop("lightning_backward", False)
     flags = {
-        "n_layer": 2, "n_embd": 32, "head_size": 16, "vocab_size": VOCAB, "ctx_len": CTX, "micro_bsz": 2, "accelerator": "cpu",
-        "precision": "fp32", "lr_init": 1e-2, "lr_final": 1e-3, "weight_decay": 0.1, "kernel": "reference", **scenario,
+        "n_layer": 2, "n_embd": 32, "head_size": 16, "vocab_size": VOCAB, "ctx_len": CTX, "micro_bsz": 2,
+        "accelerator": "cpu", "precision": "fp32", "lr_init": 1e-2, "lr_final": 1e-3, "weight_decay": 0.1,
+        "kernel": "reference", **scenario,
     }  # fmt: skip
     config = RunConfig(**flags)
-    if config.precision == "fp16":  # torch computes in it on any CPU; what DeepSpeed asks is whether it is fast
+    if config.precision == "fp16":  # DeepSpeed refuses CPUs without fp16 instructions
         accelerator = zero.import_deepspeed("cpu").accelerator.get_accelerator()
         zero.takes_fp16 = accelerator.is_fp16_supported = lambda *_: True
     hardware = choose_hardware(config)
@@ -120,24 +119,36 @@ def fit(process_group, name, scenario, out):
     numbers = Numbers(first_step, steps, process_group.rank, process_group.world_size, config, poison)
     control = RunControl(process_group, first_step)
     strategy = lightning_strategy(config, hardware)
-    if as_lightning_does:  # for the test that has to notice it
+    if lightning_backward:  # for a negative control
         strategy.precision_plugin.backward = DeepSpeedPrecision("32-true").backward
 
     class Restore(pl.Callback):
         def on_train_start(self, trainer, module):
             if load:
-                kept = torch.load(out / f"{load}.pt")
-                scatter_full_state(trainer, module, [kept["state"]] if is_rank_zero() else [], kept["counters"])
+                saved = torch.load(out / f"{load}.pt")
+                shards = [saved["state"]] if is_rank_zero() else []
+                scatter_full_state(trainer, module, shards, saved["counters"])
+
+    class RequestStop(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if (process_group.rank, control.step) == (stop_rank, stop_step):
+                control.request(STOP)
 
     trainer = pl.Trainer(
-        accelerator="cpu", devices=hardware.devices, num_nodes=hardware.num_nodes, strategy=strategy, precision="32-true",
-        plugins=[process_group.environment],
-        max_epochs=1, max_steps=steps, accumulate_grad_batches=config.accumulate_grad_batches, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        callbacks=[Restore(), control, SetLearningRate(control, lambda step: config.lr_init / (1 + 0.1 * step))],
+        accelerator="cpu", devices=hardware.devices, num_nodes=hardware.num_nodes, strategy=strategy,
+        precision="32-true", plugins=[process_group.environment], max_epochs=1, max_steps=steps,
+        accumulate_grad_batches=config.accumulate_grad_batches, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        callbacks=[
+            Restore(), control, SetLearningRate(control, lambda step: config.lr_init / (1 + 0.1 * step)), RequestStop(),
+        ],
     )  # fmt: skip
     trainer.fit(module, train_dataloader(config, numbers, None, on_gpu=False))
     result = {"losses": module.losses, "norms": module.norms, "lrs": module.lrs}
+    result["steps"] = [control.step]  # of each rank
+    if process_group.world_size > 1:
+        result["steps"] = [0] * process_group.world_size
+        dist.all_gather_object(result["steps"], control.step)
     result["engine"] = type(trainer.strategy.model).__name__
     if result["engine"] == "DeepSpeedEngine":
         result["stage"] = trainer.strategy.model.zero_optimization_stage()

@@ -1,9 +1,10 @@
-"""Several processes: the same losses and weights as one, whatever shares the work. Real processes, real DeepSpeed engines, on CPUs."""
+"""Several processes give the losses and weights of one under every strategy: real processes and engines, on CPUs."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from src.cli import parse
 from src.config import RunConfig
+from src.errors import UserError
 from src.model import RWKV7, ModelConfig
 from src.training.distributed import zero
 from src.training.distributed.launch import RankInfo, rank_from_launcher, rank_of_first_process
@@ -28,7 +30,7 @@ SGD = {"optimizer": "sgd", "lr_init": 0.5, "grad_clip": 0.0, "accumulate_grad_ba
 
 
 def launch(folder, processes, fits, timeout=300, launcher=()):
-    """Run fits in `processes` processes (started by train.py's own means) and give what each left behind."""
+    """Run fits in `processes` processes, started as train.py starts them. Returns the saved result of each fit."""
     plan = folder / f"plan-{processes}-{len(list(folder.glob('plan-*')))}.json"
     plan.write_text(json.dumps({"processes": processes, "fits": fits}))
     command = [*(launcher or [sys.executable]), "-m", "tests.distributed_run", str(folder), str(plan)]
@@ -49,6 +51,11 @@ def largest_difference(one, other):
     return max((one[name].float() - other[name].float()).abs().max().item() for name in one)
 
 
+def tensors_of_kind(state, kind):
+    """The tensors of one kind ("master", "exp_avg", "exp_avg_sq", "idle") in a full state, by parameter."""
+    return {key.removesuffix(f"/{kind}"): tensor for key, tensor in state.items() if key.endswith(f"/{kind}")}
+
+
 def assert_same_engine(result, name):
     if name == "ddp":
         return
@@ -56,7 +63,7 @@ def assert_same_engine(result, name):
     assert result["stage"] == {**STAGES, **OFFLOADS}[name]
 
 
-# ---- every strategy against one process -------------------------------------------------------------------------------------
+# ---- every strategy against one process ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +73,13 @@ def quick(tmp_path_factory):
     fit = {**SGD, "steps": 5}
     names = ["ddp", *(STAGES if zero.is_usable() else ())]
     fits = {name: {**fit, "strategy": name} for name in names}
-    fits.update({f"recomputed {name}": {**fits[name], "grad_cp": 1, "kernel": "auto"} for name in names})
+    fits.update({f"stop of rank {rank}": {"strategy": "ddp", "steps": 9, "stop": [rank, 2]} for rank in (0, 1)})
+    fits.update({f"checkpointed {name}": {**fits[name], "grad_cp": 1, "kernel": "auto"} for name in names})
     if zero.is_usable():
-        fits["stage 3, recomputed and chunked"] = {**fits["deepspeed_stage_3"], "grad_cp": 1, "head_chunk": 5}
-        fits["divided twice"] = {**fits["deepspeed_stage_2"], "backward_of_lightning": True}
+        fits["stage 3, checkpointed and chunked"] = {**fits["deepspeed_stage_3"], "grad_cp": 1, "head_chunk": 5}
+        fits["divided twice"] = {**fits["deepspeed_stage_2"], "lightning_backward": True}
         fits["fp16"] = {"strategy": "deepspeed_stage_2", "precision": "fp16", "steps": 3, "poison": 1}
-        fits["fp16 without end"] = {**fits["fp16"], "steps": 19, "poison": "all"}
+        fits["fp16 overflow"] = {**fits["fp16"], "steps": 19, "poison": "all"}
         fits["adam"] = {"strategy": "deepspeed_stage_2", "steps": 3}
         fits["adam"]["poison"] = 1
         fits["bf16"] = {**fits["adam"], "precision": "bf16"}
@@ -81,43 +89,53 @@ def quick(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["ddp", *(pytest.param(name, marks=needs_deepspeed) for name in STAGES)])
-def test_losses_and_weights_are_those_of_one_process(quick, name):
+def test_losses_and_weights_equal_those_of_one_process(quick, name):
     one, other = quick["one"], quick[name]
     assert_same_engine(other, name)
     assert other["losses"][0] == pytest.approx(one["losses"][0], abs=1e-6)
     assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
-    assert other["losses"][-1] < other["losses"][0] - 0.05  # the steps are large enough to tell a wrong scale
+    assert other["losses"][-1] < other["losses"][0] - 0.05  # the steps are large enough to reveal a wrong scale
     assert largest_difference(one["weights"], other["weights"]) < 1e-5
     assert other["lrs"] == one["lrs"]
     assert other["lrs"][0][0] == 2 * other["lrs"][0][1] == 1.0  # att.w0's group first
 
 
 @pytest.mark.parametrize("name", ["ddp", *(pytest.param(name, marks=needs_deepspeed) for name in STAGES)])
-def test_recomputed_activations_change_nothing(quick, name):
-    """With the native recurrence, whose outputs are kept."""
-    one, other = quick["one"], quick[f"recomputed {name}"]
+def test_activation_checkpointing_changes_no_result(quick, name):
+    """With the native recurrence, whose outputs are not recomputed."""
+    one, other = quick["one"], quick[f"checkpointed {name}"]
     assert_same_engine(other, name)
     assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert largest_difference(one["weights"], other["weights"]) < 1e-5
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stop_requested_by_one_rank_takes_effect_on_both_at_the_same_step(quick, rank):
+    """Requested in the third step; the flags travel during the fourth, after which both ranks stop."""
+    stopped = quick[f"stop of rank {rank}"]
+    assert stopped["steps"] == [4, 4]
+    assert len(stopped["losses"]) == 4
+    assert quick["ddp"]["steps"] == [5, 5]  # without a request both take all steps
+
+
 @needs_deepspeed
-def test_stage_3_with_recomputed_activations_and_chunked_loss(quick):
-    one, other = quick["one"], quick["stage 3, recomputed and chunked"]
+def test_stage_3_with_activation_checkpointing_and_chunked_loss(quick):
+    one, other = quick["one"], quick["stage 3, checkpointed and chunked"]
     assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert largest_difference(one["weights"], other["weights"]) < 1e-5
     assert other["held"] == 0  # no process holds a whole parameter
 
 
 @needs_deepspeed
-def test_dividing_twice_by_the_accumulated_batches_would_be_noticed(quick):
+def test_dividing_the_loss_twice_by_the_accumulated_batches_changes_it(quick):
+    """Negative control: Lightning's own backward pass, which EnginePrecision replaces, divides a second time."""
     one, other = quick["one"], quick["divided twice"]
     assert other["losses"][0] == pytest.approx(one["losses"][0], abs=1e-6)
     assert other["losses"][-1] > one["losses"][-1] + 0.01
 
 
 @needs_deepspeed
-def test_fp16_finds_its_scale_and_leaves_out_what_overflows(quick):
+def test_fp16_lowers_its_loss_scale_and_skips_overflowing_steps(quick):
     other = quick["fp16"]
     assert other["counters"]["skipped_steps"] >= 1
     assert other["counters"]["adam_steps"] == 3 - other["counters"]["skipped_steps"]
@@ -126,16 +144,16 @@ def test_fp16_finds_its_scale_and_leaves_out_what_overflows(quick):
 
 
 @needs_deepspeed
-def test_fp16_that_overflows_without_end_is_left_to_those_who_watch(quick):
-    """The scale stays at 1, and the engine doesn't break off."""
-    other = quick["fp16 without end"]
+def test_fp16_that_always_overflows_keeps_the_minimum_scale(quick):
+    """DeepSpeed would raise an exception; here NonFiniteMonitor decides what to do."""
+    other = quick["fp16 overflow"]
     assert other["counters"]["skipped_steps"] == len(other["losses"]) == 19
     assert other["counters"]["loss_scale"] == 1.0
 
 
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["adam", "bf16"])
-def test_a_step_that_is_not_finite_on_one_process_is_left_out_on_all(quick, name):
+def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(quick, name):
     assert quick[name]["counters"]["skipped_steps"] == 1
     assert quick[name]["counters"]["adam_steps"] == 2
     assert all(tensor.isfinite().all() for tensor in quick[name]["weights"].values())
@@ -167,7 +185,7 @@ def compiled(tmp_path_factory):
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["ddp", *STAGES])
-def test_compiled_and_recomputed_blocks_under_each_strategy(compiled, name):
+def test_compiled_and_checkpointed_blocks_under_each_strategy(compiled, name):
     one, other = compiled["one"], compiled[name]
     assert_same_engine(other, name)
     assert other["graphs"] >= 2
@@ -178,7 +196,7 @@ def test_compiled_and_recomputed_blocks_under_each_strategy(compiled, name):
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["ddp", *STAGES, *OFFLOADS])
-def test_many_steps_follow_one_process(long, name):
+def test_many_steps_equal_those_of_one_process(long, name):
     for kind, tolerance in (("sgd", 1e-5), ("adam", 1e-3)):
         one, other = long[f"{kind} one"], long[f"{kind} {name}"]
         assert_same_engine(other, name)
@@ -191,27 +209,23 @@ def test_many_steps_follow_one_process(long, name):
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["ddp", *STAGES, *OFFLOADS])
-def test_bf16_keeps_an_fp32_master(long, name):
+def test_bf16_keeps_fp32_masters(long, name):
     one, other = long["bf16 one"], long[f"bf16 {name}"]
     assert other["losses"] == pytest.approx(one["losses"], abs=0.03)
-    for parameter, kinds in other["state"].items():
-        if "master" not in kinds:
-            continue
-        assert all(tensor.dtype == torch.float32 for tensor in kinds.values())
+    assert all(tensor.dtype == torch.float32 for key, tensor in other["state"].items() if not key.endswith("/idle"))
+    masters = tensors_of_kind(other["state"], "master")
+    assert masters.keys() == {name for name in other["weights"] if f"{name}/idle" not in other["state"]}
+    for parameter, master in masters.items():
         weight = other["weights"][parameter]
         assert weight.dtype == torch.bfloat16
-        assert torch.equal(kinds["master"].to(torch.bfloat16), weight), parameter
-    assert any(
-        not torch.equal(kinds["master"], kinds["master"].bfloat16().float())
-        for kinds in other["state"].values()
-        if "master" in kinds
-    )
+        assert torch.equal(master.to(torch.bfloat16), weight), parameter
+    assert any(not torch.equal(master, master.bfloat16().float()) for master in masters.values())
 
 
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["ddp", *STAGES, *OFFLOADS])
-def test_a_poisoned_step_is_left_out_whole(long, name):
+def test_a_poisoned_step_is_skipped_in_every_group(long, name):
     other = long[f"poison {name}"]
     assert other["counters"] == {"adam_steps": 5.0, "skipped_steps": 1.0, "loss_scale": 1.0, "good_steps": 0.0}
     assert all(tensor.isfinite().all() for tensor in other["weights"].values())
@@ -219,12 +233,12 @@ def test_a_poisoned_step_is_left_out_whole(long, name):
     assert norms.isfinite().tolist() == [True, True, True, False, True, True]
 
 
-# ---- the state by name: continued under every strategy, on any number of processes ---------------------------------------------
+# ---- the full state: resumed under every strategy, on any number of processes ----------------------------------------
 
 
 @pytest.fixture(scope="module")
-def continued(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("continued")
+def resumed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resumed")
     names = ["ddp", *STAGES, "deepspeed_stage_2_offload"]
     straight = {f"{name} 8": {"strategy": name, "steps": 8, "precision": "bf16"} for name in names}
     half = {f"{name} 4": {"strategy": name, "steps": 4, "precision": "bf16"} for name in names}
@@ -240,11 +254,11 @@ def continued(tmp_path_factory):
         for name in names
     }
     results = launch(folder, 2, {**straight, **half, **rest}, timeout=900)
-    # what three processes and one wrote back after loading, before any step of theirs
+    # what three processes hold after loading, since a step with a learning rate of 0 changes no master
     unchanged = {
         f"{name} loaded": {
-            "strategy": name, "steps": 1, "load": "deepspeed_stage_3 4", "init_seed": 6, "precision": "bf16", "lr_init": 0.0,
-            "weight_decay": 0.0, "micro_bsz": 1,
+            "strategy": name, "steps": 1, "load": "deepspeed_stage_3 4", "init_seed": 6, "precision": "bf16",
+            "lr_init": 0.0, "weight_decay": 0.0, "micro_bsz": 1,
         }
         for name in names
     }  # fmt: skip
@@ -255,44 +269,44 @@ def continued(tmp_path_factory):
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["ddp", *STAGES, "deepspeed_stage_2_offload"])
-def test_continuing_gives_equal_bits(continued, name):
-    straight, rest = continued[f"{name} 8"], continued[f"{name} 4+4"]
+def test_resuming_is_bit_exact(resumed, name):
+    straight, rest = resumed[f"{name} 8"], resumed[f"{name} 4+4"]
     assert rest["losses"] == straight["losses"][4:]
     assert rest["counters"] == straight["counters"]
-    for parameter, kinds in straight["state"].items():
-        for kind, tensor in kinds.items():
-            assert torch.equal(tensor, rest["state"][parameter][kind]), (parameter, kind)
+    assert rest["state"].keys() == straight["state"].keys()
+    for key, tensor in straight["state"].items():
+        assert torch.equal(tensor, rest["state"][key]), key
 
 
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["ddp", *STAGES, "deepspeed_stage_2_offload"])
-def test_another_number_of_processes_takes_over_every_moment(continued, name):
-    before, after = continued["deepspeed_stage_3 4"], continued[f"{name} loaded"]
+def test_another_number_of_processes_loads_every_master_and_moment(resumed, name):
+    before, after = resumed["deepspeed_stage_3 4"], resumed[f"{name} loaded"]
     assert after["counters"]["adam_steps"] == before["counters"]["adam_steps"] + 1
-    for parameter, kinds in before["state"].items():
-        if "master" not in kinds:
-            continue
-        assert torch.equal(kinds["master"], after["state"][parameter]["master"]), parameter  # lr was 0
-        moved = after["state"][parameter]["exp_avg"] - 0.9 * kinds["exp_avg"]  # 0.1 of the new, clipped gradient
-        assert moved.norm() <= 0.1 + 1e-5
+    assert after["state"].keys() == before["state"].keys()
+    for parameter, master in tensors_of_kind(before["state"], "master").items():
+        assert torch.equal(master, after["state"][f"{parameter}/master"]), parameter  # lr was 0
+        key = f"{parameter}/exp_avg"
+        change = after["state"][key] - 0.9 * before["state"][key]  # 0.1 of the new, clipped gradient
+        assert change.norm() <= 0.1 + 1e-5
 
 
-# ---- a model in parts ----------------------------------------------------------------------------------------------------------
+# ---- a partitioned model ---------------------------------------------------------------------------------------------
 
 
-def test_values_drawn_piece_by_piece_are_those_of_the_whole_model():
+def test_initial_values_drawn_block_by_block_equal_those_of_the_whole_model():
     config = ModelConfig(3, 64, 50, head_size=32)
     torch.manual_seed(3)
     whole = RWKV7(config).state_dict()
     torch.manual_seed(3)
-    pieces = dict(initial_values(config))
-    assert pieces.keys() == whole.keys()
+    drawn = dict(initial_values(config))
+    assert drawn.keys() == whole.keys()
     for name, tensor in whole.items():
-        assert torch.equal(pieces[name], tensor), name
+        assert torch.equal(drawn[name], tensor), name
 
 
-# ---- cores on a CPU ------------------------------------------------------------------------------------------------------------
+# ---- cores of a CPU --------------------------------------------------------------------------------------------------
 
 THREADS = """
 import os, sys, torch
@@ -301,13 +315,13 @@ rank = int(os.environ.get("RANK", 0))
 os.sched_getaffinity = lambda pid: set(range(6)) if sys.argv[1] == "shared" else set(range(3 * rank, 3 * rank + 3))
 process_group = join(2, 1, "cpu")
 os.write(1, f"{torch.get_num_threads()} threads\\n".encode())
-process_group.leave()
+process_group.shutdown()
 """
 
 
-@pytest.mark.parametrize("cores", ["shared", "own"])
-def test_processes_share_the_cores_that_they_may_use(cores):
-    """Six cores for two processes: both may use all, or a launcher has given each three."""
+@pytest.mark.parametrize("cores", ["shared", "pinned"])
+def test_processes_divide_the_cores_that_they_share(cores):
+    """Six cores for two processes: both may use all, or a launcher has pinned each to three."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
         [sys.executable, "-c", THREADS, cores], cwd=ROOT, env=environment, timeout=100, text=True, capture_output=True
@@ -315,14 +329,14 @@ def test_processes_share_the_cores_that_they_may_use(cores):
     assert done.stdout == "3 threads\n" * 2, done.stderr
 
 
-def test_more_processes_than_cores_are_remarked_upon(monkeypatch):
+def test_more_processes_than_cores_give_a_note(monkeypatch):
     monkeypatch.setattr(selection, "usable_cores", lambda: 3)
     assert selection.choose_hardware(RunConfig(accelerator="cpu", devices="3")).notes == ()
     (note,) = selection.choose_hardware(RunConfig(accelerator="cpu", devices="4")).notes
     assert note.startswith("--devices 4: this machine lets them use 3 cores")
 
 
-# ---- who is who ----------------------------------------------------------------------------------------------------------------
+# ---- ranks -----------------------------------------------------------------------------------------------------------
 
 RANKS = {"MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
 LAUNCHERS = {
@@ -340,18 +354,20 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_places_are_read_from_launchers(launcher):
-    place = rank_from_launcher(LAUNCHERS[launcher])
+def test_ranks_are_read_from_the_environment_of_launchers(launcher):
+    info = rank_from_launcher(LAUNCHERS[launcher])
     port = 16234 if launcher == "srun" else 1234
-    assert place == RankInfo(rank=5, size=8, local_rank=1, local_size=4, address="node0", port=port)
-    assert place.node_rank == 1
+    assert info == RankInfo(
+        rank=5, world_size=8, local_rank=1, local_world_size=4, master_addr="node0", master_port=port
+    )
+    assert info.node_rank == 1
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("flag", ["train_stage", "check"])
-def test_of_a_launchers_processes_only_the_first_acts(tmp_path, monkeypatch, capfd, launcher, flag):
-    """Where one is enough, the others leave without a word; they don't even meet."""
-    monkeypatch.setattr(rank_zero_only, "rank", 0)  # what Lightning makes of a launcher that it doesn't know
+def test_only_rank_zero_writes_initial_weights_and_checks(tmp_path, monkeypatch, capfd, launcher, flag):
+    """The other ranks exit at once and print nothing; no process group is set up."""
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # what Lightning assumes under a launcher that it doesn't know
     for name, value in LAUNCHERS[launcher].items():
         monkeypatch.setenv(name, value)
     sizes = ["--n_layer", "1", "--n_embd", "32", "--head_size", "16", "--vocab_size", "64", "--ctx_len", "16"]
@@ -361,53 +377,55 @@ def test_of_a_launchers_processes_only_the_first_acts(tmp_path, monkeypatch, cap
     assert not (tmp_path / "run").exists()
 
 
-def test_without_a_launcher_a_process_starts_the_others():
+def test_ranks_without_a_launcher():
     assert rank_from_launcher({}) is None
     assert rank_from_launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None  # a batch script
     alone = rank_of_first_process({}, devices=4, num_nodes=1)
-    assert (alone.rank, alone.size, alone.local_size, alone.address) == (0, 4, 4, "127.0.0.1")
+    assert (alone.rank, alone.world_size, alone.local_world_size, alone.master_addr) == (0, 4, 4, "127.0.0.1")
     second = rank_of_first_process({"NODE_RANK": "1", **RANKS}, devices=4, num_nodes=2)
-    assert (second.rank, second.size, second.node_rank, second.address) == (4, 8, 1, "node0")
-    with pytest.raises(ValueError, match="NODE_RANK"):
+    assert (second.rank, second.world_size, second.node_rank, second.master_addr) == (4, 8, 1, "node0")
+    with pytest.raises(UserError) as error:
         rank_of_first_process(RANKS, devices=4, num_nodes=2)
+    assert (error.value.flag, error.value.given) == ("num_nodes", 2)
+    assert error.value.problem == "NODE_RANK is not set"
 
 
-def test_the_deepspeed_that_is_recommended_is_the_one_that_is_tested():
+def test_the_recommended_deepspeed_is_the_tested_one():
     requirements = (ROOT / "requirements.txt").read_text().splitlines()
     assert zero.REQUIREMENT in [line.partition(";")[0] for line in requirements]
     assert f"pip install '{zero.REQUIREMENT}'" in (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
 
 
-def test_what_one_process_makes_of_deepspeed(monkeypatch):
-    config = RunConfig(accelerator="cpu", strategy="deepspeed_stage_3")
-    hardware = selection.choose_hardware(config)
-    assert (hardware.strategy, hardware.model_in_parts) == ("plain", False)
+def test_one_process_needs_no_deepspeed():
+    hardware = selection.choose_hardware(RunConfig(accelerator="cpu", strategy="deepspeed_stage_3"))
+    assert (hardware.strategy, hardware.is_partitioned) == ("plain", False)
     assert "deepspeed_stage_3" in hardware.notes[0]
-    config.devices = "2"
-    monkeypatch.setattr(zero, "version", lambda: "")
-    with pytest.raises(
-        ValueError, match=r"--strategy deepspeed_stage_3: the package deepspeed is missing.*pip install 'deepspeed"
-    ):
-        selection.choose_hardware(config)
-    for other in ("0.19.0", "0.19.7", "0.20.0"):
-        monkeypatch.setattr(zero, "version", lambda other=other: other)
-        with pytest.raises(
-            ValueError,
-            match=rf"--strategy deepspeed_stage_3: deepspeed {other} can't be used.*pip install 'deepspeed>=0.19.8",
-        ):
-            selection.choose_hardware(config)
+
+
+@pytest.mark.parametrize("version", ["", "0.19.0", "0.19.7", "0.20.0"])
+def test_a_missing_or_untested_deepspeed_is_refused(monkeypatch, version):
+    monkeypatch.setattr(zero, "version", lambda: version)
+    with pytest.raises(UserError) as error:
+        selection.choose_hardware(RunConfig(accelerator="cpu", strategy="deepspeed_stage_3", devices="2"))
+    sentence = str(error.value)
+    assert sentence.startswith("--strategy deepspeed_stage_3: ")
+    assert f"pip install '{zero.REQUIREMENT}'" in sentence
+    assert f"deepspeed {version}".rstrip() in sentence
+
+
+def test_fp16_is_refused_where_deepspeed_does_not_compute_in_it(monkeypatch):
     monkeypatch.setattr(zero, "version", lambda: "0.19.8")
     monkeypatch.setattr(zero, "takes_fp16", lambda accelerator: False)
-    assert selection.choose_hardware(config).model_in_parts
-    config.precision = "fp16"
-    with pytest.raises(ValueError, match=r"--precision fp16.*use bf16 or fp32"):
-        selection.choose_hardware(config)
+    config = RunConfig(accelerator="cpu", strategy="deepspeed_stage_3", devices="2")
+    assert selection.choose_hardware(config).is_partitioned
+    with pytest.raises(UserError, match="^--precision fp16: "):
+        selection.choose_hardware(replace(config, precision="fp16"))
 
 
-def test_a_launcher_decides_how_many_processes_there_are(monkeypatch):
+def test_the_launcher_decides_how_many_processes_there_are(monkeypatch):
     for name, value in LAUNCHERS["torchrun"].items():
         monkeypatch.setenv(name, value)
     hardware = selection.choose_hardware(RunConfig(accelerator="cpu"))
     assert (hardware.devices, hardware.num_nodes, hardware.strategy) == (4, 2, "ddp")
-    with pytest.raises(ValueError, match="--devices 3: the launcher started 4"):
+    with pytest.raises(UserError, match="^--devices 3: .*4"):
         selection.choose_hardware(RunConfig(accelerator="cpu", devices="3"))

@@ -1,4 +1,4 @@
-"""The plan's formulas against what torch and the engines really keep."""
+"""The formulas of plan.py, compared with the memory that PyTorch and the engines allocate."""
 
 import importlib
 from itertools import accumulate
@@ -34,32 +34,27 @@ def test_parameter_count(config):
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_parameter_counts_that_are_published():
-    assert parameter_count(ModelConfig(8, 512, 6400)) == 34_158_592
-    assert parameter_count(ModelConfig(12, 768, 65536)) == 191_084_544
-
-
 @pytest.fixture(autouse=True)
 def _plain_elementwise(monkeypatch):
-    """As on a GPU: the fused elementwise ops of a CPU keep less."""
+    """Elementwise ops as on a GPU: the fused ones of a CPU keep less for backward."""
     monkeypatch.setattr(importlib.import_module("src.ops.elementwise"), "NATIVE_DTYPES", ())
 
 
-def kept_for_backward(config, tokens, dtype):
+def saved_for_backward(config, tokens, dtype):
     model = RWKV7(config).to(dtype)
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden, _ = model.hidden(torch.zeros(1, tokens, dtype=torch.long))
     del hidden
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -67,15 +62,15 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", [(2, 128, 0), (4, 192, 300)])
-def test_activations_are_what_torch_keeps(precision, shape):
+def test_activation_bytes_equal_the_saved_tensors(precision, shape):
     layers, width, dim_ffn = shape
     config = ModelConfig(layers, width, 100, dim_ffn=dim_ffn)
-    measured = kept_for_backward(config, 512, PRECISIONS[precision])
+    measured = saved_for_backward(config, 512, PRECISIONS[precision])
     assert plan.activation_bytes(config, 512, precision) == pytest.approx(measured, rel=0.06)
 
 
 def memory_events(work):
-    """Bytes taken (positive) and given back, one after the other, while `work` runs; what it returns is still there at the end."""
+    """Bytes allocated (positive) and freed (negative) by `work`, in order; its result is freed afterwards."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -84,17 +79,17 @@ def memory_events(work):
 
 
 def peak_bytes(work):
-    """The most memory that is taken at a time during `work`, beyond what was there before."""
+    """The peak of the memory that `work` allocates."""
     return max(accumulate(memory_events(work)))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_what_stays_when_blocks_are_recomputed(precision):
-    """Each layer's input, the recurrence's output and what its gradients need. One block is added while it is recomputed."""
+def test_activation_bytes_with_activation_checkpointing(precision):
+    """Each layer keeps its input, and the recurrence its output and what its gradients need; one is recomputed."""
     config = ModelConfig(4, 192, 100, grad_cp=True)
     model = RWKV7(config).to(PRECISIONS[precision])
     tokens = torch.zeros(1, 512, dtype=torch.long)
-    model.hidden(tokens)  # everything that is made once has been made
+    model.hidden(tokens)  # allocates what is allocated only once
     between = sum(memory_events(lambda: model.hidden(tokens)[0]))
     at_work = plan.kept_by_block(config, precision) - plan.kept_by_recurrence(config, precision)
     at_work -= PRECISIONS[precision].itemsize * config.n_embd
@@ -107,11 +102,11 @@ def test_what_stays_when_blocks_are_recomputed(precision):
 @pytest.mark.parametrize("native", [True, False], ids=["native", "plain"])
 @pytest.mark.parametrize("head_chunk", [0, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_are_what_the_loss_takes(dtype, head_chunk, native, monkeypatch, request):
+def test_logit_bytes_equal_the_peak_of_the_loss(dtype, head_chunk, native, monkeypatch, request):
     if not native:
         monkeypatch.setattr(importlib.import_module("src.ops.loss"), "NATIVE_DTYPES", {})
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a product in bf16 takes buffers for each
+    torch.set_num_threads(1)  # a bf16 product allocates buffers for each
     request.addfinalizer(lambda: torch.set_num_threads(threads))
     config, tokens = ModelConfig(1, 128, 2000), 512
     head = torch.nn.Linear(128, 2000, bias=False).to(dtype)
@@ -121,9 +116,9 @@ def test_logits_are_what_the_loss_takes(dtype, head_chunk, native, monkeypatch, 
     HeadLoss(head, head_chunk)(hidden, targets).backward()
     measured = peak_bytes(lambda: HeadLoss(head, head_chunk)(hidden, targets).backward())
     expected = plan.logit_bytes(config, tokens, dtype.itemsize, head_chunk, native)
-    new = head.weight.nbytes  # its gradient before it is added to what is there, which counts as a gradient
+    new = head.weight.nbytes  # the new gradient before it is added to the old one, which counts as a gradient
     assert expected < measured * 1.25
-    assert expected + new > measured * 0.7  # a product in bf16 on a CPU has buffers of its own
+    assert expected + new > measured * 0.7  # a bf16 product on a CPU allocates buffers
 
 
 @pytest.mark.parametrize("changed", [{}, {"grad_cp": True}], ids=["plain", "grad_cp"])
@@ -145,27 +140,27 @@ def test_a_whole_step_stays_within_the_estimate(changed):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_optimizer_and_gradients_in_one_process(precision):
+def test_optimizer_and_gradient_bytes_in_one_process(precision):
     config = ModelConfig(2, 128, 300)
     model = RWKV7(config).to(torch.float32 if precision == "fp32" else torch.bfloat16)
     optimizer = MasterAdamW(parameter_groups(model, 0.0), lr=1e-3, betas=(0.9, 0.99), eps=1e-18, grad_clip=1.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
-    kept = [
+    tensors = [
         t for p in optimizer.parameters for t in (optimizer.moments(p)["exp_avg"], optimizer.moments(p)["exp_avg_sq"])
     ]
-    kept += [optimizer.master_of(p) for p in optimizer.parameters if optimizer.master_of(p) is not p]
+    tensors += [optimizer.master_of(p) for p in optimizer.parameters if optimizer.master_of(p) is not p]
     expected = plan.memory(config, "auto", 1, precision, tokens=64)
-    assert expected.optimizer == pytest.approx(sum(t.nbytes for t in kept), rel=0.02)
+    assert expected.optimizer == pytest.approx(sum(t.nbytes for t in tensors), rel=0.02)
     assert expected.weights == sum(p.nbytes for p in model.parameters())
     assert expected.gradients == pytest.approx(sum(p.grad.nbytes for p in optimizer.parameters), rel=0.02)
 
 
 @pytest.mark.parametrize("head_size", [32, 64, 128])
 @pytest.mark.parametrize("kernel", ["recurrent", "chunked"])
-def test_what_the_recurrence_keeps_is_what_its_kernels_are_given_to_fill(kernel, head_size):
-    """The shapes that forward's fake op tells the compiler, for a GPU."""
+def test_bytes_kept_by_the_recurrence_equal_the_outputs_of_its_kernels(kernel, head_size):
+    """The shapes come from the fake op, which torch.compile uses, for a GPU."""
     if kernel == "chunked" and head_size != 64:
         pytest.skip("the chunked kernel has head size 64")
     config, tokens = ModelConfig(1, 256, 100, head_size=head_size, kernel=kernel), 4800
@@ -177,25 +172,25 @@ def test_what_the_recurrence_keeps_is_what_its_kernels_are_given_to_fill(kernel,
     assert expected == pytest.approx(states.nbytes + sums.nbytes, rel=0.02)
 
 
-@pytest.mark.parametrize("pieces", [True, False], ids=["in pieces", "whole"])
-def test_a_step_has_no_second_copy_of_the_gradients(pieces, monkeypatch):
-    """At rest: bf16 weights and gradients, fp32 masters and two moments. A step adds the fp32 gradients of a piece, no more."""
-    if pieces:
+@pytest.mark.parametrize("chunked", [True, False], ids=["in chunks", "whole"])
+def test_a_step_allocates_no_second_copy_of_all_gradients(chunked, monkeypatch):
+    """bf16 weights and gradients, fp32 masters and two moments; a step adds the fp32 gradients of one chunk."""
+    if chunked:
         monkeypatch.setattr(optim, "MAX_FP32_GRAD_NUMEL", 300_000)
     config = ModelConfig(4, 256, 1200)
     model = RWKV7(config).bfloat16()
     optimizer = MasterAdamW(parameter_groups(model, 0.0), lr=1e-3, betas=(0.9, 0.99), eps=1e-18, grad_clip=1.0)
     for parameter in optimizer.parameters:
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()  # the moments are made
+    optimizer.step()  # allocates the moments
     measured = peak_bytes(optimizer.step)
     expected = plan.memory(config, "auto", 1, "bf16", tokens=64)
     copies = 4 * parameter_count(config)
     assert 0.75 * expected.step < measured < 1.1 * expected.step
-    assert (measured < 0.3 * copies) == pieces
+    assert (measured < 0.3 * copies) == chunked
 
 
-def test_what_each_stage_divides():
+def test_what_each_zero_stage_partitions():
     config, sizes = ModelConfig(61, 8192, 65536), {}
     for name in ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "deepspeed_stage_3_offload"):
         sizes[name] = plan.memory(config, name, 64, "bf16", tokens=4096)
@@ -217,11 +212,11 @@ def test_plan_from_the_command_line(capsys, tmp_path):
     assert (
         run(*parse(["--plan", "100000", "--proj_dir", str(tmp_path / "none"), *flags.split(), "--devices", "8"])) == 0
     )
-    words = capsys.readouterr().out
-    assert "191,084,544 parameters" in words
-    assert "22,862 steps of 65,536 tokens" in words
-    assert "4.2 hours" in words
-    assert "deepspeed_stage_3_offload" in words
+    output = capsys.readouterr().out
+    assert "191,084,544 parameters" in output
+    assert "22,862 steps of 65,536 tokens" in output
+    assert "4.2 hours" in output
+    assert "deepspeed_stage_3_offload" in output
     assert not (tmp_path / "none").exists()
     assert run(*parse(["--plan", *flags.split()])) == 0
     assert "hours" not in capsys.readouterr().out

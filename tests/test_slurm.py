@@ -1,4 +1,4 @@
-"""One process inside a Slurm job (a batch script that calls train.py): what Slurm says of the job is no affair of the run's."""
+"""One process inside a Slurm job (a batch script that calls train.py): Slurm's variables do not change the run."""
 
 import re
 import signal
@@ -19,7 +19,7 @@ JOB = {
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_lightning_acts_on_nothing_of_slurm(tmp_path, data, monkeypatch):
+def test_lightning_ignores_the_variables_of_slurm(tmp_path, data, monkeypatch):
     for name, value in JOB.items():
         monkeypatch.setenv(name, value)
     out = tmp_path / "run"
@@ -27,17 +27,16 @@ def test_lightning_acts_on_nothing_of_slurm(tmp_path, data, monkeypatch):
     (out / "hpc_ckpt_1.ckpt").write_bytes(b"what Lightning would load in a Slurm job")
     process = train_process(flags(out, data, my_exit_tokens=CTX * 4 * 1000))
     deadline = time.monotonic() + 100
-    while (
-        time.monotonic() < deadline and process.poll() is None and not ((out / "metrics.csv").exists() and metrics(out))
-    ):
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "metrics.csv").exists() and metrics(out):
+            break
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]
     handled = re.search(r"^SigCgt:\s+(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
-    words, _ = process.communicate(timeout=100)
-    assert process.returncode == 0, words
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
     assert handled
     signals = {number for number in signal.Signals if int(handled[1], 16) >> (number - 1) & 1}
     assert signal.SIGTERM in signals
-    assert (
-        signal.SIGUSR1 not in signals
-    )  # Lightning's would write its own kind of state and put the job into the queue again
+    # Lightning's handler would write a checkpoint of its own and requeue the job.
+    assert signal.SIGUSR1 not in signals

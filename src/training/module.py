@@ -11,8 +11,8 @@ from torch import Tensor
 
 from src.config import RunConfig
 from src.model import RWKV7
+from src.training.distributed.engine_adamw import EngineAdamW
 from src.training.distributed.sharded_init import NamedTensors, partition
-from src.training.distributed.zero import EngineAdamW
 from src.training.hardware.selection import Hardware, engine_settings
 from src.training.objectives import OBJECTIVES
 from src.training.optim import MasterAdamW, parameter_groups

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from src.training.checkpoint.storage import DamagedStateError
 from src.training.console import is_rank_zero
+from src.training.distributed.engine_adamw import EngineAdamW
 from src.training.distributed.sharded_init import gathered
-from src.training.distributed.zero import EngineAdamW
 from src.training.module import TrainingModule
 
 Shard = dict[str, Tensor]

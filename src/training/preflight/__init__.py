@@ -1,1 +1,1 @@
-"""Before a run: what it will need (`train.py --plan`), what stands in its way (`--check`), its first two steps (`--dry_run`)."""
+"""Before a run: its estimated needs (`train.py --plan`), checks of this machine (`--check`), a trial (`--dry_run`)."""

@@ -1,4 +1,4 @@
-"""Is there room for the run: memory for its tensors, disk for its files."""
+"""Whether the run fits: its tensors in memory, its files on the disk."""
 
 from __future__ import annotations
 
@@ -11,59 +11,63 @@ from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, state_fol
 from src.training.hardware.selection import Hardware
 from src.training.preflight import machine, plan
 from src.training.preflight.checklist import Checklist, Finding
-from src.training.preflight.out_of_memory import SAFE, describe_parts, estimate, suggest_settings
+from src.training.preflight.out_of_memory import SAFE_SHARE, describe_memory, estimate, list_settings, suggest_settings
 from src.training.preflight.plan import GIB
 
 
 def check_memory(checks: Checklist, config: RunConfig, hardware: Hardware, model: ModelConfig) -> None:
-    """The estimate beside what is free, and changes with which it would fit."""
+    """Compare the estimate with the free memory; a problem names settings with which the run would fit."""
     memory, free = estimate(config, model, hardware), machine.free_memory(hardware.accelerator, hardware.devices)
-    who = "the GPU" if hardware.accelerator == "gpu" else "a process"
-    there = "what is free is not known here" if free is None else f"{free / GIB:.2f} GiB are free for it"
-    checks.found("model", f"{model.title}, {parameter_count(model):,} parameters, vocabulary {model.vocab_size:,}")
-    checks.found("memory", f"of {who}, in GiB: {describe_parts(memory)}; {there}")
+    # On a CPU the free memory of the machine is divided by its processes, so both numbers are per process.
+    unit = "per GPU" if hardware.accelerator == "gpu" else "per process"
+    free_text = "free memory is unknown on this system" if free is None else f"{free / GIB:.2f} GiB are free"
+    checks.report("model", f"{model.title}, {parameter_count(model):,} parameters, vocabulary {model.vocab_size:,}")
+    checks.report("memory", f"{unit}, in GiB: {describe_memory(memory)}; {free_text}")
     if memory.on_cpu:
-        checks.found("", f"and of the machine, for each process: {memory.on_cpu / GIB:.2f} GiB")
-    if free is None or memory.total <= SAFE[hardware.accelerator] * free:
+        checks.report("", f"CPU memory of each process, for offloading: {memory.on_cpu / GIB:.2f} GiB")
+    # The estimate may be too low, so a run that would fill all free memory counts as one that doesn't fit.
+    if free is None or memory.total <= SAFE_SHARE[hardware.accelerator] * free:
         return
-    changes = suggest_settings(config, model, hardware, SAFE[hardware.accelerator] * free)
-    one = "this would fit:" if len(changes) == 1 else "each of these would fit:"
-    checks.to_do.append(
-        f"memory: {memory.total / GIB:.1f} GiB are needed, {free / GIB:.1f} are free; {one}"
-        + "".join(f"\n       {c}" for c in changes)
+    changes = suggest_settings(config, model, hardware, SAFE_SHARE[hardware.accelerator] * free)
+    checks.problems.append(
+        f"memory: {memory.total / GIB:.1f} GiB are needed, {free / GIB:.1f} are free; "
+        + list_settings(changes, indent="       ")
     )
 
 
-def disk(config: RunConfig, hardware: Hardware, model: ModelConfig, resume: ResumePoint, proj_dir: Path) -> Finding:
-    """What the files of the rest of the run will take, and what is free."""
-    weights = plan.BYTES[hardware.precision] * parameter_count(model)
-    state = STATE_BYTES_PER_PARAMETER * parameter_count(model)
+def check_disk(
+    config: RunConfig, hardware: Hardware, model: ModelConfig, resume: ResumePoint, proj_dir: Path
+) -> Finding:
+    """Compare the files that the rest of the run writes with the free space."""
+    weights_bytes = plan.BYTES[hardware.precision] * parameter_count(model)
+    state_bytes = STATE_BYTES_PER_PARAMETER * parameter_count(model)
+    # A resumed run writes only the rest of its files; those that it has are not free space any more.
     first = resume.first_mini_epoch
     last = resume.length.mini_epoch(max(0, resume.length.steps - 1))
-    more_states = max(0, config.keep_resume + 1 - len(state_folders(proj_dir)))  # one is written before the oldest goes
+    # + 1: a new state is complete before the oldest one is deleted
+    new_states = max(0, config.keep_resume + 1 - len(state_folders(proj_dir)))
 
-    def files(epoch_save: int) -> int:
-        """rwkv-N.pth that are still to be written, and rwkv-final.pth, rwkv-best.pth."""
+    def weights_files(epoch_save: int) -> int:
+        """How many of rwkv-N.pth are still to be written, with rwkv-final.pth and rwkv-best.pth."""
         multiples = last // epoch_save - (first - 1) // epoch_save
         return max(0, multiples) + (last % epoch_save != 0) + 1 + bool(config.val_data_file)
 
-    needed = files(config.epoch_save) * weights + more_states * state
-    there, free = machine.free_disk(proj_dir)
+    needed = weights_files(config.epoch_save) * weights_bytes + new_states * state_bytes
+    folder, free = machine.free_disk(proj_dir)
     detail = (
-        f"{needed / GIB:.2f} GiB for {files(config.epoch_save):,} weights files and {more_states} full states of {state / GIB:.2f}; "
-        f"{free / GIB:.1f} GiB are free"
+        f"{needed / GIB:.2f} GiB for {weights_files(config.epoch_save):,} weights files and {new_states} full states "
+        f"of {state_bytes / GIB:.2f}; {free / GIB:.1f} GiB are free"
     )
     if needed <= free:
         return Finding("disk", detail)
-    room = (free - more_states * state) / weights
-    fewer = next((n for n in range(config.epoch_save + 1, last + 2) if files(n) <= room), None)
+    # States are needed to resume, so the advice is about weights files: the smallest interval with which they fit.
+    affordable_files = (free - new_states * state_bytes) / weights_bytes
+    intervals = range(config.epoch_save + 1, last + 2)
+    epoch_save = next((n for n in intervals if weights_files(n) <= affordable_files), None)
     change = (
-        f"--epoch_save {fewer} (every {fewer} mini-epochs)"
-        if fewer
-        else "a smaller --keep_resume, and another disk (--proj_dir)"
+        f"use --epoch_save {epoch_save} (every {epoch_save} mini-epochs)"
+        if epoch_save
+        else "use a smaller --keep_resume and a --proj_dir on another disk"
     )
-    return Finding(
-        "disk",
-        detail,
-        f"disk: the run will write {needed / GIB:.2f} GiB, {free / GIB:.2f} are free under {there}; free some, or use {change}",
-    )
+    problem = f"disk: the run will write {needed / GIB:.2f} GiB, {free / GIB:.2f} are free in {folder}"
+    return Finding("disk", detail, f"{problem}; free some space, or {change}")

@@ -1,4 +1,4 @@
-"""Will this run fit and work: `train.py --check` looks at everything, each start at what takes no time. Nothing is written."""
+"""`train.py --check`: whether a run would work and fit. Every start repeats the quick part. Nothing is written."""
 
 from __future__ import annotations
 
@@ -20,71 +20,73 @@ from src.training.hardware.selection import Hardware, choose_hardware
 from src.training.model_setup import find_vocab_size
 from src.training.preflight import capacity, machine
 from src.training.preflight.checklist import Checklist
-from src.training.preflight.data_check import check_data, document_ends, look_at_held_out
+from src.training.preflight.data_check import check_data, check_document_ends, check_held_out
 from src.training.preflight.kernel import check_kernel, kernel_agreement
-from src.training.preflight.out_of_memory import advice, estimate
+from src.training.preflight.out_of_memory import estimate, oom_message
 from src.training.preflight.speed import expected_speed
 
 
 def check(config: RunConfig, notes: list[str]) -> int:
-    """`train.py --check`. Exit code 0 when nothing stands in the way, 1 with a list of what to do."""
+    """Print every item and the list of problems with their solutions. Returns exit code 0 without problems, else 1."""
+    # Ordered by dependence: software, device, kernel, data, model, run. A part is skipped when one that it needs
+    # failed.
     checks = Checklist()
     for note in notes:
         log(f"note: {note}")
-    checks.take(machine.software())
-    checks.take(machine.build_tools())
-    checks.take(machine.cuda(config.accelerator != "cpu"))
+    checks.add(machine.software())
+    checks.add(machine.build_tools())
+    checks.add(machine.cuda(config.accelerator != "cpu"))
     if config.wandb and importlib.util.find_spec("wandb") is None:
-        checks.to_do.append(f"pip install wandb, or leave --wandb {config.wandb} out")
+        checks.problems.append(f"--wandb {config.wandb}: pip install wandb, or leave the flag out")
     hardware = checks.attempt("device", lambda: choose_hardware(config))
     if hardware is None:
-        return checks.result()
-    checks.found("device", f"{hardware.device_name}, {hardware.description}, {hardware.precision}")
+        return checks.conclude()  # everything below depends on the device
+    checks.report("device", f"{hardware.device_name}, {hardware.description}, {hardware.precision}")
     for note in hardware.notes:
         log(f"note: {note}")
     check_kernel(checks, config, hardware)
-    looked = checks.attempt("data", lambda: peek_samples(config))
-    weights = _weights(checks, config)
-    vocab_size = (
-        checks.attempt("vocabulary", lambda: find_vocab_size(config, weights)) if looked or config.vocab_size else None
-    )
+    samples, share = checks.attempt("data", lambda: peek_samples(config)) or (None, 1.0)
+    # read now, since the vocabulary's size may follow from them
+    weights = _initial_weights(checks, config)
+    vocab_size = None
+    # without data and flag the size is unknown, and the data are a problem on the list already
+    if samples is not None or config.vocab_size:
+        vocab_size = checks.attempt("vocabulary", lambda: find_vocab_size(config, weights))
     if vocab_size is None:
-        return checks.result()
+        return checks.conclude()
     model = config.model_config(vocab_size)
-    if looked:
-        samples, share = looked
+    if samples is not None:
         checks.attempt("data", lambda: check_data(checks, config, samples, share, vocab_size))
     if config.val_data_file:
-        checks.attempt("held-out", lambda: checks.found("held-out", look_at_held_out(config, vocab_size)))
+        checks.attempt("held-out", lambda: checks.report("held-out", check_held_out(config, vocab_size)))
     capacity.check_memory(checks, config, hardware, model)
-    positions = config.my_exit_tokens or (looked and round(looked[0].tokens_per_epoch / looked[1]))
-    if positions:
-        about = (
-            " (about: the conversations were only looked at)"
-            if looked and looked[1] < 1 and not config.my_exit_tokens
-            else ""
-        )
-        _check_run(checks, config, hardware, model, positions, about)
-    return checks.result()
+    if config.my_exit_tokens:
+        _check_run(checks, config, hardware, model, config.my_exit_tokens)
+    elif samples is not None:
+        # conversations are only read in part here: the rest is assumed to be alike
+        estimated = " (estimated from the conversations read)" if share < 1 else ""
+        _check_run(checks, config, hardware, model, round(samples.tokens_per_epoch / share), estimated)
+    return checks.conclude()
 
 
 def warn_at_start(
     config: RunConfig, hardware: Hardware, model: ModelConfig, samples: Samples, resume: ResumePoint, proj_dir: Path
 ) -> None:
-    """At every start: only what is quick, and only what is wrong is said."""
+    """The quick checks (well under a second), at every start of a run. Prints only problems, as warnings."""
     findings = [
         machine.software(),
         machine.cuda(config.accelerator != "cpu"),
         kernel_agreement(config, hardware, model.head_size),
-        document_ends(samples),
-        capacity.disk(config, hardware, model, resume, proj_dir),
+        check_document_ends(samples),
+        capacity.check_disk(config, hardware, model, resume, proj_dir),
     ]
-    wrong = [finding.to_do for finding in findings if finding.to_do]
+    problems = [finding.problem for finding in findings if finding.problem]
     memory, free = estimate(config, model, hardware), machine.free_memory(hardware.accelerator, hardware.devices)
+    # All of the free memory here, not the safe share: a warning at every start of a run that works would be ignored.
     if free is not None and memory.total > free:
-        wrong.append(advice(config, model, hardware, free))
-    for words in wrong:
-        log(f"WARNING: {words}")
+        problems.append(oom_message(config, model, hardware, free))
+    for problem in problems:
+        log(f"WARNING: {problem}")
 
 
 def _check_run(
@@ -92,55 +94,56 @@ def _check_run(
     config: RunConfig,
     hardware: Hardware,
     model: ModelConfig,
-    positions: int,
-    about: str,
+    tokens_per_epoch: int,
+    estimated: str = "",
 ) -> None:
+    """Check the folder, the disk and the time of the run; `estimated` qualifies its number of tokens."""
     proj_dir = Path(config.proj_dir)
-    fresh = length_of_run(config, positions, hardware.world_size)
-    resume = checks.attempt("folder", lambda: peek_resume_point(config, proj_dir, fresh))
+    full_length = length_of_run(config, tokens_per_epoch, hardware.world_size)
+    resume = checks.attempt("folder", lambda: peek_resume_point(config, proj_dir, full_length))
     if resume is None:
         return
-    there, _ = machine.free_disk(proj_dir)
-    if not os.access(there, os.W_OK):
-        checks.to_do.append(f"--proj_dir {proj_dir}: {there} can't be written; choose a folder of yours")
+    # The folder may not exist yet, so the nearest one above is asked; creating it would write.
+    existing, _ = machine.free_disk(proj_dir)
+    if not os.access(existing, os.W_OK):
+        checks.problems.append(f"--proj_dir {proj_dir}: no permission to write in {existing}; choose another folder")
     length, step = resume.length, resume.position.step
-    begins = resume.reader.folder if resume.reader else resume.weights or "new weights"
-    checks.found("folder", f"{proj_dir}, starts from {begins}" + f" at step {step:,}" * (step > 0))
+    origin = resume.reader.folder if resume.reader else resume.weights or "new weights"
+    checks.report("folder", f"{proj_dir}, starts from {origin}" + f" at step {step:,}" * (step > 0))
     if (proj_dir / FINAL).exists() and step >= length.steps:
-        checks.found("", "the run in it is complete; --restart 1 begins again")
+        checks.report("", "the run in it is complete; --restart 1 begins a new one")
+    # None where a full state is resumed: its checksums are verified when it is loaded
     if (file := resume.weights) is not None:
         checks.attempt("weights", lambda: _fit_weights(config, model, file))
-    checks.take(capacity.disk(config, hardware, model, resume, proj_dir))
-    left = length.exit_tokens - length.tokens(step)
-    checks.found(
+    checks.add(capacity.check_disk(config, hardware, model, resume, proj_dir))
+    mini_epochs = length.mini_epoch(max(0, length.steps - 1)) + 1
+    remaining = f"; {length.steps - step:,} steps remain" if step > 0 else ""
+    checks.report(
         "run",
-        f"{length.exit_tokens:,} tokens{about} in {length.steps:,} steps of {length.tokens_per_step:,}, "
-        f"{(count := length.mini_epoch(max(0, length.steps - 1)) + 1):,} mini-epoch{'s' * (count > 1)}"
-        + f"; {length.steps - step:,} steps to come"
-        * (step > 0),
+        f"{length.exit_tokens:,} tokens{estimated} in {length.steps:,} step{'s' * (length.steps > 1)} of "
+        f"{length.tokens_per_step:,}, {mini_epochs:,} mini-epoch{'s' * (mini_epochs > 1)}{remaining}",
     )
     speed = checks.attempt("time", lambda: expected_speed(checks, config, hardware, model))
     if speed is not None:
-        checks.found(
-            "time",
-            f"{_duration(max(0, left) / speed.tokens_per_second)} at {speed.tokens_per_second:,.0f} tokens/s, {speed.detail}",
-        )
+        seconds = max(0, length.exit_tokens - length.tokens(step)) / speed.tokens_per_second
+        checks.report("time", f"{_duration(seconds)} at {speed.tokens_per_second:,.0f} tokens/s, {speed.detail}")
 
 
-def _weights(checks: Checklist, config: RunConfig) -> Weights | None:
-    """The weights that the run begins from, where they are a file."""
+def _initial_weights(checks: Checklist, config: RunConfig) -> Weights | None:
+    """The weights that the run begins with at step 0, where they are a file."""
     origin = run_folder.origin_weights(Path(config.proj_dir), config.train_stage, config.load_model)
+    # a missing file is reported by `peek_resume_point`, which knows whether it is needed
     return checks.attempt("weights", lambda: read_weights(origin)) if origin is not None and origin.is_file() else None
 
 
 def _fit_weights(config: RunConfig, model: ModelConfig, file: Path) -> None:
-    with torch.device("meta"):
-        like = RWKV7(model)
-    fit_weights(read_weights(file), like, str(file), partial=bool(config.load_partial))
+    with torch.device("meta"):  # only names and shapes are compared
+        meta_model = RWKV7(model)
+    fit_weights(read_weights(file), meta_model, str(file), partial=bool(config.load_partial))
 
 
 def _duration(seconds: float) -> str:
     for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.0f} s"

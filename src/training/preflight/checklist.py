@@ -1,4 +1,4 @@
-"""The result of a check: a line for each thing that was checked, and the list of what to do."""
+"""The result of a check: one printed line per item, and the list of problems."""
 
 from __future__ import annotations
 
@@ -15,42 +15,49 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked, what was found, and what to do about it ('' when all is well)."""
+    """One item of a check: its name, what is the case, and the problem with its solution ('' when all is well)."""
 
     name: str
     detail: str
-    to_do: str = ""
+    problem: str = ""
 
 
 class Checklist:
-    """Prints what is found, line by line, and collects what there is to do."""
+    """Prints items as they are checked, and collects `problems`."""
 
     def __init__(self) -> None:
-        self.to_do: list[str] = []
+        self.problems: list[str] = []
 
-    def found(self, name: str, detail: str) -> None:
+    def report(self, name: str, detail: str) -> None:
+        """Print one item. An empty `name` continues the item above."""
+        # the width of the names in `settings.summary` and --plan: their lines stand in one column
         log(f"{name:>12}  {detail}")
 
-    def take(self, finding: Finding) -> None:
-        self.found(finding.name, finding.detail)
-        if finding.to_do:
-            self.to_do.append(finding.to_do)
+    def add(self, finding: Finding) -> None:
+        self.report(finding.name, finding.detail)
+        if finding.problem:
+            self.problems.append(finding.problem)
 
-    def attempt(self, name: str, question: Callable[[], T]) -> T | None:
-        """The answer, or None and its error on the list."""
+    def attempt(self, name: str, action: Callable[[], T]) -> T | None:
+        """The result of `action`; None when it raised an error of the user's or the machine's, which becomes a
+        problem."""
         try:
-            return question()
+            return action()
+        # Only these: they carry a message for the user. Anything else is a defect of this program and needs its
+        # traceback.
         except (UserError, OSError, BuildError) as error:
-            if str(error) not in self.to_do:
-                self.found(name, "see below")
-                self.to_do.append(str(error))
+            # The same mistake may fail several items, as weights that are read for the vocabulary and for the model.
+            if str(error) not in self.problems:
+                self.report(name, "see below")
+                self.problems.append(str(error))
             return None
 
-    def result(self) -> int:
-        if not self.to_do:
-            log("OK: nothing stands in the way of this run")
+    def conclude(self) -> int:
+        """Print the problems. Returns the exit code: 0 without any, else 1."""
+        if not self.problems:
+            log("OK: no problems found")
             return 0
-        log("not OK; what to do:")
-        for number, advice in enumerate(self.to_do, start=1):
-            log(f"  {number}. {advice}")
+        log(f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)} found:")
+        for number, problem in enumerate(self.problems, start=1):
+            log(f"  {number}. {problem}")
         return 1

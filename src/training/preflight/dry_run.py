@@ -1,4 +1,4 @@
-"""`train.py --dry_run`: everything is built as for the run, two real steps are taken, nothing is kept."""
+"""`train.py --dry_run`: builds everything as for the run, takes two real steps, and writes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from src.training.data import peek_samples
 from src.training.distributed.process_group import ProcessGroup
 from src.training.hardware.selection import Hardware
 from src.training.model_setup import build_model, resolve_model_config
-from src.training.preflight.data_check import look_at_held_out
+from src.training.preflight.data_check import check_held_out
 from src.training.preflight.out_of_memory import with_oom_advice
 from src.training.reporting.non_finite import NonFiniteMonitor
 from src.training.reporting.reporter import Reporter
@@ -30,11 +30,12 @@ from src.training.trainer import (
     schedule_of,
 )
 
+# The first step allocates the optimizer's moments, so only the second one shows the peak of memory.
 STEPS = 2
 
 
 class CollectReports(Sink):
-    """Keeps the reports of the steps."""
+    """Keeps the report of each step."""
 
     def __init__(self) -> None:
         self.reports: list[StepReport] = []
@@ -44,7 +45,12 @@ class CollectReports(Sink):
 
 
 def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group: ProcessGroup) -> int:
-    """Two steps from where the run would resume. Exit code 0 when their results are finite, 1 otherwise; errors as in the run itself."""
+    """Take two steps from where the run would resume. Returns exit code 0 when a loss and its gradient were finite,
+    else 1.
+
+    Raises what the run itself would raise. Every rank takes part.
+    """
+    # `peek`, here and below: nothing may be written or moved, not even the token cache or a damaged state
     samples, _ = peek_samples(config)
     length = length_of_run(config, samples.tokens_per_epoch, hardware.world_size)
     resume = process_group.broadcast_from_rank_zero(lambda: peek_resume_point(config, proj_dir, length))
@@ -57,18 +63,21 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group
     sizes = resolve_model_config(config, resume, process_group)
     samples.check_ids(sizes.vocab_size)
     if config.val_data_file:
-        look_at_held_out(config, sizes.vocab_size)
+        check_held_out(config, sizes.vocab_size)
     log(summary(config, sizes, hardware, samples, resume))
     steps = min(STEPS, length.steps - position.step)
     control = RunControl(process_group, position.step)
     collected = CollectReports()
     non_finite = NonFiniteMonitor(control, STEPS, scale_loss=hardware.precision == "fp16")
+    # Of the run's callbacks (trainer.py) those that decide what a step computes, in the same order, and none that
+    # writes.
     callbacks = [
         *restore_state(resume),
         control,
         SetLearningRate(control, schedule_of(config, resume)),
         Reporter(control, length, [collected, non_finite], []),
     ]
+    # A temporary folder, since Lightning may write into its root folder.
     with with_oom_advice(config, sizes, hardware, process_group), tempfile.TemporaryDirectory() as folder:
         model, values = build_model(config, sizes, hardware, resume)
         module = build_module(config, hardware, model, values)
@@ -76,9 +85,10 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group
         run_trainer(config, hardware, Path(folder), process_group, steps, callbacks, module, loader)
     for report in collected.reports:
         log(
-            f"step {report.step + 1}: loss {report.loss:.4f}, gradient norm {report.grad_norm:.4g}, lr {report.lr:.3g}, "
-            f"{report.tokens_per_second:,.0f} tokens/s so far"
+            f"step {report.step + 1}: loss {report.loss:.4f}, gradient norm {report.grad_norm:.4g}, "
+            f"lr {report.lr:.3g}, {report.tokens_per_second:,.0f} tokens/s so far"
         )
+    # One skipped step of two is no failure: the run would skip it too and continue.
     if non_finite.skipped == len(collected.reports):
         log("not OK: no step had a finite loss and gradient; check the weights (--load_model), or try --precision fp32")
         return 1

@@ -1,4 +1,5 @@
-"""What this machine has: versions of the tools and what is wrong with them, free memory, free disk."""
+"""Facts about this machine: versions of software, compilers and CUDA with their problems, free memory, free disk
+space."""
 
 from __future__ import annotations
 
@@ -21,44 +22,45 @@ OLDEST_PYTHON = (3, 10)
 
 def software() -> Finding:
     """Python and the packages of requirements.txt."""
-    shown = [f"Python {platform.python_version()}"]
-    to_do = []
+    versions = [f"Python {platform.python_version()}"]
+    problems = []
     if tuple(map(int, platform.python_version_tuple()[:2])) < OLDEST_PYTHON:
-        to_do.append(
-            f"install Python {'.'.join(map(str, OLDEST_PYTHON))} or later; this is {platform.python_version()}"
-        )
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        problems.append(f"install Python {oldest} or later; this is {platform.python_version()}")
     for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
         if not (line := line.split("#")[0].strip()):
             continue
-        wanted = Requirement(line)
+        requirement = Requirement(line)
         try:
-            version = importlib.metadata.version(wanted.name)
+            version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            to_do.append(f"pip install '{line}': {wanted.name} is missing")
+            problems.append(f"pip install '{line}': {requirement.name} is missing")
             continue
-        if wanted.name in ("torch", "pytorch-lightning"):
-            shown.append(f"{wanted.name} {version}")
-        if not wanted.specifier.contains(version, prereleases=True):
-            to_do.append(f"pip install '{line}': {wanted.name} here is {version}")
-    return Finding("software", ", ".join(shown), "; ".join(to_do))
+        if requirement.name in ("torch", "pytorch-lightning"):  # the two that a bug report needs
+            versions.append(f"{requirement.name} {version}")
+        # prereleases: nightly and locally built versions (2.11.0a0+git) count too
+        if not requirement.specifier.contains(version, prereleases=True):
+            problems.append(f"pip install '{line}': the installed {requirement.name} is {version}")
+    return Finding("software", ", ".join(versions), "; ".join(problems))
 
 
 def build_tools() -> Finding:
-    """The compiler and ninja, that the native kernels are built with; whether one is needed, the look at the kernel says."""
-    shown = []
+    """The C++ compiler and ninja, which build the native kernels."""
+    tools = []
     try:
         compiler = find_compiler()
-        shown.append(f"{_first_line([compiler, '--version'])} ({compiler})")
-        shown.append(f"ninja {_first_line([find_ninja(), '--version'])}")
+        tools.append(f"{_first_line([compiler, '--version'])} ({compiler})")
+        tools.append(f"ninja {_first_line([find_ninja(), '--version'])}")
     except BuildError as error:
-        shown.append(str(error))
-    return Finding("compiler", ", ".join(shown))
+        # No problem yet: a built kernel or --kernel reference needs no compiler. `check_kernel` finds out.
+        tools.append(str(error))
+    return Finding("compiler", ", ".join(tools))
 
 
-def cuda(wanted: bool = True) -> Finding:
-    """CUDA as this PyTorch has it, the driver, nvcc and the GPUs; what keeps them from working together, where a GPU is `wanted`."""
-    if not wanted:
-        return Finding("cuda", "not asked for (--accelerator cpu)")
+def cuda(is_used: bool = True) -> Finding:
+    """This PyTorch's CUDA, the driver, nvcc and the GPUs; problems only where a run with these flags uses a GPU."""
+    if not is_used:
+        return Finding("cuda", "not used (--accelerator cpu)")
     built_for = torch.version.cuda or ""
     if torch.version.hip:
         return Finding("cuda", f"this PyTorch is built for ROCm {torch.version.hip}")
@@ -66,50 +68,52 @@ def cuda(wanted: bool = True) -> Finding:
     if not torch.cuda.is_available():
         return _no_gpu(driver, built_for)
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    shown = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
-    shown += [f"driver {driver or 'unknown'}", f"PyTorch for CUDA {built_for}"]
-    to_do = _other_architecture()
+    facts = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+    facts += [f"driver {driver or 'unknown'}", f"PyTorch for CUDA {built_for}"]
+    # An unsupported GPU comes first: with it no compiler helps.
+    problem = _unsupported_architecture()
     try:
         nvcc = find_nvcc()
-        found = re.search(r"release ([\d.]+)", _output([nvcc, "--version"]))
-        shown.append(f"nvcc {found[1] if found else 'of an unknown version'}")
-        if found and built_for and found[1].split(".")[0] != built_for.split(".")[0]:
-            to_do = (
-                to_do
-                or f"install the CUDA toolkit {built_for} and point CUDA_HOME at it: nvcc is {found[1]}, PyTorch is for {built_for}"
+        release = re.search(r"release ([\d.]+)", _output([nvcc, "--version"]))
+        facts.append(f"nvcc {release[1] if release else 'of unknown version'}")
+        # Minor versions of CUDA are compatible with each other, major ones are not.
+        if release and built_for and release[1].split(".")[0] != built_for.split(".")[0]:
+            problem = problem or (
+                f"install the CUDA toolkit {built_for} and set CUDA_HOME to its folder: nvcc is {release[1]}, PyTorch "
+                f"is built for {built_for}"
             )
     except BuildError as error:
-        to_do = to_do or str(error)
-    return Finding("cuda", ", ".join(shown), to_do)
+        problem = problem or str(error)
+    return Finding("cuda", ", ".join(facts), problem)
 
 
 def _no_gpu(driver: str, built_for: str) -> Finding:
-    """PyTorch sees no GPU: whether there is one that it should see."""
+    """PyTorch finds no GPU. A problem where a driver shows that the machine has one."""
     if driver and built_for:
         return Finding(
             "cuda",
-            f"the NVIDIA driver is {driver}, PyTorch was built for CUDA {built_for} and sees no GPU",
+            f"the NVIDIA driver is {driver}, this PyTorch is built for CUDA {built_for} and finds no GPU",
             "update the NVIDIA driver, or install a PyTorch for an older CUDA (pytorch.org/get-started)",
         )
     if driver:
         return Finding(
             "cuda",
             f"there is an NVIDIA GPU (driver {driver}), but this PyTorch is built for CPUs only",
-            "for training on the GPU install a PyTorch with CUDA: pip install --force-reinstall torch (pytorch.org/get-started)",
+            "for training on the GPU install a PyTorch with CUDA: pip install --force-reinstall torch "
+            "(pytorch.org/get-started)",
         )
     return Finding("cuda", "no GPU: training on the CPU")
 
 
-def _other_architecture() -> str:
-    """What to do where this PyTorch has no code for this GPU; '' where it has."""
+def _unsupported_architecture() -> str:
+    """The problem where this PyTorch has no code for GPU 0; '' where it has."""
     capability = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    known = [name for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
-    if known and min(map(_number, known)) > _number(capability):
-        return (
-            f"install an older PyTorch: this one knows GPUs from {min(known, key=_number)} on, this one is {capability}"
-        )
-    if known and max(map(_number, known)) // 10 < _number(capability) // 10:
-        return f"install a newer PyTorch: this one knows GPUs up to {max(known, key=_number)}, this one is {capability}"
+    supported = sorted((name for name in torch.cuda.get_arch_list() if name.startswith("sm_")), key=_number)
+    if supported and _number(supported[0]) > _number(capability):
+        return f"install an older PyTorch: this one supports GPUs from {supported[0]} on, this GPU is {capability}"
+    # Code for sm_90 runs on every later sm_9x, so only a larger major version is too new.
+    if supported and _number(supported[-1]) // 10 < _number(capability) // 10:
+        return f"install a newer PyTorch: this one supports GPUs up to {supported[-1]}, this GPU is {capability}"
     return ""
 
 
@@ -118,12 +122,12 @@ def _number(architecture: str) -> int:
 
 
 def _driver() -> str:
-    """The version of NVIDIA's driver, '' where there is none."""
+    """The version of NVIDIA's driver; '' where there is none."""
     file = Path("/proc/driver/nvidia/version")
     if file.is_file():
-        found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", file.read_text(errors="replace"))
-        return found[1] if found else "of an unknown version"
-    if shutil.which("nvidia-smi"):
+        version = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", file.read_text(errors="replace"))
+        return version[1] if version else "of unknown version"
+    if shutil.which("nvidia-smi"):  # WSL and Windows have no such file
         return _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     return ""
 
@@ -133,6 +137,7 @@ def _first_line(command: list[str]) -> str:
 
 
 def _output(command: list[str]) -> str:
+    """What a command prints; '' where it fails: a check must not end because of a broken tool."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -140,29 +145,38 @@ def _output(command: list[str]) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
+# ---- memory and disk -------------------------------------------------------------------------------------------------
+
+
 def free_memory(accelerator: str, processes: int, device: int = 0) -> float | None:
-    """Bytes that one process may still take: of GPU number `device`, or its share of the machine's. None: not known here."""
+    """Bytes that one process may still allocate: of GPU `device`, or its share of CPU memory. None where unknown."""
     if accelerator == "gpu":
         return float(torch.cuda.mem_get_info(device)[0])
-    shared = (_available(), _within_cgroup(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
+    shared = (_available(), _cgroup_available(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
     limits = [free / processes for free in shared if free is not None]
-    limits += [free for free in (_within_ulimit(),) if free is not None]
+    # A ulimit holds for each process by itself, so it is not divided.
+    limits += [free for free in (_address_space_available(),) if free is not None]
     return min(limits, default=None)
 
 
 def _available(meminfo: Path = Path("/proc/meminfo")) -> float | None:
     if not meminfo.is_file():
         return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
-    return float(found[1]) * 1024 if found else None
+    # MemAvailable rather than MemFree: it counts the file cache, which the kernel gives up when memory is needed
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
+    return float(available[1]) * 1024 if available else None
 
 
-def _within_cgroup(root: Path, own: Path) -> float | None:
-    """What the control groups of this process (a container, a job) still allow; the tightest of the nested ones."""
-    if not own.is_file():
+def _cgroup_available(root: Path, own_groups: Path) -> float | None:
+    """Bytes left in the control groups of this process (a container, a job): the smallest of the nested ones.
+
+    `root` is where control groups are mounted, `own_groups` the file that lists those of this process.
+    """
+    if not own_groups.is_file():
         return None
     free: list[float] = []
-    for line in own.read_text().splitlines():
+    for line in own_groups.read_text().splitlines():
+        # "0::/path" in version 2, "N:memory:/path" in version 1, which has a hierarchy for each controller
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -176,27 +190,28 @@ def _within_cgroup(root: Path, own: Path) -> float | None:
                 break
             try:
                 allowed, used = int((group / limit).read_text()), int((group / usage).read_text())
-                kept = re.search(r"^(?:total_)?inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+                cache = re.search(r"^(?:total_)?inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
             except (OSError, ValueError):  # no such file, or "max"
                 continue
-            free.append(allowed - used + (int(kept[1]) if kept else 0))  # the file cache gives way
+            # usage counts the file cache, which the kernel gives up when memory is needed
+            free.append(allowed - used + (int(cache[1]) if cache else 0))
     return max(0.0, min(free)) if free else None
 
 
-def _within_ulimit() -> float | None:
-    """What `ulimit -v`, the limit on this process's address space, still allows."""
-    own = Path("/proc/self/statm")
-    if not own.is_file():
+def _address_space_available() -> float | None:
+    """Bytes left under `ulimit -v`, the limit of this process's address space; None without a limit."""
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
         return None
-    import resource
+    import resource  # not on Windows
 
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    taken = int(own.read_text().split()[0]) * resource.getpagesize()
-    return None if limit == resource.RLIM_INFINITY else float(max(0, limit - taken))
+    used = int(statm.read_text().split()[0]) * resource.getpagesize()
+    return None if limit == resource.RLIM_INFINITY else float(max(0, limit - used))
 
 
 def free_disk(folder: Path) -> tuple[Path, float]:
-    """The nearest folder that exists, and the bytes free where it lies."""
+    """The nearest existing folder at or above `folder`, and the free bytes of its file system."""
     folder = folder.absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return there, float(shutil.disk_usage(there).free)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return existing, float(shutil.disk_usage(existing).free)

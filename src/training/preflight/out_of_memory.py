@@ -1,4 +1,4 @@
-"""Which settings to change when a run is out of memory: from the estimate and the free memory."""
+"""Recognises out-of-memory errors and suggests settings that fit, from the estimate and the free memory."""
 
 from __future__ import annotations
 
@@ -16,28 +16,43 @@ from src.training.preflight import plan
 from src.training.preflight.machine import free_memory
 from src.training.preflight.plan import GIB, Memory
 
-# share of what is free that an estimate may fill: a GPU's allocator rounds up, other programs need something of a machine's
-SAFE = {"gpu": 0.92, "cpu": 0.85}
-GAPS = 0.2  # of malloc on a CPU as allocator.py sets it up, as a share of the tensors; next to none where it is lean (--grad_cp 1)
+# The share of free memory that an estimate may fill: a GPU's allocator rounds sizes up, and on a CPU other programs
+# need memory too.
+SAFE_SHARE = {"gpu": 0.92, "cpu": 0.85}
+# Unusable memory between the blocks of malloc as hardware/allocator.py sets it up, as a share of the tensors; with
+# --grad_cp 1, where large tensors are mapped one by one, there is next to none. docs/running.md compares with real
+# runs.
+FRAGMENTATION_SHARE = 0.2
+# After a run was out of memory although its estimate fitted, settings are suggested whose estimate is a quarter lower.
+REDUCTION_AFTER_ERROR = 0.75
 SMALL_HEAD_CHUNK = 1024
-# what CPU allocators, CUDA libraries and NCCL say in a RuntimeError
-SIGNS = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "alloc_failed")
-Change = dict[str, Any]  # flags and their new values
+ERROR_CHARACTERS = 200  # of an allocator's message, which may continue with a report of many lines
+# In the messages, in lower case, of RuntimeErrors of PyTorch's CPU allocator, the CUDA libraries and NCCL.
+OUT_OF_MEMORY_TEXTS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "alloc_failed",
+)
+Change = dict[str, Any]  # new values by flag
 
 
 class OutOfMemory(Exception):
-    """The run didn't fit; the text says what to change."""
+    """A run is out of memory; the text suggests settings that fit."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch, Python or a library of the GPU says that memory is used up."""
+    """Whether an error of PyTorch, Python or a GPU library means that memory is exhausted."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+    # The CPU allocator, cuBLAS and NCCL raise plain RuntimeErrors: only their text tells. This is the one place that
+    # reads the text of an error.
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY_TEXTS)
 
 
 def estimate(config: RunConfig, model: ModelConfig, hardware: Hardware) -> Memory:
-    """Memory of one process of this run, by the formulas of plan.py."""
+    """Memory of one process of this run in bytes, by the formulas of plan.py."""
     strategy = config.strategy if hardware.strategy == "deepspeed" else "auto"
     tokens = config.micro_bsz * config.ctx_len
     model = replace(model, grad_cp=bool(config.grad_cp))
@@ -49,45 +64,54 @@ def estimate(config: RunConfig, model: ModelConfig, hardware: Hardware) -> Memor
         tokens,
         config.head_chunk,
         config.ds_bucket_mb,
+        # on a CPU the native loss has no fp16
         native_loss=hardware.accelerator == "gpu" or hardware.precision != "fp16",
         on_gpu=hardware.accelerator == "gpu",
     )
-    with_gaps = hardware.accelerator == "cpu" and not config.grad_cp
-    return replace(memory, gaps=GAPS * memory.total) if with_gaps else memory
+    is_fragmented = hardware.accelerator == "cpu" and not config.grad_cp
+    return replace(memory, fragmentation=FRAGMENTATION_SHARE * memory.total) if is_fragmented else memory
+
+
+# ---- settings that fit -----------------------------------------------------------------------------------------------
 
 
 def suggest_settings(config: RunConfig, model: ModelConfig, hardware: Hardware, allowed: float) -> list[str]:
-    """Changes of flags with which the estimate stays within `allowed` bytes, a line each, those that cost least first.
+    """Changes of settings with which the estimate stays within `allowed` bytes, cheapest first, one text each.
 
-    Each fits alone where that is possible; else together; else where the memory goes, and what is the least that is needed.
+    Each change fits alone where one does; else one combination is given; else what the smallest run would need. All
+    keep the number of samples per step.
     """
     chunk = min(config.head_chunk or SMALL_HEAD_CHUNK, SMALL_HEAD_CHUNK)
-    lean_head: Change = (
-        {} if config.head_chunk == chunk or config.micro_bsz * config.ctx_len <= chunk else {"head_chunk": chunk}
-    )
+    # a micro batch with fewer tokens than a chunk has no smaller logits by it
+    is_chunk_useful = config.head_chunk != chunk and config.micro_bsz * config.ctx_len > chunk
+    small_head: Change = {"head_chunk": chunk} if is_chunk_useful else {}
     recompute: Change = {} if config.grad_cp else {"grad_cp": 1}
-    offers = [change for change in (lean_head, recompute, _smaller_batch(config, model, hardware, allowed)) if change]
-    found = [change for change in offers if _total(config, change, model, hardware) <= allowed]
-    if not found:
-        both = {**lean_head, **recompute}
+    candidates = [small_head, recompute, _smaller_batch(config, model, hardware, allowed)]
+    fitting = [change for change in candidates if change and _total(config, change, model, hardware) <= allowed]
+    if not fitting:
+        both = {**small_head, **recompute}
         if both and _total(config, both, model, hardware) <= allowed:
-            found = [both]
-        elif more := _smaller_batch(replace(config, **both), model, hardware, allowed):
-            found = [{**both, **more}]
-    if found:
-        return [_describe(change, _total(config, change, model, hardware), hardware) for change in found]
-    least: Change = {**lean_head, **recompute, "micro_bsz": 1}
-    if hardware.accelerator == "gpu":
-        for name in ("deepspeed_stage_2_offload", "deepspeed_stage_3_offload"):
-            change: Change = {**least, "strategy": name}
-            shared = replace(hardware, strategy="deepspeed")
-            if config.strategy != name and (total := _total(config, change, model, shared)) <= allowed:
-                return [
-                    _describe(change, total, hardware)
-                    + ": keeps the optimizer in the machine's memory, which needs deepspeed"
-                ]
-    need = _total(config, least, model, hardware)
-    return [f"a smaller model (--n_layer, --n_embd): even {_flags(least)} needs {need / GIB:.1f} GiB by the estimate"]
+            fitting = [both]
+        elif batch := _smaller_batch(replace(config, **both), model, hardware, allowed):
+            fitting = [{**both, **batch}]
+    if fitting:
+        return [_describe(change, _total(config, change, model, hardware), hardware) for change in fitting]
+    smallest: Change = {**small_head, **recompute, "micro_bsz": 1}
+    if hardware.accelerator == "gpu" and (offloaded := _offloaded(config, smallest, model, hardware, allowed)):
+        return [offloaded]
+    needed = _total(config, smallest, model, hardware) / GIB
+    return [f"a smaller model (--n_layer, --n_embd): even {_flags(smallest)} needs {needed:.1f} GiB (estimate)"]
+
+
+def _offloaded(config: RunConfig, smallest: Change, model: ModelConfig, hardware: Hardware, allowed: float) -> str:
+    """The change with which the smallest run fits when its optimizer is in CPU memory; '' where it doesn't."""
+    # stage 2 first: stage 3 keeps the weights in CPU memory too, which is slower
+    for name in ("deepspeed_stage_2_offload", "deepspeed_stage_3_offload"):
+        change: Change = {**smallest, "strategy": name}
+        total = _total(config, change, model, replace(hardware, strategy="deepspeed"))
+        if config.strategy != name and total <= allowed:
+            return _describe(change, total, hardware) + "; keeps the optimizer in CPU memory, needs deepspeed"
+    return ""
 
 
 def _total(config: RunConfig, change: Change, model: ModelConfig, hardware: Hardware) -> float:
@@ -95,11 +119,11 @@ def _total(config: RunConfig, change: Change, model: ModelConfig, hardware: Hard
 
 
 def _smaller_batch(config: RunConfig, model: ModelConfig, hardware: Hardware, allowed: float) -> Change:
-    """The largest micro batch that fits and keeps the samples of a step the same."""
+    """The largest micro batch that fits and keeps the number of samples per step."""
     for micro_bsz in range(config.micro_bsz - 1, 0, -1):
         if config.micro_bsz % micro_bsz == 0:
-            steps = config.accumulate_grad_batches * config.micro_bsz // micro_bsz
-            change: Change = {"micro_bsz": micro_bsz, "accumulate_grad_batches": steps}
+            accumulated = config.accumulate_grad_batches * config.micro_bsz // micro_bsz
+            change: Change = {"micro_bsz": micro_bsz, "accumulate_grad_batches": accumulated}
             if _total(config, change, model, hardware) <= allowed:
                 return change
     return {}
@@ -112,59 +136,71 @@ def _flags(change: Change) -> str:
 def _describe(change: Change, total: float, hardware: Hardware) -> str:
     costs = []
     if "micro_bsz" in change:
-        costs.append("the same steps, in smaller parts")
+        costs.append("the same steps in smaller parts")
     if "grad_cp" in change:
-        # measured on a CPU only, where memory is mapped anew, too (allocator.py)
+        # Measured on a CPU only, where recomputing also maps memory anew (hardware/allocator.py).
         costs.append("blocks are computed twice" if hardware.accelerator == "gpu" else "steps take 40 to 95 % longer")
     if "head_chunk" in change:
         costs.append("costs next to nothing")
-    return f"{_flags(change)}    {total / GIB:.1f} GiB by the estimate" + (f"; {costs[-1]}" if len(costs) == 1 else "")
+    # The costs of a combination don't add up to a sentence that is true, so only a single one is named.
+    return f"{_flags(change)}    {total / GIB:.1f} GiB (estimate)" + (f"; {costs[0]}" if len(costs) == 1 else "")
 
 
-def describe_parts(memory: Memory) -> str:
-    """ "weights 0.1, gradients 0.1, ...: 2.3 GiB in all"."""
-    names = ["weights", "gradients", "optimizer", "activations", "logits", *["gaps"] * (memory.gaps > 0)]
+def list_settings(changes: list[str], indent: str) -> str:
+    """The result of `suggest_settings`, with a heading, one change per line."""
+    heading = "this would fit:" if len(changes) == 1 else "each of these would fit:"
+    return heading + "".join(f"\n{indent}{change}" for change in changes)
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+
+def describe_memory(memory: Memory) -> str:
+    """For example "weights 0.10, gradients 0.10, ...: 2.30 GiB at peak"."""
+    names = ["weights", "gradients", "optimizer", "activations", "logits"]
+    names += ["fragmentation"] * (memory.fragmentation > 0)
     parts = ", ".join(f"{name} {getattr(memory, name) / GIB:.2f}" for name in names)
-    step = f" (during the optimizer's step {memory.step / GIB:.2f} instead of activations and logits)" * (
-        memory.step > 0
-    )
-    at_once = " (logits and the block that is recomputed are not there at once)" * (memory.recomputed > 0)
-    return f"{parts}{at_once}{step}: {memory.total / GIB:.2f} GiB at the most"
+    notes = []
+    if memory.recomputed > 0:
+        notes.append("logits and the recomputed block are never allocated together")
+    if memory.step > 0:
+        notes.append(f"the optimizer step takes {memory.step / GIB:.2f} instead of activations and logits")
+    note = f" ({'; '.join(notes)})" if notes else ""
+    return f"{parts}{note}: {memory.total / GIB:.2f} GiB at peak"
 
 
 @contextmanager
 def with_oom_advice(
     config: RunConfig, model: ModelConfig, hardware: Hardware, process_group: ProcessGroup
 ) -> Iterator[None]:
-    """Turns an error of this block that means "no memory" into OutOfMemory."""
+    """Raise an out-of-memory error of this block as OutOfMemory, with settings that fit."""
+    # measured before anything is allocated: afterwards free memory says nothing
     free = free_memory(hardware.accelerator, hardware.devices, process_group.environment.local_rank())
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(advice(config, model, hardware, free, str(error))) from error
+        raise OutOfMemory(oom_message(config, model, hardware, free, error)) from error
 
 
-def advice(config: RunConfig, model: ModelConfig, hardware: Hardware, free: float | None, error: str = "") -> str:
-    """What happened (`error`: in the allocator's words) and what to change. Where the estimate would have fitted, it was too low: a
-    quarter less than it is aimed at."""
+def oom_message(
+    config: RunConfig, model: ModelConfig, hardware: Hardware, free: float | None, error: Exception | None = None
+) -> str:
+    """What happened (`error`, or a warning before a run), the estimate, and settings that fit."""
     memory = estimate(config, model, hardware)
-    allowed = (
-        0.75 * memory.total
-        if free is None
-        else min(SAFE[hardware.accelerator] * free, 0.75 * memory.total if error else memory.total)
-    )
-    where = "of the GPU" if hardware.accelerator == "gpu" else "of the machine"
-    there = (
-        ""
-        if free is None
-        else f"; {free / GIB:.2f} GiB were free for {'it' if hardware.devices == 1 else 'each process'}"
-    )
-    told = f"\n  ({(error.splitlines() or [''])[0][:200]})" if error else ""
+    # An error proves that an estimate that fitted was too low, so the suggested settings stay below it.
+    allowed = memory.total if error is None and free is not None else REDUCTION_AFTER_ERROR * memory.total
+    if free is not None:
+        allowed = min(allowed, SAFE_SHARE[hardware.accelerator] * free)
+    event = "may run out of memory" if error is None else "out of memory"
+    device = "the GPU" if hardware.accelerator == "gpu" else "the CPU"
+    first_line = str(error).partition("\n")[0][:ERROR_CHARACTERS] if error is not None else ""
+    cause = f" ({first_line})" if first_line else ""
+    recipient = "" if hardware.devices == 1 else " per process"
+    free_text = "" if free is None else f"; {free / GIB:.2f} GiB were free{recipient}"
     changes = suggest_settings(config, model, hardware, allowed)
-    head = "what would fit:" if len(changes) == 1 else "each of these would fit:"
     return (
-        f"out of memory {where}{told}\n  by the estimate the run takes {describe_parts(memory)}{there}\n  {head}\n    "
-        + "\n    ".join(changes)
+        f"{event} on {device}{cause}\n  estimate: {describe_memory(memory)}{free_text}\n  "
+        f"{list_settings(changes, indent='    ')}"
     )

@@ -1,4 +1,4 @@
-"""How fast the run will be: as it was so far, else by some whole steps on random tokens."""
+"""The expected speed of a run: measured in the run so far, else by a few complete steps on random tokens."""
 
 from __future__ import annotations
 
@@ -21,37 +21,41 @@ from src.training.objectives.next_token import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
 from src.training.preflight import machine
 from src.training.preflight.checklist import Checklist
-from src.training.preflight.out_of_memory import SAFE, advice, estimate, is_out_of_memory
+from src.training.preflight.out_of_memory import SAFE_SHARE, estimate, is_out_of_memory, oom_message
 
-MEASURED_STEPS = 50  # of metrics.csv
-# settings with which a step takes as long as in the run that was measured
-DECIDES_SPEED = (
+RECENT_STEPS = 50  # the last rows of metrics.csv, whose median is the speed
+# Settings that decide how long a step takes: a speed measured with other values of these is not that of this run.
+SPEED_SETTINGS = (
     *("n_layer", "n_embd", "head_size", "dim_ffn", "ctx_len", "micro_bsz", "grad_cp", "head_chunk"),
     *("kernel", "strategy", "compile"),
 )
-TRIAL_SECONDS = 12.0  # of timed steps
-STEP_SECONDS = 4.0  # a step that would take longer is tried with fewer samples
+# A check should take seconds. The speed per token hardly depends on the number of samples, so a step that would take
+# longer than STEP_SECONDS is timed with fewer.
+TRIAL_SECONDS = 12.0  # of all timed steps together
+STEP_SECONDS = 4.0
+MAX_TRIAL_STEPS = 10
+WARM_UP_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second, and how they were found."""
+    """Tokens per second, and how they were measured."""
 
     tokens_per_second: float
     detail: str
 
 
 def expected_speed(checks: Checklist, config: RunConfig, hardware: Hardware, model: ModelConfig) -> Speed | None:
-    """Tokens per second of all processes: of this run so far, else tried now."""
-    measured = _measured_speed(config, hardware)
-    if measured is not None:
-        return measured
-    alone = replace(hardware, devices=1, num_nodes=1, strategy="plain")  # the trial is one process
+    """Tokens per second of all processes: of this run so far, else measured now. None where that isn't possible."""
+    recorded = _recorded_speed(config, hardware)
+    if recorded is not None:
+        return recorded
+    # The trial is one process, so it holds the whole model even where the run would partition it.
+    one_process = replace(hardware, devices=1, num_nodes=1, strategy="plain")
     free = machine.free_memory(hardware.accelerator, 1)
-    if free is not None and estimate(config, model, alone).total > SAFE[hardware.accelerator] * free:
-        checks.found(
-            "time",
-            "not tried, as one process has no memory for the whole run; --plan SPEED says how long it takes at a speed",
+    if free is not None and estimate(config, model, one_process).total > SAFE_SHARE[hardware.accelerator] * free:
+        checks.report(
+            "time", "not measured: one process would be out of memory; --plan SPEED gives the time at a speed"
         )
         return None
     try:
@@ -59,69 +63,68 @@ def expected_speed(checks: Checklist, config: RunConfig, hardware: Hardware, mod
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        checks.to_do.append(advice(config, model, hardware, free, str(error)))
+        checks.problems.append(oom_message(config, model, hardware, free, error))
         return None
-    many = (
-        ""
-        if hardware.world_size == 1
-        else f" of one process, times {hardware.world_size}: without the exchange between them"
-    )
-    return Speed(one.tokens_per_second * hardware.world_size, one.detail + many)
+    count = hardware.world_size
+    scaled = f" of one process, times {count}, without communication" if count > 1 else ""
+    return Speed(one.tokens_per_second * count, one.detail + scaled)
 
 
-def _measured_speed(config: RunConfig, hardware: Hardware) -> Speed | None:
-    """From metrics.csv, when the run in the folder was made with what decides the speed."""
+def _recorded_speed(config: RunConfig, hardware: Hardware) -> Speed | None:
+    """From metrics.csv, when the run in the folder has the same SPEED_SETTINGS; else None."""
     proj_dir = Path(config.proj_dir)
     before = run_folder.read_run(proj_dir).get("settings", {})
-    now = {name: getattr(config, name) for name in DECIDES_SPEED if name != "dim_ffn" or config.dim_ffn}
+    # dim_ffn 0 stands for a size derived from n_embd, which is compared itself; run.json records the derived one
+    now = {name: getattr(config, name) for name in SPEED_SETTINGS if name != "dim_ffn" or config.dim_ffn}
     global_batch = config.micro_bsz * config.accumulate_grad_batches * hardware.world_size
     now |= {"precision": hardware.precision, "accelerator": hardware.accelerator, "global_batch": global_batch}
     if not (proj_dir / METRICS).is_file() or any(before.get(name) != value for name, value in now.items()):
         return None
     column = read_columns(proj_dir / METRICS).get("tokens_per_second", [])
-    speeds = [speed for speed in column if math.isfinite(speed)][-MEASURED_STEPS:]
+    speeds = [speed for speed in column if math.isfinite(speed)][-RECENT_STEPS:]
     if not speeds:
         return None
-    return Speed(float(np.median(speeds)), f"the median of the last {len(speeds)} steps in {METRICS}")
+    return Speed(float(np.median(speeds)), f"median of the last {len(speeds)} steps in {METRICS}")
 
 
 def timed_steps(config: RunConfig, model_config: ModelConfig, hardware: Hardware) -> Speed:
-    """Whole steps of one process (forward, backward, optimizer) of a model of this size on random tokens, for about TRIAL_SECONDS.
+    """Time complete steps (forward, backward, optimizer) of one process on random tokens, for about TRIAL_SECONDS.
 
-    The micro batch is the run's, or as much of it as a step of STEP_SECONDS takes; without torch.compile and without exchange between
-    processes. Errors of the allocator pass through.
+    The micro batch is the run's, or as much of it as takes STEP_SECONDS; without torch.compile and communication.
+    Raises the allocator's errors.
     """
     device = torch.device(hardware.device_type)
     with torch.device("meta"):
         model = RWKV7(model_config)
     model = model.to(hardware.dtype).to_empty(device=device)
-    for parameter in model.parameters():  # the numbers don't matter, but denormals or infinities would change the speed
+    for parameter in model.parameters():
+        # The values don't matter, but denormal numbers and infinities would change the speed.
         torch.nn.init.normal_(parameter, std=0.02)
     adam = {"lr": 1e-6, "betas": (0.9, 0.99), "eps": 1e-8, "grad_clip": 1.0}
     optimizer = MasterAdamW(parameter_groups(model, 0.0), **adam)  # type: ignore[arg-type]
     head_loss = HeadLoss(model.head, config.head_chunk)
 
     def step(rows: int, length: int) -> float:
-        begin = time.perf_counter()
+        began = time.perf_counter()
         tokens = torch.randint(model_config.vocab_size, (rows, length + 1), device=device)
         head_loss(model.hidden(tokens[:, :-1])[0], tokens[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
+        if device.type == "cuda":  # kernels run asynchronously
             torch.cuda.synchronize()
-        return time.perf_counter() - begin
+        return time.perf_counter() - began
 
-    length = min(config.ctx_len, 128)
-    step(1, length)  # kernels are built and memory is fetched
+    length = min(config.ctx_len, WARM_UP_TOKENS)
+    step(1, length)  # builds kernels and allocates the optimizer's moments
     per_token = step(1, length) / length
     affordable = max(1, int(STEP_SECONDS / per_token))
     length = min(config.ctx_len, affordable)
     rows = max(1, min(config.micro_bsz, affordable // length))
     began, times = time.perf_counter(), [step(rows, length)]
-    while len(times) < 10 and time.perf_counter() - began + times[-1] < TRIAL_SECONDS:
+    while len(times) < MAX_TRIAL_STEPS and time.perf_counter() - began + times[-1] < TRIAL_SECONDS:
         times.append(step(rows, length))
-    timed = times[1:] or times  # the first still fetches memory
+    timed = times[1:] or times  # the first one at this size allocates memory
     return Speed(
         rows * length / statistics.median(timed),
-        f"measured now on {len(timed)} step{'s' * (len(timed) > 1)} of {rows} x {length} tokens",
+        f"measured on {len(timed)} step{'s' * (len(timed) > 1)} of {rows} x {length} tokens",
     )

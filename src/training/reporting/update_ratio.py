@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from src.training.distributed.zero import EngineAdamW
+from src.training.distributed.engine_adamw import EngineAdamW
 from src.training.optim import MasterAdamW, adam_state
 from src.training.reporting.sink import UPDATE_GROUPS
 

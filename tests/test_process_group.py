@@ -1,0 +1,105 @@
+"""Exceptions of rank 0 inside `broadcast_from_rank_zero` are raised on every rank, in two real processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+BROADCASTS = """
+import json, os, time
+from src.errors import UserError
+from src.training.checkpoint.storage import DamagedStateError
+from src.training.distributed.process_group import join
+
+
+class TwoArguments(Exception):
+    # pickled with its one text, so that unpickling fails
+    def __init__(self, code, reason):
+        super().__init__(f"{code}: {reason}")
+
+
+def local_class():
+    class Local(Exception):
+        pass
+
+    return Local("not importable")
+
+
+ERRORS = {
+    "user error": UserError("no such file", flag="load_model", given="x.pth", advice="name another"),
+    "os error": OSError(28, "No space left on device", "run/file"),
+    "damaged": DamagedStateError("state.json is missing"),
+    "assertion": AssertionError("a defect"),
+    "lambda": ValueError(lambda: None),
+    "two arguments": TwoArguments(3, "unpickling fails"),
+    "local class": local_class(),
+}
+group = join(2, 1, "cpu")
+results = {"rank": group.rank, "seconds": {}, "errors": {}, "fields": {}}
+
+
+def raise_on_rank_zero(error):
+    assert group.rank == 0, "called on another rank"
+    raise error
+
+
+for name, error in ERRORS.items():
+    began = time.monotonic()
+    try:
+        group.broadcast_from_rank_zero(lambda: raise_on_rank_zero(error))
+    except Exception as raised:
+        results["errors"][name] = [type(raised).__name__, str(raised)]
+        results["fields"][name] = {key: str(value) for key, value in vars(raised).items()}
+    results["seconds"][name] = time.monotonic() - began
+# the group is still in step
+results["value"] = group.broadcast_from_rank_zero(lambda: {"from": group.rank})
+group.shutdown()
+os.write(1, (json.dumps(results) + "\\n").encode())
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """What each of two ranks caught, rank 0's first."""
+    done = subprocess.run(
+        [sys.executable, "-c", BROADCASTS],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200, text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return sorted(map(json.loads, done.stdout.splitlines()), key=lambda results: results["rank"])
+
+
+@pytest.mark.parametrize("name", ["user error", "os error", "damaged", "assertion"])
+def test_an_exception_of_rank_zero_is_raised_on_every_rank(ranks, name):
+    assert len(ranks) == 2
+    assert ranks[0]["errors"][name] == ranks[1]["errors"][name]
+    assert ranks[0]["fields"][name] == ranks[1]["fields"][name]
+
+
+def test_the_fields_of_a_user_error_arrive_on_every_rank(ranks):
+    for results in ranks:
+        fields = results["fields"]["user error"]
+        assert (fields["flag"], fields["given"], fields["advice"]) == ("load_model", "x.pth", "name another")
+
+
+@pytest.mark.parametrize(
+    ("name", "type_name"), [("lambda", "ValueError"), ("two arguments", "TwoArguments"), ("local class", "Local")]
+)
+def test_an_unpicklable_exception_arrives_as_its_type_and_text(ranks, name, type_name):
+    original, received = (results["errors"][name] for results in ranks)
+    assert original[0] == type_name
+    assert received == ["RuntimeError", f"rank 0: {type_name}: {original[1]}"]
+
+
+def test_no_rank_waits_for_a_timeout(ranks):
+    """Well below the 40 s after which the watchdog ends a run."""
+    assert all(seconds < 20 for results in ranks for seconds in results["seconds"].values())
+
+
+def test_the_group_works_after_exceptions(ranks):
+    assert [results["value"] for results in ranks] == [{"from": 0}, {"from": 0}]
