@@ -53,7 +53,7 @@ class LoggerSink(Sink):
     def step(self, report: StepReport) -> None:
         begin = time.perf_counter()
         self._step = report.step
-        # steps with update ratios are always logged: nothing else measures these values again
+        # steps with update ratios are always logged: only few steps have these values
         if self._spent_seconds > TIME_SHARE * (begin - self._began) and not report.update_ratios:
             return
         values = {

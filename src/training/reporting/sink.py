@@ -16,7 +16,8 @@ class StepReport:
     measured.
     """
 
-    # The names and their order are the columns of metrics.csv (log_files.py): new ones go to the end.
+    # The names are the columns of metrics.csv (log_files.py), in this order; update_ratios, which must be last, has
+    # several.
 
     step: int
     tokens: int  # trained on since the run began, this step included
