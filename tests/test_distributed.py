@@ -410,7 +410,7 @@ def test_a_missing_or_untested_deepspeed_is_refused(monkeypatch, version):
     sentence = str(error.value)
     assert sentence.startswith("--strategy deepspeed_stage_3: ")
     assert f"pip install '{zero.REQUIREMENT}'" in sentence
-    assert f"deepspeed {version}".rstrip() in sentence
+    assert version in sentence
 
 
 def test_fp16_is_refused_where_deepspeed_does_not_compute_in_it(monkeypatch):
@@ -418,7 +418,7 @@ def test_fp16_is_refused_where_deepspeed_does_not_compute_in_it(monkeypatch):
     monkeypatch.setattr(zero, "takes_fp16", lambda accelerator: False)
     config = RunConfig(accelerator="cpu", strategy="deepspeed_stage_3", devices="2")
     assert selection.choose_hardware(config).is_partitioned
-    with pytest.raises(UserError, match="^--precision fp16: "):
+    with pytest.raises(UserError, match=r"^--precision fp16: "):
         selection.choose_hardware(replace(config, precision="fp16"))
 
 
@@ -427,5 +427,5 @@ def test_the_launcher_decides_how_many_processes_there_are(monkeypatch):
         monkeypatch.setenv(name, value)
     hardware = selection.choose_hardware(RunConfig(accelerator="cpu"))
     assert (hardware.devices, hardware.num_nodes, hardware.strategy) == (4, 2, "ddp")
-    with pytest.raises(UserError, match="^--devices 3: .*4"):
+    with pytest.raises(UserError, match=r"^--devices 3: .*4"):
         selection.choose_hardware(RunConfig(accelerator="cpu", devices="3"))

@@ -78,8 +78,8 @@ def estimate(config: RunConfig, model: ModelConfig, hardware: Hardware) -> Memor
 def suggest_settings(config: RunConfig, model: ModelConfig, hardware: Hardware, allowed: float) -> list[str]:
     """Changes of settings with which the estimate stays within `allowed` bytes, cheapest first, one text each.
 
-    Each change fits alone where one does; else one combination is given; else what the smallest run would need. All
-    keep the number of samples per step.
+    Each change fits alone where one does, else one combination is given; both keep the number of samples per step.
+    Where nothing fits, the text says what the smallest run would need.
     """
     chunk = min(config.head_chunk or SMALL_HEAD_CHUNK, SMALL_HEAD_CHUNK)
     # a micro batch with fewer tokens than a chunk has no smaller logits by it

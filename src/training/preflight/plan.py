@@ -200,7 +200,7 @@ def _memory_table(config: RunConfig, model: ModelConfig, processes: int, precisi
     widths = (7, 9, 9, 6, 11, 6, 7, 10)
     for name in STRATEGIES:
         if name == ("ddp" if processes == 1 else "auto"):
-            continue  # auto is DDP with several processes, and DDP with one process is nothing
+            continue  # with several processes auto is DDP; with one there is nothing to communicate
         if processes == 1 and name.startswith("deepspeed") and not name.endswith("_offload"):
             continue  # one process has nothing to partition: the same as auto
         m = memory(
