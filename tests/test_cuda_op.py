@@ -17,12 +17,12 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.utils.checkpoint import checkpoint
 
-from src.ops import wkv7
-from src.ops.build import BuildError, cuda_recipe, gpu_targets
+from src.ops import recurrence, wkv7
 from src.ops.build import build as build_library
+from src.ops.cuda import cuda_recipe, gpu_targets
 from src.ops.recurrence import CHUNKED_SEGMENT, CHUNKED_SLOT, CUDA_WINDOW
 from src.ops.rocm import rocm_recipe
-from src.ops.toolchain import find_hipcc, find_nvcc, version_of
+from src.ops.toolchain import BuildError, find_hipcc, find_nvcc, version_of
 
 NAMES = "rwkvab"
 TESTS = Path(__file__).parent
@@ -103,14 +103,17 @@ def test_what_is_kept_has_the_size_that_torch_compile_is_told(host_op, kernel, h
     assert real[3].numel() == (0 if kernel == "chunked" else tokens * heads * head_size)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"w": torch.float32}, "one dtype"), ({name: torch.float32 for name in NAMES}, "no chunked kernel"),
-], ids=["dtypes differ", "fp32 chunked"])  # fmt: skip
-def test_op_refuses_what_it_cannot_do(host_op, change, words):
-    x = problem(1, 4, 1, 64, torch.bfloat16)
-    inputs = [x[name].to(change.get(name, torch.bfloat16)) for name in NAMES]
-    with pytest.raises(RuntimeError, match=words):
-        host_op.wkv7_forward(*inputs, None, None, False, True)
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "chunked"),
+    [(torch.float32, 64, True), (torch.bfloat16, 32, True), (torch.bfloat16, 48, False), (torch.float64, 64, False)],
+    ids=["chunked fp32", "chunked N = 32", "N = 48", "float64"],
+)
+def test_op_refuses_inputs_without_a_kernel(host_op, dtype, head_size, chunked):
+    x = problem(1, 4, 1, head_size, dtype)
+    with pytest.raises(
+        RuntimeError, match=f"no {'chunked' if chunked else 'recurrent'} kernel for head size {head_size}"
+    ):
+        host_op.wkv7_forward(*(x[name] for name in NAMES), None, None, False, chunked)
 
 
 @pytest.mark.parametrize("kernel", ["recurrent", "chunked"])
@@ -229,51 +232,90 @@ def test_build_for_amd_compiles_the_translation_with_hipcc(tmp_path, monkeypatch
     assert all("--offload-arch=gfx90a --offload-arch=gfx942" in call and ".hip" in call for call in calls)
 
 
-def test_missing_hipcc_says_what_to_install(tmp_path, monkeypatch):
+def build_error(function):
+    with pytest.raises(BuildError) as caught:
+        function()
+    return caught.value
+
+
+def test_missing_hipcc_comes_with_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "9.0")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("ROCM_HOME", raising=False)
-    with pytest.raises(BuildError, match=r"no hipcc: install the HIP compiler of ROCm 9\.0"):
-        find_hipcc()
+    assert "ROCm 9.0" in build_error(find_hipcc).advice
     monkeypatch.setenv("ROCM_HOME", str(tmp_path))
-    with pytest.raises(BuildError, match="no bin/hipcc in it"):
-        find_hipcc()
+    assert build_error(find_hipcc).problem.startswith("ROCM_HOME is ")
 
 
 # --- Build and choice ---------------------------------------------------------------------------------------------------------------
 
 
-def test_gpu_targets_follow_the_list(monkeypatch):
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    options = gpu_targets()
-    assert "arch=compute_80,code=sm_80" in options
-    assert options[-1] == "arch=compute_90,code=compute_90"
-    for wrong, words in (("hopper", "expected capabilities"), ("6.1", "7.5 or later")):
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
-        with pytest.raises(BuildError, match=words):
-            gpu_targets()
+def targets(monkeypatch, listed, present=()):
+    """The numbers in nvcc's options for this TORCH_CUDA_ARCH_LIST on a machine with GPUs of these capabilities."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(present))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: present[index])
+    return [option.split("code=")[1] for option in gpu_targets() if option != "-gencode"]
 
 
-def test_a_missing_or_wrong_nvcc_says_what_to_install(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("listed", "present", "expected"),
+    [
+        ("", [(9, 0), (8, 0), (9, 0)], ["sm_80", "sm_90"]),
+        ("8.0;9.0+PTX", [], ["sm_80", "sm_90", "compute_90"]),
+        ("5.2 6.1 8.0", [(8, 6)], ["sm_80"]),  # sm_80's code runs on 8.6
+        ("7.5 8.0", [(9, 0)], ["sm_75", "sm_80", "sm_90"]),
+        ("7.5+PTX", [(9, 0)], ["sm_75", "compute_75"]),
+        ("8.6", [(8, 0)], ["sm_86", "sm_80"]),
+        ("10.0f", [(12, 0)], ["sm_100f", "sm_120"]),
+    ],
+    ids=["present", "listed", "old ones left out", "a GPU forgotten", "PTX", "older minor version", "variant"],
+)
+def test_targets_are_the_gpus_present_or_those_listed(monkeypatch, listed, present, expected):
+    assert targets(monkeypatch, listed, present) == expected
+
+
+@pytest.mark.parametrize(
+    ("listed", "present", "problem"),
+    [("hopper", [], "'hopper'"), ("6.1", [], "got 6.1"), ("", [(7, 0)], "7.5 or later, got 7.0"), ("", [], "no GPU")],
+)
+def test_targets_without_a_kernel_are_refused(monkeypatch, listed, present, problem):
+    error = build_error(lambda: targets(monkeypatch, listed, present))
+    assert problem in error.problem
+    assert error.advice
+
+
+def test_a_missing_or_wrong_nvcc_comes_with_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(BuildError, match="no bin/nvcc in it"):
-        cuda_recipe()
+    assert build_error(cuda_recipe).problem.startswith("CUDA_HOME is ")
     (tmp_path / "bin").mkdir()
     nvcc = tmp_path / "bin" / "nvcc"
-    for words, told in (
-        ("release 12.4, V12.4.131", r"is of CUDA 12\.4, but .* built for CUDA 13\.0: install the CUDA toolkit 13\.0"),
-        ("something else", "of CUDA an unknown version"),
-    ):
-        nvcc.write_text(f"#!/bin/sh\necho '{words}'\n")
+    for version, expected in (("release 12.4, V12.4.131", "CUDA 12.4,"), ("something else", "unknown version")):
+        nvcc.write_text(f"#!/bin/sh\necho '{version}'\n")
         nvcc.chmod(0o755)
-        with pytest.raises(BuildError, match=told):
-            cuda_recipe()
+        error = build_error(cuda_recipe)
+        assert expected in error.problem
+        assert "CUDA toolkit 13.0" in error.advice
     monkeypatch.delenv("CUDA_HOME")
-    monkeypatch.setattr(shutil, "which", lambda *given, **named: None)
-    with pytest.raises(BuildError, match=r"no nvcc: install the CUDA toolkit 13\.0"):
-        find_nvcc()
+    monkeypatch.setattr(shutil, "which", lambda *args, **kwargs: None)
+    assert "CUDA toolkit 13.0" in build_error(find_nvcc).advice
+
+
+def test_the_choice_follows_the_device_of_the_tensors(monkeypatch):
+    """The first GPU has no tensor cores for bf16, the second has; which one is current doesn't matter."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: [(7, 5), (9, 0)][index or 0])
+    monkeypatch.setattr(recurrence.build, "load_native", lambda register: None)
+    monkeypatch.setattr(recurrence.build, "why_no_cuda", lambda: None)
+    choices = [recurrence._choose("cuda", index, torch.bfloat16, 64, "auto") for index in (None, 0, 1)]
+    assert choices == ["recurrent", "recurrent", "chunked"]
+    assert "tensor cores" in recurrence.describe_kernel("cuda:1", torch.bfloat16, 64, "auto")
+    error = build_error(lambda: recurrence.describe_kernel("cuda", torch.bfloat16, 64, "chunked"))
+    assert (error.kernel, error.problem.count("7.5")) == ("chunked", 1)
+    assert str(error).count("--kernel") == 1
 
 
 # --- What is ready for the day that a GPU is there ------------------------------------------------------------------------------------

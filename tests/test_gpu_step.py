@@ -1,6 +1,5 @@
 """The training step as a GPU is given it. Without one: on meta tensors, which have shapes and no values, so whatever reads a value raises."""
 
-import importlib
 import sys
 from collections import Counter
 
@@ -17,6 +16,7 @@ from src.cli import parse
 from src.config import RunConfig
 from src.dataset.binidx import BinIdxWriter
 from src.model import RWKV7, ModelConfig
+from src.ops import loss, recurrence
 from src.ops.build import BuildError, load_native
 from src.training.hardware.selection import Hardware
 from src.training.module import TrainingModule
@@ -35,13 +35,12 @@ SETTINGS = [
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The native ops of wkv7 and the loss are taken (their shapes are known), elementwise work is plain PyTorch, AdamW is fused."""
-    wkv7, loss = (importlib.import_module(f"src.ops.{name}") for name in ("wkv7", "loss"))
     try:
-        load_native(wkv7._register)
+        load_native(recurrence._register)
         load_native(loss._register)
     except BuildError as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(wkv7, "_why_not_native", lambda *given: "")
+    monkeypatch.setattr(recurrence, "_choose", lambda *given: "recurrent")
     monkeypatch.setattr(loss, "_native", lambda *given: True)
     optimizer = sys.modules[torch.optim.Optimizer.__module__]
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["cuda", "meta"])

@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import importlib
 import warnings
 from itertools import pairwise
 
@@ -10,11 +9,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from src.ops import recurrence as module
 from src.ops import wkv7
 from src.ops.build import BuildError
 from src.ops.reference import wkv7_reference
 
-module = importlib.import_module("src.ops.recurrence")  # `src.ops.recurrence` is the function
 NAMES = ("y", "final_state", "dr", "dw", "dk", "dv", "da", "db", "dstate")
 
 
@@ -307,18 +306,88 @@ def test_second_derivative_is_refused(native):
         grad.sum().backward()
 
 
-def test_mistakes_are_named():
+INPUTS = "rwkvab"
+
+
+@pytest.mark.parametrize("kernel", ["auto", "recurrent", "reference"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.half(),
+        lambda x: x[:1],
+        lambda x: x[:, :3],
+        lambda x: x.expand(-1, -1, 2, -1),
+        lambda x: x[..., :8],
+        lambda x: x[0],
+        lambda x: x.to("meta"),
+    ],
+    ids=["dtype", "batch", "length", "heads", "head size", "dimensions", "device"],
+)
+@pytest.mark.parametrize("name", INPUTS[1:])
+def test_inputs_that_differ_are_refused(name, change, kernel):
+    inputs, _ = problem(2, 4, 1, 16)
+    inputs[INPUTS.index(name)] = change(inputs[INPUTS.index(name)])
+    with pytest.raises(ValueError, match=f"one shape, dtype and device.* {name} is"):
+        wkv7(*inputs, kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_inputs_without_four_dimensions_or_tokens_are_refused(kernel):
+    inputs, _ = problem(2, 4, 1, 16)
+    for change in (lambda x: x[0], lambda x: x[:, :0]):
+        with pytest.raises(ValueError, match=r"\[B, T, H, N\]"):
+            wkv7(*map(change, inputs), kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.half(),
+        lambda x: x.double(),
+        lambda x: x[:1],
+        lambda x: x[0],
+        lambda x: x[..., :8],
+        lambda x: x.to("meta"),
+    ],
+    ids=["half", "double", "documents", "dimensions", "head size", "device"],
+)
+def test_wrong_states_are_refused(change, kernel):
     inputs, state = problem(2, 4, 1, 16)
+    with pytest.raises(ValueError, match="state must be"):
+        wkv7(*inputs, change(state), kernel=kernel)
+    packed = [x[:1] for x in inputs]
+    with pytest.raises(ValueError, match="state must be"):
+        wkv7(*packed, state, torch.tensor([0, 4], dtype=torch.int32), kernel=kernel)  # one document, two states
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("bounds", "batch"),
+    [
+        (torch.tensor([0, 4]), 1),
+        (torch.tensor([0], dtype=torch.int32), 1),
+        (torch.tensor([[0, 4]], dtype=torch.int32), 1),
+        (torch.tensor([0, 4], dtype=torch.int32), 2),
+        (torch.tensor([0, 4], dtype=torch.int32, device="meta"), 1),
+    ],
+    ids=["int64", "one number", "two dimensions", "two rows", "device"],
+)
+def test_wrong_forms_of_bounds_are_refused(bounds, batch, kernel):
+    inputs, _ = problem(batch, 4, 1, 16)
+    with pytest.raises(ValueError, match="cu_seqlens must be"):
+        wkv7(*inputs, cu_seqlens=bounds, kernel=kernel)
+
+
+def test_wrong_kernels_are_refused():
+    inputs, _ = problem(2, 4, 1, 16)
     with pytest.raises(ValueError, match="--kernel"):
         wkv7(*inputs, kernel="fast")
-    with pytest.raises(ValueError, match=r"inputs must be alike.*v is"):
-        wkv7(*inputs[:3], inputs[3].half(), *inputs[4:])
-    with pytest.raises(ValueError, match="state must be"):
-        wkv7(*inputs, state.half())
-    with pytest.raises(ValueError, match="cu_seqlens must be"):
-        wkv7(*inputs, cu_seqlens=torch.tensor([0, 4]))
-    with pytest.raises(BuildError, match="chunked"):
+    with pytest.raises(BuildError, match="tensor cores") as caught:
         wkv7(*inputs, kernel="chunked")
+    assert caught.value.kernel == "chunked"
+    with pytest.raises(BuildError, match="multiple of 16"):
+        wkv7(*problem(2, 4, 1, 24)[0], kernel="recurrent")
 
 
 @pytest.mark.parametrize("bounds", [[0, 3], [1, 4], [0, 3, 2, 4]])

@@ -99,7 +99,7 @@ def _native() -> bool:
     return True
 
 
-# As torch.compiler.assume_constant_result, without importing the compiler (see wkv7.py).
+# As torch.compiler.assume_constant_result, without importing the compiler (see recurrence.py).
 _native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -88,10 +88,10 @@ def _native(device: str, dtype: torch.dtype) -> bool:
         build.load_native(_register)
     except build.BuildError:
         return False
-    return device != "cuda" or not build.why_no_cuda()
+    return device != "cuda" or build.why_no_cuda() is None
 
 
-# As torch.compiler.assume_constant_result, without importing the compiler (see wkv7.py).
+# As torch.compiler.assume_constant_result, without importing the compiler (see recurrence.py).
 _native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

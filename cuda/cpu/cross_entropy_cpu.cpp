@@ -10,7 +10,7 @@
 #include <cstring>
 #include <tuple>
 
-#include "cross_entropy.h"
+#include "../cross_entropy.h"
 #include "vec.h"
 
 namespace cross_entropy_cpu {
