@@ -165,7 +165,7 @@ def test_nvcc_keeps_kernels_in_registers(target, source, kernels, tmp_path):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["75", "90"])
+@pytest.mark.parametrize("target", ["75", "80", "90", "100", "120"])
 def test_nvcc_keeps_the_recurrent_kernel_in_registers(target, tmp_path):
     report = spills(target, "wkv7_recurrent.cu", tmp_path)
     assert len(report) == 18
