@@ -13,8 +13,6 @@ import pytest
 import torch
 from host_cuda.harness import CUDA, build, build_ops, compiler, shared_folder
 from host_cuda.problems import answer, error, incoming, problem
-from torch.autograd import DeviceType
-from torch.autograd.profiler_util import FunctionEvent
 from torch.utils.checkpoint import checkpoint
 
 from src.ops import recurrence, wkv7
@@ -316,85 +314,6 @@ def test_the_choice_follows_the_device_of_the_tensors(monkeypatch):
     error = build_error(lambda: recurrence.describe_kernel("cuda", torch.bfloat16, 64, "chunked"))
     assert (error.kernel, error.problem.count("7.5")) == ("chunked", 1)
     assert str(error).count("--kernel") == 1
-
-
-# --- What is ready for the day that a GPU is there ------------------------------------------------------------------------------------
-
-
-def test_gpu_benchmark_works_out_its_table(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(TESTS / "bench"))
-    import wkv7_gpu
-
-    wkv7_gpu.report("cpu", [(1, 40, 2)], ("recurrent",), repetitions=2)
-    table = capsys.readouterr().out.splitlines()
-    assert table[-3].count("|") == table[-2].count("|") == table[-1].count("|") == 12
-    assert table[-1].startswith("| 1, 40, 2 | recurrent | ")
-    measured = wkv7_gpu.Measured(forward_ms=1.0, backward_ms=1.0, peak_bytes=2**30, kept_bytes=181.0)
-    # 2 097 152 token-heads of 2560 bytes in 2 ms are 2.68 TB/s, 67 % of a copy at 4 TB/s
-    told = wkv7_gpu.line((8, 4096, 64), "chunked", measured, 4e12, 3.1e-3)
-    assert told == "| 8, 4096, 64 | chunked | 1.000 | 1.000 | 2.000 | 1879 | 3490 | 67% | 1024 | 181 | 3.1e-03 |"
-    assert wkv7_gpu.sets_beyond(cache_bytes=50 << 20, set_bytes=10 << 20) == 12
-    monkeypatch.setattr(wkv7_gpu, "wkv7", lambda *given, kernel: [2 * x for x in wkv7(*given, kernel=kernel)])
-    with pytest.raises(SystemExit, match="recurrent is wrong: y at T = 1"):
-        wkv7_gpu.worst_error("recurrent", "cpu")
-
-
-def test_step_benchmark_gives_each_kernel_to_a_part(monkeypatch):
-    """A profile as a GPU gives it: marks of the host on the GPU's line, kernels of ops, and kernels that a compiled graph started."""
-    monkeypatch.syspath_prepend(str(TESTS / "bench"))
-    from train_step import gpu_split
-
-    events = []
-
-    def event(name, start, end, kernel="", parent=None, mark=False):
-        """An op (or mark) on the host, what it started on the GPU, and for a mark its shadow there."""
-        events.append(FunctionEvent(len(events), name, 0, start, end, is_user_annotation=mark))
-        if parent is not None:
-            events[-1].set_cpu_parent(parent)
-        op = events[-1]
-        if kernel or mark:
-            op.append_kernel(kernel or name, 0, end - start)
-            gpu(kernel or name, start, end, mark)
-        return op
-
-    def gpu(name, start, end, mark=False):
-        events.append(
-            FunctionEvent(len(events), name, 7, start, end, device_type=DeviceType.CUDA, is_user_annotation=mark)
-        )
-
-    event("aten::mm", 0, 4000, "nvjet_hsh_128x256")
-    event("rwkv7::wkv7_forward", 4000, 5000, "wkv7_chunked_forward(Forward)")
-    gpu("triton_poi_fused_add_mul_0", 5000, 7000)
-    loss = event("part:loss", 7000, 9000, mark=True)
-    event("aten::mm", 7000, 8000, "nvjet_hsh_128x256", loss)
-    event("rwkv7::cross_entropy_l2wrap_forward", 8000, 9000, "forward_kernel", loss)
-    optimizer = event("part:optimizer", 9000, 12000, mark=True)
-    event("aten::_fused_adamw_", 9000, 12000, "multi_tensor_apply_kernel", optimizer)
-    assert gpu_split(events) == {"GEMM": 5.0, "wkv7": 1.0, "elementwise": 2.0, "loss": 1.0, "optimizer": 3.0}
-
-
-def test_gpu_check_goes_through_all_steps_and_says_what_failed(tmp_path):
-    tools = {name: "echo $(basename $0) $*" for name in ("nvidia-smi", "nvcc", "python", "compute-sanitizer")}
-    for broken in ("", "compute-sanitizer"):
-        for name, script in tools.items():
-            (tmp_path / name).write_text(f"#!/bin/sh\n{script}\nexit {3 if name == broken else 0}\n")
-            (tmp_path / name).chmod(0o755)
-        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
-        command = ["sh", str(TESTS / "gpu_check.sh"), str(tmp_path / "result")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        result = (tmp_path / "result").read_text()
-        assert done.stdout == result
-        for words in (
-            "python -m pytest -q -m gpu tests",
-            "--tool memcheck",
-            "--tool racecheck",
-            "tests/bench/wkv7.py",
-            "tests/bench/train_step.py",
-            "--config 1.5b",
-        ):
-            assert words in result
-        assert result.splitlines()[-1].startswith("failed: memcheck, racecheck" if broken else "all passed")
-        assert done.returncode == (1 if broken else 0)
 
 
 # --- On a GPU -------------------------------------------------------------------------------------------------------------------------

@@ -70,6 +70,17 @@ def settings(args: argparse.Namespace) -> tuple[RunConfig, int]:
     return config, args.vocab_size or vocab
 
 
+def draw_weights(model: RWKV7) -> None:
+    """Normal numbers, and ones for the norms' weights. A step's time doesn't depend on the weights, and the model's own orthogonal matrices
+    would take a minute of QR decompositions."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ln" in name and name.endswith(".weight"):
+                parameter.fill_(1)
+            else:  # inputs of size 1 give outputs of size 1; vectors stay small
+                parameter.normal_(std=parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.1)
+
+
 class Step:
     """One optimizer step after another on random tokens. `micro_steps` batches are accumulated, as --accumulate_grad_batches does."""
 
@@ -77,8 +88,10 @@ class Step:
         self.hardware = choose_hardware(config)
         self.device = torch.device("cuda" if self.hardware.accelerator == "gpu" else "cpu")
         torch.manual_seed(0)
-        with self.device:
-            model = RWKV7(config.model_config(vocab)).to(self.device, self.hardware.dtype)
+        with torch.device("meta"):
+            model = RWKV7(config.model_config(vocab))
+        model = model.to(self.hardware.dtype).to_empty(device=self.device)
+        draw_weights(model)
         if config.compile:  # as src/training/trainer.py does
             model.compile_blocks()
         self.module = TrainingModule(model, config, self.hardware, make_dataset=None)
@@ -204,7 +217,7 @@ def split(step: Step, milliseconds: float, steps: int = 3) -> dict[str, float]:
     return dict(spent)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="mini", choices=list(CONFIGS))
     for name in ("n_layer", "n_embd", "vocab_size", "ctx_len", "micro_bsz"):
@@ -226,7 +239,11 @@ def main() -> None:
         help="steps with and without this in turn, in this run: the median of their ratios",
     )
     parser.add_argument("--peak_tflops", type=float, default=0.0)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     torch.set_num_threads(args.threads)
 
     config, vocab = settings(args)

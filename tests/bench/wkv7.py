@@ -83,9 +83,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.device == "cuda":
-        from wkv7_gpu import report
+        from wkv7_gpu import report_errors, report_times
 
-        return report()
+        report_errors()
+        return report_times()
     shape, dtype = (args.batch, args.tokens, args.heads, args.head_size), getattr(torch, args.dtype)
     set_up_malloc(lean=False)  # as train.py does
     build.load_native(instruction_set=args.instruction_set)
