@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,45 @@ def test_backward_refuses_what_forward_did_not_keep(host_op, kernel, name, chang
     backward(**given)
     with pytest.raises(RuntimeError, match=name):
         backward(**{**given, name: change(given[name])})
+
+
+LAUNCH_ERRORS = """
+import ctypes, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+import torch
+from host_cuda.harness import CUDA, build, build_ops
+folder = Path(sys.argv[3])
+stub = folder / "stub.cpp"
+stub.write_text('#include <cstdlib>\\nextern "C" int cross_entropy_l2wrap_forward() { return std::atoi(std::getenv("CODE")); }\\n'
+                'extern "C" int cross_entropy_l2wrap_backward() { return 0; }\\n'
+                'extern "C" const char* host_cuda_last_fault() { return ""; }\\n')
+ctypes.CDLL(str(build(folder, stub)), mode=ctypes.RTLD_GLOBAL)
+build_ops(folder, CUDA / "cross_entropy_cuda.cpp")
+setenv = ctypes.CDLL(None).setenv
+for code in (0, 1, 209, 700, 719):
+    setenv(b"CODE", str(code).encode(), 1)
+    try:
+        torch.ops.rwkv7_host.cross_entropy_l2wrap_forward(torch.zeros(1, 4), torch.zeros(1, dtype=torch.long), -100)
+        print(code, "no error")
+    except RuntimeError as error:
+        print(code, str(error).splitlines()[0])
+"""
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_launch_errors_name_their_cause(tmp_path):
+    """An error of work that was started before isn't blamed on the kernel that hears of it."""
+    command = [sys.executable, "-c", LAUNCH_ERRORS, str(TESTS.parent), str(TESTS), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    messages = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert messages["0"] == "no error"
+    assert "the launch failed with CUDA error 1" in messages["1"]
+    assert "built for other GPUs" in messages["209"]
+    for code in ("700", "719"):
+        assert "work that was started before" in messages[code]
+        assert "launch failed" not in messages[code]
 
 
 # --- What compilers say -----------------------------------------------------------------------------------------------------------

@@ -84,6 +84,9 @@ def test_asynchronous_copies_arrive_when_waited_for(planted):
         outs.append(result)
     assert torch.equal(outs[0], given)
     assert outs[1].isnan().all()
+    result = torch.full((128,), -1.0)
+    planted.call("planted_copy_and_wait", pointer(given), pointer(result), 3)
+    assert (result == 0).all()  # a copy of no bytes gives zeros
     with pytest.raises(AssertionError, match="never waited for"):
         planted.call("planted_copy_and_wait", pointer(given), pointer(torch.empty(128)), 0)
 

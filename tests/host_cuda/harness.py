@@ -129,7 +129,8 @@ class HostLibrary:
         """Calls an entry point; a fault found by the host (race-prone collective, deadlock, ...) is an AssertionError."""
         given = [ctypes.c_int64(x) if isinstance(x, int) and abs(x) >= 2**31 else x for x in arguments]
         code = getattr(self.library, entry)(*given)
-        fault = self.library.host_cuda_last_fault().decode()
+        # 1 is a fault's code; with another code the message is that of an earlier call.
+        fault = self.library.host_cuda_last_fault().decode() if code == 1 else ""
         assert code == 0, fault or f"{entry} returned {code}"
 
     def take_counts(self) -> dict[str, int]:

@@ -159,7 +159,7 @@ enum Wait { kReady, kAtCollective, kAtBlockBarrier, kDone };
 struct Copy {
   void* to;
   const void* from;
-  int bytes;
+  int size, bytes;  // of `size` bytes the first `bytes` are copied, the others become zeros
 };
 
 struct Thread {
@@ -393,11 +393,11 @@ inline void check_aligned(const void* at, size_t bytes, const char* what) {
   block_now->leave();
 }
 
-inline void copy_async(void* to, const void* from, int bytes) {
-  check_aligned(to, bytes, "copies asynchronously to shared memory");
-  check_aligned(from, bytes, "copies asynchronously from memory");
-  std::memset(to, 0xff, bytes);
-  thread_now->uncommitted.push_back({to, from, bytes});
+inline void copy_async(void* to, const void* from, int size, int bytes) {
+  check_aligned(to, size, "copies asynchronously to shared memory");
+  check_aligned(from, size, "copies asynchronously from memory");
+  std::memset(to, 0xff, size);
+  thread_now->uncommitted.push_back({to, from, size, bytes});
 }
 inline void copy_async_commit() {
   thread_now->copies.push_back(std::move(thread_now->uncommitted));
@@ -406,9 +406,21 @@ inline void copy_async_commit() {
 inline void copy_async_wait(size_t groups_left) {
   auto& copies = thread_now->copies;
   while (copies.size() > groups_left) {
-    for (const Copy& c : copies.front()) std::memcpy(c.to, c.from, c.bytes);
+    for (const Copy& c : copies.front()) {
+      std::memcpy(c.to, c.from, c.bytes);
+      std::memset(static_cast<char*>(c.to) + c.bytes, 0, c.size - c.bytes);
+    }
     copies.erase(copies.begin());
   }
+}
+
+// A prefetch reads nothing, but one from outside of any buffer is a mistake that AddressSanitizer should see.
+inline void touch(const void* from) { (void)*static_cast<const volatile char*>(from); }
+
+// A check in a kernel failed: the block ends here.
+inline void stop(const char* message) {
+  block_now->fail(*thread_now, message);
+  block_now->leave();
 }
 
 }  // namespace host_cuda
