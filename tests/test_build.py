@@ -1,4 +1,4 @@
-"""The lazy build: the cache serves only what fits, survives races and damage, and failures say what to do.
+"""The build on first use: the cache serves only what fits and survives races and damage; failures have advice.
 
 A tiny C++ source stands for the library: what is tested is the building, not what is built.
 """
@@ -182,14 +182,14 @@ def test_threads_that_need_it_at_once_load_and_register_once(monkeypatch):
     assert (len(loads), len(registrations)) == (1, 1)
 
 
-def test_a_cache_that_cannot_be_written_is_replaced_with_a_word(recipe, tmp_path):
+def test_a_cache_that_cannot_be_written_is_replaced_with_a_warning(recipe, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.warns(UserWarning, match="can't be written"):
         library = built(recipe, tmp_path / "file" / "cache")
     assert ctypes.CDLL(str(library)).answer() == 42
 
 
-def test_a_full_disk_is_replaced_with_a_word(recipe, tmp_path, monkeypatch):
+def test_a_full_disk_is_replaced_with_a_warning(recipe, tmp_path, monkeypatch):
     real = build._compile
 
     def full(recipe, work):

@@ -1,4 +1,4 @@
-"""torch.compile of a block: one graph, no compilation after the first steps, the same numbers; and what backward keeps."""
+"""torch.compile of a block: one graph, compiled in the first steps only, the same numbers; what backward keeps."""
 
 import importlib
 import re
@@ -119,14 +119,16 @@ def test_a_failure_to_compile_falls_back_with_one_warning(direction, grad_cp):
 def test_a_mistake_in_the_call_is_the_error_without_compilation():
     model = busy(RWKV7(CONFIG))
     model.compile_blocks(backend="aot_eager")
-    with pytest.raises(RuntimeError), warnings.catch_warnings():
+    x, v_first = torch.randn(1, 24, 64), torch.randn(1, 23, 64)  # of another length
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.blocks[1](torch.randn(1, 24, 64), torch.randn(1, 23, 64), None, None)  # v_first of another length
+        with pytest.raises(RuntimeError, match="size"):
+            model.blocks[1](x, v_first, None, None)
 
 
 @pytest.mark.parametrize("grad_cp", [False, True])
 def test_packed_rows_soon_compile_nothing_new(grad_cp):
-    """The number of documents in a row changes at every step: compiled for the first number, once for any, and once for one alone."""
+    """The number of documents changes at every step: compiled for the first number, once for any, and once for one."""
     model = busy(RWKV7(replace(CONFIG, n_layer=5, grad_cp=grad_cp)))
     counter = CompileCounterWithBackend("aot_eager")
     model.compile_blocks(backend=counter, fullgraph=True)
@@ -215,7 +217,7 @@ def kept_by_layer(model, tokens):
 
 
 def test_what_backward_keeps_is_as_the_docs_list_it():
-    """Numbers of C per token and layer: 24 activations, wkv7's S a and states, the hidden layer twice; low-rank products."""
+    """Multiples of C per token and layer: 24 activations, wkv7's S a and states, the hidden layer twice; low rank."""
     tokens = 512
     sizes = [ModelConfig(n_layer=n, n_embd=128, vocab_size=50) for n in (2, 4)]
     few, many = (kept_by_layer(RWKV7(config), tokens) for config in sizes)

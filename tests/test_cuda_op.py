@@ -1,4 +1,4 @@
-"""The CUDA kernels as PyTorch sees them: through the dispatcher's code on a CPU, by nvcc's report, translated for AMD, and on a GPU where there is one."""
+"""The CUDA ops: their bindings run on a CPU, nvcc's report, the translation for AMD, and the ops on a GPU."""
 
 import ctypes
 import os
@@ -27,7 +27,7 @@ NAMES = "rwkvab"
 TESTS = Path(__file__).parent
 
 
-# --- On a CPU: the dispatcher's own code, with host_cuda.h beneath -------------------------------------------------------------
+# --- On a CPU: the bindings' own code, on top of host_cuda.h ------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_op_is_lean_and_keeps_its_schema(host_op, chunked):
     ("kernel", "head_size"), [("recurrent", 32), ("recurrent", 64), ("recurrent", 128), ("chunked", 64)]
 )
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
-def test_what_is_kept_has_the_size_that_torch_compile_is_told(host_op, kernel, head_size, packed):
+def test_kept_tensors_have_the_sizes_registered_for_torch_compile(host_op, kernel, head_size, packed):
     x = problem(1 if packed else 3, 100, 2, head_size, torch.bfloat16, cu_seqlens=[0, 1, 50, 100] if packed else None)
     inputs = [x[name] for name in NAMES]
     real = host_op.wkv7_forward(*inputs, None, x.get("cu_seqlens"), True, kernel == "chunked")
@@ -143,7 +143,8 @@ import torch
 from host_cuda.harness import CUDA, build, build_ops
 folder = Path(sys.argv[3])
 stub = folder / "stub.cpp"
-stub.write_text('#include <cstdlib>\\nextern "C" int cross_entropy_l2wrap_forward() { return std::atoi(std::getenv("CODE")); }\\n'
+stub.write_text('#include <cstdlib>\\nextern "C" int cross_entropy_l2wrap_forward() '
+                '{ return std::atoi(std::getenv("CODE")); }\\n'
                 'extern "C" int cross_entropy_l2wrap_backward() { return 0; }\\n'
                 'extern "C" const char* host_cuda_last_fault() { return ""; }\\n')
 ctypes.CDLL(str(build(folder, stub)), mode=ctypes.RTLD_GLOBAL)
@@ -174,7 +175,7 @@ def test_launch_errors_name_their_cause(tmp_path):
         assert "launch failed" not in messages[code]
 
 
-# --- What compilers say -----------------------------------------------------------------------------------------------------------
+# --- Reports of compilers -----------------------------------------------------------------------------------
 
 
 def spills(target, source, tmp_path):
@@ -285,7 +286,7 @@ def test_missing_hipcc_comes_with_what_to_install(tmp_path, monkeypatch):
     assert build_error(find_hipcc).problem.startswith("ROCM_HOME is ")
 
 
-# --- Build and choice ---------------------------------------------------------------------------------------------------------------
+# --- Build and choice ---------------------------------------------------------------------------------------
 
 
 def targets(monkeypatch, listed, present=()):
@@ -356,7 +357,7 @@ def test_the_choice_follows_the_device_of_the_tensors(monkeypatch):
     assert str(error).count("--kernel") == 1
 
 
-# --- On a GPU -------------------------------------------------------------------------------------------------------------------------
+# --- On a GPU -----------------------------------------------------------------------------------------------
 
 
 def on_gpu(x, kernel, dy, dfinal_state, device="cuda"):
@@ -408,7 +409,7 @@ def test_gpu_captures_into_a_graph_and_compiles(kernel):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("kernel", ["recurrent", "chunked"])
-def test_gpu_computes_again_under_activation_checkpointing(kernel):
+def test_gpu_recomputes_under_activation_checkpointing(kernel):
     x = problem(2, 64, 2, 64, torch.bfloat16)
     inputs = [x[name].cuda().requires_grad_() for name in NAMES]
     plain = torch.autograd.grad(wkv7(*inputs, kernel=kernel)[0].float().sum(), inputs)
@@ -421,7 +422,7 @@ def test_gpu_computes_again_under_activation_checkpointing(kernel):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("kernel", ["recurrent", "chunked"])
 def test_gpu_works_on_the_current_stream(kernel):
-    """Behind what that stream has to do first, and not behind another stream: here the default one is busy for a second."""
+    """After the work queued on that stream, without waiting for another: here the default one is busy for a second."""
     x = problem(2, 64, 2, 64, torch.bfloat16)
     true = [x[name].cuda() for name in NAMES]
     side = torch.cuda.Stream()

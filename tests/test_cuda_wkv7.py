@@ -1,4 +1,4 @@
-"""The CUDA kernels of wkv7, executed on a CPU: against float64, in every lane order, without a read or write out of place."""
+"""The CUDA kernels of wkv7, executed on a CPU: against float64, in every lane order, within their buffers."""
 
 import os
 import subprocess
@@ -57,7 +57,8 @@ import torch
 from host_cuda.harness import HostLibrary, Wkv7
 from host_cuda.problems import incoming, problem
 kernel = Wkv7(HostLibrary(sys.argv[3]), sys.argv[4])
-for dtype, head_size in [(torch.bfloat16, 64)] + [(torch.float32, 32), (torch.float16, 128)] * (sys.argv[4] == "recurrent"):
+others = [(torch.float32, 32), (torch.float16, 128)] if sys.argv[4] == "recurrent" else []
+for dtype, head_size in [(torch.bfloat16, 64), *others]:
     for shape in ({}, {"cu_seqlens": [0, 5, 5, 54], "state": True}, {"cu_seqlens": [-9, 99, 7, 999], "state": True}):
         x = problem(1, 54, 1, head_size, dtype, **shape)
         dy, dfinal_state = incoming(x)
@@ -172,7 +173,7 @@ def test_a_head_size_without_kernel_is_refused(recurrent):
         recurrent.forward(problem(1, 4, 1, 48, FP32))
 
 
-# --- The chunked kernel ---------------------------------------------------------------------------------------------------
+# --- The chunked kernel -------------------------------------------------------------------------------------
 
 CHUNKED = {"all": 5e-3, "final_state": 5e-3}
 CORRELATED = {**CHUNKED, "da": 7e-3, "db": 7e-3}

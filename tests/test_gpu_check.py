@@ -138,7 +138,7 @@ def test_the_former_place_forwards(machine):
     assert list(machine.statuses()) == ["build"]
 
 
-# ---- The benchmarks ------------------------------------------------------------------------------------------------------------------
+# ---- The benchmarks ----------------------------------------------------------------------------------------
 
 # Packages that a machine with a GPU may lack, but for those that Lightning itself imports where it finds them.
 MAY_BE_MISSING = "deepspeed wandb pyrwkv_tokenizer pytest hypothesis prompt_toolkit pyarrow rwkv"
@@ -234,7 +234,7 @@ def test_step_benchmark_draws_its_weights_without_decompositions(monkeypatch):
 
 
 def test_step_benchmark_gives_each_kernel_to_a_part(monkeypatch):
-    """A profile as a GPU gives it: marks of the host on the GPU's line, kernels of ops, and kernels that a compiled graph started."""
+    """A GPU's profile: annotations of the host on the GPU's line, kernels of ops, and kernels of a compiled graph."""
     monkeypatch.syspath_prepend(str(TESTS / "bench"))
     from train_step import gpu_split
 

@@ -1,4 +1,5 @@
-"""The training step as a GPU is given it. Without one: on meta tensors, which have shapes and no values, so whatever reads a value raises."""
+"""The training step on a GPU: it never waits for the device. Without a GPU it runs on meta tensors, of which no value
+can be read."""
 
 import sys
 from collections import Counter
@@ -34,7 +35,7 @@ SETTINGS = [
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """The native ops of wkv7 and the loss are taken (their shapes are known), elementwise work is plain PyTorch, AdamW is fused."""
+    """Native ops for wkv7 and the loss (by their registered shapes), plain PyTorch elementwise, fused AdamW."""
     try:
         load_native(recurrence._register)
         load_native(loss._register)
@@ -47,7 +48,7 @@ def as_on_a_gpu(monkeypatch):
 
 
 class Calls(TorchDispatchMode):
-    """The ops that are called, with the numbers in their largest output, and whether wkv7 is given rows that lie densely."""
+    """The ops called, with the size of their largest output, and whether wkv7's inputs are contiguous."""
 
     def __init__(self):
         super().__init__()
@@ -130,7 +131,7 @@ def test_no_operand_is_copied_and_products_are_as_few_as_can_be(as_on_a_gpu):
     assert seen.count(*COPIES, numbers=BATCH * CTX * 128) == 0, Counter(seen.calls)
 
 
-def test_nor_in_what_is_compiled(as_on_a_gpu):
+def test_the_compiled_graphs_copy_no_operand_either(as_on_a_gpu):
     """The compiler is given one graph for layer 0 and one for the others, forward and backward each."""
     graphs = []
 
@@ -166,7 +167,7 @@ def test_the_lean_setting_is_planned_within_5_gb():
     assert plan.memory(config, "auto", 1, "bf16", 16 * 512, head_chunk=4096, on_gpu=True).total < 5e9
 
 
-# ---- The loop around the step ----------------------------------------------------------------------------------------------------
+# ---- The loop around the step ------------------------------------------------------------------------------
 
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select", "aten::equal")
 
@@ -180,8 +181,8 @@ def tokens(tmp_path):
 
 def train(tokens, folder, **changed):
     settings = {
-        "proj_dir": folder, "data_file": tokens, "vocab_size": VOCAB, "ctx_len": 16, "micro_bsz": 4, "n_layer": 2, "n_embd": 64,
-        "head_size": 64, "my_exit_tokens": 16 * 4 * 12, "epoch_steps": 12, "random_seed": 1, **changed,
+        "proj_dir": folder, "data_file": tokens, "vocab_size": VOCAB, "ctx_len": 16, "micro_bsz": 4, "n_layer": 2,
+        "n_embd": 64, "head_size": 64, "my_exit_tokens": 16 * 4 * 12, "epoch_steps": 12, "random_seed": 1, **changed,
     }  # fmt: skip
     return run(*parse([word for name, value in settings.items() for word in (f"--{name}", str(value))]))
 
@@ -213,7 +214,7 @@ def test_the_loop_reads_nothing_back(monkeypatch, tmp_path, tokens):
     assert [name for name, _ in seen.calls if name in READS] != []  # what is saved at the end
 
 
-# ---- On a GPU --------------------------------------------------------------------------------------------------------------------
+# ---- On a GPU ----------------------------------------------------------------------------------------------
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -1,4 +1,4 @@
-"""The host run of CUDA sources can fail: each kind of planted mistake is caught, and the right kernel beside it is not."""
+"""The host run of CUDA sources finds each kind of planted mistake, and none in a right kernel."""
 
 import os
 import subprocess
@@ -61,16 +61,16 @@ def test_unwritten_memory_is_nan(planted):
     assert result[32:].isnan().all()  # an output that nobody wrote
 
 
-@pytest.mark.parametrize(("entry", "words"), [
+@pytest.mark.parametrize(("entry", "message"), [
     ("mismatched_collective", "while lane"),
     ("lane_stays_away", "lane 7 has ended"),
     ("warp_stays_away", "waits for ever in a block barrier"),
     ("different_barriers", "meets the block barrier of line"),
 ])  # fmt: skip
 @pytest.mark.parametrize("order", ORDERS)
-def test_threads_that_miss_each_other(planted, entry, words, order):
+def test_mismatched_barriers_and_collectives(planted, entry, message, order):
     planted.order(order)
-    with pytest.raises(AssertionError, match=words):
+    with pytest.raises(AssertionError, match=message):
         run(planted, entry)
     planted.order("forward")
 

@@ -1,4 +1,4 @@
-"""wkv7: every maker against float64, and the properties that any maker must have."""
+"""wkv7: every implementation against float64, and the properties that any implementation must have."""
 
 import ctypes
 import gc
@@ -34,7 +34,7 @@ def native():
 
 
 def problem(B, T, H, N, dtype=torch.float32, *, decay=0.0, documents=None):
-    """Inputs as a model makes them: a = -kk, b = kk * rate with kk of unit length; a carried state; all want gradients."""
+    """Inputs as in a model: a = -kk, b = kk * rate with kk of unit length; a carried state; all require gradients."""
     r, k, v = (torch.randn(B, T, H, N) for _ in range(3))
     w = decay + 2 * torch.randn(B, T, H, N)
     kk = torch.nn.functional.normalize(torch.randn(B, T, H, N), dim=-1)
@@ -102,7 +102,7 @@ def test_native_is_as_exact_as_plain_pytorch(native, shape, dtype, decay):
 
 
 @pytest.mark.parametrize("decay", [SLOW, FAST], ids=["slow", "fast"])
-def test_equal_keys_cost_no_exactness(native, decay):
+def test_equal_keys_lose_no_precision(native, decay):
     """Every token removes and replaces along one direction: what each reads depends on all that were before."""
     inputs, state = problem(1, 60, 2, 32, decay=decay)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_split_with_carried_state_is_the_whole(kernel, cut):
 
 
 @pytest.mark.parametrize("kernel", ["recurrent", "reference"])
-def test_packed_documents_are_each_alone(kernel):
+def test_packed_documents_are_independent(kernel):
     bounds = [0, 1, 40, 40, 73, 105]  # one token, no token, across and at the bounds of kept states
     inputs, state = problem(1, 105, 2, 16, documents=len(bounds) - 1)
     packed = outputs_and_gradients(wkv7, inputs, state, torch.tensor(bounds, dtype=torch.int32), kernel=kernel)
@@ -174,7 +174,7 @@ def test_without_a_state_it_starts_from_zeros(native):
         assert torch.equal(x, y), name
 
 
-def test_reads_rows_where_they_lie(native):
+def test_strided_inputs_are_read_in_place(native):
     """Views of one fused projection, an expanded gradient, a transposed input."""
     fused = torch.randn(2, 20, 6, 2, 16, requires_grad=True)
     views = [fused[:, :, i] for i in range(5)] + [fused[:, :, 5].transpose(2, 3).contiguous().transpose(2, 3)]
@@ -391,7 +391,7 @@ def test_wrong_kernels_are_refused():
 
 
 @pytest.mark.parametrize("bounds", [[0, 3], [1, 4], [0, 3, 2, 4]])
-def test_wrong_document_bounds_are_named(native, bounds):
+def test_wrong_document_bounds_are_refused(native, bounds):
     inputs, _ = problem(1, 4, 1, 16)
     with pytest.raises(RuntimeError, match="cu_seqlens must"):
         wkv7(*inputs, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
@@ -400,9 +400,9 @@ def test_wrong_document_bounds_are_named(native, bounds):
 @pytest.mark.parametrize("bounds", [None, [0, 5, 70]], ids=["rows", "packed"])
 @pytest.mark.parametrize(("name", "change"), [
     ("saved_state", lambda x: x[:-1]), ("saved_state", lambda x: x.half()), ("saved_state", lambda x: x.mT),
-    ("saved_state", lambda x: torch.cat([x, x])), ("saved_sa", lambda x: x[:, 1:]), ("saved_sa", lambda x: x.bfloat16()),
-    ("saved_sa", lambda x: x.transpose(1, 3)), ("dfinal_state", lambda x: x[1:]), ("dfinal_state", lambda x: x.double()),
-    ("dfinal_state", lambda x: x.flatten()),
+    ("saved_state", lambda x: torch.cat([x, x])),
+    ("saved_sa", lambda x: x[:, 1:]), ("saved_sa", lambda x: x.bfloat16()), ("saved_sa", lambda x: x.transpose(1, 3)),
+    ("dfinal_state", lambda x: x[1:]), ("dfinal_state", lambda x: x.double()), ("dfinal_state", lambda x: x.flatten()),
 ])  # fmt: skip
 def test_backward_refuses_what_forward_did_not_keep(native, name, change, bounds):
     """Read as if it fitted, it would be numbers from outside the tensor, or a crash."""

@@ -14,7 +14,8 @@ from src.ops.build import cache_folder
 
 # What the sources may include: anything else has no stable ABI.
 FOLDERS = ("torch/csrc/stable/", "torch/csrc/inductor/aoti_torch/", "torch/headeronly/")
-# The wheels for macOS are the smallest (80 to 140 MB, Linux 500 to 900), and these headers are the same on every platform.
+# The wheels for macOS are the smallest (80 to 140 MB, Linux 500 to 900), and these headers are the same on every
+# platform.
 PLATFORMS = ("macosx_11_0_arm64", "macosx_14_0_arm64")
 PYTHON = "3.12"  # a version that every checked release has wheels for
 DOWNLOAD_SECONDS = 300

@@ -1,4 +1,4 @@
-"""Gradient checkpointing (`--grad_cp 1`) that recomputes what is cheap: backward never runs the recurrence's forward again."""
+"""Gradient checkpointing (`--grad_cp 1`) of everything but the recurrence, whose forward runs once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ Result = TypeVar("Result")
 
 
 def recomputed(function: Callable[..., Result], *args: Any) -> Result:
-    """function(*args), of which only `args` and the outputs of wkv7's native op are kept; backward computes everything else again.
+    """function(*args), keeping for backward only `args` and the outputs of wkv7's native op.
 
-    The op's outputs are y, the final state, and the states and sums that its own backward starts from. Kernel "reference" has no such op:
-    everything is computed again. The function must draw no random numbers. Gradients have the bits of function's own.
+    Everything else is computed again. The op's outputs are y, the final state, and the states and sums that its own
+    backward starts from. Kernel "reference" has no such op: nothing is kept. The function must draw no random numbers.
+    Gradients have the bits of function's own.
 
-    Under torch.compile PyTorch's selective checkpointing does this. In eager mode it would take every op through a Python dispatch mode,
-    twice, which doubles the host's time for a block; there an OutputCache records and replays the op's outputs.
+    Under torch.compile PyTorch's selective checkpointing does this. In eager mode it would take every op through a
+    Python dispatch mode, twice, which doubles the host's time for a block; there an OutputCache records and replays
+    the op's outputs.
     """
     contexts = _selective_contexts if torch.compiler.is_compiling() else _cache_contexts
     # Without the random state: saving it reads the GPU's generator, which waits for the device.

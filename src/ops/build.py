@@ -1,9 +1,9 @@
 """The native library: built by ninja on first use, kept in a cache, loaded once per process.
 
 The cache (~/.cache/rwkv7-native, under XDG_CACHE_HOME where that is set) has one folder per key. The key is a hash of
-everything that the binary depends on: sources, flags, compiler, processor features, torch. So a changed source, another
-machine on the same home directory or another torch gets its own binary, and a reinstall finds the old one. A build happens
-in a private folder and is renamed into place when it is complete.
+everything that the binary depends on: sources, flags, compiler, processor features, torch. So a changed source,
+another machine on the same home directory or another torch gets its own binary, and a reinstall finds the old one. A
+build happens in a private folder and is renamed into place when it is complete.
 """
 
 import atexit
@@ -48,10 +48,10 @@ _cuda_failure: BuildError | None = None  # why the loaded library has no CUDA ke
 
 
 def load_native(register: Callable[[], None] | None = None, *, instruction_set: str = "native") -> None:
-    """Builds the native library unless the cache has it, and loads its ops (`torch.ops.rwkv7`). Does nothing the second time.
+    """Builds the native library unless the cache has it, and loads its ops, `torch.ops.rwkv7`; once per process.
 
-    `register` registers the shapes and gradients of some ops with PyTorch; it is called once, after the library is loaded.
-    Raises BuildError when the library can't be built or loaded.
+    `register` registers the shapes and gradients of some ops with PyTorch; it is called once, after the library is
+    loaded. Raises BuildError when the library can't be built or loaded.
     """
     with _lock:
         _load(instruction_set)
@@ -179,7 +179,8 @@ def _compile(recipe: Recipe, work: Path) -> None:
 
 
 def _advice_for(output: str, exit_code: int, compiler: str) -> str:
-    """What to do after a failed build. Compilers have no exit codes for this: their messages are all there is to go by."""
+    """What to do after a failed build."""
+    # Compilers exit with 1 whatever happened: their messages are the only sign of a cause.
     out_of_memory = ("Killed", "signal 9", "virtual memory exhausted", "out of memory")
     if exit_code == -signal.SIGKILL or any(sign in output for sign in out_of_memory):
         return (
@@ -193,7 +194,10 @@ def _advice_for(output: str, exit_code: int, compiler: str) -> str:
 
 
 def _join_sources(recipe: Recipe, work: Path) -> Recipe:
-    """The C++ sources as two files that include them, of about equal length: half of a small source's build time goes into PyTorch's headers."""
+    """The C++ sources as two files of about equal length that include them.
+
+    Half of a small source's build time goes into PyTorch's headers, and two compilers run at once.
+    """
     halves: tuple[list[Path], list[Path]] = ([], [])
     lengths = {source: source.stat().st_size for source in recipe.sources if source.suffix == ".cpp"}
     for source in sorted(lengths, key=lambda source: lengths[source], reverse=True):

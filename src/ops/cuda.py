@@ -24,8 +24,8 @@ def cuda_recipe(instruction_set: str = "native") -> Recipe:
     # Toolkits of one major version share their runtime; another major version's would be a second one in this process.
     if release is None or release[1] != torch_cuda.split(".")[0]:
         raise BuildError(
-            f"nvcc ({nvcc}) is of CUDA {'.'.join(release.groups()) if release else '(unknown version)'}, but this PyTorch was "
-            f"built for CUDA {torch_cuda}",
+            f"nvcc ({nvcc}) is of CUDA {'.'.join(release.groups()) if release else '(unknown version)'}, "
+            f"but this PyTorch was built for CUDA {torch_cuda}",
             advice=f"install the CUDA toolkit {torch_cuda} (and point CUDA_HOME at it), or a PyTorch for your CUDA",
         )
     # -lineinfo costs nothing at run time and lets profilers and compute-sanitizer name source lines.
@@ -46,8 +46,8 @@ def cuda_recipe(instruction_set: str = "native") -> Recipe:
 def gpu_targets() -> tuple[str, ...]:
     """nvcc's -gencode options: for the GPUs present, or for TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") where that is set.
 
-    Container images set that list for the programs that they were made for, so what it has too old for these kernels is left out, and a GPU
-    of this machine that it forgets is added. BuildError when nothing is left.
+    Container images set that list for the programs that they were made for, so what it has too old for these kernels
+    is left out, and a GPU of this machine that it forgets is added. BuildError when nothing is left.
     """
     present = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
     oldest = OLDEST_GPU_OF_CUDA_13 if int((torch.version.cuda or "13").split(".")[0]) >= 13 else OLDEST_GPU
@@ -64,6 +64,7 @@ def gpu_targets() -> tuple[str, ...]:
         )
     options: list[str] = []
     for (major, minor), variant, ptx in targets:
+        # Both halves are named: arch=sm_90 alone would add PTX, which takes longer to build and is never used.
         number = f"{major}{minor}{variant}"
         options += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         if ptx:
@@ -85,7 +86,9 @@ def _parse_target(entry: str) -> tuple[Capability, str, bool]:
 
 
 def _runs_on(gpu: Capability, target: Capability, variant: str, ptx: bool) -> bool:
-    """Machine code runs on later minor versions of its major version, PTX on all later GPUs; a variant's on its own GPU only."""
+    """Whether code compiled for `target` runs on a GPU of this capability."""
+    # Machine code runs on later minor versions of its major version, PTX on all later GPUs, a variant's code only on
+    # the GPU that it was made for.
     if variant:
         return gpu == target
     return gpu >= target and (ptx or gpu[0] == target[0])

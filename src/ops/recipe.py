@@ -1,7 +1,7 @@
 """What the native library is compiled from and how: the part that every machine has, the CPU ops.
 
-Sources are found by folder: every cuda/cpu/*.cpp, and for a GPU every cuda/*.cpp and cuda/*.cu. Nobody keeps a list, so a new file is compiled
-and a new header counts in the cache key as soon as it lies there.
+Sources are found by folder: every cuda/cpu/*.cpp, and for a GPU every cuda/*.cpp and cuda/*.cu. Nobody keeps a list,
+so a new file is compiled and a new header counts in the cache key as soon as it lies there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ INSTRUCTION_SETS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is compiled and how. `commands` maps a source's suffix to its compile command up to `-c SOURCE -o OBJECT`."""
+    """What is compiled and how. `commands`: by a source's suffix, the compile command before `-c SOURCE -o OBJECT`."""
 
     compiler: str
     sources: tuple[Path, ...]
@@ -55,7 +55,8 @@ class Recipe:
 
 
 def files_in(folder: Path, *suffixes: str) -> tuple[Path, ...]:
-    """The files directly in `folder` with one of these suffixes, in a fixed order: the order is part of the cache key."""
+    """The files directly in `folder` with one of these suffixes."""
+    # Sorted, since the order is part of the cache key and a folder has none.
     return tuple(sorted(path for path in folder.iterdir() if path.suffix in suffixes))
 
 
@@ -66,7 +67,8 @@ def cpu_recipe(instruction_set: str = "native") -> Recipe:
     machine = INSTRUCTION_SETS[instruction_set]
     if instruction_set == "native":
         machine = ("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ("-mcpu=native",)
-    # A multiply and an add may become one instruction, and math functions need not set errno. Not -ffast-math: NaN and infinity must stay visible.
+    # A multiply and an add may become one instruction, and math functions need not set errno. Not -ffast-math: NaN
+    # and infinity must stay visible.
     numerics = ("-ffp-contract=fast", "-fno-math-errno")
     torch_headers = (f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-isystem", str(torch_folder / "include"))
     return Recipe(

@@ -1,7 +1,7 @@
 """RWKV-7's recurrence as one op with several implementations: CUDA, native CPU, and the plain PyTorch reference.
 
-The native ops are `torch.ops.rwkv7.wkv7_forward` and `wkv7_backward`, chosen by PyTorch's dispatcher from the tensors' device. Here: the
-checks of the arguments, and the choice of the implementation.
+The native ops are `torch.ops.rwkv7.wkv7_forward` and `wkv7_backward`, chosen by PyTorch's dispatcher from the
+tensors' device. Here: the checks of the arguments, and the choice of the implementation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["CHUNKED_SEGMENT", "CHUNKED_SLOT", "CPU_SEGMENT", "CUDA_WINDOW", "des
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_warned: set[str] = set()
+_warned: set[str] = set()  # reasons for the reference that a warning has been given for
 
 
 def wkv7(
@@ -42,28 +42,31 @@ def wkv7(
         S_t = S_{t-1} diag(decay_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T,     decay_t = exp(-exp(-1/2) sigmoid(w_t))
         y_t = S_t r_t
 
-    r, w, k, v, a, b: [B, T, H, N] of one dtype, any T >= 1; w is the raw decay. state and final_state: fp32 [B, H, N, N]; None: zeros.
-    With cu_seqlens (int32 [D+1], B = 1) the row holds D documents, each with a state of its own: [D, H, N, N] in and out.
-    All seven have gradients. Where none is required nothing is kept for backward.
+    r, w, k, v, a, b: [B, T, H, N] of one dtype, any T >= 1; w is the raw decay.
+    state and final_state: fp32 [B, H, N, N]; None: zeros. All seven have gradients; where none is required nothing is
+    kept for backward. With cu_seqlens (int32 [D+1], B = 1) the row holds D documents, each with a state of its own:
+    [D, H, N, N] in and out.
 
-    kernel: 'auto' takes the fastest available implementation and falls back to the reference with one warning; 'recurrent' (exact),
-    'chunked' (tensor cores) and 'reference' take that one or raise.
+    kernel: 'auto' takes the fastest available implementation and falls back to the reference with one warning;
+    'recurrent' (exact), 'chunked' (tensor cores) and 'reference' take that one or raise.
 
-    Raises ValueError for wrong shapes, dtypes, devices or kernel names, `build.BuildError` when a kernel asked by name is not available,
-    RuntimeError on a CPU for cu_seqlens that decrease or don't run from 0 to T (a GPU clamps them: their values are not on the host).
+    Raises ValueError for wrong shapes, dtypes, devices or kernel names, `build.BuildError` when a kernel asked by
+    name is not available, RuntimeError on a CPU for cu_seqlens that decrease or don't run from 0 to T (a GPU clamps
+    them: their values are not on the host).
     """
     _check(r, w, k, v, a, b, state, cu_seqlens, kernel)
+    # With the device's index: a machine may have GPUs of different generations, and another one may be current.
     implementation = _choose(r.device.type, r.device.index, r.dtype, r.shape[-1], kernel)
-    if implementation == "reference":
+    if implementation == "reference":  # differentiable by autograd as it is, twice too
         return wkv7_reference(r, w, k, v, a, b, state, cu_seqlens)
     return run_native((r, w, k, v, a, b), state, cu_seqlens, implementation == "chunked")
 
 
 def describe_kernel(device: str, dtype: torch.dtype, head_size: int, kernel: str) -> str:
-    """The implementation that serves these inputs, as text for a person; builds it if need be. `device` is "cuda:1", "cuda" or "cpu".
+    """The implementation that serves these inputs, as text; builds it if need be. `device`: "cuda:1", "cuda", "cpu".
 
-    Raises BuildError where only the reference is available, unless kernel is 'reference': training with it takes many times as long, which
-    should be somebody's decision.
+    Raises BuildError where only the reference is available, unless kernel is 'reference': training with it takes many
+    times as long, which should be somebody's decision.
     """
     if kernel == "reference":
         return "plain PyTorch reference (slow), as requested"
@@ -102,7 +105,7 @@ def _check(
                 f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}"
             )
     B, _, H, N = r.shape
-    sequences = B
+    sequences = B  # that have a state of their own
     if cu_seqlens is not None:
         if B != 1 or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] < 2:
             raise ValueError(
@@ -113,6 +116,7 @@ def _check(
             raise ValueError(f"cu_seqlens must be on the inputs' device {r.device}, got {cu_seqlens.device}")
         sequences = cu_seqlens.shape[0] - 1
     if state is not None:
+        # float64 is the reference's alone, for tests of gradients.
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
         if state.shape != (sequences, H, N, N) or state.dtype != dtype or state.device != r.device:
             raise ValueError(
@@ -136,24 +140,26 @@ def _choose(device: str, index: int | None, dtype: torch.dtype, head_size: int, 
         return kernel
     if kernel != "auto":
         raise error
+    # Once for each reason: wkv7 is called in every layer of every step.
     if str(error) not in _warned:
         _warned.add(str(error))
         warnings.warn(f"wkv7 runs on the slow plain PyTorch reference: {error}", stacklevel=3)
     return "reference"
 
 
-# The choice is a constant of a compiled graph. The attribute is what torch.compiler.assume_constant_result sets; importing the compiler for
-# it would take seconds in programs that compile nothing.
+# The choice is a constant of a compiled graph. The attribute is what torch.compiler.assume_constant_result sets;
+# importing the compiler for it would take seconds in programs that compile nothing.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _unavailable(device: str, index: int | None, dtype: torch.dtype, head_size: int, kernel: str) -> BuildError | None:
     """Why the native op can't serve (None when it can). Builds and loads it on the first call."""
+    # What no build would change comes first: then nothing is compiled in vain.
     error = _why_not_native(device, dtype, head_size)
     if error is None and kernel == "chunked":
         error = _why_not_chunked(index, dtype, head_size) if device == "cuda" else _NO_CHUNKED_ON_A_CPU
     if error is None:
-        error = _why_not_built(device)
+        error = _why_not_built(device)  # seconds, on the first call
     if error is None:
         return None
     problem = f"kernel {kernel!r} is not available: {error.problem}"
@@ -161,6 +167,7 @@ def _unavailable(device: str, index: int | None, dtype: torch.dtype, head_size: 
 
 
 _SLOW = "or run many times slower with --kernel reference"
+# The chunked form of the CPU kernel is exact: it is called recurrent there, and needs no second name.
 _NO_CHUNKED_ON_A_CPU = BuildError("a CPU has no tensor cores", advice="use --kernel recurrent")
 
 
@@ -176,7 +183,7 @@ def _why_not_native(device: str, dtype: torch.dtype, head_size: int) -> BuildErr
             f"the CUDA kernels take head sizes {', '.join(map(str, CUDA_WINDOW))}, got {head_size}",
             advice="use --kernel reference",
         )
-    if head_size % 16:
+    if head_size % 16:  # a row is read in vectors of 16 lanes
         return BuildError(
             f"the native kernel takes head sizes that are a multiple of 16, got {head_size}",
             advice="use --kernel reference",
@@ -196,7 +203,7 @@ def _why_not_built(device: str) -> BuildError | None:
 
 
 def _why_not_chunked(index: int | None, dtype: torch.dtype, head_size: int) -> BuildError | None:
-    """Of the GPU of that index (None: the current one): a machine may have GPUs of different generations."""
+    """Of the GPU of that index (None: the current one)."""
     if dtype != torch.bfloat16:
         return BuildError(
             f"the chunked kernel takes bfloat16, got {dtype}", advice="use --kernel recurrent, or bf16 precision"
@@ -205,7 +212,7 @@ def _why_not_chunked(index: int | None, dtype: torch.dtype, head_size: int) -> B
         return BuildError(f"the chunked kernel takes head size 64, got {head_size}", advice="use --kernel recurrent")
     if torch.version.hip:
         return BuildError("the chunked kernel needs an NVIDIA GPU", advice="use --kernel recurrent")
-    # bf16 matrix instructions and asynchronous copies begin with Ampere. Without a GPU the question comes from a plan for one.
+    # bf16 matrix instructions and asynchronous copies begin with Ampere. Without a GPU the caller plans for one.
     if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability(index)) < (8, 0):
         return BuildError(
             f"the chunked kernel needs a GPU of capability 8.0 or later, got {capability[0]}.{capability[1]}",

@@ -1,4 +1,4 @@
-"""The native op of the recurrence as PyTorch needs to know it: sizes of its outputs, its gradients, and replay in recomputation.
+"""The native op of the recurrence for PyTorch: sizes of its outputs, gradients, and replay in recomputation.
 
 cuda/wkv7_schemas.h has the op's schemas. Shapes and dtypes were checked by `src.ops.recurrence.wkv7`, the only caller.
 """
@@ -29,23 +29,25 @@ def run_native(
 ) -> tuple[Tensor, Tensor]:
     """(y, final_state) of the native op; what backward needs is kept only if an input requires a gradient."""
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state) if x is not None)
+    # A compiled graph has PyTorch's selective checkpointing instead (src/model/recompute.py).
     cache = None if torch.compiler.is_compiling() else _active.cache
     if cache is not None and cache.recorded is not None:
         y, final_state, _, _ = _Replayed.apply(*inputs, state, cu_seqlens, save, chunked, next(cache.recorded))
         return y, final_state
     outputs = torch.ops.rwkv7.wkv7_forward(*inputs, state, cu_seqlens, save, chunked)
     if cache is not None:
+        # Detached: with their history they would keep the whole graph alive.
         cache.outputs.append(tuple(x.detach() for x in outputs))
     y, final_state, _, _ = outputs
     return y, final_state
 
 
 class OutputCache:
-    """A context that records the outputs of `wkv7` in `outputs`, or with `replay` returns the recorded ones in the same order.
+    """A context that records the outputs of `wkv7` in `outputs`, or with `replay` returns them in the same order.
 
-    A replayed call computes nothing, and its gradients are the op's own: for the recomputation of activation checkpointing, where the inputs
-    are those of the recorded call. Only calls that reach the native op in eager mode take part. In backward the context is entered in a
-    thread of autograd's, so the active one is kept per thread.
+    A replayed call computes nothing, and its gradients are the op's own: for the recomputation of activation
+    checkpointing, where the inputs are those of the recorded call. Only calls that reach the native op in eager mode
+    take part. In backward the context is entered in a thread of autograd's, so the active one is kept per thread.
     """
 
     def __init__(self, outputs: list[tuple[Tensor, ...]], replay: bool) -> None:
@@ -54,6 +56,7 @@ class OutputCache:
 
     def __enter__(self) -> None:
         self.outer = _active.cache
+        # From the start at each entry: backward may run several times through one graph.
         self.recorded = iter(self.outputs) if self.replay else None
         _active.cache = self
 
@@ -119,6 +122,7 @@ def _forward_shapes(
         states = (B * T // slots + _sequences(r, cu_seqlens)) * H * floats
         sums = 0 if chunked else B * T * H * N
         return y, final_state, r.new_empty(states, dtype=torch.float32), r.new_empty(sums, dtype=torch.float32)
+    # On a CPU: the state before every segment but the first; in a packed row as many as any bounds can need.
     kept = B * ((T - 1) // CPU_SEGMENT) if cu_seqlens is None else T // CPU_SEGMENT
     return y, final_state, r.new_empty(kept, H, N, N, dtype=torch.float32), r.new_empty(B, T, H, N, dtype=torch.float32)
 
@@ -157,7 +161,7 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, *_: None
     if not ctx.save:
         raise RuntimeError("wkv7_forward was called with save=False: nothing was kept for backward")
     r, w, k, v, a, b, state, cu_seqlens, saved_state, saved_sa = ctx.saved_tensors
-    if dy is None:
+    if dy is None:  # only the final state was used
         dy = torch.zeros_like(r)
     *grads, dstate = torch.ops.rwkv7.wkv7_backward(
         dy, dfinal_state, r, w, k, v, a, b, state, cu_seqlens, saved_state, saved_sa, ctx.chunked

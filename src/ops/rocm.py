@@ -1,4 +1,7 @@
-"""The native library for AMD GPUs: cuda/*.cu in PyTorch's own translation (torch.utils.hipify), compiled by hipcc. No second copy is kept."""
+"""The native library for AMD GPUs: cuda/*.cu as torch.utils.hipify translates it, compiled by hipcc.
+
+The translation is made in the build folder: the repository has one copy of each kernel.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ def rocm_recipe(instruction_set: str = "native") -> Recipe:
     """The recipe of the CPU and GPU ops for the AMD GPUs present (or those in PYTORCH_ROCM_ARCH)."""
     base = cpu_recipe(instruction_set)
     hipcc = find_hipcc()
+    # Wherever hipcc lies, its runtime is in the lib folder next to its bin.
     libraries = Path(hipcc).resolve().parent.parent / "lib"
     flags = ("-std=c++17", "-O3", "-fPIC", *(f"--offload-arch={name}" for name in gpu_names()))
     return Recipe(
@@ -36,6 +40,7 @@ def translate_sources(recipe: Recipe, folder: Path) -> Recipe:
     """`recipe` with each .cu source replaced by its translation, written under `folder`."""
     from torch.utils.hipify import hipify_python
 
+    # hipify rewrites whole folders, and decides by where a file lies what it may touch.
     before, after = folder / "cuda", folder / "hip"
     before.mkdir()
     for file in (*recipe.sources, *recipe.headers):

@@ -21,7 +21,7 @@ class BuildError(RuntimeError):
     """
 
     def __init__(self, problem: str, *, advice: str = "", output: str = "", kernel: str = "") -> None:
-        super().__init__(problem)
+        super().__init__(problem)  # only the problem: str() adds the rest
         self.problem, self.advice, self.output, self.kernel = problem, advice, output, kernel
 
     def __str__(self) -> str:
@@ -40,6 +40,7 @@ def find_compiler() -> str:
                 advice="unset CXX or name an installed C++ compiler",
             )
         return path
+    # c++ first: the system's own choice of a compiler.
     for name in ("c++", "g++", "clang++"):
         path = shutil.which(name)
         if path is not None:
@@ -60,7 +61,8 @@ def find_nvcc() -> str:
         BuildError(
             "there is a GPU but no nvcc",
             advice=f"install the CUDA toolkit {torch.version.cuda} (for example "
-            f"`conda install -c nvidia cuda-toolkit={torch.version.cuda}`, or NVIDIA's packages) or set CUDA_HOME to its folder",
+            f"`conda install -c nvidia cuda-toolkit={torch.version.cuda}`, or NVIDIA's packages) "
+            "or set CUDA_HOME to its folder",
         ),
     )
 
@@ -73,8 +75,8 @@ def find_hipcc() -> str:
         "/opt/rocm",
         BuildError(
             "there is an AMD GPU but no hipcc",
-            advice=f"install the HIP compiler of ROCm {torch.version.hip} (`sudo apt install hipcc` from AMD's packages) "
-            "or set ROCM_HOME to its folder",
+            advice=f"install the HIP compiler of ROCm {torch.version.hip} "
+            "(`sudo apt install hipcc` from AMD's packages) or set ROCM_HOME to its folder",
         ),
     )
 
@@ -89,6 +91,7 @@ def _find_in_toolkit(name: str, variable: str, usual_folder: str, missing: Build
                 f"{variable} is {home!r}, which has no bin/{name}", advice="unset it or name the toolkit's folder"
             )
         return path
+    # Installers of the toolkits don't put their folder on the PATH.
     path = shutil.which(name) or shutil.which(name, path=f"{usual_folder}/bin")
     if path is None:
         raise missing
@@ -97,6 +100,7 @@ def _find_in_toolkit(name: str, variable: str, usual_folder: str, missing: Build
 
 def find_ninja() -> str:
     """ninja from the Python package of that name, or from the PATH."""
+    # find_spec and not a try: an import that fails inside of the package is another problem than a missing one.
     spec = importlib.util.find_spec("ninja")
     if spec is not None:
         import ninja
@@ -118,7 +122,7 @@ def version_of(compiler: str) -> str:
         done = subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"the compiler {compiler} does not run: {error}") from error
-    if done.returncode != 0:
+    if done.returncode != 0:  # a compiler for another architecture, or a wrapper without what it wraps
         raise BuildError(
             f"the compiler {compiler} does not run (exit {done.returncode})", output=(done.stdout + done.stderr).strip()
         )

@@ -1,14 +1,14 @@
-"""wkv7 on a GPU: that it builds, how far each kernel is from the exact result, and how long it takes. Needs PyTorch and ninja only.
+"""wkv7 on a GPU: whether it builds, each kernel's errors and times. Needs PyTorch and ninja only.
 
     python tests/bench/wkv7_gpu.py build      compiles and loads the library
-    python tests/bench/wkv7_gpu.py errors     against float64, computed on the CPU at small sizes; exit code 1 where a bound is exceeded
-    python tests/bench/wkv7_gpu.py times      forward and backward apart at four shapes, and the error against the exact kernel there
+    python tests/bench/wkv7_gpu.py errors     against float64 from the CPU at small sizes; exit code 1 over a bound
+    python tests/bench/wkv7_gpu.py times      forward and backward at four shapes; errors against the exact kernel
     python tests/bench/wkv7_gpu.py once       each kernel once, for a profiler
 
-Times are those of the kernels alone: calls are captured in a CUDA graph over buffers that together are larger than the L2 cache, the graph is
-replayed, and the median over replays counts. Next to them stand the bytes that a kernel must move at least (bf16 inputs, outputs and
-gradients, each once: 896 forward and 1664 backward per token and head of size 64) as a rate, and that rate as a fraction of what a plain
-copy reaches on this machine.
+Times are those of the kernels alone: calls are captured in a CUDA graph over buffers that together are larger than
+the L2 cache, the graph is replayed, and the median over replays counts. Next to them stand the bytes that a kernel
+must move at least (bf16 inputs, outputs and gradients, each once: 896 forward and 1664 backward per token and head of
+size 64) as a rate, and that rate as a fraction of what a plain copy reaches on this machine.
 """
 
 import argparse
@@ -97,9 +97,8 @@ def report_errors(device: str = "cuda", kernels: tuple[str, ...] = KERNELS) -> b
     within = True
     for kernel in kernels:
         found = deviation(kernel, device)
-        print(
-            f"{kernel}: largest error {found.worst:.1e} against float64 (T {', '.join(map(str, LENGTHS))}; {', '.join(KINDS)})"
-        )
+        sizes = f"T {', '.join(map(str, LENGTHS))}; {', '.join(KINDS)}"
+        print(f"{kernel}: largest error {found.worst:.1e} against float64 ({sizes})")
         for line_ in found.over_bound:
             print(f"  OVER ITS BOUND: {line_}")
         within &= not found.over_bound
@@ -204,8 +203,8 @@ def _peak(inputs: list[torch.Tensor], dy: torch.Tensor, kernel: str, device: str
 
 
 HEADER = (
-    "| B, T, H | kernel | forward ms | backward ms | both ms | forward GB/s | backward GB/s | of the copy rate | peak MiB "
-    "| kept B | error against exact |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| B, T, H | kernel | forward ms | backward ms | both ms | forward GB/s | backward GB/s | of the copy rate "
+    "| peak MiB | kept B | error against exact |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 

@@ -73,7 +73,10 @@ def build(folder: Path, source: Path, *extra: str, shared: bool = True) -> Path:
 
 
 def build_ops(folder: Path, source: Path) -> None:
-    """Registers the ops of a cuda/*_cuda.cpp in torch.ops.rwkv7_host, for CPU tensors. The kernels that it calls must have been loaded with RTLD_GLOBAL."""
+    """Registers the ops of a cuda/*_cuda.cpp in torch.ops.rwkv7_host, for CPU tensors.
+
+    The kernels that it calls must have been loaded with RTLD_GLOBAL.
+    """
     include = Path(torch.__file__).parent / "include"
     libraries = (f"-L{include.parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-lc10")
     flags = ("-DHOST_CUDA", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-isystem", str(include), *libraries)
@@ -101,7 +104,7 @@ class Guarded:
 
 
 class Pointer(ctypes.c_void_p):
-    """An address that keeps its tensor: `pointer(torch.empty(8))` must not be one of memory that is free by the time of the call."""
+    """An address that keeps its tensor: the memory of `pointer(torch.empty(8))` must live until the call."""
 
     tensor: torch.Tensor
 
@@ -126,7 +129,8 @@ class HostLibrary:
         self.library.host_cuda_order(*ORDERS[name])
 
     def call(self, entry: str, *arguments: object) -> None:
-        """Calls an entry point; a fault found by the host (race-prone collective, deadlock, ...) is an AssertionError."""
+        """Calls an entry point; AssertionError for a fault that the host run finds (mismatched collective,
+        deadlock)."""
         given = [ctypes.c_int64(x) if isinstance(x, int) and abs(x) >= 2**31 else x for x in arguments]
         code = getattr(self.library, entry)(*given)
         # 1 is a fault's code; with another code the message is that of an earlier call.
