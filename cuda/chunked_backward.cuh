@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
       }
       sync_block();
       l.forget();
-      if (number + 1 < chunks) fetch_chunk(segment - 1, number + 1);  // everyone is done with that one
+      if (number + 1 < chunks) fetch_chunk(segment - 1, number + 1);  // after the barrier: no warp reads that chunk any more
       store8(x.z_shares + l.warp * N + z_column, float_to_bits(z_share[0]), float_to_bits(z_share[1]));
 #pragma unroll
       for (int n = 0; n < 4; n++) {
@@ -442,7 +442,7 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
     }
     sync_block();
     fetch_chunk(segment - 1, 0);
-    if (chunks < kChunks)  // the last segment was short: nobody has fetched these for the one before it
+    if (chunks < kChunks)  // the last segment was short: these have not been fetched for the one before it
 #pragma unroll 1
       for (int number = chunks; number < kChunks; number++) fetch_chunk(segment - 1, number);
   }

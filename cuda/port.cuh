@@ -1,8 +1,8 @@
-// The only door to CUDA: everything that the kernels need beyond C++, each with a device version and a host twin.
+// The portability layer: everything that the kernels need beyond C++, each with a device version and a host twin.
 //
 // nvcc (or hipcc, after torch.utils.hipify) compiles the device versions. Any other compiler gets host_cuda.h from the tests,
 // which executes blocks, threads, barriers and matrix instructions on a CPU and finds races and unwritten memory.
-// Rules that keep one source serving both: kernels include nothing else from outside of cuda/*.cuh; inline PTX stands only here; shared memory is
+// Rules that keep one source serving both: kernels include nothing else from outside of cuda/*.cuh; inline PTX is written only here; shared memory is
 // dynamic and comes from SHARED_MEMORY; sync_warp() wherever lanes exchange through memory; no spinning between blocks.
 #pragma once
 #include <cstddef>
@@ -440,7 +440,7 @@ template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared_bytes, int64_t stream, Arguments... arguments) {
   const void* const function = reinterpret_cast<const void*>(kernel);
   const auto failed = [](cudaError_t error) {
-    cudaGetLastError();  // the caller reports this one: it must not stay for whoever asks next
+    cudaGetLastError();  // clears it: the caller reports it, and the next check elsewhere must not find it again
     return int(error);
   };
   if (shared_bytes > 48 * 1024) {
@@ -454,7 +454,7 @@ int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, siz
   return std::apply(
       [&](auto&... parameter) {
         void* addresses[] = {&parameter...};
-        // The result of this call, not cudaGetLastError(): that also has what an earlier call of somebody else left there.
+        // The result of this call, not cudaGetLastError(): that may be an error of an earlier, unrelated call.
         const cudaError_t error =
             cudaLaunchKernel(function, dim3(blocks), dim3(threads), addresses, shared_bytes, reinterpret_cast<cudaStream_t>(stream));
         return error ? failed(error) : 0;

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_forward(Forward p) {
       prepare<false>(c, scratch, count - l.warp * kTokens, l);
     }
     sync_block();
-    fetch_chunk(segment + 1);  // everyone has left that buffer
+    fetch_chunk(segment + 1);  // after the barrier: all warps have left that buffer
     if (p.saved_state) keep_state(p.saved_state + (int64_t(at.first_slot + segment) * p.heads + at.head) * kSlotBytes, s);
 #pragma unroll 1
     for (int number = 0; number * kTokens < count; number++) {

@@ -1,5 +1,5 @@
 // Schemas of wkv7's ops. src/ops/recurrence.py, their only caller, has checked shapes, dtypes and devices of r to b, state and cu_seqlens; the
-// implementations check only what it can't know: values of cu_seqlens (on a CPU), tensors that autograd hands in, sizes without a kernel.
+// implementations check only what it can't know: values of cu_seqlens (on a CPU), tensors from autograd, sizes without a kernel.
 //
 // saved_state and saved_sa are what forward keeps for backward; each implementation has its own layout (empty when save is false).
 // Which of two CUDA kernels is a bool, not a name: a str argument through the stable ABI of torch 2.10 to 2.13 leaks 48 bytes at each call.

@@ -401,6 +401,6 @@ def test_other_instruction_sets_compute_the_same(instruction_set):
         f"build.load_native(instruction_set={instruction_set!r})\n"
         "sys.exit(pytest.main(sys.argv[1:]))"
     )
-    words = ["-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in TESTS_OF_OPS)]
-    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True)
+    arguments = ["-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in TESTS_OF_OPS)]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

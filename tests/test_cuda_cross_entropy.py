@@ -152,7 +152,7 @@ def through_host(tmp_path_factory, monkeypatch):
 
     def counted(name):
         op = getattr(torch.ops.rwkv7_host, name)
-        return lambda *given: (calls.append(name), op(*given))[1]
+        return lambda *args: (calls.append(name), op(*args))[1]
 
     for name in ("cross_entropy_l2wrap_forward", "cross_entropy_l2wrap_backward_"):
         monkeypatch.setattr(torch.ops.rwkv7, name, counted(name), raising=False)
@@ -205,8 +205,8 @@ def test_ops_keep_their_schema_and_shapes_and_refuse_wrong_inputs(through_host):
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.cross_entropy_l2wrap_forward.default, (logits, targets, IGNORED), test_utils=checks)
     _, *statistics = ops.cross_entropy_l2wrap_forward(logits, targets, IGNORED)
-    given = (logits, targets.clamp(min=0), *statistics, scale, L2WRAP)
-    torch.library.opcheck(ops.cross_entropy_l2wrap_backward_.default, given, test_utils=checks)
+    arguments = (logits, targets.clamp(min=0), *statistics, scale, L2WRAP)
+    torch.library.opcheck(ops.cross_entropy_l2wrap_backward_.default, arguments, test_utils=checks)
     assert all(x.shape == (0,) for x in ops.cross_entropy_l2wrap_forward(logits[:0], targets[:0], IGNORED))
     for wrong in ((logits.double(), targets), (logits.t(), targets), (logits, targets.int()), (logits, targets[:1])):
         with pytest.raises(RuntimeError, match="cross_entropy_l2wrap"):

@@ -125,14 +125,14 @@ def test_backward_refuses_what_forward_did_not_keep(host_op, kernel, name, chang
     x = problem(2, 20, 1, 64, torch.bfloat16)
     inputs, chunked = [x[letter] for letter in NAMES], kernel == "chunked"
     y, final_state, saved_state, saved_sa = host_op.wkv7_forward(*inputs, None, None, True, chunked)
-    given = {"dfinal_state": final_state, "saved_state": saved_state, "saved_sa": saved_sa}
+    kept = {"dfinal_state": final_state, "saved_state": saved_state, "saved_sa": saved_sa}
 
     def backward(dfinal_state, saved_state, saved_sa):
         return host_op.wkv7_backward(y, dfinal_state, *inputs, None, None, saved_state, saved_sa, chunked)
 
-    backward(**given)
+    backward(**kept)
     with pytest.raises(RuntimeError, match=name):
-        backward(**{**given, name: change(given[name])})
+        backward(**{**kept, name: change(kept[name])})
 
 
 LAUNCH_ERRORS = """
@@ -365,8 +365,9 @@ def on_gpu(x, kernel, dy, dfinal_state, device="cuda"):
     state = x["state"].to(device).requires_grad_() if "state" in x else None
     bounds = x["cu_seqlens"].to(device) if "cu_seqlens" in x else None
     y, final_state = wkv7(*leaves, state, bounds, kernel=kernel)
-    wanted = [*leaves, *([] if state is None else [state])]
-    grads = torch.autograd.grad([y, final_state], wanted, [dy.to(device), dfinal_state.to(device)])
+    if state is not None:
+        leaves.append(state)
+    grads = torch.autograd.grad([y, final_state], leaves, [dy.to(device), dfinal_state.to(device)])
     return {"y": y, "final_state": final_state, **{f"d{n}": g for n, g in zip([*NAMES, "state"], grads, strict=False)}}
 
 
@@ -398,7 +399,7 @@ def test_gpu_captures_into_a_graph_and_compiles(kernel):
         captured = wkv7(*inputs, kernel=kernel)[0]
     graph.replay()
     assert torch.equal(captured, plain)
-    compiled = torch.compile(lambda *given: wkv7(*given, kernel=kernel)[0])
+    compiled = torch.compile(lambda *tensors: wkv7(*tensors, kernel=kernel)[0])
     assert torch.equal(compiled(*inputs), plain)
     checks = (*(x.requires_grad_() for x in inputs), None, None, True, kernel == "chunked")
     # not the values of compiled outputs: what is kept has room that no document fills
@@ -413,8 +414,8 @@ def test_gpu_recomputes_under_activation_checkpointing(kernel):
     x = problem(2, 64, 2, 64, torch.bfloat16)
     inputs = [x[name].cuda().requires_grad_() for name in NAMES]
     plain = torch.autograd.grad(wkv7(*inputs, kernel=kernel)[0].float().sum(), inputs)
-    again = checkpoint(lambda *given: wkv7(*given, kernel=kernel)[0], *inputs, use_reentrant=False)
-    for one, two in zip(plain, torch.autograd.grad(again.float().sum(), inputs), strict=True):
+    recomputed = checkpoint(lambda *tensors: wkv7(*tensors, kernel=kernel)[0], *inputs, use_reentrant=False)
+    for one, two in zip(plain, torch.autograd.grad(recomputed.float().sum(), inputs), strict=True):
         assert torch.equal(one, two)
 
 
@@ -428,13 +429,13 @@ def test_gpu_works_on_the_current_stream(kernel):
     side = torch.cuda.Stream()
 
     def run(late):
-        given = [torch.zeros_like(tensor).requires_grad_() for tensor in true]
+        leaves = [torch.zeros_like(tensor).requires_grad_() for tensor in true]
         torch.cuda._sleep(late)
         with torch.no_grad():
-            for to, tensor in zip(given, true, strict=True):
+            for to, tensor in zip(leaves, true, strict=True):
                 to.copy_(tensor)
-        y = wkv7(*given, kernel=kernel)[0]
-        return [y.detach(), *torch.autograd.grad(y, given, torch.ones_like(y))]
+        y = wkv7(*leaves, kernel=kernel)[0]
+        return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
 
     expected = run(0)
     torch.cuda.synchronize()

@@ -141,8 +141,8 @@ def kernel(request):
 def test_bounds_outside_of_the_tokens_are_clamped(kernel, bounds, clamped):
     """Nothing outside of a buffer is written (the guards), and the tokens inside give what clamped bounds give."""
     runs = []
-    for given in (bounds, clamped):
-        x = problem(1, 20, 1, 64, BF16, state=True, cu_seqlens=given)
+    for cu_seqlens in (bounds, clamped):
+        x = problem(1, 20, 1, 64, BF16, state=True, cu_seqlens=cu_seqlens)
         dy, dfinal_state = incoming(x)
         saved = kernel.forward(x)
         gradients = kernel.backward(x, saved, dy, dfinal_state)

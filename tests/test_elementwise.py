@@ -33,8 +33,8 @@ def compare(op, inputs, dtype=torch.float32):
         outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
         generator = torch.Generator().manual_seed(1)
         d = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in outputs]
-        wanted = [x for x in tensors if x is not None and x.requires_grad]
-        return outputs + list(torch.autograd.grad(outputs, wanted, d))
+        leaves = [x for x in tensors if x is not None and x.requires_grad]
+        return outputs + list(torch.autograd.grad(outputs, leaves, d))
 
     def cast(x, dtype):
         return x.detach().to(dtype).requires_grad_(x.requires_grad) if x is not None and x.is_floating_point() else x

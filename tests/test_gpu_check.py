@@ -124,13 +124,13 @@ def test_missing_tools_skip_their_parts(machine):
     assert "pytest is not installed" in done.stdout
 
 
-def test_results_go_to_a_folder_of_their_own_by_default(machine):
+def test_results_go_to_the_ignored_output_folder_by_default(machine):
     folder = machine.tools.parent / "project" / "tools"
     folder.mkdir(parents=True)
     copy = folder / "gpu_check.sh"
     copy.write_bytes(SCRIPT.read_bytes())
     assert machine.check("build", script=copy, OUT="").returncode == 0
-    assert (folder.parent / "gpu_check" / "build.txt").is_file()
+    assert (folder.parent / "out" / "gpu_check" / "build.txt").is_file()
 
 
 def test_the_former_place_forwards(machine):

@@ -41,8 +41,8 @@ def as_on_a_gpu(monkeypatch):
         load_native(loss._register)
     except BuildError as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(recurrence, "_choose", lambda *given: "recurrent")
-    monkeypatch.setattr(loss, "_native", lambda *given: True)
+    monkeypatch.setattr(recurrence, "_choose", lambda *args: "recurrent")
+    monkeypatch.setattr(loss, "_native", lambda *args: True)
     optimizer = sys.modules[torch.optim.Optimizer.__module__]
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["cuda", "meta"])
 
@@ -132,7 +132,7 @@ def test_no_operand_is_copied_and_products_are_as_few_as_can_be(as_on_a_gpu):
 
 
 def test_the_compiled_graphs_copy_no_operand_either(as_on_a_gpu):
-    """The compiler is given one graph for layer 0 and one for the others, forward and backward each."""
+    """The compiler gets one graph for layer 0 and one for the others, forward and backward each."""
     graphs = []
 
     def look(graph, inputs):
@@ -190,9 +190,7 @@ def train(tokens, folder, **changed):
 def in_each_step(monkeypatch, call):
     """call(number of the step) at the beginning of each step of a run."""
     step, number = TrainingModule.training_step, iter(range(10**6))
-    monkeypatch.setattr(
-        TrainingModule, "training_step", lambda self, *given: (call(next(number)), step(self, *given))[1]
-    )
+    monkeypatch.setattr(TrainingModule, "training_step", lambda self, *args: (call(next(number)), step(self, *args))[1])
 
 
 def test_the_loop_reads_nothing_back(monkeypatch, tmp_path, tokens):
@@ -200,9 +198,9 @@ def test_the_loop_reads_nothing_back(monkeypatch, tmp_path, tokens):
     seen, starts = Calls(), []
     fit = pl.Trainer.fit
 
-    def watched(self, *given):
+    def watched(self, *args):
         with seen:
-            return fit(self, *given)
+            return fit(self, *args)
 
     monkeypatch.setattr(pl.Trainer, "fit", watched)
     in_each_step(monkeypatch, lambda number: starts.append(len(seen.calls)))

@@ -47,8 +47,8 @@ def outputs_and_gradients(op, inputs, state, cu_seqlens=None, **choice):
     y, final_state = op(*inputs, state, cu_seqlens, **choice)
     generator = torch.Generator().manual_seed(1)
     dy, dfinal = (torch.randn(x.shape, generator=generator).to(x.dtype) for x in (y, final_state))
-    wanted = [*inputs, *([] if state is None else [state])]
-    return [y, final_state, *torch.autograd.grad((y, final_state), wanted, (dy, dfinal))]
+    leaves = [*inputs, *([] if state is None else [state])]
+    return [y, final_state, *torch.autograd.grad((y, final_state), leaves, (dy, dfinal))]
 
 
 def in_float64(inputs, state):
@@ -410,14 +410,14 @@ def test_backward_refuses_what_forward_did_not_keep(native, name, change, bounds
     inputs, state = problem(1 if bounds else documents, 70, 1, 16, documents=documents)
     inputs, cu_seqlens = [x.detach() for x in inputs], bounds and torch.tensor(bounds, dtype=torch.int32)
     y, final_state, saved_state, saved_sa = native.wkv7_forward(*inputs, state.detach(), cu_seqlens, True, False)
-    given = {"dfinal_state": final_state, "saved_state": saved_state, "saved_sa": saved_sa}
+    kept = {"dfinal_state": final_state, "saved_state": saved_state, "saved_sa": saved_sa}
 
     def backward(dfinal_state, saved_state, saved_sa):
         return native.wkv7_backward(y, dfinal_state, *inputs, state.detach(), cu_seqlens, saved_state, saved_sa, False)
 
-    backward(**given)
+    backward(**kept)
     with pytest.raises(RuntimeError, match=name):
-        backward(**{**given, name: change(given[name])})
+        backward(**{**kept, name: change(kept[name])})
 
 
 def test_without_a_compiler_the_reference_serves_with_one_warning(monkeypatch):

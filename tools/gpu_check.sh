@@ -4,7 +4,7 @@
 #   sh tools/gpu_check.sh                    all parts
 #   sh tools/gpu_check.sh build times step   only these
 #
-#   OUT=FOLDER        where the results go (default: gpu_check): PART.txt with a part's output, summary.txt with a line for each
+#   OUT=FOLDER        for the results (default: out/gpu_check): PART.txt with a part's output, summary.txt with a line for each part
 #   PYTHON=python3    with torch, pytorch-lightning and ninja; a part that needs more is skipped and says so
 #   LIMIT=SECONDS     for each part, instead of its own time limit
 #
@@ -14,7 +14,7 @@
 set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-out=${OUT:-gpu_check}
+out=${OUT:-out/gpu_check}
 chosen=" $* "
 failed=""
 known=""

@@ -35,12 +35,12 @@ wkv7_cpu::Dtype cpu_dtype(const Tensor& r) {
   }
 }
 
-// Rows are read where they lie (views of a fused projection too); only a last dimension that isn't dense is copied.
+// Strided rows are read in place (views of a fused projection too); only a last dimension that isn't dense is copied.
 Tensor dense_rows(const Tensor& x) { return x.stride(3) == 1 ? x : torch::stable::contiguous(x); }
 
 wkv7_cpu::Rows rows(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
-// Owns whatever `problem` points to.
+// Owns the memory that a Problem points to.
 struct CpuInputs {
   Tensor r, w, k, v, a, b;
   Optional state, cu_seqlens;

@@ -25,7 +25,7 @@ def recomputed(function: Callable[..., Result], *args: Any) -> Result:
     the op's outputs.
     """
     contexts = _selective_contexts if torch.compiler.is_compiling() else _cache_contexts
-    # Without the random state: saving it reads the GPU's generator, which waits for the device.
+    # The function draws no random numbers: saving the generators' states at every block would be for nothing.
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)  # type: ignore[no-any-return]
 
 

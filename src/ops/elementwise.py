@@ -30,7 +30,7 @@ def token_shift(
         if len(mixes) == 1:
             return (torch.ops.rwkv7.token_shift_1(x, last, cu_seqlens, *mixes),)
         return torch.ops.rwkv7.token_shift_6(x, last, cu_seqlens, *mixes)
-    return reference.token_shift_reference(x, last, cu_seqlens, mixes)
+    return reference.token_shift_reference(x, last, cu_seqlens, mixes)  # any number of mixes
 
 
 def time_mix_inputs(

@@ -142,7 +142,7 @@ def _gradient_(logits: Tensor, safe_targets: Tensor, softmax: _Softmax, scale: T
     scale [rows] is 0 for ignored rows. Whoever calls this owns the logits.
     """
     if _native(logits.device.type, logits.dtype):
-        logits = logits.contiguous()
+        logits = logits.contiguous()  # a copy only where they are a view: then that is overwritten, and returned
         torch.ops.rwkv7.cross_entropy_l2wrap_backward_(logits, safe_targets, *softmax, scale, L2WRAP)
         return logits
     dtype = _accumulation_dtype(logits.dtype)

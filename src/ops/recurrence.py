@@ -162,11 +162,12 @@ def _unavailable(device: str, index: int | None, dtype: torch.dtype, head_size: 
         error = _why_not_built(device)  # seconds, on the first call
     if error is None:
         return None
-    problem = f"kernel {kernel!r} is not available: {error.problem}"
+    name = "the native kernel" if kernel == "auto" else f"kernel {kernel!r}"
+    problem = f"{name} is not available: {error.problem}"
     return BuildError(problem, advice=error.advice, output=error.output, kernel=kernel)
 
 
-_SLOW = "or run many times slower with --kernel reference"
+_SLOW = "run many times slower with --kernel reference"
 # The chunked form of the CPU kernel is exact: it is called recurrent there, and needs no second name.
 _NO_CHUNKED_ON_A_CPU = BuildError("a CPU has no tensor cores", advice="use --kernel recurrent")
 
@@ -199,7 +200,9 @@ def _why_not_built(device: str) -> BuildError | None:
         error = failure
     if error is None:
         return None
-    return BuildError(error.problem, advice=f"{error.advice}, {_SLOW}" if error.advice else _SLOW, output=error.output)
+    return BuildError(
+        error.problem, advice=f"{error.advice}, or {_SLOW}" if error.advice else _SLOW, output=error.output
+    )
 
 
 def _why_not_chunked(index: int | None, dtype: torch.dtype, head_size: int) -> BuildError | None:

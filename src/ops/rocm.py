@@ -56,6 +56,7 @@ def translate_sources(recipe: Recipe, folder: Path) -> Recipe:
             is_pytorch_extension=True,
             show_detailed=False,
         )
+    # hipify chooses the folders below `after` itself, so the files are found by name.
     kernels = {path.stem: path for path in after.rglob("*.hip")}
     return replace(recipe, sources=tuple(kernels[x.stem] if x.suffix == ".cu" else x for x in recipe.sources))
 

@@ -96,12 +96,12 @@ def report_errors(device: str = "cuda", kernels: tuple[str, ...] = KERNELS) -> b
     """Prints each kernel's errors; whether all are within their bounds."""
     within = True
     for kernel in kernels:
-        found = deviation(kernel, device)
+        result = deviation(kernel, device)
         sizes = f"T {', '.join(map(str, LENGTHS))}; {', '.join(KINDS)}"
-        print(f"{kernel}: largest error {found.worst:.1e} against float64 ({sizes})")
-        for line_ in found.over_bound:
-            print(f"  OVER ITS BOUND: {line_}")
-        within &= not found.over_bound
+        print(f"{kernel}: largest error {result.worst:.1e} against float64 ({sizes})")
+        for entry in result.over_bound:
+            print(f"  OVER ITS BOUND: {entry}")
+        within &= not result.over_bound
     return within
 
 

@@ -5,7 +5,7 @@
 // random). A kernel without races gives the same bits in every order. The lane that arrives last at a collective
 // computes it for the whole warp.
 //
-// Found here: threads that wait for each other in vain, lanes that meet in different collectives, reads of memory that
+// Found here: threads that wait for each other forever, lanes that meet in different collectives, reads of memory that
 // nobody wrote (shared memory starts as NaN; so does the target of an asynchronous copy until it has been waited for),
 // misaligned vector accesses and, in a build with AddressSanitizer, accesses outside of any buffer.
 // Not seen here: bank conflicts, coalescing, occupancy, errors of the fast mathematical functions, missing proxy fences.
@@ -75,8 +75,8 @@ inline Settings& settings() {
   return chosen;
 }
 inline std::string& last_fault() {
-  static std::string words;
-  return words;
+  static std::string message;
+  return message;
 }
 
 // --- Fibers: a stack and a saved stack pointer -----------------------------------------------------------------------
@@ -232,9 +232,9 @@ struct Block {
 
   static std::string name(const Thread& t) { return "warp " + std::to_string(t.warp) + " lane " + std::to_string(t.lane); }
 
-  void fail(const Thread& t, const std::string& words) {
+  void fail(const Thread& t, const std::string& message) {
     if (!fault.empty()) return;
-    fault = "block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ") " + name(t) + " " + words;
+    fault = "block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ") " + name(t) + " " + message;
   }
 
   void run(Stacks& stacks) {
@@ -281,7 +281,7 @@ struct Block {
         for (Thread& u : threads)
           if (others.empty() && (u.wait == kDone || u.what != t.what || u.line != t.line))
             others = "; " + name(u) + (u.wait == kDone ? " has ended" : std::string(" waits in ") + u.what + " (line " + std::to_string(u.line) + ")");
-        fail(t, std::string("waits for ever in ") + t.what + " (line " + std::to_string(t.line) + ")" + others);
+        fail(t, std::string("waits forever in ") + t.what + " (line " + std::to_string(t.line) + ")" + others);
         return;
       }
   }
@@ -330,7 +330,7 @@ void collective(const char* what, int line, Arguments& arguments, Compute comput
     lanes[i] = static_cast<Arguments*>(t.arguments);
   }
   for (int i = 0; i < kWarp; i++)
-    if (warp[i].wait != kAtCollective) return block->leave();  // somebody is still on the way
+    if (warp[i].wait != kAtCollective) return block->leave();  // a lane has not arrived yet
   compute(lanes);
   for (int i = 0; i < kWarp; i++) warp[i].wait = kReady;
   block->leave();  // lanes go on in the scheduler's order, not the last one first
@@ -425,7 +425,7 @@ inline void stop(const char* message) {
 
 }  // namespace host_cuda
 
-// --- CUDA's words -----------------------------------------------------------------------------------------------------
+// --- CUDA's keywords -----------------------------------------------------------------------------------------------------
 
 #define __global__
 #define __device__
@@ -437,7 +437,7 @@ inline void stop(const char* message) {
 #define blockDim (host_cuda::block_now->size)
 #define gridDim (host_cuda::block_now->grid)
 
-// What tests call: order of the lanes, words of the last fault, what the launches since the last call have done.
+// What tests call: order of the lanes, the last fault's message, what the launches since the last call have done.
 extern "C" {
 __attribute__((weak, visibility("default"))) void host_cuda_order(int order, unsigned seed) { host_cuda::settings() = {order, seed}; }
 __attribute__((weak, visibility("default"))) const char* host_cuda_last_fault() { return host_cuda::last_fault().c_str(); }
