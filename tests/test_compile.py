@@ -122,7 +122,7 @@ def test_a_mistake_in_the_call_is_the_error_without_compilation():
     x, v_first = torch.randn(1, 24, 64), torch.randn(1, 23, 64)  # of another length
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(RuntimeError, match="size|are needed"):
+        with pytest.raises(RuntimeError, match=r"size|are needed"):
             model.blocks[1](x, v_first, None, None)
 
 

@@ -6,7 +6,7 @@
 // computes it for the whole warp.
 //
 // Found here: threads that wait for each other forever, lanes that meet in different collectives, reads of memory that
-// nobody wrote (shared memory starts as NaN; so does the target of an asynchronous copy until it has been waited for),
+// no thread wrote (shared memory starts as NaN; so does the target of an asynchronous copy until it has been waited for),
 // misaligned vector accesses and, in a build with AddressSanitizer, accesses outside of any buffer.
 // Not seen here: bank conflicts, coalescing, occupancy, errors of the fast mathematical functions, missing proxy fences.
 #pragma once

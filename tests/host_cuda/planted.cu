@@ -18,7 +18,7 @@ __global__ void reverse_values(const float* in, float* out, int barrier) {
   out[i] = values[last - i];
 }
 
-// The values are read before they are overwritten only if somebody waits in between.
+// The values are read before they are overwritten only if the threads wait in between.
 __global__ void overwrite(const float* in, float* out, int waits) {
   SHARED_MEMORY(shared);
   float* const values = reinterpret_cast<float*>(shared);
