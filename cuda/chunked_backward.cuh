@@ -47,27 +47,34 @@ DEVICE int column_products(float (&sums)[16], const State& d, const Operand (&s)
   return sum_columns<>(sums, l);
 }
 
-// Sums over this and all earlier (or later) tokens of the chunk, for each of a lane's channels.
-template <bool kLater>
-DEVICE void running_sums(Sums& x, const Lane& l) {
-  constexpr int towards = kLater ? 1 : -1;
+// Sums over this and all later tokens of the chunk, for each of a lane's channels.
+DEVICE void suffix_sums(Sums& x, const Lane& l) {
 #pragma unroll
   for (int i = 0; i < 2; i++)
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      float near = x[i][kLater ? 2 + e : e], far = x[i][kLater ? e : 2 + e];  // the half where sums begin, rows g or g + 8
+      float late = x[i][2 + e], early = x[i][e];  // of tokens g + 8 and g
 #pragma unroll
       for (int step = 1; step < 8; step *= 2) {
-        const bool there = kLater ? l.g + step < 8 : l.g >= step;
-        const int source = there ? l.lane + 4 * step * towards : l.lane;
-        const float more_near = shuffle(near, source), more_far = shuffle(far, source);
-        near += there ? more_near : 0.0f;
-        far += there ? more_far : 0.0f;
+        const bool inside = l.g + step < 8;
+        const int source = inside ? l.lane + 4 * step : l.lane;
+        const float more_late = shuffle(late, source), more_early = shuffle(early, source);
+        late += inside ? more_late : 0.0f;
+        early += inside ? more_early : 0.0f;
       }
-      far += shuffle(near, kLater ? l.q : 28 + l.q);
-      x[i][kLater ? 2 + e : e] = near;
-      x[i][kLater ? e : 2 + e] = far;
+      x[i][e] = early + shuffle(late, l.q);
+      x[i][2 + e] = late;
     }
+}
+
+// Sums over all tokens of the chunk, for each of a lane's 4 channels: 8 i + 2 q + e to to[2 i + e].
+DEVICE void sum_tokens(float (&to)[4], const Sums& x) {
+#pragma unroll
+  for (int c = 0; c < 4; c++) {
+    to[c] = x[c / 2][c % 2] + x[c / 2][2 + c % 2];
+#pragma unroll
+    for (int mask = 4; mask < kWarpSize; mask *= 2) to[c] += shuffle_xor(to[c], mask);
+  }
 }
 
 // One of several sets of registers, by a number that is not a constant: selects, so that nothing moves to memory.
@@ -117,8 +124,8 @@ DEVICE void collect_columns(Sums& db, Sums& dk, const bf16* triangles, const bf1
   }
 }
 
-// Of the loop over U E and V E, how many are in one turn: 4 would spill on sm_80, and 2 spill 8 bytes on sm_120.
-constexpr int kTurns = PORT_TARGET >= 1200 ? 1 : 2;
+// Turns of the loop over U E and V E that are unrolled: 4 would spill on sm_80, and 2 spill 8 bytes on sm_100 and sm_120.
+constexpr int kTurns = PORT_TARGET >= 1000 ? 1 : 2;
 
 #endif  // PORT_TENSOR_CORES
 
@@ -188,6 +195,17 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
       prepare<true>(chunk(l.warp), scratch, count - l.warp * kTokens, l);
     }
     sync_block();
+
+    // The segment before this one needs its first chunk first, but that can be fetched only after everything else here, when its tiles are
+    // free. So it is brought into the L2 cache by then: a row of 128 bytes by each thread.
+    if (segment > 0 && int(threadIdx.x) < 7 * kTokens) {
+      const int which = int(threadIdx.x) / kTokens;
+      const int64_t row = int64_t(first - kSegment + int(threadIdx.x) % kTokens) * row_stride + at.head * N;
+      const bf16* from = p.w;  // selects, since an array with a variable index would lie in memory
+      from = which == 1 ? p.a : from, from = which == 2 ? p.b : from, from = which == 3 ? p.k : from;
+      from = which == 4 ? p.r : from, from = which == 5 ? p.v : from, from = which == 6 ? p.dy : from;
+      prefetch(from + row);
+    }
 
     l.forget();
     // S at each chunk's start, rounded, in registers.
@@ -268,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
       }
       sync_block();
       l.forget();
-      if (number + 1 < chunks) fetch_chunk(segment - 1, number + 1);  // everyone is done with that one
+      if (number + 1 < chunks) fetch_chunk(segment - 1, number + 1);  // after the barrier: no warp reads that chunk any more
       store8(x.z_shares + l.warp * N + z_column, float_to_bits(z_share[0]), float_to_bits(z_share[1]));
 #pragma unroll
       for (int n = 0; n < 4; n++) {
@@ -312,18 +330,30 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
         const int row = l.g + 8 * (i % 2);
         return row < rows ? load4(p.w + out + row * row_stride + 8 * (i / 2) + 2 * l.q) : 0u;
       };
-      Sums log_p;  // log2 of the decays' product up to a token
+      Sums log_p;  // log2 of the decays' product up to a token: the sums that prepare had, with the same bits
+      {
+        Operand ones, high, low;
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const uint32_t raw = raw_w(i);
-#pragma unroll
-        for (int e = 0; e < 2; e++) log_p[i / 2][i % 2 * 2 + e] = l.g + 8 * (i % 2) < rows ? log2_decay(e ? high_bf16(raw) : low_bf16(raw)) : 0.0f;
+        for (int i = 0; i < 4; i++) {
+          const uint32_t raw = raw_w(i);
+          const bool exists = l.g + 8 * (i % 2) < rows;
+          const float first = exists ? log2_decay(low_bf16(raw)) : 0.0f, second = exists ? log2_decay(high_bf16(raw)) : 0.0f;
+          high[i] = pack_bf16(first, second);
+          low[i] = pack_bf16(first - low_bf16(high[i]), second - high_bf16(high[i]));
+        }
+        store(x.low, high, 0, mine, l), store(x.low + kTile, low, 0, mine, l);
+        sync_warp();
+        right(high, x.low, 0, mine, l), right(low, x.low + kTile, 0, mine, l);
+        triangle_of_ones(ones, false, l);
+        clear(log_p);
+        multiply(log_p, ones, low), multiply(log_p, ones, high);
+        sync_warp();  // all have read x.low: it is written again below
       }
-      running_sums<false>(log_p, l);
 
       // The gradient of log(decay) is a difference of large sums. It is good when its products are taken with what those sums were taken with:
-      // the rounded a', r' and the pairs b', k', not the inputs. `later` is summed over this and later tokens, `earlier` over earlier ones.
-      Sums later, earlier, x0, x1;
+      // the rounded a', r' and the pairs b', k', not the inputs. `later` is summed over this and later tokens, `of_values` over all.
+      Sums later, x0, x1;
+      float of_values[4];
       Operand row0, row1;
       const auto value = [](const Operand& packed, int i) { return i % 2 ? high_bf16(packed[i / 2]) : low_bf16(packed[i / 2]); };
       {
@@ -354,13 +384,13 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
         }
 #pragma unroll
         for (int i = 0; i < 8; i++)
-          earlier[i / 4][i % 4] = (value(row0, i) + value(b_low, i)) * x0[i / 4][i % 4] + (value(row1, i) + value(k_low, i)) * x1[i / 4][i % 4];
+          later[i / 4][i % 4] = (value(row0, i) + value(b_low, i)) * x0[i / 4][i % 4] + (value(row1, i) + value(k_low, i)) * x1[i / 4][i % 4];
+        sum_tokens(of_values, later);
         collect_columns(x0, x1, x.triangles, c.a, mine, l);
         collect_columns(x0, x1, x.triangles + 4 * kSmall, c.r, mine, l);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-          later[i / 4][i % 4] = earlier[i / 4][i % 4] - (value(row0, i) + value(b_low, i)) * x0[i / 4][i % 4] -
-                                (value(row1, i) + value(k_low, i)) * x1[i / 4][i % 4];
+          later[i / 4][i % 4] = -(value(row0, i) + value(b_low, i)) * x0[i / 4][i % 4] - (value(row1, i) + value(k_low, i)) * x1[i / 4][i % 4];
           const float inverse = fast_exp2(-log_p[i / 4][i % 4]);
           x0[i / 4][i % 4] *= inverse, x1[i / 4][i % 4] *= inverse;
         }
@@ -384,7 +414,7 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const float of_a = value(row0, i) * x0[i / 4][i % 4];
-        dw[i / 4][i % 4] = -of_a - earlier[i / 4][i % 4];  // what the two sums below have of this token itself
+        dw[i / 4][i % 4] = -of_a;  // which the sum below has of this token itself
         later[i / 4][i % 4] += of_a + value(row1, i) * x1[i / 4][i % 4];
       }
       float slope[8];  // of log(decay) in w
@@ -400,20 +430,19 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_backward(Backward p)
         }
       }
       store_rows(p.da + out, row_stride, x0, rows, l), store_rows(p.dr + out, row_stride, x1, rows, l);
-      running_sums<true>(later, l);
-      running_sums<false>(earlier, l);
+      suffix_sums(later, l);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        float z = 0.0f;
+        float z = of_values[2 * (i / 4) + i % 2];
 #pragma unroll
         for (int warp = 0; warp < kWarps; warp++) z += x.z_shares[warp * N + mine + 8 * (i / 4) + 2 * l.q + i % 2];
-        dw[i / 4][i % 4] = (dw[i / 4][i % 4] + z + later[i / 4][i % 4] + earlier[i / 4][i % 4]) * slope[i];
+        dw[i / 4][i % 4] = (dw[i / 4][i % 4] + z + later[i / 4][i % 4]) * slope[i];
       }
       store_rows(p.dw + out, row_stride, dw, rows, l);
     }
     sync_block();
     fetch_chunk(segment - 1, 0);
-    if (chunks < kChunks)  // the last segment was short: nobody has fetched these for the one before it
+    if (chunks < kChunks)  // the last segment was short: these have not been fetched for the one before it
 #pragma unroll 1
       for (int number = chunks; number < kChunks; number++) fetch_chunk(segment - 1, number);
   }

@@ -57,15 +57,19 @@ DEVICE void multiply_pairs(Sums& x, const Operand& a_high, const Operand& a_low,
   multiply(x, a_high, b_high);
 }
 
+// The 16 x 16 lower triangle of ones as a left operand: its product with a matrix has the sums over this and all earlier rows (strict: earlier only).
+DEVICE void triangle_of_ones(Operand& to, bool strict, const Lane& l) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int row = l.g + 8 * (i % 2) - (strict ? 1 : 0), first = 8 * (i / 2) + 2 * l.q;
+    to[i] = (row >= first ? 0x3f80u : 0u) | (row >= first + 1 ? 0x3f800000u : 0u);  // 1.0 in bf16
+  }
+}
+
 // log2 of the products of decays up to t (inclusive) and t - 1 (before), for tokens t and 16 channels: sums over time are a product with a triangle of ones.
 DEVICE void cumulate_decay(Sums& inclusive, Sums& before, const bf16* raw_w, int column, int rows, const Lane& l) {
   Operand ones, ones_strict, w, high, low;
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int row = l.g + 8 * (i % 2), first = 8 * (i / 2) + 2 * l.q;
-    ones[i] = (row >= first ? 0x3f80u : 0u) | (row >= first + 1 ? 0x3f800000u : 0u);
-    ones_strict[i] = (row > first ? 0x3f80u : 0u) | (row > first + 1 ? 0x3f800000u : 0u);
-  }
+  triangle_of_ones(ones, false, l), triangle_of_ones(ones_strict, true, l);
   right(w, raw_w, 0, column, l);
 #pragma unroll
   for (int i = 0; i < 4; i++) {

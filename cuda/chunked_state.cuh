@@ -13,13 +13,12 @@ using Document = DocumentOf<int>;  // tokens of all documents together are fewer
 
 // Starts copying one chunk's rows [rows, 64] of x into a tile; rows that don't exist become zeros. By one warp.
 DEVICE void fetch(bf16* tile, const bf16* x, int row_stride, int rows, const Lane& l) {
+  const int first = l.lane / 8, column = l.lane % 8 * 8;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int row = i * 4 + l.lane / 8, column = l.lane % 8 * 8;
-    if (row < rows)
-      copy16_async(tile + at(row, column), x + row * row_stride + column);
-    else
-      store16(tile + at(row, column), {0, 0, 0, 0});
+    const int row = i * 4 + first;
+    // A row that doesn't exist has an address too, of which nothing is read: that of the first row.
+    copy16_async(tile + at(row, column), x + (row < rows ? row * row_stride : 0) + column, row < rows ? 16 : 0);
   }
 }
 

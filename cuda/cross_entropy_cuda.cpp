@@ -1,4 +1,4 @@
-// The CUDA makers of cross entropy with L2Wrap for PyTorch, around the entry points of cross_entropy.cu.
+// Cross entropy with L2Wrap on a GPU for PyTorch, around the entry points of cross_entropy.cu.
 //
 // With HOST_CUDA (tests) the same code registers ops of the same schema in the namespace rwkv7_host for CPU tensors, where host_cuda.h runs the kernels.
 #include <torch/csrc/stable/library.h>
@@ -33,10 +33,6 @@ void check_logits(const Tensor& logits, const Tensor& targets) {
                   "cross_entropy_l2wrap: targets must be int64 [rows]");
 }
 
-void check_launch(int code, const char* direction) {
-  STD_TORCH_CHECK(code == 0, "cross_entropy_l2wrap ", direction, ": the launch failed with CUDA error ", code);
-}
-
 // A tensor of one number a row, dense.
 Tensor per_row(const Tensor& x, const Tensor& logits, ScalarType dtype) {
   STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == logits.size(0) && x.scalar_type() == dtype,
@@ -57,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, Tensor targets
                                             static_cast<float*>(nll.mutable_data_ptr()), static_cast<float*>(largest.mutable_data_ptr()),
                                             static_cast<float*>(total.mutable_data_ptr()), static_cast<int64_t*>(where.mutable_data_ptr()),
                                             device.stream),
-               "forward");
+               "cross_entropy_l2wrap forward");
   return {nll, largest, total, where};
 }
 
@@ -69,7 +65,7 @@ void backward(Tensor logits, Tensor targets_, Tensor largest_, Tensor total_, Te
   const Tensor scale = per_row(scale_, logits, ScalarType::Float);
   check_launch(cross_entropy_l2wrap_backward(dtype_number(logits), logits.size(0), int(logits.size(1)), logits.mutable_data_ptr(), integers(targets),
                                              floats(largest), floats(total), integers(where), floats(scale), float(l2wrap), device.stream),
-               "backward");
+               "cross_entropy_l2wrap backward");
 }
 
 #if defined(HOST_CUDA)

@@ -1,12 +1,17 @@
-// The only door to CUDA: everything that the kernels need beyond C++, each with a device version and a host twin.
+// The portability layer: everything that the kernels need beyond C++, each with a device version and a host twin.
 //
 // nvcc (or hipcc, after torch.utils.hipify) compiles the device versions. Any other compiler gets host_cuda.h from the tests,
 // which executes blocks, threads, barriers and matrix instructions on a CPU and finds races and unwritten memory.
-// Rules that keep one source serving both: kernels include nothing else from outside of cuda/*.cuh; inline PTX stands only here; shared memory is
+// Rules that keep one source serving both: kernels include nothing else from outside of cuda/*.cuh; inline PTX is written only here; shared memory is
 // dynamic and comes from SHARED_MEMORY; sync_warp() wherever lanes exchange through memory; no spinning between blocks.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <tuple>
+
+#if defined(PORT_DEBUG)
+#include <cstdio>
+#endif
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define PORT_DEVICE 1
@@ -239,6 +244,26 @@ DEVICE uint32_t load4(const void* from) {
 #endif
 }
 
+// --- Checks of values that only the device knows ---------------------------------------------------------------------------------
+
+// With PORT_DEBUG (RWKV7_DEBUG_KERNELS=1 when the library is built) the kernel stops where `holds` is false; otherwise nothing is checked.
+DEVICE void require(bool holds, const char* message) {
+#if !defined(PORT_DEBUG)
+  (void)holds, (void)message;
+#elif PORT_DEVICE
+  if (!holds) {
+    printf("block %u: %s\n", blockIdx.x, message);
+#if defined(__HIPCC__)
+    abort();
+#else
+    __trap();
+#endif
+  }
+#else
+  if (!holds) host_cuda::stop(message);
+#endif
+}
+
 // --- Barriers and shuffles. `line` tells the host where lanes met; the device ignores it ---------------------------------
 
 #if PORT_DEVICE
@@ -323,9 +348,10 @@ DEVICE void matrix_product(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-DEVICE void copy16_async(void* to_shared, const void* from) {
+// Of the 16 bytes `bytes` (0 or 16) are copied and the others become zeros: zeros take no stores, behind which the compiler lets copies wait.
+DEVICE void copy16_async(void* to_shared, const void* from, int bytes) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `kLeft` of this thread's committed groups are still on their way.
@@ -333,6 +359,8 @@ template <int kLeft>
 DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
+// Asks for the cache line at `from` in the L2 cache, and waits for nothing.
+DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 #else
 struct MatrixLoad {
   const bf16* row;
@@ -392,12 +420,13 @@ inline void matrix_product(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
   MatrixProduct it{d, a, {b0, b1}};
   host_cuda::collective("matrix_product", line, it, product_lanes);
 }
-inline void copy16_async(void* to_shared, const void* from) { host_cuda::copy_async(to_shared, from, 16); }
+inline void copy16_async(void* to_shared, const void* from, int bytes) { host_cuda::copy_async(to_shared, from, 16, bytes); }
 inline void copy_async_commit() { host_cuda::copy_async_commit(); }
 template <int kLeft>
 inline void copy_async_wait() {
   host_cuda::copy_async_wait(kLeft);
 }
+inline void prefetch(const void* from) { host_cuda::touch(from); }
 #endif
 #endif  // PORT_TENSOR_CORES
 
@@ -409,12 +438,28 @@ inline void copy_async_wait() {
 // Returns 0 or the runtime's error number. `stream` is a cudaStream_t as an integer: callers need no CUDA header.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared_bytes, int64_t stream, Arguments... arguments) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  const auto failed = [](cudaError_t error) {
+    cudaGetLastError();  // clears it: the caller reports it, and the next check elsewhere must not find it again
+    return int(error);
+  };
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t refused = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-    if (refused != cudaSuccess) return int(refused);
+    const int bytes = int(shared_bytes);
+    if (const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return failed(error);
+    // The default share of shared memory in the L1 cache can be too small for the two blocks per SM that __launch_bounds__ counts on.
+    const int most = 100;  // percent: cudaSharedmemCarveoutMaxShared, a name that hipify doesn't know
+    if (const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, most)) return failed(error);
   }
-  kernel<<<blocks, threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(arguments...);
-  return int(cudaGetLastError());
+  std::tuple<Parameters...> parameters(arguments...);
+  return std::apply(
+      [&](auto&... parameter) {
+        void* addresses[] = {&parameter...};
+        // The result of this call, not cudaGetLastError(): that may be an error of an earlier, unrelated call.
+        const cudaError_t error =
+            cudaLaunchKernel(function, dim3(blocks), dim3(threads), addresses, shared_bytes, reinterpret_cast<cudaStream_t>(stream));
+        return error ? failed(error) : 0;
+      },
+      parameters);
 }
 #else
 #define SHARED_MEMORY(name) unsigned char* name = reinterpret_cast<unsigned char*>(host_cuda::block_now->shared.get())

@@ -14,8 +14,8 @@
 //   Z = Bz E^T + (A_rb T)^T dY      dV = K E^T + Q^T dY      dS at the chunk's start = E + Z^T a' + dY^T r'
 //   da' = Z S + (Z U^T) b' + (Z V^T) k'         dr' = dY S + (dY U^T) b' + (dY V^T) k'
 //   db' = U E + (Z U^T)^T a' + (dY U^T)^T r'    dk' = V E + (Z V^T)^T a' + (dY V^T)^T r'   (products in brackets: lower triangles)
-//   dlog(decay_t) = colsum(E * S) + sum over s < t of (b' (U E) + k' (V E))_s + sum over s > t of (a' da')_s
-//                   + sum over s >= t of (r' dr' - b' (db' - U E) - k' (dk' - V E))_s
+//   dlog(decay_t) = colsum(E * S) + sum over all s of (b' (U E) + k' (V E))_s - (a' da')_t
+//                   + sum over s >= t of (a' da' + r' dr' - b' db' - k' dk')_s
 //
 // Who owns what, in a block of 4 warps that walks over one head of one document by segments of kChunks chunks:
 //   prepare   a warp per chunk, nothing shared between warps
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 2) wkv7_chunked_forward(Forward p) {
       prepare<false>(c, scratch, count - l.warp * kTokens, l);
     }
     sync_block();
-    fetch_chunk(segment + 1);  // everyone has left that buffer
+    fetch_chunk(segment + 1);  // after the barrier: all warps have left that buffer
     if (p.saved_state) keep_state(p.saved_state + (int64_t(at.first_slot + segment) * p.heads + at.head) * kSlotBytes, s);
 #pragma unroll 1
     for (int number = 0; number * kTokens < count; number++) {

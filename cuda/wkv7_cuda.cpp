@@ -1,4 +1,4 @@
-// The CUDA makers of wkv7 for PyTorch: checks, outputs, device guard and current stream around the entry points of wkv7_*.cu.
+// wkv7 on a GPU for PyTorch: dense tensors, outputs, device guard and current stream around the entry points of wkv7_*.cu.
 //
 // With HOST_CUDA (tests) the same code registers ops of the same schema in the namespace rwkv7_host for CPU tensors, where host_cuda.h runs the kernels.
 #include <torch/csrc/stable/library.h>
@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "on_device.h"
+#include "wkv7_schemas.h"
 
 extern "C" {
 #define ENTRY_POINTS(kernel)                                                                                                             \
@@ -46,12 +47,7 @@ struct Call {
   Call(const Tensor& r_, const Tensor& w_, const Tensor& k_, const Tensor& v_, const Tensor& a_, const Tensor& b_, const Optional& state_,
        const Optional& cu_seqlens_, bool chunked_)
       : device(r_), r(dense(r_)), w(dense(w_)), k(dense(k_)), v(dense(v_)), a(dense(a_)), b(dense(b_)) {
-    for (const Tensor* x : {&w, &k, &v, &a, &b}) {
-      STD_TORCH_CHECK(x->scalar_type() == r.scalar_type() && x->dim() == 4, "wkv7: inputs must be [B, T, H, N] of one dtype");
-      for (int64_t d = 0; d < 4; d++) STD_TORCH_CHECK(x->size(d) == r.size(d), "wkv7: inputs must have one shape");
-    }
     dtype = dtype_number(r);
-    STD_TORCH_CHECK(dtype >= 0, "wkv7: inputs must be float32, bfloat16 or float16");
     chunked = chunked_;
     tokens_each = r.size(1);
     tokens = r.size(0) * r.size(1);
@@ -60,19 +56,10 @@ struct Call {
     head_size = int(r.size(3));
     documents = int(r.size(0));
     if (cu_seqlens_) {
-      STD_TORCH_CHECK(r.size(0) == 1 && cu_seqlens_->dim() == 1 && cu_seqlens_->size(0) >= 2 && cu_seqlens_->scalar_type() == ScalarType::Int,
-                      "wkv7: cu_seqlens must be int32 [documents + 1], with B = 1");
       cu_seqlens = torch::stable::contiguous(*cu_seqlens_);
       documents = int(cu_seqlens->size(0)) - 1;
     }
-    if (state_) state = dense_state("state", *state_);
-  }
-
-  // One of the states that come with a call: before it, or the gradient of that after it.
-  Tensor dense_state(const char* name, const Tensor& x) const {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.numel() == int64_t(documents) * heads * head_size * head_size, "wkv7: ", name,
-                    " must be float32 [", documents, ", H, N, N]");
-    return dense(x);
+    if (state_) state = dense(*state_);
   }
 
   // Contiguous, and at an address that 16-byte loads may use (a slice of a larger tensor need not be).
@@ -88,10 +75,6 @@ struct Call {
   int64_t saved_sa_bytes() const {
     return (chunked ? wkv7_chunked_saved_sa_bytes : wkv7_recurrent_saved_sa_bytes)(head_size, documents, tokens, heads);
   }
-  static void check_saved(const char* name, const Tensor& x, int64_t bytes) {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && 4 * x.numel() == bytes, "wkv7: backward needs ", name,
-                    " as forward saves it with save=true: float32, contiguous, ", bytes / 4, " numbers; got ", x.numel());
-  }
 
   Tensor like() const { return torch::stable::new_empty(r, r.sizes(), r.scalar_type()); }
   Tensor states() const { return torch::stable::new_empty(r, {documents, heads, head_size, head_size}, ScalarType::Float); }
@@ -99,11 +82,10 @@ struct Call {
   const float* state_pointer() const { return state ? static_cast<const float*>(state->const_data_ptr()) : nullptr; }
   const int32_t* bounds() const { return cu_seqlens ? static_cast<const int32_t*>(cu_seqlens->const_data_ptr()) : nullptr; }
 
-  void check(int code, const char* direction) const {
-    STD_TORCH_CHECK(code != -1, "wkv7: no ", chunked ? "chunked" : "recurrent", " kernel for head size ", head_size,
+  void check(int code, const char* op) const {
+    STD_TORCH_CHECK(code != -1, op, ": no ", chunked ? "chunked" : "recurrent", " kernel for head size ", head_size,
                     " and this dtype (recurrent: 32, 64, 128; chunked: bfloat16 and 64)");
-    STD_TORCH_CHECK(code == 0, "wkv7 ", direction, ": the launch failed with CUDA error ", code,
-                    " (98 or 209: the library was built for other GPUs; set TORCH_CUDA_ARCH_LIST or clear the build cache)");
+    check_launch(code, op);
   }
 };
 
@@ -116,19 +98,22 @@ Forward forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Opti
               c.v.const_data_ptr(), c.a.const_data_ptr(), c.b.const_data_ptr(), c.state_pointer(), c.bounds(), y.mutable_data_ptr(),
               static_cast<float*>(final_state.mutable_data_ptr()), save ? saved_state.mutable_data_ptr() : nullptr,
               save ? saved_sa.mutable_data_ptr() : nullptr, c.device.stream),
-          "forward");
+          "wkv7 forward");
   return {y, final_state, saved_state, saved_sa};
 }
 
 Backward backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state,
                   Optional cu_seqlens, Tensor saved_state, Tensor saved_sa, bool chunked) {
   const Call c(r, w, k, v, a, b, state, cu_seqlens, chunked);
-  Call::check_saved("saved_state", saved_state, c.saved_state_bytes());
-  Call::check_saved("saved_sa", saved_sa, c.saved_sa_bytes());
-  STD_TORCH_CHECK(dy.scalar_type() == c.r.scalar_type() && dy.numel() == c.r.numel(), "wkv7: dy must have the shape and dtype of r");
+  wkv7::check_saved("saved_state", saved_state, c.saved_state_bytes() / 4);
+  wkv7::check_saved("saved_sa", saved_sa, c.saved_sa_bytes() / 4);
+  wkv7::check_dy(dy, c.r);
   const Tensor dy_dense = Call::dense(dy);
   Optional dfinal;
-  if (dfinal_state) dfinal = c.dense_state("dfinal_state", *dfinal_state);
+  if (dfinal_state) {
+    wkv7::check_dfinal_state(*dfinal_state, c.documents, c.heads, c.head_size);
+    dfinal = Call::dense(*dfinal_state);
+  }
   const Tensor dr = c.like(), dw = c.like(), dk = c.like(), dv = c.like(), da = c.like(), db = c.like();
   const Tensor dstate = state ? c.states() : c.floats(0);
   const auto run = c.chunked ? wkv7_chunked_backward : wkv7_recurrent_backward;
@@ -137,18 +122,14 @@ Backward backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tensor k
               c.k.const_data_ptr(), c.v.const_data_ptr(), c.a.const_data_ptr(), c.b.const_data_ptr(), c.bounds(), saved_state.const_data_ptr(),
               saved_sa.const_data_ptr(), dr.mutable_data_ptr(), dw.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr(),
               da.mutable_data_ptr(), db.mutable_data_ptr(), state ? static_cast<float*>(dstate.mutable_data_ptr()) : nullptr, c.device.stream),
-          "backward");
+          "wkv7 backward");
   return {dr, dw, dk, dv, da, db, dstate};
 }
 
 #if defined(HOST_CUDA)
 STABLE_TORCH_LIBRARY(rwkv7_host, m) {
-  m.def(
-      "wkv7_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? cu_seqlens, bool save, bool chunked)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "wkv7_backward(Tensor dy, Tensor? dfinal_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state,"
-      " Tensor? cu_seqlens, Tensor saved_state, Tensor saved_sa, bool chunked) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(kWkv7Forward);
+  m.def(kWkv7Backward);
 }
 STABLE_TORCH_LIBRARY_IMPL(rwkv7_host, CPU, m) {
 #else

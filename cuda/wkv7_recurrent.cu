@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(Shape<N>::threads, 1) wkv7_recurrent_forward(F
   for (int64_t first = at.begin, slot = at.first_slot; first < at.end; first += Is::window, slot++) {
     const int count = int(at.end - first < Is::window ? at.end - first : Is::window);
     if (p.saved_state) store_tile<N>(p.saved_state + (slot * p.heads + at.head) * N * N, state, place);
-    sync_block();  // nobody reads the last window any more
+    sync_block();  // all threads have read the previous window
     load_window<N, T>(decays, p.w, first, count, at, p.heads, [](float w) { return decay_of(w); });
     load_window<N, T>(ks, p.k, first, count, at, p.heads, same);
     load_window<N, T>(vs, p.v, first, count, at, p.heads, same);

@@ -1,4 +1,4 @@
-"""Every CUDA kernel, forward and backward, on sizes small enough for compute-sanitizer (tests/gpu_check.sh runs it under that)."""
+"""Every CUDA kernel forward and backward, at sizes small enough for compute-sanitizer (used by tools/gpu_check.sh)."""
 
 import sys
 from pathlib import Path

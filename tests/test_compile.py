@@ -1,12 +1,15 @@
-"""torch.compile of a block: one graph, no compilation after the first steps, the same numbers; and what backward keeps."""
+"""torch.compile of a block: one graph, compiled in the first steps only, the same numbers; what backward keeps."""
 
 import importlib
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -77,9 +80,55 @@ def test_steps_compile_nothing_new():
     assert counter.frame_count == graphs == 2
 
 
+def raising_backend(direction):
+    """A compiler that fails at the forward or the backward graph."""
+
+    def compile_graph(graph, inputs):
+        return make_boxed_func(graph.forward)
+
+    def fail(graph, inputs):
+        raise RuntimeError("no such instruction")
+
+    compilers = {"fw_compiler": compile_graph, "bw_compiler": compile_graph, f"{direction}_compiler": fail}
+    return aot_autograd(**compilers)
+
+
+@pytest.mark.parametrize("direction", ["fw", "bw"])
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_a_failure_to_compile_falls_back_with_one_warning(direction, grad_cp):
+    config = replace(CONFIG, n_layer=3, grad_cp=grad_cp)
+    gradients = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = busy(RWKV7(config))
+        if compiled:
+            model.compile_blocks(backend=raising_backend(direction))
+        tokens = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(1))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                model.zero_grad()
+                model(tokens)[0].square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        messages = [str(w.message) for w in caught if "torch.compile failed" in str(w.message)]
+        assert len(messages) == compiled
+        assert all("no such instruction" in message and "--compile 0" in message for message in messages)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_mistake_in_the_call_is_the_error_without_compilation():
+    model = busy(RWKV7(CONFIG))
+    model.compile_blocks(backend="aot_eager")
+    x, v_first = torch.randn(1, 24, 64), torch.randn(1, 23, 64)  # of another length
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError, match=r"size|are needed"):
+            model.blocks[1](x, v_first, None, None)
+
+
 @pytest.mark.parametrize("grad_cp", [False, True])
 def test_packed_rows_soon_compile_nothing_new(grad_cp):
-    """The number of documents in a row changes at every step: compiled for the first number, once for any, and once for one alone."""
+    """The number of documents changes at every step: compiled for the first number, once for any, and once for one."""
     model = busy(RWKV7(replace(CONFIG, n_layer=5, grad_cp=grad_cp)))
     counter = CompileCounterWithBackend("aot_eager")
     model.compile_blocks(backend=counter, fullgraph=True)
@@ -116,7 +165,7 @@ def test_what_was_compiled_is_found_again_by_the_next_run(grad_cp, tmp_path, mon
         torch._dynamo.reset()
         counters.clear()
         model = busy(RWKV7(replace(CONFIG, n_layer=1, grad_cp=grad_cp)))
-        model.blocks[0].compile()
+        model.compile_blocks()
         model(torch.randint(50, (2, 16)))[0].square().mean().backward()
         found.append({name: counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("miss", "hit", "bypass")})
     assert found == [{"miss": 1, "hit": 0, "bypass": 0}, {"miss": 0, "hit": 1, "bypass": 0}]
@@ -168,7 +217,7 @@ def kept_by_layer(model, tokens):
 
 
 def test_what_backward_keeps_is_as_the_docs_list_it():
-    """Numbers of C per token and layer: 24 activations, wkv7's S a and states, the hidden layer twice; low-rank products."""
+    """Multiples of C per token and layer: 24 activations, wkv7's S a and states, the hidden layer twice; low rank."""
     tokens = 512
     sizes = [ModelConfig(n_layer=n, n_embd=128, vocab_size=50) for n in (2, 4)]
     few, many = (kept_by_layer(RWKV7(config), tokens) for config in sizes)

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the loss, executed on a CPU: against float64 in every lane order, and as PyTorch's autograd sees them."""
+"""The CUDA kernels of the loss, executed on a CPU: against float64 in every lane order, and through autograd."""
 
 import ctypes
 
@@ -66,7 +66,7 @@ def backward(host, logits, targets, statistics, scale):
 
 
 def formula(logits, targets, scale):
-    """nll per row, the first index of the largest logit, and the gradient of sum(scale * nll) with L2Wrap, in float64."""
+    """In float64: nll per row, the first index of the largest logit, the gradient of sum(scale * nll) with L2Wrap."""
     z = logits.double()
     counts = targets != IGNORED
     safe = targets.clamp(min=0)[:, None]
@@ -91,7 +91,7 @@ def test_values_and_gradients_are_the_formula(host, vocabulary, dtype):
     assert (grad[~counts] == 0).all()
     rounding = {FP32: 1e-6, BF16: 2.2e-3, FP16: 3e-4}[dtype]
     assert (grad.double() - true_grad).norm() <= rounding * true_grad.norm()
-    # beside rounding to its own dtype (fp16: down to its subnormals) every element is right, not only their norm
+    # apart from rounding to its own dtype (fp16: down to its subnormals) every element is right, not only their norm
     slack = {FP32: 2e-6, BF16: 4e-3, FP16: 5e-4}[dtype] * true_grad.abs() + 1e-7
     assert ((grad.double() - true_grad).abs() <= slack).all()
 
@@ -109,8 +109,8 @@ def test_equal_bits_in_every_lane_order(host, dtype):
         assert all(torch.equal(x, y) for x, y in zip(run, runs[0], strict=True))
 
 
-def test_hostile_rows(host):
-    """Huge and equal logits, words that are masked out, a row of nothing else, a NaN, a target that doesn't exist."""
+def test_rows_of_extreme_logits(host):
+    """Huge and equal logits, masked-out tokens, a row of nothing else, a NaN, a target that doesn't exist."""
     logits = torch.zeros(6, 300)
     logits[0, 299] = 3e4
     logits[1] = 7.0
@@ -130,7 +130,7 @@ def test_hostile_rows(host):
 def test_each_logit_is_passed_over_without_a_barrier(host):
     logits, targets, scale = problem(3, 4096, BF16)
     targets[:] = 5
-    host.host_counts = host.take_counts()
+    host.take_counts()
     _, *statistics = forward(host, logits, targets)
     counts = host.take_counts()
     assert counts["block_barriers"] == len(targets)
@@ -139,7 +139,7 @@ def test_each_logit_is_passed_over_without_a_barrier(host):
     assert not any(host.take_counts().values())
 
 
-# --- Through PyTorch's dispatcher and autograd -----------------------------------------------------------------------------------
+# --- Through PyTorch's dispatcher and autograd --------------------------------------------------------------
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def through_host(tmp_path_factory, monkeypatch):
 
     def counted(name):
         op = getattr(torch.ops.rwkv7_host, name)
-        return lambda *given: (calls.append(name), op(*given))[1]
+        return lambda *args: (calls.append(name), op(*args))[1]
 
     for name in ("cross_entropy_l2wrap_forward", "cross_entropy_l2wrap_backward_"):
         monkeypatch.setattr(torch.ops.rwkv7, name, counted(name), raising=False)
@@ -197,7 +197,7 @@ def test_the_gradient_lands_in_the_logits_only_where_they_were_given_away(throug
         assert torch.equal(arrived[1], arrived[0])
 
 
-def test_ops_keep_their_schema_and_shapes_and_refuse_what_they_cannot_do(through_host):
+def test_ops_keep_their_schema_and_shapes_and_refuse_wrong_inputs(through_host):
     ops = torch.ops.rwkv7_host
     logits, targets, scale = problem(4, 33, BF16)
     torch.library.register_fake("rwkv7_host::cross_entropy_l2wrap_forward", loss_module._forward_shapes)
@@ -205,15 +205,15 @@ def test_ops_keep_their_schema_and_shapes_and_refuse_what_they_cannot_do(through
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.cross_entropy_l2wrap_forward.default, (logits, targets, IGNORED), test_utils=checks)
     _, *statistics = ops.cross_entropy_l2wrap_forward(logits, targets, IGNORED)
-    given = (logits, targets.clamp(min=0), *statistics, scale, L2WRAP)
-    torch.library.opcheck(ops.cross_entropy_l2wrap_backward_.default, given, test_utils=checks)
+    arguments = (logits, targets.clamp(min=0), *statistics, scale, L2WRAP)
+    torch.library.opcheck(ops.cross_entropy_l2wrap_backward_.default, arguments, test_utils=checks)
     assert all(x.shape == (0,) for x in ops.cross_entropy_l2wrap_forward(logits[:0], targets[:0], IGNORED))
     for wrong in ((logits.double(), targets), (logits.t(), targets), (logits, targets.int()), (logits, targets[:1])):
         with pytest.raises(RuntimeError, match="cross_entropy_l2wrap"):
             ops.cross_entropy_l2wrap_forward(*wrong, IGNORED)
 
 
-# --- On a GPU --------------------------------------------------------------------------------------------------------------------
+# --- On a GPU -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

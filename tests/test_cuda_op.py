@@ -1,10 +1,11 @@
-"""The CUDA kernels as PyTorch sees them: through the dispatcher's code on a CPU, by nvcc's report, translated for AMD, and on a GPU where there is one."""
+"""The CUDA ops: their bindings run on a CPU, nvcc's report, the translation for AMD, and the ops on a GPU."""
 
 import ctypes
 import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,22 +14,20 @@ import pytest
 import torch
 from host_cuda.harness import CUDA, build, build_ops, compiler, shared_folder
 from host_cuda.problems import answer, error, incoming, problem
-from torch.autograd import DeviceType
-from torch.autograd.profiler_util import FunctionEvent
 from torch.utils.checkpoint import checkpoint
 
-from src.ops import wkv7
-from src.ops.build import BuildError, cuda_recipe, gpu_targets
+from src.ops import recurrence, wkv7
 from src.ops.build import build as build_library
+from src.ops.cuda import cuda_recipe, gpu_targets
 from src.ops.recurrence import CHUNKED_SEGMENT, CHUNKED_SLOT, CUDA_WINDOW
 from src.ops.rocm import rocm_recipe
-from src.ops.toolchain import find_hipcc, find_nvcc, version_of
+from src.ops.toolchain import BuildError, find_hipcc, find_nvcc, version_of
 
 NAMES = "rwkvab"
 TESTS = Path(__file__).parent
 
 
-# --- On a CPU: the dispatcher's own code, with host_cuda.h beneath -------------------------------------------------------------
+# --- On a CPU: the bindings' own code, on top of host_cuda.h ------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +91,7 @@ def test_op_is_lean_and_keeps_its_schema(host_op, chunked):
     ("kernel", "head_size"), [("recurrent", 32), ("recurrent", 64), ("recurrent", 128), ("chunked", 64)]
 )
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
-def test_what_is_kept_has_the_size_that_torch_compile_is_told(host_op, kernel, head_size, packed):
+def test_kept_tensors_have_the_sizes_registered_for_torch_compile(host_op, kernel, head_size, packed):
     x = problem(1 if packed else 3, 100, 2, head_size, torch.bfloat16, cu_seqlens=[0, 1, 50, 100] if packed else None)
     inputs = [x[name] for name in NAMES]
     real = host_op.wkv7_forward(*inputs, None, x.get("cu_seqlens"), True, kernel == "chunked")
@@ -103,14 +102,17 @@ def test_what_is_kept_has_the_size_that_torch_compile_is_told(host_op, kernel, h
     assert real[3].numel() == (0 if kernel == "chunked" else tokens * heads * head_size)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"w": torch.float32}, "one dtype"), ({name: torch.float32 for name in NAMES}, "no chunked kernel"),
-], ids=["dtypes differ", "fp32 chunked"])  # fmt: skip
-def test_op_refuses_what_it_cannot_do(host_op, change, words):
-    x = problem(1, 4, 1, 64, torch.bfloat16)
-    inputs = [x[name].to(change.get(name, torch.bfloat16)) for name in NAMES]
-    with pytest.raises(RuntimeError, match=words):
-        host_op.wkv7_forward(*inputs, None, None, False, True)
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "chunked"),
+    [(torch.float32, 64, True), (torch.bfloat16, 32, True), (torch.bfloat16, 48, False), (torch.float64, 64, False)],
+    ids=["chunked fp32", "chunked N = 32", "N = 48", "float64"],
+)
+def test_op_refuses_inputs_without_a_kernel(host_op, dtype, head_size, chunked):
+    x = problem(1, 4, 1, head_size, dtype)
+    with pytest.raises(
+        RuntimeError, match=f"no {'chunked' if chunked else 'recurrent'} kernel for head size {head_size}"
+    ):
+        host_op.wkv7_forward(*(x[name] for name in NAMES), None, None, False, chunked)
 
 
 @pytest.mark.parametrize("kernel", ["recurrent", "chunked"])
@@ -123,17 +125,57 @@ def test_backward_refuses_what_forward_did_not_keep(host_op, kernel, name, chang
     x = problem(2, 20, 1, 64, torch.bfloat16)
     inputs, chunked = [x[letter] for letter in NAMES], kernel == "chunked"
     y, final_state, saved_state, saved_sa = host_op.wkv7_forward(*inputs, None, None, True, chunked)
-    given = {"dfinal_state": final_state, "saved_state": saved_state, "saved_sa": saved_sa}
+    kept = {"dfinal_state": final_state, "saved_state": saved_state, "saved_sa": saved_sa}
 
     def backward(dfinal_state, saved_state, saved_sa):
         return host_op.wkv7_backward(y, dfinal_state, *inputs, None, None, saved_state, saved_sa, chunked)
 
-    backward(**given)
+    backward(**kept)
     with pytest.raises(RuntimeError, match=name):
-        backward(**{**given, name: change(given[name])})
+        backward(**{**kept, name: change(kept[name])})
 
 
-# --- What compilers say -----------------------------------------------------------------------------------------------------------
+LAUNCH_ERRORS = """
+import ctypes, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+import torch
+from host_cuda.harness import CUDA, build, build_ops
+folder = Path(sys.argv[3])
+stub = folder / "stub.cpp"
+stub.write_text('#include <cstdlib>\\nextern "C" int cross_entropy_l2wrap_forward() '
+                '{ return std::atoi(std::getenv("CODE")); }\\n'
+                'extern "C" int cross_entropy_l2wrap_backward() { return 0; }\\n'
+                'extern "C" const char* host_cuda_last_fault() { return ""; }\\n')
+ctypes.CDLL(str(build(folder, stub)), mode=ctypes.RTLD_GLOBAL)
+build_ops(folder, CUDA / "cross_entropy_cuda.cpp")
+setenv = ctypes.CDLL(None).setenv
+for code in (0, 1, 209, 700, 719):
+    setenv(b"CODE", str(code).encode(), 1)
+    try:
+        torch.ops.rwkv7_host.cross_entropy_l2wrap_forward(torch.zeros(1, 4), torch.zeros(1, dtype=torch.long), -100)
+        print(code, "no error")
+    except RuntimeError as error:
+        print(code, str(error).splitlines()[0])
+"""
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_launch_errors_name_their_cause(tmp_path):
+    """An error of work that was started before isn't blamed on the kernel that hears of it."""
+    command = [sys.executable, "-c", LAUNCH_ERRORS, str(TESTS.parent), str(TESTS), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    messages = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert messages["0"] == "no error"
+    assert "the launch failed with CUDA error 1" in messages["1"]
+    assert "built for other GPUs" in messages["209"]
+    for code in ("700", "719"):
+        assert "work that was started before" in messages[code]
+        assert "launch failed" not in messages[code]
+
+
+# --- Reports of compilers -----------------------------------------------------------------------------------
 
 
 def spills(target, source, tmp_path):
@@ -162,7 +204,7 @@ def test_nvcc_keeps_kernels_in_registers(target, source, kernels, tmp_path):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["75", "90"])
+@pytest.mark.parametrize("target", ["75", "80", "90", "100", "120"])
 def test_nvcc_keeps_the_recurrent_kernel_in_registers(target, tmp_path):
     report = spills(target, "wkv7_recurrent.cu", tmp_path)
     assert len(report) == 18
@@ -229,133 +271,93 @@ def test_build_for_amd_compiles_the_translation_with_hipcc(tmp_path, monkeypatch
     assert all("--offload-arch=gfx90a --offload-arch=gfx942" in call and ".hip" in call for call in calls)
 
 
-def test_missing_hipcc_says_what_to_install(tmp_path, monkeypatch):
+def build_error(function):
+    with pytest.raises(BuildError) as caught:
+        function()
+    return caught.value
+
+
+def test_missing_hipcc_comes_with_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "9.0")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("ROCM_HOME", raising=False)
-    with pytest.raises(BuildError, match=r"no hipcc: install the HIP compiler of ROCm 9\.0"):
-        find_hipcc()
+    assert "ROCm 9.0" in build_error(find_hipcc).advice
     monkeypatch.setenv("ROCM_HOME", str(tmp_path))
-    with pytest.raises(BuildError, match="no bin/hipcc in it"):
-        find_hipcc()
+    assert build_error(find_hipcc).problem.startswith("ROCM_HOME is ")
 
 
-# --- Build and choice ---------------------------------------------------------------------------------------------------------------
+# --- Build and choice ---------------------------------------------------------------------------------------
 
 
-def test_gpu_targets_follow_the_list(monkeypatch):
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    options = gpu_targets()
-    assert "arch=compute_80,code=sm_80" in options
-    assert options[-1] == "arch=compute_90,code=compute_90"
-    for wrong, words in (("hopper", "expected capabilities"), ("6.1", "7.5 or later")):
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
-        with pytest.raises(BuildError, match=words):
-            gpu_targets()
+def targets(monkeypatch, listed, present=()):
+    """The numbers in nvcc's options for this TORCH_CUDA_ARCH_LIST on a machine with GPUs of these capabilities."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(present))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: present[index])
+    return [option.split("code=")[1] for option in gpu_targets() if option != "-gencode"]
 
 
-def test_a_missing_or_wrong_nvcc_says_what_to_install(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("listed", "present", "expected"),
+    [
+        ("", [(9, 0), (8, 0), (9, 0)], ["sm_80", "sm_90"]),
+        ("8.0;9.0+PTX", [], ["sm_80", "sm_90", "compute_90"]),
+        ("5.2 6.1 8.0", [(8, 6)], ["sm_80"]),  # sm_80's code runs on 8.6
+        ("7.5 8.0", [(9, 0)], ["sm_75", "sm_80", "sm_90"]),
+        ("7.5+PTX", [(9, 0)], ["sm_75", "compute_75"]),
+        ("8.6", [(8, 0)], ["sm_86", "sm_80"]),
+        ("10.0f", [(12, 0)], ["sm_100f", "sm_120"]),
+    ],
+    ids=["present", "listed", "old ones left out", "a GPU forgotten", "PTX", "older minor version", "variant"],
+)
+def test_targets_are_the_gpus_present_or_those_listed(monkeypatch, listed, present, expected):
+    assert targets(monkeypatch, listed, present) == expected
+
+
+@pytest.mark.parametrize(
+    ("listed", "present", "problem"),
+    [("hopper", [], "'hopper'"), ("6.1", [], "got 6.1"), ("", [(7, 0)], "7.5 or later, got 7.0"), ("", [], "no GPU")],
+)
+def test_targets_without_a_kernel_are_refused(monkeypatch, listed, present, problem):
+    error = build_error(lambda: targets(monkeypatch, listed, present))
+    assert problem in error.problem
+    assert error.advice
+
+
+def test_a_missing_or_wrong_nvcc_comes_with_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(BuildError, match="no bin/nvcc in it"):
-        cuda_recipe()
+    assert build_error(cuda_recipe).problem.startswith("CUDA_HOME is ")
     (tmp_path / "bin").mkdir()
     nvcc = tmp_path / "bin" / "nvcc"
-    for words, told in (
-        ("release 12.4, V12.4.131", r"is of CUDA 12\.4, but .* built for CUDA 13\.0: install the CUDA toolkit 13\.0"),
-        ("something else", "of CUDA an unknown version"),
-    ):
-        nvcc.write_text(f"#!/bin/sh\necho '{words}'\n")
+    for version, expected in (("release 12.4, V12.4.131", "CUDA 12.4,"), ("something else", "unknown version")):
+        nvcc.write_text(f"#!/bin/sh\necho '{version}'\n")
         nvcc.chmod(0o755)
-        with pytest.raises(BuildError, match=told):
-            cuda_recipe()
+        error = build_error(cuda_recipe)
+        assert expected in error.problem
+        assert "CUDA toolkit 13.0" in error.advice
     monkeypatch.delenv("CUDA_HOME")
-    monkeypatch.setattr(shutil, "which", lambda *given, **named: None)
-    with pytest.raises(BuildError, match=r"no nvcc: install the CUDA toolkit 13\.0"):
-        find_nvcc()
+    monkeypatch.setattr(shutil, "which", lambda *args, **kwargs: None)
+    assert "CUDA toolkit 13.0" in build_error(find_nvcc).advice
 
 
-# --- What is ready for the day that a GPU is there ------------------------------------------------------------------------------------
+def test_the_choice_follows_the_device_of_the_tensors(monkeypatch):
+    """The first GPU has no tensor cores for bf16, the second has; which one is current doesn't matter."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: [(7, 5), (9, 0)][index or 0])
+    monkeypatch.setattr(recurrence.build, "load_native", lambda register: None)
+    monkeypatch.setattr(recurrence.build, "why_no_cuda", lambda: None)
+    choices = [recurrence._choose("cuda", index, torch.bfloat16, 64, "auto") for index in (None, 0, 1)]
+    assert choices == ["recurrent", "recurrent", "chunked"]
+    assert "tensor cores" in recurrence.describe_kernel("cuda:1", torch.bfloat16, 64, "auto")
+    error = build_error(lambda: recurrence.describe_kernel("cuda", torch.bfloat16, 64, "chunked"))
+    assert (error.kernel, error.problem.count("7.5")) == ("chunked", 1)
+    assert str(error).count("--kernel") == 1
 
 
-def test_gpu_benchmark_works_out_its_table(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(TESTS / "bench"))
-    import wkv7_gpu
-
-    wkv7_gpu.report("cpu", [(1, 40, 2)], ("recurrent",), repetitions=2)
-    table = capsys.readouterr().out.splitlines()
-    assert table[-3].count("|") == table[-2].count("|") == table[-1].count("|") == 12
-    assert table[-1].startswith("| 1, 40, 2 | recurrent | ")
-    measured = wkv7_gpu.Measured(forward_ms=1.0, backward_ms=1.0, peak_bytes=2**30, kept_bytes=181.0)
-    # 2 097 152 token-heads of 2560 bytes in 2 ms are 2.68 TB/s, 67 % of a copy at 4 TB/s
-    told = wkv7_gpu.line((8, 4096, 64), "chunked", measured, 4e12, 3.1e-3)
-    assert told == "| 8, 4096, 64 | chunked | 1.000 | 1.000 | 2.000 | 1879 | 3490 | 67% | 1024 | 181 | 3.1e-03 |"
-    assert wkv7_gpu.sets_beyond(cache_bytes=50 << 20, set_bytes=10 << 20) == 12
-    monkeypatch.setattr(wkv7_gpu, "wkv7", lambda *given, kernel: [2 * x for x in wkv7(*given, kernel=kernel)])
-    with pytest.raises(SystemExit, match="recurrent is wrong: y at T = 1"):
-        wkv7_gpu.worst_error("recurrent", "cpu")
-
-
-def test_step_benchmark_gives_each_kernel_to_a_part(monkeypatch):
-    """A profile as a GPU gives it: marks of the host on the GPU's line, kernels of ops, and kernels that a compiled graph started."""
-    monkeypatch.syspath_prepend(str(TESTS / "bench"))
-    from train_step import gpu_split
-
-    events = []
-
-    def event(name, start, end, kernel="", parent=None, mark=False):
-        """An op (or mark) on the host, what it started on the GPU, and for a mark its shadow there."""
-        events.append(FunctionEvent(len(events), name, 0, start, end, is_user_annotation=mark))
-        if parent is not None:
-            events[-1].set_cpu_parent(parent)
-        op = events[-1]
-        if kernel or mark:
-            op.append_kernel(kernel or name, 0, end - start)
-            gpu(kernel or name, start, end, mark)
-        return op
-
-    def gpu(name, start, end, mark=False):
-        events.append(
-            FunctionEvent(len(events), name, 7, start, end, device_type=DeviceType.CUDA, is_user_annotation=mark)
-        )
-
-    event("aten::mm", 0, 4000, "nvjet_hsh_128x256")
-    event("rwkv7::wkv7_forward", 4000, 5000, "wkv7_chunked_forward(Forward)")
-    gpu("triton_poi_fused_add_mul_0", 5000, 7000)
-    loss = event("part:loss", 7000, 9000, mark=True)
-    event("aten::mm", 7000, 8000, "nvjet_hsh_128x256", loss)
-    event("rwkv7::cross_entropy_l2wrap_forward", 8000, 9000, "forward_kernel", loss)
-    optimizer = event("part:optimizer", 9000, 12000, mark=True)
-    event("aten::_fused_adamw_", 9000, 12000, "multi_tensor_apply_kernel", optimizer)
-    assert gpu_split(events) == {"GEMM": 5.0, "wkv7": 1.0, "elementwise": 2.0, "loss": 1.0, "optimizer": 3.0}
-
-
-def test_gpu_check_goes_through_all_steps_and_says_what_failed(tmp_path):
-    tools = {name: "echo $(basename $0) $*" for name in ("nvidia-smi", "nvcc", "python", "compute-sanitizer")}
-    for broken in ("", "compute-sanitizer"):
-        for name, script in tools.items():
-            (tmp_path / name).write_text(f"#!/bin/sh\n{script}\nexit {3 if name == broken else 0}\n")
-            (tmp_path / name).chmod(0o755)
-        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
-        command = ["sh", str(TESTS / "gpu_check.sh"), str(tmp_path / "result")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        result = (tmp_path / "result").read_text()
-        assert done.stdout == result
-        for words in (
-            "python -m pytest -q -m gpu tests",
-            "--tool memcheck",
-            "--tool racecheck",
-            "tests/bench/wkv7.py",
-            "tests/bench/train_step.py",
-            "--config 1.5b",
-        ):
-            assert words in result
-        assert result.splitlines()[-1].startswith("failed: memcheck, racecheck" if broken else "all passed")
-        assert done.returncode == (1 if broken else 0)
-
-
-# --- On a GPU -------------------------------------------------------------------------------------------------------------------------
+# --- On a GPU -----------------------------------------------------------------------------------------------
 
 
 def on_gpu(x, kernel, dy, dfinal_state, device="cuda"):
@@ -363,8 +365,9 @@ def on_gpu(x, kernel, dy, dfinal_state, device="cuda"):
     state = x["state"].to(device).requires_grad_() if "state" in x else None
     bounds = x["cu_seqlens"].to(device) if "cu_seqlens" in x else None
     y, final_state = wkv7(*leaves, state, bounds, kernel=kernel)
-    wanted = [*leaves, *([] if state is None else [state])]
-    grads = torch.autograd.grad([y, final_state], wanted, [dy.to(device), dfinal_state.to(device)])
+    if state is not None:
+        leaves.append(state)
+    grads = torch.autograd.grad([y, final_state], leaves, [dy.to(device), dfinal_state.to(device)])
     return {"y": y, "final_state": final_state, **{f"d{n}": g for n, g in zip([*NAMES, "state"], grads, strict=False)}}
 
 
@@ -396,7 +399,7 @@ def test_gpu_captures_into_a_graph_and_compiles(kernel):
         captured = wkv7(*inputs, kernel=kernel)[0]
     graph.replay()
     assert torch.equal(captured, plain)
-    compiled = torch.compile(lambda *given: wkv7(*given, kernel=kernel)[0])
+    compiled = torch.compile(lambda *tensors: wkv7(*tensors, kernel=kernel)[0])
     assert torch.equal(compiled(*inputs), plain)
     checks = (*(x.requires_grad_() for x in inputs), None, None, True, kernel == "chunked")
     # not the values of compiled outputs: what is kept has room that no document fills
@@ -407,12 +410,12 @@ def test_gpu_captures_into_a_graph_and_compiles(kernel):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("kernel", ["recurrent", "chunked"])
-def test_gpu_computes_again_under_activation_checkpointing(kernel):
+def test_gpu_recomputes_under_activation_checkpointing(kernel):
     x = problem(2, 64, 2, 64, torch.bfloat16)
     inputs = [x[name].cuda().requires_grad_() for name in NAMES]
     plain = torch.autograd.grad(wkv7(*inputs, kernel=kernel)[0].float().sum(), inputs)
-    again = checkpoint(lambda *given: wkv7(*given, kernel=kernel)[0], *inputs, use_reentrant=False)
-    for one, two in zip(plain, torch.autograd.grad(again.float().sum(), inputs), strict=True):
+    recomputed = checkpoint(lambda *tensors: wkv7(*tensors, kernel=kernel)[0], *inputs, use_reentrant=False)
+    for one, two in zip(plain, torch.autograd.grad(recomputed.float().sum(), inputs), strict=True):
         assert torch.equal(one, two)
 
 
@@ -420,19 +423,19 @@ def test_gpu_computes_again_under_activation_checkpointing(kernel):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("kernel", ["recurrent", "chunked"])
 def test_gpu_works_on_the_current_stream(kernel):
-    """Behind what that stream has to do first, and not behind another stream: here the default one is busy for a second."""
+    """After the work queued on that stream, without waiting for another: here the default one is busy for a second."""
     x = problem(2, 64, 2, 64, torch.bfloat16)
     true = [x[name].cuda() for name in NAMES]
     side = torch.cuda.Stream()
 
     def run(late):
-        given = [torch.zeros_like(tensor).requires_grad_() for tensor in true]
+        leaves = [torch.zeros_like(tensor).requires_grad_() for tensor in true]
         torch.cuda._sleep(late)
         with torch.no_grad():
-            for to, tensor in zip(given, true, strict=True):
+            for to, tensor in zip(leaves, true, strict=True):
                 to.copy_(tensor)
-        y = wkv7(*given, kernel=kernel)[0]
-        return [y.detach(), *torch.autograd.grad(y, given, torch.ones_like(y))]
+        y = wkv7(*leaves, kernel=kernel)[0]
+        return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
 
     expected = run(0)
     torch.cuda.synchronize()

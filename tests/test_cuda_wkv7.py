@@ -1,4 +1,4 @@
-"""The CUDA kernels of wkv7, executed on a CPU: against float64, in every lane order, without a read or write out of place."""
+"""The CUDA kernels of wkv7, executed on a CPU: against float64, in every lane order, within their buffers."""
 
 import os
 import subprocess
@@ -57,13 +57,14 @@ import torch
 from host_cuda.harness import HostLibrary, Wkv7
 from host_cuda.problems import incoming, problem
 kernel = Wkv7(HostLibrary(sys.argv[3]), sys.argv[4])
-for dtype, head_size in [(torch.bfloat16, 64)] + [(torch.float32, 32), (torch.float16, 128)] * (sys.argv[4] == "recurrent"):
-    for shape in ({}, {"cu_seqlens": [0, 5, 5, 54], "state": True}):
+others = [(torch.float32, 32), (torch.float16, 128)] if sys.argv[4] == "recurrent" else []
+for dtype, head_size in [(torch.bfloat16, 64), *others]:
+    for shape in ({}, {"cu_seqlens": [0, 5, 5, 54], "state": True}, {"cu_seqlens": [-9, 99, 7, 999], "state": True}):
         x = problem(1, 54, 1, head_size, dtype, **shape)
         dy, dfinal_state = incoming(x)
         kernel.backward(x, kernel.forward(x), dy, dfinal_state)
 print("clean", flush=True)
-# The control: the kernel is told of tokens that a buffer doesn't have.
+# The control: a buffer that has fewer tokens than the kernel reads.
 x = problem(1, 30, 1, 64, torch.bfloat16)
 kernel.forward({**x, "v": x["v"][:, :20].clone()})
 """
@@ -122,12 +123,57 @@ def test_recurrent_without_saving_gives_the_same(recurrent):
     assert torch.equal(kept["final_state"], lean["final_state"])
 
 
+@pytest.fixture(params=["recurrent", "chunked"])
+def kernel(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "clamped"),
+    [
+        ([0, 99, 20], [0, 20, 20]),
+        ([0, -3, 20], [0, 0, 20]),
+        ([-5, 7, 2**31 - 1], [0, 7, 20]),
+        ([30, 40, 50], [20, 20, 20]),
+    ],
+    ids=["too large", "negative", "both ends", "all outside"],
+)
+def test_bounds_outside_of_the_tokens_are_clamped(kernel, bounds, clamped):
+    """Nothing outside of a buffer is written (the guards), and the tokens inside give what clamped bounds give."""
+    runs = []
+    for cu_seqlens in (bounds, clamped):
+        x = problem(1, 20, 1, 64, BF16, state=True, cu_seqlens=cu_seqlens)
+        dy, dfinal_state = incoming(x)
+        saved = kernel.forward(x)
+        gradients = kernel.backward(x, saved, dy, dfinal_state)
+        runs.append({"y": saved["y"], "final_state": saved["final_state"], **gradients})
+    for name, tensor in runs[0].items():
+        assert torch.equal(tensor.nan_to_num(nan=7), runs[1][name].nan_to_num(nan=7)), name  # NaN: in no document
+
+
+def test_decreasing_bounds_write_nothing_outside(kernel):
+    x = problem(1, 40, 1, 64, BF16, cu_seqlens=[0, 35, 5, 40])
+    saved = kernel.forward(x)
+    kernel.backward(x, saved, *incoming(x))
+    assert saved["final_state"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["recurrent", "chunked"])
+def test_debug_build_stops_at_wrong_bounds(name, tmp_path_factory):
+    library = build(shared_folder(tmp_path_factory), CUDA / f"wkv7_{name}.cu", "-DPORT_DEBUG", "-O1")
+    kernel = Wkv7(HostLibrary(library), name)
+    kernel.forward(problem(1, 20, 1, 64, BF16, cu_seqlens=[0, 5, 5, 20]))
+    for bounds in ([0, 99, 20], [0, -3, 20], [0, 15, 5, 20], [0, 21]):
+        with pytest.raises(AssertionError, match="cu_seqlens decreases or leaves the range"):
+            kernel.forward(problem(1, 20, 1, 64, BF16, cu_seqlens=bounds))
+
+
 def test_a_head_size_without_kernel_is_refused(recurrent):
     with pytest.raises(AssertionError, match="-1"):
         recurrent.forward(problem(1, 4, 1, 48, FP32))
 
 
-# --- The chunked kernel ---------------------------------------------------------------------------------------------------
+# --- The chunked kernel -------------------------------------------------------------------------------------
 
 CHUNKED = {"all": 5e-3, "final_state": 5e-3}
 CORRELATED = {**CHUNKED, "da": 7e-3, "db": 7e-3}
@@ -184,7 +230,8 @@ def test_chunked_does_not_grow_in_barriers_or_products(chunked):
     assert forward["block_barriers"] == 4  # one a segment
     assert backward["block_barriers"] == 4 * (2 + 3 * 3)
     assert forward["matrix_products"] == 12 * 354
-    assert backward["matrix_products"] == 4 * 2782  # 927 a chunk; a segment's last chunk has no state to step to
+    assert backward["matrix_products"] == 4 * 2830  # 943 a chunk; a segment's last chunk has no state to step to
+    assert backward["shuffles"] == 4 * 3 * 4 * 66  # of a segment: 3 chunks, 4 warps
 
 
 def test_chunked_keeps_little_for_backward(chunked):

@@ -1,4 +1,4 @@
-"""The fused elementwise work of a block: values and gradients against plain PyTorch in float64, shapes for torch.compile."""
+"""A block's fused elementwise ops: values and gradients against plain PyTorch in float64, registered shapes."""
 
 import importlib
 import itertools
@@ -33,8 +33,8 @@ def compare(op, inputs, dtype=torch.float32):
         outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
         generator = torch.Generator().manual_seed(1)
         d = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in outputs]
-        wanted = [x for x in tensors if x is not None and x.requires_grad]
-        return outputs + list(torch.autograd.grad(outputs, wanted, d))
+        leaves = [x for x in tensors if x is not None and x.requires_grad]
+        return outputs + list(torch.autograd.grad(outputs, leaves, d))
 
     def cast(x, dtype):
         return x.detach().to(dtype).requires_grad_(x.requires_grad) if x is not None and x.is_floating_point() else x
@@ -126,7 +126,7 @@ def test_relu_squared_of_infinities_and_nan():
 
 
 def test_kernel_reference_calls_no_native_op():
-    """The whole model, forward and backward: nobody's library is needed, and a suspect kernel can be ruled out."""
+    """The whole model, forward and backward: it needs no library, and a suspect kernel can be ruled out."""
     tokens = torch.arange(10).view(1, 10)
     names = {}
     for kernel in ("auto", "reference"):
@@ -213,7 +213,7 @@ def test_opcheck(native):
 
 
 @pytest.mark.parametrize("kernel", ["auto", "reference"])
-def test_a_document_without_tokens_hands_on_what_it_began_with(kernel):
+def test_a_document_without_tokens_returns_its_initial_state(kernel):
     """First, in the middle and last: the same as each document alone, its state and the state's gradient too."""
     from src.model import ChannelMix, ModelConfig
 

@@ -1,6 +1,6 @@
-"""The training step as a GPU is given it. Without one: on meta tensors, which have shapes and no values, so whatever reads a value raises."""
+"""The training step on a GPU: it never waits for the device. Without a GPU it runs on meta tensors, of which no value
+can be read."""
 
-import importlib
 import sys
 from collections import Counter
 
@@ -17,6 +17,7 @@ from src.cli import parse
 from src.config import RunConfig
 from src.dataset.binidx import BinIdxWriter
 from src.model import RWKV7, ModelConfig
+from src.ops import loss, recurrence
 from src.ops.build import BuildError, load_native
 from src.training.hardware.selection import Hardware
 from src.training.module import TrainingModule
@@ -34,21 +35,20 @@ SETTINGS = [
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """The native ops of wkv7 and the loss are taken (their shapes are known), elementwise work is plain PyTorch, AdamW is fused."""
-    wkv7, loss = (importlib.import_module(f"src.ops.{name}") for name in ("wkv7", "loss"))
+    """Native ops for wkv7 and the loss (by their registered shapes), plain PyTorch elementwise, fused AdamW."""
     try:
-        load_native(wkv7._register)
+        load_native(recurrence._register)
         load_native(loss._register)
     except BuildError as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(wkv7, "_why_not_native", lambda *given: "")
-    monkeypatch.setattr(loss, "_native", lambda *given: True)
+    monkeypatch.setattr(recurrence, "_choose", lambda *args: "recurrent")
+    monkeypatch.setattr(loss, "_native", lambda *args: True)
     optimizer = sys.modules[torch.optim.Optimizer.__module__]
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["cuda", "meta"])
 
 
 class Calls(TorchDispatchMode):
-    """The ops that are called, with the numbers in their largest output, and whether wkv7 is given rows that lie densely."""
+    """The ops called, with the size of their largest output, and whether wkv7's inputs are contiguous."""
 
     def __init__(self):
         super().__init__()
@@ -131,8 +131,8 @@ def test_no_operand_is_copied_and_products_are_as_few_as_can_be(as_on_a_gpu):
     assert seen.count(*COPIES, numbers=BATCH * CTX * 128) == 0, Counter(seen.calls)
 
 
-def test_nor_in_what_is_compiled(as_on_a_gpu):
-    """The compiler is given one graph for layer 0 and one for the others, forward and backward each."""
+def test_the_compiled_graphs_copy_no_operand_either(as_on_a_gpu):
+    """The compiler gets one graph for layer 0 and one for the others, forward and backward each."""
     graphs = []
 
     def look(graph, inputs):
@@ -167,7 +167,7 @@ def test_the_lean_setting_is_planned_within_5_gb():
     assert plan.memory(config, "auto", 1, "bf16", 16 * 512, head_chunk=4096, on_gpu=True).total < 5e9
 
 
-# ---- The loop around the step ----------------------------------------------------------------------------------------------------
+# ---- The loop around the step ------------------------------------------------------------------------------
 
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select", "aten::equal")
 
@@ -181,8 +181,8 @@ def tokens(tmp_path):
 
 def train(tokens, folder, **changed):
     settings = {
-        "proj_dir": folder, "data_file": tokens, "vocab_size": VOCAB, "ctx_len": 16, "micro_bsz": 4, "n_layer": 2, "n_embd": 64,
-        "head_size": 64, "my_exit_tokens": 16 * 4 * 12, "epoch_steps": 12, "random_seed": 1, **changed,
+        "proj_dir": folder, "data_file": tokens, "vocab_size": VOCAB, "ctx_len": 16, "micro_bsz": 4, "n_layer": 2,
+        "n_embd": 64, "head_size": 64, "my_exit_tokens": 16 * 4 * 12, "epoch_steps": 12, "random_seed": 1, **changed,
     }  # fmt: skip
     return run(*parse([word for name, value in settings.items() for word in (f"--{name}", str(value))]))
 
@@ -190,9 +190,7 @@ def train(tokens, folder, **changed):
 def in_each_step(monkeypatch, call):
     """call(number of the step) at the beginning of each step of a run."""
     step, number = TrainingModule.training_step, iter(range(10**6))
-    monkeypatch.setattr(
-        TrainingModule, "training_step", lambda self, *given: (call(next(number)), step(self, *given))[1]
-    )
+    monkeypatch.setattr(TrainingModule, "training_step", lambda self, *args: (call(next(number)), step(self, *args))[1])
 
 
 def test_the_loop_reads_nothing_back(monkeypatch, tmp_path, tokens):
@@ -200,9 +198,9 @@ def test_the_loop_reads_nothing_back(monkeypatch, tmp_path, tokens):
     seen, starts = Calls(), []
     fit = pl.Trainer.fit
 
-    def watched(self, *given):
+    def watched(self, *args):
         with seen:
-            return fit(self, *given)
+            return fit(self, *args)
 
     monkeypatch.setattr(pl.Trainer, "fit", watched)
     in_each_step(monkeypatch, lambda number: starts.append(len(seen.calls)))
@@ -214,7 +212,7 @@ def test_the_loop_reads_nothing_back(monkeypatch, tmp_path, tokens):
     assert [name for name, _ in seen.calls if name in READS] != []  # what is saved at the end
 
 
-# ---- On a GPU --------------------------------------------------------------------------------------------------------------------
+# ---- On a GPU ----------------------------------------------------------------------------------------------
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -1,4 +1,4 @@
-"""The host run of CUDA sources can fail: each kind of planted mistake is caught, and the right kernel beside it is not."""
+"""The host run of CUDA sources finds each kind of planted mistake, and none in a right kernel."""
 
 import os
 import subprocess
@@ -26,19 +26,19 @@ def arithmetic(folder):
 
 
 def run(planted, entry, elements=128):
-    """The output of a planted kernel; AssertionError with the host's words when it finds a fault."""
+    """The output of a planted kernel; AssertionError with the host's message when it finds a fault."""
     result = Guarded().empty((elements,), torch.float32)
     planted.call(f"planted_{entry}", pointer(result))
     return result
 
 
 def in_all_orders(planted, entry, threads, flag):
-    given = torch.arange(threads, dtype=torch.float32)
+    values = torch.arange(threads, dtype=torch.float32)
     results = []
     for order in ORDERS:
         planted.order(order)
         result = torch.full((threads,), float("nan"))
-        planted.call(f"planted_{entry}", pointer(given), pointer(result), threads, flag)
+        planted.call(f"planted_{entry}", pointer(values), pointer(result), threads, flag)
         results.append(result)
     planted.order("forward")
     return results
@@ -61,31 +61,34 @@ def test_unwritten_memory_is_nan(planted):
     assert result[32:].isnan().all()  # an output that nobody wrote
 
 
-@pytest.mark.parametrize(("entry", "words"), [
+@pytest.mark.parametrize(("entry", "message"), [
     ("mismatched_collective", "while lane"),
     ("lane_stays_away", "lane 7 has ended"),
-    ("warp_stays_away", "waits for ever in a block barrier"),
+    ("warp_stays_away", "waits forever in a block barrier"),
     ("different_barriers", "meets the block barrier of line"),
 ])  # fmt: skip
 @pytest.mark.parametrize("order", ORDERS)
-def test_threads_that_miss_each_other(planted, entry, words, order):
+def test_mismatched_barriers_and_collectives(planted, entry, message, order):
     planted.order(order)
-    with pytest.raises(AssertionError, match=words):
+    with pytest.raises(AssertionError, match=message):
         run(planted, entry)
     planted.order("forward")
 
 
 def test_asynchronous_copies_arrive_when_waited_for(planted):
-    given = torch.arange(128, dtype=torch.float32)
+    values = torch.arange(128, dtype=torch.float32)
     outs = []
     for wait in (1, 2):
         result = torch.full((128,), -1.0)
-        planted.call("planted_copy_and_wait", pointer(given), pointer(result), wait)
+        planted.call("planted_copy_and_wait", pointer(values), pointer(result), wait)
         outs.append(result)
-    assert torch.equal(outs[0], given)
+    assert torch.equal(outs[0], values)
     assert outs[1].isnan().all()
+    result = torch.full((128,), -1.0)
+    planted.call("planted_copy_and_wait", pointer(values), pointer(result), 3)
+    assert (result == 0).all()  # a copy of no bytes gives zeros
     with pytest.raises(AssertionError, match="never waited for"):
-        planted.call("planted_copy_and_wait", pointer(given), pointer(torch.empty(128)), 0)
+        planted.call("planted_copy_and_wait", pointer(values), pointer(torch.empty(128)), 0)
 
 
 def test_misaligned_vectors(planted):
@@ -126,12 +129,12 @@ def test_number_formats_are_torchs(arithmetic):
     halves = [65504.0, 65519.9, 65520.0, 1e-8, 5.96e-8, 6.1e-5, 2.0**-24 * 2.5]
     edges = torch.tensor([0.0, -0.0, 1.0, 3e38, float("inf"), float("nan"), *halves])
     random = torch.randn(20000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 9, 20000)
-    given = torch.cat([edges, -edges, random])
+    values = torch.cat([edges, -edges, random])
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        rounded, back = torch.empty(len(given), dtype=dtype), torch.empty(len(given))
-        arithmetic.call(f"arithmetic_{name}", pointer(given), pointer(rounded), pointer(back), len(given))
-        torch.testing.assert_close(rounded, given.to(dtype), atol=0, rtol=0, equal_nan=True)
-        torch.testing.assert_close(back, given.to(dtype).float(), atol=0, rtol=0, equal_nan=True)
+        rounded, back = torch.empty(len(values), dtype=dtype), torch.empty(len(values))
+        arithmetic.call(f"arithmetic_{name}", pointer(values), pointer(rounded), pointer(back), len(values))
+        torch.testing.assert_close(rounded, values.to(dtype), atol=0, rtol=0, equal_nan=True)
+        torch.testing.assert_close(back, values.to(dtype).float(), atol=0, rtol=0, equal_nan=True)
 
 
 def test_matrix_instructions_multiply(arithmetic):
@@ -144,8 +147,8 @@ def test_matrix_instructions_multiply(arithmetic):
 
 
 def test_shuffles_exchange(arithmetic):
-    given = torch.arange(32.0)
+    values = torch.arange(32.0)
     by_xor, from_lane = torch.empty(32), torch.empty(32)
-    arithmetic.call("arithmetic_shuffles", pointer(given), pointer(by_xor), pointer(from_lane))
+    arithmetic.call("arithmetic_shuffles", pointer(values), pointer(by_xor), pointer(from_lane))
     assert by_xor.tolist() == [float(i ^ 5) for i in range(32)]
     assert from_lane.tolist() == [3.0] * 32

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from src.ops import build
+from src.ops.recipe import CPU_FOLDER, cpu_recipe
 
 pytestmark = pytest.mark.slow
 DRIVER = Path(__file__).parent / "other_processors" / "wkv7_driver.cpp"
-KERNEL = build.SOURCE_FOLDER / "wkv7_cpu.cpp"
+KERNEL = CPU_FOLDER / "wkv7_cpu.cpp"
 ARM_COMPILER, ARM = "aarch64-linux-gnu-g++", "qemu-aarch64"
 needs_arm_compiler = pytest.mark.skipif(shutil.which(ARM_COMPILER) is None, reason=f"no {ARM_COMPILER}")
 needs_emulator = pytest.mark.skipif(shutil.which(ARM) is None, reason=f"no {ARM}")
@@ -22,7 +22,7 @@ needs_emulator = pytest.mark.skipif(shutil.which(ARM) is None, reason=f"no {ARM}
 
 def flags():
     """The library's own, without the instruction set."""
-    _, *words = build.cpu_recipe("baseline").commands[".cpp"]
+    _, *words = cpu_recipe("baseline").commands[".cpp"]
     return [word for word in words if not word.startswith("-march")]
 
 
@@ -33,22 +33,22 @@ def run(*command):
 
 @needs_arm_compiler
 @pytest.mark.parametrize("processor", ["cortex-a72", "neoverse-v1"])  # NEON; SVE: other vectorizers
-@pytest.mark.parametrize("source", build.CPU_SOURCES)
+@pytest.mark.parametrize("source", cpu_recipe().sources, ids=lambda path: path.name)
 def test_compiles_for_arm(source, processor, tmp_path):
-    run(ARM_COMPILER, *flags(), f"-mcpu={processor}", "-c", build.SOURCE_FOLDER / source, "-o", tmp_path / "object.o")
+    run(ARM_COMPILER, *flags(), f"-mcpu={processor}", "-c", source, "-o", tmp_path / "object.o")
 
 
 @needs_arm_compiler
 @needs_emulator
 def test_wkv7_on_arm_is_the_recurrence(tmp_path):
-    run(ARM_COMPILER, *flags(), "-static", f"-I{build.SOURCE_FOLDER}", DRIVER, KERNEL, "-o", tmp_path / "driver")
+    run(ARM_COMPILER, *flags(), "-static", f"-I{CPU_FOLDER}", DRIVER, KERNEL, "-o", tmp_path / "driver")
     run(ARM, tmp_path / "driver")
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")
 @pytest.mark.parametrize("instruction_set", ["native", "avx2", "baseline"])
 def test_wkv7_does_nothing_undefined(instruction_set, tmp_path):
-    compiler, *words = build.cpu_recipe(instruction_set).commands[".cpp"]
+    compiler, *words = cpu_recipe(instruction_set).commands[".cpp"]
     sanitizers = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    run(compiler, *words, *sanitizers, f"-I{build.SOURCE_FOLDER}", DRIVER, KERNEL, "-o", tmp_path / "driver")
+    run(compiler, *words, *sanitizers, f"-I{CPU_FOLDER}", DRIVER, KERNEL, "-o", tmp_path / "driver")
     run(tmp_path / "driver")

@@ -1,4 +1,4 @@
-"""--grad_cp 1: backward recomputes a block but for the recurrence, eager and compiled, and gradients keep their bits."""
+"""--grad_cp 1: backward recomputes a block except the recurrence, eager and compiled, with the same gradients."""
 
 import pytest
 import torch
@@ -86,12 +86,12 @@ def test_backward_twice_through_one_graph():
     assert all(torch.equal(a, b) for a, b in zip(twice, gradients(busy_model(False), None), strict=True))
 
 
-def test_with_the_reference_all_is_recomputed():
+def test_with_the_reference_everything_is_recomputed():
     one, other = (gradients(busy_model(grad_cp, kernel="reference"), None) for grad_cp in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_nothing_is_remembered_without_need():
+def test_nothing_is_recorded_without_need():
     """Not without gradients, and not after a block that failed."""
     model = busy_model(True)
     with torch.no_grad(), Calls() as calls:

@@ -1,8 +1,7 @@
-"""wkv7: every maker against float64, and the properties that any maker must have."""
+"""wkv7: every implementation against float64, and the properties that any implementation must have."""
 
 import ctypes
 import gc
-import importlib
 import warnings
 from itertools import pairwise
 
@@ -10,11 +9,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from src.ops import recurrence as module
 from src.ops import wkv7
 from src.ops.build import BuildError
 from src.ops.reference import wkv7_reference
 
-module = importlib.import_module("src.ops.recurrence")  # `src.ops.recurrence` is the function
 NAMES = ("y", "final_state", "dr", "dw", "dk", "dv", "da", "db", "dstate")
 
 
@@ -35,7 +34,7 @@ def native():
 
 
 def problem(B, T, H, N, dtype=torch.float32, *, decay=0.0, documents=None):
-    """Inputs as a model makes them: a = -kk, b = kk * rate with kk of unit length; a carried state; all want gradients."""
+    """Inputs as in a model: a = -kk, b = kk * rate with kk of unit length; a carried state; all require gradients."""
     r, k, v = (torch.randn(B, T, H, N) for _ in range(3))
     w = decay + 2 * torch.randn(B, T, H, N)
     kk = torch.nn.functional.normalize(torch.randn(B, T, H, N), dim=-1)
@@ -48,8 +47,8 @@ def outputs_and_gradients(op, inputs, state, cu_seqlens=None, **choice):
     y, final_state = op(*inputs, state, cu_seqlens, **choice)
     generator = torch.Generator().manual_seed(1)
     dy, dfinal = (torch.randn(x.shape, generator=generator).to(x.dtype) for x in (y, final_state))
-    wanted = [*inputs, *([] if state is None else [state])]
-    return [y, final_state, *torch.autograd.grad((y, final_state), wanted, (dy, dfinal))]
+    leaves = [*inputs, *([] if state is None else [state])]
+    return [y, final_state, *torch.autograd.grad((y, final_state), leaves, (dy, dfinal))]
 
 
 def in_float64(inputs, state):
@@ -103,7 +102,7 @@ def test_native_is_as_exact_as_plain_pytorch(native, shape, dtype, decay):
 
 
 @pytest.mark.parametrize("decay", [SLOW, FAST], ids=["slow", "fast"])
-def test_equal_keys_cost_no_exactness(native, decay):
+def test_equal_keys_lose_no_precision(native, decay):
     """Every token removes and replaces along one direction: what each reads depends on all that were before."""
     inputs, state = problem(1, 60, 2, 32, decay=decay)
     with torch.no_grad():
@@ -139,7 +138,7 @@ def test_split_with_carried_state_is_the_whole(kernel, cut):
 
 
 @pytest.mark.parametrize("kernel", ["recurrent", "reference"])
-def test_packed_documents_are_each_alone(kernel):
+def test_packed_documents_are_independent(kernel):
     bounds = [0, 1, 40, 40, 73, 105]  # one token, no token, across and at the bounds of kept states
     inputs, state = problem(1, 105, 2, 16, documents=len(bounds) - 1)
     packed = outputs_and_gradients(wkv7, inputs, state, torch.tensor(bounds, dtype=torch.int32), kernel=kernel)
@@ -175,7 +174,7 @@ def test_without_a_state_it_starts_from_zeros(native):
         assert torch.equal(x, y), name
 
 
-def test_reads_rows_where_they_lie(native):
+def test_strided_inputs_are_read_in_place(native):
     """Views of one fused projection, an expanded gradient, a transposed input."""
     fused = torch.randn(2, 20, 6, 2, 16, requires_grad=True)
     views = [fused[:, :, i] for i in range(5)] + [fused[:, :, 5].transpose(2, 3).contiguous().transpose(2, 3)]
@@ -307,22 +306,92 @@ def test_second_derivative_is_refused(native):
         grad.sum().backward()
 
 
-def test_mistakes_are_named():
+INPUTS = "rwkvab"
+
+
+@pytest.mark.parametrize("kernel", ["auto", "recurrent", "reference"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.half(),
+        lambda x: x[:1],
+        lambda x: x[:, :3],
+        lambda x: x.expand(-1, -1, 2, -1),
+        lambda x: x[..., :8],
+        lambda x: x[0],
+        lambda x: x.to("meta"),
+    ],
+    ids=["dtype", "batch", "length", "heads", "head size", "dimensions", "device"],
+)
+@pytest.mark.parametrize("name", INPUTS[1:])
+def test_inputs_that_differ_are_refused(name, change, kernel):
+    inputs, _ = problem(2, 4, 1, 16)
+    inputs[INPUTS.index(name)] = change(inputs[INPUTS.index(name)])
+    with pytest.raises(ValueError, match=f"one shape, dtype and device.* {name} is"):
+        wkv7(*inputs, kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_inputs_without_four_dimensions_or_tokens_are_refused(kernel):
+    inputs, _ = problem(2, 4, 1, 16)
+    for change in (lambda x: x[0], lambda x: x[:, :0]):
+        with pytest.raises(ValueError, match=r"\[B, T, H, N\]"):
+            wkv7(*map(change, inputs), kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.half(),
+        lambda x: x.double(),
+        lambda x: x[:1],
+        lambda x: x[0],
+        lambda x: x[..., :8],
+        lambda x: x.to("meta"),
+    ],
+    ids=["half", "double", "documents", "dimensions", "head size", "device"],
+)
+def test_wrong_states_are_refused(change, kernel):
     inputs, state = problem(2, 4, 1, 16)
+    with pytest.raises(ValueError, match="state must be"):
+        wkv7(*inputs, change(state), kernel=kernel)
+    packed = [x[:1] for x in inputs]
+    with pytest.raises(ValueError, match="state must be"):
+        wkv7(*packed, state, torch.tensor([0, 4], dtype=torch.int32), kernel=kernel)  # one document, two states
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("bounds", "batch"),
+    [
+        (torch.tensor([0, 4]), 1),
+        (torch.tensor([0], dtype=torch.int32), 1),
+        (torch.tensor([[0, 4]], dtype=torch.int32), 1),
+        (torch.tensor([0, 4], dtype=torch.int32), 2),
+        (torch.tensor([0, 4], dtype=torch.int32, device="meta"), 1),
+    ],
+    ids=["int64", "one number", "two dimensions", "two rows", "device"],
+)
+def test_wrong_forms_of_bounds_are_refused(bounds, batch, kernel):
+    inputs, _ = problem(batch, 4, 1, 16)
+    with pytest.raises(ValueError, match="cu_seqlens must be"):
+        wkv7(*inputs, cu_seqlens=bounds, kernel=kernel)
+
+
+def test_wrong_kernels_are_refused():
+    inputs, _ = problem(2, 4, 1, 16)
     with pytest.raises(ValueError, match="--kernel"):
         wkv7(*inputs, kernel="fast")
-    with pytest.raises(ValueError, match=r"inputs must be alike.*v is"):
-        wkv7(*inputs[:3], inputs[3].half(), *inputs[4:])
-    with pytest.raises(ValueError, match="state must be"):
-        wkv7(*inputs, state.half())
-    with pytest.raises(ValueError, match="cu_seqlens must be"):
-        wkv7(*inputs, cu_seqlens=torch.tensor([0, 4]))
-    with pytest.raises(BuildError, match="chunked"):
+    with pytest.raises(BuildError, match="tensor cores") as caught:
         wkv7(*inputs, kernel="chunked")
+    assert caught.value.kernel == "chunked"
+    with pytest.raises(BuildError, match="multiple of 16"):
+        wkv7(*problem(2, 4, 1, 24)[0], kernel="recurrent")
 
 
 @pytest.mark.parametrize("bounds", [[0, 3], [1, 4], [0, 3, 2, 4]])
-def test_wrong_document_bounds_are_named(native, bounds):
+def test_wrong_document_bounds_are_refused(native, bounds):
     inputs, _ = problem(1, 4, 1, 16)
     with pytest.raises(RuntimeError, match="cu_seqlens must"):
         wkv7(*inputs, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
@@ -331,9 +400,9 @@ def test_wrong_document_bounds_are_named(native, bounds):
 @pytest.mark.parametrize("bounds", [None, [0, 5, 70]], ids=["rows", "packed"])
 @pytest.mark.parametrize(("name", "change"), [
     ("saved_state", lambda x: x[:-1]), ("saved_state", lambda x: x.half()), ("saved_state", lambda x: x.mT),
-    ("saved_state", lambda x: torch.cat([x, x])), ("saved_sa", lambda x: x[:, 1:]), ("saved_sa", lambda x: x.bfloat16()),
-    ("saved_sa", lambda x: x.transpose(1, 3)), ("dfinal_state", lambda x: x[1:]), ("dfinal_state", lambda x: x.double()),
-    ("dfinal_state", lambda x: x.flatten()),
+    ("saved_state", lambda x: torch.cat([x, x])),
+    ("saved_sa", lambda x: x[:, 1:]), ("saved_sa", lambda x: x.bfloat16()), ("saved_sa", lambda x: x.transpose(1, 3)),
+    ("dfinal_state", lambda x: x[1:]), ("dfinal_state", lambda x: x.double()), ("dfinal_state", lambda x: x.flatten()),
 ])  # fmt: skip
 def test_backward_refuses_what_forward_did_not_keep(native, name, change, bounds):
     """Read as if it fitted, it would be numbers from outside the tensor, or a crash."""
@@ -341,14 +410,14 @@ def test_backward_refuses_what_forward_did_not_keep(native, name, change, bounds
     inputs, state = problem(1 if bounds else documents, 70, 1, 16, documents=documents)
     inputs, cu_seqlens = [x.detach() for x in inputs], bounds and torch.tensor(bounds, dtype=torch.int32)
     y, final_state, saved_state, saved_sa = native.wkv7_forward(*inputs, state.detach(), cu_seqlens, True, False)
-    given = {"dfinal_state": final_state, "saved_state": saved_state, "saved_sa": saved_sa}
+    kept = {"dfinal_state": final_state, "saved_state": saved_state, "saved_sa": saved_sa}
 
     def backward(dfinal_state, saved_state, saved_sa):
         return native.wkv7_backward(y, dfinal_state, *inputs, state.detach(), cu_seqlens, saved_state, saved_sa, False)
 
-    backward(**given)
+    backward(**kept)
     with pytest.raises(RuntimeError, match=name):
-        backward(**{**given, name: change(given[name])})
+        backward(**{**kept, name: change(kept[name])})
 
 
 def test_without_a_compiler_the_reference_serves_with_one_warning(monkeypatch):

@@ -1,4 +1,4 @@
-"""Gradient checkpointing (`--grad_cp 1`) that recomputes what is cheap: backward never runs the recurrence's forward again."""
+"""Gradient checkpointing (`--grad_cp 1`) of everything but the recurrence, whose forward runs once."""
 
 from __future__ import annotations
 
@@ -8,37 +8,41 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from src.ops.recurrence import Remember
+from src.ops.recurrence_op import OutputCache
 
 Result = TypeVar("Result")
 
 
 def recomputed(function: Callable[..., Result], *args: Any) -> Result:
-    """function(*args), of which only `args` and what wkv7's native op gave are kept; backward computes everything else again.
+    """function(*args), keeping for backward only `args` and the outputs of wkv7's native op.
 
-    What the op gave is its output, and the states and sums that its own gradients start from. Kernel "reference" has no such op: all is
-    computed again. The function must draw no random numbers. Gradients have the bits of function's own.
+    Everything else is computed again. The op's outputs are y, the final state, and the states and sums that its own
+    backward starts from. Kernel "reference" has no such op: nothing is kept. The function must draw no random numbers.
+    Gradients have the bits of function's own.
 
-    PyTorch's selective checkpointing says the same to the compiler. Without one it takes every op through Python, twice, which
-    doubles the time that the host takes for a block; so there wkv7 remembers by itself.
+    Under torch.compile PyTorch's selective checkpointing does this. In eager mode it would take every op through a
+    Python dispatch mode, twice, which doubles the host's time for a block; there an OutputCache records and replays
+    the op's outputs.
     """
-    contexts = _tags if torch.compiler.is_compiling() else _memories
+    contexts = _selective_contexts if torch.compiler.is_compiling() else _cache_contexts
+    # The function draws no random numbers: saving the generators' states at every block would be for nothing.
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)  # type: ignore[no-any-return]
 
 
-def _memories() -> tuple[Remember, Remember]:
+def _cache_contexts() -> tuple[OutputCache, OutputCache]:
     outputs: list[tuple[torch.Tensor, ...]] = []
-    return Remember(outputs, again=False), Remember(outputs, again=True)
+    return OutputCache(outputs, replay=False), OutputCache(outputs, replay=True)
 
 
-def _tags() -> Any:
+def _selective_contexts() -> Any:
     return create_selective_checkpoint_contexts(_policy)
 
 
-_tags.cache_hash = "wkv7_forward is kept"  # type: ignore[attr-defined]  # what the compiler's cache knows it by between runs
+# The compiler's on-disk cache can't hash a Python function; this names the policy instead. Change it with the policy.
+_selective_contexts.cache_hash = "wkv7_forward is kept"  # type: ignore[attr-defined]
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    # by name: the native library that defines it need not be there
+    # by name: without the native library the op doesn't exist
     keep = op.name() == "rwkv7::wkv7_forward"
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from src.config import ModelConfig
+from src.model.compiled import compile_with_fallback
 from src.model.init import initialise
 from src.model.layers import LAYER_NORM_EPS, Block
 from src.model.state import State
@@ -70,16 +71,8 @@ class RWKV7(nn.Module):
         return self.head(x), state  # [B, T, C] -> [B, T, V]
 
     def compile_blocks(self, **options: Any) -> None:
-        """torch.compile for the blocks, with its `options`. All but the first run the same code, compiled once for each kind of call."""
-        import torch._dynamo  # seconds
-
-        # Beyond its limit the compiler falls silent and runs plain PyTorch. Kinds of call: rows or any number of documents, with gradients
-        # or without, the first block or another; where ZeRO hangs its hooks on modules, each block.
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, 16 * len(self.blocks))
-        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
-        for block in self.blocks:
-            block.compile(**options)
+        """torch.compile for the blocks, with its `options`. A failure to compile gives one warning, and the blocks run uncompiled."""
+        compile_with_fallback(list(self.blocks), **options)
 
     @classmethod
     def from_checkpoint(

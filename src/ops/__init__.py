@@ -1,4 +1,4 @@
-"""The functions that must be fast: `wkv7`, the loss and a block's elementwise work, each with a plain PyTorch form beside it."""
+"""The functions that must be fast: `wkv7`, the loss, a block's elementwise work; each has a plain PyTorch form."""
 
 from src.ops.elementwise import relu_squared, time_mix_inputs, time_mix_output, token_shift
 from src.ops.loss import cross_entropy_l2wrap, linear_cross_entropy_l2wrap

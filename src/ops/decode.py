@@ -1,4 +1,4 @@
-"""One token for each of a few sequences through a whole RWKV-7 network on a CPU: a single native call (cuda/decode.cpp).
+"""One token of a few sequences through a whole RWKV-7 network on a CPU, in one native call (cuda/cpu/decode.cpp).
 
 src/inference/step.py has the same mathematics in plain PyTorch, for other devices and as what this is tested against.
 """
@@ -15,8 +15,8 @@ from src.ops import build
 
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_SEQUENCES = 64  # up to here it was measured to be ahead of BLAS (L12-D768)
-MOST_HEAD_SIZE = 256  # kMostN in cuda/decode.cpp
-# The channel vectors of a block in the order in which cuda/decode.cpp (enum Vector) reads them.
+MOST_HEAD_SIZE = 256  # kMostN in cuda/cpu/decode.cpp
+# The channel vectors of a block in the order in which cuda/cpu/decode.cpp (enum Vector) reads them.
 VECTORS = (
     *("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias"),
     *("att.x_r", "att.x_k", "att.x_v", "att.x_w", "att.x_a", "att.x_g"),
@@ -30,13 +30,15 @@ LOW_RANK = ("w", "a", "g", "v")
 class DecodeWeights:
     """A network's weights as the native step reads them: the large matrices where they lie, copies of the small ones.
 
-    fp32 matrices of which every number is a bf16 number, as in files saved in bf16, are read as bf16: the same arithmetic on the same
-    numbers at half the bytes, and so nearly twice as fast; the copies take half of the weights' memory once more. For one sequence they can be
-    packed to 12 bits a number (three eighths), without loss (cuda/packed.h).
+    fp32 matrices of which every number is a bf16 number, as in files saved in bf16, are read as bf16: the same
+    arithmetic on the same numbers at half the bytes, and so nearly twice as fast; the copies take half of the
+    weights' memory once more. For one sequence they can be packed to 12 bits a number (three eighths), without loss
+    (cuda/cpu/packed.h).
 
     embedding and head [V, C]; ends fp32 [4, C]: weight and bias of the norms after the embedding and before the head;
-    layers: for each block its vectors fp32 [19, C], inner [D, C] and outer [H, D, N] low-rank matrices (D: the four ranks together),
-    and its MATRICES [out, in] (a packed matrix is uint8 [bytes]); ranks: of decay, learning rate, gate and value residual.
+    layers: for each block its vectors fp32 [19, C], inner [D, C] and outer [H, D, N] low-rank matrices (D: the four
+    ranks together), and its MATRICES [out, in] (a packed matrix is uint8 [bytes]); ranks: of decay, learning rate,
+    gate and value residual.
     """
 
     embedding: Tensor
@@ -49,7 +51,7 @@ class DecodeWeights:
     def of(
         cls, embedding: Tensor, head: Tensor, ends: Sequence[Tensor], blocks: Sequence[Mapping[str, Tensor]], pack: bool
     ) -> DecodeWeights:
-        """`blocks`: each one's parameters by their names within it; `pack`: for steps of one sequence. Needs the native library."""
+        """`blocks`: each one's parameters by name; `pack`: for steps of one sequence. Needs the native library."""
         return cls(
             embedding=embedding.detach().contiguous(),
             head=_compact(head, pack),
@@ -61,6 +63,7 @@ class DecodeWeights:
 
 def _lay_out(block: Mapping[str, Tensor], pack: bool) -> list[Tensor]:
     n_head, head_size = block["att.r_k"].shape
+    # Per head: one head's columns of the four matrices are read together, by one thread.
     outer = torch.cat([block[f"att.{kind}2"].detach() for kind in LOW_RANK])
     return [
         torch.stack([block[name].detach().float().flatten() for name in VECTORS]),
@@ -71,15 +74,16 @@ def _lay_out(block: Mapping[str, Tensor], pack: bool) -> list[Tensor]:
 
 
 def _compact(matrix: Tensor, pack: bool) -> Tensor:
-    """A fp32 matrix without loss as bf16 where that is possible, and packed if that pays; a bf16 model's are read where they lie."""
+    """The matrix itself, or without loss as bf16 or packed where that is possible and pays."""
     matrix = matrix.detach().contiguous()
-    some = matrix[:4]  # enough to know most that aren't
+    some = matrix[:4]  # four rows tell most matrices that aren't bf16
     if matrix.dtype == torch.bfloat16 or not torch.equal(some.bfloat16().float(), some):
         return matrix
     short = matrix.bfloat16()
     if not torch.equal(short.float(), matrix):
         return matrix
     packed = torch.ops.rwkv7.pack(short) if pack else short[:0]
+    # The op returns nothing where packing would not pay.
     return packed if packed.numel() else short
 
 
@@ -89,7 +93,7 @@ def can_decode(device: torch.device, dtype: torch.dtype, head_size: int, dim_ffn
         return False
     try:
         build.load_native()
-    except build.BuildError:  # wkv7 says why
+    except build.BuildError:  # wkv7 has warned with the reason
         return False
     return True
 
@@ -97,8 +101,8 @@ def can_decode(device: torch.device, dtype: torch.dtype, head_size: int, dim_ffn
 def decode_step(tokens: Tensor, weights: DecodeWeights, att_shift: Tensor, wkv: Tensor, ffn_shift: Tensor) -> Tensor:
     """Logits fp32 [B, V] after tokens int64 [B]; the states move on in place.
 
-    att_shift and ffn_shift [L, B, C] of the weights' dtype, wkv fp32 [L, B, H, N, N]. RuntimeError for what doesn't fit together and for
-    ids outside the vocabulary.
+    att_shift and ffn_shift [L, B, C] of the weights' dtype, wkv fp32 [L, B, H, N, N]. RuntimeError for what doesn't
+    fit together and for ids outside the vocabulary.
     """
     w = weights
     return torch.ops.rwkv7.decode_step(

@@ -1,8 +1,9 @@
-"""The elementwise work of a block: token shift with its mixes, what a time mix does around its recurrence, the channel mix's squared ReLU.
+"""A block's elementwise work: token shift with mixes, a time mix before and after its recurrence, squared ReLU.
 
-On a CPU in fp32 and bf16 each is one pass over memory forward and one backward (cuda/token_shift.cpp, cuda/time_mix.cpp,
-cuda/relu_squared.cpp), where plain PyTorch needs up to dozens. Elsewhere, where the native library can't be built (wkv7 says why) and with kernel "reference" it is plain PyTorch
-(src/ops/reference.py), which torch.compile fuses.
+On a CPU in fp32 and bf16 each is one pass over memory forward and one backward (token_shift.cpp, time_mix.cpp and
+relu_squared.cpp in cuda/cpu), where plain PyTorch needs up to dozens. Everywhere else it is plain PyTorch
+(src/ops/reference.py), which torch.compile fuses: on a GPU, in other dtypes, without a native library (wkv7 warns
+with the reason) and with kernel "reference".
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ def token_shift(
 ) -> tuple[Tensor, ...]:
     """For each mix [1, 1, C]: x[t] + (x[t-1] - x[t]) * mix, of x [B, T, C].
 
-    `last` [B, C] stands before the first token (None: zeros); with `cu_seqlens` [D, C], before the first of each document.
+    `last` [B, C] is x[-1], before the first token (None: zeros); with `cu_seqlens` [D, C] of each document.
     """
+    # One for the channel mix, six for the time mix: an op for each, since a schema has a fixed number of outputs.
     if _fused(x, kernel) and len(mixes) in (1, 6):
         if len(mixes) == 1:
             return (torch.ops.rwkv7.token_shift_1(x, last, cu_seqlens, *mixes),)
         return torch.ops.rwkv7.token_shift_6(x, last, cu_seqlens, *mixes)
-    return reference.token_shift_reference(x, last, cu_seqlens, mixes)
+    return reference.token_shift_reference(x, last, cu_seqlens, mixes)  # any number of mixes
 
 
 def time_mix_inputs(
@@ -54,6 +56,7 @@ def time_mix_inputs(
     """
     if _fused(k, kernel):
         if v_first is None:
+            # The op gives no values here: an output may not be one of its inputs.
             key, _, remove, replace = torch.ops.rwkv7.time_mix_inputs(
                 k, v, a, None, None, k_k, k_a, a0, None, head_size
             )
@@ -88,6 +91,7 @@ def relu_squared(x: Tensor, *, kernel: str = "auto") -> Tensor:
 
 
 def _fused(x: Tensor, kernel: str) -> bool:
+    # On a GPU torch.compile fuses the plain form. Empty tensors have no first element for the native code to point at.
     return kernel != "reference" and x.device.type == "cpu" and x.dtype in NATIVE_DTYPES and x.numel() > 0 and _native()
 
 
@@ -99,11 +103,12 @@ def _native() -> bool:
     return True
 
 
-# As torch.compiler.assume_constant_result, without importing the compiler (see wkv7.py).
+# As torch.compiler.assume_constant_result, without importing the compiler (see recurrence.py).
 _native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _register() -> None:
+    # Schemas stand in cuda/cpu; here are the shapes that torch.compile and meta tensors need, and the gradients.
     for name, shapes, backward in (
         ("token_shift_1", _like_first, _shift_backward),
         ("token_shift_6", lambda x, *_: tuple(_like_first(x) for _ in range(6)), _shift_backward),
@@ -124,6 +129,7 @@ def _register() -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    # Inputs only: what backward needs besides is cheaper to compute again than to keep.
     ctx.save_for_backward(*(x for x in inputs if x is None or isinstance(x, Tensor)))
     ctx.numbers = tuple(x for x in inputs if not (x is None or isinstance(x, Tensor)))
 
@@ -133,6 +139,7 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
 
 
 def _like_first(x: Tensor, *_: Any) -> Tensor:
+    # Dense, not empty_like, which would keep the strides of a view: the native code writes dense tensors.
     return x.new_empty(x.shape)
 
 
@@ -145,7 +152,7 @@ def _shift_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     x, last, cu_seqlens, *mixes = ctx.saved_tensors
     op = torch.ops.rwkv7.token_shift_1_backward if len(mixes) == 1 else torch.ops.rwkv7.token_shift_6_backward
     dx, dlast, *dmixes = op(*grads, x, last, cu_seqlens, *mixes)
-    return (dx, None if last is None else dlast, None, *dmixes)
+    return (dx, None if last is None else dlast, None, *dmixes)  # integers have no gradient
 
 
 def _inputs_shapes(k: Tensor, v: Tensor, a: Tensor, v_first: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
@@ -154,7 +161,7 @@ def _inputs_shapes(k: Tensor, v: Tensor, a: Tensor, v_first: Tensor | None, *_: 
 
 
 def _inputs_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: under gradient checkpointing a second look is an error
+    saved = ctx.saved_tensors  # read once: under gradient checkpointing a second access raises
     gradients = torch.ops.rwkv7.time_mix_inputs_backward(*grads, *saved, *ctx.numbers)
     dk, dv, da, dv_first, dresidual, dk_k, dk_a, da0, dv0 = gradients
     if saved[3] is None:
@@ -181,6 +188,7 @@ def _inputs_backward_shapes(
     nothing = v.new_empty(0)
     dv, dv_first, dresidual = (nothing if v_first is None else _like_first(v) for _ in range(3))
     dv0 = nothing if v0 is None else _like_first(v0)
+    # An empty tensor where there is no such input: a schema has no optional outputs.
     return (_like_first(k), dv, _like_first(a), dv_first, dresidual, *map(_like_first, (k_k, k_a, a0)), dv0)
 
 

@@ -1,10 +1,10 @@
-"""Cross entropy with L2Wrap, lean in memory: one pass over the logits forward, and a gradient that can take their place.
+"""Cross entropy with L2Wrap: one pass over the logits forward, and a gradient that can overwrite them.
 
     loss = (1/n) sum over counting tokens of (logsumexp(z) - z[target])           n: the tokens that count
     dz   = g/n * (softmax(z) - onehot(target))  and  + g/n * 1e-4 * z at the largest logit      g: the incoming gradient
 
-Sums and softmax are computed in fp32 (float64 for float64), whatever the logits' dtype. Two native ops do it, each in one pass
-(cuda/cross_entropy.h has their schemas); elsewhere plain PyTorch with only `ROWS` rows in fp32 at once.
+Sums and softmax are computed in fp32 (float64 for float64), whatever the logits' dtype. Two native ops do it, each in
+one pass (cuda/cross_entropy.h has their schemas); elsewhere plain PyTorch with only `ROWS` rows in fp32 at once.
 Plain formula: `src.ops.reference.cross_entropy_l2wrap_reference`.
 """
 
@@ -27,23 +27,25 @@ def cross_entropy_l2wrap(
 ) -> Tensor:
     """Mean cross entropy of logits [..., V] against targets int64 [...]; its gradient has the L2Wrap term.
 
-    Tokens whose target is `ignore_index` count for nothing. Returns an fp32 scalar (float64 for float64 logits), 0 when no token counts.
-    With `overwrite` backward writes the gradient over the logits: for logits that nobody else needs, such as a layer's output.
+    Tokens whose target is `ignore_index` count for nothing. Returns an fp32 scalar (float64 for float64 logits), 0
+    when no token counts. With `overwrite` backward writes the gradient over the logits: for logits that nobody else
+    needs, such as a layer's output.
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
             f"logits {tuple(logits.shape)} need targets {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}"
         )
-    _check_device(logits, targets)
+    _check_device(logits, targets)  # the native code reads both as memory of one device
     return _CrossEntropy.apply(logits.flatten(0, -2), targets.flatten().contiguous(), ignore_index, overwrite)
 
 
 def linear_cross_entropy_l2wrap(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, ignore_index: int = -100
 ) -> Tensor:
-    """`cross_entropy_l2wrap(hidden @ weight.T, targets)` with never more than `chunk` token rows of logits in memory (0: all at once).
+    """`cross_entropy_l2wrap(hidden @ weight.T, targets)` with at most `chunk` rows of logits in memory (0: all).
 
-    hidden [..., C], weight [V, C], targets int64 [...]. Logits have the dtype of hidden; the gradient of weight is summed in fp32.
+    hidden [..., C], weight [V, C], targets int64 [...]. Logits have the dtype of hidden; the gradient of weight is
+    summed in fp32.
     """
     if chunk < 0:
         raise ValueError(f"--head_chunk must be 0 (off) or a number of token rows, got {chunk}")
@@ -53,6 +55,7 @@ def linear_cross_entropy_l2wrap(
         )
     _check_device(hidden, targets)
     if chunk == 0:
+        # Nobody else has these logits, so their gradient may overwrite them.
         return cross_entropy_l2wrap(hidden @ weight.t(), targets, ignore_index, overwrite=True)
     want_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     rows = targets.flatten().contiguous()
@@ -71,7 +74,8 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _counting(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows count, how many (at least 1, as a tensor: no wait for the device), and targets that are valid everywhere."""
+    """Which rows count, how many (at least 1), and targets that are valid in every row."""
+    # The number stays a tensor: .item() would wait for the device in every step.
     counts = targets != ignore_index
     return counts, counts.sum().clamp(min=1), targets.masked_fill(~counts, 0)
 
@@ -81,17 +85,17 @@ def _parts(tensor: Tensor, rows: int) -> Iterator[slice]:
 
 
 def _native(device: str, dtype: torch.dtype) -> bool:
-    """Whether the native ops serve these logits. Builds and loads them on the first call (a failure: wkv7 says why)."""
+    """Whether the native ops serve these logits. Builds and loads them on the first call (of a failure wkv7 warns)."""
     if dtype not in NATIVE_DTYPES.get(device, ()):
         return False
     try:
         build.load_native(_register)
     except build.BuildError:
         return False
-    return device != "cuda" or not build.why_no_cuda()
+    return device != "cuda" or build.why_no_cuda() is None
 
 
-# As torch.compiler.assume_constant_result, without importing the compiler (see wkv7.py).
+# As torch.compiler.assume_constant_result, without importing the compiler (see recurrence.py).
 _native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -101,7 +105,7 @@ def _register() -> None:
 
 
 class _Softmax(NamedTuple):
-    """What the gradient needs of a row beside its logits: softmax(z) = exp(z - largest) / total. All [rows]."""
+    """What the gradient needs of a row besides its logits: softmax(z) = exp(z - largest) / total. All [rows]."""
 
     largest: Tensor
     total: Tensor
@@ -138,7 +142,7 @@ def _gradient_(logits: Tensor, safe_targets: Tensor, softmax: _Softmax, scale: T
     scale [rows] is 0 for ignored rows. Whoever calls this owns the logits.
     """
     if _native(logits.device.type, logits.dtype):
-        logits = logits.contiguous()
+        logits = logits.contiguous()  # a copy only where they are a view: then that is overwritten, and returned
         torch.ops.rwkv7.cross_entropy_l2wrap_backward_(logits, safe_targets, *softmax, scale, L2WRAP)
         return logits
     dtype = _accumulation_dtype(logits.dtype)
@@ -188,7 +192,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         counts, count, safe_targets = _counting(targets, ignore_index)
         dtype = _accumulation_dtype(hidden.dtype)
-        total = hidden.new_zeros((), dtype=dtype)
+        total = hidden.new_zeros((), dtype=dtype)  # summed over chunks in fp32, divided once
         grad_hidden = torch.empty_like(hidden) if want_grad and ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if want_grad and ctx.needs_input_grad[1] else None
         for part in _parts(hidden, chunk):
@@ -202,6 +206,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
+                # In fp32: a bf16 sum over many chunks would drop the small ones.
                 grad_weight += grad_logits.t() @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight, count)
         ctx.weight_dtype = weight.dtype
@@ -212,6 +217,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, count = ctx.saved_tensors
         scale = grad_loss / count
+        # Out of place: backward may run a second time through the same graph.
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * scale).to(grad_hidden.dtype)
         if grad_weight is not None:

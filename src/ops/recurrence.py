@@ -1,27 +1,28 @@
-"""RWKV-7's recurrence as one op with several makers: CUDA, native CPU, and the plain reference.
+"""RWKV-7's recurrence as one op with several implementations: CUDA, native CPU, and the plain PyTorch reference.
 
-The native ops live in `torch.ops.rwkv7` (cuda/wkv7.cpp has their schemas), chosen by PyTorch's dispatcher from the tensors' device. Here: checks, the choice
-of the maker, autograd and shapes for torch.compile.
+The native ops are `torch.ops.rwkv7.wkv7_forward` and `wkv7_backward`, chosen by PyTorch's dispatcher from the
+tensors' device. Here: the checks of the arguments, and the choice of the implementation.
 """
 
-import threading
+from __future__ import annotations
+
 import warnings
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from src.config import KERNELS
 from src.ops import build
+from src.ops.recurrence_op import CHUNKED_SEGMENT, CHUNKED_SLOT, CPU_SEGMENT, CUDA_WINDOW, run_native
+from src.ops.recurrence_op import register_op as _register
 from src.ops.reference import wkv7_reference
+from src.ops.toolchain import BuildError
 
-CPU_SEGMENT = 32  # tokens between two kept states; kSegment in cuda/wkv7_cpu.h
-CUDA_HEAD_SIZES = (32, 64, 128)
-CUDA_WINDOW = {32: 16, 64: 16, 128: 8}  # tokens between two kept states; Shape::window in cuda/wkv7_recurrent.cu
-CHUNKED_SEGMENT, CHUNKED_SLOT = 48, 8704 // 4  # the same, and floats a kept state takes, in cuda/wkv7_chunked.cu
+__all__ = ["CHUNKED_SEGMENT", "CHUNKED_SLOT", "CPU_SEGMENT", "CUDA_WINDOW", "describe_kernel", "wkv7"]
 
-_warned: set[str] = set()
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_warned: set[str] = set()  # reasons for the reference that a warning has been given for
 
 
 def wkv7(
@@ -41,79 +42,44 @@ def wkv7(
         S_t = S_{t-1} diag(decay_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T,     decay_t = exp(-exp(-1/2) sigmoid(w_t))
         y_t = S_t r_t
 
-    r, w, k, v, a, b: [B, T, H, N] of one dtype, any T >= 1; w is the raw decay. state and final_state: fp32 [B, H, N, N]; None: zeros.
-    With cu_seqlens (int32 [D+1], B = 1) the row holds D documents, each with a state of its own: [D, H, N, N] in and out.
-    Gradients reach all seven. Without need of a gradient nothing is kept for backward.
+    r, w, k, v, a, b: [B, T, H, N] of one dtype, any T >= 1; w is the raw decay.
+    state and final_state: fp32 [B, H, N, N]; None: zeros. All seven have gradients; where none is required nothing is
+    kept for backward. With cu_seqlens (int32 [D+1], B = 1) the row holds D documents, each with a state of its own:
+    [D, H, N, N] in and out.
 
-    kernel: 'auto' takes the fastest that can be had and falls back to the reference with one warning; 'recurrent' (exact),
-    'chunked' (tensor cores) and 'reference' are taken at their word.
+    kernel: 'auto' takes the fastest available implementation and falls back to the reference with one warning;
+    'recurrent' (exact), 'chunked' (tensor cores) and 'reference' take that one or raise.
 
-    Raises ValueError for impossible shapes, dtypes or kernel names, `build.BuildError` when a kernel asked by name can't be built.
+    Raises ValueError for wrong shapes, dtypes, devices or kernel names, `build.BuildError` when a kernel asked by
+    name is not available, RuntimeError on a CPU for cu_seqlens that decrease or don't run from 0 to T (a GPU clamps
+    them: their values are not on the host).
     """
     _check(r, w, k, v, a, b, state, cu_seqlens, kernel)
-    if kernel == "reference":
+    # With the device's index: a machine may have GPUs of different generations, and another one may be current.
+    implementation = _choose(r.device.type, r.device.index, r.dtype, r.shape[-1], kernel)
+    if implementation == "reference":  # differentiable by autograd as it is, twice too
         return wkv7_reference(r, w, k, v, a, b, state, cu_seqlens)
-    reason = _why_not_native(r.device.type, r.dtype, r.shape[-1], kernel)
-    if reason:
-        if kernel != "auto":
-            raise build.BuildError(f"wkv7 kernel {kernel!r} can't be had: {reason}")
-        _warn_once(reason)
-        return wkv7_reference(r, w, k, v, a, b, state, cu_seqlens)
-    chunked = _takes_chunked(r.device.type, r.dtype, r.shape[-1], kernel)
-    inputs = [x for x in (r, w, k, v, a, b, state) if x is not None]
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    memory = None if torch.compiler.is_compiling() else _memory.current
-    if memory is not None and memory.again:
-        y, final_state, _, _ = _Known.apply(r, w, k, v, a, b, state, cu_seqlens, save, chunked, next(memory.again))
-        return y, final_state
-    outputs = torch.ops.rwkv7.wkv7_forward(r, w, k, v, a, b, state, cu_seqlens, save, chunked)
-    if memory is not None:
-        memory.outputs.append(tuple(x.detach() for x in outputs))
-    y, final_state, _, _ = outputs
-    return y, final_state
+    return run_native((r, w, k, v, a, b), state, cu_seqlens, implementation == "chunked")
 
 
-class Remember:
-    """A context in which what `wkv7` gives is kept in `outputs`; with `again` a context in which that is given once more.
+def describe_kernel(device: str, dtype: torch.dtype, head_size: int, kernel: str) -> str:
+    """The implementation that serves these inputs, as text; builds it if need be. `device`: "cuda:1", "cuda", "cpu".
 
-    The second one computes nothing, and its gradients are the op's own: for recomputation in backward, where the inputs are the
-    same ones. Only calls that reach the native op in eager mode are seen. In backward the context is entered in a thread of autograd's.
+    Raises BuildError where only the reference is available, unless kernel is 'reference': training with it takes many
+    times as long, which should be somebody's decision.
     """
-
-    def __init__(self, outputs: list[tuple[Tensor, ...]], again: bool) -> None:
-        self.outputs, self.repeats = outputs, again
-        self.again: Iterator[tuple[Tensor, ...]] | None = None
-
-    def __enter__(self) -> None:
-        self.before = _memory.current
-        self.again = iter(self.outputs) if self.repeats else None
-        _memory.current = self
-
-    def __exit__(self, *_: object) -> None:
-        _memory.current = self.before
-
-
-class _Memory(threading.local):
-    current: Remember | None = None
-
-
-_memory = _Memory()
-
-
-class _Known(torch.autograd.Function):
-    """wkv7_forward where its outputs are known already: only its place in the graph."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(x.detach() for x in inputs[-1])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _setup_context(ctx, inputs[:-1], output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (*_backward(ctx, *grads), None)  # type: ignore[arg-type]
+    if kernel == "reference":
+        return "plain PyTorch reference (slow), as requested"
+    where = torch.device(device)
+    error = _unavailable(where.type, where.index, dtype, head_size, kernel)
+    if error is not None:
+        raise error
+    if where.type != "cuda":
+        return "native kernel, exact recurrence"
+    unfit = _why_not_chunked(where.index, dtype, head_size)
+    if kernel == "chunked" or (kernel == "auto" and unfit is None):
+        return "CUDA kernel, chunked on tensor cores"
+    return "CUDA kernel, exact recurrence" + (f" ({unfit.problem})" if kernel == "auto" and unfit else ", as requested")
 
 
 def _check(
@@ -127,6 +93,7 @@ def _check(
     cu_seqlens: Tensor | None,
     kernel: str,
 ) -> None:
+    """The only check of shapes, dtypes and devices: the native code reads the tensors as described here."""
     if kernel not in KERNELS:
         raise ValueError(f"--kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
     if r.dim() != 4 or r.shape[1] < 1:
@@ -134,179 +101,124 @@ def _check(
     for name, x in (("w", w), ("k", k), ("v", v), ("a", a), ("b", b)):
         if x.shape != r.shape or x.dtype != r.dtype or x.device != r.device:
             raise ValueError(
-                f"wkv7 inputs must be alike: r is {tuple(r.shape)} {r.dtype} on {r.device}, {name} is {tuple(x.shape)} {x.dtype} on {x.device}"
+                f"wkv7 inputs must have one shape, dtype and device: r is {tuple(r.shape)} {r.dtype} on {r.device}, "
+                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}"
             )
     B, _, H, N = r.shape
-    sequences = B
+    sequences = B  # that have a state of their own
     if cu_seqlens is not None:
         if B != 1 or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] < 2:
             raise ValueError(
-                f"cu_seqlens must be int32 [documents + 1] with B = 1, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} with B = {B}"
+                "cu_seqlens must be int32 [documents + 1] with B = 1, "
+                f"got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} with B = {B}"
             )
         if cu_seqlens.device != r.device:
-            raise ValueError(f"cu_seqlens must be on {r.device} as the inputs are, got {cu_seqlens.device}")
+            raise ValueError(f"cu_seqlens must be on the inputs' device {r.device}, got {cu_seqlens.device}")
         sequences = cu_seqlens.shape[0] - 1
     if state is not None:
+        # float64 is the reference's alone, for tests of gradients.
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
         if state.shape != (sequences, H, N, N) or state.dtype != dtype or state.device != r.device:
             raise ValueError(
-                f"state must be {dtype} {(sequences, H, N, N)} on {r.device}, got {state.dtype} {tuple(state.shape)} on {state.device}"
+                f"state must be {dtype} {(sequences, H, N, N)} on {r.device}, "
+                f"got {state.dtype} {tuple(state.shape)} on {state.device}"
             )
 
 
-def _why_not_native(device: str, dtype: torch.dtype, head_size: int, kernel: str) -> str:
-    """Why the native op can't serve ('' when it can). Builds and loads it on the first call."""
-    if device not in ("cpu", "cuda"):
-        return f"there is no native kernel for device {device!r}"
-    if device == "cpu" and kernel == "chunked":
-        return "a CPU has no tensor cores; use --kernel auto or recurrent"
-    if device == "cuda":
-        if kernel == "chunked" and (unfit := _why_not_chunked(dtype, head_size)):
-            return unfit
-        if head_size not in CUDA_HEAD_SIZES:
-            return f"the CUDA kernels take head sizes {', '.join(map(str, CUDA_HEAD_SIZES))}, not {head_size}"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the native kernel takes float32, bfloat16 and float16, not {dtype}"
-    if head_size % 16:
-        return f"the native kernel takes head sizes that are a multiple of 16, not {head_size}"
-    try:
-        build.load_native(_register)
-    except build.BuildError as error:
-        return str(error)
-    return build.why_no_cuda() if device == "cuda" else ""
+def _choose(device: str, index: int | None, dtype: torch.dtype, head_size: int, kernel: str) -> str:
+    """'recurrent', 'chunked' or 'reference'. Builds and loads the native library on the first call.
 
-
-def _why_not_chunked(dtype: torch.dtype, head_size: int) -> str:
-    if dtype != torch.bfloat16:
-        return f"the chunked kernel takes bfloat16, not {dtype}; use --kernel recurrent or --precision bf16"
-    if head_size != 64:
-        return f"the chunked kernel takes head size 64, not {head_size}; use --kernel recurrent"
-    if torch.version.hip:
-        return "the chunked kernel needs an NVIDIA GPU; use --kernel recurrent"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        return "the chunked kernel needs a GPU of capability 8.0 or later; use --kernel recurrent"
-    return ""
-
-
-def _takes_chunked(device: str, dtype: torch.dtype, head_size: int, kernel: str) -> bool:
-    """Chunked or recurrent: on a GPU 'auto' is chunked where it holds."""
-    return kernel == "chunked" or (device == "cuda" and kernel == "auto" and not _why_not_chunked(dtype, head_size))
-
-
-# As for _why_not_native below: the choice is a constant of a compiled graph.
-_takes_chunked._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler (seconds) where nobody compiles.
-_why_not_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _warn_once(reason: str) -> None:
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(f"wkv7 runs on the slow plain-PyTorch reference (--kernel auto): {reason}", stacklevel=3)
-
-
-def _register() -> None:
-    torch.library.register_fake("rwkv7::wkv7_forward", _forward_shapes)
-    torch.library.register_fake("rwkv7::wkv7_backward", _backward_shapes)
-    torch.library.register_autograd("rwkv7::wkv7_forward", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("rwkv7::wkv7_backward", _no_double_backward)
-
-
-def _sequences(r: Tensor, cu_seqlens: Tensor | None) -> Any:
-    return r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def _forward_shapes(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    save: bool,
-    chunked: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, T, H, N = r.shape
-    y = r.new_empty(B, T, H, N)
-    final_state = r.new_empty(_sequences(r, cu_seqlens), H, N, N, dtype=torch.float32)
-    if not save:
-        return y, final_state, r.new_empty(0, dtype=torch.float32), r.new_empty(0, dtype=torch.float32)
-    if r.device.type == "cuda":
-        slots, floats = (CHUNKED_SEGMENT, CHUNKED_SLOT) if chunked else (CUDA_WINDOW[N], N * N)
-        states = (B * T // slots + _sequences(r, cu_seqlens)) * H * floats
-        sums = 0 if chunked else B * T * H * N
-        return y, final_state, r.new_empty(states, dtype=torch.float32), r.new_empty(sums, dtype=torch.float32)
-    kept = B * ((T - 1) // CPU_SEGMENT) if cu_seqlens is None else T // CPU_SEGMENT
-    return y, final_state, r.new_empty(kept, H, N, N, dtype=torch.float32), r.new_empty(B, T, H, N, dtype=torch.float32)
-
-
-def _backward_shapes(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    saved_state: Tensor,
-    saved_sa: Tensor,
-    chunked: bool,
-) -> tuple[Tensor, ...]:
-    dstate = r.new_empty(0, dtype=torch.float32) if state is None else r.new_empty(state.shape, dtype=torch.float32)
-    return (*(r.new_empty(r.shape) for _ in range(6)), dstate)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    r, w, k, v, a, b, state, cu_seqlens, save, chunked = inputs
-    _, _, saved_state, saved_sa = output
-    ctx.mark_non_differentiable(saved_state, saved_sa)
-    ctx.set_materialize_grads(False)
-    ctx.save = save
-    ctx.chunked = chunked
-    if save:
-        ctx.save_for_backward(r, w, k, v, a, b, state, cu_seqlens, saved_state, saved_sa)
-
-
-def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if not ctx.save:
-        raise RuntimeError("wkv7_forward was called with save=False: nothing was kept for backward")
-    r, w, k, v, a, b, state, cu_seqlens, saved_state, saved_sa = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(r)
-    *grads, dstate = torch.ops.rwkv7.wkv7_backward(
-        dy, dfinal_state, r, w, k, v, a, b, state, cu_seqlens, saved_state, saved_sa, ctx.chunked
-    )
-    return (*grads, None if state is None else dstate, None, None, None)
-
-
-def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-    raise RuntimeError("wkv7 has no second derivative in its native kernels; use kernel='reference' for it")
-
-
-def describe_kernel(device: str, dtype: torch.dtype, head_size: int, kernel: str) -> str:
-    """Which maker serves these inputs, in words; builds it if need be.
-
-    Raises BuildError when only the reference could, but for kernel='reference': a run that takes many times as long is worth a question.
+    Raises BuildError when a kernel asked by name is not available; warns once where 'auto' falls back to the reference.
     """
     if kernel == "reference":
-        return "plain PyTorch reference (slow), as asked for"
-    reason = _why_not_native(device, dtype, head_size, kernel)
-    if not reason:
-        if device != "cuda":
-            return "native kernel, exact recurrence"
-        unfit = _why_not_chunked(dtype, head_size)
-        if _takes_chunked(device, dtype, head_size, kernel):
-            return "CUDA kernel, chunked on tensor cores"
-        return "CUDA kernel, exact recurrence" + (f" ({unfit})" if kernel == "auto" else ", as asked for")
-    raise build.BuildError(
-        reason
-        if "--kernel" in reason
-        else f"{reason}\nWithout the native kernel, many times slower: --kernel reference"
+        return kernel
+    error = _unavailable(device, index, dtype, head_size, kernel)
+    if error is None:
+        if kernel == "auto":
+            fits = device == "cuda" and _why_not_chunked(index, dtype, head_size) is None
+            return "chunked" if fits else "recurrent"
+        return kernel
+    if kernel != "auto":
+        raise error
+    # Once for each reason: wkv7 is called in every layer of every step.
+    if str(error) not in _warned:
+        _warned.add(str(error))
+        warnings.warn(f"wkv7 runs on the slow plain PyTorch reference: {error}", stacklevel=3)
+    return "reference"
+
+
+# The choice is a constant of a compiled graph. The attribute is what torch.compiler.assume_constant_result sets;
+# importing the compiler for it would take seconds in programs that compile nothing.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _unavailable(device: str, index: int | None, dtype: torch.dtype, head_size: int, kernel: str) -> BuildError | None:
+    """Why the native op can't serve (None when it can). Builds and loads it on the first call."""
+    # What no build would change comes first: then nothing is compiled in vain.
+    error = _why_not_native(device, dtype, head_size)
+    if error is None and kernel == "chunked":
+        error = _why_not_chunked(index, dtype, head_size) if device == "cuda" else _NO_CHUNKED_ON_A_CPU
+    if error is None:
+        error = _why_not_built(device)  # seconds, on the first call
+    if error is None:
+        return None
+    name = "the native kernel" if kernel == "auto" else f"kernel {kernel!r}"
+    problem = f"{name} is not available: {error.problem}"
+    return BuildError(problem, advice=error.advice, output=error.output, kernel=kernel)
+
+
+_SLOW = "run many times slower with --kernel reference"
+# The chunked form of the CPU kernel is exact: it is called recurrent there, and needs no second name.
+_NO_CHUNKED_ON_A_CPU = BuildError("a CPU has no tensor cores", advice="use --kernel recurrent")
+
+
+def _why_not_native(device: str, dtype: torch.dtype, head_size: int) -> BuildError | None:
+    if device not in ("cpu", "cuda"):
+        return BuildError(f"there is no native kernel for device {device!r}", advice="use --kernel reference")
+    if dtype not in NATIVE_DTYPES:
+        return BuildError(
+            f"the native kernels take float32, bfloat16 and float16, got {dtype}", advice="use --kernel reference"
+        )
+    if device == "cuda" and head_size not in CUDA_WINDOW:
+        return BuildError(
+            f"the CUDA kernels take head sizes {', '.join(map(str, CUDA_WINDOW))}, got {head_size}",
+            advice="use --kernel reference",
+        )
+    if head_size % 16:  # a row is read in vectors of 16 lanes
+        return BuildError(
+            f"the native kernel takes head sizes that are a multiple of 16, got {head_size}",
+            advice="use --kernel reference",
+        )
+    return None
+
+
+def _why_not_built(device: str) -> BuildError | None:
+    try:
+        build.load_native(_register)
+        error = build.why_no_cuda() if device == "cuda" else None
+    except BuildError as failure:
+        error = failure
+    if error is None:
+        return None
+    return BuildError(
+        error.problem, advice=f"{error.advice}, or {_SLOW}" if error.advice else _SLOW, output=error.output
     )
+
+
+def _why_not_chunked(index: int | None, dtype: torch.dtype, head_size: int) -> BuildError | None:
+    """Of the GPU of that index (None: the current one)."""
+    if dtype != torch.bfloat16:
+        return BuildError(
+            f"the chunked kernel takes bfloat16, got {dtype}", advice="use --kernel recurrent, or bf16 precision"
+        )
+    if head_size != 64:
+        return BuildError(f"the chunked kernel takes head size 64, got {head_size}", advice="use --kernel recurrent")
+    if torch.version.hip:
+        return BuildError("the chunked kernel needs an NVIDIA GPU", advice="use --kernel recurrent")
+    # bf16 matrix instructions and asynchronous copies begin with Ampere. Without a GPU the caller plans for one.
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability(index)) < (8, 0):
+        return BuildError(
+            f"the chunked kernel needs a GPU of capability 8.0 or later, got {capability[0]}.{capability[1]}",
+            advice="use --kernel recurrent",
+        )
+    return None

@@ -1,4 +1,4 @@
-"""Each op in plain PyTorch: read top to bottom, this is RWKV-7's mathematics. Slow, exact, differentiable by autograd."""
+"""Each op in plain PyTorch: RWKV-7's mathematics, slow, exact and differentiable by autograd."""
 
 import math
 from itertools import pairwise
@@ -47,9 +47,11 @@ def wkv7_reference(
     decay = wkv7_decay(w)
     r, k, v, a, b = (_accumulate(x) for x in (r, k, v, a, b))
     B, T, H, N = r.shape
+    # In fp32 whatever the inputs are: rounding S at every token would add up over the sequence.
     S = r.new_zeros(B, H, N, N) if state is None else state.clone()
     ys = []
     for t in range(T):
+        # sa before the decay: the removal key reads the state as the token before left it.
         sa = S @ a[:, t, :, :, None]
         S = S * decay[:, t, :, None, :] + sa * b[:, t, :, None, :] + v[:, t, :, :, None] * k[:, t, :, None, :]
         ys.append(S @ r[:, t, :, :, None])
@@ -86,9 +88,9 @@ def time_mix_inputs_reference(
     head_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Key, value, removal -kk and replacement kk * rate. Contract: `src.ops.elementwise.time_mix_inputs`."""
-    if v_first is not None and residual is not None:
+    if v_first is not None and residual is not None:  # layer 0 has neither: its values are v_first
         v = v + (v_first - v) * torch.sigmoid(v0 + residual)
-    rate = torch.sigmoid(a0 + a)
+    rate = torch.sigmoid(a0 + a)  # the paper's in-context learning rate
     kk = F.normalize((k * k_k).unflatten(-1, (-1, head_size)), dim=-1, eps=1e-12).flatten(-2)
     return k * (1 + (rate - 1) * k_a), v, -kk, kk * rate
 
@@ -106,6 +108,7 @@ def time_mix_output_reference(
     head_size: int,
 ) -> Tensor:
     """(group_norm(y) + (sum over the head of r k r_k) v) g. Contract: `src.ops.elementwise.time_mix_output`."""
+    # The bonus: what r reads of this token's own key and value, weighted by r_k.
     r, k, v_heads = (x.unflatten(-1, (-1, head_size)) for x in (r, k, v))
     bonus = ((r * k * r_k).sum(dim=-1, keepdim=True) * v_heads).flatten(-2)
     normal = F.group_norm(y.flatten(0, -2), y.shape[-1] // head_size, weight, bias, eps).view(y.shape)
@@ -121,10 +124,12 @@ def cross_entropy_l2wrap_reference(logits: Tensor, targets: Tensor, ignore_index
     counts = targets != ignore_index
     count = counts.sum().clamp(min=1).to(logits.dtype)
     nll = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum") / count
+    # By argmax and gather: the gradient of amax is spread over equal logits, the kernels give it to the first.
     largest = (
         logits.amax(-1, keepdim=True) if logits.shape[0] == 0 else logits.gather(-1, logits.argmax(-1, keepdim=True))
     )
     half_square = 0.5 * (largest.squeeze(-1) ** 2 * counts).sum() * (L2WRAP / count)
+    # Value zero, gradient z: L2Wrap pulls the largest logits towards zero without showing in the loss.
     return nll + (half_square - half_square.detach())
 
 

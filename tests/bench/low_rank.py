@@ -1,14 +1,14 @@
-"""Would it pay to join a time mix's small products? Separate, as src/model/layers.py has them, beside two ways of joining them, forward + backward.
+"""Time of a time mix's small products, forward + backward: separate as in src/model/layers.py, and joined in two ways.
 
     python tests/bench/low_rank.py [--device cuda] [--n_embd 768] [--tokens 8192] [--dtype bfloat16]
 
-beside    value and the first factor of its residual, which have one input, as one product with their weights laid side by side
-batched   the first factors of decay, rate and gate, padded to one rank, as one batched product (their inputs would have to lie in one tensor;
-          here they do already, which costs nothing)
+stacked   value and the first factor of its residual, which have one input, as one product with concatenated weights
+batched   the first factors of decay, rate and gate, padded to one rank, as one batched product (their inputs would
+          have to lie in one tensor; here they do already, which costs nothing)
 
-Printed: milliseconds of each (medians), and joined / separate: above 1 it doesn't pay.
-On two cores with 2048 tokens, 2026-11-22: batched 1.43 to 1.51 in fp32 and 0.60 in bf16, beside 0.82 to 1.02 and 0.90; on a GPU not measured yet.
-So the model keeps them separate.
+Printed: milliseconds of each (medians), and joined / separate: above 1 joining is slower. On two cores with 2048
+tokens, 2026-11-22: batched 1.43 to 1.51 in fp32 and 0.60 in bf16, stacked 0.82 to 1.02 and 0.90; not measured on a
+GPU. The model keeps them separate.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
     firsts = [random(width, RANKS[name]) for name in "wag"]
     rank = max(RANKS[name] for name in "wag")
 
-    def side_by_side() -> list[torch.Tensor]:
+    def stacked() -> list[torch.Tensor]:
         return list((x @ torch.cat([value.t(), v1], 1)).split([width, RANKS["v"]], 1))
 
     def batched() -> list[torch.Tensor]:
@@ -46,7 +46,7 @@ def main() -> None:
         return [out[i, :, : first.shape[1]] for i, first in enumerate(firsts)]
 
     pairs = {
-        "beside": (lambda: [x @ value.t(), x @ v1], side_by_side, [x, value, v1]),
+        "stacked": (lambda: [x @ value.t(), x @ v1], stacked, [x, value, v1]),
         "batched": (
             lambda: [m @ first for m, first in zip(mixed.unbind(0), firsts, strict=True)],
             batched,
@@ -60,11 +60,13 @@ def main() -> None:
             assert (one - other).norm() < 1e-2 * one.norm()
         seconds = []
         for make in (separate, joined):
-            run = Timer("torch.autograd.grad(make(), inputs, incoming)", globals={"torch": torch, "make": make, "inputs": inputs, "incoming": incoming},
-                        num_threads=torch.get_num_threads())  # fmt: skip
+            names = {"torch": torch, "make": make, "inputs": inputs, "incoming": incoming}
+            threads = torch.get_num_threads()
+            run = Timer("torch.autograd.grad(make(), inputs, incoming)", globals=names, num_threads=threads)
             seconds.append(run.blocked_autorange(min_run_time=3).median)
+        separate_ms, joined_ms = (1e3 * s for s in seconds)
         print(
-            f"{name:<8} separate {1e3 * seconds[0]:.3f} ms, joined {1e3 * seconds[1]:.3f} ms, ratio {seconds[1] / seconds[0]:.2f}"
+            f"{name:<8} separate {separate_ms:.3f} ms, joined {joined_ms:.3f} ms, ratio {joined_ms / separate_ms:.2f}"
         )
 
 

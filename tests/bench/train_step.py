@@ -3,16 +3,18 @@
     python tests/bench/train_step.py                              L8-D512, V 6400, ctx 512, batch 4, fp32, 2 threads
     python tests/bench/train_step.py --compile 1
     python tests/bench/train_step.py --config 0.1b [--micro_bsz 1] [--grad_cp 1 --head_chunk 4096] [--device cuda]
-    python tests/bench/train_step.py --profile 1                  besides, where the time of a step goes
-    python tests/bench/train_step.py --grad_cp 1 --compare grad_cp    besides, how much longer a step takes than with --grad_cp 0
+    python tests/bench/train_step.py --profile 1                  also the time of a step by part
+    python tests/bench/train_step.py --grad_cp 1 --compare grad_cp    also the ratio to a step with --grad_cp 0
 
 Printed, medians over the steps:
   tokens/s    ctx_len * micro_bsz / seconds of a step
-  ratio       6 * P * tokens/s / product rate; P: parameters that are multiplied, all but emb. The product rate is the median over
-              the step's own product shapes, [tokens, C] x [C, C], [C, 4C], [4C, C] and [C, V], with the same threads, measured
-              before and after each step in the same process. Steps whose two rates differ by over 25 % are dropped: machines are shared.
-  MFU         on a GPU, (6 * P + 24 * n_layer * n_embd * head_size) * tokens/s / the dense peak of its tensor cores (src/training/reporting/
-              peak_flops.py, or --peak_tflops): the second term is the recurrence. What gradient checkpointing computes twice doesn't count.
+  ratio       6 * P * tokens/s / product rate; P: parameters that are multiplied, all but emb. The product rate is the
+              median over the step's own product shapes, [tokens, C] x [C, C], [C, 4C], [4C, C] and [C, V], with the
+              same threads, measured before and after each step in the same process. Steps whose two rates differ by
+              over 25 % are dropped: machines are shared.
+  MFU         on a GPU, (6 * P + 24 * n_layer * n_embd * head_size) * tokens/s / the dense peak of its tensor cores
+              (src/training/hardware/peak_flops.py, or --peak_tflops): the second term is the recurrence. What gradient
+              checkpointing computes twice doesn't count.
   memory      on a GPU the most that the step's tensors took; on a CPU the most that the process took
 """
 
@@ -70,15 +72,29 @@ def settings(args: argparse.Namespace) -> tuple[RunConfig, int]:
     return config, args.vocab_size or vocab
 
 
+def draw_weights(model: RWKV7) -> None:
+    """Normal numbers, and ones for the norms' weights. A step's time doesn't depend on the weights, and the model's
+    own orthogonal matrices would take a minute of QR decompositions."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ln" in name and name.endswith(".weight"):
+                parameter.fill_(1)
+            else:  # inputs of size 1 give outputs of size 1; vectors stay small
+                parameter.normal_(std=parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.1)
+
+
 class Step:
-    """One optimizer step after another on random tokens. `micro_steps` batches are accumulated, as --accumulate_grad_batches does."""
+    """One optimizer step after another on random tokens. `micro_steps` batches are accumulated, as
+    --accumulate_grad_batches does."""
 
     def __init__(self, config: RunConfig, vocab: int) -> None:
         self.hardware = choose_hardware(config)
         self.device = torch.device("cuda" if self.hardware.accelerator == "gpu" else "cpu")
         torch.manual_seed(0)
-        with self.device:
-            model = RWKV7(config.model_config(vocab)).to(self.device, self.hardware.dtype)
+        with torch.device("meta"):
+            model = RWKV7(config.model_config(vocab))
+        model = model.to(self.hardware.dtype).to_empty(device=self.device)
+        draw_weights(model)
         if config.compiles(self.device.type):  # as src/training/trainer.py does
             model.compile_blocks()
         self.module = TrainingModule(model, config, self.hardware)
@@ -109,7 +125,8 @@ class Step:
 
 
 class Products:
-    """The machine's rate at the step's own products, GFLOP/s: the median over their shapes. Outputs are allocated once."""
+    """The machine's rate at the step's own products, GFLOP/s: the median over their shapes. Outputs are allocated
+    once."""
 
     def __init__(self, tokens: int, width: int, vocab: int, device: torch.device, dtype: torch.dtype) -> None:
         shapes = ((width, width), (width, 4 * width), (4 * width, width), (width, vocab))
@@ -134,7 +151,7 @@ class Products:
 
 
 def part_of(event: "torch.autograd.profiler_util.FunctionEvent | None", kernel: str = "") -> str:
-    """Which part of a step an op of the profile belongs to, or a GPU kernel that it started (None: nobody knows which op did)."""
+    """Which part of a step an op of the profile belongs to, or a GPU kernel that it started (None: of no known op)."""
     above, names = event, []
     while above is not None:
         names.append(above.name)
@@ -155,7 +172,8 @@ def part_of(event: "torch.autograd.profiler_util.FunctionEvent | None", kernel: 
 
 
 def gpu_split(events: "Iterable[torch.autograd.profiler_util.FunctionEvent]") -> dict[str, float]:
-    """Milliseconds of GPU kernels by part. Marks of the host (record_function) stand on the GPU's line too and are no kernels."""
+    """Milliseconds of GPU kernels by part. Marks of the host (record_function) stand on the GPU's line too and are no
+    kernels."""
     events = list(events)
     marks = {event.name for event in events if event.is_user_annotation}
     spent: dict[str, float] = defaultdict(float)
@@ -176,8 +194,8 @@ def gpu_split(events: "Iterable[torch.autograd.profiler_util.FunctionEvent]") ->
 
 
 def split(step: Step, milliseconds: float, steps: int = 3) -> dict[str, float]:
-    """Milliseconds of a step by part. A GPU's are those of its kernels; idle is what they leave of `milliseconds`, a step's without a
-    profiler, which slows the host. On a CPU idle is the time in no op."""
+    """Milliseconds of a step by part. A GPU's are those of its kernels; idle is what they leave of `milliseconds`, a
+    step's without a profiler, which slows the host. On a CPU idle is the time in no op."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     gpu = step.device.type == "cuda"
     if gpu:
@@ -204,7 +222,7 @@ def split(step: Step, milliseconds: float, steps: int = 3) -> dict[str, float]:
     return dict(spent)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="mini", choices=list(CONFIGS))
     for name in ("n_layer", "n_embd", "vocab_size", "ctx_len", "micro_bsz"):
@@ -226,7 +244,11 @@ def main() -> None:
         help="steps with and without this in turn, in this run: the median of their ratios",
     )
     parser.add_argument("--peak_tflops", type=float, default=0.0)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     torch.set_num_threads(args.threads)
 
     config, vocab = settings(args)
@@ -236,7 +258,8 @@ def main() -> None:
     hardware, device = step.hardware, step.device
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads"
     print(
-        f"L{config.n_layer}-D{config.n_embd}, V {vocab}, ctx {config.ctx_len}, batch {config.micro_bsz}, {hardware.precision}, "
+        f"L{config.n_layer}-D{config.n_embd}, V {vocab}, ctx {config.ctx_len}, batch {config.micro_bsz}, "
+        f"{hardware.precision}, "
         f"compile {config.compile}, grad_cp {config.grad_cp}, head_chunk {config.head_chunk}, {where}"
     )
     begin = time.perf_counter()
@@ -260,7 +283,7 @@ def main() -> None:
     faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) // args.steps
     if not kept:
         raise SystemExit(
-            "the machine is too restless: the product rates around every step differ by over 25 %; run again"
+            "the product rates before and after every step differ by over 25 %: other programs run; try again later"
         )
     seconds = statistics.median(s for s, _ in kept)
     rate = statistics.median(r for _, r in kept)

@@ -1,10 +1,12 @@
-"""Speed of wkv7. On a GPU: tests/bench/wkv7_gpu.py. On a CPU: microseconds per token-head, forward + backward as called from PyTorch, beside the reference.
+"""Speed of wkv7 on a CPU, and of the reference: microseconds per token-head. On a GPU it runs tests/bench/wkv7_gpu.py.
 
-    python tests/bench/wkv7.py [--device cpu] [--batch 4] [--tokens 512] [--heads 8] [--head-size 64] [--dtype float32] [--instruction-set avx2]
+    python tests/bench/wkv7.py [--device cpu] [--batch 4] [--tokens 512] [--heads 8] [--head-size 64] [--dtype float32]
+                               [--instruction-set avx2]
 
-Machines are shared, so every repetition is paired with the rate of matrix products measured just before and after it; one whose two
-rates differ by over 25 % is dropped. Medians are printed. us x GFLOP/s hardly depends on what else the machine does. The reference spends
-its time between small operations, not in products, so it is compared with the native repetitions right before and after it.
+Forward and backward as called from PyTorch. Machines are shared, so every repetition is paired with the rate of matrix
+products measured just before and after it; one whose two rates differ by over 25 % is dropped. Medians are printed.
+us x GFLOP/s hardly depends on the machine's other load. The reference spends its time between small operations, not in
+products, so it is compared with the native repetitions right before and after it.
 """
 
 import argparse
@@ -83,9 +85,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.device == "cuda":
-        from wkv7_gpu import report
+        from wkv7_gpu import report_errors, report_times
 
-        return report()
+        report_errors()
+        return report_times()
     shape, dtype = (args.batch, args.tokens, args.heads, args.head_size), getattr(torch, args.dtype)
     set_up_malloc(lean=False)  # as train.py does
     build.load_native(instruction_set=args.instruction_set)
@@ -109,7 +112,7 @@ def main() -> None:
     native += before
     if not native:
         raise SystemExit(
-            "the machine is too restless: every repetition had product rates that differ by over 25 %; run again"
+            "every repetition had product rates that differ by over 25 %: other programs run; try again later"
         )
     forward, backward, rate = (statistics.median(column) for column in zip(*native, strict=True))
     paired = statistics.median((f + b) * g for f, b, g in native)
@@ -117,11 +120,13 @@ def main() -> None:
         f"native     forward {forward:7.3f}  backward {backward:7.3f}  both {forward + backward:7.3f} us per token-head"
     )
     print(
-        f"           product rate {rate:.0f} GFLOP/s, us x GFLOP/s {paired:.0f}, {len(native)} of {args.repetitions} repetitions kept"
+        f"           product rate {rate:.0f} GFLOP/s, us x GFLOP/s {paired:.0f}, "
+        f"{len(native)} of {args.repetitions} repetitions kept"
     )
     if ratios:
         print(
-            f"reference  both {statistics.median(references):.1f} us per token-head: {statistics.median(ratios):.0f} times the native time right before and after"
+            f"reference  both {statistics.median(references):.1f} us per token-head: "
+            f"{statistics.median(ratios):.0f} times the native time right before and after"
         )
 
 

@@ -36,7 +36,7 @@ FLAGS = [
     str(CUDA),
 ]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "random again": (2, 2)}
+ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "another random": (2, 2)}
 BAND = 64  # sentinel elements on each side of an output
 SENTINEL = 12345.0
 
@@ -56,24 +56,27 @@ def compiler() -> str | None:
 def build(folder: Path, source: Path, *extra: str, shared: bool = True) -> Path:
     """Compiles `source` into `folder` once, however many test processes ask for it."""
     sources = [source, *sorted(CUDA.glob("*.cu*")), *sorted(CUDA.glob("*.h")), *sorted(HERE.glob("*.h"))]
-    words = b"".join(path.read_bytes() for path in sources) + repr(extra).encode()
-    out = folder / f"{source.stem}-{hashlib.sha256(words).hexdigest()[:16]}{'.so' if shared else ''}"
+    content = b"".join(path.read_bytes() for path in sources) + repr(extra).encode()
+    out = folder / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}{'.so' if shared else ''}"
     with open(folder / f"{source.stem}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not out.exists():
-            beside = out.with_suffix(".building")
+            partial = out.with_suffix(".building")
             kind = ["-shared", "-fPIC", "-ftls-model=initial-exec"] if shared else []
             cxx = compiler()
             assert cxx is not None
-            command = [cxx, "-x", "c++", *FLAGS, *kind, *extra, str(source), "-o", str(beside)]
+            command = [cxx, "-x", "c++", *FLAGS, *kind, *extra, str(source), "-o", str(partial)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, done.stderr[-4000:]
-            beside.rename(out)
+            partial.rename(out)
     return out
 
 
 def build_ops(folder: Path, source: Path) -> None:
-    """Registers the ops of a cuda/*_cuda.cpp in torch.ops.rwkv7_host, for CPU tensors. The kernels that it calls must have been loaded with RTLD_GLOBAL."""
+    """Registers the ops of a cuda/*_cuda.cpp in torch.ops.rwkv7_host, for CPU tensors.
+
+    The kernels that it calls must have been loaded with RTLD_GLOBAL.
+    """
     include = Path(torch.__file__).parent / "include"
     libraries = (f"-L{include.parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-lc10")
     flags = ("-DHOST_CUDA", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-isystem", str(include), *libraries)
@@ -101,7 +104,7 @@ class Guarded:
 
 
 class Pointer(ctypes.c_void_p):
-    """An address that keeps its tensor: `pointer(torch.empty(8))` must not be one of memory that is free by the time of the call."""
+    """An address that keeps its tensor: the memory of `pointer(torch.empty(8))` must live until the call."""
 
     tensor: torch.Tensor
 
@@ -116,7 +119,7 @@ def pointer(tensor: torch.Tensor | None) -> Pointer:
 
 
 class HostLibrary:
-    """A shared library made of a .cu file, and the questions that one asks of it."""
+    """A shared library made of a .cu file, and the calls that tests make to it."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
@@ -126,10 +129,12 @@ class HostLibrary:
         self.library.host_cuda_order(*ORDERS[name])
 
     def call(self, entry: str, *arguments: object) -> None:
-        """Calls an entry point; a fault found by the host (race-prone collective, deadlock, ...) is an AssertionError."""
-        given = [ctypes.c_int64(x) if isinstance(x, int) and abs(x) >= 2**31 else x for x in arguments]
-        code = getattr(self.library, entry)(*given)
-        fault = self.library.host_cuda_last_fault().decode()
+        """Calls an entry point; AssertionError for a fault that the host run finds (mismatched collective,
+        deadlock)."""
+        converted = [ctypes.c_int64(x) if isinstance(x, int) and abs(x) >= 2**31 else x for x in arguments]
+        code = getattr(self.library, entry)(*converted)
+        # 1 is a fault's code; with another code the message is that of an earlier call.
+        fault = self.library.host_cuda_last_fault().decode() if code == 1 else ""
         assert code == 0, fault or f"{entry} returned {code}"
 
     def take_counts(self) -> dict[str, int]:

@@ -5,8 +5,8 @@
 // random). A kernel without races gives the same bits in every order. The lane that arrives last at a collective
 // computes it for the whole warp.
 //
-// Found here: threads that wait for each other in vain, lanes that meet in different collectives, reads of memory that
-// nobody wrote (shared memory starts as NaN; so does the target of an asynchronous copy until it has been waited for),
+// Found here: threads that wait for each other forever, lanes that meet in different collectives, reads of memory that
+// no thread wrote (shared memory starts as NaN; so does the target of an asynchronous copy until it has been waited for),
 // misaligned vector accesses and, in a build with AddressSanitizer, accesses outside of any buffer.
 // Not seen here: bank conflicts, coalescing, occupancy, errors of the fast mathematical functions, missing proxy fences.
 #pragma once
@@ -75,8 +75,8 @@ inline Settings& settings() {
   return chosen;
 }
 inline std::string& last_fault() {
-  static std::string words;
-  return words;
+  static std::string message;
+  return message;
 }
 
 // --- Fibers: a stack and a saved stack pointer -----------------------------------------------------------------------
@@ -159,7 +159,7 @@ enum Wait { kReady, kAtCollective, kAtBlockBarrier, kDone };
 struct Copy {
   void* to;
   const void* from;
-  int bytes;
+  int size, bytes;  // of `size` bytes the first `bytes` are copied, the others become zeros
 };
 
 struct Thread {
@@ -232,9 +232,9 @@ struct Block {
 
   static std::string name(const Thread& t) { return "warp " + std::to_string(t.warp) + " lane " + std::to_string(t.lane); }
 
-  void fail(const Thread& t, const std::string& words) {
+  void fail(const Thread& t, const std::string& message) {
     if (!fault.empty()) return;
-    fault = "block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ") " + name(t) + " " + words;
+    fault = "block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ") " + name(t) + " " + message;
   }
 
   void run(Stacks& stacks) {
@@ -281,7 +281,7 @@ struct Block {
         for (Thread& u : threads)
           if (others.empty() && (u.wait == kDone || u.what != t.what || u.line != t.line))
             others = "; " + name(u) + (u.wait == kDone ? " has ended" : std::string(" waits in ") + u.what + " (line " + std::to_string(u.line) + ")");
-        fail(t, std::string("waits for ever in ") + t.what + " (line " + std::to_string(t.line) + ")" + others);
+        fail(t, std::string("waits forever in ") + t.what + " (line " + std::to_string(t.line) + ")" + others);
         return;
       }
   }
@@ -330,7 +330,7 @@ void collective(const char* what, int line, Arguments& arguments, Compute comput
     lanes[i] = static_cast<Arguments*>(t.arguments);
   }
   for (int i = 0; i < kWarp; i++)
-    if (warp[i].wait != kAtCollective) return block->leave();  // somebody is still on the way
+    if (warp[i].wait != kAtCollective) return block->leave();  // a lane has not arrived yet
   compute(lanes);
   for (int i = 0; i < kWarp; i++) warp[i].wait = kReady;
   block->leave();  // lanes go on in the scheduler's order, not the last one first
@@ -393,11 +393,11 @@ inline void check_aligned(const void* at, size_t bytes, const char* what) {
   block_now->leave();
 }
 
-inline void copy_async(void* to, const void* from, int bytes) {
-  check_aligned(to, bytes, "copies asynchronously to shared memory");
-  check_aligned(from, bytes, "copies asynchronously from memory");
-  std::memset(to, 0xff, bytes);
-  thread_now->uncommitted.push_back({to, from, bytes});
+inline void copy_async(void* to, const void* from, int size, int bytes) {
+  check_aligned(to, size, "copies asynchronously to shared memory");
+  check_aligned(from, size, "copies asynchronously from memory");
+  std::memset(to, 0xff, size);
+  thread_now->uncommitted.push_back({to, from, size, bytes});
 }
 inline void copy_async_commit() {
   thread_now->copies.push_back(std::move(thread_now->uncommitted));
@@ -406,14 +406,26 @@ inline void copy_async_commit() {
 inline void copy_async_wait(size_t groups_left) {
   auto& copies = thread_now->copies;
   while (copies.size() > groups_left) {
-    for (const Copy& c : copies.front()) std::memcpy(c.to, c.from, c.bytes);
+    for (const Copy& c : copies.front()) {
+      std::memcpy(c.to, c.from, c.bytes);
+      std::memset(static_cast<char*>(c.to) + c.bytes, 0, c.size - c.bytes);
+    }
     copies.erase(copies.begin());
   }
 }
 
+// A prefetch reads nothing, but one from outside of any buffer is a mistake that AddressSanitizer should see.
+inline void touch(const void* from) { (void)*static_cast<const volatile char*>(from); }
+
+// A check in a kernel failed: the block ends here.
+inline void stop(const char* message) {
+  block_now->fail(*thread_now, message);
+  block_now->leave();
+}
+
 }  // namespace host_cuda
 
-// --- CUDA's words -----------------------------------------------------------------------------------------------------
+// --- CUDA's keywords -----------------------------------------------------------------------------------------------------
 
 #define __global__
 #define __device__
@@ -425,7 +437,7 @@ inline void copy_async_wait(size_t groups_left) {
 #define blockDim (host_cuda::block_now->size)
 #define gridDim (host_cuda::block_now->grid)
 
-// What tests call: order of the lanes, words of the last fault, what the launches since the last call have done.
+// What tests call: order of the lanes, the last fault's message, what the launches since the last call have done.
 extern "C" {
 __attribute__((weak, visibility("default"))) void host_cuda_order(int order, unsigned seed) { host_cuda::settings() = {order, seed}; }
 __attribute__((weak, visibility("default"))) const char* host_cuda_last_fault() { return host_cuda::last_fault().c_str(); }

@@ -18,7 +18,7 @@ __global__ void reverse_values(const float* in, float* out, int barrier) {
   out[i] = values[last - i];
 }
 
-// The values are read before they are overwritten only if somebody waits in between.
+// The values are read before they are overwritten only if the threads wait in between.
 __global__ void overwrite(const float* in, float* out, int waits) {
   SHARED_MEMORY(shared);
   float* const values = reinterpret_cast<float*>(shared);
@@ -67,9 +67,9 @@ __global__ void different_barriers(float* out) {
 __global__ void copy_and_wait(const float* in, float* out, int wait) {
   SHARED_MEMORY(shared);
   float* const values = reinterpret_cast<float*>(shared) + 4 * threadIdx.x;
-  copy16_async(values, in + 4 * threadIdx.x);
+  copy16_async(values, in + 4 * threadIdx.x, wait == 3 ? 0 : 16);
   copy_async_commit();
-  if (wait == 1) copy_async_wait<0>();
+  if (wait == 1 || wait == 3) copy_async_wait<0>();
   for (int i = 0; i < 4; i++) out[4 * threadIdx.x + i] = values[i];
   if (wait == 2) copy_async_wait<0>();  // too late
 }

@@ -16,8 +16,8 @@ def problem(
 ) -> Tensors:  # fmt: skip
     """r, w, k, v, a, b (a = -kk, b = kk * rate with unit keys kk, as in the model), perhaps state and cu_seqlens.
 
-    kind: usual | fast (every decay at its floor, 0.545) | slow (decay 1 - 1e-3 and up) | correlated (all keys of a head nearly the same, rate near 1:
-    the worst case for the inverse inside a chunk).
+    kind: usual | fast (every decay at its floor, 0.545) | slow (decay 1 - 1e-3 and up) | correlated (all keys of a
+    head nearly the same, rate near 1: the worst case for the inverse inside a chunk).
     """
     draw = torch.Generator().manual_seed(seed)
     shape = (batch, length, heads, head_size)

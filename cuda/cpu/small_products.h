@@ -134,7 +134,7 @@ __attribute__((always_inline)) inline void multiply(const Product& p, Fetch& fet
   }
 }
 
-// to [columns, rows] = from [rows, columns] transposed; past the caches if so wished and `to` is aligned to a cache line
+// to [columns, rows] = from [rows, columns] transposed; with `past_caches`, not through the caches, if `to` is aligned to a cache line
 __attribute__((noinline)) inline void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
                                                 int64_t to_stride, bool past_caches = false) {
   past_caches = past_caches && vec::starts_line(to);

@@ -42,7 +42,7 @@ inline V load_as(const void* p) {
 inline Float load(const float* p) { return load_as<Float>(p); }
 inline void store(float* p, Float v) { std::memcpy(p, &v, sizeof v); }
 
-// Stores past the caches: memory isn't read before it is overwritten. p is aligned to the vector; a cache line is dear unless all of it is
+// Stores past the caches: memory isn't read before it is overwritten. p is aligned to the vector; a cache line is expensive unless all of it is
 // written within a few stores.
 constexpr int64_t kLine = 64;  // bytes
 inline void stream(float* p, Float v) {

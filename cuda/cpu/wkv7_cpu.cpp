@@ -37,7 +37,7 @@ using small::multiply;
 using vec::Float;
 using vec::kLanes;
 
-constexpr int64_t kChunk = 8;  // tokens; their decays and the products between them stay small beside the N x N products
+constexpr int64_t kChunk = 8;  // tokens; their decays and the products between them cost little next to the N x N products
 constexpr int64_t kColumns = 2 * kChunk;
 constexpr int64_t kChunks = kSegment / kChunk;  // in a segment
 constexpr int64_t kWalk = kChunks / 2;          // chunks between two direct sums of g
@@ -71,7 +71,7 @@ inline void store(Half* p, Float v) {
   for (int lane = 0; lane < kLanes; ++lane) p[lane] = static_cast<Half>(static_cast<float>(v[lane]));
 }
 
-// ---- scratch memory of a thread, kept between calls (fresh pages are dear) -----------------------------------------------------------
+// ---- scratch memory of a thread, kept between calls (page faults are expensive) -----------------------------------------------------------
 
 class Scratch {
  public:
@@ -205,7 +205,7 @@ __attribute__((noinline)) void read_chunk(Chunk& chunk, const Problem& p, const 
   }
 }
 
-// The three products that everything is made of; rows, x and y are blocks of kColumns rows of N floats. Head size 64, everybody's, is
+// The three products that everything is made of; rows, x and y are blocks of kColumns rows of N floats. Head size 64, the usual one, is
 // compiled by itself.
 template <class Compute>
 inline void with_head_size(int64_t N, const Compute& compute) {

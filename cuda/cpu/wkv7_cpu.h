@@ -6,7 +6,7 @@
 
 namespace wkv7_cpu {
 
-// Tokens between two states that forward keeps for backward. src/ops/recurrence.py has the same number for its fake tensors.
+// Tokens between two states that forward keeps for backward. src/ops/recurrence_op.py has the same number for its fake tensors.
 constexpr int64_t kSegment = 32;
 
 constexpr float kMaxLogDecay = 0.606530660f;  // exp(-1/2): -log(decay) stays below it

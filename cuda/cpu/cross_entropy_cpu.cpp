@@ -1,4 +1,4 @@
-// The cross-entropy ops and their makers on a CPU (schemas: cross_entropy.h). Rows of logits are fp32, dense.
+// The cross-entropy ops and their CPU implementation (schemas: cross_entropy.h). Rows of logits are fp32, dense.
 //
 //   forward:   nll = log(total) - (z[target] - largest),   total = sum of exp(z - largest)
 //   backward:  z becomes  scale (exp(z - largest) / total - onehot(target))  and  + scale l2wrap largest  where z is largest
@@ -10,7 +10,7 @@
 #include <cstring>
 #include <tuple>
 
-#include "cross_entropy.h"
+#include "../cross_entropy.h"
 #include "vec.h"
 
 namespace cross_entropy_cpu {
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, Tensor targets
     torch::stable::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
       const vec::FlushDenormals guard;  // the exponentials of logits far below the largest
       for (int64_t row = begin; row < end; ++row) {
-        if (target[row] == ignore_index) {  // whatever stands there, it counts for nothing
+        if (target[row] == ignore_index) {  // its logits are not read: they need not be finite
           to_nll[row] = to_largest[row] = 0.0f, to_total[row] = 1.0f, to_where[row] = 0;
           continue;
         }

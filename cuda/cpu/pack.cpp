@@ -1,4 +1,4 @@
-// The op that lays out a bf16 matrix as packed.h says.
+// The op that packs a bf16 matrix into the layout of packed.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,7 +16,7 @@ using torch::stable::Tensor;
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkv7, m) { m.def("pack(Tensor matrix) -> Tensor"); }
 
-constexpr int64_t kRareness = 256;      // at most one exception among so many numbers: beyond, they would cost more than they spare
+constexpr int64_t kRareness = 256;      // at most one exception among so many numbers: with more, packing would not save time
 constexpr int64_t kLeastWork = 1 << 16;  // numbers that are worth a thread
 
 // The base whose neighbours most numbers have, from a sample of the rows.

@@ -1,8 +1,5 @@
-// Op schemas, checks and dispatch of wkv7. Binds by PyTorch's stable ABI: one binary serves several torch versions.
-//
-// saved_state and saved_sa are what forward keeps for backward; each maker has its own layout (empty when save is false).
-// Which of two CUDA kernels is a bool, not a name: a str argument through the stable ABI of torch 2.10 to 2.13 loses 48 bytes each call.
-// w is the raw decay, dw its gradient; states are fp32 [sequences, H, N (value), N (key)].
+// wkv7 on a CPU for PyTorch: dense tensors, outputs and threads around the kernel in wkv7_cpu.cpp. Binds by PyTorch's stable ABI: one binary
+// serves several torch versions.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../wkv7_schemas.h"
 #include "wkv7_cpu.h"
 
 namespace wkv7 {
@@ -22,55 +20,27 @@ using Optional = std::optional<Tensor>;
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// Here and not with the CUDA kernels: every build of the library has this file.
 STABLE_TORCH_LIBRARY(rwkv7, m) {
-  m.def(
-      "wkv7_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? cu_seqlens, bool save, bool chunked)"
-      " -> (Tensor y, Tensor final_state, Tensor saved_state, Tensor saved_sa)");
-  m.def(
-      "wkv7_backward(Tensor dy, Tensor? dfinal_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state,"
-      " Tensor? cu_seqlens, Tensor saved_state, Tensor saved_sa, bool chunked)"
-      " -> (Tensor dr, Tensor dw, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dstate)");
+  m.def(kWkv7Forward);
+  m.def(kWkv7Backward);
 }
-
-// ---- checks -----------------------------------------------------------------------------------------------------------------------
-
-void check_like(const char* name, const Tensor& x, const Tensor& r) {
-  STD_TORCH_CHECK(x.dim() == 4, "wkv7: ", name, " must be [B, T, H, N], got ", x.dim(), " dimensions");
-  STD_TORCH_CHECK(x.scalar_type() == r.scalar_type(), "wkv7: ", name, " must have the dtype of r");
-  for (int64_t d = 0; d < 4; ++d)
-    STD_TORCH_CHECK(x.size(d) == r.size(d), "wkv7: ", name, " must have the shape of r; dimension ", d, " is ", x.size(d), ", not ", r.size(d));
-}
-
-// One of the states that come with a call: before it, or the gradient of that after it.
-Tensor dense_state(const char* name, const Tensor& x, int64_t documents, const Tensor& r) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.dim() == 4 && x.size(0) == documents && x.size(1) == r.size(2) &&
-                      x.size(2) == r.size(3) && x.size(3) == r.size(3),
-                  "wkv7: ", name, " must be float32 [", documents, ", H, N, N]");
-  return torch::stable::contiguous(x);
-}
-
-void check_saved(const char* name, const Tensor& x, int64_t numel) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == numel, "wkv7: backward needs ", name,
-                  " as forward saves it with save=true: float32, contiguous, ", numel, " numbers; got ", x.numel());
-}
-
-// ---- the native CPU kernel --------------------------------------------------------------------------------------------------------
 
 wkv7_cpu::Dtype cpu_dtype(const Tensor& r) {
   switch (r.scalar_type()) {
     case ScalarType::Float: return wkv7_cpu::Dtype::f32;
     case ScalarType::BFloat16: return wkv7_cpu::Dtype::bf16;
     case ScalarType::Half: return wkv7_cpu::Dtype::f16;
-    default: STD_TORCH_CHECK(false, "wkv7: inputs must be float32, bfloat16 or float16"); return {};
+    default: STD_TORCH_CHECK(false, "wkv7: no CPU kernel for this dtype"); return {};
   }
 }
 
-// Rows are read where they lie (views of a fused projection too); only a last dimension that isn't dense is copied.
+// Strided rows are read in place (views of a fused projection too); only a last dimension that isn't dense is copied.
 Tensor dense_rows(const Tensor& x) { return x.stride(3) == 1 ? x : torch::stable::contiguous(x); }
 
 wkv7_cpu::Rows rows(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
-// Owns whatever `problem` points to.
+// Owns the memory that a Problem points to.
 struct CpuInputs {
   Tensor r, w, k, v, a, b;
   Optional state, cu_seqlens;
@@ -78,23 +48,17 @@ struct CpuInputs {
   CpuInputs(const Tensor& r_, const Tensor& w_, const Tensor& k_, const Tensor& v_, const Tensor& a_, const Tensor& b_,
             const Optional& state_, const Optional& cu_seqlens_, bool chunked)
       : r(dense_rows(r_)), w(dense_rows(w_)), k(dense_rows(k_)), v(dense_rows(v_)), a(dense_rows(a_)), b(dense_rows(b_)) {
-    STD_TORCH_CHECK(!chunked, "wkv7: the chunked kernel does not exist on a CPU; use auto or recurrent");
-    check_like("w", w, r), check_like("k", k, r), check_like("v", v, r), check_like("a", a, r), check_like("b", b, r);
-    STD_TORCH_CHECK(r.size(1) >= 1, "wkv7: needs at least one token");
-    STD_TORCH_CHECK(r.size(3) % 16 == 0, "wkv7: head size must be a multiple of 16, got ", r.size(3));
-    int64_t documents = r.size(0);
+    STD_TORCH_CHECK(!chunked, "wkv7: the chunked kernel does not exist on a CPU");
+    STD_TORCH_CHECK(r.size(3) % 16 == 0, "wkv7: no CPU kernel for head size ", r.size(3), ", which is not a multiple of 16");
     if (cu_seqlens_) {
-      STD_TORCH_CHECK(r.size(0) == 1, "wkv7: packed documents (cu_seqlens) need B = 1, got ", r.size(0));
-      STD_TORCH_CHECK(cu_seqlens_->dim() == 1 && cu_seqlens_->size(0) >= 2 && cu_seqlens_->scalar_type() == ScalarType::Int,
-                      "wkv7: cu_seqlens must be int32 [documents + 1]");
       cu_seqlens = torch::stable::contiguous(*cu_seqlens_);
-      documents = cu_seqlens->size(0) - 1;
+      const int64_t documents = cu_seqlens->size(0) - 1;
       const auto* bounds = static_cast<const int32_t*>(cu_seqlens->const_data_ptr());
       STD_TORCH_CHECK(bounds[0] == 0 && bounds[documents] == r.size(1), "wkv7: cu_seqlens must run from 0 to T = ", r.size(1));
       for (int64_t d = 0; d < documents; ++d)
         STD_TORCH_CHECK(bounds[d] <= bounds[d + 1], "wkv7: cu_seqlens must not decrease (at document ", d, ")");
     }
-    if (state_) state = dense_state("state", *state_, documents, r);
+    if (state_) state = torch::stable::contiguous(*state_);
   }
 
   int64_t documents() const { return cu_seqlens ? cu_seqlens->size(0) - 1 : r.size(0); }
@@ -141,7 +105,7 @@ Forward cpu_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, 
 Backward cpu_backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state,
                       Optional cu_seqlens, Tensor saved_state, Tensor saved_sa, bool chunked) {
   const CpuInputs in(r, w, k, v, a, b, state, cu_seqlens, chunked);
-  check_like("dy", dy, in.r);
+  check_dy(dy, in.r);
   wkv7_cpu::Backward p;
   in.fill(p);
   check_saved("saved_state", saved_state, saved_states(p) * p.H * p.N * p.N);
@@ -149,7 +113,10 @@ Backward cpu_backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tens
   const Tensor dy_rows = dense_rows(dy);
   p.dy = rows(dy_rows);
   Optional dfinal;
-  if (dfinal_state) dfinal = dense_state("dfinal_state", *dfinal_state, p.documents, in.r);
+  if (dfinal_state) {
+    check_dfinal_state(*dfinal_state, p.documents, p.H, p.N);
+    dfinal = torch::stable::contiguous(*dfinal_state);
+  }
   p.dfinal_state = dfinal ? floats(*dfinal) : nullptr;
   p.saved_state = floats(saved_state), p.saved_sa = floats(saved_sa);
   const auto dtype = in.r.scalar_type();

@@ -1,6 +1,6 @@
 // One token for each of B sequences through the whole network, on a CPU, in one call.
 //
-// Such a step multiplies every matrix by B vectors only, so it takes the time that reading the matrices from memory takes. Each is read
+// Such a step multiplies every matrix by B vectors only, so its time is that of reading the matrices from memory. Each is read
 // once, front to back, a share of its rows by each thread; everything between two products is done on what is in the cache.
 // The mathematics is that of TimeMix and ChannelMix (src/model/layers.py) at T = 1; arithmetic is fp32 for weights of every dtype.
 #include <torch/csrc/stable/library.h>
