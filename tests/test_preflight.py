@@ -218,15 +218,15 @@ def test_free_memory_of_a_container(tmp_path):
     assert machine._available(tmp_path / "none") is None
     group = tmp_path / "cgroup" / "job" / "step"
     group.mkdir(parents=True)
-    own_groups = tmp_path / "own"
-    own_groups.write_text("0::/job/step\n")
+    membership = tmp_path / "own"
+    membership.write_text("0::/job/step\n")
     (group / "memory.max").write_text("max\n")
     (group / "memory.current").write_text("5\n")
-    assert machine._cgroup_available(tmp_path / "cgroup", own_groups) is None
+    assert machine._cgroup_available(tmp_path / "cgroup", membership) is None
     (group.parent / "memory.max").write_text("1000\n")
     (group.parent / "memory.current").write_text("700\n")
     (group.parent / "memory.stat").write_text("anon 5\ninactive_file 200\n")
-    assert machine._cgroup_available(tmp_path / "cgroup", own_groups) == 500
+    assert machine._cgroup_available(tmp_path / "cgroup", membership) == 500
 
 
 def test_installed_packages_are_compared_with_the_requirements(tmp_path, monkeypatch):

@@ -1,5 +1,4 @@
-"""Facts about this machine: versions of software, compilers and CUDA with their problems, free memory, free disk
-space."""
+"""Facts about this machine: software, compilers and CUDA with their problems; free memory and disk space."""
 
 from __future__ import annotations
 
@@ -167,15 +166,15 @@ def _available(meminfo: Path = Path("/proc/meminfo")) -> float | None:
     return float(available[1]) * 1024 if available else None
 
 
-def _cgroup_available(root: Path, own_groups: Path) -> float | None:
+def _cgroup_available(root: Path, membership: Path) -> float | None:
     """Bytes left in the control groups of this process (a container, a job): the smallest of the nested ones.
 
-    `root` is where control groups are mounted, `own_groups` the file that lists those of this process.
+    `root` is where control groups are mounted, `membership` the file that lists those of this process.
     """
-    if not own_groups.is_file():
+    if not membership.is_file():
         return None
     free: list[float] = []
-    for line in own_groups.read_text().splitlines():
+    for line in membership.read_text().splitlines():
         # "0::/path" in version 2, "N:memory:/path" in version 1, which has a hierarchy for each controller
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
