@@ -71,7 +71,8 @@ class RWKV7(nn.Module):
         return self.head(x), state  # [B, T, C] -> [B, T, V]
 
     def compile_blocks(self, **options: Any) -> None:
-        """torch.compile for the blocks, with its `options`. A failure to compile gives one warning, and the blocks run uncompiled."""
+        """torch.compile for the blocks, with its `options`. A failure to compile gives one warning, and the blocks run
+        uncompiled."""
         compile_with_fallback(list(self.blocks), **options)
 
     @classmethod

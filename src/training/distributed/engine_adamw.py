@@ -87,7 +87,8 @@ class EngineAdamW(torch.optim.AdamW):
         if self.zero.dtype != torch.float16:
             self._skipped += ~torch.isfinite(self.grad_norm)
 
-    # ---- the state by parameter, of which this rank holds a partition --------------------------------------------------
+    # ---- the state by parameter, of which this rank holds a partition
+    # --------------------------------------------------
 
     def part_of(self, parameter: nn.Parameter) -> Part | None:
         """Where this rank's part of a parameter lies; None when it holds none of it."""
