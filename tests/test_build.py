@@ -387,7 +387,7 @@ TESTS_OF_OPS = (
     "test_elementwise.py::test_relu_squared",
     "test_loss.py::test_low_precision_is_as_exact_as_plain_pytorch",
     "test_loss.py::test_gradient_takes_the_place_of_logits_that_nobody_needs",
-    "test_decode.py::test_the_native_step_is_the_training_forward",
+    "test_decode.py::test_the_native_step_agrees_with_the_training_forward",
     "test_decode.py::test_packing_keeps_every_bit",
 )
 
