@@ -51,6 +51,7 @@ struct Call {
     chunked = chunked_;
     tokens_each = r.size(1);
     tokens = r.size(0) * r.size(1);
+    // The kernels count tokens in 32 bits.
     STD_TORCH_CHECK(tokens > 0 && tokens < (int64_t(1) << 31), "wkv7: needs from 1 to 2^31 - 1 tokens, got ", tokens);
     heads = int(r.size(2));
     head_size = int(r.size(3));
@@ -115,6 +116,7 @@ Backward backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tensor k
     dfinal = Call::dense(*dfinal_state);
   }
   const Tensor dr = c.like(), dw = c.like(), dk = c.like(), dv = c.like(), da = c.like(), db = c.like();
+  // Empty where there was no initial state: a schema has no optional outputs.
   const Tensor dstate = state ? c.states() : c.floats(0);
   const auto run = c.chunked ? wkv7_chunked_backward : wkv7_recurrent_backward;
   c.check(run(c.dtype, c.head_size, c.documents, c.tokens_each, c.heads, dy_dense.const_data_ptr(),

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <optional>
 #include <tuple>
@@ -121,6 +122,7 @@ Backward cpu_backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tens
   p.saved_state = floats(saved_state), p.saved_sa = floats(saved_sa);
   const auto dtype = in.r.scalar_type();
   const Tensor dr = in.like(dtype), dw = in.like(dtype), dk = in.like(dtype), dv = in.like(dtype), da = in.like(dtype), db = in.like(dtype);
+  // Without an initial state it has no gradient: the op returns an empty tensor, since a schema has no optional outputs.
   const Tensor dstate = state ? in.states(p.documents) : in.nothing();
   p.dr = dr.mutable_data_ptr(), p.dw = dw.mutable_data_ptr(), p.dk = dk.mutable_data_ptr();
   p.dv = dv.mutable_data_ptr(), p.da = da.mutable_data_ptr(), p.db = db.mutable_data_ptr();

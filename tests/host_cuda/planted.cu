@@ -67,7 +67,7 @@ __global__ void different_barriers(float* out) {
 __global__ void copy_and_wait(const float* in, float* out, int wait) {
   SHARED_MEMORY(shared);
   float* const values = reinterpret_cast<float*>(shared) + 4 * threadIdx.x;
-  copy16_async(values, in + 4 * threadIdx.x, wait == 3 ? 0 : 16);
+  copy16_async(values, in + 4 * threadIdx.x, wait == 3 ? 0 : 16);  // of no bytes: zeros
   copy_async_commit();
   if (wait == 1 || wait == 3) copy_async_wait<0>();
   for (int i = 0; i < 4; i++) out[4 * threadIdx.x + i] = values[i];
