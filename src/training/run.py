@@ -91,7 +91,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
     except UserError as error:
         return _fail(process_group, str(error), USER_ERROR)
     except BuildError as error:
-        return _fail(process_group, f"--kernel {config.kernel}: {error}", USER_ERROR)
+        return _fail(process_group, str(error), USER_ERROR)
     except OSError as error:
         return _fail(process_group, _describe_os_error(error, config), FAILURE)
     except (FloatingPointError, OutOfMemory) as error:
