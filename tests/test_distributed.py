@@ -333,7 +333,7 @@ def test_more_processes_than_cores_give_a_note(monkeypatch):
     monkeypatch.setattr(selection, "usable_cores", lambda: 3)
     assert selection.choose_hardware(RunConfig(accelerator="cpu", devices="3")).notes == ()
     (note,) = selection.choose_hardware(RunConfig(accelerator="cpu", devices="4")).notes
-    assert note.startswith("--devices 4: this machine lets them use 3 cores")
+    assert note.startswith("--devices 4: only 3 cores can be used")
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------

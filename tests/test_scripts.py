@@ -510,7 +510,7 @@ def test_a_server_that_does_not_send_the_length_is_refused(server, tmp_path):
     import fetch_minipile
 
     server.sends_length = False
-    with pytest.raises(ValueError, match=r"/x\.bin: the server doesn't say how long the file is"):
+    with pytest.raises(ValueError, match="Content-Length"):
         fetch_minipile.fetch(f"{server.url}/x.bin", tmp_path / "x.bin")
     assert list(tmp_path.iterdir()) == []
 
@@ -518,7 +518,7 @@ def test_a_server_that_does_not_send_the_length_is_refused(server, tmp_path):
 def test_a_file_of_another_size_is_refused(server, tmp_path):
     import fetch_minipile
 
-    with pytest.raises(ValueError, match=r"10,240 bytes, expected 7"):
+    with pytest.raises(ValueError, match=r"10,240 bytes; expected 7 bytes"):
         fetch_minipile.fetch(f"{server.url}/x.bin", tmp_path / "x.bin", 7)
     assert list(tmp_path.iterdir()) == []
 

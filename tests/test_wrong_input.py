@@ -92,7 +92,7 @@ def test_ids_beyond_the_vocabulary_that_the_first_check_misses_are_found_in_thei
     settings = {"my_exit_tokens": CTX * 64 * 196, "micro_bsz": 64, "n_layer": 1}
     assert train(tmp_path / "run", tmp_path / "long", **settings) == 2
     message = capfd.readouterr().err
-    assert re.search(rf"{VOCAB + 1} at token 100003.*--vocab_size {VOCAB}", message), message
+    assert re.search(rf"--vocab_size {VOCAB}: .*token id {VOCAB + 1} at position 100003", message), message
     assert "Traceback" not in message
 
 
