@@ -197,7 +197,11 @@ def main(arguments: list[str] | None = None) -> None:
             held_out = MMapIndexedDataset(heldout)
             print(f"{held_out.bin_path}: {len(held_out)} documents, {held_out.n_tokens} tokens")
         print(f"{data.bin_path}: {len(data)} documents, {data.n_tokens} tokens of type {data.dtype}")
-        prime = magic_prime(data.n_tokens, args.ctx_len)
+        try:
+            prime = magic_prime(data.n_tokens, args.ctx_len)
+        except UserError as error:
+            error.problem += f" ({data.bin_path} is complete all the same)"
+            raise
     # Last, so that scripts can take it with `tail -n 1`.
     print(f"--my_exit_tokens {data.n_tokens} --magic_prime {prime} --ctx_len {args.ctx_len}")
 

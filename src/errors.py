@@ -1,4 +1,4 @@
-"""`UserError`, a mistake in what the user gave: the only error that is shown without a traceback."""
+"""`UserError`: a mistake in what the user gave, shown as one sentence and without a traceback."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@
     resume/                                                     full states (training/checkpoint)
     previous-K/                                                 an earlier run's files
 
-The only module that knows these names and the format of run.json; training writes through it, inference reads through
-it.
+The only module that knows these names and opens run.json: training writes and inference reads through it. What a run
+records in it is decided in src/training/settings.py.
 """
 
 from __future__ import annotations

@@ -101,11 +101,11 @@ def test_micro_steps_are_no_steps():
 def test_the_time_limit_leaves_room_for_what_is_reserved(monkeypatch):
     control = RunControl(ProcessGroup(), 0)
     stop = GracefulStop(control, ends_at=time.monotonic() + 100)
-    assert not stop.is_due()
+    assert not stop.must_stop()
     control.reserved_seconds["save"] = 80
-    assert stop.is_due()
-    assert not stop.is_due(excluding="save")
-    assert not GracefulStop(control, math.inf).is_due()
+    assert stop.must_stop()
+    assert not stop.must_stop(excluding="save")
+    assert not GracefulStop(control, math.inf).must_stop()
 
 
 def test_a_signal_requests_a_stop_and_a_second_ctrl_c_interrupts():

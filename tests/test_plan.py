@@ -14,7 +14,7 @@ from src.model.cost import parameter_count
 from src.ops.build import load_native
 from src.ops.recurrence import _register
 from src.training import optim
-from src.training.objectives.next_token import HeadLoss
+from src.training.objectives.head_loss import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
 from src.training.preflight import plan
 from src.training.run import run

@@ -82,8 +82,7 @@ def run(tmp_path_factory):
     return out
 
 
-# ---- reading
-# ----------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def test_logs_of_a_run_are_read_back(run):
@@ -137,8 +136,7 @@ def test_folder_without_logs_is_an_error_of_the_user(tmp_path, capsys, command):
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- figures
-# ----------------------------------------------------------------------------------------------------------
+# ---- figures ---------------------------------------------------------------------------------------------------------
 
 
 def labels_of(axes):
@@ -211,8 +209,7 @@ def test_figure_of_one_run_goes_into_its_folder_or_where_out_says(run, tmp_path,
     assert (copy / name).read_bytes().startswith(first_bytes)
 
 
-# ---- the report page
-# --------------------------------------------------------------------------------------------------
+# ---- the report page -------------------------------------------------------------------------------------------------
 
 
 def test_report_is_complete_and_needs_no_other_file(run, tmp_path, capsys):
@@ -309,8 +306,7 @@ def test_damaged_file_of_a_run_is_named(run, tmp_path, name):
     assert not (tmp_path / "report.html").exists()
 
 
-# ---- the published run
-# ------------------------------------------------------------------------------------------------
+# ---- the published run -----------------------------------------------------------------------------------------------
 
 
 def published_log(change=None, lines=12):

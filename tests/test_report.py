@@ -28,7 +28,8 @@ from src.training.distributed.process_group import ProcessGroup
 from src.training.figures import background
 from src.training.hardware import peak_flops
 from src.training.hardware.selection import Hardware
-from src.training.objectives.next_token import HeadLoss, NextToken
+from src.training.objectives.head_loss import HeadLoss
+from src.training.objectives.next_token import NextToken
 from src.training.optim import MasterAdamW, parameter_groups
 from src.training.reporting import progress
 from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile

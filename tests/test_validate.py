@@ -47,8 +47,7 @@ def validations(out):
     return read_columns(out / "val.csv")
 
 
-# ---- which samples
-# ----------------------------------------------------------------------------------------------------------
+# ---- which samples ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -95,8 +94,7 @@ def test_wrong_val_every_is_refused_with_examples(wrong):
     assert "500steps" in fault.expected
 
 
-# ---- in a run
-# ---------------------------------------------------------------------------------------------------------------
+# ---- in a run --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -219,8 +217,7 @@ def test_the_same_held_out_data_keeps_its_rows(tmp_path, data, held, whole, monk
     assert rows["steps"][-1] == 60
 
 
-# ---- stopped in the middle of it
-# --------------------------------------------------------------------------------------------
+# ---- stopped in the middle of it -------------------------------------------------------------------------------------
 
 
 def interrupted(monkeypatch, number, act):
@@ -285,8 +282,7 @@ def test_curves_have_it(whole):
     assert np.isfinite(curves.seconds_at(curves.val_tokens)).all()
 
 
-# ---- several processes
-# ------------------------------------------------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

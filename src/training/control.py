@@ -38,12 +38,13 @@ class RunControl(pl.Callback):
     def __init__(self, process_group: ProcessGroup, first_step: int) -> None:
         self.step = first_step  # optimizer steps taken since the run began, those before this start included
         self.step_ended = False  # whether the micro step that was just taken completed an optimizer step
-        self.paused_seconds = 0.0  # spent on validation, which is no training time
+        self.paused_seconds = 0.0  # spent on validation, which is not counted as training time
         self.reserved_seconds: dict[str, float] = {}  # by purpose: needed before the next chance to stop
         self._process_group = process_group
         self._first_step = first_step
         self._requested: set[str] = set()
         self._agreed: set[str] = set()
+        self._saved_last = False  # whether a save was agreed on after the step before
         self._pending: PendingFlags | None = None
 
     def request(self, name: str) -> None:
@@ -60,7 +61,7 @@ class RunControl(pl.Callback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in this block is no training time: tokens per second and the length of a step leave it out."""
+        """Time in this block is not counted as training time, neither for tokens per second nor for a step's length."""
         begin = time.monotonic()
         try:
             yield
@@ -75,9 +76,8 @@ class RunControl(pl.Callback):
         if not self.step_ended:
             return  # one of the micro steps of --accumulate_grad_batches
         self.step = step
-        self._agreed.discard(
-            SAVE
-        )  # done after the step before; stopping and rolling back stay agreed until the fit ends
+        # a save was done after the step before; stopping and rolling back stay agreed until the fit ends
+        self._agreed.discard(SAVE)
         self._exchange()
         if self.is_agreed(STOP, ROLL_BACK):
             trainer.should_stop = True
@@ -88,11 +88,21 @@ class RunControl(pl.Callback):
         self._pending = outgoing
         self._requested.discard(SAVE)
         if arrived is not None:
-            self._agreed |= {name for name, flag in zip(REQUESTS, arrived.wait(), strict=True) if flag}
+            self._agree_on(arrived)
+        # While a request to save is on its way, the clocks of this rank and others request again: that save is done.
+        if self._saved_last:
+            self._agreed.discard(SAVE)
+        self._saved_last = SAVE in self._agreed
+
+    def _agree_on(self, flags: PendingFlags) -> None:
+        self._agreed |= {name for name, flag in zip(REQUESTS, flags.wait(), strict=True) if flag}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # No collective may be under way when the process group is destroyed. And a stop that was requested during the
+        # last step, or while the last save was waited for, must not be lost where the run rolls back instead of ending.
         if self._pending is not None:
-            self._pending.wait()  # no collective may be under way when the process group is destroyed
+            self._agree_on(self._pending)
+        self._agree_on(self._process_group.any_rank([name in self._requested for name in REQUESTS]))
 
 
 class StepCallback(pl.Callback):
@@ -123,6 +133,7 @@ class GracefulStop(StepCallback):
         """`ends_at` by time.monotonic(): when the process has to be gone; infinity without a limit."""
         super().__init__(control)
         self.received = 0  # the number of the first signal
+        self.ran_out_of_time = False  # before any signal came
         self._ends_at = ends_at
         self._longest_step, self._step_began = 0.0, math.inf
         self._previous_handlers: dict[int, Any] = {}
@@ -131,7 +142,7 @@ class GracefulStop(StepCallback):
     def has_time_limit(self) -> bool:
         return math.isfinite(self._ends_at)
 
-    def is_due(self, excluding: str = "") -> bool:
+    def must_stop(self, excluding: str = "") -> bool:
         """Whether this rank has to stop. `excluding`: a purpose whose reserved seconds are being spent right now."""
         return bool(self.received) or self.is_out_of_time(excluding)
 
@@ -144,8 +155,8 @@ class GracefulStop(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not earlier: Lightning installs a SIGTERM handler of its own, which would end the run without saving.
         for number in SIGNALS:
-            # nohup has SIGHUP ignored, and it stays so. SIGINT is ignored in background jobs of a shell, which `kill
-            # -INT` may still stop.
+            # nohup makes processes ignore SIGHUP, which stays so. Shells make their background jobs ignore SIGINT; a
+            # `kill -INT` is meant all the same.
             if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
                 self._previous_handlers[number] = signal.signal(number, self._receive)
 
@@ -160,9 +171,16 @@ class GracefulStop(StepCallback):
         self._longest_step = max(self._longest_step, now - self._step_began)  # the first has no beginning: -infinity
         self._step_began = now
         if self.is_out_of_time():
+            self.ran_out_of_time = self.ran_out_of_time or not self.received
             self.control.request(STOP)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._restore_handlers()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore_handlers()  # Lightning calls no teardown hook after an exception
+
+    def _restore_handlers(self) -> None:
         for number, handler in self._previous_handlers.items():
             if signal.getsignal(number) == self._receive:  # Lightning, whose turn comes first, has restored SIGTERM's
                 signal.signal(number, handler)

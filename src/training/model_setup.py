@@ -30,12 +30,11 @@ def resolve_model_config(config: RunConfig, resume: ResumePoint, process_group: 
     def resolve() -> ModelConfig:
         # a full state records its vocabulary, whatever the data or the tokenizer would suggest
         known = saved.get("vocab_size", 0) if not config.vocab_size else 0
-        vocab_size = known or find_vocab_size(config, _read(resume))
-        sizes = config.model_config(vocab_size)
-        if resume.state is None and (weights := _read(resume)) is not None:
-            _fit(
-                weights, config, sizes, resume
-            )  # a mistake in it is raised on every rank, before any waits for another
+        weights = read_weights(resume.weights) if resume.weights is not None else None
+        sizes = config.model_config(known or find_vocab_size(config, weights))
+        if weights is not None:
+            # a mistake in the weights is raised here, on every rank, before any waits for another
+            _fit(weights, config, sizes, str(resume.weights))
         return sizes
 
     sizes = process_group.broadcast_from_rank_zero(resolve)
@@ -82,24 +81,26 @@ def _values(config: RunConfig, sizes: ModelConfig, resume: ResumePoint, model: R
     if resume.state is not None:
         yield from ((name, torch.empty(parameter.shape)) for name, parameter in model.named_parameters())
         return
-    weights = _read(resume)
-    if weights is None:
+    if resume.weights is None:
         yield from initial_values(sizes)
         return
-    weights = _fit(weights, config, sizes, resume)
+    weights = fitted_weights(config, sizes, resume)
     yield from ((name, tensor) for name, tensor in weights.items() if not tensor.is_meta)
     if any(tensor.is_meta for tensor in weights.values()):  # --load_partial: parameters that the file lacks
         yield from ((name, tensor) for name, tensor in initial_values(sizes) if weights[name].is_meta)
 
 
-def _fit(weights: Weights, config: RunConfig, sizes: ModelConfig, resume: ResumePoint) -> Weights:
+def fitted_weights(config: RunConfig, sizes: ModelConfig, resume: ResumePoint) -> Weights:
+    """The weights file that the run continues from, as the model needs it; parameters that it lacks (--load_partial)
+    are on the meta device. Raises UserError when it doesn't fit."""
+    assert resume.weights is not None
+    return _fit(read_weights(resume.weights), config, sizes, str(resume.weights))
+
+
+def _fit(weights: Weights, config: RunConfig, sizes: ModelConfig, source: str) -> Weights:
     with torch.device("meta"):
         model = RWKV7(sizes)
-    return fit_weights(weights, model, str(resume.weights), partial=bool(config.load_partial))
-
-
-def _read(resume: ResumePoint) -> Weights | None:
-    return read_weights(resume.weights) if resume.weights is not None else None
+    return fit_weights(weights, model, source, partial=bool(config.load_partial))
 
 
 def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:

@@ -14,7 +14,7 @@ from src.model import RWKV7
 from src.training.distributed.engine_adamw import EngineAdamW
 from src.training.distributed.sharded_init import NamedTensors, partition
 from src.training.hardware.selection import Hardware, engine_settings
-from src.training.objectives import OBJECTIVES
+from src.training.objectives import OBJECTIVES, Objective
 from src.training.optim import MasterAdamW, parameter_groups
 
 
@@ -33,7 +33,7 @@ class TrainingModule(pl.LightningModule):
         self.model, self.config, self.hardware = model, config, hardware
         self.values = values
         # a submodule, so that ZeRO's stage 3 finds the module around which it gathers the head's weight
-        self.objective = OBJECTIVES[objective](model.head, config.head_chunk)
+        self.objective: Objective = OBJECTIVES[objective](model.head, config.head_chunk)
         self.optimizer: MasterAdamW | EngineAdamW  # set by Lightning's call of configure_optimizers
 
     def configure_model(self) -> None:
@@ -55,8 +55,6 @@ class TrainingModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """`EngineAdamW` inside a ZeRO engine, else `MasterAdamW`: the same mathematics."""
         c = self.config
-        # under ZeRO the engine computes the gradient norm and calls the optimizer group by group: another class, same
-        # steps
         groups = parameter_groups(self.model, c.weight_decay)
         adam: dict[str, Any] = {
             "lr": c.lr_init,
@@ -64,6 +62,7 @@ class TrainingModule(pl.LightningModule):
             "eps": c.adam_eps,
             "grad_clip": c.grad_clip,
         }
+        # the engine computes the gradient norm and calls the optimizer group by group: another class, the same steps
         if self.hardware.strategy == "deepspeed":
             self.optimizer = EngineAdamW(groups, **adam)
         else:

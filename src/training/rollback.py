@@ -9,51 +9,44 @@ from functools import partial
 import pytorch_lightning as pl
 
 from src.dataset.sample_order import nth_kept_sample
-from src.training.checkpoint.resume import ResumePoint, archive_damaged_state, find_resume_point
-from src.training.checkpoint.storage import DamagedStateError
+from src.training.checkpoint.resume import ResumePoint, find_resume_point
 from src.training.console import log
 from src.training.schedule import RunLength
-from src.training.settings import describe_start
 from src.training.trainer import FitResult, RunContext, fit
 
 
-def fit_with_rollback(run: RunContext, resume: ResumePoint) -> FitResult:
-    """Fit to the end, or until `run.ends_at`. After too many skipped steps in a row, resume once from the last good
-    state without their samples. A state whose tensors turn out to be damaged is archived, and the one before is
-    resumed.
+def fit_with_rollback(context: RunContext, resume: ResumePoint) -> FitResult:
+    """Fit to the end, or until `context.ends_at`. After too many skipped steps in a row, resume once from the last good
+    state without their samples.
 
     Raises FloatingPointError when rolling back doesn't get further; what a strategy, a callback or the data raises
-    passes through.
+    is not caught.
     """
     rolled_back_to = -1
     while True:
         # a roll-back to step 0 has to draw the same initial weights again
-        pl.seed_everything(run.settings["random_seed"], verbose=False)
+        pl.seed_everything(context.settings["random_seed"], verbose=False)
         try:
-            result = fit(run, resume)
-        except DamagedStateError as error:
-            assert resume.reader is not None
-            run.process_group.broadcast_from_rank_zero(partial(archive_damaged_state, resume.reader.folder, error))
-            resume = _find_resume_point_again(run, resume)
-            log(f"{'starts from':>12}  {describe_start(resume)}")
-            continue
+            result = fit(context, resume)
         finally:
             # trainer and module refer to each other: their weights and moments go before the next ones come
             gc.collect()
         if result.failed_steps is None:
             return result
-        resume = _roll_back(run, resume, result, rolled_back_to)
+        resume = _roll_back(context, resume, result, rolled_back_to)
         rolled_back_to = resume.position.step
 
 
-def _find_resume_point_again(run: RunContext, resume: ResumePoint) -> ResumePoint:
+def _find_resume_point_again(context: RunContext, resume: ResumePoint) -> ResumePoint:
     # as at the start of the run: find_resume_point continues it from the position that it finds
     length = resume.length
-    length = RunLength.of(length.exit_tokens, length.ctx_len, length.global_batch, run.config.epoch_steps)
-    return run.process_group.broadcast_from_rank_zero(partial(find_resume_point, run.config, run.proj_dir, length))
+    length = RunLength.of(length.exit_tokens, length.ctx_len, length.global_batch, context.config.epoch_steps)
+    return context.process_group.broadcast_from_rank_zero(
+        partial(find_resume_point, context.config, context.proj_dir, length)
+    )
 
 
-def _roll_back(run: RunContext, resume: ResumePoint, result: FitResult, rolled_back_to: int) -> ResumePoint:
+def _roll_back(context: RunContext, resume: ResumePoint, result: FitResult, rolled_back_to: int) -> ResumePoint:
     """The point before the failed steps of a fit from `resume`, without the samples of these steps."""
     steps, position = result.failed_steps, resume.position
     assert steps is not None
@@ -61,9 +54,9 @@ def _roll_back(run: RunContext, resume: ResumePoint, result: FitResult, rolled_b
     failed = sorted(nth_kept_sample(n, position.skipped_samples) for n in numbers)
     where = (
         f"steps {steps.start + 1} to {steps.stop} (samples {failed[0]} to {failed[-1]}, the first is at "
-        f"{run.samples.locate(failed[0])})"
+        f"{context.samples.locate(failed[0])})"
     )
-    earlier = _find_resume_point_again(run, resume)
+    earlier = _find_resume_point_again(context, resume)
     # the data can't be the cause when other samples failed at once
     is_no_progress = rolled_back_to >= 0 and not result.good_steps
     if earlier.position.step <= rolled_back_to or is_no_progress:

@@ -8,17 +8,18 @@ import os
 import secrets
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 
 from src import run_folder
-from src.config import RunConfig
+from src.config import ModelConfig, RunConfig
 from src.dataset.binidx import file_prefix
 from src.errors import UserError
 from src.files import file_lock
@@ -29,7 +30,16 @@ from src.ops.build import BuildError
 from src.ops.recurrence import describe_kernel
 from src.run_folder import BEST, FIGURE, FINAL, INIT, LOG, METRICS, REPORT, VALIDATION
 from src.run_log import read_columns
-from src.training.checkpoint.resume import archive_other_run, find_resume_point, length_of_run
+from src.training.checkpoint.resume import (
+    ResumePoint,
+    archive_damaged_state,
+    archive_other_run,
+    find_resume_point,
+    length_of_run,
+    peek_resume_point,
+    starts_new_run,
+)
+from src.training.checkpoint.storage import DamagedStateError
 from src.training.console import is_rank_zero, log, log_error, warn_on_error
 from src.training.data import HeldOut, Samples, open_samples
 from src.training.distributed.launch import rank_from_launcher
@@ -65,8 +75,10 @@ def run(config: RunConfig, notes: list[str]) -> int:
     _silence_libraries()
     process_group = ProcessGroup()  # of one process, until the others are there: errors before that are reported too
     try:
-        if info := rank_from_launcher(os.environ):
-            rank_zero_only.rank = info.rank  # type: ignore[attr-defined]  # Lightning doesn't know every launcher's ranks
+        # Lightning reads ranks from single variables such as RANK, which other programs leave behind, and doesn't know
+        # every launcher's.
+        info = rank_from_launcher(os.environ)
+        rank_zero_only.rank = info.rank if info else 0  # type: ignore[attr-defined]
         if config.plan >= 0:
             return _plan(config)
         if config.accelerator == "cpu" or not torch.cuda.is_available():
@@ -89,27 +101,29 @@ def run(config: RunConfig, notes: list[str]) -> int:
         process_group.shutdown()
         return code
     except UserError as error:
-        return _fail(process_group, str(error), USER_ERROR)
+        return _fail(process_group, error, str(error), USER_ERROR)
     except BuildError as error:
-        return _fail(process_group, str(error), USER_ERROR)
+        return _fail(process_group, error, str(error), USER_ERROR)
     except OSError as error:
-        return _fail(process_group, _describe_os_error(error, config), FAILURE)
+        return _fail(process_group, error, _describe_os_error(error, config), FAILURE)
     except (FloatingPointError, OutOfMemory) as error:
-        return _fail(process_group, str(error), FAILURE)
+        return _fail(process_group, error, str(error), FAILURE)
     except KeyboardInterrupt:
         if is_rank_zero():
-            log_error(f"interrupted; {_how_to_continue(config)} from the newest saved state or weights")
+            trains = config.train_stage != 1 and config.plan < 0 and not (config.check or config.dry_run)
+            advice = f"; {_how_to_continue(config)} from the newest saved state or weights" if trains else ""
+            log_error(f"interrupted{advice}")
         return INTERRUPTED
     except Exception as error:
         if is_out_of_memory(error):  # outside of the fit, where nobody could say more
             first_line = (str(error).splitlines() or [""])[0]
-            return _fail(process_group, f"out of memory ({first_line}); --check suggests settings that fit", FAILURE)
+            return _fail(process_group, error, f"out of memory ({first_line}); see --check", FAILURE)
         process_group.abort_after(error)
         raise
 
 
-def _fail(process_group: ProcessGroup, message: str, code: int) -> int:
-    if process_group.should_report():
+def _fail(process_group: ProcessGroup, error: Exception, message: str, code: int) -> int:
+    if process_group.should_report(error):
         log_error(message)
         process_group.abort(message)
     return code
@@ -132,7 +146,8 @@ def _run_mode(config: RunConfig, hardware: Hardware, process_group: ProcessGroup
     if config.dry_run:
         return dry_run(config, hardware, Path(config.proj_dir), process_group)
     proj_dir = process_group.broadcast_from_rank_zero(lambda: _writable_folder(config.proj_dir))
-    with _exclusive(proj_dir):
+    with ExitStack() as lock:  # held by rank 0: one run has one lock, however many processes
+        process_group.broadcast_from_rank_zero(lambda: _acquire_folder(proj_dir, lock))
         if config.train_stage == 1:
             return _write_initial_weights(config, proj_dir)
         return _train(config, hardware, proj_dir, process_group, ends_at)
@@ -152,8 +167,7 @@ def _plan(config: RunConfig) -> int:
     return 0
 
 
-# ---- stage 1
-# -------------------------------------------------------------------------------------------------------------------
+# ---- stage 1 ---------------------------------------------------------------------------------------------------------
 
 
 def _write_initial_weights(config: RunConfig, proj_dir: Path) -> int:
@@ -166,7 +180,8 @@ def _write_initial_weights(config: RunConfig, proj_dir: Path) -> int:
         fit_weights(read_weights(target), model, source=str(target))
         log(f"{target} exists and fits; delete it to draw other initial weights")
         return 0
-    seed = _seed(config)
+    seed = _draw_seed(config)
+    pl.seed_everything(seed, verbose=False)
     # bf16 even on a CPU, unless asked for otherwise: the official trainer writes it so
     model = RWKV7(sizes).to(torch.float32 if config.precision in ("fp32", "tf32") else torch.bfloat16)
     save_weights(model.state_dict(), target)
@@ -174,8 +189,7 @@ def _write_initial_weights(config: RunConfig, proj_dir: Path) -> int:
     return 0
 
 
-# ---- training
-# ------------------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
 def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group: ProcessGroup, ends_at: float) -> int:
@@ -183,37 +197,66 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group:
     samples, held_out = _open_data(config)
     length = length_of_run(config, samples.tokens_per_epoch, hardware.world_size)
     if config.restart or not (proj_dir / FINAL).exists():
-        # an unavailable kernel is reported before files are moved
+        # for its errors: an unavailable kernel is reported before files are moved
         describe_kernel(hardware.device_type, hardware.dtype, config.head_size, config.kernel)
-    # From here on files are moved and written; what can be wrong with settings and data was checked above.
-    on_rank_zero(lambda: archive_other_run(config, proj_dir))
+    if on_rank_zero(lambda: starts_new_run(config, proj_dir)):
+        # what is wrong with the new run's weights is found before the earlier run is archived
+        new = on_rank_zero(lambda: peek_resume_point(config, proj_dir, length))
+        _check_ids(samples, held_out, resolve_model_config(config, new, process_group))
+        on_rank_zero(lambda: archive_other_run(config, proj_dir))
     if on_rank_zero((proj_dir / FINAL).exists):
         on_rank_zero(lambda: refuse_other_settings(config, hardware, proj_dir, length, samples))
         log(complete_message(proj_dir))
         return 0
-    seed = on_rank_zero(lambda: _seed(config))  # drawn once: the settings that ranks record and compare contain it
-    resume = on_rank_zero(lambda: find_resume_point(config, proj_dir, length))
-    sizes = resolve_model_config(config, resume, process_group)
+    seed = on_rank_zero(lambda: _draw_seed(config))  # once: it is among the settings that all ranks have
+    recorded = run_folder.read_run(proj_dir)
+    while True:
+        resume = on_rank_zero(lambda: find_resume_point(config, proj_dir, length))
+        sizes = resolve_model_config(config, resume, process_group)
+        _check_ids(samples, held_out, sizes)
+        settings = resolve_settings(config, sizes, hardware, length, samples, seed)
+        log(summary(config, sizes, hardware, samples, resume))
+        on_rank_zero(partial(_record_start, config, hardware, proj_dir, settings, resume))
+        if is_rank_zero():
+            warn_at_start(config, hardware, sizes, samples, resume, proj_dir)
+        context = RunContext(config, sizes, hardware, proj_dir, samples, held_out, settings, process_group, ends_at)
+        try:
+            with with_oom_advice(config, sizes, hardware, process_group):
+                result = fit_with_rollback(context, resume)
+            break
+        except DamagedStateError as error:
+            # The state's tensors turned out to be damaged while they were loaded. The state before may be of a start
+            # with other settings, and numbered weights are placed by what run.json said before this start.
+            on_rank_zero(partial(_archive_damaged, proj_dir, error, recorded))
+    if is_rank_zero():
+        _report_end(config, proj_dir, result, resume.length.steps)
+    return result.exit_code
+
+
+def _check_ids(samples: Samples, held_out: HeldOut | None, sizes: ModelConfig) -> None:
     samples.check_ids(sizes.vocab_size)
     if held_out:
         held_out.check_ids(sizes.vocab_size)
-    settings = resolve_settings(config, sizes, hardware, length, samples, seed)
+
+
+def _record_start(
+    config: RunConfig, hardware: Hardware, proj_dir: Path, settings: dict[str, Any], resume: ResumePoint
+) -> None:
+    """Refuse settings that would make this another run, then write run.json: before the first step, so that a run that
+    is killed at once is recognised as the same run by the next start."""
     if resume.position.step:
         # a state knows the settings of the start that saved it; numbered weights only have run.json
         before = resume.state.settings if resume.state else run_folder.read_run(proj_dir).get("settings", {})
-        on_rank_zero(lambda: compare_settings(before, settings, proj_dir))
-        on_rank_zero(lambda: refuse_past_end(before, resume))
-    log(summary(config, sizes, hardware, samples, resume))
-    # before the first step: a run that is killed at once is recognised as the same run by the next start
-    on_rank_zero(lambda: record_start(config, hardware, proj_dir, settings, resume))
-    if is_rank_zero():
-        warn_at_start(config, hardware, sizes, samples, resume, proj_dir)
-    context = RunContext(config, sizes, hardware, proj_dir, samples, held_out, settings, process_group, ends_at)
-    with with_oom_advice(config, sizes, hardware, process_group):
-        result = fit_with_rollback(context, resume)
-    if is_rank_zero():
-        _report_end(config, proj_dir, result, length.steps)
-    return result.exit_code
+        compare_settings(before, settings, proj_dir)
+        refuse_past_end(before, resume)
+    record_start(config, hardware, proj_dir, settings, resume)
+
+
+def _archive_damaged(proj_dir: Path, error: DamagedStateError, recorded: dict[str, Any]) -> None:
+    assert error.folder is not None
+    archive_damaged_state(error.folder, error)
+    if recorded:
+        run_folder.write_run(proj_dir, recorded)
 
 
 def _open_data(config: RunConfig) -> tuple[Samples, HeldOut | None]:
@@ -225,8 +268,6 @@ def _open_data(config: RunConfig) -> tuple[Samples, HeldOut | None]:
     held_out = HeldOut(config)
     if file_prefix(config.val_data_file).resolve() == file_prefix(config.data_file).resolve():
         log("WARNING: --val_data_file is the training data itself: its loss says nothing about other text")
-    if config.vocab_size:  # a mistake has to be found before files are moved
-        held_out.check_ids(config.vocab_size)
     return samples, held_out
 
 
@@ -259,10 +300,8 @@ def _describe_held_out(rows: dict[str, list[float]], proj_dir: Path, data: str, 
     return "; ".join(parts)
 
 
-def _seed(config: RunConfig) -> int:
-    seed = config.random_seed if config.random_seed >= 0 else secrets.randbelow(2**31)
-    pl.seed_everything(seed, verbose=False)
-    return seed
+def _draw_seed(config: RunConfig) -> int:
+    return config.random_seed if config.random_seed >= 0 else secrets.randbelow(2**31)
 
 
 def _writable_folder(name: str) -> Path:
@@ -278,24 +317,18 @@ def _writable_folder(name: str) -> Path:
     return folder
 
 
-@contextmanager
-def _exclusive(proj_dir: Path) -> Iterator[None]:
+def _acquire_folder(proj_dir: Path, lock: ExitStack) -> None:
     """Two runs in one folder would overwrite each other's weights: the second is refused."""
-    if not is_rank_zero():  # one run has one lock, however many processes
-        yield
-        return
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(file_lock(proj_dir / ".lock", wait=False))
-        except BlockingIOError:
-            raise UserError(
-                "another run is using this folder",
-                flag="proj_dir",
-                given=proj_dir,
-                advice="wait for it, stop it, or choose another folder",
-            ) from None
-        run_folder.remove_leftovers(proj_dir)
-        yield
+    try:
+        lock.enter_context(file_lock(proj_dir / ".lock", wait=False))
+    except BlockingIOError:
+        raise UserError(
+            "another run is using this folder",
+            flag="proj_dir",
+            given=proj_dir,
+            advice="wait for it, stop it, or choose another folder",
+        ) from None
+    run_folder.remove_leftovers(proj_dir)
 
 
 def _silence_libraries() -> None:

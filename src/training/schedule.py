@@ -1,6 +1,7 @@
 """The learning rate schedule, the length of a run in steps, and the bounds of its mini-epochs, as pure functions.
 
-Steps are counted from 0 at the first step of the whole run, however often it was stopped and resumed.
+Steps are counted from 0 at the first step of the whole run, however often it was stopped and resumed. `step` is the
+index of a step; as a number of steps taken (a position, a folder's name) it is the index of the next one.
 """
 
 from __future__ import annotations

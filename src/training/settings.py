@@ -24,8 +24,8 @@ from src.training.model_setup import find_vocab_size
 from src.training.reporting.environment import environment
 from src.training.schedule import RunLength
 
-# Derived settings, which no flag sets directly; the others say in their declaration whether they may change within a
-# run.
+# Flags declare in src/config/flags.py whether they may change within a run; these are derived settings, which no flag
+# sets directly.
 FIXED = {*settings_with("fixed"), "data"}
 FREE = {*settings_with("free"), "global_batch", "order_seed"}
 # the flags that derived settings come from, for messages
@@ -59,8 +59,7 @@ def _tokenizer_identity(tokenizer: str) -> str:
     return sha256_of(file)[:16] if tokenizer and file.is_file() else tokenizer
 
 
-# ---- what changed since the last start
-# -----------------------------------------------------------------------------------------
+# ---- what changed since the last start -------------------------------------------------------------------------------
 
 
 def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path) -> None:
@@ -71,6 +70,8 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path
         first, *others = fixed
         problem = f"was {changed[first][0]} in the run of {proj_dir}"
         problem += "".join(f", --{FLAGS.get(name, name)} was {changed[name][0]}" for name in others)
+        if first == "data" and before.get("order_seed") != now.get("order_seed"):
+            problem += f" (--random_seed {before.get('order_seed')} fixes the order of conversations)"
         raise UserError(
             problem,
             flag=FLAGS.get(first, first),
@@ -86,7 +87,8 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path
 
 
 def refuse_past_end(before: dict[str, Any], resume: ResumePoint) -> None:
-    """UserError where the run has passed the end that is given now, and was to be longer by its settings `before`."""
+    """Raises UserError when --my_exit_tokens is below what the run has already trained on, and was to be longer by its
+    settings `before`."""
     length, planned = resume.length, before.get("my_exit_tokens", 0)
     passed = resume.position.samples * length.ctx_len
     # less than planned is no mistake as long as it isn't reached: a run may be cut short on purpose
@@ -112,8 +114,7 @@ def refuse_other_settings(
     compare_settings(before, {name: now[name] for name in now if name in FIXED}, proj_dir)
 
 
-# ---- what run.json records
-# -----------------------------------------------------------------------------------------------------
+# ---- what run.json records -------------------------------------------------------------------------------------------
 
 
 def record_start(
@@ -150,8 +151,7 @@ def _record_held_out(run: dict[str, Any], now: dict[str, Any], proj_dir: Path) -
         log(f"note: the held-out losses of {old} are archived as {archived}{weights}; a new {VALIDATION} begins")
 
 
-# ---- summaries
-# -------------------------------------------------------------------------------------------------------------------
+# ---- summaries -------------------------------------------------------------------------------------------------------
 
 
 def describe_start(resume: ResumePoint) -> str:

@@ -1,9 +1,12 @@
 """One fit: callbacks, data loader and Lightning's Trainer put together.
 
-The callbacks of a fit, in the order in which Lightning calls them; each relies on those above it:
+The callbacks of a fit, in the order in which Lightning calls them:
 
+    RunControl            counts the step, which all others rely on; combines the requests of all ranks to stop, save,
+                          roll back
+    GracefulStop          turns signals and the time limit into a request to stop; before RestoreState, since loading a
+                          state takes a while, and Lightning's own handler of SIGTERM would end it
     RestoreState          loads the full state, when one is resumed, before anything looks at the weights
-    RunControl            counts the step; combines the requests of all ranks to stop, save, roll back
     SetLearningRate       the schedule, before each step
     Reporter              reads the results of the step before, and passes them to sinks: logs, progress bar,
                           NonFiniteMonitor
@@ -11,8 +14,6 @@ The callbacks of a fit, in the order in which Lightning calls them; each relies 
     Validation            held-out loss and rwkv-best.pth; part of the step that a state is saved after
     LossFigureCallback    loss.png, drawn in a thread
     CheckpointCallback    full states; rwkv-final.pth at the end, when everything else is on the disk
-    GracefulStop          turns signals and the time limit into a request to stop; times the whole step, so that it
-                          comes late
     GenerateSamples       samples.json at the end, when everything is saved
     Profile               --profile
     PaceMonitor           what the device waits for between two steps; the last, since it times what all others take
@@ -32,12 +33,12 @@ from torch.utils.data import DataLoader
 from src.config import ModelConfig, RunConfig
 from src.model import RWKV7
 from src.model.cost import parameter_count
-from src.model.weights import read_weights, save_weights
+from src.model.weights import save_weights
 from src.run_folder import FINAL, LOG, METRICS, TRACE, VALIDATION
 from src.training.checkpoint.callbacks import CheckpointCallback, RestoreState, SaveWeights
 from src.training.checkpoint.resume import ResumePoint
 from src.training.checkpoint.state import weights_of_state
-from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, StateWriter
+from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, DamagedStateError, StateWriter
 from src.training.console import is_rank_zero, log
 from src.training.control import STOP, TIME_LIMIT_EXIT_CODE, GracefulStop, RunControl
 from src.training.data import HeldOut, Samples, train_dataloader
@@ -46,7 +47,7 @@ from src.training.distributed.sharded_init import NamedTensors
 from src.training.figures.background import LossFigureCallback
 from src.training.hardware.peak_flops import peak_tokens_per_second
 from src.training.hardware.selection import Hardware, lightning_strategy
-from src.training.model_setup import build_model
+from src.training.model_setup import build_model, fitted_weights
 from src.training.module import TrainingModule
 from src.training.reporting.generations import GenerateSamples
 from src.training.reporting.health import NumbersMonitor, OnceWarnings, PaceMonitor
@@ -92,33 +93,34 @@ class FitResult:
     good_steps: int = 0
 
 
-def fit(run: RunContext, resume: ResumePoint) -> FitResult:
-    """One Lightning fit from `resume` to the end of the run, or until something stops it."""
-    length, hardware = resume.length, run.hardware
-    steps = length.steps - resume.position.step
-    if steps <= 0:  # stopped between its last step and rwkv-final.pth
-        _write_final_weights(run, resume)
-        return FitResult()
-    # built here and held by nobody else: a roll-back builds another one, and there may be no memory for two
-    model, values = build_model(run.config, run.sizes, hardware, resume)
-    callbacks = build_callbacks(run, resume)
-    module = build_module(run.config, hardware, model, values)
-    loader = build_dataloader(run.config, hardware, run.samples, run.sizes, run.process_group, resume, steps)
-    run_trainer(run.config, hardware, run.proj_dir, run.process_group, steps, callbacks.in_order, module, loader)
-    return _result(callbacks, length.steps)
+def fit(context: RunContext, resume: ResumePoint) -> FitResult:
+    """One Lightning fit from `resume` to the end of the run, or until something stops it. Raises DamagedStateError when
+    the tensors of the state turn out to be damaged."""
+    steps = resume.length.steps - resume.position.step
+    try:
+        if steps <= 0:  # stopped between its last step and rwkv-final.pth
+            _write_final_weights(context, resume)
+            return FitResult()
+        # built here and held by nobody else: a roll-back builds another one, and there may be no memory for two
+        model, values = build_model(context.config, context.sizes, context.hardware, resume)
+        callbacks = build_callbacks(context, resume)
+        run_trainer(context, resume, steps, callbacks.in_order, build_module(context, model, values))
+        return _result(callbacks, resume.length.steps)
+    except DamagedStateError as error:
+        error.folder = resume.reader.folder if resume.reader is not None else None
+        raise
 
 
-def _write_final_weights(run: RunContext, resume: ResumePoint) -> None:
+def _write_final_weights(context: RunContext, resume: ResumePoint) -> None:
     def write() -> None:
         if resume.reader is not None:
-            weights = weights_of_state(resume.reader.shards(), run.hardware.dtype)
+            weights = weights_of_state(resume.reader.shards(), context.sizes, context.hardware.dtype)
         else:
-            assert resume.weights is not None, "there is a step before the end"
-            stored = read_weights(resume.weights)
-            weights = {name: tensor.to(run.hardware.dtype) for name, tensor in stored.items()}
-        save_weights(weights, run.proj_dir / FINAL)
+            stored = fitted_weights(context.config, context.sizes, resume)
+            weights = {name: tensor.to(context.hardware.dtype) for name, tensor in stored.items()}
+        save_weights(weights, context.proj_dir / FINAL)
 
-    run.process_group.broadcast_from_rank_zero(write)
+    context.process_group.broadcast_from_rank_zero(write)
 
 
 @dataclass(frozen=True)
@@ -131,41 +133,43 @@ class Callbacks:
     non_finite: NonFiniteMonitor
 
 
-def build_callbacks(run: RunContext, resume: ResumePoint) -> Callbacks:
+def build_callbacks(context: RunContext, resume: ResumePoint) -> Callbacks:
     """All callbacks of a fit; the module's docstring says what each does and why they stand in this order."""
-    config, proj_dir, length, position = run.config, run.proj_dir, resume.length, resume.position
-    control = RunControl(run.process_group, position.step)
-    graceful_stop = GracefulStop(control, run.ends_at)
-    non_finite = NonFiniteMonitor(control, config.max_bad_steps, scale_loss=run.hardware.precision == "fp16")
+    config, proj_dir, length, position = context.config, context.proj_dir, resume.length, resume.position
+    control = RunControl(context.process_group, position.step)
+    graceful_stop = GracefulStop(control, context.ends_at)
+    non_finite = NonFiniteMonitor(control, config.max_bad_steps, scale_loss=context.hardware.precision == "fp16")
     warn = OnceWarnings()
     # only rank 0 writes; non-finite steps are watched on every rank, so that all stop at the same one
     sinks = (
-        [*_sinks(config, proj_dir, resume, run.settings), NumbersMonitor(length.steps, warn)] if is_rank_zero() else []
+        [*_sinks(config, proj_dir, resume, context.settings), NumbersMonitor(length.steps, warn)]
+        if is_rank_zero()
+        else []
     )
-    peak = peak_tokens_per_second(run.sizes, run.hardware)
+    peak = peak_tokens_per_second(context.sizes, context.hardware)
     reporter = Reporter(control, length, [*sinks, non_finite], position.mini_epoch_losses, peak)
     weights = SaveWeights(control, length, config.epoch_save, proj_dir)
     checkpoint = CheckpointCallback(
         control,
-        writer=StateWriter(proj_dir, config.keep_resume, expected_save_seconds(run.sizes, config.time_limit)),
+        writer=StateWriter(proj_dir, config.keep_resume, expected_save_seconds(context.sizes, config.time_limit)),
         position=position,
         length=length,
         reporter=reporter,
         weights=weights,
         non_finite=non_finite,
-        settings=run.settings,
+        settings=context.settings,
         save_minutes=config.save_minutes,
     )
     in_order: list[pl.Callback] = [
-        *restore_state(resume),
         control,
-        SetLearningRate(control, schedule_of(config, resume)),
+        graceful_stop,
+        *restore_callbacks(resume),
+        SetLearningRate(control, learning_rate_schedule(config, resume)),
         reporter,
         weights,
-        *_validation(run, resume, control, reporter, graceful_stop),
+        *_validation_callbacks(context, resume, control, reporter, graceful_stop),
         LossFigureCallback(control, length, proj_dir),
         checkpoint,
-        graceful_stop,
         GenerateSamples(config, control, reporter, non_finite, length, proj_dir),
         *([Profile(config.profile, proj_dir / TRACE)] if is_rank_zero() and config.profile > 0 else []),
         PaceMonitor(warn),
@@ -173,36 +177,39 @@ def build_callbacks(run: RunContext, resume: ResumePoint) -> Callbacks:
     return Callbacks(in_order, control, graceful_stop, non_finite)
 
 
-def restore_state(resume: ResumePoint) -> list[pl.Callback]:
+def restore_callbacks(resume: ResumePoint) -> list[pl.Callback]:
     """The callback that loads the full state, where one is resumed."""
     if resume.state is None:
         return []
     return [RestoreState(resume.state, resume.reader if is_rank_zero() else None)]
 
 
-def _validation(
-    run: RunContext, resume: ResumePoint, control: RunControl, reporter: Reporter, graceful_stop: GracefulStop
+def _validation_callbacks(
+    context: RunContext, resume: ResumePoint, control: RunControl, reporter: Reporter, graceful_stop: GracefulStop
 ) -> list[pl.Callback]:
     """The callback that measures the held-out loss, where held-out data are given. It measures before the first step
     too, where trained weights begin, or where a stop cut the measurement off."""
-    if run.held_out is None:
+    if context.held_out is None:
         return []
-    config, length, step = run.config, resume.length, resume.position.step
+    config, length, step = context.config, resume.length, resume.position.step
     # trained weights are measured before the first step: what fine-tuning gained is the difference
     is_fine_tuning = step == 0 and resume.weights is not None and (config.data_type == "sft" or bool(config.load_model))
-    best_loss, omitted = run.process_group.broadcast_from_rank_zero(
-        lambda: (best_loss_before(run.proj_dir, step), was_omitted(run.proj_dir, config.val_every, length, step))
+    best_loss, omitted = context.process_group.broadcast_from_rank_zero(
+        lambda: (
+            best_loss_before(context.proj_dir, step),
+            was_omitted(context.proj_dir, config.val_every, length, step),
+        )
     )
     return [
         Validation(
             control,
-            held_out=run.held_out,
+            held_out=context.held_out,
             reporter=reporter,
             graceful_stop=graceful_stop,
-            process_group=run.process_group,
+            process_group=context.process_group,
             length=length,
             val_every=config.val_every,
-            proj_dir=run.proj_dir,
+            proj_dir=context.proj_dir,
             best_loss=best_loss,
             at_start=is_fine_tuning or omitted,
         )
@@ -221,63 +228,47 @@ def _result(callbacks: Callbacks, steps: int) -> FitResult:
     control, stop, non_finite = callbacks.control, callbacks.graceful_stop, callbacks.non_finite
     if control.is_agreed(STOP) and control.step < steps:
         # without a signal of its own, this rank stops since another one received one or ran out of time
-        if stop.is_out_of_time() or (not stop.received and stop.has_time_limit):
+        if stop.ran_out_of_time or (not stop.received and stop.has_time_limit):
             return FitResult("--time_limit is near", TIME_LIMIT_EXIT_CODE)
         number = stop.received or signal.SIGTERM
         return FitResult(f"{signal.Signals(number).name} received", 128 + number)
     return FitResult(failed_steps=non_finite.failed_steps, good_steps=non_finite.good)
 
 
-def build_module(
-    config: RunConfig, hardware: Hardware, model: RWKV7, values: Callable[[], NamedTensors] | None
-) -> TrainingModule:
-    """The LightningModule, its blocks compiled where --compile says so."""
-    if config.compiles(hardware.device_type):
+def build_module(context: RunContext, model: RWKV7, values: Callable[[], NamedTensors] | None) -> TrainingModule:
+    """The LightningModule, its blocks compiled as --compile asks."""
+    if context.config.compiles(context.hardware.device_type):
         model.compile_blocks()
-    return TrainingModule(model, config, hardware, values)
+    return TrainingModule(model, context.config, context.hardware, values)
 
 
-def build_dataloader(
-    config: RunConfig,
-    hardware: Hardware,
-    samples: Samples,
-    sizes: ModelConfig,
-    process_group: ProcessGroup,
-    resume: ResumePoint,
-    steps: int,
-) -> DataLoader:
+def _build_dataloader(context: RunContext, resume: ResumePoint, steps: int) -> DataLoader:
     """What this rank reads in `steps` steps from `resume` on."""
-    position = resume.position
-    count = steps * resume.length.global_batch // hardware.world_size  # samples of one rank
+    samples, process_group = context.samples, context.process_group
     dataset = samples.dataset(
-        position.samples,
-        count,
-        process_group.rank,
-        process_group.world_size,
-        position.skipped_samples,
-        sizes.vocab_size,
+        first=resume.position.samples,
+        count=steps * resume.length.global_batch // process_group.world_size,
+        rank=process_group.rank,
+        world_size=process_group.world_size,
+        skipped_samples=resume.position.skipped_samples,
+        vocab_size=context.sizes.vocab_size,
     )
-    return train_dataloader(config, dataset, samples.collate, on_gpu=hardware.accelerator == "gpu")
+    on_gpu = context.hardware.accelerator == "gpu"
+    return train_dataloader(context.config, dataset, samples.collate, on_gpu)
 
 
 def run_trainer(
-    config: RunConfig,
-    hardware: Hardware,
-    proj_dir: Path,
-    process_group: ProcessGroup,
-    steps: int,
-    callbacks: list[pl.Callback],
-    module: TrainingModule,
-    loader: DataLoader,
+    context: RunContext, resume: ResumePoint, steps: int, callbacks: list[pl.Callback], module: TrainingModule
 ) -> None:
-    """Lightning's part of a run of so many steps: devices, strategy and the loop. Everything else is in the
+    """Lightning's part of `steps` steps from `resume` on: devices, strategy and the loop. Everything else is in the
     callbacks."""
+    config, hardware = context.config, context.hardware
     trainer = pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
         strategy=lightning_strategy(config, hardware),
-        plugins=[process_group.environment],
+        plugins=[context.process_group.environment],
         # Lightning's bf16-true has no fp32 masters and bf16-mixed is autocast: here parameters have their dtype
         # already, and the optimizer keeps the masters
         precision="32-true",
@@ -292,12 +283,24 @@ def run_trainer(
         use_distributed_sampler=False,  # it would shuffle; the data set yields this rank's samples in the run's order
         num_sanity_val_steps=0,
         # never created: in a Slurm job Lightning resumes from an hpc_ckpt_*.ckpt that it finds there
-        default_root_dir=proj_dir / "lightning",
+        default_root_dir=context.proj_dir / "lightning",
     )
+    _disable_sigterm_broadcast(trainer)
     try:
-        trainer.fit(module, loader)
-    except SystemExit:  # Lightning makes this of a KeyboardInterrupt: a second Ctrl-C, or one before the first step
-        raise KeyboardInterrupt from None
+        trainer.fit(module, _build_dataloader(context, resume, steps))
+    except SystemExit as error:
+        # Lightning makes one of a KeyboardInterrupt: a second Ctrl-C, or one before the first step
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + signal.SIGTERM) from None  # and of a SIGTERM before GracefulStop's handler is installed
+
+
+def _disable_sigterm_broadcast(trainer: pl.Trainer) -> None:
+    """With several ranks Lightning broadcasts before every batch whether a SIGTERM came, on the device, and waits for
+    it. RunControl does that on the CPU, a step late."""
+    loop = trainer.fit_loop.epoch_loop
+    assert hasattr(loop, "_broadcast_sigterm_tensor"), "another Lightning: see whether it still waits for the device"
+    loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 class SetLearningRate(pl.Callback):
@@ -314,7 +317,7 @@ class SetLearningRate(pl.Callback):
             group["lr"] = lr * group["lr_scale"]
 
 
-def schedule_of(config: RunConfig, resume: ResumePoint) -> Callable[[int], float]:
+def learning_rate_schedule(config: RunConfig, resume: ResumePoint) -> Callable[[int], float]:
     """step -> learning rate, for the rest of the run. By tokens: where the batch has changed since the run began, a
     step counts for the tokens that it really took."""
     length = resume.length

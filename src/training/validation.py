@@ -61,7 +61,7 @@ def mean_loss(
     if trainer.world_size > 1:
         dist.all_reduce(sums)
     total, counted = sums.tolist()
-    return total / max(1.0, counted), int(counted)
+    return total / counted if counted else math.nan, int(counted)
 
 
 class Validation(StepCallback):
@@ -104,7 +104,7 @@ class Validation(StepCallback):
             trainer.should_stop = trainer.should_stop or self.control.is_agreed(STOP)  # cut off: no further step
         # a stop that is requested during the next step takes effect after it, and may meet the validation of the one
         # that follows
-        is_near = self.is_due(step + 1) or self.is_due(step + 2)
+        is_near = any(self.is_due(step + ahead) for ahead in (1, 2, 3))
         self.control.reserved_seconds[PURPOSE] = self._last_seconds if is_near else 0.0
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, steps: int) -> None:
@@ -127,7 +127,7 @@ class Validation(StepCallback):
         self.reporter.report_validation(report)
 
     def _must_stop(self) -> bool:
-        return self.graceful_stop.is_due(excluding=PURPOSE)
+        return self.graceful_stop.must_stop(excluding=PURPOSE)
 
 
 def _schedule(val_every: str, length: RunLength) -> Callable[[int], bool]:

@@ -34,7 +34,7 @@ class SaveWeights(StepCallback):
         self.length, self.epoch_save, self.proj_dir = length, epoch_save, proj_dir
 
     def saves_at(self, step: int) -> bool:
-        # N = 0 is included: as the official trainer, and the first weights show early whether a run is set up well
+        # N = 0 is included: as in the official trainer, and the first weights show early whether a run is set up well
         is_last = step == self.length.steps - 1
         return is_last or (self.length.ends_mini_epoch(step) and self.length.mini_epoch(step) % self.epoch_save == 0)
 
@@ -134,5 +134,7 @@ class CheckpointCallback(StepCallback):
         self._saved_at = time.monotonic()
 
     def _reserve_time(self) -> None:
-        # twice: the save of the stop may have to wait for one that is under way
-        self.control.reserved_seconds["save"] = 2 * self.writer.slowest_seconds
+        # Twice: the save of the stop may have to wait for one that is under way. Only rank 0 writes and has measured
+        # it; its request stops all.
+        if is_rank_zero():
+            self.control.reserved_seconds["save"] = 2 * self.writer.slowest_seconds

@@ -19,7 +19,7 @@ from src.run_folder import (
     read_run,
 )
 from src.training.checkpoint.state import Position, SavedState
-from src.training.checkpoint.storage import DamagedStateError, StateReader, archive_damaged, state_folders
+from src.training.checkpoint.storage import DamagedStateError, StateReader, rename_damaged, state_folders
 from src.training.console import log
 from src.training.schedule import RunLength
 
@@ -51,9 +51,9 @@ def length_of_run(config: RunConfig, tokens_per_epoch: int, processes: int) -> R
 
 
 def archive_other_run(config: RunConfig, proj_dir: Path) -> None:
-    """Archive the run in the folder where a new one is meant: with --restart, or when the initial weights are not those
-    that it started from (the swap of rwkv-init.pth that people do by hand). Nothing is deleted."""
-    _, reason = _starts_new_run(config, proj_dir)
+    """Archive the folder's run when this command starts another one: with --restart, or when the initial weights are
+    not those that it started from (the swap of rwkv-init.pth that people do by hand). Nothing is deleted."""
+    _, reason = _origin_and_reason(config, proj_dir)
     tokenizer = proj_dir / TOKENIZER
     # compared before the folder is moved
     uses_copy = tokenizer.is_dir() and Path(config.tokenizer or "world").resolve() == tokenizer.resolve()
@@ -63,9 +63,13 @@ def archive_other_run(config: RunConfig, proj_dir: Path) -> None:
             copy_tokenizer(archive / TOKENIZER, tokenizer)
 
 
-def _starts_new_run(config: RunConfig, proj_dir: Path) -> tuple[Path | None, str]:
-    """The weights that a run here starts from at step 0, and why a new run begins although there is one ('' when none
-    does).
+def starts_new_run(config: RunConfig, proj_dir: Path) -> bool:
+    """Whether this command starts another run than the one in the folder, if any. Errors as of `_origin_and_reason`."""
+    return bool(_origin_and_reason(config, proj_dir)[1])
+
+
+def _origin_and_reason(config: RunConfig, proj_dir: Path) -> tuple[Path | None, str]:
+    """(weights at step 0, reason to start a new run or '').
 
     Raises UserError when the weights are not there, or belong to the run itself.
     """
@@ -98,7 +102,7 @@ def _belongs_to_run(weights: Path, proj_dir: Path) -> bool:
 
 def peek_resume_point(config: RunConfig, proj_dir: Path, length: RunLength) -> ResumePoint:
     """Where a run would resume, without moving a file. Errors as of `archive_other_run` and `find_resume_point`."""
-    origin, reason = _starts_new_run(config, proj_dir)
+    origin, reason = _origin_and_reason(config, proj_dir)
     if reason:
         return ResumePoint(_with_fresh_optimizer(length, 0), length, weights=origin)
     return find_resume_point(config, proj_dir, length, peek=True)
@@ -110,14 +114,15 @@ def find_resume_point(config: RunConfig, proj_dir: Path, length: RunLength, peek
 
     `length` is that of a run from its beginning with these settings. States whose manifest or state.json is damaged are
     archived (`peek`: passed over); damaged tensors are found when they are loaded. Raises UserError when a stage that
-    continues finds nothing, and when the weights were removed but a state is there: nobody can know what is meant.
+    continues finds nothing, and when the weights were removed but a state is there: what is meant can't be known.
     """
     saved = _newest_state(proj_dir, peek)
     numbered = numbered_weights(proj_dir)
     if saved is not None:
         reader, state = saved
         position = state.position
-        # People start over by deleting *.pth. The state alone would continue, silently, what they wanted to be rid of.
+        # People start over by deleting *.pth. The state alone would continue, silently, the run that they meant to
+        # delete.
         if position.weights_written and not numbered:
             raise UserError(
                 f"the run's rwkv-N.pth were removed, but its full state at step {position.step} is there",
@@ -137,7 +142,7 @@ def find_resume_point(config: RunConfig, proj_dir: Path, length: RunLength, peek
             given=config.train_stage,
             advice="write initial weights first (--train_stage 1), or start from a file with --load_model",
         )
-    # --epoch_begin N: as the official trainer, with weights of mini-epoch N - 1 from elsewhere
+    # --epoch_begin N: as in the official trainer, with weights of mini-epoch N - 1 from elsewhere
     step = length.step_after(config.epoch_begin - 1) if config.epoch_begin else 0
     if step >= length.steps:
         raise UserError(
@@ -151,7 +156,7 @@ def find_resume_point(config: RunConfig, proj_dir: Path, length: RunLength, peek
 
 def archive_damaged_state(folder: Path, error: DamagedStateError) -> None:
     """Rename a damaged state and warn, so that the next search finds the one before."""
-    archived = archive_damaged(folder).name
+    archived = rename_damaged(folder).name
     log(f"WARNING: the saved state {folder} is damaged: {error}; renamed to {archived}, using the one before")
 
 

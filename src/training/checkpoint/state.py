@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from src.config import ModelConfig
+from src.model import RWKV7
 from src.training.checkpoint.storage import DamagedStateError
 from src.training.console import is_rank_zero
 from src.training.distributed.engine_adamw import EngineAdamW
@@ -131,15 +133,20 @@ def scatter_full_state(
     optimizer.load_counters(counters)
 
 
-def weights_of_state(shards: Iterable[Shard], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's plain weights in `dtype`, from a full state's shards."""
+def weights_of_state(shards: Iterable[Shard], sizes: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The plain weights in `dtype` of a model of these sizes, from a full state's shards. Raises DamagedStateError when
+    one is missing."""
     weights = {}
     for shard in shards:
         for key, tensor in shard.items():
             name, kind = key.rsplit("/", 1)
             if kind in ("master", "idle"):
                 weights[name] = tensor.to(dtype)
-    return weights
+    with torch.device("meta"):
+        names = list(RWKV7(sizes).state_dict())
+    if missing := [name for name in names if name not in weights]:
+        raise DamagedStateError(f"{missing[0]} is missing")
+    return {name: weights[name] for name in names}
 
 
 def gather_weights(model: nn.Module) -> dict[str, Tensor] | None:
@@ -200,7 +207,7 @@ def _next_shard(iterator: Iterator[Shard], wanted: set[str], parameters: dict[st
 
 
 def _whole_shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)  # of a partitioned parameter, `shape` is that of nothing
+    return getattr(parameter, "ds_shape", parameter.shape)  # of a partitioned parameter, `shape` is empty
 
 
 def _collect(optimizer: EngineAdamW, parameter: nn.Parameter, kind: str) -> Tensor:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -44,7 +45,9 @@ Tensors = dict[str, Tensor]
 
 
 class DamagedStateError(Exception):
-    """A state on disk is not what was written; the text says what is wrong with it."""
+    """A state on disk is not what was written; the text says what is wrong with it, `folder` which state it is."""
+
+    folder: Path | None = None
 
 
 def state_folders(proj_dir: Path) -> list[Path]:
@@ -54,7 +57,7 @@ def state_folders(proj_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def archive_damaged(folder: Path) -> Path:
+def rename_damaged(folder: Path) -> Path:
     """Rename a damaged state, so that it doesn't count among those that are kept."""
     archived, k = folder.with_name(f"damaged-{folder.name}"), 1
     while archived.exists():
@@ -75,7 +78,9 @@ class StateReader:
         self.folder = folder
         manifest = _parse_json(MANIFEST, _read_bytes(folder / MANIFEST))
         version = manifest.get("version", 1)
-        if isinstance(version, int) and version > FORMAT_VERSION:
+        if not isinstance(version, int):
+            raise DamagedStateError(f"{MANIFEST} is malformed: version {version!r}")
+        if version > FORMAT_VERSION:
             raise UserError(
                 f"format version {version}",
                 given=folder,
@@ -129,10 +134,16 @@ def _check_size(path: Path, size: int) -> None:
 
 
 def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:  # missing, or the disk can't read it (EIO)
-        raise DamagedStateError(f"{path.name} can't be read ({error.strerror})") from error
+    for last_try in (False, True):
+        try:
+            return path.read_bytes()
+        except FileNotFoundError as error:
+            raise DamagedStateError(f"{path.name} is missing") from error
+        except OSError as error:  # the disk can't read it (EIO), or a network file system fails for a moment
+            if last_try:
+                raise DamagedStateError(f"{path.name} can't be read ({error.strerror})") from error
+            time.sleep(RETRY_SECONDS)
+    raise AssertionError("the second try returns or raises")
 
 
 def _parse_json(name: str, data: bytes) -> dict[str, Any]:
@@ -156,23 +167,23 @@ class StateWriter:
     """Writes states in a thread, one at a time. A write that fails is tried once more; then the next call here raises
     OSError."""
 
-    def __init__(self, proj_dir: Path, keep: int, expected_seconds: float = 0.0, rank: int = 0) -> None:
+    def __init__(self, proj_dir: Path, keep: int, expected_seconds: float = 0.0) -> None:
         """`expected_seconds`: what a save is expected to take as long as none was measured."""
-        self.root, self.keep, self.rank, self._expected_seconds = proj_dir / STATES, keep, rank, expected_seconds
+        self.root, self.keep, self._expected_seconds = proj_dir / STATES, keep, expected_seconds
         # maxsize 1 makes training wait for the disk, where that is slower, before memory fills with shards
         self._tasks: queue.Queue[Tensors | _Payload] = queue.Queue(maxsize=1)
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
         self._slowest_seconds = 0.0
 
     @property
     def slowest_seconds(self) -> float:
-        """Duration of the slowest save so far, from its begin until it was on the disk; an expectation before the
+        """Duration of the slowest save so far, from its start until it was on the disk; an expectation before the
         first."""
         return self._slowest_seconds or self._expected_seconds
 
     def write(self, step: int, payload: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Begin to save. Returns when every tensor is copied (or handed over, for shards beyond the first two)."""
+        """Begin to save. Returns once all tensors are copied; blocks while the queue of shards is full."""
         self.wait()
         self._thread = threading.Thread(target=self._work, args=(step,), daemon=True, name="state-writer")
         self._thread.start()
@@ -197,7 +208,7 @@ class StateWriter:
         self.check()
 
     def check(self) -> None:
-        """Raises the OSError of a save that failed, once."""
+        """Raises the error of a save that failed, once: OSError, or what shows a defect of this program."""
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
@@ -223,11 +234,12 @@ class StateWriter:
                         self._publish(temporary, step)
                         self._slowest_seconds = max(self._slowest_seconds, time.monotonic() - begin)
                     else:
-                        name = f"rank{self.rank}-{len(files):04d}.safetensors"
+                        name = f"rank0-{len(files):04d}.safetensors"
                         files[name] = _write_file(temporary / name, save(task))
                 except Exception as error:  # of any kind: it becomes an error of the run
                     failed = True
-                    self._failure = _save_failure(self.root, error)
+                    is_of_disk = isinstance(error, (OSError, SafetensorError))
+                    self._failure = _save_failure(self.root, error) if is_of_disk else error
                     shutil.rmtree(temporary, ignore_errors=True)
             if is_last:
                 return

@@ -48,13 +48,13 @@ def rank_from_launcher(environment: Mapping[str, str]) -> RankInfo | None:
     for names in LAUNCHER_VARIABLES:
         # all four: some of these variables are set by other programs too
         if all(name in environment for name in names):
-            rank, world_size, local_rank, local_world_size = (int(environment[name]) for name in names)
+            rank, world_size, local_rank, local_world_size = (_number(environment, name) for name in names)
             if world_size == 1:  # no reason to set up a process group
                 return None
             address = environment.get("MASTER_ADDR", "127.0.0.1")
-            port = int(environment.get("MASTER_PORT", "29500"))
+            port = _number(environment, "MASTER_PORT", 29500)
             return RankInfo(rank, world_size, local_rank, local_world_size, address, port)
-    world_size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    world_size = _number(environment, "SLURM_STEP_NUM_TASKS", 1)
     if world_size > 1 and "SLURM_PROCID" in environment:
         return _rank_from_slurm(environment, world_size)
     return None
@@ -64,9 +64,9 @@ def _rank_from_slurm(environment: Mapping[str, str], world_size: int) -> RankInf
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "127.0.0.1")
     address = environment.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(nodes)
     # derived from the job's number: the same on every node, and two jobs on one node don't collide
-    port = int(environment.get("MASTER_PORT", 15000 + int(environment.get("SLURM_JOB_ID", "0")) % 10000))
-    num_nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
-    rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
+    port = _number(environment, "MASTER_PORT", 15000 + _number(environment, "SLURM_JOB_ID", 0) % 10000)
+    num_nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
+    rank, local_rank = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_LOCALID")
     return RankInfo(rank, world_size, local_rank, world_size // num_nodes, address, port)
 
 
@@ -87,8 +87,8 @@ def rank_of_first_process(environment: Mapping[str, str], devices: int, num_node
             "node in the environment of every node",
             advice="set them, or start the run with torchrun, srun or deepspeed",
         )
-    rank = int(environment["NODE_RANK"]) * devices
-    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    rank = _number(environment, "NODE_RANK") * devices
+    address, port = environment["MASTER_ADDR"], _number(environment, "MASTER_PORT")
     return RankInfo(rank, devices * num_nodes, 0, devices, address, port)
 
 
@@ -102,6 +102,17 @@ def environment_variables(info: RankInfo) -> dict[str, str]:
         "MASTER_ADDR": info.master_addr,
         "MASTER_PORT": str(info.master_port),
     }
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name, "" if default is None else str(default))
+    try:
+        return int(text)
+    except ValueError:
+        advice = "it is set by a launcher, or by hand where there is none; unset it for a run of one process"
+        raise UserError(
+            f"the environment variable {name} is {text!r}", expected="a whole number", advice=advice
+        ) from None
 
 
 def _free_port() -> int:

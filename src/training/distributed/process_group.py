@@ -67,8 +67,11 @@ class ProcessGroup:
         """Begin to combine flags over the ranks (logical or), on the CPU: no device is waited for."""
         return PendingFlags(torch.tensor(list(flags), dtype=torch.int32))
 
-    def should_report(self) -> bool:
-        """Whether this rank prints the error that ends it: not when rank 0 prints its own."""
+    def should_report(self, error: BaseException) -> bool:
+        """Whether this rank prints the error that ends it: not when rank 0 prints the same one.
+
+        Called once, when a rank fails: with several ranks it also tells the others, and may wait for them.
+        """
         return True
 
     def abort(self, reason: str) -> None:
@@ -117,19 +120,20 @@ class DistributedProcessGroup(ProcessGroup):
         work = dist.all_reduce(combined, dist.ReduceOp.MAX, group=self._cpu_group, async_op=True)
         return PendingFlags(combined, work)
 
-    def should_report(self) -> bool:
+    def should_report(self, error: BaseException) -> bool:
         if self.rank == 0:
-            self._watchdog.ended = (
-                True  # ranks with an error of their own exit at once, without a notice of the watchdog
-            )
-            self._store.set("failed", "1")
+            # other ranks with an error of their own exit at once, without a notice of the watchdog
+            self._watchdog.ended = True
+            self._store.set("failed", _kind_of(error))
             return True
         # A mistake in the settings or the data fails every rank in the same way: rank 0 reports it once. So the others
-        # give rank 0 the time to fail, and report their own error only when rank 0 has none.
+        # give rank 0 the time to fail, and report their own error only when rank 0 has none of its kind.
         deadline = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < deadline and not self._watchdog.ended:
             try:
                 if self._store.check(["failed"]):
+                    if self._store.get("failed").decode() != _kind_of(error):
+                        return True
                     self._watchdog.leaving = True
                     return False
             except RuntimeError:  # the store ended with rank 0
@@ -149,23 +153,19 @@ class DistributedProcessGroup(ProcessGroup):
     def abort_after(self, error: BaseException) -> None:
         # A collective that fails because another rank died raises here first. The watchdog needs a moment to learn the
         # cause, and ends this process with it.
-        deadline = time.monotonic() + 2 * GRACE_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(0.1)
+        time.sleep(2 * GRACE_SECONDS)
         first_line = (str(error).splitlines() or [""])[0]
         self._watchdog.publish_failure(f"rank {self.rank} failed: {type(error).__name__}: {first_line}")
 
     def shutdown(self) -> None:
-        """Rank 0 goes last: the store, through which the others speak, lives in its process."""
-        self._watchdog.leaving = True
+        """Rank 0 goes last: where no launcher hosts the store, it ends with rank 0's process."""
         try:
-            self._store.set(f"done/{self.rank}", "1")
+            self._watchdog.mark_done()
         except RuntimeError:
             return  # rank 0 is gone already; this rank's part is done
         if self.rank == 0:
             deadline = time.monotonic() + 60
-            keys = [f"done/{rank}" for rank in range(self.world_size)]
-            while time.monotonic() < deadline and not all(self._store.check([key]) for key in keys):
+            while time.monotonic() < deadline and not all(map(self._watchdog.is_done, range(self.world_size))):
                 time.sleep(0.05)
         for child in self._children:
             try:
@@ -175,6 +175,11 @@ class DistributedProcessGroup(ProcessGroup):
         self._watchdog.finished = True
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _kind_of(error: BaseException) -> str:
+    """What tells errors of two ranks apart: the type, and the flag of a user's mistake."""
+    return f"{type(error).__name__} {getattr(error, 'flag', '')}"
 
 
 def _picklable(error: Exception) -> Exception:

@@ -19,6 +19,7 @@ BEAT_SECONDS = 1.0
 # Rounds rather than the clock, which goes on while everything is suspended (Ctrl-Z, a suspended job, a paused virtual
 # machine).
 SILENT_ROUNDS = 40
+CONTINUE = "the same command continues the run"  # after a death or a hang, but not after a mistake of the user
 GRACE_SECONDS = 4.0  # for the other ranks to read the reason before the store that carries it goes away
 
 
@@ -39,6 +40,19 @@ class Watchdog:
     def start(self) -> None:
         for target in (self._send_heartbeats, self._check_heartbeat_thread):
             threading.Thread(target=target, daemon=True, name="watchdog").start()
+
+    def mark_done(self) -> None:
+        """Tell the other ranks that this one leaves a run that ended well: its heartbeats may stop, its exit code is
+        right.
+
+        Raises RuntimeError when the store is gone.
+        """
+        self.leaving = True
+        self._store.set(f"done/{self.info.rank}", "1")
+
+    def is_done(self, rank: int) -> bool:
+        """Whether a rank has called `mark_done`."""
+        return self._store.check([f"done/{rank}"])
 
     def publish_failure(self, reason: str) -> None:
         """End the run on all other ranks with this reason."""
@@ -65,30 +79,29 @@ class Watchdog:
                 self._check_children_and_parent()
             except RuntimeError:
                 if not (self.leaving or self.finished):
-                    self._exit("rank 0 has ended, was killed, or its machine can't be reached")
+                    self._exit(f"rank 0 has ended, was killed, or its machine can't be reached; {CONTINUE}")
                 return
 
     def _check_ranks(self, seen: dict[int, tuple[bytes, int]]) -> None:
         """On rank 0: end the run when a rank's heartbeats stop. `seen`: each rank's last beat, and the own number
         then."""
         for rank in range(1, self.info.world_size):
-            if self._store.check([f"done/{rank}"]) or not self._store.check([f"beat/{rank}"]):
+            if self.is_done(rank) or not self._store.check([f"beat/{rank}"]):
                 continue  # done, or not there yet: joining has a time limit of its own
             beat = self._store.get(f"beat/{rank}")
             if rank not in seen or seen[rank][0] != beat:
                 seen[rank] = (beat, self._beats)
             elif self._beats - seen[rank][1] > SILENT_ROUNDS:
-                self._exit(f"rank {rank} has not responded for {SILENT_ROUNDS * BEAT_SECONDS:.0f} s")
+                self._exit(f"rank {rank} has not responded for {SILENT_ROUNDS * BEAT_SECONDS:.0f} s; {CONTINUE}")
 
     def _check_children_and_parent(self) -> None:
         for rank, child in enumerate(self.children, start=self.info.rank + 1):
             code = child.poll()
-            if code and not self.finished and not self._store.check([f"done/{rank}"]):
-                self._exit(
-                    f"rank {rank} " + (f"was killed by signal {-code}" if code < 0 else f"exited with code {code}")
-                )
+            if code and not self.finished and not self.is_done(rank):
+                end = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+                self._exit(f"rank {rank} {end}; {CONTINUE}")
         if os.getppid() != self._parent and not self.leaving:
-            self._exit("the process that started this one has ended")
+            self._exit(f"the process that started this one has ended; {CONTINUE}")
 
     def _check_heartbeat_thread(self) -> None:
         """The store's calls may block for hours when rank 0's machine vanishes: then this rank's own beats stand
@@ -98,14 +111,13 @@ class Watchdog:
             time.sleep(BEAT_SECONDS)
             beats, rounds = self._beats, (rounds + 1 if self._beats == beats else 0)
             if rounds > SILENT_ROUNDS:
-                self._exit("rank 0 can't be reached")
+                self._exit(f"rank 0 can't be reached; {CONTINUE}")
 
     def _exit(self, reason: str) -> NoReturn:
         if self.leaving and self.info.rank != 0:
             os._exit(0)  # this rank's part was done
         self.ended = True
-        message = f"train.py: rank {self.info.rank} stops: {reason}. The same command continues the run"
-        print(message, file=sys.stderr, flush=True)
+        print(f"train.py: rank {self.info.rank} stops: {reason}", file=sys.stderr, flush=True)
         try:
             self._store.compare_set("ended", "", reason)
             if self.info.rank == 0:

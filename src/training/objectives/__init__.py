@@ -1,9 +1,9 @@
-"""Objectives: what a run minimises. Each is a module that maps (model, batch) to a loss and named metrics, in a file of
-its own."""
+"""What a run minimises: each objective in a file of its own."""
 
 from src.training.objectives.next_token import NextToken
+from src.training.objectives.objective import Objective
 
-# A new objective is a file in this package and a row here.
-OBJECTIVES = {"next_token": NextToken}
+# A new objective is a file in this package, a subclass of Objective, and a row here.
+OBJECTIVES: dict[str, type[Objective]] = {"next_token": NextToken}
 
-__all__ = ["OBJECTIVES", "NextToken"]
+__all__ = ["OBJECTIVES", "NextToken", "Objective"]

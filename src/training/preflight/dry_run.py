@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytorch_lightning as pl
 
 from src.config import RunConfig
 from src.training.checkpoint.resume import length_of_run, peek_resume_point
+from src.training.checkpoint.storage import DamagedStateError
 from src.training.console import log
 from src.training.control import RunControl
 from src.training.data import peek_samples
@@ -22,12 +24,12 @@ from src.training.reporting.reporter import Reporter
 from src.training.reporting.sink import Sink, StepReport
 from src.training.settings import complete_message, summary
 from src.training.trainer import (
+    RunContext,
     SetLearningRate,
-    build_dataloader,
     build_module,
-    restore_state,
+    learning_rate_schedule,
+    restore_callbacks,
     run_trainer,
-    schedule_of,
 )
 
 # The first step allocates the optimizer's moments, so only the second one shows the peak of memory.
@@ -72,17 +74,21 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group
     # Of the run's callbacks (trainer.py) those that decide what a step computes, in the same order, and none that
     # writes.
     callbacks = [
-        *restore_state(resume),
         control,
-        SetLearningRate(control, schedule_of(config, resume)),
+        *restore_callbacks(resume),
+        SetLearningRate(control, learning_rate_schedule(config, resume)),
         Reporter(control, length, [collected, non_finite], []),
     ]
     # A temporary folder, since Lightning may write into its root folder.
     with with_oom_advice(config, sizes, hardware, process_group), tempfile.TemporaryDirectory() as folder:
+        context = RunContext(config, sizes, hardware, Path(folder), samples, None, {}, process_group, math.inf)
         model, values = build_model(config, sizes, hardware, resume)
-        module = build_module(config, hardware, model, values)
-        loader = build_dataloader(config, hardware, samples, sizes, process_group, resume, steps)
-        run_trainer(config, hardware, Path(folder), process_group, steps, callbacks, module, loader)
+        try:
+            run_trainer(context, resume, steps, callbacks, build_module(context, model, values))
+        except DamagedStateError as error:
+            assert resume.reader is not None
+            log(f"the saved state {resume.reader.folder} is damaged: {error}; a run would use the one before")
+            return 1
     for report in collected.reports:
         log(
             f"step {report.step + 1}: loss {report.loss:.4f}, gradient norm {report.grad_norm:.4g}, "
@@ -90,7 +96,7 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group
         )
     # One skipped step of two is no failure: the run would skip it too and continue.
     if non_finite.skipped == len(collected.reports):
-        log("not OK: no step had a finite loss and gradient; check the weights (--load_model), or try --precision fp32")
+        log("no step had a finite loss and gradient; check the weights (--load_model), or try --precision fp32")
         return 1
     log(f"OK: {steps} of {length.steps:,} steps taken, nothing was kept; the same command without --dry_run trains")
     return 0

@@ -17,7 +17,7 @@ from src.model import RWKV7
 from src.run_folder import METRICS
 from src.run_log import read_columns
 from src.training.hardware.selection import Hardware
-from src.training.objectives.next_token import HeadLoss
+from src.training.objectives.head_loss import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
 from src.training.preflight import machine
 from src.training.preflight.checklist import Checklist

@@ -175,8 +175,8 @@ class PaceMonitor(pl.Callback):
             self.warn(
                 kind,
                 f"the GPU was idle, waiting for the CPU, before {self._idle_steps} of {self._steps} steps",
-                "give the GPU more work per step with a larger --micro_bsz, as memory allows, or use --compile 1 for "
-                "fewer and larger kernels; --profile 10 shows where the time goes",
+                "give the GPU more work per step with a larger --micro_bsz, as memory allows; see that --compile isn't "
+                "0, for fewer and larger kernels; --profile 10 shows where the time goes",
             )
 
 

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from src.errors import UserError
 from src.files import atomic_write
 from src.run_log import is_mini_epoch_line
 from src.training.reporting.sink import UPDATE_GROUPS, MiniEpochReport, Sink, StepReport, ValidationReport
@@ -125,7 +126,13 @@ def _split_rows(path: Path, is_kept: Callable[[Row], bool]) -> tuple[list[Row], 
     text = path.read_text(encoding="utf-8")
     # a last line without its newline was cut by a crash
     rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
-    return [row for row in rows if is_kept(row)], [row for row in rows if not is_kept(row)]
+    try:
+        kept = [is_kept(row) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        advice = "repair or remove the file: the run continues without it"
+        raise UserError(f"a row can't be read ({error})", given=path, advice=advice) from error
+    pairs = list(zip(rows, kept, strict=True))
+    return [row for row, is_kept in pairs if is_kept], [row for row, is_kept in pairs if not is_kept]
 
 
 def _rewrite(path: Path, columns: tuple[str, ...], rows: list[Row]) -> None:
