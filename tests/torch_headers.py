@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from src.files import locked
+from src.files import file_lock
 from src.ops.build import cache_folder
 
 # What the sources may include: anything else has no stable ABI.
@@ -45,7 +45,7 @@ def _cached(version: str) -> Path:
     if final.is_dir():
         return final
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root / "lock", wait=True), tempfile.TemporaryDirectory(prefix="download-", dir=root) as folder:
+    with file_lock(root / "lock", wait=True), tempfile.TemporaryDirectory(prefix="download-", dir=root) as folder:
         if not final.is_dir():  # another test process may have been first
             _extract(_download(version, Path(folder)), Path(folder) / "include")
             (Path(folder) / "include").rename(final)
