@@ -60,10 +60,10 @@ DEVICE float decay_of(float w) { return exact_exp(kDecayScale * sigmoid(w)); }
 
 // Where a thread's part of S lies: rows row .. row+3, and local column l is key channel column(l).
 template <int N>
-struct Place {
+struct TilePosition {
   using Is = Shape<N>;
   int thread, lane, warp, part, row;
-  DEVICE Place() {
+  DEVICE TilePosition() {
     thread = int(threadIdx.x);
     lane = thread % kWarpSize;
     warp = thread / kWarpSize;
@@ -89,7 +89,7 @@ DEVICE void load_window(float* to, const void* from, int64_t first, int count, c
 }
 
 template <int N>
-DEVICE void load_columns(float (&to)[Shape<N>::columns], const float* from, const Place<N>& place) {
+DEVICE void load_columns(float (&to)[Shape<N>::columns], const float* from, const TilePosition<N>& place) {
 #pragma unroll
   for (int l = 0; l < Shape<N>::columns; l += 4) {
     float four[4];
@@ -103,7 +103,7 @@ template <int N>
 using Tile = float[Shape<N>::rows][Shape<N>::columns];
 
 template <int N>
-DEVICE void load_tile(Tile<N>& tile, const float* matrix, const Place<N>& place) {
+DEVICE void load_tile(Tile<N>& tile, const float* matrix, const TilePosition<N>& place) {
 #pragma unroll
   for (int i = 0; i < Shape<N>::rows; i++) {
     if (matrix) {
@@ -116,7 +116,7 @@ DEVICE void load_tile(Tile<N>& tile, const float* matrix, const Place<N>& place)
 }
 
 template <int N>
-DEVICE void store_tile(float* matrix, const Tile<N>& tile, const Place<N>& place) {
+DEVICE void store_tile(float* matrix, const Tile<N>& tile, const TilePosition<N>& place) {
 #pragma unroll
   for (int i = 0; i < Shape<N>::rows; i++)
 #pragma unroll
@@ -163,7 +163,7 @@ DEVICE float sum_rows_transposed(const float (&sums)[4], int part) {
 // Sums of each column over a warp's rows, written to to[N]. At each step a lane gives away half of the `held` columns that it still
 // has, of which `first` is the first. A recursion, so that every index into `sums` is a constant and it stays in registers.
 template <int N, int mask = kWarpSize / 2, int held = Shape<N>::columns>
-DEVICE void sum_columns(float* to, float (&sums)[Shape<N>::columns], const Place<N>& place, int first = 0) {
+DEVICE void sum_columns(float* to, float (&sums)[Shape<N>::columns], const TilePosition<N>& place, int first = 0) {
   if constexpr (mask >= Shape<N>::lanes) {
     constexpr int half = held / 2;
     const bool upper = place.lane & mask;
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(Shape<N>::threads, 1) wkv7_recurrent_forward(F
   float *const ks = decays + Is::window * N, *const vs = ks + Is::window * N, *const as = vs + Is::window * N,
                *const bs = as + Is::window * N, *const rs = bs + Is::window * N;
   const Document at(p.cu_seqlens, p.tokens_each, p.heads, Is::window);
-  const Place<N> place;
+  const TilePosition<N> place;
   const int64_t matrix = at.matrix(p.heads, N);
   const auto same = [](float x) { return x; };
 
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(Shape<N>::threads, 1) wkv7_recurrent_backward(
   float* const shares = dbs + Is::window * N;  // [2, flush, warps, N]: column sums of each warp
   const auto share = [&](int which, int token) { return shares + ((which * Is::flush + token) * Is::warps) * N; };
   const Document at(p.cu_seqlens, p.tokens_each, p.heads, Is::window);
-  const Place<N> place;
+  const TilePosition<N> place;
   const int64_t matrix = at.matrix(p.heads, N);
   const int channel = place.thread;  // of the key channel that this thread sums and writes; threads >= N have none
   const auto same = [](float x) { return x; };

@@ -46,12 +46,12 @@ def members(group):
 
 def finish(process):
     try:
-        words, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         pytest.fail(f"it hangs: {process.communicate()[0][-3000:]}")
     assert members(process.pid) == []
-    return words
+    return output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -63,22 +63,22 @@ def test_a_signal_to_the_whole_group_saves_and_stops(tmp_path, data, number):
         time.sleep(0.05)
     assert len(members(process.pid)) == 2
     os.killpg(process.pid, number)
-    words = finish(process)
-    assert process.returncode == 128 + number, words
-    assert f"{number.name} received; the state is saved" in words
-    assert "Traceback" not in words
+    output = finish(process)
+    assert process.returncode == 128 + number, output
+    assert f"{number.name} received; the state is saved" in output
+    assert "Traceback" not in output
     assert newest_state(out).position.step == len(metrics(out)) > 2
 
 
 def test_it_goes_with_a_run_that_is_done_and_with_one_that_fails(tmp_path, data):
     short = {**RUN, "accumulate_grad_batches": 2, "my_exit_tokens": CTX * 4 * 2 * 5}
     process = start(*flags(tmp_path / "done", data, **short))
-    words = finish(process)
-    assert process.returncode == 0, words
+    output = finish(process)
+    assert process.returncode == 0, output
     process = start("--fail", *flags(tmp_path / "failed", data, **short))
-    words = finish(process)
-    assert process.returncode == 1, words
-    assert "a step that fails" in words
+    output = finish(process)
+    assert process.returncode == 1, output
+    assert "a step that fails" in output
 
 
 def worker(ready):

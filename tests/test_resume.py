@@ -121,10 +121,10 @@ def test_a_damaged_state_is_named_and_the_one_before_is_taken(
         verified(newest)
     capfd.readouterr()
     assert train(out, data, **RUN) == 0
-    words = capfd.readouterr().out
-    assert "step-00000040 is damaged" in words
-    assert victim in words
-    assert "step-00000020" in words
+    output = capfd.readouterr().out
+    assert "step-00000040 is damaged" in output
+    assert victim in output
+    assert "step-00000020" in output
     assert_same_run(out, whole["fp32"])
 
 
@@ -182,9 +182,9 @@ def test_signals_save_and_stop(tmp_path, data, whole, number, code):
     while time.monotonic() < deadline and not ((out / "metrics.csv").exists() and len(metrics(out)) > 5):
         time.sleep(0.05)
     process.send_signal(number)
-    words, _ = process.communicate(timeout=60)
-    assert process.returncode == code, words
-    assert "same command continues" in words
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert "same command continues" in output
     assert newest_state(out).position.step == len(metrics(out)) > 5
 
 
@@ -249,9 +249,9 @@ def test_weights_alone_continue_with_another_batch_and_the_renewed_warm_up_is_no
     shutil.rmtree(out / "resume")
     bigger = {**RUN, "micro_bsz": 8, "epoch_steps": 7}
     train_until(43, out, data, monkeypatch, save_minutes=1e-6, **bigger)
-    words = capfd.readouterr().out
-    assert f"step 40, {160 * CTX:,} tokens, with a fresh optimizer" in words
-    assert "--epoch_steps 7: the mini-epochs of this run stay as they began, with 20" in words
+    output = capfd.readouterr().out
+    assert f"step 40, {160 * CTX:,} tokens, with a fresh optimizer" in output
+    assert "--epoch_steps 7: the mini-epochs of this run stay as they began, with 20" in output
     assert train(out, data, **{**RUN, "micro_bsz": 2}) == 0
     rows = metrics(out)
     assert [int(row["tokens"]) for row in rows[39:44]] == [n * CTX for n in (160, 168, 176, 178, 180)]
@@ -322,9 +322,9 @@ def test_what_a_changed_setting_means(tmp_path, data, monkeypatch, capfd):
     capfd.readouterr()
     for changed in ({"ctx_len": 8}, {"n_layer": 3}, {"magic_prime": 353}):
         assert train(out, data, **{**RUN, **changed}) == 2
-        words = capfd.readouterr().err
-        assert f"--{next(iter(changed))}" in words or "don't fit" in words
-        assert "Traceback" not in words
+        output = capfd.readouterr().err
+        assert f"--{next(iter(changed))}" in output or "don't fit" in output
+        assert "Traceback" not in output
     assert train(out, data, weight_decay=0.01, **RUN) == 0
     assert "--weight_decay was 0.0 at the last start, is 0.01 now" in capfd.readouterr().out
 
@@ -422,8 +422,8 @@ def rows_of_step(data, step):
 def test_one_bad_step_is_left_out_and_the_run_goes_on(tmp_path, data, poisoned, capfd):
     poisoned.add(rows_of_step(data, 30)[1])
     assert train(tmp_path / "run", data, **RUN) == 0
-    words = capfd.readouterr().out
-    assert "step 31 skipped" in words
+    output = capfd.readouterr().out
+    assert "step 31 skipped" in output
     assert all(torch.isfinite(tensor).all() for tensor in final(tmp_path / "run").values())
 
 
@@ -432,8 +432,8 @@ def test_too_many_bad_steps_go_back_once_and_skip_their_samples(tmp_path, data, 
         poisoned.add(rows_of_step(data, step)[2])
     out = tmp_path / "run"
     assert train(out, data, **RUN) == 0
-    words = capfd.readouterr().out
-    assert "rolling back to the state of step 20" in words
+    output = capfd.readouterr().out
+    assert "rolling back to the state of step 20" in output
     assert [int(row["step"]) for row in metrics(out)] == list(range(STEPS))
     assert all(np.isfinite(losses(out)))
     state = newest_state(out)
@@ -496,6 +496,6 @@ def test_bad_steps_everywhere_stop_the_run_with_a_report(tmp_path, data, monkeyp
     monkeypatch.setattr(TrainingModule, "training_step", step)
     assert train(tmp_path / "run", data, **{**RUN, "epoch_steps": mini_epoch}) == 1
     assert not (tmp_path / "run" / "rwkv-final.pth").exists()
-    words = capfd.readouterr().err
-    assert "not finite again" in words
-    assert "the first is at token" in words
+    output = capfd.readouterr().err
+    assert "not finite again" in output
+    assert "the first is at token" in output

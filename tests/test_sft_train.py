@@ -114,10 +114,10 @@ def test_a_tuned_model_answers_held_out_questions_better(files, tokenizer, capfd
     spec = load_tokenizer(str(tokenizer))
     torch.save(RWKV7(ModelConfig(2, 64, spec.vocab_size, head_size=32)).state_dict(), base)
     assert run(*settings(files, tokenizer, load_model=base, epochs=12, val_data_file=files / "held.jsonl")) == 0
-    words = capfd.readouterr().out
+    output = capfd.readouterr().out
     losses = [
         float(line.split("loss ")[1].split()[0])
-        for line in words.splitlines()
+        for line in output.splitlines()
         if line.startswith("held-out loss ") and "over" in line
     ]
     assert losses[0] < 2.5
@@ -181,10 +181,10 @@ def test_accumulated_batches_weigh_their_answers_as_one_batch_does(files, tokeni
         ({"truncate": "error", "ctx_len": 20}, "--truncate"),
     ],
 )
-def test_wrong_input(files, tokenizer, capfd, changed, words):
+def test_wrong_input(files, tokenizer, capfd, changed, output):
     try:
         code = run(*settings(files, tokenizer, **changed))
     except SystemExit as error:
         code = error.code
     assert code == 2
-    assert words in capfd.readouterr().err
+    assert output in capfd.readouterr().err

@@ -24,12 +24,12 @@ from src.ops.loss import cross_entropy_l2wrap
 def test_end_to_end_then_complete(tmp_path, data):
     out = tmp_path / "run"
     init = train_process(flags(out, data, train_stage=1))
-    words, _ = init.communicate(timeout=120)
-    assert init.returncode == 0, words
+    output, _ = init.communicate(timeout=120)
+    assert init.returncode == 0, output
     assert torch.load(out / "rwkv-init.pth")["emb.weight"].dtype == torch.bfloat16
     trained = train_process(flags(out, data, train_stage=3, load_model="0"))
-    words, _ = trained.communicate(timeout=120)
-    assert trained.returncode == 0, words
+    output, _ = trained.communicate(timeout=120)
+    assert trained.returncode == 0, output
     saved = sorted(path.name for path in out.glob("*.pth"))
     assert saved == ["rwkv-0.pth", "rwkv-2.pth", "rwkv-3.pth", "rwkv-final.pth", "rwkv-init.pth"]
     assert (out / "loss.png").stat().st_size > 10_000
@@ -234,12 +234,12 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_input_gets_one_message_and_code_2(tmp_path, data, capfd, name):
-    changed, words = WRONG[name]
+    changed, output = WRONG[name]
     if name == "no GPU" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     assert train(tmp_path / "run", data, **changed) == 2
     captured = capfd.readouterr()
-    assert re.search(words, captured.err)
+    assert re.search(output, captured.err)
     assert "Traceback" not in captured.err
     assert not list((tmp_path / "run").glob("rwkv-*"))
 
@@ -248,9 +248,9 @@ def test_foreign_weights_name_the_sizes_that_fit(tmp_path, data, capfd):
     assert train(tmp_path / "base", data, my_exit_tokens=64) == 0
     final = tmp_path / "base" / "rwkv-final.pth"
     assert train(tmp_path / "run", data, load_model=final, n_layer=3) == 2
-    words = capfd.readouterr().err
-    assert "blocks.2" in words
-    assert "--n_layer 2 --n_embd 32 --vocab_size 64" in words
+    output = capfd.readouterr().err
+    assert "blocks.2" in output
+    assert "--n_layer 2 --n_embd 32 --vocab_size 64" in output
 
 
 def test_folder_without_permission(tmp_path, data, capfd):

@@ -136,8 +136,10 @@ def test_the_best_weights_are_kept(tmp_path, data, held, monkeypatch, capfd):
     expected = torch.load(out / f"rwkv-{int(rows['steps'][best]) // 5 - 1}.pth")
     kept = torch.load(out / "rwkv-best.pth")
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
-    words = capfd.readouterr().out
-    assert f"lowest {rows['loss'][best]:.4f} after step {rows['steps'][best]:.0f}, kept as {out}/rwkv-best.pth" in words
+    output = capfd.readouterr().out
+    assert (
+        f"lowest {rows['loss'][best]:.4f} after step {rows['steps'][best]:.0f}, kept as {out}/rwkv-best.pth" in output
+    )
 
 
 @pytest.mark.parametrize("deaths", [[35], [5, 41]], ids=str)
@@ -186,12 +188,12 @@ def test_other_held_out_data_begins_its_own_best(tmp_path, data, held, monkeypat
     train_until(41, out, data, monkeypatch, val_data_file=held, **settings)
     earlier, best = (out / "val.csv").read_text(), (out / "rwkv-best.pth").read_bytes()
     assert train(out, data, val_data_file=data, **{**settings, "lr_init": 1.0, "lr_final": 1.0}) == 0
-    words = capfd.readouterr().out
-    assert "after step 40, the lowest so far" in words
-    assert "WARNING: --val_data_file is the training data itself" in words
+    output = capfd.readouterr().out
+    assert "after step 40, the lowest so far" in output
+    assert "WARNING: --val_data_file is the training data itself" in output
     assert (
         f"--val_data_file {held} are archived as {out}/val-1.csv, the best weights by them {out}/rwkv-best-1.pth"
-        in words
+        in output
     )
     assert (out / "val-1.csv").read_text() == earlier
     assert (out / "rwkv-best-1.pth").read_bytes() == best
