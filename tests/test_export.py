@@ -80,13 +80,14 @@ def test_an_earlier_export_stays_when_verification_of_the_new_one_fails(weights,
     assert load_model(find_weights(out), "as is", "cpu").emb.weight.dtype == torch.bfloat16
 
 
-def test_a_folder_with_other_weights_is_rejected(weights, tmp_path):
+@pytest.mark.parametrize("other", ["model-00001-of-00001.safetensors", "model.safetensors.index.json"])
+def test_a_folder_with_other_weights_is_rejected(weights, tmp_path, other):
     convert_model(weights, tmp_path / "hf", "fla", None)
-    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "model-00001-of-00001.safetensors")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / other)
     with pytest.raises(UserError) as caught:
         convert_model(weights, tmp_path / "hf", "fla", None)
     assert caught.value.given == tmp_path / "hf"
-    assert "(model-00001-of-00001.safetensors)" in caught.value.problem
+    assert f"({other})" in caught.value.problem
 
 
 def test_a_hugging_face_folder_contains_the_tokenizer(weights, tmp_path):
@@ -327,6 +328,21 @@ def test_a_folder_of_torch_files_is_read(weights, tmp_path):
     (folder / "model.safetensors").unlink()
     torch.save(to_fla(read_weights(weights)), folder / "pytorch_model.bin")
     torch.testing.assert_close(logits(folder), logits(weights), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "rwkv7."])
+def test_a_folder_with_the_names_of_a_pth_is_read(parts, weights, prefix):
+    """As transformers' own RWKV-7 class was proposed; its prefix is also in the index."""
+    for path in parts.glob("*.safetensors"):
+        path.unlink()
+    tensors = {
+        name if name == "head.weight" else prefix + name: tensor
+        for name, tensor in read_weights(weights).items()
+        if name not in IDLE_IN_LAYER_0
+    }
+    names = sorted(tensors)
+    save_index(parts, {1: {n: tensors[n] for n in names[::2]}, 2: {n: tensors[n] for n in names[1::2]}})
+    torch.testing.assert_close(logits(parts), logits(weights), rtol=0, atol=1e-5)
 
 
 def test_a_head_tied_to_the_embedding_is_read(tmp_path):

@@ -98,7 +98,7 @@ def test_a_folder_without_a_model_is_named(tmp_path, data, capfd, name):
         (folder / file).write_text(content)
     assert train(tmp_path / "run", data, load_model=folder, **SHORT) == 2
     message = capfd.readouterr().err
-    assert str(folder) in message
+    assert f"--load_model {folder}" in message
     assert problem in message
     assert "Traceback" not in message
 

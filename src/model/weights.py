@@ -17,8 +17,9 @@ from src.model.file_kind import file_kind
 Weights = dict[str, Tensor]
 # Unused by the model; official files contain them, some other files don't.
 IDLE_IN_LAYER_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
-# Put before parameter names by DeepSpeed and Lightning, DDP, and torch.compile.
-WRAPPER_PREFIXES = ("_forward_module.", "module.", "_orig_mod.")
+# Put before parameter names by DeepSpeed and Lightning, DDP, torch.compile, and the RWKV-7 class that was proposed for
+# transformers, whose names are otherwise these.
+WRAPPER_PREFIXES = ("_forward_module.", "module.", "_orig_mod.", "rwkv7.")
 # Parameters whose two dimensions give the model's sizes.
 SIZE_PARAMETERS = (
     *("emb.weight", "head.weight"),
@@ -109,7 +110,7 @@ def _state_dict(loaded: object, path: Path) -> Weights:
             expected=expected,
             advice=f"its entry {nested[0]!r} contains the weights: save it alone with torch.save" if nested else "",
         )
-    return {_plain_name(name): tensor for name, tensor in loaded.items()}
+    return {plain_name(name): tensor for name, tensor in loaded.items()}
 
 
 def _is_entry(name: object, value: object) -> bool:
@@ -118,10 +119,11 @@ def _is_entry(name: object, value: object) -> bool:
 
 def _is_rwkv(value: object) -> bool:
     """Whether a value within a checkpoint of another trainer looks like the model's state dict."""
-    return isinstance(value, dict) and "emb.weight" in (_plain_name(str(name)) for name in value)
+    return isinstance(value, dict) and "emb.weight" in (plain_name(str(name)) for name in value)
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """The name of a parameter without the prefixes of the modules that wrapped the model."""
     for prefix in WRAPPER_PREFIXES:
         name = name.removeprefix(prefix)
     return name

@@ -170,7 +170,8 @@ def read_fla(folder: Path) -> Weights:
     if config.get("tie_word_embeddings") and is_fla(tensors):  # then the head isn't stored
         tensors.setdefault(_NAMES["head.weight"], tensors[_NAMES["emb.weight"]])
     try:
-        weights = from_fla(tensors)
+        # Folders made from a .pth for transformers may keep the names of the .pth.
+        weights = tensors if "emb.weight" in tensors else from_fla(tensors)
     except UserError as error:
         raise UserError(f"{error.given}: {error.problem}", given=folder, expected="a model of RWKV-7 layers") from error
     _check_sizes(weights, config, folder)

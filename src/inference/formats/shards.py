@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
-from src.model.weights import Weights, read_weights
+from src.model.weights import Weights, plain_name, read_weights
 
 # The names that transformers looks for, in its order.
 WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -100,7 +100,7 @@ def _read_by_index(folder: Path, index: Path) -> Weights:
     contents = {folder / name: read_weights(folder / name) for name in files}
     # a part of another version has the right name and other tensors
     for name, file in places.items():
-        if name not in contents[folder / file]:
+        if plain_name(name) not in contents[folder / file]:
             raise UserError(f"lacks {name}, which {index.name} places in it", given=folder / file, advice=DOWNLOAD)
     return _merge(contents)
 
