@@ -9,12 +9,14 @@
 #   sh demo-training-run-sft.sh mini 1024            one of them
 #
 # With a DATA_FILE of your own the model is the demo's, with the demo's settings. If you name another one by N_LAYER,
-# N_EMBD, VOCAB_SIZE or TOKENIZER (a folder, or world), everything you don't set is as for mini. BASE names its weights, a
-# run's folder or a .pth file; by default it is the folder of the pretraining.
+# N_EMBD, VOCAB_SIZE or TOKENIZER (a folder, or world), everything you don't set is as for mini. BASE names its weights: a
+# run's folder, a weights file (.pth, .safetensors, .st) or a Hugging Face folder; by default it is the folder of the
+# pretraining.
 #
 # Each stage has its own folder and starts from the final weights of the stage before (BASE for the first). They are
-# copied to the stage's rwkv-init.pth, unless there is one already (yours, say). Nothing is overwritten or deleted. Every
-# setting is a default that the environment overrides; further flags are passed on to train.py.
+# copied to the stage's rwkv-init.pth, or converted where they are in another format, unless there is one already (yours,
+# say). Nothing is overwritten or deleted, but a copy with which no training began. Every setting is a default that the
+# environment overrides; further flags are passed on to train.py.
 
 # shellcheck source=demo-training-shared.sh
 . "$(dirname "$0")/demo-training-shared.sh"
@@ -58,7 +60,7 @@ fi
 proj_dir_flag "$@"
 MODEL=out/L$N_LAYER-D$N_EMBD-x070
 NAMED_BASE=${BASE:-}
-BASE=${BASE:-$MODEL} # the weights to start from: a run's folder, or a .pth file
+BASE=${BASE:-$MODEL} # the weights to start from
 
 find_python
 
@@ -76,25 +78,45 @@ stage() {
         --ctx_len "$ctx" --micro_bsz "$M_BSZ" --my_exit_tokens "$positions" --magic_prime "${MAGIC_PRIME:-0}" \
         --lr_init "$LR_INIT" --lr_final "$LR_FINAL" --warmup_steps "$WARMUP_STEPS" --weight_decay "$WEIGHT_DECAY" \
         --epoch_steps "$EPOCH_STEPS" --epoch_save "$EPOCH_SAVE" --grad_cp "$GRAD_CP" --wandb "$WANDB" \
-        --devices "$GPU_PER_NODE" --num_nodes "$N_NODE" --strategy "$STRATEGY" "$@"
+        --devices "$GPU_PER_NODE" --num_nodes "$N_NODE" --strategy "$STRATEGY" "$@" || stage_failed $?
 }
 
-# initial_weights FOLDER BASE: FOLDER/rwkv-init.pth, copied from BASE unless it exists
+# stage_failed CODE: exit with it. Weights that no run began with are removed, as the next BASE would be ignored for them.
+stage_failed() {
+    if [ -n "$made_init" ] && [ ! -f "$folder/run.json" ]; then rm -f "$made_init"; fi
+    exit "$1"
+}
+
+# initial_weights FOLDER BASE: FOLDER/rwkv-init.pth from BASE unless it exists; sets $made_init to it where it was made
 initial_weights() {
-    weights=$2
-    if [ -d "$2" ]; then weights=$2/rwkv-final.pth; fi
-    if [ ! -f "$1/rwkv-init.pth" ]; then
-        [ -f "$weights" ] || fail "$weights does not exist; these are the weights to start from. Pretrain first (demo-training-run.sh),
-put a base model at $1/rwkv-init.pth, or name one: BASE=model.pth sh $0"
+    init=$1/rwkv-init.pth made_init='' weights=$2
+    # A stage before this one must be complete. A folder that you name may be any that chat and export read.
+    if [ -d "$2" ] && { [ "$2" != "$NAMED_BASE" ] || [ -f "$2/rwkv-final.pth" ]; }; then weights=$2/rwkv-final.pth; fi
+    # A .pth is copied byte by byte (later calls compare the two); everything else is converted.
+    case $weights in *.pth) is_copy=1 ;; *) is_copy=0 ;; esac
+    if [ ! -f "$init" ]; then
+        if [ ! -e "$weights" ] || { [ $is_copy = 1 ] && [ ! -f "$weights" ]; }; then
+            fail "$weights does not exist; these are the weights to start from. Pretrain first (demo-training-run.sh),
+put a base model at $init, or name one: BASE=model.pth sh $0"
+        fi
         mkdir -p "$1"
-        # under another name until it is complete: a copy that breaks off must not be taken for weights
-        cp "$weights" "$1/rwkv-init.pth.tmp"
-        mv "$1/rwkv-init.pth.tmp" "$1/rwkv-init.pth"
-        say "$1/rwkv-init.pth is a copy of $weights"
-    elif [ "$2" = "$NAMED_BASE" ] && [ ! -f "$weights" ]; then
-        say "note: BASE=$NAMED_BASE does not exist; using $1/rwkv-init.pth, which does"
-    elif [ "$2" = "$NAMED_BASE" ] && ! cmp -s "$weights" "$1/rwkv-init.pth"; then
-        say "note: $1/rwkv-init.pth exists already, so BASE=$NAMED_BASE is not used; to start from it, delete that file"
+        if [ $is_copy = 1 ]; then
+            # under another name until it is complete: a copy that breaks off must not be taken for weights
+            cp "$weights" "$init.tmp"
+            mv "$init.tmp" "$init"
+            say "$init is a copy of $weights"
+        else
+            "$python" -m src.inference.export "$weights" "$init" || exit 1
+        fi
+        made_init=$init
+    elif [ "$2" != "$NAMED_BASE" ]; then
+        return
+    elif [ ! -e "$weights" ]; then
+        say "note: BASE=$NAMED_BASE does not exist; using $init, which does"
+    elif [ $is_copy = 0 ]; then
+        say "note: using $init, which exists already; to convert BASE=$NAMED_BASE again, delete that file"
+    elif ! cmp -s "$weights" "$init"; then
+        say "note: $init exists already, so BASE=$NAMED_BASE is not used; to start from it, delete that file"
     fi
 }
 

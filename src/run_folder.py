@@ -13,6 +13,7 @@ records in it is decided in src/training/settings.py.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -26,6 +27,7 @@ INIT, FINAL, BEST = "rwkv-init.pth", "rwkv-final.pth", "rwkv-best.pth"
 LOG, METRICS, VALIDATION, SAMPLES, RUN = "train_log.txt", "metrics.csv", "val.csv", "samples.json", "run.json"
 FIGURE, REPORT, TRACE, TOKENIZER = "loss.png", "report.html", "profile.json.gz", "tokenizer"
 STATES = "resume"
+MODEL_CONFIG = "config.json"  # of folders in a Hugging Face layout; a run has none
 # What belongs to one run, besides its weights. RUN comes last: a process that dies while moving them finds on its next
 # start that there is something left to move.
 BELONGS_TO_RUN = (
@@ -92,15 +94,22 @@ def origin_weights(folder: Path, stage: int, load_model: str) -> Path | None:
 
 
 def fingerprint(weights: Path | None) -> dict[str, Any]:
-    """What tells initial weights apart: the SHA-256 of the file (empty for None: drawn at the start)."""
-    return {"sha256": "", "path": ""} if weights is None else {"sha256": sha256_of(weights), "path": str(weights)}
+    """What tells initial weights apart: the SHA-256 of the file (empty for None: drawn at the start), or of the list of
+    a Hugging Face folder's weights files with theirs."""
+    if weights is None:
+        return {"sha256": "", "path": ""}
+    if not weights.is_dir():
+        return {"sha256": sha256_of(weights), "path": str(weights)}
+    files = sorted(path for path in weights.iterdir() if path.suffix in (".safetensors", ".bin"))
+    contents = "".join(f"{sha256_of(path)}  {path.name}\n" for path in (weights / MODEL_CONFIG, *files))
+    return {"sha256": hashlib.sha256(contents.encode()).hexdigest(), "path": str(weights)}
 
 
 def is_swapped(folder: Path, origin: Path | None) -> bool:
     """Whether `origin` is another file than the one that the run in the folder started from, so that a new run
     starts."""
     recorded = read_run(folder).get("origin")
-    if recorded is None or origin is None or not origin.is_file():
+    if recorded is None or origin is None or not (origin.is_file() or (origin / MODEL_CONFIG).is_file()):
         return False
     return fingerprint(origin)["sha256"] != recorded.get("sha256")
 

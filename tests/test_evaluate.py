@@ -281,13 +281,17 @@ def test_a_file_without_read_permission_is_reported(run, tmp_path, capsys, monke
 
 
 def test_a_loss_that_is_not_finite_is_an_error(run, data, tmp_path, capsys):
+    """Of finite weights whose products overflow, and of weights that contain NaN, which are named as the cause."""
     weights = torch.load(run / "rwkv-final.pth")
+    weights["head.weight"] = torch.full_like(weights["head.weight"], 3e38)
+    torch.save(weights, tmp_path / "large.pth")
     weights["head.weight"][0, 0] = float("nan")
     torch.save(weights, tmp_path / "nan.pth")
-    with pytest.raises(SystemExit) as stopped:
-        main([str(tmp_path / "nan.pth"), "--data", str(data.prefix), "--device", "cpu"])
-    assert stopped.value.code == 2
-    assert "its loss is nan" in capsys.readouterr().err
+    for name, message in (("large.pth", "its loss is nan"), ("nan.pth", "head.weight contains values that are not")):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(tmp_path / name), "--data", str(data.prefix), "--device", "cpu"])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

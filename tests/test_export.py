@@ -80,13 +80,14 @@ def test_an_earlier_export_stays_when_verification_of_the_new_one_fails(weights,
     assert load_model(find_weights(out), "as is", "cpu").emb.weight.dtype == torch.bfloat16
 
 
-def test_a_folder_with_other_weights_is_rejected(weights, tmp_path):
+@pytest.mark.parametrize("other", ["model-00001-of-00001.safetensors", "model.safetensors.index.json"])
+def test_a_folder_with_other_weights_is_rejected(weights, tmp_path, other):
     convert_model(weights, tmp_path / "hf", "fla", None)
-    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "model-00001-of-00001.safetensors")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / other)
     with pytest.raises(UserError) as caught:
         convert_model(weights, tmp_path / "hf", "fla", None)
     assert caught.value.given == tmp_path / "hf"
-    assert "(model-00001-of-00001.safetensors)" in caught.value.problem
+    assert f"({other})" in caught.value.problem
 
 
 def test_a_hugging_face_folder_contains_the_tokenizer(weights, tmp_path):
@@ -216,3 +217,176 @@ def test_a_damaged_file_in_a_folder_is_named(weights, tmp_path):
         load_model(folder, "fp32", "cpu")
     assert caught.value.given == folder / "model.safetensors"
     assert "cut short" in caught.value.problem
+
+
+# ---- Hugging Face folders, and files of other programs ---------------------------------------------------------------
+
+
+def save_index(folder, places, total=2):
+    """The parts of a model by `places` (number of the part -> tensors), and their index."""
+    from safetensors.torch import save_file
+
+    weight_map = {}
+    for number, tensors in places.items():
+        name = f"model-{number:05}-of-{total:05}.safetensors"
+        save_file(tensors, folder / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.fixture
+def parts(weights, tmp_path):
+    """A Hugging Face folder in two parts with an index: the last layer is in the second."""
+    folder = tmp_path / "hf"
+    convert_model(weights, folder, "fla", None)
+    (folder / "model.safetensors").unlink()
+    tensors = to_fla(read_weights(weights))
+    last = {name: tensor for name, tensor in tensors.items() if ".layers.2." in name}
+    save_index(folder, {1: {name: tensors[name] for name in tensors if name not in last}, 2: last})
+    return folder
+
+
+def refused(folder):
+    with pytest.raises(UserError) as caught:
+        load_model(find_weights(folder), "fp32", "cpu")
+    assert str(caught.value.given).startswith(str(folder))
+    return caught.value
+
+
+def test_parts_are_read_by_their_index(parts, weights):
+    torch.testing.assert_close(logits(parts), logits(weights), rtol=0, atol=1e-5)
+    # of another model in the same folder: the index doesn't name it
+    (parts / "adapter_model.safetensors").write_bytes(b"not read")
+    torch.testing.assert_close(logits(parts), logits(weights), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_missing_part_is_named(parts, has_index):
+    (parts / "model-00002-of-00002.safetensors").unlink()
+    if not has_index:
+        (parts / "model.safetensors.index.json").unlink()
+    error = refused(parts)
+    assert ("model-00002-of-00002.safetensors" if has_index else "[2] of the 2") in error.problem
+
+
+def test_a_part_of_another_version_is_named(parts, weights):
+    from safetensors.torch import save_file
+
+    other = {name: tensor for name, tensor in to_fla(read_weights(weights)).items() if ".layers.1." in name}
+    save_file(other, parts / "model-00002-of-00002.safetensors")
+    error = refused(parts)
+    assert error.given == parts / "model-00002-of-00002.safetensors"
+    assert "model.layers.2." in error.problem
+
+
+@pytest.mark.parametrize("stale", ["model-00001-of-00002.safetensors", "model.safetensors.index.json"])
+def test_a_whole_file_and_parts_in_one_folder_are_ambiguous(parts, weights, stale):
+    from safetensors.torch import save_file
+
+    for path in parts.glob("model-*"):
+        if path.name != stale:
+            path.unlink()
+    if not stale.endswith("json"):
+        (parts / "model.safetensors.index.json").unlink()
+    save_file(to_fla(read_weights(weights)), parts / "model.safetensors")
+    error = refused(parts)
+    assert "model.safetensors" in error.problem
+    assert stale in error.problem
+
+
+def test_parts_of_two_copies_are_ambiguous(parts, weights):
+    from safetensors.torch import save_file
+
+    (parts / "model.safetensors.index.json").unlink()
+    save_file(to_fla(read_weights(weights)), parts / "model-00003-of-00003.safetensors")
+    assert "two copies" in refused(parts).problem
+
+
+@pytest.mark.parametrize("outside", ["../secret.safetensors", 7])
+def test_an_index_that_leads_out_of_its_folder_is_refused(parts, outside):
+    (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": outside}}))
+    assert refused(parts).given == parts / "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 4), ("hidden_size", 192)])
+def test_another_model_than_config_json_describes_is_refused(weights, tmp_path, capsys, key, value):
+    """As where the part with the last layers is missing: no model of fewer layers is loaded or exported."""
+    folder = tmp_path / "hf"
+    convert_model(weights, folder, "fla", None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    assert f"{key} {config[key]}, config.json says {value}" in refused(folder).problem
+    with pytest.raises(SystemExit) as stopped:
+        main([str(folder), str(tmp_path / "back.pth")])
+    assert stopped.value.code == 2
+    assert not (tmp_path / "back.pth").exists()
+
+
+def test_a_folder_of_torch_files_is_read(weights, tmp_path):
+    folder = tmp_path / "hf"
+    convert_model(weights, folder, "fla", None)
+    (folder / "model.safetensors").unlink()
+    torch.save(to_fla(read_weights(weights)), folder / "pytorch_model.bin")
+    torch.testing.assert_close(logits(folder), logits(weights), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "rwkv7."])
+def test_a_folder_with_the_names_of_a_pth_is_read(parts, weights, prefix):
+    """As transformers' own RWKV-7 class was proposed; its prefix is also in the index."""
+    for path in parts.glob("*.safetensors"):
+        path.unlink()
+    tensors = {
+        name if name == "head.weight" else prefix + name: tensor
+        for name, tensor in read_weights(weights).items()
+        if name not in IDLE_IN_LAYER_0
+    }
+    names = sorted(tensors)
+    save_index(parts, {1: {n: tensors[n] for n in names[::2]}, 2: {n: tensors[n] for n in names[1::2]}})
+    torch.testing.assert_close(logits(parts), logits(weights), rtol=0, atol=1e-5)
+
+
+def test_a_head_tied_to_the_embedding_is_read(tmp_path):
+    model = random_model()
+    model.head.weight.copy_(model.emb.weight)
+    torch.save(model.state_dict(), tmp_path / "tied.pth")
+    folder = tmp_path / "hf"
+    convert_model(tmp_path / "tied.pth", folder, "fla", None)
+    from safetensors.torch import save_file
+
+    tensors = to_fla(model.state_dict())
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    assert "head.weight is missing" in refused(folder).problem
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    torch.testing.assert_close(logits(folder), logits(tmp_path / "tied.pth"), rtol=0, atol=1e-5)
+
+
+def test_one_file_of_a_hugging_face_folder_is_read_or_known_as_a_part(weights, parts, tmp_path):
+    convert_model(weights, tmp_path / "whole", "fla", None)
+    (tmp_path / "whole" / "model.safetensors").rename(tmp_path / "renamed.bin")
+    torch.testing.assert_close(logits(tmp_path / "renamed.bin"), logits(weights), rtol=0, atol=1e-5)
+    error = refused(parts / "model-00001-of-00002.safetensors")
+    assert "parts" in error.problem
+    assert str(parts) in error.advice
+
+
+def test_files_of_web_rwkv_are_read(weights, tmp_path):
+    """Its converter writes fp16 and transposes the low-rank matrices."""
+    from safetensors.torch import save_file
+
+    original = {name: tensor.half() for name, tensor in read_weights(weights).items()}
+    low_rank = [f".{kind}{part}" for kind in "wavg" for part in (1, 2)]
+    swapped = {n: t.t().contiguous() if n[-3:] in low_rank else t for n, t in original.items()}
+    save_file(swapped, tmp_path / "model.st", metadata={"format": "pt"})
+    read = load_model(find_weights(tmp_path / "model.st"), "as is", "cpu")
+    for name, tensor in read.state_dict().items():
+        assert torch.equal(tensor, original[name]), name
+
+
+def test_folders_of_other_models_are_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert "model_type llama" in refused(tmp_path).problem
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "adapter" in refused(tmp_path).problem

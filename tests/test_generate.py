@@ -401,17 +401,24 @@ def test_a_numbered_cpu_is_a_cpu(tmp_path):
     assert load_model(weights, device="cpu:0").emb.weight.dtype == torch.float32
 
 
-def test_weights_that_are_not_finite_are_reported_in_one_line(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("value", "text", "message"),
+    [
+        (3e38, "def \n", "the model's logits are not finite"),  # finite weights whose products overflow
+        (math.nan, "", "{run}/rwkv-final.pth: head.weight contains values that are not finite"),
+    ],
+)
+def test_weights_that_are_not_finite_are_reported_in_one_line(tmp_path, capsys, value, text, message):
     run = make_run(tmp_path / "run")
     weights = torch.load(run / "rwkv-final.pth")
-    weights["head.weight"][0, 0] = math.nan
+    weights["head.weight"][:] = value
     torch.save(weights, run / "rwkv-final.pth")
     with pytest.raises(SystemExit) as stopped:
         main([str(run), "--prompt", "def ", "--device", "cpu"])
     assert stopped.value.code == 2
     output = capsys.readouterr()
-    assert output.out == "def \n"
-    assert output.err.startswith("python -m src.inference.generate: the model's logits are not finite")
+    assert output.out == text
+    assert output.err.startswith(f"python -m src.inference.generate: {message.format(run=run)}")
     assert output.err.count("\n") == 1
 
 

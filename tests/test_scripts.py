@@ -18,11 +18,14 @@ import numpy as np
 import pytest
 import torch
 from packaging.requirements import Requirement
+from safetensors.torch import save_file
 
 from src.config import ModelConfig
 from src.dataset import BinIdxWriter
 from src.dataset.corpus.bpe import train_bpe
+from src.inference.formats.fla import write_fla
 from src.model import RWKV7
+from src.model.weights import read_weights
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [*sorted(ROOT.glob("*.sh")), ROOT / "tests" / "run.sh", ROOT / "tests" / "torch_versions.sh"]
@@ -385,6 +388,46 @@ def test_own_conversations_fine_tune_the_demos_model(pretrained):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "out/x/rwkv-init.pth is a copy of" in done.stdout
+
+
+BASES = {
+    "other.safetensors": lambda model, path: save_file(model.state_dict(), path),
+    "other.pth": lambda model, path: save_file(model.state_dict(), path),  # the ending doesn't decide
+    "hub": lambda model, path: write_fla(model.state_dict(), model.config, path),
+    "run": lambda model, path: (path.mkdir(), torch.save(model.state_dict(), path / "rwkv-3.pth")),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_base_takes_what_chat_takes(pretrained, name):
+    conversations_file(pretrained / "mine.jsonl")
+    fine_tune = partial(run_script, pretrained, *DRY_RUN, script="demo-training-run-sft.sh", DATA_FILE="mine.jsonl")
+    model = RWKV7(ModelConfig(n_layer=4, n_embd=256, vocab_size=6400))
+    BASES[name](model, pretrained / name)
+    done = fine_tune(CTX_LEN="32", BASE=name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    initial = read_weights(pretrained / "out/L4-D256-x070-sft-mine/rwkv-init.pth")
+    assert torch.equal(initial["head.weight"], model.head.weight)
+    done = fine_tune(CTX_LEN="32", BASE=name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "is not used" not in done.stdout
+
+
+def test_a_base_that_fails_is_not_kept(pretrained):
+    """Else the next BASE would be ignored, as rwkv-init.pth exists."""
+    conversations_file(pretrained / "mine.jsonl")
+    fine_tune = partial(run_script, pretrained, *DRY_RUN, script="demo-training-run-sft.sh", DATA_FILE="mine.jsonl")
+    (pretrained / "page.pth").write_text("<html>not found</html>")
+    (pretrained / "page.st").write_text("<html>not found</html>")
+    torch.save(RWKV7(ModelConfig(n_layer=3, n_embd=256, vocab_size=6400)).state_dict(), pretrained / "three.pth")
+    for base, message in (("page.pth", "a web page"), ("page.st", "a web page"), ("three.pth", "--n_layer 3")):
+        done = fine_tune(CTX_LEN="32", BASE=base)
+        assert done.returncode == 2 or (base == "page.st" and done.returncode == 1), done.stdout + done.stderr
+        assert message in done.stderr
+        assert not list(pretrained.glob("out/*-sft-mine/rwkv-init.pth*"))
+    done = fine_tune(CTX_LEN="32")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rwkv-init.pth is a copy of out/L4-D256-x070/rwkv-final.pth" in done.stdout
 
 
 def test_own_conversations_fine_tune_another_model(pretrained):

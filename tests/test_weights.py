@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from src.errors import UserError
 from src.model import RWKV7, ModelConfig
-from src.model.weights import WRAPPER_PREFIXES, read_weights, save_weights
+from src.model.file_kind import file_kind
+from src.model.weights import IDLE_IN_LAYER_0, WRAPPER_PREFIXES, fit_weights, read_weights, save_weights
 
 CONFIG = ModelConfig(2, 64, 40, head_size=32, d_decay_lora=8, d_aaa_lora=16, d_mv_lora=24, d_gate_lora=48, dim_ffn=96)
 
@@ -142,7 +144,9 @@ def test_missing_and_unknown_parameters_are_named(saved, name):
     with pytest.raises(UserError) as caught:
         RWKV7.from_checkpoint(path)
     assert name in caught.value.problem
-    assert "--n_layer 2 --n_embd 64 --vocab_size 40" in caught.value.advice
+    # no sizes make a file fit that lacks a parameter or has one too many, so none are advised
+    assert "--n_layer" not in caught.value.advice
+    assert "incomplete or of another architecture" in caught.value.advice
 
 
 @pytest.mark.parametrize(
@@ -221,3 +225,152 @@ def test_a_folder_or_a_file_without_read_permission_is_named(saved, tmp_path, mo
         read_weights(path)
     assert caught.value.given == path
     assert "Permission denied" in caught.value.problem
+
+
+# ---- what kind of file it is -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["m.pth", "m.bin", "m.st", "m.safetensors", "m.gguf", "m"])
+@pytest.mark.parametrize("kind", ["zip", "pickle", "safetensors"])
+def test_the_kind_of_a_file_is_that_of_its_bytes(saved, tmp_path, kind, name):
+    from safetensors.torch import save_file
+
+    model, _ = saved
+    path = tmp_path / name
+    if kind == "safetensors":
+        save_file(model.state_dict(), path)
+    else:
+        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=kind == "zip")
+    loaded = RWKV7.from_checkpoint(path)
+    assert loaded.config == CONFIG
+    assert torch.equal(loaded.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("length", [0x80, 0x280, 0x8B1F, 0xB528])
+def test_the_header_length_of_safetensors_is_no_signature(tmp_path, length):
+    """0x80 is how a pickle begins, 1F 8B how gzip does; a safetensors file begins with the length of its header."""
+    header = b'{"emb.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
+    path = tmp_path / "m.pth"
+    path.write_bytes(length.to_bytes(8, "little") + header + bytes(4))
+    assert file_kind(path) == "safetensors"
+    assert read_weights(path)["emb.weight"].tolist() == [0.0]
+
+
+def npz(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("weight.npy", b"\x93NUMPY")
+
+
+def torch_script(path):
+    """By the names of its members; torch.jit.script, which would write a real one, is deprecated."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("model/data.pkl", "model/code/__torch__.py"):
+            archive.writestr(name, b"")
+
+
+FOREIGN_FILES = {
+    "gguf": (b"GGUF\x03\0\0\0", "GGUF file"),
+    "ggml": (b"fmgg\x64\0\0\0", "GGML file"),
+    "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+    "page": (b"\n<!DOCTYPE html><html></html>", "web page"),
+    "gzip": (b"\x1f\x8b\x08\0", "compressed"),
+    "index": (b"MMIDIDX\0\0", "index of training data"),
+    "npz": (npz, "weight.npy"),
+    "TorchScript": (torch_script, "TorchScript"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN_FILES)
+def test_files_of_other_programs_are_named(tmp_path, kind):
+    content, named = FOREIGN_FILES[kind]
+    path = tmp_path / "weights.pth"
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content + bytes(100))
+    with pytest.raises(UserError) as caught:
+        read_weights(path)
+    assert caught.value.given == path
+    assert named in caught.value.problem
+    assert "cut short" not in caught.value.problem
+
+
+OTHER_KINDS = {
+    "LoRA": ("blocks.0.att.key.lora_A", "LoRA"),
+    "LoRA of PEFT": ("base_model.model.model.layers.0.attn.r_proj.lora_A.weight", "LoRA"),
+    "LoRA of web-rwkv": ("blocks.0.ffn.value.lora.1", "LoRA"),
+    "MiSS": ("blocks.0.att.key.disha", "MiSS"),
+    "state": ("blocks.0.att.time_state", "initial state"),
+    "7a": ("blocks.0.ffn.s_emb.weight", "RWKV-7a"),
+    "7b": ("blocks.0.qkv.k_emb.weight", "RWKV-7b"),
+    "RWKV-6": ("blocks.0.att.time_maa_x", "earlier version"),
+}
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_files_of_other_models_are_named_for_what_they_are(saved, kind, alone):
+    """With and without the parameters of a whole model beside theirs, and without advice to use other sizes."""
+    model, path = saved
+    name, named = OTHER_KINDS[kind]
+    torch.save({**({} if alone else model.state_dict()), name: torch.zeros(4, 4)}, path)
+    for use in (lambda: RWKV7.from_checkpoint(path), lambda: fit_weights(read_weights(path), model, str(path), True)):
+        with pytest.raises(UserError) as caught:
+            use()
+        assert caught.value.given == str(path)
+        assert named in caught.value.problem
+        assert name in caught.value.problem
+        assert "--n_layer" not in caught.value.advice
+
+
+# ---- advice and values -----------------------------------------------------------------------------------------------
+
+
+def test_advice_on_sizes_holds(saved):
+    """The advised sizes are those of a model that the weights fit; a file that fits no model gets no such advice."""
+    model, _ = saved
+    other = RWKV7(ModelConfig(3, 64, 40, head_size=32))
+    with pytest.raises(UserError) as caught:
+        fit_weights(model.state_dict(), other, "file")
+    numbers = dict(zip(*[iter(caught.value.advice.removeprefix("they fit ").split())] * 2, strict=True))
+    advised = ModelConfig(**{flag.removeprefix("--"): int(value) for flag, value in numbers.items()})
+    assert fit_weights(model.state_dict(), RWKV7(advised), "file").keys() == model.state_dict().keys()
+
+    lacking = {name: tensor for name, tensor in model.state_dict().items() if name != "blocks.1.ffn.x_k"}
+    with pytest.raises(UserError) as caught:
+        fit_weights(lacking, other, "file")
+    assert "--n_layer" not in caught.value.advice
+    assert "blocks.1.ffn.x_k is missing" in caught.value.advice
+    wider = RWKV7(ModelConfig(2, 128, 40, head_size=32))
+    with pytest.raises(UserError) as caught:  # --load_partial takes the parameter that is missing from the model
+        fit_weights(lacking, wider, "file", partial=True)
+    assert "--n_layer 2 --n_embd 64" in caught.value.advice
+
+
+def test_sizes_that_no_model_has_are_an_error_about_the_file(saved):
+    weights = saved[0].state_dict()
+    weights["blocks.0.att.r_k"] = torch.zeros(8, 8)
+    with pytest.raises(UserError) as caught:
+        RWKV7.from_weights(weights, "file.pth")
+    assert caught.value.given == "file.pth"
+    assert "head_size 8" in caught.value.problem
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_named(saved, dtype, value):
+    model, _ = saved
+    weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    weights["blocks.1.att.key.weight"][3, 5] = value
+    with pytest.raises(UserError) as caught:
+        RWKV7.from_weights(weights, "file.pth")
+    assert caught.value.given == "file.pth"
+    assert "blocks.1.att.key.weight" in caught.value.problem
+    assert "not finite" in caught.value.problem
+
+
+def test_unused_parameters_may_hold_anything(saved):
+    weights = saved[0].state_dict()
+    for name in IDLE_IN_LAYER_0:
+        weights[name] = torch.full_like(weights[name], float("nan"))
+    assert RWKV7.from_weights(weights, "file.pth").config == CONFIG

@@ -55,7 +55,12 @@ class Flags:
     )
     dry_run: bool = flag(False, "run", "take two training steps, save nothing, stop", const=True, within_run="free")
     proj_dir: str = flag("out", "run", "folder of the run: weights, logs, settings", within_run="free")
-    load_model: str = flag("", "run", 'weights to start from (.pth); "0" or empty: none', within_run="free")
+    load_model: str = flag(
+        "",
+        "run",
+        'weights to start from: a file, a run\'s folder or a Hugging Face folder; "0" or empty: none',
+        within_run="free",
+    )
     load_partial: bool = flag(
         False, "run", "1: parameters missing from the weights file keep their initial values", within_run="free"
     )

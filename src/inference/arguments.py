@@ -9,7 +9,9 @@ from src.errors import UserError
 from src.inference.load import DTYPES
 from src.inference.sampling import SEED_LIMIT, Sampling
 
-MODEL_HELP = "weights (.pth, .safetensors), a run's folder, or a Hugging Face folder in flash-linear-attention's layout"
+MODEL_HELP = (
+    "weights (.pth, .safetensors, .st), a run's folder, or a Hugging Face folder in flash-linear-attention's layout"
+)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:

@@ -68,7 +68,7 @@ def _check_out(out: Path, format: str, weights: Path) -> None:
         raise UserError(
             f"is a folder, but --format {format} writes a file", given=out, expected=f"{out / 'model'}{suffix}"
         )
-    if out.suffix != suffix:  # a weights file is read by its suffix
+    if out.suffix != suffix:  # other programs choose their reader by it
         raise UserError(f"--format {format} writes a file that ends in {suffix}", given=out, expected=f"{out}{suffix}")
 
 

@@ -9,12 +9,22 @@ import torch
 
 from src.dataset.tokenizer import WORLD_VOCAB_SIZE, Tokenizer, load_tokenizer
 from src.errors import UserError
-from src.inference.formats.fla import is_fla_folder, read_fla
+from src.inference.formats.fla import CONFIG, from_fla, is_fla, is_fla_folder, read_config, read_fla
+from src.inference.formats.shards import is_part, read_json
+from src.inference.formats.web_rwkv import from_web_rwkv, is_web_rwkv
 from src.model import RWKV7
+from src.model.weights import Weights, read_weights
 from src.run_folder import BEST, FINAL, INIT, TOKENIZER, newest_weights, numbered_weights, read_run
 
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for it
+WEIGHTS_SUFFIXES = (".pth", ".safetensors", ".st")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NO_SIZE_LIMIT = sys.maxsize  # as vocab_size of `find_tokenizer`, where no model is at hand
+
+
+def holds_model(path: Path) -> bool:
+    """Whether `path` is itself what `load_weights` reads: a file, or a folder in a Hugging Face layout."""
+    return path.is_file() or is_fla_folder(path)
 
 
 def find_weights(model: str | Path) -> Path:
@@ -24,13 +34,21 @@ def find_weights(model: str | Path) -> Path:
     rwkv-N.pth, else rwkv-init.pth. Raises UserError when there is none.
     """
     path = Path(model)
-    if path.is_file() or is_fla_folder(path):
+    if holds_model(path):
         return path
     if not path.is_dir():
         raise UserError("no such file or folder", given=path, expected="a weights file or a run's folder (--proj_dir)")
     if (weights := newest_weights(path)) is not None:
         return weights
-    others = sorted(file for file in path.iterdir() if file.suffix in (".pth", ".safetensors"))
+    if (path / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            "the folder of an adapter (LoRA or similar), which changes a base model",
+            given=path,
+            advice="merge it into its base model with the program that trained it, and name the result",
+        )
+    if (path / CONFIG).is_file() and "model_type" in read_json(path / CONFIG):
+        read_config(path)  # for its error, as it is another model's
+    others = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS_SUFFIXES)
     raise UserError(
         f"the folder contains no {FINAL}, rwkv-N.pth or {INIT}",
         given=path,
@@ -99,6 +117,22 @@ def pretrained_only(weights: Path) -> bool:
     return not weights.is_dir() and read_run(weights.parent).get("settings", {}).get("data_type") == "binidx"
 
 
+def load_weights(path: Path) -> Weights:
+    """The state dict in `path` (from `find_weights`) under the names of `RWKV7`, whichever format it is stored in.
+
+    Raises UserError when it can't be read; whether it is a whole RWKV-7 model is for `fit_weights` to say.
+    """
+    # A folder is in a Hugging Face layout; a run's folder was resolved to a file by `find_weights`.
+    if path.is_dir():
+        return read_fla(path)
+    if is_part(path):
+        raise UserError("one of several parts of a model", given=path, advice=f"name its folder, {path.parent}")
+    weights = read_weights(path)
+    if is_fla(weights):
+        return from_fla(weights)
+    return from_web_rwkv(weights) if is_web_rwkv(weights) else weights
+
+
 def load_model(weights: Path, dtype: str | None = None, device: str | None = None) -> RWKV7:
     """The model in `weights` (a path from `find_weights`), in evaluation mode and without gradients.
 
@@ -111,11 +145,7 @@ def load_model(weights: Path, dtype: str | None = None, device: str | None = Non
     # bf16 halves the memory and doubles the speed on a GPU. A CPU keeps fp32 arithmetic: decoding reads weights that
     # came from bf16 in compressed form all the same.
     torch_dtype = None if dtype == "as is" else DTYPES[dtype or ("fp32" if target.type == "cpu" else "bf16")]
-    # A folder is in a Hugging Face layout; a run's folder was resolved to a file by `find_weights`.
-    if weights.is_dir():
-        model = RWKV7.from_weights(read_fla(weights), str(weights), torch_dtype, target)
-    else:
-        model = RWKV7.from_checkpoint(weights, torch_dtype, target)
+    model = RWKV7.from_weights(load_weights(weights), str(weights), torch_dtype, target)
     return model.eval().requires_grad_(False)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,26 +10,48 @@ import torch
 from torch import Tensor, nn
 
 from src.config import ModelConfig
-from src.errors import UserError
+from src.errors import UserError, UserErrors
 from src.files import atomic_write
+from src.model.file_kind import file_kind
 
 Weights = dict[str, Tensor]
 # Unused by the model; official files contain them, some other files don't.
 IDLE_IN_LAYER_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
-# Put before parameter names by DeepSpeed and Lightning, DDP, and torch.compile.
-WRAPPER_PREFIXES = ("_forward_module.", "module.", "_orig_mod.")
+# Put before parameter names by DeepSpeed and Lightning, DDP, torch.compile, and the RWKV-7 class that was proposed for
+# transformers, whose names are otherwise these.
+WRAPPER_PREFIXES = ("_forward_module.", "module.", "_orig_mod.", "rwkv7.")
 # Parameters whose two dimensions give the model's sizes.
 SIZE_PARAMETERS = (
     *("emb.weight", "head.weight"),
     *("blocks.0.att.r_k", "blocks.0.att.w1", "blocks.0.att.a1", "blocks.0.att.g1", "blocks.0.ffn.key.weight"),
 )
+# Parameters that an RWKV-7 state dict doesn't have: a pattern, what a file with them is, and what to do. The first
+# match counts, so what is specific comes first: RWKV-7b has the parameters of 7a as well.
+OTHER_FILES = (
+    (
+        r"lora_(A|B|magnitude)|\.(att|ffn)\.\w+\.lora\.[01]$",
+        "LoRA weights, which change a base model",
+        "merge them into their base model with the program that trained them",
+    ),
+    (
+        r"\.(disha|bone|miss_block)\b",
+        "MiSS (DiSHA, Bone) weights, which change a base model",
+        "merge them into their base model with the program that trained them",
+    ),
+    (r"\.att\.time_state$", "a tuned initial state", "name the weights of the model that it was tuned for"),
+    (r"^blocks\.\d+\.qkv\.", "weights of an RWKV-7b model, with DeepEmbed and its attention", ""),
+    (r"\.ffn\.s_emb", "weights of an RWKV-7a model, with DeepEmbed", ""),
+    (r"\.time_(decay|first|faaaa|maa_\w+|mix_\w+)", "weights of an earlier version, RWKV-4, 5 or 6", ""),
+)
 SHOWN_MISMATCHES = 3  # of what may be every parameter of the model: a message has two lines
 
 
 def read_weights(path: str | Path) -> Weights:
-    """The tensors of a .pth or .safetensors file by parameter name, on the CPU; no code in the file is executed.
+    """The tensors of a weights file by parameter name, on the CPU; no code in the file is executed.
 
-    Raises UserError when the file is missing, truncated, not a state dict, or contains more than plain tensors.
+    It is read as what its first bytes say (`file_kind`), whatever its name: torch.save's format, also that of PyTorch
+    before 1.6, or safetensors. Raises UserError when it is missing, truncated, of another program, not a state dict,
+    or contains more than plain tensors.
     """
     path = Path(path)
     if path.is_dir():
@@ -46,6 +67,8 @@ def read_weights(path: str | Path) -> Weights:
         raise UserError(f"can't be read ({error.strerror})", given=path, advice="check its permissions") from error
     try:
         loaded = _load(path)
+    except UserError:  # the file is of another program
+        raise
     except Exception as error:  # torch.load raises half a dozen types for a damaged file
         # Only the text of torch's error has the rejected name: "Unsupported global: GLOBAL os.system was not ...".
         if code := re.search(r"GLOBAL (\S+)", str(error)):
@@ -61,12 +84,16 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def _load(path: Path) -> object:
-    if path.suffix == ".safetensors":
+    kind = file_kind(path)
+    if kind == "safetensors":
         from safetensors.torch import load_file
 
         return load_file(path)
+    if path.name.endswith(".safetensors"):  # torch.load goes by this ending where it is given a path
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     # Mapped, so that memory holds only what is used; files of torch < 1.6 aren't zip archives and can't be mapped.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
 
 
 def _state_dict(loaded: object, path: Path) -> Weights:
@@ -83,7 +110,7 @@ def _state_dict(loaded: object, path: Path) -> Weights:
             expected=expected,
             advice=f"its entry {nested[0]!r} contains the weights: save it alone with torch.save" if nested else "",
         )
-    return {_plain_name(name): tensor for name, tensor in loaded.items()}
+    return {plain_name(name): tensor for name, tensor in loaded.items()}
 
 
 def _is_entry(name: object, value: object) -> bool:
@@ -92,10 +119,11 @@ def _is_entry(name: object, value: object) -> bool:
 
 def _is_rwkv(value: object) -> bool:
     """Whether a value within a checkpoint of another trainer looks like the model's state dict."""
-    return isinstance(value, dict) and "emb.weight" in (_plain_name(str(name)) for name in value)
+    return isinstance(value, dict) and "emb.weight" in (plain_name(str(name)) for name in value)
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """The name of a parameter without the prefixes of the modules that wrapped the model."""
     for prefix in WRAPPER_PREFIXES:
         name = name.removeprefix(prefix)
     return name
@@ -103,6 +131,7 @@ def _plain_name(name: str) -> str:
 
 def config_from_weights(weights: Weights, source: str, kernel: str = "auto") -> ModelConfig:
     """The configuration of the model that a state dict belongs to. Raises UserError when it isn't an RWKV-7 model's."""
+    _check_kind(weights, source)
     if missing := [name for name in SIZE_PARAMETERS if name not in weights]:
         raise UserError(
             f"not RWKV-7 weights: {missing[0]} is missing (the file begins with {', '.join(list(weights)[:3])})",
@@ -120,27 +149,45 @@ def config_from_weights(weights: Weights, source: str, kernel: str = "auto") -> 
     vocab_size, n_embd = weights["emb.weight"].shape
     # Layer 0's v1 may be missing or a placeholder of another shape, so layer 1's is preferred where there is one.
     value_residuals = [v1 for i in (1, 0) if (v1 := weights.get(f"blocks.{i}.att.v1")) is not None and v1.dim() == 2]
-    return ModelConfig(
-        n_layer=len(layers),
-        n_embd=n_embd,
-        vocab_size=vocab_size,
-        head_size=weights["blocks.0.att.r_k"].shape[1],
-        dim_ffn=weights["blocks.0.ffn.key.weight"].shape[0],
-        d_decay_lora=weights["blocks.0.att.w1"].shape[1],
-        d_aaa_lora=weights["blocks.0.att.a1"].shape[1],
-        d_mv_lora=value_residuals[0].shape[1] if value_residuals else 0,
-        d_gate_lora=weights["blocks.0.att.g1"].shape[1],
-        kernel=kernel,
-    )
+    try:
+        return ModelConfig(
+            n_layer=len(layers),
+            n_embd=n_embd,
+            vocab_size=vocab_size,
+            head_size=weights["blocks.0.att.r_k"].shape[1],
+            dim_ffn=weights["blocks.0.ffn.key.weight"].shape[0],
+            d_decay_lora=weights["blocks.0.att.w1"].shape[1],
+            d_aaa_lora=weights["blocks.0.att.a1"].shape[1],
+            d_mv_lora=value_residuals[0].shape[1] if value_residuals else 0,
+            d_gate_lora=weights["blocks.0.att.g1"].shape[1],
+            kernel=kernel,
+        )
+    except UserErrors as error:  # it names flags, and these sizes come from a file
+        sizes = ", ".join(f"{fault.flag} {fault.given}, expected {fault.expected}" for fault in error.faults)
+        raise UserError(f"no model has these sizes: {sizes}", given=source) from error
+
+
+def _check_kind(weights: Weights, source: str) -> None:
+    """Raises UserError, saying what the file is, when its names show something else than an RWKV-7 model."""
+    for pattern, kind, advice in OTHER_FILES:
+        if name := next((name for name in weights if re.search(pattern, name)), ""):
+            raise UserError(
+                f"{kind} ({name})",
+                given=source,
+                expected="the state dict of an RWKV-7 (x070) model",
+                advice=advice,
+            )
 
 
 def fit_weights(weights: Weights, model: nn.Module, source: str, partial: bool = False) -> Weights:
     """`weights` with exactly the names and shapes of `model`'s state dict.
 
     Layer 0's unused v0, v1, v2 become zeros where the file lacks them. With `partial`, other parameters that the file
-    lacks keep the model's values. Raises UserError for other missing or unknown names, for shapes that differ, with the
-    sizes that the weights would fit, and for integer tensors: quantised weights can't be used without their scales.
+    lacks keep the model's values. Raises UserError for files of other kinds (`OTHER_FILES`), for other missing or
+    unknown names, for shapes that differ, with the sizes that the weights fit, for integer tensors (quantised weights
+    can't be used without their scales), and for values that are not finite.
     """
+    _check_kind(weights, source)
     integers = [f"{name} is {_dtype_name(t)}" for name, t in weights.items() if not t.is_floating_point()]
     if integers:
         raise UserError(
@@ -150,12 +197,7 @@ def fit_weights(weights: Weights, model: nn.Module, source: str, partial: bool =
             advice="use the file from before quantisation",
         )
     targets = model.state_dict()
-    fitted = _with_idle_parameters(weights, targets)
-    # Released files may store w0 and other vectors as [C] instead of [1, 1, C].
-    for name, tensor in fitted.items():
-        target = targets.get(name, tensor)
-        if tensor.shape != target.shape and tensor.squeeze().shape == target.squeeze().shape:
-            fitted[name] = tensor.reshape(target.shape)
+    fitted = _reshaped(weights, targets)
     if partial:
         fitted = {**targets, **fitted}
     if mismatches := _mismatches(fitted, targets):
@@ -164,22 +206,47 @@ def fit_weights(weights: Weights, model: nn.Module, source: str, partial: bool =
             f"these weights don't fit the model: {', '.join(mismatches[:SHOWN_MISMATCHES])}"
             + (f", and {more} more" if more > 0 else ""),
             given=source,
-            advice=_sizes_of(weights, source),
+            advice=_advice(weights, model, source, partial),
+        )
+    # Here, where the cause is known: later it would be a loss of NaN, or a first token that can't be drawn.
+    # Layer 0's v0, v1, v2 are exempt: no result depends on them, and a file may hold uninitialised memory there.
+    used = {name: tensor for name, tensor in fitted.items() if name not in IDLE_IN_LAYER_0}
+    if damaged := [name for name, tensor in used.items() if not _is_finite(tensor)]:
+        subject = f"{damaged[0]} contains" if len(damaged) == 1 else f"{damaged[0]} and {len(damaged) - 1} more contain"
+        raise UserError(
+            f"{subject} values that are not finite (NaN or infinite)",
+            given=source,
+            advice="download or copy it again, or use weights that were saved before the training diverged",
         )
     return {name: fitted[name] for name in targets}  # in the model's order, in which files are then written
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.numel():  # on meta: the model's own values, with `partial`
+        return True
+    if tensor.element_size() == 1:  # fp8, for which the operation below doesn't exist
+        tensor = tensor.float()
+    # One pass without a copy, where isfinite() would allocate. Where there is a NaN it is both minimum and maximum.
+    return all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _with_idle_parameters(weights: Weights, targets: Mapping[str, Tensor]) -> Weights:
-    """A copy of `weights` in which layer 0's unused parameters have the model's shapes."""
+def _reshaped(weights: Weights, targets: Mapping[str, Tensor]) -> Weights:
+    """A copy of `weights` with the shapes of `targets` where only dimensions of size 1 differ, and with layer 0's
+    unused parameters in the shapes of `targets` in any case."""
     fitted = dict(weights)
     for name in IDLE_IN_LAYER_0:
         if name in targets and (name not in fitted or fitted[name].shape != targets[name].shape):
             dtype = weights.get("emb.weight", targets[name]).dtype  # of the file: a file has one dtype
             fitted[name] = torch.zeros(targets[name].shape, dtype=dtype)
+    # Released files may store w0 and other vectors as [C] instead of [1, 1, C].
+    for name, tensor in fitted.items():
+        target = targets.get(name, tensor)
+        if tensor.shape != target.shape and tensor.squeeze().shape == target.squeeze().shape:
+            fitted[name] = tensor.reshape(target.shape)
     return fitted
 
 
@@ -194,12 +261,18 @@ def _mismatches(weights: Weights, targets: Mapping[str, Tensor]) -> list[str]:
     return shapes + missing + [f"{name} is unknown" for name in weights if name not in targets]
 
 
-def _sizes_of(weights: Weights, source: str) -> str:
-    """The flags of the model that the weights belong to."""
+def _advice(weights: Weights, model: nn.Module, source: str, partial: bool) -> str:
+    """The flags of the model that the weights fit, once they were fitted to it; or that there is none."""
     try:
         config = config_from_weights(weights, source)
     except UserError as error:
         return f"they are not a complete RWKV-7 model: {error.problem}"
+    # Of the same class, without an import of it: rwkv7.py imports this module. On meta it takes no memory.
+    with torch.device("meta"):
+        targets = type(model)(config).state_dict()
+    fitted = {**(targets if partial else {}), **_reshaped(weights, targets)}
+    if mismatches := _mismatches(fitted, targets):
+        return f"no sizes make them fit ({mismatches[0]}): the file is incomplete or of another architecture"
     sizes = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn")
     ranks = ("d_decay_lora", "d_aaa_lora", "d_mv_lora", "d_gate_lora")
     return "they fit " + " ".join(f"--{name} {getattr(config, name)}" for name in (*sizes, *ranks))

@@ -9,8 +9,9 @@ import torch
 from src.config import ModelConfig, RunConfig, settings_with
 from src.dataset.tokenizer import load_tokenizer
 from src.errors import UserError
+from src.inference.load import load_weights
 from src.model import RWKV7
-from src.model.weights import IDLE_IN_LAYER_0, Weights, config_from_weights, fit_weights, read_weights
+from src.model.weights import IDLE_IN_LAYER_0, Weights, config_from_weights, fit_weights
 from src.training.checkpoint.resume import ResumePoint
 from src.training.console import is_rank_zero, log
 from src.training.data import open_samples
@@ -30,7 +31,7 @@ def resolve_model_config(config: RunConfig, resume: ResumePoint, process_group: 
     def resolve() -> ModelConfig:
         # a full state records its vocabulary, whatever the data or the tokenizer would suggest
         known = saved.get("vocab_size", 0) if not config.vocab_size else 0
-        weights = read_weights(resume.weights) if resume.weights is not None else None
+        weights = load_weights(resume.weights) if resume.weights is not None else None
         sizes = config.model_config(known or find_vocab_size(config, weights))
         if weights is not None:
             # a mistake in the weights is raised here, on every rank, before any waits for another
@@ -94,7 +95,7 @@ def fitted_weights(config: RunConfig, sizes: ModelConfig, resume: ResumePoint) -
     """The weights file that the run continues from, as the model needs it; parameters that it lacks (--load_partial)
     are on the meta device. Raises UserError when it doesn't fit."""
     assert resume.weights is not None
-    return _fit(read_weights(resume.weights), config, sizes, str(resume.weights))
+    return _fit(load_weights(resume.weights), config, sizes, str(resume.weights))
 
 
 def _fit(weights: Weights, config: RunConfig, sizes: ModelConfig, source: str) -> Weights:

@@ -37,6 +37,7 @@ from src.training.checkpoint.resume import (
     find_resume_point,
     length_of_run,
     peek_resume_point,
+    resolve_load_model,
     starts_new_run,
 )
 from src.training.checkpoint.storage import DamagedStateError
@@ -79,6 +80,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
         # every launcher's.
         info = rank_from_launcher(os.environ)
         rank_zero_only.rank = info.rank if info else 0  # type: ignore[attr-defined]
+        config = resolve_load_model(config)
         if config.plan >= 0:
             return _plan(config)
         if config.accelerator == "cpu" or not torch.cuda.is_available():

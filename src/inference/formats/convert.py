@@ -123,7 +123,8 @@ def convert_model(
 
 def _check_folder(out: Path) -> None:
     """Raises UserError when `out` contains weights of other names, as readers would merge the two."""
-    others = sorted(file.name for file in out.glob("*.safetensors") if file.name != TENSORS)
+    # the index of an earlier download, too, which names other files
+    others = sorted(file.name for file in out.glob("*.safetensors*") if file.name != TENSORS)
     if others:
         raise UserError(f"contains other weights ({others[0]})", given=out, advice="name another folder")
 

@@ -17,11 +17,13 @@ from torch import Tensor
 from src.config import ModelConfig
 from src.errors import UserError
 from src.files import atomic_write
+from src.inference.formats.shards import read_json, read_shards
 from src.model.layers import GROUP_NORM_EPS, LAYER_NORM_EPS
 from src.model.weights import IDLE_IN_LAYER_0, Weights
 
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
+MODEL_TYPES = ("rwkv7", "rwkv7_fla")
 # In this order older files store the six token-shift mixes as one tensor, attn.x_x.
 _MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 # Prefix of our name -> prefix of fla's; {} is the layer, and the rest of the name is the same in both.
@@ -139,31 +141,57 @@ def fla_config(config: ModelConfig, dtype: torch.dtype, eos_id: int) -> dict[str
 def is_fla_folder(path: Path) -> bool:
     """Whether the folder `path` contains an RWKV7 model in this layout."""
     config = path / CONFIG
-    return config.is_file() and _read_json(config).get("model_type") in ("rwkv7", "rwkv7_fla")
+    return config.is_file() and read_json(config).get("model_type") in MODEL_TYPES
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder. Raises UserError when it can't be read or is that of another model."""
+    config = read_json(folder / CONFIG)
+    if (kind := config.get("model_type")) not in MODEL_TYPES:
+        raise UserError(f"{CONFIG} says model_type {kind}", given=folder, expected=" or ".join(MODEL_TYPES))
+    if config.get("attn"):
+        raise UserError("a hybrid model with attention layers", given=folder, expected="a model of RWKV-7 layers only")
+    return config
+
+
+def is_fla(weights: Weights) -> bool:
+    """Whether tensors that were read from a file have this layout's names."""
+    return _NAMES["emb.weight"] in weights
 
 
 def read_fla(folder: Path) -> Weights:
-    """The weights of a folder, of one file or several, under the names of `RWKV7`. Raises UserError if unreadable."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """The weights of a folder, of one file or several, under the names of `RWKV7`.
 
-    config = _read_json(folder / CONFIG)
-    if config.get("attn"):
-        raise UserError("a hybrid model with attention layers", given=folder, expected="a model of RWKV-7 layers only")
-    # All of them, as large models are split into several; their index file isn't needed, because names don't repeat.
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{CONFIG} without a .safetensors file", given=folder, advice="download the weights, too")
-    # Errors name the file: with several, the others needn't be downloaded again.
-    tensors: Weights = {}
-    for file in files:
-        try:
-            tensors |= load_file(file)
-        except (SafetensorError, OSError) as error:
+    Raises UserError if a file is missing, unreadable or of another version, or if the weights aren't of the model that
+    config.json describes.
+    """
+    config = read_config(folder)
+    tensors = read_shards(folder)
+    if config.get("tie_word_embeddings") and is_fla(tensors):  # then the head isn't stored
+        tensors.setdefault(_NAMES["head.weight"], tensors[_NAMES["emb.weight"]])
+    try:
+        # Folders made from a .pth for transformers may keep the names of the .pth.
+        weights = tensors if "emb.weight" in tensors else from_fla(tensors)
+    except UserError as error:
+        raise UserError(f"{error.given}: {error.problem}", given=folder, expected="a model of RWKV-7 layers") from error
+    _check_sizes(weights, config, folder)
+    return weights
+
+
+def _check_sizes(weights: Weights, config: dict[str, Any], folder: Path) -> None:
+    """Raises UserError when the weights are of another model than config.json describes."""
+    # Without this check a model that lost its last layers, with the part that held them, would load and talk nonsense.
+    layers = {int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
+    sizes = {"num_hidden_layers": len(layers)}
+    if "emb.weight" in weights:
+        sizes["hidden_size"] = weights["emb.weight"].shape[-1]
+    for name, size in sizes.items():
+        if config.get(name, size) != size:
             raise UserError(
-                f"cut short or not a safetensors file ({error})", given=file, advice="copy or download it again"
-            ) from error
-    return from_fla(tensors)
+                f"the weights are of a model with {name} {size}, {CONFIG} says {config[name]}",
+                given=folder,
+                advice="download the folder again: files are missing, or are of different versions",
+            )
 
 
 def write_fla(weights: Weights, config: ModelConfig, folder: Path, eos_id: int = 0) -> None:
@@ -179,11 +207,3 @@ def write_fla(weights: Weights, config: ModelConfig, folder: Path, eos_id: int =
     with atomic_write(folder / CONFIG, "w") as file:
         json.dump(content, file, indent=2)
         file.write("\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"can't be read ({error})", given=path) from error
-    return content if isinstance(content, dict) else {}

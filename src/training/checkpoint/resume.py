@@ -8,6 +8,7 @@ from pathlib import Path
 from src.config import RunConfig
 from src.dataset.tokenizer import copy_tokenizer
 from src.errors import UserError
+from src.inference.load import find_weights, holds_model
 from src.run_folder import (
     BEST,
     FINAL,
@@ -50,6 +51,25 @@ def length_of_run(config: RunConfig, tokens_per_epoch: int, processes: int) -> R
     return RunLength.of(exit_tokens, config.ctx_len, global_batch, config.epoch_steps)
 
 
+def resolve_load_model(config: RunConfig) -> RunConfig:
+    """`config` with the path of the weights file in place of a run's folder in --load_model.
+
+    A Hugging Face folder stays, as it is read as a whole. So does a folder without weights: whether they are needed is
+    known once the run's own files are looked for.
+    """
+    folder = Path(config.load_model)
+    if not config.load_model or not folder.is_dir():
+        return config
+    # A base that was trained further since must not make this another run, as long as the file it began with is there.
+    recorded = read_run(Path(config.proj_dir)).get("origin", {}).get("path", "")
+    if recorded and Path(recorded).parent == folder and Path(recorded).is_file() and not config.restart:
+        return replace(config, load_model=recorded)
+    try:
+        return replace(config, load_model=str(find_weights(folder)))
+    except UserError:
+        return config
+
+
 def archive_other_run(config: RunConfig, proj_dir: Path) -> None:
     """Archive the folder's run when this command starts another one: with --restart, or when the initial weights are
     not those that it started from (the swap of rwkv-init.pth that people do by hand). Nothing is deleted."""
@@ -75,11 +95,15 @@ def _origin_and_reason(config: RunConfig, proj_dir: Path) -> tuple[Path | None, 
     """
     origin = origin_weights(proj_dir, config.train_stage, config.load_model)
     has_run = bool(numbered_weights(proj_dir) or state_folders(proj_dir) or (proj_dir / FINAL).exists())
-    if origin is not None and not origin.is_file():
+    if origin is not None and not holds_model(origin):
         if has_run and not config.restart:
             return None, ""  # the run continues from its own files
         if origin.is_dir():
-            raise UserError("is a folder", flag="load_model", given=origin, advice="name a weights file in it")
+            try:
+                find_weights(origin)  # for its error: `resolve_load_model` found no weights in this folder
+            except UserError as error:
+                error.flag = "load_model"
+                raise
         raise UserError("no such file", flag="load_model", given=origin)
     if config.load_model and origin is not None and _belongs_to_run(origin, proj_dir):
         raise UserError(

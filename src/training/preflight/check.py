@@ -10,8 +10,9 @@ import torch
 
 from src import run_folder
 from src.config import ModelConfig, RunConfig
+from src.inference.load import holds_model, load_weights
 from src.model import RWKV7
-from src.model.weights import Weights, fit_weights, read_weights
+from src.model.weights import Weights, fit_weights
 from src.run_folder import FINAL
 from src.training.checkpoint.resume import ResumePoint, length_of_run, peek_resume_point
 from src.training.console import log
@@ -133,13 +134,15 @@ def _initial_weights(checks: Checklist, config: RunConfig) -> Weights | None:
     """The weights that the run begins with at step 0, where they are a file."""
     origin = run_folder.origin_weights(Path(config.proj_dir), config.train_stage, config.load_model)
     # a missing file is reported by `peek_resume_point`, which knows whether it is needed
-    return checks.attempt("weights", lambda: read_weights(origin)) if origin is not None and origin.is_file() else None
+    if origin is None or not holds_model(origin):
+        return None
+    return checks.attempt("weights", lambda: load_weights(origin))
 
 
 def _fit_weights(config: RunConfig, model: ModelConfig, file: Path) -> None:
     with torch.device("meta"):  # only names and shapes are compared
         meta_model = RWKV7(model)
-    fit_weights(read_weights(file), meta_model, str(file), partial=bool(config.load_partial))
+    fit_weights(load_weights(file), meta_model, str(file), partial=bool(config.load_partial))
 
 
 def _duration(seconds: float) -> str:
