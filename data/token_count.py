@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     # After the command line is parsed: torch takes seconds to import.
     from src.dataset.sft import SftRows
-    from src.dataset.sft_cache import chat_tokenizer, open_conversations, unusable_warning
+    from src.dataset.sft_cache import chat_tokenizer, open_conversations
+    from src.dataset.unusable_lines import unusable_warning
 
     with exit_on_user_error(parser):
         tokenizer = chat_tokenizer(args.tokenizer)
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"rows            {len(rows)} packed, {100 * rows.filled:.1f} % filled; "
         f"without packing {len(padded)}, {100 * padded.filled:.1f} %"
     )
-    if warning := unusable_warning(conversations):
+    if warning := unusable_warning(conversations.left_out, count):
         print(warning)
     print(f"one epoch: --my_exit_tokens {len(rows) * args.ctx_len} --ctx_len {args.ctx_len}")
 

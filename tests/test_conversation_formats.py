@@ -23,9 +23,9 @@ from src.dataset.sft_cache import (
     encode_conversation,
     look_at_conversations,
     open_conversations,
-    unusable_warning,
 )
 from src.dataset.tokenizer import FolderTokenizer
+from src.dataset.unusable_lines import unusable_warning
 from src.errors import UserError
 
 # The kind of Qwen's and MiniMind's templates before they think: tools in the system turn, calls and results in tags.
@@ -310,7 +310,9 @@ def test_a_thought_that_the_template_never_renders_makes_a_line_unusable(tmp_pat
             encode_conversation(tokenizer, line_of(value))
 
 
-def test_the_template_check_tries_thoughts(tokenizers: dict[str, FolderTokenizer], tmp_path: Path) -> None:
+def test_the_template_check_tries_thoughts(
+    tokenizers: dict[str, FolderTokenizer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for tokenizer in tokenizers.values():
         assert tokenizer.chat_template is not None
         assert check_template(tokenizer.chat_template, tokenizer.special_tokens) == ""
@@ -318,6 +320,11 @@ def test_the_template_check_tries_thoughts(tokenizers: dict[str, FolderTokenizer
     tokenizer = chat_tokenizer(str(make_tokenizer(tmp_path, template)))
     assert tokenizer.chat_template is not None
     assert "that the chat template leaves out" in check_template(tokenizer.chat_template, tokenizer.special_tokens)
+    (tmp_path / "x.jsonl").write_bytes(line_of(HI))
+    open_conversations(str(tmp_path / "x.jsonl"), tokenizer.name, workers=1)
+    shown = capsys.readouterr().out
+    assert "note: conversations with thoughts in <think> tags are unusable with this chat template" in shown
+    assert MARK_ADVICE in shown
 
 
 # Blank lines in the format of RWKV
@@ -381,10 +388,40 @@ def test_lines_that_are_arrays_of_turns_are_lines(tmp_path: Path) -> None:
     assert lines_of_file(tmp_path / "x.jsonl") == [HI]
 
 
-def test_a_truncated_array_gives_its_complete_elements(tmp_path: Path, tokenizers: dict[str, FolderTokenizer]) -> None:
-    (tmp_path / "x.json").write_bytes(json.dumps([{"messages": HI}] * 3, indent=1).encode()[:-20])
-    conversations = open_conversations(str(tmp_path / "x.json"), tokenizers["chatml"].name, workers=1)
-    assert (len(conversations.data), conversations.left_out) == (2, {"invalid JSON": 1})
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda text: text[:-20], "invalid JSON after conversation 2"),
+        (lambda text: text[:-1], "no closing bracket after conversation 3"),
+        (lambda text: text.replace('"messages"', "messages", 1), "invalid JSON after conversation 0"),
+        (lambda text: text + "x", "text after the end of the array after conversation 3"),
+    ],
+    ids=["truncated", "no bracket", "damaged", "followed"],
+)
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 100])
+def test_a_damaged_array_raises(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tokenizers: dict[str, FolderTokenizer],
+    change: Callable[[str], str],
+    problem: str,
+    piece_bytes: int,
+) -> None:
+    """Not a count of one line: an unknown number of conversations would be lost."""
+    monkeypatch.setattr("src.dataset.corpus.text_input.PIECE_BYTES", piece_bytes)
+    path = tmp_path / "x.json"
+    path.write_text(change(json.dumps([{"messages": HI}] * 3, indent=1)))
+    with pytest.raises(UserError) as caught:
+        open_conversations(str(path), tokenizers["chatml"].name, workers=1)
+    assert (caught.value.flag, caught.value.given) == ("data_file", str(path))
+    assert problem in caught.value.problem
+
+
+def test_arrays_that_follow_each_other_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(ENTRIES, indent=1) + "\n" + json.dumps(ENTRIES, indent=1) + "\n")
+    assert lines_of_file(tmp_path / "x.json") == ENTRIES + ENTRIES
+    (tmp_path / "x.json").write_text("[\n]")
+    assert lines_of_file(tmp_path / "x.json") == []
 
 
 def test_conversations_in_parquet_columns(tmp_path: Path, tokenizers: dict[str, FolderTokenizer]) -> None:
@@ -419,7 +456,7 @@ def test_more_than_a_tenth_of_unusable_lines_gives_a_warning_with_advice(
     path.write_bytes(b"\n".join(lines) + b"\n")
     for _ in ("built", "cached"):
         conversations = open_conversations(str(path), folder, workers=1)
-        warning = unusable_warning(conversations)
+        warning = unusable_warning(conversations.left_out, len(conversations.data))
         assert bool(warning) == warns
         if warns:
             assert f"{unusable} of {9 + unusable} lines are unusable" in warning
@@ -537,4 +574,5 @@ def test_the_text_is_that_of_the_template_and_answers_end_with_the_end_token(
     assert len(answers) == n_answers - len(conversation.without_loss)
     for begin, end in answers:
         assert text[begin:end].endswith("<|im_end|>")
-        assert text[:begin].endswith(("<|im_start|>assistant\n", "</think>\n\n"))
+        if kind != "user_opens":  # the header of an answer is in the turn before, which may be of another role
+            assert text[:begin].endswith(("<|im_start|>assistant\n", "</think>\n\n"))

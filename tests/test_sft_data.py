@@ -212,7 +212,7 @@ def test_damaged_files_give_exactly_the_valid_lines(tmp_path: Path, folder: str,
     expected = []
     for line in bytes(content).removesuffix(b"\n").split(b"\n"):
         try:
-            expected.append(chat_ids(tokenizer, read_conversation(line).messages))
+            expected.append(encode_conversation(tokenizer, line).ids)
         except UserError:
             continue
     try:

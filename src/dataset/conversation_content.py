@@ -48,6 +48,7 @@ def unused_number(template: ChatTemplate, messages: list[Message], tools: list[A
 
 def with_calls_as_text(messages: list[Message]) -> list[Message] | None:
     """The messages with the arguments of calls as JSON text; None where there are no such arguments."""
+    # A copy, because the objects are tried first.
     result = copy.deepcopy(messages) if any("tool_calls" in message for message in messages) else []
     changed = False
     for message in result:
@@ -72,6 +73,7 @@ def check_nothing_is_lost(
     found = _rendered(template, value, leaves, number)
     omitted = set()
     for leaf in leaves:
+        # Only for what is missing, because it takes a rendering each: a template may have formatted or tested it.
         if leaf in found:
             continue
         altered = _altered(value, leaf, f"[[probe-{number}-0]]")
@@ -86,6 +88,7 @@ def check_nothing_is_lost(
 
 def _rendered(template: ChatTemplate, value: Value, leaves: list[_Leaf], number: int) -> set[_Leaf]:
     """The leaves that are certainly in the text: all are altered in one rendering, which finds most of them."""
+    # Numbers become texts too: a number that is changed to another can't be searched for in the text.
     for index, leaf in enumerate(leaves):
         value = _altered(value, leaf, f"[[probe-{number}-{index}]]", as_text=True)
     text = _try_render(template, value) or ""
@@ -105,6 +108,7 @@ def _is_omitted_as_earlier(template: ChatTemplate, value: Value, altered: Value,
     assert leaf.turn is not None
     if all(message["role"] != "user" for message in value["messages"][leaf.turn :]):
         return False
+    # With the answer at the end: a template that doesn't render the thought there never renders it.
     shorter = [{**each, "messages": each["messages"][: leaf.turn + 1]} for each in (value, altered)]
     return _try_render(template, shorter[0]) != _try_render(template, shorter[1])
 
@@ -128,6 +132,7 @@ def _leaves(messages: list[Message], tools: list[Any] | None) -> Iterator[_Leaf]
             if key != "content":
                 yield from _nested_leaves(item, path, is_thought=key in ("reasoning_content", "reasoning", "thinking"))
                 continue
+            # The last tag, as the templates split: what stands before it is not in the answer.
             thought, end, answer = item.rpartition(THINK_END)
             if message["role"] == "assistant" and end:
                 if thought.replace("<think>", "").strip():

@@ -62,11 +62,11 @@ def _begins_array(content: bytes) -> bool:
 
 
 def _read_array(path: str, pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """The elements of a JSON array, each as a line."""
+    """The elements of a JSON array, each as a line. UserError for an array that is damaged or truncated."""
     decoder = json.JSONDecoder()
     lines: list[bytes] = []
-    buffer, ordinal, size, started, end = b"", 0, 0, False, 0
-    # Tried again only after the buffer has doubled: otherwise an element of many pieces takes quadratic time.
+    buffer, ordinal, size, end = b"", 0, 0, 0
+    is_open = False  # whether the position is between the brackets of an array
     tried = 0
 
     def piece() -> Piece:
@@ -76,38 +76,49 @@ def _read_array(path: str, pieces: Iterator[Piece]) -> Iterator[Piece]:
         if part is not None:
             assert isinstance(part.lines, bytes)
             buffer, end = buffer + part.lines, part.end
+            # Tried again only after it has doubled: otherwise an element of many pieces takes quadratic time.
             if len(buffer) < 2 * tried:
                 continue
         # Pieces end at line ends, so never within a character.
         try:
             text = buffer.decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"invalid UTF-8 ({error})", flag="data_file", given=path) from error
-        position = _skip_space(text, 0)
-        if not started:
-            position, started = position + 1, True  # the opening bracket
-        while True:
-            position = _skip_space(text, position)
-            if position < len(text) and text[position] == "," and ordinal:
-                position = _skip_space(text, position + 1)
-            if position >= len(text) or text[position] == "]":
-                break
-            try:
-                _, stop = decoder.raw_decode(text, position)
-            except (ValueError, RecursionError):
-                if part is not None:  # the rest of the element may follow
-                    break
-                stop = len(text)  # unreadable to the end: one line, which is counted as unusable
-            # A line break within an element is white space between its parts: strings can't contain one.
-            lines.append(text[position:stop].encode().replace(b"\n", b" ").replace(b"\r", b" "))
-            ordinal, size, position = ordinal + 1, size + stop - position, stop
-            if size >= text_input.PIECE_BYTES:
-                yield piece()
-                lines, size = [], 0
+            raise _damaged(path, ordinal, "invalid UTF-8") from error
+        position = 0
+        while (position := _skip_space(text, position)) < len(text):
+            if not is_open:
+                # Several arrays may follow each other, as `cat` writes them.
+                if text[position] != "[":
+                    raise _damaged(path, ordinal, "text after the end of the array")
+                is_open, position = True, position + 1
+            elif text[position] == "]":
+                is_open, position = False, position + 1
+            elif text[position] == ",":
+                position += 1
+            else:
+                try:
+                    _, stop = decoder.raw_decode(text, position)
+                except (ValueError, RecursionError) as error:
+                    if part is not None:  # the rest of the element may follow
+                        break
+                    # Not one unusable line: an unknown number of conversations would be lost.
+                    raise _damaged(path, ordinal, "invalid JSON") from error
+                # A line break within an element is white space between its parts: strings can't contain one.
+                lines.append(text[position:stop].encode().replace(b"\n", b" ").replace(b"\r", b" "))
+                ordinal, size, position = ordinal + 1, size + stop - position, stop
+                if size >= text_input.PIECE_BYTES:
+                    yield piece()
+                    lines, size = [], 0
         buffer = text[position:].encode()
         tried = len(buffer)
+    if is_open:
+        raise _damaged(path, ordinal, "no closing bracket")
     if lines:
         yield piece()
+
+
+def _damaged(path: str, ordinal: int, problem: str) -> UserError:
+    return UserError(f"not a readable JSON array: {problem} after conversation {ordinal}", flag="data_file", given=path)
 
 
 def _skip_space(text: str, position: int) -> int:

@@ -62,6 +62,7 @@ def read_conversation(line: bytes) -> Conversation:
         messages.append(_message(turn, messages))
     if system := entry.get("system"):
         _add_system(system, messages)
+    # After the system turn is complete, which may hold the tools.
     tools = _tools(entry, messages)
     without_loss = _take_weights(messages)
     # Without an answer there is nothing to train on, only a prompt.
@@ -85,6 +86,7 @@ def _turns(entry: dict[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
     lists = [key for key in TURN_LISTS if not _is_empty(entry.get(key))]
     if lists:
         values = [_parsed(entry[key]) for key in lists]
+        # Both may be there in converted sets; if they differ, taking one would lose the other.
         if any(value != values[0] for value in values):
             raise UserError(f"several conversations (in {_names(lists)})")
         if not isinstance(values[0], list):
@@ -93,6 +95,7 @@ def _turns(entry: dict[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
     answers = _with_content(entry, ANSWERS)
     prompts = _with_content(entry, PROMPTS)
     contexts = _with_content(entry, CONTEXTS)
+    # A context without a prompt is the prompt: some sets have only `input` and `output`.
     if answers and (prompts or contexts):
         return _question_and_answer(entry, prompts, contexts, answers)
     if isinstance(entry.get("text"), str):
@@ -152,6 +155,7 @@ def _message(turn: Any, previous: list[Message]) -> Message:
     # Two names for one thing: the second stays among the fields, and the template decides.
     name, content = fields.pop(role_key, None), fields.pop(content_key, None) if content_key else None
     role = _role(name, previous)
+    # In ShareGPT's form a call is a turn of its own, whose text is the call.
     if isinstance(name, str) and name.lower() == "function_call" and isinstance(content, str):
         fields["function_call"], content = content, None
     _parse_calls(fields)
@@ -243,6 +247,7 @@ def _add_system(system: Any, messages: list[Message]) -> None:
 
 def _tools(entry: dict[str, Any], messages: list[Message]) -> list[Any] | None:
     """The tools of a line: its field `tools` or `functions`, or the field `tools` of a system turn (MiniMind)."""
+    # Removed from the turn, because the templates read them from the variable `tools`.
     sources = [entry.get("tools"), *(m.pop("tools", None) for m in messages if m["role"] == "system")]
     if not _is_empty(functions := _parsed(entry.get("functions"))):
         if not isinstance(functions, list):

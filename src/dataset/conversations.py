@@ -60,6 +60,7 @@ def render_with_answers(
         answers = _include_end_tokens(plain, answers, special_tokens)
     omitted = 0 if complete else check_nothing_is_lost(template, messages, tools, plain, number)
     if conversation.without_loss:
+        # Blocks are not numbered: only with one per answer it is known which is which.
         if len(answers) != len(turns):
             raise UserError("weights of answers that the chat template divides")
         answers = [span for i, span in zip(turns, answers, strict=True) if i not in conversation.without_loss]
@@ -145,6 +146,7 @@ def _marked_answers(
             for i, message in enumerate(messages)
         ]
         markers = _markers(number, _BLOCK) if blocks else ("", "")
+        # Several attempts, because no single place suits all templates: see `_add_markers`.
         try:
             text, spans = _remove_markers(template.render(marked, answer_markers=markers, tools=tools), number)
         except UserError:  # a template that checks the content, or unbalanced markers
@@ -233,6 +235,7 @@ def _replaced_answer(
             continue
         if text.count(begin_marker) != 1 or text.count(end_marker) != 1:
             continue
+        # What surrounds the other answer surrounds this one: the template writes both at the same place.
         before, after = text[: text.index(begin_marker)], text[text.index(end_marker) + len(end_marker) :]
         if replacement is not replacements[0]:
             before = _THINK_BEGIN.sub("", before)

@@ -22,9 +22,10 @@ from src.dataset.chat_template import RWKV_TEMPLATE
 from src.dataset.conversation_files import check_conversation_file, read_conversation_pieces
 from src.dataset.conversation_formats import read_conversation
 from src.dataset.conversations import MARK_ADVICE, check_template, render_with_answers
-from src.dataset.corpus.documents import EMPTY_LINE, InvalidLine, invalid_line, read_lines
+from src.dataset.corpus.documents import InvalidLine, invalid_line, read_lines
 from src.dataset.corpus.text_input import Piece
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
+from src.dataset.unusable_lines import advice, by_reason, unusable_warning
 from src.dataset.workers import map_in_order, usable_cores
 from src.errors import UserError
 from src.files import atomic_write, file_lock
@@ -32,8 +33,6 @@ from src.files import atomic_write, file_lock
 # Version of the cache. To be increased whenever the same inputs give other tokens, so that older caches are rebuilt.
 _FORMAT = 2
 _SHOWN_INVALID_LINES = 3
-_MAX_UNUSABLE = 0.1  # share of the lines above which a warning is due: the file is probably of another format
-_SHOWN_REASONS = 3  # in a message; the most frequent ones
 
 
 class Conversations(NamedTuple):
@@ -199,35 +198,12 @@ def look_at_conversations(path: str, folder: str) -> tuple[Conversations, float]
 
 def _no_conversation(path: str, left_out: Counter[str]) -> UserError:
     return UserError(
-        f"no usable conversation ({_by_reason(left_out) or 'the file is empty'})",
+        f"no usable conversation ({by_reason(left_out) or 'the file is empty'})",
         flag="data_file",
         given=path,
         expected='lines like {"conversations": [{"role": "user", "content": "..."}, '
         '{"role": "assistant", "content": "..."}]}',
-        advice=_advice(left_out),
-    )
-
-
-def _by_reason(left_out: Counter[str]) -> str:
-    return ", ".join(f"{count} lines with {reason}" for reason, count in left_out.most_common(_SHOWN_REASONS))
-
-
-def _advice(left_out: Counter[str]) -> str:
-    """What to do about lines that the chat template makes unusable."""
-    if any("chat template" in reason for reason in left_out):
-        return f"use a tokenizer with a chat template that has a place for them, or in the template {MARK_ADVICE}"
-    return "docs/fine-tuning.md lists the formats that are read"
-
-
-def unusable_warning(conversations: Conversations) -> str:
-    """A warning with advice if more than a tenth of the lines, empty ones excepted, is unusable, else ""."""
-    left_out = Counter({reason: n for reason, n in conversations.left_out.items() if reason != EMPTY_LINE})
-    total = left_out.total() + len(conversations.data)
-    if left_out.total() <= _MAX_UNUSABLE * total:
-        return ""
-    return (
-        f"WARNING: {left_out.total():,} of {total:,} lines are unusable: {_by_reason(left_out)}.\n"
-        f"  The others are used. To use these too, {_advice(left_out)}."
+        advice=advice(left_out),
     )
 
 
@@ -268,7 +244,14 @@ def _read_cache(prefix: Path, made_from: dict[str, Any]) -> Conversations | None
 
 
 def _build_cache(path: str, folder: str, prefix: Path, made_from: dict[str, Any], workers: int) -> Conversations:
-    _cached_tokenizer(folder)
+    tokenizer = _cached_tokenizer(folder)
+    assert tokenizer.chat_template is not None
+    # Not an error: most files have no thoughts, and lines with them are counted as unusable.
+    if reason := check_template(tokenizer.chat_template, tokenizer.special_tokens):
+        tqdm.write(
+            "note: conversations with thoughts in <think> tags are unusable with this chat template, because of "
+            f"{reason};\n  if there are any, {MARK_ADVICE}"
+        )
     record = with_ending(prefix, ".json")
     # The record goes first and comes last: it never exists next to tokens that it doesn't describe.
     record.unlink(missing_ok=True)
@@ -296,6 +279,6 @@ def _build_cache(path: str, folder: str, prefix: Path, made_from: dict[str, Any]
     conversations = Conversations(MMapIndexedDataset(prefix), dict(left_out), turns, answer_tokens, dict(unused))
     if unused:
         tqdm.write("not used: " + ", ".join(f"{kind} ({count:,} times)" for kind, count in unused.most_common()))
-    if warning := unusable_warning(conversations):
+    if warning := unusable_warning(left_out, len(conversations.data)):
         tqdm.write(warning)
     return conversations
