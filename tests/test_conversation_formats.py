@@ -171,6 +171,7 @@ def test_the_turns_of_each_format(value: Any, messages: list[dict[str, Any]]) ->
         ({"conversations": [turn("assistant", None, name="x")]}, "a turn without text"),
         ({"prompt": "x", "chosen": "y"}, "no answer"),
         ({"title": "x", "score": 3}, "no conversation (the fields are title, score)"),
+        ({"\udc00\n": 3, "名": 4}, r"no conversation (the fields are \udc00\n, 名)"),
         ({"prompt": "x", "question": "y", "answer": "z"}, "more than one of the fields prompt, question"),
         ({"instruction": "x", "output": ""}, "no answer"),
         ({"conversations": HI, "messages": SUM}, "several conversations (in conversations, messages)"),
@@ -252,6 +253,14 @@ def test_a_field_that_the_template_does_not_use_makes_a_line_unusable(
         encode_conversation(tokenizers[kind], line_of([HI[0], {**HI[1], **field}]))
     name = next(iter(field))
     assert caught.value.problem == f"'{name}' in a turn of the assistant, for which the chat template has no place"
+
+
+@pytest.mark.parametrize("depth", [100, 400, 700, 900, 5000])
+def test_nested_fields_are_rendered_or_make_a_line_unusable(tokenizers: dict[str, FolderTokenizer], depth: int) -> None:
+    line = line_of([HI[0], {**HI[1], "x": "NESTED"}]).replace(b'"NESTED"', b"[" * depth + b"3" + b"]" * depth)
+    with pytest.raises(UserError) as caught:
+        encode_conversation(tokenizers["chatml"], line)
+    assert caught.value.problem.startswith(("'x' in a turn", "fields that are nested", "invalid JSON"))
 
 
 def test_a_turn_that_the_template_leaves_out_makes_a_line_unusable(tokenizers: dict[str, FolderTokenizer]) -> None:

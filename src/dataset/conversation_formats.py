@@ -78,7 +78,8 @@ def _is_empty(value: Any) -> bool:
 
 
 def _names(names: Iterable[object]) -> str:
-    return ", ".join(str(name)[:_LONGEST_NAME] for name in names) or "none"
+    # As in repr, without its quotes: names may hold line breaks and surrogates, which can't be printed.
+    return ", ".join(repr(str(name)[:_LONGEST_NAME])[1:-1] for name in names) or "none"
 
 
 def _turns(entry: dict[str, Any]) -> tuple[list[Any], tuple[str, ...]]:

@@ -33,6 +33,8 @@ from src.files import atomic_write, file_lock
 # Version of the cache. To be increased whenever the same inputs give other tokens, so that older caches are rebuilt.
 _FORMAT = 2
 _SHOWN_INVALID_LINES = 3
+_SHOWN_UNUSED = 10  # kinds; some sets have a field per line
+_LONGEST_NAME = 40  # of a field that is counted and printed
 
 
 class Conversations(NamedTuple):
@@ -101,12 +103,15 @@ class EncodedConversation(NamedTuple):
 def encode_conversation(tokenizer: Tokenizer, line: bytes) -> EncodedConversation:
     """Encodes a JSON line. UserError, its `problem` the reason, when the line is not a usable conversation."""
     assert tokenizer.chat_template is not None
-    conversation = read_conversation(line)
-    rendered = render_with_answers(tokenizer.chat_template, tokenizer.special_tokens, conversation)
+    try:
+        conversation = read_conversation(line)
+        rendered = render_with_answers(tokenizer.chat_template, tokenizer.special_tokens, conversation)
+    except RecursionError:  # JSON may be parsed at a depth that can't be walked through
+        raise UserError("fields that are nested too deeply") from None
     ids, is_answer = tokenizer.encode_marked(rendered.text, rendered.answers)
     if not is_answer[1:].any():  # the first token is never a target
         raise UserError("no answer")
-    unused = Counter(f"field {field!r}" for field in conversation.unused_fields)
+    unused = Counter(f"field {field[:_LONGEST_NAME]!r}" for field in conversation.unused_fields)
     if rendered.omitted_thoughts:
         unused["earlier thought (left out by the chat template)"] = rendered.omitted_thoughts
     return EncodedConversation(ids, is_answer, len(conversation.messages), unused)
@@ -278,7 +283,9 @@ def _build_cache(path: str, folder: str, prefix: Path, made_from: dict[str, Any]
         file.write(json.dumps({"made_from": made_from, "found": found}).encode())
     conversations = Conversations(MMapIndexedDataset(prefix), dict(left_out), turns, answer_tokens, dict(unused))
     if unused:
-        tqdm.write("not used: " + ", ".join(f"{kind} ({count:,} times)" for kind, count in unused.most_common()))
+        tqdm.write(
+            "not used: " + ", ".join(f"{kind} ({count:,} times)" for kind, count in unused.most_common(_SHOWN_UNUSED))
+        )
     if warning := unusable_warning(left_out, len(conversations.data)):
         tqdm.write(warning)
     return conversations
