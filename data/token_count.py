@@ -1,4 +1,4 @@
-"""Counts the tokens of a file of conversations: python data/token_count.py FILE.jsonl CTX_LEN --tokenizer FOLDER
+"""Counts the tokens of a file of conversations: python data/token_count.py FILE CTX_LEN --tokenizer FOLDER
 
 Prints rendered tokens, answer tokens (those with a loss), turns, what CTX_LEN would truncate, and how well rows are
 filled. The tokens are cached next to the file, where training uses them.
@@ -33,7 +33,7 @@ def colored(ids: np.ndarray, is_answer: np.ndarray, decode: Callable[[list[int]]
 
 def main(arguments: list[str] | None = None) -> None:
     parser = create_parser(__doc__)
-    parser.add_argument("data", metavar="FILE", help='.jsonl, .jsonl.gz or .jsonl.zst of {"conversations": [...]}')
+    parser.add_argument("data", metavar="FILE", help=".jsonl, .json (also .gz, .zst) or .parquet")
     parser.add_argument("ctx_len", type=int, metavar="CTX_LEN", help="positions per row, as for training")
     parser.add_argument("--tokenizer", required=True, help="world, or a tokenizer folder with a chat template")
     parser.add_argument("--preview", type=int, nargs="?", const=0, metavar="N", help="show conversation N [0] in color")
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     # After the command line is parsed: torch takes seconds to import.
     from src.dataset.sft import SftRows
     from src.dataset.sft_cache import chat_tokenizer, open_conversations
+    from src.dataset.unusable_lines import unusable_warning
 
     with exit_on_user_error(parser):
         tokenizer = chat_tokenizer(args.tokenizer)
@@ -57,6 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     # A conversation of n tokens takes n - 1 positions.
     too_long = int((sizes > args.ctx_len + 1).sum())
     print(f"conversations   {count} (lines left out: {left_out})")
+    if conversations.unused:
+        print("not used        " + ", ".join(f"{kind}: {n}" for kind, n in conversations.unused.items()))
     print(f"turns           {conversations.turns}, {conversations.turns / count:.2f} per conversation")
     print(f"tokens          {tokens}, mean {tokens / count:.0f}, median {np.median(sizes):.0f}, longest {sizes.max()}")
     print(f"answer tokens   {conversations.answer_tokens}, {100 * conversations.answer_tokens / tokens:.1f} % of them")
@@ -65,6 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"rows            {len(rows)} packed, {100 * rows.filled:.1f} % filled; "
         f"without packing {len(padded)}, {100 * padded.filled:.1f} %"
     )
+    if warning := unusable_warning(conversations.left_out, count):
+        print(warning)
     print(f"one epoch: --my_exit_tokens {len(rows) * args.ctx_len} --ctx_len {args.ctx_len}")
 
 

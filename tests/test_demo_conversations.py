@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data import demo_conversations
-from src.dataset.conversations import read_conversation
+from src.dataset.conversation_formats import read_conversation
 
 SOURCES = {
     "shape/__init__.py": '"""Shapes of all kinds, flat ones."""\n',
@@ -42,7 +42,7 @@ def test_conversations_are_valid_and_answers_are_from_the_library() -> None:
     for number in range(48):
         for subject in demo_conversations.subjects(SOURCES):
             for turns in demo_conversations.conversations_about(subject, number):
-                assert read_conversation(json.dumps({"conversations": turns}).encode()) == turns
+                assert read_conversation(json.dumps({"conversations": turns}).encode()).messages == turns
                 questions = [turn for turn in turns if turn["role"] == "user"]
                 assert f"`{subject.name}`" in questions[0]["content"]
                 answers = {turn["content"] for turn in turns if turn["role"] == "assistant"}

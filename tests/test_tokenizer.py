@@ -99,7 +99,7 @@ def test_the_world_template_ends_turns_with_a_blank_line() -> None:
         {"role": "user", "content": " one\r\n\r\n\ntwo\n    three \n"},
         {"role": "assistant", "content": "4\n\n5"},
     ]
-    assert template.render(messages) == "System: Be brief.\n\nUser: one\ntwo\n    three\n\nAssistant: 4\n5\n\n"
+    assert template.render(messages) == "System: Be brief.\n\nUser: one\ntwo\n    three\n\nAssistant: 4\n\n5\n\n"
     assert template.render(messages[:2], add_generation_prompt=True).endswith("three\n\nAssistant:")
 
 

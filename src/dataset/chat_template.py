@@ -13,15 +13,20 @@ import jinja2.sandbox
 
 from src.errors import UserError
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+# {"role": "system" | "user" | "assistant" | "tool", "content": text, and further fields, such as "tool_calls"}
+Message = dict[str, Any]
 
-# The prompt format of RWKV World models. A blank line ends a turn, so blank lines within a turn are removed.
+# The prompt format of RWKV World and G1 models. A blank line ends a turn, so those within the text of a user or system
+# are removed, as in RWKV-LM (RWKV-v7/RWKV7-G1x-templates.txt). Answers keep theirs: code and thoughts need them. The
+# result of a function is a turn of the user.
 RWKV_TEMPLATE = (
     "{% for m in messages %}"
-    r"{% set text = m.content.replace('\r\n', '\n').strip().split('\n') | select | join('\n') %}"
+    r"{% set text = m.content.replace('\r\n', '\n').strip() %}"
     "{% if m.role == 'assistant' %}{{ 'Assistant:' }}"
-    r"{% generation %}{{ ' ' + text + '\n\n' }}{% endgeneration %}"
-    r"{% else %}{{ m.role.capitalize() + ': ' + text + '\n\n' }}{% endif %}"
+    r"{% generation %}{{ ' ' + text + '\n\n' }}{% endgeneration %}{% else %}"
+    r"{% set text = text.split('\n') | select | join('\n') %}"
+    r"{{ 'User: Function output:\n' if m.role == 'tool' else m.role.capitalize() + ': ' }}"
+    r"{{ text + '\n\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
@@ -65,17 +70,22 @@ class ChatTemplate:
             raise UserError(f"the chat template is not valid Jinja ({error})") from error
 
     def render(
-        self, messages: list[Message], add_generation_prompt: bool = False, answer_markers: tuple[str, str] = ("", "")
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool = False,
+        answer_markers: tuple[str, str] = ("", ""),
+        tools: list[Any] | None = None,
     ) -> str:
         """The conversation as text.
 
         add_generation_prompt   ends with the header of an assistant turn, in templates that support it
         answer_markers          texts to insert before and after every `{% generation %}` block
+        tools                   descriptions of functions that the assistant may call
 
         UserError, its `problem` a noun phrase, when the template rejects the conversation or fails.
         """
         begin, end = answer_markers
-        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None}
+        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools}
         markers = {"answer_begin": begin, "answer_end": end}
         try:
             return self._compiled.render({**self._special_tokens, **variables, **markers})

@@ -1,4 +1,4 @@
-"""Cache of tokenized conversations next to their .jsonl, rebuilt when the .jsonl, the tokenizer or the format changes.
+"""Cache of tokenized conversations next to their file, rebuilt when the file, the tokenizer or the format changes.
 
 X.jsonl.sft.bin/.idx   one document per conversation, int32: a token with a loss is its id, one without is ~id
 X.jsonl.sft.json       {"made_from": format version and fingerprints of the inputs, "found": counts}, written last
@@ -19,17 +19,22 @@ from tqdm import tqdm
 
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset, with_ending
 from src.dataset.chat_template import RWKV_TEMPLATE
-from src.dataset.conversations import check_template, read_conversation, render_with_answers
+from src.dataset.conversation_files import check_conversation_file, read_conversation_pieces
+from src.dataset.conversation_formats import read_conversation
+from src.dataset.conversations import MARK_ADVICE, check_template, render_with_answers
 from src.dataset.corpus.documents import InvalidLine, invalid_line, read_lines
-from src.dataset.corpus.text_input import JSON_LINES, Piece, check_inputs, read_pieces
+from src.dataset.corpus.text_input import Piece
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
+from src.dataset.unusable_lines import advice, by_reason, unusable_warning
 from src.dataset.workers import map_in_order, usable_cores
 from src.errors import UserError
 from src.files import atomic_write, file_lock
 
 # Version of the cache. To be increased whenever the same inputs give other tokens, so that older caches are rebuilt.
-_FORMAT = 1
+_FORMAT = 2
 _SHOWN_INVALID_LINES = 3
+_SHOWN_UNUSED = 10  # kinds; some sets have a field per line
+_LONGEST_NAME = 40  # of a field that is counted and printed
 
 
 class Conversations(NamedTuple):
@@ -39,12 +44,14 @@ class Conversations(NamedTuple):
     left_out        number of unusable lines by reason
     turns           number of turns of all conversations
     answer_tokens   number of tokens with a loss
+    unused          number of things in usable lines that are not in the tokens, such as "field 'id'", by kind
     """
 
     data: MMapIndexedDataset
     left_out: dict[str, int]
     turns: int
     answer_tokens: int
+    unused: dict[str, int] = {}  # noqa: RUF012 (read only)
 
     def read(self, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Ids of a conversation, and a mask of those that the assistant wrote."""
@@ -80,47 +87,63 @@ class _TokenizedPiece(NamedTuple):
     turns: int
     answer_tokens: int
     invalid: list[InvalidLine]
+    unused: Counter[str]
     end: int  # bytes of input read, as of `Piece`
 
 
-def encode_conversation(tokenizer: Tokenizer, line: bytes) -> tuple[list[int], npt.NDArray[np.bool_], int]:
-    """Ids of a conversation, a mask of the tokens with a loss, and the number of turns.
+class EncodedConversation(NamedTuple):
+    """Ids of a conversation, a mask of the tokens with a loss, the number of turns, and `Conversations.unused`."""
 
-    UserError, its `problem` the reason, when the line is not a usable conversation.
-    """
+    ids: list[int]
+    is_answer: npt.NDArray[np.bool_]
+    turns: int
+    unused: Counter[str]
+
+
+def encode_conversation(tokenizer: Tokenizer, line: bytes) -> EncodedConversation:
+    """Encodes a JSON line. UserError, its `problem` the reason, when the line is not a usable conversation."""
     assert tokenizer.chat_template is not None
-    messages = read_conversation(line)
-    text, answers = render_with_answers(tokenizer.chat_template, tokenizer.special_tokens, messages)
-    ids, is_answer = tokenizer.encode_marked(text, answers)
+    try:
+        conversation = read_conversation(line)
+        rendered = render_with_answers(tokenizer.chat_template, tokenizer.special_tokens, conversation)
+    except RecursionError:  # JSON may be parsed at a depth that can't be walked through
+        raise UserError("fields that are nested too deeply") from None
+    ids, is_answer = tokenizer.encode_marked(rendered.text, rendered.answers)
     if not is_answer[1:].any():  # the first token is never a target
         raise UserError("no answer")
-    return ids, is_answer, len(messages)
+    unused = Counter(f"field {field[:_LONGEST_NAME]!r}" for field in conversation.unused_fields)
+    if rendered.omitted_thoughts:
+        unused["earlier thought (left out by the chat template)"] = rendered.omitted_thoughts
+    return EncodedConversation(ids, is_answer, len(conversation.messages), unused)
 
 
 def _tokenize_piece(piece: Piece, folder: str) -> _TokenizedPiece:
     tokenizer = _cached_tokenizer(folder)
     parts, sizes, invalid, turns, answer_tokens = [], [], [], 0, 0
+    unused: Counter[str] = Counter()
     for index, line in read_lines(piece):
         assert isinstance(line, bytes)
         try:
-            ids, is_answer, n_turns = encode_conversation(tokenizer, line)
+            encoded = encode_conversation(tokenizer, line)
         except UserError as error:
             invalid.append(invalid_line(piece, index, error.problem, line))
             continue
-        tokens = np.array(ids, "<i4")
+        tokens = np.array(encoded.ids, "<i4")
         # ~id is negative for every id, unlike -id, which can't mark id 0.
-        parts.append(np.where(is_answer, tokens, ~tokens).tobytes())
-        sizes.append(len(ids))
-        turns += n_turns
-        answer_tokens += int(is_answer.sum())
-    return _TokenizedPiece(b"".join(parts), np.array(sizes, np.int32), turns, answer_tokens, invalid, piece.end)
+        parts.append(np.where(encoded.is_answer, tokens, ~tokens).tobytes())
+        sizes.append(len(tokens))
+        turns += encoded.turns
+        answer_tokens += int(encoded.is_answer.sum())
+        unused += encoded.unused
+    return _TokenizedPiece(b"".join(parts), np.array(sizes, np.int32), turns, answer_tokens, invalid, unused, piece.end)
 
 
 def open_conversations(path: str, folder: str, workers: int | None = None) -> Conversations:
-    """The conversations of a .jsonl (also .gz, .zst), from the cache or tokenized now.
+    """The conversations of a file, from the cache or tokenized now.
 
     Several processes may call it at the same time: one builds the cache, the others wait. UserError for a file or
-    tokenizer that is not usable, and when no line of the file is a conversation.
+    tokenizer that is not usable, and when no line of the file is a conversation. Prints what is left out while it
+    tokenizes; of a cached file `left_out` and `unused` have the counts.
     """
     prefix, made_from = _identify_cache(path, folder)
     try:
@@ -147,11 +170,7 @@ def open_conversations(path: str, folder: str, workers: int | None = None) -> Co
 
 def _identify_cache(path: str, folder: str) -> tuple[Path, dict[str, Any]]:
     """Prefix of the cache of `path`, and the `made_from` of a valid one. UserError for a file of another kind."""
-    check_inputs([path])
-    if not path.lower().endswith(JSON_LINES):
-        raise UserError(
-            "unknown kind of file for conversations", flag="data_file", given=path, expected=", ".join(JSON_LINES)
-        )
+    check_conversation_file(path)
     made_from = {"format": _FORMAT, "file": _fingerprint(Path(path)), "tokenizer": _tokenizer_hash(folder)}
     # Next to the data, so that several runs, and users of a shared folder, use one cache.
     return with_ending(Path(path), ".sft"), made_from
@@ -167,7 +186,7 @@ def look_at_conversations(path: str, folder: str) -> tuple[Conversations, float]
         return cached, 1.0
     _cached_tokenizer(folder)
     # Reading stops after one piece: the check must be quick for a file of gigabytes.
-    piece = next(iter(read_pieces([path], "conversations")), None)
+    piece = next(iter(read_conversation_pieces(path)), None)
     if piece is None:
         raise _no_conversation(path, Counter())
     first = _tokenize_piece(piece, folder)
@@ -178,17 +197,18 @@ def look_at_conversations(path: str, folder: str) -> tuple[Conversations, float]
         with BinIdxWriter(Path(temporary) / "first", np.int32) as out:
             out.add_bytes(first.tokens, first.sizes)
         data = MMapIndexedDataset(Path(temporary) / "first")
-    return Conversations(data, dict(left_out), first.turns, first.answer_tokens), first.end / Path(path).stat().st_size
+    share = first.end / Path(path).stat().st_size
+    return Conversations(data, dict(left_out), first.turns, first.answer_tokens, dict(first.unused)), share
 
 
 def _no_conversation(path: str, left_out: Counter[str]) -> UserError:
-    reasons = ", ".join(f"{count} lines with {reason}" for reason, count in left_out.most_common(3))
     return UserError(
-        f"no usable conversation ({reasons or 'the file is empty'})",
+        f"no usable conversation ({by_reason(left_out) or 'the file is empty'})",
         flag="data_file",
         given=path,
         expected='lines like {"conversations": [{"role": "user", "content": "..."}, '
         '{"role": "assistant", "content": "..."}]}',
+        advice=advice(left_out),
     )
 
 
@@ -220,21 +240,30 @@ def _read_cache(prefix: Path, made_from: dict[str, Any]) -> Conversations | None
             return None
         found = record["found"]
         left_out = {str(reason): int(count) for reason, count in found["left_out"].items()}
+        unused = {str(kind): int(count) for kind, count in found["unused"].items()}
         counts = int(found["turns"]), int(found["answer_tokens"])
-        return Conversations(MMapIndexedDataset(prefix), left_out, *counts)
+        return Conversations(MMapIndexedDataset(prefix), left_out, *counts, unused)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         # Not JSON, of another structure, or a token file that doesn't match: rebuilding is always safe.
         return None
 
 
 def _build_cache(path: str, folder: str, prefix: Path, made_from: dict[str, Any], workers: int) -> Conversations:
-    _cached_tokenizer(folder)
+    tokenizer = _cached_tokenizer(folder)
+    assert tokenizer.chat_template is not None
+    # Not an error: most files have no thoughts, and lines with them are counted as unusable.
+    if reason := check_template(tokenizer.chat_template, tokenizer.special_tokens):
+        tqdm.write(
+            "note: conversations with thoughts in <think> tags are unusable with this chat template, because of "
+            f"{reason};\n  if there are any, {MARK_ADVICE}"
+        )
     record = with_ending(prefix, ".json")
     # The record goes first and comes last: it never exists next to tokens that it doesn't describe.
     record.unlink(missing_ok=True)
     left_out: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
     turns = answer_tokens = 0
-    pieces = read_pieces([path], "conversations")
+    pieces = read_conversation_pieces(path)
     progress = tqdm(total=Path(path).stat().st_size, desc=f"tokenizing {Path(path).name}", unit="B", unit_scale=True)
     with BinIdxWriter(prefix, np.int32) as out, progress:
         for part in map_in_order(partial(_tokenize_piece, folder=folder), pieces, workers):
@@ -245,10 +274,18 @@ def _build_cache(path: str, folder: str, prefix: Path, made_from: dict[str, Any]
             out.add_bytes(part.tokens, part.sizes)
             turns += part.turns
             answer_tokens += part.answer_tokens
+            unused += part.unused
             progress.update(part.end - progress.n)
         if not out.n_documents:
             raise _no_conversation(path, left_out)
-    found = {"left_out": left_out, "turns": turns, "answer_tokens": answer_tokens}
+    found = {"left_out": left_out, "turns": turns, "answer_tokens": answer_tokens, "unused": unused}
     with atomic_write(record) as file:
         file.write(json.dumps({"made_from": made_from, "found": found}).encode())
-    return Conversations(MMapIndexedDataset(prefix), dict(left_out), turns, answer_tokens)
+    conversations = Conversations(MMapIndexedDataset(prefix), dict(left_out), turns, answer_tokens, dict(unused))
+    if unused:
+        tqdm.write(
+            "not used: " + ", ".join(f"{kind} ({count:,} times)" for kind, count in unused.most_common(_SHOWN_UNUSED))
+        )
+    if warning := unusable_warning(left_out, len(conversations.data)):
+        tqdm.write(warning)
+    return conversations
