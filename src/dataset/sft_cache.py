@@ -25,7 +25,7 @@ from src.dataset.conversations import MARK_ADVICE, check_template, render_with_a
 from src.dataset.corpus.documents import InvalidLine, invalid_line, read_lines
 from src.dataset.corpus.text_input import Piece
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
-from src.dataset.unusable_lines import advice, by_reason, unusable_warning
+from src.dataset.unusable_lines import advice, by_reason
 from src.dataset.workers import map_in_order, usable_cores
 from src.errors import UserError
 from src.files import atomic_write, file_lock
@@ -286,6 +286,4 @@ def _build_cache(path: str, folder: str, prefix: Path, made_from: dict[str, Any]
         tqdm.write(
             "not used: " + ", ".join(f"{kind} ({count:,} times)" for kind, count in unused.most_common(_SHOWN_UNUSED))
         )
-    if warning := unusable_warning(left_out, len(conversations.data)):
-        tqdm.write(warning)
     return conversations

@@ -26,6 +26,7 @@ from src.dataset.pretrain import PretrainDataset
 from src.dataset.sample_order import check_magic_prime, magic_prime, sample_offset
 from src.dataset.sft import IGNORED, SftBatch, SftDataset, SftRows, collate, collate_shares
 from src.dataset.sft_cache import Conversations, look_at_conversations, open_conversations
+from src.dataset.unusable_lines import unusable_warning
 from src.errors import UserError
 from src.inference.evaluate import windows
 
@@ -146,6 +147,7 @@ class SftSamples:
         self.tokens_per_epoch = len(self.rows) * config.ctx_len
         sizes = hashlib.sha256(conversations.data.sizes.tobytes() + conversations.data.tokens[:1_000_000].tobytes())
         self.identity = f"{len(conversations.data)} conversations {sizes.hexdigest()[:16]} order {self.order_seed}"
+        self.unusable_warning = unusable_warning(conversations.left_out, len(conversations.data))
         unusable = sum(conversations.left_out.values())
         self.summary = (
             f"{config.data_file}, {len(conversations.data):,} conversations in {len(self.rows):,} rows, "

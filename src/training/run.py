@@ -42,7 +42,7 @@ from src.training.checkpoint.resume import (
 )
 from src.training.checkpoint.storage import DamagedStateError
 from src.training.console import is_rank_zero, log, log_error, warn_on_error
-from src.training.data import HeldOut, Samples, open_samples
+from src.training.data import HeldOut, Samples, SftSamples, open_samples
 from src.training.distributed.launch import rank_from_launcher
 from src.training.distributed.process_group import ProcessGroup, join
 from src.training.figures.loss_figure import write_loss_figure
@@ -263,6 +263,8 @@ def _archive_damaged(proj_dir: Path, error: DamagedStateError, recorded: dict[st
 
 def _open_data(config: RunConfig) -> tuple[Samples, HeldOut | None]:
     samples = open_samples(config)
+    if isinstance(samples, SftSamples) and (warning := samples.unusable_warning):
+        log(warning)  # at every start, not only at the one that tokenised the file
     if config.data_type == "sft" and config.magic_prime:
         log("note: --magic_prime has no meaning for --data_type sft, whose order is a shuffle for each epoch")
     if not config.val_data_file:
