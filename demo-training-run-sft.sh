@@ -142,7 +142,8 @@ is_converted() {
 discard_copy() {
     if [ -z "$copied" ]; then return; fi
     for saved in "$1"/rwkv-[0-9f]*.pth "$1"/resume/step-*; do
-        if [ -e "$saved" ]; then return; fi
+        # older ones are of an earlier run in this folder
+        if [ -e "$saved" ] && [ ! "$saved" -ot "$copied" ]; then return; fi
     done
     rm -f "$copied"
     rmdir "$1" 2>/dev/null || true # it may hold other files

@@ -531,7 +531,11 @@ def test_initial_weights_of_an_interrupted_run_and_those_of_the_user_are_kept(re
         done = recorded.fine_tune("mine.jsonl", STATUS="1", SAVED=str(folder / saved))
         assert done.returncode == 1
         assert (folder / "rwkv-init.pth").is_file(), saved
-        (folder / saved).unlink()
+        # Of an earlier run, whose rwkv-init.pth was deleted to start from another BASE.
+        os.utime(folder / saved, (0, 0))
+        (folder / "rwkv-init.pth").unlink()
+        assert recorded.fine_tune("mine.jsonl", STATUS="1").returncode == 1
+        assert not (folder / "rwkv-init.pth").exists(), saved
 
 
 def test_a_base_of_another_size_is_refused_and_can_be_replaced(pretrained):
