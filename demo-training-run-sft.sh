@@ -11,13 +11,13 @@
 #
 # With a DATA_FILE of your own the model is the demo's, with the demo's settings. If you name another one by N_LAYER,
 # N_EMBD, VOCAB_SIZE or TOKENIZER (a folder, or world), everything you don't set is as for mini. BASE names its weights:
-# a run's folder, a .pth or .safetensors file, or a Hugging Face folder; by default it is the folder of the pretraining.
-# VAL_DATA_FILE names held-out conversations; empty: none.
+# a run's folder, a weights file or a Hugging Face folder; by default it is the folder of the pretraining. VAL_DATA_FILE
+# names held-out conversations; empty: none.
 #
 # Each stage has its own folder and starts from the final weights of the stage before (BASE for the first). They are
-# copied to the stage's rwkv-init.pth, unless there is one already (yours, say). Nothing is overwritten, and nothing is
-# deleted but that copy, if the training can't begin with it. Every setting is a default that the environment overrides;
-# further flags are passed on to train.py.
+# copied to the stage's rwkv-init.pth, or converted where they have another format, unless there is one already (yours,
+# say). Nothing is overwritten, and nothing is deleted but that copy, if the training can't begin with it. Every setting
+# is a default that the environment overrides; further flags are passed on to train.py.
 
 # shellcheck source=demo-training-shared.sh
 . "$(dirname "$0")/demo-training-shared.sh"
@@ -67,7 +67,7 @@ fi
 proj_dir_flag "$@"
 MODEL=out/L$N_LAYER-D$N_EMBD-x070
 NAMED_BASE=${BASE:-}
-BASE=${BASE:-$MODEL} # the weights to start from: a run's folder, or a .pth file
+BASE=${BASE:-$MODEL} # the weights to start from
 
 find_python
 
@@ -102,8 +102,8 @@ stage() {
 # initial_weights FOLDER BASE: FOLDER/rwkv-init.pth, copied from BASE unless it exists; `copied` is its name if it was
 initial_weights() {
     weights=$2 copied=
-    # A Hugging Face folder has no rwkv-final.pth and is itself the weights.
-    if [ -d "$2" ] && { [ -f "$2/rwkv-final.pth" ] || [ ! -f "$2/config.json" ]; }; then weights=$2/rwkv-final.pth; fi
+    # A stage before this one must be complete. A folder that is named may be any that chat and export read.
+    if [ -d "$2" ] && { [ "$2" != "$NAMED_BASE" ] || [ -f "$2/rwkv-final.pth" ]; }; then weights=$2/rwkv-final.pth; fi
     if [ ! -f "$1/rwkv-init.pth" ]; then
         [ -e "$weights" ] || fail "$weights does not exist; these are the weights to start from. Pretrain first (demo-training-run.sh),
 put a base model at $1/rwkv-init.pth, or name one: BASE=model.pth sh $0"
@@ -114,12 +114,13 @@ put a base model at $1/rwkv-init.pth, or name one: BASE=model.pth sh $0"
                 discard_copy "$1"
                 exit 1
             fi
+            say "$copied holds the weights of $weights"
         else
             # under another name until it is complete: a copy that breaks off must not be taken for weights
             cp "$weights" "$copied.tmp"
             mv "$copied.tmp" "$copied"
+            say "$copied is a copy of $weights"
         fi
-        say "$copied is a copy of $weights"
     elif [ "$2" != "$NAMED_BASE" ]; then
         return
     elif [ ! -e "$weights" ]; then
@@ -131,10 +132,9 @@ put a base model at $1/rwkv-init.pth, or name one: BASE=model.pth sh $0"
     fi
 }
 
-# is_converted WEIGHTS: whether they have another format than a .pth
+# is_converted WEIGHTS: whether they are no .pth, which would be copied byte by byte
 is_converted() {
-    case $1 in *.safetensors | *.st) return 0 ;; esac
-    [ -d "$1" ]
+    case $1 in *.pth) return 1 ;; esac
 }
 
 # discard_copy FOLDER: deletes what `initial_weights` copied, unless a training has saved something since: a BASE that
