@@ -23,7 +23,12 @@ esac
 case $SETTING in
 demo) DATA_FILE=${DATA_FILE:-data/demo} ;;          # the sources of Python's standard library
 minipile) DATA_FILE=${DATA_FILE:-data/minipile} ;;  # 1.5 G tokens of the Pile
-mini) DATA_FILE=${DATA_FILE:-data/pretrain_hq} ;;   # MiniMind's pretrain_hq
+mini) # MiniMind's pretrain_t2t or its small pretrain_t2t_mini; earlier versions of the set had pretrain_hq instead
+    for name in pretrain_hq pretrain_t2t pretrain_t2t_mini; do
+        if [ -f data/$name.idx ]; then DATA_FILE=${DATA_FILE:-data/$name}; fi
+    done
+    DATA_FILE=${DATA_FILE:-data/pretrain_t2t_mini}
+    ;;
 environment)
     if [ $# -gt 0 ]; then REQUIREMENTS="$REQUIREMENTS $1"; fi
     find_python >&2
@@ -55,8 +60,9 @@ elif [ "$DATA_FILE" = data/minipile ]; then
 elif [ ! -f "${DATA_FILE%.*}.idx" ] && [ ! -f "$DATA_FILE.idx" ]; then
     fail "$DATA_FILE.bin and .idx are missing. Make them from a jsonl file with one {\"text\": ...} per line:
   $python data/make_data.py $DATA_FILE.jsonl 1 512 --tokenizer $TOKENIZER
-For the setting mini: pretrain_hq.jsonl of MiniMind's dataset (jingyaogong/minimind_dataset on Hugging Face,
-gongjy/minimind_dataset on ModelScope), and MiniMind's tokenizer.json and tokenizer_config.json in $TOKENIZER."
+For the setting mini: pretrain_t2t_mini.jsonl, or the larger pretrain_t2t.jsonl (in earlier versions pretrain_hq.jsonl),
+of MiniMind's dataset (jingyaogong/minimind_dataset on Hugging Face, gongjy/minimind_dataset on ModelScope), and
+MiniMind's tokenizer.json and tokenizer_config.json in $TOKENIZER."
 fi
 
 # ---- initial weights ------------------------------------------------------------------------------------------------

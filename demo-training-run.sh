@@ -4,8 +4,8 @@
 #   sh demo-training-run.sh             the demo: a small model on the sources of Python's standard library, ten minutes
 #                                       on two CPU cores
 #   sh demo-training-run.sh minipile    the published run: L12-D768, 1.5 G tokens, for a GPU
-#   sh demo-training-run.sh mini        the 34.2 M model L8-D512 on MiniMind's pretrain_hq (or a DATA_FILE of your own),
-#                                       for a GPU
+#   sh demo-training-run.sh mini        the 34.2 M model L8-D512 on MiniMind's pretrain_t2t or pretrain_t2t_mini (or a
+#                                       DATA_FILE of your own), for a GPU
 #
 # Every setting is a default that the environment overrides; those of model and data are in demo-training-shared.sh and
 # demo-training-prepare.sh. Further flags are passed on to train.py:
@@ -19,7 +19,8 @@ demo)
     M_BSZ=${M_BSZ:-8} CTX_LEN=${CTX_LEN:-256} MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-1300000} MAGIC_PRIME=${MAGIC_PRIME:-0}
     LR_INIT=${LR_INIT:-3e-3} LR_FINAL=${LR_FINAL:-3e-4} WARMUP_STEPS=${WARMUP_STEPS:-20}
     EPOCH_STEPS=${EPOCH_STEPS:-100} EPOCH_SAVE=${EPOCH_SAVE:-1}
-    VAL_DATA_FILE=${VAL_DATA_FILE:-data/demo-heldout} PROMPT=${PROMPT:-def }
+    # - and not :-, because an empty VAL_DATA_FILE means no held-out data
+    VAL_DATA_FILE=${VAL_DATA_FILE-data/demo-heldout} PROMPT=${PROMPT:-def }
     ;;
 minipile) # batch, length, prime and learning rates are those of the published run, so that its losses can be compared
     M_BSZ=${M_BSZ:-16} CTX_LEN=${CTX_LEN:-512} MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-1498226207}

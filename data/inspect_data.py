@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from src.dataset import MMapIndexedDataset
+from src.dataset.binidx import file_prefix, with_ending
 from src.dataset.corpus.command_line import add_tokenizer, create_parser, exit_on_user_error
 from src.dataset.tokenizer import load_tokenizer
 from src.errors import UserError
@@ -56,6 +57,11 @@ def main() -> None:
     parser.add_argument("--ctx_len", type=int, default=64, help="tokens per window [64]")
     args = parser.parse_args()
     with exit_on_user_error(parser):
+        # A folder next to the dataset of its name is no mistake: data/demo/ and data/demo.bin.
+        if Path(args.data).is_dir() and not with_ending(file_prefix(args.data), ".idx").exists():
+            names = sorted(str(path.with_suffix("")) for path in Path(args.data).glob("*.idx"))
+            advice = f"name a dataset in it, such as {names[0]} (one of {len(names)})" if names else "it has no X.idx"
+            raise UserError("is a folder", given=args.data, advice=advice)
         data, tokenizer = MMapIndexedDataset(args.data), load_tokenizer(args.tokenizer)
         if data.n_tokens == 0:
             raise UserError("contains no tokens", given=data.bin_path)

@@ -160,7 +160,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.out is None and args.inputs[0] == STDIN:
         raise UserError(flag="out", expected="a name, because the text comes from standard input")
     if not output_prefix(args).name:
-        raise UserError("is a folder", given=args.out or args.inputs[0], expected="the name of a file")
+        check_inputs(args.inputs)  # "." is a folder as an input, too
+        raise UserError("is a folder", flag="out", given=args.out, expected="the name of a file")
 
 
 def output_prefix(args: argparse.Namespace) -> Path:

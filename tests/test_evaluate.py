@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from chat_models import make_tokenizer, tokenizer_with_entries
+from chat_models import CHATML, MARKED, USER_OPENS, make_tokenizer, tokenizer_with_entries
 from random_model import random_model
 
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
+from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate
 from src.dataset.tokenizer import load_tokenizer
 from src.errors import UserError
 from src.inference.evaluate import encode_texts, heldout_loss, last_words, main, read_texts, text_bytes, windows
@@ -188,23 +189,162 @@ def test_requests_of_the_harness(model, tokenizer):
     assert short == free.partition("e")[0]
 
 
-def test_a_local_task_runs_in_the_harness(model, tokenizer, tmp_path):
-    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed", exc_type=ImportError)
-    from lm_eval.tasks import TaskManager
+QUESTION = [{"role": "user", "content": "what is it?"}]
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
 
+
+@pytest.mark.parametrize(
+    ("source", "end", "separator"),
+    [
+        (CHATML, "<|im_start|>assistant\n", ""),
+        (MARKED, "<|im_start|>assistant\n", ""),
+        (USER_OPENS, "<|im_start|>assistant\n", ""),
+        (RWKV_TEMPLATE, "User: what is it?\n\nAssistant:", " "),
+    ],
+    ids=["chatml", "marked", "user opens", "rwkv"],
+)
+def test_the_chat_template_is_applied_up_to_the_answer(model, tokenizer, source, end, separator):
+    """A prompt, plus an answer, is the conversation as fine-tuning renders it."""
+    template = ChatTemplate(source, tokenizer.specials)
+    methods = HarnessMethods(model, tokenizer, template)
+    prompt = methods.apply_chat_template(QUESTION)
+    assert prompt.endswith(end + separator)
+    assert template.render([*QUESTION, {"role": "assistant", "content": "It"}]).startswith(prompt + "It")
+    history = [*QUESTION, {"role": "assistant", "content": "the string"}, *QUESTION]
+    assert methods.apply_chat_template(history).endswith(end + separator)
+    # gen_prefix of a task: the beginning of the answer, with its spaces
+    begun = methods.apply_chat_template([*history, {"role": "assistant", "content": "The answer is "}], False)
+    assert begun == methods.apply_chat_template(history) + "The answer is "
+    assert methods.chat_template(True) == source
+    assert methods.chat_template(False) == ""
+
+
+def test_scores_after_a_chat_template_are_those_of_the_rendered_conversation(model, tokenizer):
+    """Of World's format too, whose answers begin with a space that belongs to the first word."""
+    for source in (CHATML, RWKV_TEMPLATE):
+        methods = HarnessMethods(model, tokenizer, ChatTemplate(source, tokenizer.specials))
+        prompt = methods.apply_chat_template(QUESTION)
+        ids = tokenizer.encode(prompt.rstrip())
+        answer = tokenizer.encode(prompt[len(prompt.rstrip()) :] + "the string")
+        (score,) = methods.loglikelihood([Request(prompt, "the string")])
+        assert score[0] == pytest.approx(sum(plain_log_p(model, ids + answer, len(ids))), rel=1e-4)
+
+
+@pytest.mark.parametrize("source", [CHATML, RWKV_TEMPLATE], ids=["chatml", "rwkv"])
+def test_a_generated_answer_ends_where_the_template_ends_one(model, tokenizer, monkeypatch, source):
+    """At <|im_end|>, or at the blank line of World's format, without the space that the prompt asks for."""
+    methods = HarnessMethods(model, tokenizer, ChatTemplate(source, tokenizer.specials))
+    prompts, space = [], " " if source == RWKV_TEMPLATE else ""
+    end = "\n\n" if space else "<|im_end|>"
+
+    def answer(network, encoded, max_new_tokens, *args, is_complete, **kwargs):
+        prompts.extend(encoded)
+        written = tokenizer.encode(f"{space}the answer{end}the string")
+        length = next(n for n in range(len(written)) if is_complete(written[:n]))
+        return [written[:length]] * len(encoded)
+
+    monkeypatch.setattr("src.inference.harness.generate_batch", answer)
+    prompt = methods.apply_chat_template(QUESTION)
+    settings = {"until": ["</s>"], "max_gen_toks": 9}
+    requests = [Request(prompt, settings), Request(prompt, settings), Request(prompt, {**settings, "until": ["swer"]})]
+    assert methods.generate_until(requests) == ["the answer", "the answer", "the an"]
+    assert prompts == [tokenizer.encode(prompt.removesuffix(" "))] * 3
+
+
+def test_a_template_that_rejects_system_turns_gets_the_conversation_without(model, tokenizer, caplog):
+    methods = HarnessMethods(model, tokenizer, ChatTemplate(NO_SYSTEM, tokenizer.specials))
+    with_system = [{"role": "system", "content": "Be of help"}, *QUESTION]
+    assert methods.apply_chat_template(with_system) == methods.apply_chat_template(QUESTION)
+    assert "no system turn" in caplog.text
+    refusing = HarnessMethods(model, tokenizer, ChatTemplate("{{ raise_exception('never') }}", tokenizer.specials))
+    with pytest.raises(UserError, match="never"):
+        refusing.apply_chat_template(QUESTION)
+
+
+def test_a_tokenizer_without_a_chat_template_is_an_error_only_where_one_is_applied(model, tmp_path):
+    plain = load_tokenizer(make_tokenizer(tmp_path / "plain", template=None))
+    methods = HarnessMethods(model, plain)
+    assert methods.chat_template(True) == ""
+    assert methods.loglikelihood([Request("what is", " it")])
+    with pytest.raises(UserError) as caught:
+        methods.apply_chat_template(QUESTION)
+    assert caught.value.given == plain.name
+    # "tokenizer_name" is part of a file's name, and prompts of another template must not be read from it.
+    name = methods.tokenizer_name
+    assert "/" not in name
+    assert name.startswith("plain-")
+    assert name != HarnessMethods(model, plain, ChatTemplate(CHATML, {})).tokenizer_name
+
+
+def local_task(tmp_path, **settings):
     rows = [{"question": f"{n} what is", "choices": ["the answer", "the string"], "label": n % 2} for n in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
+    return rows, {
         "task": "tiny_choice",
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")},
         "test_split": "test",
-        "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{label}}",
-        "metric_list": [{"metric": "acc"}],
+        **settings,
     }
+
+
+CHOICE = {
+    "output_type": "multiple_choice",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{label}}",
+    "metric_list": [{"metric": "acc"}],
+}
+
+
+@pytest.mark.parametrize("source", [CHATML, RWKV_TEMPLATE], ids=["chatml", "rwkv"])
+def test_local_tasks_run_with_the_chat_template(model, tokenizer, tmp_path, monkeypatch, source):
+    """A choice, one after the beginning of an answer, and a generated answer: the prompts are those of the chat."""
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed", exc_type=ImportError)
+    from lm_eval.tasks import TaskManager
+
+    contexts = {"loglikelihood": [], "generate_until": []}
+    originals = {name: getattr(HarnessMethods, name) for name in contexts}
+
+    def recorded(name):
+        def answer(self, requests, disable_tqdm=False):
+            contexts[name] += [request.args[0] for request in requests]
+            return originals[name](self, requests)
+
+        return answer
+
+    for name in contexts:
+        monkeypatch.setattr(HarnessMethods, name, recorded(name))
+    rows, choice = local_task(tmp_path, description="Be of help", **CHOICE)
+    begun = {**choice, "task": "tiny_prefix", "gen_prefix": "It is"}
+    generation = {
+        **local_task(tmp_path, output_type="generate_until", doc_to_target="{{choices[label]}}")[1],
+        "task": "tiny_generation",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    harness = harness_model(model, tokenizer, ChatTemplate(source, tokenizer.specials))
+    evaluation = lm_eval.simple_evaluate(
+        harness,
+        tasks=[choice, begun, generation],
+        task_manager=TaskManager(include_defaults=False),
+        apply_chat_template=True,
+        bootstrap_iters=0,
+    )
+    assert evaluation["results"].keys() == {"tiny_choice", "tiny_prefix", "tiny_generation"}
+    turns = [[{"role": "user", "content": row["question"]}] for row in rows]
+    assert sorted(contexts["generate_until"]) == [harness.apply_chat_template(turn) for turn in turns]
+    system, prefix = {"role": "system", "content": "Be of help"}, {"role": "assistant", "content": "It is"}
+    asked = [harness.apply_chat_template([system, *turn]) for turn in turns]
+    asked += [harness.apply_chat_template([system, *turn, prefix], False) for turn in turns]
+    assert sorted(contexts["loglikelihood"]) == sorted(2 * asked)
+
+
+def test_a_local_task_runs_in_the_harness(model, tokenizer, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed", exc_type=ImportError)
+    from lm_eval.tasks import TaskManager
+
+    rows, task = local_task(tmp_path, **CHOICE)
     evaluation = lm_eval.simple_evaluate(
         harness_model(model, tokenizer),
         tasks=[task],

@@ -42,6 +42,26 @@ def test_a_missing_file_is_named(
     assert f"{tmp_path / 'x'}.bin: no such file" in capsys.readouterr().err
 
 
+def test_a_folder_is_named_as_one_with_the_datasets_in_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "data"), "--tokenizer", str(folder)])
+    with pytest.raises(SystemExit):
+        inspect_data.main()
+    assert f"{tmp_path / 'data'}: is a folder" in capsys.readouterr().err
+    with BinIdxWriter(tmp_path / "data" / "my.text", "uint16") as out:
+        out.add_document([5, 0])
+    with pytest.raises(SystemExit):
+        inspect_data.main()
+    assert f"name a dataset in it, such as {tmp_path / 'data' / 'my.text'} (one of 1)" in capsys.readouterr().err
+    with BinIdxWriter(tmp_path / "data", "uint16") as out:  # data.bin next to data/
+        out.add_document([5, 0])
+    inspect_data.main()
+    assert "1 documents, 2 tokens" in capsys.readouterr().out
+
+
 def test_a_cache_of_fine_tuning_data_is_recognized(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

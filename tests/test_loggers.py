@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,14 +192,43 @@ def test_the_csv_logger_logs_every_loss(tmp_path, data):
     assert values == pytest.approx(losses(tmp_path / "run"), rel=1e-6)
 
 
-def test_some_short_steps_are_not_logged(tmp_path, data, monkeypatch):
+def test_some_short_steps_are_not_logged_and_are_counted_at_the_end(tmp_path, data, monkeypatch, capfd):
     monkeypatch.setattr(loggers, "TIME_SHARE", 0.0)
     assert train(tmp_path / "run", data, logger="csv", **RUN) == 0
     (file,) = (tmp_path / "run" / "csv").rglob("metrics.csv")
     with open(file, newline="") as rows:
-        steps = [row["step"] for row in csv.DictReader(rows) if row["loss"]]
-    assert steps == ["0", "1", "50"]  # the first call is not counted; step 50 has update ratios
+        logged = {row["step"]: row for row in csv.DictReader(rows) if row["loss"]}
+    # The first call is not counted, step 50 has update ratios, and step 59 is the last one.
+    assert list(logged) == ["0", "1", "50", "59"]
+    assert logged["59"].keys() == logged["1"].keys()
+    assert float(logged["59"]["loss"]) == pytest.approx(losses(tmp_path / "run")[-1], rel=1e-6)
+    assert logged["59"]["kt/s"]
     assert len(losses(tmp_path / "run")) == STEPS
+    assert "csv  56 of 60 steps were left out, because logging is limited to 0 % of the time" in capfd.readouterr().out
+
+
+def test_every_start_ends_with_a_whole_row_in_wandb(tmp_path, data, held_out, monkeypatch, offline, capfd):
+    """The last step of a start was left out before its held-out loss was logged: wandb's summary shows both."""
+    pytest.importorskip("wandb")
+    monkeypatch.setattr(loggers, "TIME_SHARE", 0.0)
+    out = tmp_path / "run"
+    settings = {**RUN, "wandb": "a-project", "val_data_file": held_out}
+    train_until(35, out, data, monkeypatch, **settings)
+    stopped_at = len(losses(out)) - 1
+    assert re.search(r"wandb  \d+ of \d+ steps were left out", capfd.readouterr().out)
+    assert train(out, data, **settings) == 0
+    rows, _, _ = read_back(out)
+    expected = losses(out)
+    for step in (stopped_at, STEPS - 1):
+        assert rows[step]["loss"] == pytest.approx(expected[step], rel=1e-6)
+        assert {"lr", "wd", "Gtokens", "tokens", "kt/s", "grad norm", "memory GiB"} <= rows[step].keys()
+    assert "val loss" in rows[STEPS - 1]
+    assert sum("loss" in row for row in rows.values()) < 10
+
+
+def test_nothing_is_said_where_every_step_is_logged(tmp_path, data, capfd):
+    assert train(tmp_path / "run", data, logger="csv", **{**RUN, "my_exit_tokens": CTX * 4 * 20}) == 0
+    assert "left out" not in capfd.readouterr().out
 
 
 def test_a_slow_first_call_does_not_suppress_later_ones(monkeypatch):
@@ -206,7 +236,7 @@ def test_a_slow_first_call_does_not_suppress_later_ones(monkeypatch):
     now, logged = 0.0, []
     monkeypatch.setattr(loggers, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(loggers, "TIME_SHARE", 0.003)
-    sink = loggers.LoggerSink(SimpleNamespace(), 0.0)
+    sink = loggers.LoggerSink(SimpleNamespace(), 0.0, "csv")
 
     def log(values):
         nonlocal now

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from chat_models import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import make_data
+from data import make_data, train_tokenizer
 from src.dataset import MMapIndexedDataset
 from src.dataset.corpus import external_shuffle, text_input
 from src.dataset.tokenizer import load_tokenizer
@@ -173,6 +174,74 @@ def test_parquet(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[s
     assert "x.parquet: not a readable Parquet file" in capsys.readouterr().err
 
 
+NOT_TEXT = {
+    "struct": (lambda pyarrow: pyarrow.array([{"x": "a"}, {"x": "b"}]), "struct<x: string>"),
+    "list": (lambda pyarrow: pyarrow.array([["a"], ["b"]]), "list<"),  # its items have other names in other versions
+    "integers": (lambda pyarrow: pyarrow.array([1, 2]), "int64"),
+    "numbers": (lambda pyarrow: pyarrow.array([1.5, None]), "double"),
+    "truth values": (lambda pyarrow: pyarrow.array([True, False]), "bool"),
+    "times": (lambda pyarrow: pyarrow.array([0, 1], pyarrow.timestamp("ms")), "timestamp[ms]"),
+    "dates": (lambda pyarrow: pyarrow.array([0, 1], pyarrow.date32()), "date32[day]"),
+}
+
+
+@pytest.mark.parametrize(("column", "name"), NOT_TEXT.values(), ids=NOT_TEXT)
+def test_a_parquet_column_that_is_no_text_is_named_with_its_type(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str], column: Callable, name: str
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file, texts = tmp_path / "x.parquet", ["one", "two"]
+    parquet.write_table(pyarrow.table({"text": column(pyarrow), "content": texts}), file)
+    for main in (
+        lambda: make(file, tokenizer, tmp_path / "out"),
+        lambda: train_tokenizer.main([str(file), "--out", str(tmp_path / "new"), "--vocab_size", "300"]),
+    ):
+        with pytest.raises(SystemExit) as exited:
+            main()
+        assert exited.value.code == 2
+        message = capsys.readouterr().err
+        assert f"{file}: the column 'text' has the type {name}" in message
+        assert "--field; it has ['content']" in message
+        assert "Traceback" not in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.parquet"]
+    make(file, tokenizer, tmp_path / "out", "--field", "content")
+    assert sorted(documents(tmp_path / "out", tokenizer)) == texts
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "large_binary", "dictionary", "fixed"])
+def test_every_kind_of_text_column_is_read(tmp_path: Path, tokenizer: str, kind: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = ["one", "two"]
+    types = {"dictionary": pyarrow.string(), "fixed": pyarrow.binary(3)}
+    values = texts if kind.endswith(("string", "dictionary")) else [text.encode() for text in texts]
+    column = pyarrow.array([*values, None], types.get(kind) or getattr(pyarrow, kind)())
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "x.parquet")
+    make(tmp_path / "x.parquet", tokenizer, tmp_path / "out")
+    assert sorted(documents(tmp_path / "out", tokenizer)) == texts
+
+
+def test_a_folder_is_named_as_one_with_its_kind_of_files(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "corpus.jsonl"  # an ending doesn't make it a file
+    folder.mkdir()
+    for command in (make_data.main, train_tokenizer.main):
+        arguments = [str(folder), "1", "1"] if command is make_data.main else [str(folder), "--out", "new"]
+        with pytest.raises(SystemExit):
+            command(arguments)
+        assert f"{folder}: is a folder; name files that end in .jsonl" in capsys.readouterr().err
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl", "d.JSONL", "e.csv", "f.csv", "g.csv", "h.csv"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(SystemExit):
+        make_data.main([str(folder), "1", "1"])
+    assert f"{folder}: is a folder; name its files, for example {folder}/*.jsonl\n" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
 INVALID = {
     b"not json": "invalid JSON",
     b"[" * 5000: "invalid JSON",
@@ -267,7 +336,8 @@ def test_output_ends_with_previews_and_flags(tmp_path: Path, capsys: pytest.Capt
         (["x.jsonl", "1", "512", "--workers", "0"], "--workers 0: expected 1 to"),
         (["x.jsonl", "1", "512", "--workers", "100000"], "--workers 100000: expected 1 to"),
         (["-", "1", "512"], "--out: expected a name"),
-        ([".", "1", "512"], ".: is a folder; expected the name of a file"),
+        ([".", "1", "512"], ".: is a folder; name "),
+        (["-", "1", "512", "--out", "."], "--out .: is a folder; expected the name of a file"),
         (["x.jsonl", "1", "512", "--tokenizer", "gpt2"], "--tokenizer gpt2: no tokenizer.json"),
     ],
 )

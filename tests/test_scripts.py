@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from src.config import ModelConfig
 from src.dataset import BinIdxWriter
 from src.dataset.corpus.bpe import train_bpe
+from src.inference.formats.convert import convert_model
 from src.inference.formats.fla import write_fla
 from src.model import RWKV7
 from src.model.weights import read_weights
@@ -111,6 +112,26 @@ def test_scripts_are_posix(script):
 def test_adam_has_its_defaults_in_one_place():
     for script in SCRIPTS:
         assert not re.search(r"--(beta1|beta2|adam_eps) [\d.]", script.read_text(encoding="utf-8")), script.name
+
+
+def test_a_checkout_with_crlf_line_ends_has_the_files_as_they_are(tree, tmp_path_factory):
+    """Of git on Windows, as it is set up by default: scripts with CRLF fail in WSL, and so do pip's constraints."""
+    git = partial(subprocess.run, check=True, capture_output=True, text=True)
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.invalid", "-c", "core.autocrlf=false"]
+    git(["git", "init", "-q"], cwd=tree)
+    git(["git", "add", "-A"], cwd=tree)
+    git(["git", *identity, "commit", "-q", "-m", "x"], cwd=tree)
+    checkout = tmp_path_factory.mktemp("checkout") / "tree"
+    git(["git", "clone", "-q", "-c", "core.autocrlf=true", "-c", "core.eol=crlf", tree, checkout])
+    names = git(["git", "ls-files", "-z"], cwd=tree).stdout.split("\0")[:-1]
+    assert {"demo-training-run.sh", "constraints.txt", "tests/fixtures/state_format_1/run/train_log.txt"} <= set(names)
+    assert [name for name in names if (checkout / name).read_bytes() != (tree / name).read_bytes()] == []
+    assert git(["git", "status", "--porcelain"], cwd=checkout).stdout == ""
+    # What an editor on Windows saves with CRLF is corrected when it is added.
+    script = checkout / "demo-training-run.sh"
+    script.write_bytes(script.read_bytes().replace(b"\n", b"\r\n"))
+    git(["git", "add", "-A"], cwd=checkout)
+    assert git(["git", "diff", "--cached", "--name-only"], cwd=checkout).stdout == ""
 
 
 # ---- the environment -------------------------------------------------------------------------------------------------
@@ -325,7 +346,7 @@ def test_run_from_data_to_sample_and_again(tree):
 def test_a_data_file_that_is_missing(tree):
     done = run_script(tree, "mini")
     assert done.returncode == 1
-    assert "data/pretrain_hq.bin and .idx are missing" in done.stderr
+    assert "data/pretrain_t2t_mini.bin and .idx are missing" in done.stderr
     assert "data/make_data.py" in done.stderr
     assert not (tree / "out").exists()
 
@@ -339,7 +360,7 @@ def test_a_stage_without_the_one_before_it(tree):
     assert "out/L8-D512-x070-sft512 does not exist" in done.stderr
     assert not (tree / "out").exists()
     done = run_script(tree, "mini", "100", script="demo-training-run-sft.sh")
-    assert "expected 512, 1024 or 2048" in done.stderr
+    assert "expected t2t, 512, 1024 or 2048" in done.stderr
 
 
 def conversations_file(path, count=6):
@@ -452,6 +473,183 @@ def test_the_fine_tuning_demo_asks_no_questions_after_a_dry_run(pretrained):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing was kept" in done.stdout
     assert "What does" not in done.stdout
+
+
+# ---- what the scripts pass to train.py -------------------------------------------------------------------------------
+
+
+PYTHON = """#!/bin/sh
+if [ "$1" != train.py ]; then exec "{python}" "$@"; fi
+shift
+printf '%s\\n' -- "$@" >>calls
+if [ -n "${{SAVED:-}}" ]; then touch "$SAVED"; fi
+exit ${{STATUS:-0}}
+"""
+
+
+class RecordedTraining:
+    """Runs of a script with a train.py that does nothing but record its flags and exit with STATUS."""
+
+    def __init__(self, tree):
+        self.tree = tree
+        (tree / "python").write_text(PYTHON.format(python=sys.executable))
+        (tree / "python").chmod(0o755)
+        (tree / "tokenizer").mkdir()
+        (tree / "tokenizer" / "tokenizer.json").write_text("{}")
+        self.out = tree / "out" / "L8-D512-x070"
+        self.base = tree / "base.pth"
+        self.base.write_bytes(b"some weights")
+
+    def run(self, script, *arguments, **environment):
+        settings = {"PYTHON": "./python", "TOKENIZER": "tokenizer", **environment}
+        return run_script(self.tree, *arguments, script=f"demo-training-{script}.sh", **settings)
+
+    def fine_tune(self, name, *arguments, **environment):
+        (self.tree / name).write_text("{}\n")
+        return self.run("run-sft", *arguments, **{"DATA_FILE": name, "BASE": "base.pth", **environment})
+
+    def flags(self):
+        """The flags of the newest call of train.py."""
+        values = (self.tree / "calls").read_text().rpartition("--\n")[2].splitlines()
+        return dict(zip(values[::2], values[1::2], strict=True))
+
+
+@pytest.fixture
+def recorded(tree):
+    return RecordedTraining(tree)
+
+
+def test_data_files_with_dots_are_runs_of_their_own(recorded):
+    names = {
+        "pets.cats.jsonl": "pets.cats", "pets.dogs.jsonl": "pets.dogs", "mine.jsonl": "mine", "a.b.jsonl.gz": "a.b",
+        "c.jsonl.zst": "c", "d.v2.json": "d.v2",
+    }  # fmt: skip
+    for name, run in names.items():
+        done = recorded.fine_tune(name)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert recorded.flags()["--proj_dir"] == f"out/L8-D512-x070-sft-{run}"
+        assert (recorded.tree / "out" / f"L8-D512-x070-sft-{run}" / "rwkv-init.pth").read_bytes() == b"some weights"
+
+
+def test_an_empty_val_data_file_switches_held_out_data_off(recorded):
+    (recorded.tree / "data" / "toy.idx").write_bytes(b"")
+    for setting, expected in (({}, "data/demo-heldout"), ({"VAL_DATA_FILE": ""}, ""), ({"VAL_DATA_FILE": "x"}, "x")):
+        done = recorded.run("run", "demo", DATA_FILE="data/toy", **setting)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert recorded.flags()["--val_data_file"] == expected
+    for setting, expected in (({}, ""), ({"VAL_DATA_FILE": ""}, ""), ({"VAL_DATA_FILE": "x.jsonl"}, "x.jsonl")):
+        recorded.fine_tune("mine.jsonl", **setting)
+        assert recorded.flags()["--val_data_file"] == expected
+    # The demo makes its own conversations, held-out ones too.
+    (recorded.tree / "data" / "demo_conversations.py").write_text("")
+    (recorded.tree / "data" / "demo-sft.jsonl").write_text("{}\n")
+    for setting, expected in (({}, "data/demo-sft-heldout.jsonl"), ({"VAL_DATA_FILE": ""}, "")):
+        done = recorded.run("run-sft", BASE="base.pth", **setting)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert recorded.flags()["--val_data_file"] == expected
+
+
+@pytest.mark.parametrize("status", [1, 2])
+def test_a_base_that_failed_leaves_no_initial_weights(recorded, status):
+    """The next BASE would not be used: rwkv-init.pth is copied once."""
+    done = recorded.fine_tune("mine.jsonl", STATUS=str(status))
+    assert done.returncode == status
+    assert "rwkv-init.pth is deleted again" in done.stderr
+    assert not (recorded.tree / "out" / "L8-D512-x070-sft-mine").exists()
+    (recorded.tree / "good.pth").write_bytes(b"good weights")
+    done = recorded.fine_tune("mine.jsonl", BASE="good.pth")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (recorded.tree / "out" / "L8-D512-x070-sft-mine" / "rwkv-init.pth").read_bytes() == b"good weights"
+
+
+def test_initial_weights_of_an_interrupted_run_and_those_of_the_user_are_kept(recorded):
+    folder = recorded.tree / "out" / "L8-D512-x070-sft-mine"
+    assert recorded.fine_tune("mine.jsonl", STATUS="130").returncode == 130  # Ctrl-C
+    assert (folder / "rwkv-init.pth").is_file()
+    assert recorded.fine_tune("mine.jsonl", STATUS="2").returncode == 2  # this start has copied nothing
+    assert (folder / "rwkv-init.pth").is_file()
+    for saved in ("rwkv-0.pth", "rwkv-final.pth", "resume/step-00000010"):
+        shutil.rmtree(folder)
+        (folder / "resume").mkdir(parents=True)
+        done = recorded.fine_tune("mine.jsonl", STATUS="1", SAVED=str(folder / saved))
+        assert done.returncode == 1
+        assert (folder / "rwkv-init.pth").is_file(), saved
+        # Of an earlier run, whose rwkv-init.pth was deleted to start from another BASE.
+        os.utime(folder / saved, (0, 0))
+        (folder / "rwkv-init.pth").unlink()
+        assert recorded.fine_tune("mine.jsonl", STATUS="1").returncode == 1
+        assert not (folder / "rwkv-init.pth").exists(), saved
+
+
+def test_a_base_of_another_size_is_refused_and_can_be_replaced(pretrained):
+    """With the real train.py."""
+    conversations_file(pretrained / "mine.jsonl")
+    torch.save(RWKV7(ModelConfig(n_layer=2, n_embd=64, vocab_size=6400)).state_dict(), pretrained / "small.pth")
+    fine_tune = partial(
+        run_script, pretrained, *DRY_RUN, script="demo-training-run-sft.sh", DATA_FILE="mine.jsonl", CTX_LEN="32"
+    )
+    done = fine_tune(BASE="small.pth")
+    assert done.returncode in (1, 2)
+    assert not (pretrained / "out" / "L4-D256-x070-sft-mine" / "rwkv-init.pth").exists()
+    done = fine_tune()
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_base_in_another_format_is_converted(recorded):
+    """A Hugging Face folder and a .safetensors file; the result has the tensors of the .pth that they were made of."""
+    weights = RWKV7(ModelConfig(n_layer=2, n_embd=64, vocab_size=100)).state_dict()
+    torch.save(weights, recorded.base)
+    (recorded.tree / "broken.safetensors").write_bytes(b"x" * 100)
+    for target in ("hf", "base.safetensors"):
+        convert_model(recorded.base, recorded.tree / target, "fla" if target == "hf" else "safetensors", None, None)
+        done = recorded.fine_tune(f"for-{target[:2]}.jsonl", BASE=target)
+        assert done.returncode == 0, done.stdout + done.stderr
+        copy = torch.load(recorded.tree / "out" / f"L8-D512-x070-sft-for-{target[:2]}" / "rwkv-init.pth")
+        idle = {f"blocks.0.att.v{i}" for i in range(3)}  # Hugging Face folders don't have them
+        assert copy.keys() | idle == weights.keys()
+        assert all(torch.equal(copy[name], weights[name]) for name in copy.keys() - idle)
+        again = recorded.fine_tune(f"for-{target[:2]}.jsonl", BASE=target)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert "which exists already" in again.stdout
+    done = recorded.fine_tune("broken.jsonl", BASE="broken.safetensors")
+    assert done.returncode == 1
+    assert not (recorded.tree / "out" / "L8-D512-x070-sft-broken").exists()
+
+
+def test_mini_trains_on_the_files_that_minimind_has_had(recorded):
+    """pretrain_t2t and sft_t2t with their small variants, and the earlier pretrain_hq, sft_512, sft_1024, sft_2048."""
+    data = recorded.tree / "data"
+    for name in ("pretrain_t2t_mini", "pretrain_t2t", "pretrain_hq"):  # from the last choice to the first
+        (data / f"{name}.idx").write_bytes(b"")
+        done = recorded.run("run", "mini")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert recorded.flags()["--my_exit_tokens"] == "0"
+        assert recorded.flags()["--data_file"] == f"data/{name}"
+
+    recorded.out.mkdir(exist_ok=True, parents=True)
+    (recorded.out / "rwkv-final.pth").write_bytes(b"pretrained weights")
+    done = recorded.run("run-sft", "mini")
+    assert done.returncode == 1
+    assert "data/sft_t2t_mini.jsonl is missing" in done.stderr
+    for name in ("sft_t2t_mini", "sft_t2t"):
+        (data / f"{name}.jsonl").write_text("{}\n")
+        for stage in ([], ["t2t"]):
+            done = recorded.run("run-sft", "mini", *stage)
+            assert done.returncode == 0, done.stdout + done.stderr
+            flags = recorded.flags()
+            assert flags["--proj_dir"] == "out/L8-D512-x070-sft-t2t"
+            assert flags["--data_file"] == f"data/{name}.jsonl"
+            assert (flags["--ctx_len"], flags["--my_exit_tokens"]) == ("768", "0")
+    assert recorded.run("run-sft", "mini", "t2t", CTX_LEN="1024").returncode == 0
+    assert recorded.flags()["--ctx_len"] == "1024"
+
+    (data / "sft_512.jsonl").write_text("{}\n")
+    done = recorded.run("run-sft", "mini")
+    assert recorded.flags()["--data_file"] == "data/sft_512.jsonl"
+    assert "data/sft_1024.jsonl is missing" in done.stderr
+    done = recorded.run("run-sft", "mini", "512", DATA_FILE="data/sft_t2t_mini.jsonl", MY_EXIT_TOKENS="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert recorded.flags()["--proj_dir"] == "out/L8-D512-x070-sft512"
 
 
 @pytest.mark.slow

@@ -5,14 +5,20 @@
 .txt                                                     the whole file is one document
 """
 
+from __future__ import annotations
+
 import gzip
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from src.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 PIECE_BYTES = 1 << 20  # some 250,000 tokens: tenths of a second of work for a worker, which hides the cost of sending
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -38,11 +44,14 @@ class Piece(NamedTuple):
 
 
 def check_inputs(paths: Sequence[str]) -> int:
-    """Size of the inputs in bytes, 0 when unknown. UserError for a file that is missing or of an unknown kind."""
+    """Size of the inputs in bytes, 0 when unknown. UserError for a folder, a missing file or an unknown kind."""
     total = 0
     for path in paths:
         if path == STDIN:  # nothing to check, and the total is unknown
             return 0
+        # Before the ending, which a folder may have too: `x.parquet/` is how Spark writes one table.
+        if Path(path).is_dir():
+            raise UserError("is a folder", given=path, advice=_advice_for_folder(Path(path)))
         if not path.lower().endswith(ENDINGS):
             raise UserError(
                 "unknown kind of file",
@@ -55,8 +64,22 @@ def check_inputs(paths: Sequence[str]) -> int:
     return total
 
 
+def _advice_for_folder(folder: Path) -> str:
+    """How to name the files in `folder` on a command line: by the ending that most of them have."""
+    names = [path.name.lower() for path in folder.iterdir() if path.is_file()]
+    # Longest ending first, so that x.jsonl.gz is not taken for another kind.
+    by_length = sorted(ENDINGS, key=len, reverse=True)
+    counts = Counter(ending for name in names if (ending := next(filter(name.endswith, by_length), None)))
+    if not counts:
+        return f"name files that end in {' '.join(ENDINGS)}; this folder has none"
+    return f"name its files, for example {folder}/*{counts.most_common(1)[0][0]}"
+
+
 def read_pieces(paths: Sequence[str], field: str) -> Iterator[Piece]:
-    """All lines of all inputs in order. UserError for a damaged file or a Parquet file without the column `field`."""
+    """All lines of all inputs in order.
+
+    UserError for a damaged file, and for a Parquet file without a column `field` or with one that is no text.
+    """
     ordinal = finished = 0
     for path in paths:
         first_line = 1
@@ -164,6 +187,14 @@ def _read_parquet(path: str, field: str) -> Iterator[_Part]:
                     given=path,
                     advice="name the text column with --field",
                 )
+            column_type = file.schema_arrow.field(field).type
+            if not _is_text(column_type):
+                texts = [column.name for column in file.schema_arrow if _is_text(column.type)]
+                raise UserError(
+                    f"the column {field!r} has the type {column_type}, not text",
+                    given=path,
+                    advice=f"name a text column with --field; it has {texts}" if texts else "it has no text column",
+                )
             rows, done = max(1, file.metadata.num_rows), 0
             # Small batches, because a row may be a whole book.
             for batch in file.iter_batches(batch_size=512, columns=[field]):
@@ -172,3 +203,16 @@ def _read_parquet(path: str, field: str) -> Iterator[_Part]:
                 yield batch.column(0).to_pylist(), len(batch), size * done // rows
     except pyarrow.ArrowException as error:
         raise UserError(f"not a readable Parquet file ({error})", given=path) from error
+
+
+def _is_text(column_type: pyarrow.DataType) -> bool:
+    """Whether a column of this type holds strings, or bytes, which are decoded as UTF-8."""
+    import pyarrow
+
+    if isinstance(column_type, pyarrow.BaseExtensionType):
+        return _is_text(column_type.storage_type)
+    if pyarrow.types.is_dictionary(column_type):  # how pandas stores categories
+        return _is_text(column_type.value_type)
+    # By name, because older versions of pyarrow have no functions for the views. A column of nulls has no other type.
+    names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+    return str(column_type) in names or pyarrow.types.is_fixed_size_binary(column_type)

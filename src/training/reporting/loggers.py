@@ -35,27 +35,39 @@ STEP_NAMES = ("loss", "lr", "wd", "Gtokens", "kt/s", "tokens", "grad norm", "lar
 UPDATE_NAMES = tuple(f"update ratio/{group}" for group in UPDATE_GROUPS)
 OTHER_NAMES = ("val loss", "mini-epoch loss")
 SAMPLE_TABLE = "samples"
-# Share of the run's time that logging steps may take. Where steps are shorter, some are not logged; metrics.csv has all
-# of them.
+# Share of the run's time that logging steps may take. Where steps are shorter, some are not logged, and `close` prints
+# how many; metrics.csv has all of them.
 TIME_SHARE = 0.003
 
 
 class LoggerSink(Sink):
-    """Passes reports to one of Lightning's loggers, with the run's own step: a resumed run continues its curves."""
+    """Passes reports to one of Lightning's loggers, with the run's own step: a resumed run continues its curves.
 
-    def __init__(self, logger: Logger, weight_decay: float) -> None:
+    Where logging every step would take more than TIME_SHARE of the time, some steps are left out, and `close` prints
+    how many; the last step of a start is always logged. `name` is that of the logger in this message.
+    """
+
+    def __init__(self, logger: Logger, weight_decay: float, name: str) -> None:
         self.logger: Any = logger  # the `experiment` of each logger has methods of its own
-        self.weight_decay = weight_decay
-        self._step = 0
+        self.weight_decay, self.name = weight_decay, name
+        self._step = self._steps = self._omitted_steps = 0
+        self._omitted: StepReport | None = None  # the newest step, if it was left out
         # -infinity exempts the first call, which opens connections and files
         self._began, self._spent_seconds = time.perf_counter(), -math.inf
 
     def step(self, report: StepReport) -> None:
         begin = time.perf_counter()
-        self._step = report.step
+        self._step, self._omitted = report.step, None
+        self._steps += 1
         # steps with update ratios are always logged: only few steps have these values
         if self._spent_seconds > TIME_SHARE * (begin - self._began) and not report.update_ratios:
+            self._omitted = report
+            self._omitted_steps += 1
             return
+        self._log_step(report)
+        self._spent_seconds = max(0.0, self._spent_seconds + time.perf_counter() - begin)
+
+    def _log_step(self, report: StepReport) -> None:
         values = {
             "loss": report.loss,
             "lr": report.lr,
@@ -69,7 +81,16 @@ class LoggerSink(Sink):
             **{f"update ratio/{group}": ratio for group, ratio in report.update_ratios.items()},
         }
         self._log({name: value for name, value in values.items() if not math.isnan(value)})
-        self._spent_seconds = max(0.0, self._spent_seconds + time.perf_counter() - begin)
+
+    def _log_last_step(self) -> None:
+        """Log the newest step if it was left out: loggers show the values of the last row as the result of a run."""
+        if self._omitted is None:
+            return
+        # A validation between two steps doesn't change it: both are logged under the number of the step before.
+        self._step = self._omitted.step
+        self._log_step(self._omitted)
+        self._omitted = None
+        self._omitted_steps -= 1
 
     def mini_epoch(self, report: MiniEpochReport) -> None:
         self._log({"mini-epoch loss": report.loss, **_axes(report.last.tokens)})
@@ -80,8 +101,14 @@ class LoggerSink(Sink):
         self._log({"val loss": report.loss, **_axes(report.tokens)})
 
     def close(self) -> None:
+        self._log_last_step()
         self.logger.save()
         self.logger.finalize("finished")
+        if self._omitted_steps:
+            log(
+                f"{self.name:>12}  {self._omitted_steps:,} of {self._steps:,} steps were left out, because logging is "
+                f"limited to {100 * TIME_SHARE:g} % of the time; {run_folder.METRICS} has all of them"
+            )
 
     def _log(self, values: dict[str, float]) -> None:
         self.logger.log_metrics(values, step=self._step)
@@ -124,18 +151,19 @@ def open_loggers(config: RunConfig, proj_dir: Path, settings: dict[str, Any]) ->
     """The sinks of --wandb and --logger. Raises UserError when a package is missing or wandb refuses."""
     sinks: list[Sink] = []
     if config.wandb:
-        sinks.append(WandbSink(_open_wandb(config.wandb, proj_dir, settings), config.weight_decay))
+        sinks.append(WandbSink(_open_wandb(config.wandb, proj_dir, settings), config.weight_decay, "wandb"))
     if config.logger == "tensorboard":
         _require("tensorboard", flag="logger", given="tensorboard")
         from pytorch_lightning.loggers import TensorBoardLogger
 
         # without a version in the path, a resumed run appends to the same curves
-        sinks.append(TensorBoardSink(TensorBoardLogger(proj_dir, name="tensorboard", version=""), config.weight_decay))
+        logger = TensorBoardLogger(proj_dir, name="tensorboard", version="")
+        sinks.append(TensorBoardSink(logger, config.weight_decay, "tensorboard"))
     if config.logger == "csv":
         from pytorch_lightning.loggers import CSVLogger
 
         # a numbered folder for each start: CSVLogger empties an existing one
-        sinks.append(LoggerSink(CSVLogger(proj_dir, name="csv"), config.weight_decay))
+        sinks.append(LoggerSink(CSVLogger(proj_dir, name="csv"), config.weight_decay, "csv"))
     return sinks
 
 
