@@ -43,6 +43,8 @@ TIME_SHARE = 0.003
 class LoggerSink(Sink):
     """Passes reports to one of Lightning's loggers, with the run's own step: a resumed run continues its curves."""
 
+    FIRST_STEP = 0  # the number that the run's first step is logged under
+
     def __init__(self, logger: Logger, weight_decay: float) -> None:
         self.logger: Any = logger  # the `experiment` of each logger has methods of its own
         self.weight_decay = weight_decay
@@ -52,7 +54,7 @@ class LoggerSink(Sink):
 
     def step(self, report: StepReport) -> None:
         begin = time.perf_counter()
-        self._step = report.step
+        self._step = report.step + self.FIRST_STEP
         # steps with update ratios are always logged: only few steps have these values
         if self._spent_seconds > TIME_SHARE * (begin - self._began) and not report.update_ratios:
             return
@@ -76,7 +78,7 @@ class LoggerSink(Sink):
         self.logger.save()
 
     def validation(self, report: ValidationReport) -> None:
-        self._step = max(0, report.steps - 1)  # the step that it follows: logged steps are numbered from 0
+        self._step = max(0, report.steps - 1 + self.FIRST_STEP)  # the step that it follows
         self._log({"val loss": report.loss, **_axes(report.tokens)})
 
     def close(self) -> None:
@@ -98,6 +100,9 @@ class TensorBoardSink(LoggerSink):
 
 class WandbSink(LoggerSink):
     """Adds generated samples as a table, and finishes the run at the end."""
+
+    # as in the official trainer, whose curves can then be laid over these step by step
+    FIRST_STEP = 1
 
     def samples(self, samples: list[GeneratedSample]) -> None:
         import wandb
