@@ -54,7 +54,7 @@ def test_weights_alone_continue_at_the_right_place(tmp_path, data, capfd):
     whole = {"my_exit_tokens": CTX * 4 * 100, "epoch_steps": 20, "epoch_save": 2}
     out = tmp_path / "run"
     assert train(out, data, **whole) == 0
-    for name in ("rwkv-4.pth", "rwkv-final.pth"):
+    for name in ("rwkv-3.pth", "rwkv-4.pth", "rwkv-final.pth"):  # 3 is the last whole one of a pass
         (out / name).unlink()
     shutil.rmtree(out / "resume")
     start = 3 * 20
