@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
-from src.files import atomic_write, sha256_of
+from src.files import atomic_write, sha256_of, sync_folder
 
 INIT, FINAL, BEST = "rwkv-init.pth", "rwkv-final.pth", "rwkv-best.pth"
 LOG, METRICS, VALIDATION, SAMPLES, RUN = "train_log.txt", "metrics.csv", "val.csv", "samples.json", "run.json"
@@ -94,8 +96,9 @@ def origin_weights(folder: Path, stage: int, load_model: str) -> Path | None:
 
 
 def fingerprint(weights: Path | None) -> dict[str, Any]:
-    """What tells initial weights apart: the SHA-256 of the file (empty for None: drawn at the start), or of the list of
-    a Hugging Face folder's weights files with theirs."""
+    """What tells initial weights apart: the SHA-256 of the file or of the list of a Hugging Face
+    folder's weights files with theirs. Both are empty for None, weights that are drawn: `replace_drawn_init` records the
+    SHA-256 of those, still without a path."""
     if weights is None:
         return {"sha256": "", "path": ""}
     if not weights.is_dir():
@@ -114,9 +117,53 @@ def is_swapped(folder: Path, origin: Path | None) -> bool:
     return fingerprint(origin)["sha256"] != recorded.get("sha256")
 
 
-def archive_run(folder: Path) -> Path | None:
-    """Move the files of an earlier run to `previous-K/`; nothing is deleted. None when there was nothing to move."""
+def has_drawn_init(folder: Path) -> bool:
+    """Whether rwkv-init.pth is the file that the run in the folder wrote when it drew its initial weights; not one of
+    stage 1 or of the user. False where run.json can't be read."""
+    init = folder / INIT
+    try:
+        origin = read_run(folder).get("origin", {})
+    except UserError:  # --restart archives a run.json that is damaged
+        return False
+    # without a path: weights that were read from rwkv-init.pth are recorded with it
+    is_drawn = bool(origin.get("sha256")) and not origin.get("path")
+    return is_drawn and init.is_file() and sha256_of(init) == origin["sha256"]
+
+
+def replace_drawn_init(folder: Path, save: Callable[[Path], None]) -> None:
+    """Write rwkv-init.pth by `save(path)`, and its SHA-256 to run.json, unless there is such a file that the run did
+    not write itself. Raises OSError."""
+    init = folder / INIT
+    # a start that is cut before its first save is drawn anew by the next, maybe from another seed: its file is replaced
+    if init.exists() and not has_drawn_init(folder):
+        return
+    temporary = init.with_name(f".{INIT}.{os.getpid()}.tmp")  # a name that `remove_leftovers` recognizes
+    try:
+        save(temporary)
+        run = read_run(folder)
+        run["origin"] = {**run.get("origin", {}), "sha256": sha256_of(temporary), "path": ""}
+        # In this order, since a kill may come in between: a record without its file does no harm, but a file without
+        # its record would be taken for the user's, and stage 3 would start another run from it.
+        init.unlink(missing_ok=True)
+        write_run(folder, run)
+        os.replace(temporary, init)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(folder)
+
+
+def archive_run(folder: Path, new_origin: Path | None = None) -> Path | None:
+    """Move the files of an earlier run to `previous-K/`; nothing is deleted. None when there was nothing to move.
+
+    rwkv-init.pth moves along when the run wrote it itself, unless the new run starts from it (`new_origin`).
+    """
     members = [*numbered_weights(folder).values(), *_archived(folder / VALIDATION), *_archived(folder / BEST)]
+    members += folder.glob("damaged-rwkv-*")
+    init = folder / INIT
+    is_new_origin = new_origin is not None and init.exists() and new_origin.samefile(init)
+    if not is_new_origin and has_drawn_init(folder):
+        members.append(init)
     members += [folder / name for name in (FINAL, BEST, *BELONGS_TO_RUN) if (folder / name).exists()]
     if not members:
         return None

@@ -78,6 +78,8 @@ def test_train_py_starts_the_other_processes(tmp_path, data, uninterrupted, stra
     output = run_to_end(train_command(*settings(tmp_path, data, 2, devices=2, strategy=strategy)))
     assert output.count("done:") == 1  # only rank 0 prints
     assert_same_run(tmp_path, uninterrupted)
+    initial, expected = (torch.load(folder / "rwkv-init.pth") for folder in (tmp_path, uninterrupted))
+    assert all(torch.equal(initial[name], expected[name]) for name in expected)
 
 
 def test_torchrun(tmp_path, data, uninterrupted):

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from training_runs import CTX, losses, metrics, train, train_until
+from chat_models import tokenizer_with_entries
+from training_runs import CTX, VOCAB, losses, metrics, train, train_until
 
 from src.dataset.binidx import BinIdxWriter
 from src.training import dashboard
@@ -34,19 +35,12 @@ def log_every_step(monkeypatch):
     monkeypatch.setattr(loggers, "TIME_SHARE", float("inf"))
 
 
-class LetterTokenizer:
-    """Decodes each token to a letter."""
-
-    eos_ids = (0,)
-
-    def decode(self, ids):
-        return "".join(chr(96 + i % 26) for i in ids)
-
-
 @pytest.fixture
-def with_samples(monkeypatch):
-    monkeypatch.setattr(generations, "load_tokenizer", lambda name: LetterTokenizer())
-    return {"tokenizer": "world"}
+def with_samples(tmp_path_factory):
+    """A tokenizer of the model's vocabulary: a visible character for each token, and token 0, which ends documents."""
+    folder = tmp_path_factory.mktemp("characters")
+    characters = [chr(33 + i) for i in range(VOCAB - 1)]
+    return {"tokenizer": tokenizer_with_entries(folder, ["<|end|>", *characters], end="<|end|>")}
 
 
 @pytest.fixture
@@ -111,10 +105,10 @@ def test_offline_wandb_logs_one_run_over_two_starts(
     rows, config, ids = read_back(out)
     assert ids == {json.loads((out / "run.json").read_text())["wandb_id"]}
     assert len(list(out.glob("wandb/offline-run-*"))) == 2
-    assert set(range(STEPS)) <= set(rows)
+    assert set(rows) == set(range(1, STEPS + 1))  # as in the official trainer
     expected = metrics(out)
     for step in range(STEPS):
-        row = rows[step]
+        row = rows[step + 1]
         assert row["loss"] == pytest.approx(float(expected[step]["loss"]), rel=1e-6)
         assert row["lr"] == pytest.approx(float(expected[step]["lr"]), rel=1e-6)
         assert row["Gtokens"] == pytest.approx(CTX * 4 * (step + 1) / 1e9)
@@ -124,11 +118,11 @@ def test_offline_wandb_logs_one_run_over_two_starts(
         assert row["grad norm"] == pytest.approx(float(expected[step]["grad_norm"]), rel=1e-6)
         assert "memory GiB" in row
         assert "MFU" not in row  # not known on a CPU
-    for step in (0, 50):
+    for step in (1, 51):
         assert rows[step]["largest logit"] > 0
         assert set(loggers.UPDATE_NAMES) <= rows[step].keys()
-    assert [step for step in rows if "val loss" in rows[step]] == [19, 39, 59]
-    assert [step for step in rows if "mini-epoch loss" in rows[step]] == [19, 39, 59]
+    assert [step for step in rows if "val loss" in rows[step]] == [20, 40, 60]
+    assert [step for step in rows if "mini-epoch loss" in rows[step]] == [20, 40, 60]
     assert config["n_layer"] == 2
     assert config["my_exit_tokens"] == CTX * 4 * STEPS
     assert "git_commit" in config
@@ -220,9 +214,10 @@ def test_every_start_ends_with_a_whole_row_in_wandb(tmp_path, data, held_out, mo
     rows, _, _ = read_back(out)
     expected = losses(out)
     for step in (stopped_at, STEPS - 1):
-        assert rows[step]["loss"] == pytest.approx(expected[step], rel=1e-6)
-        assert {"lr", "wd", "Gtokens", "tokens", "kt/s", "grad norm", "memory GiB"} <= rows[step].keys()
-    assert "val loss" in rows[STEPS - 1]
+        row = rows[step + 1]
+        assert row["loss"] == pytest.approx(expected[step], rel=1e-6)
+        assert {"lr", "wd", "Gtokens", "tokens", "kt/s", "grad norm", "memory GiB"} <= row.keys()
+    assert "val loss" in rows[STEPS]
     assert sum("loss" in row for row in rows.values()) < 10
 
 

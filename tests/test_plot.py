@@ -244,19 +244,29 @@ def test_report_is_complete_and_needs_no_other_file(run, tmp_path, capsys):
 
 SFT = {"random_seed": 7, "data_type": "sft"}
 FROM_FILE, FROM_SEED_7 = {"sha256": "f", "path": "x.pth", "seed": 7}, {"sha256": "", "seed": 7}
+WRITTEN_FROM_SEED_7 = {"sha256": "f", "path": "", "seed": 7}  # as rwkv-init.pth
 
 
 @pytest.mark.parametrize(
     ("settings", "origin", "seed", "weights"),
     [
         ({"random_seed": 9}, FROM_SEED_7, "7", "drawn from the seed"),  # 9 is the seed of a later start
+        ({"random_seed": 9}, WRITTEN_FROM_SEED_7, "7", "drawn from the seed"),
         ({**SFT, "data": "12 conversations ab order 0"}, FROM_FILE, "0", "x.pth, "),
         ({**SFT, "data": "12 conversations ab order 7"}, FROM_FILE, "7", "x.pth, "),
         ({**SFT, "data": "12 conversations ab order 0"}, FROM_SEED_7, "0", "--train_stage 1 --random_seed 7"),
         ({**SFT, "data": "12 conversations ab", "order_seed": 0}, FROM_FILE, "0", "x.pth, "),
         ({**SFT, "data": "12 conversations ab", "order_seed": 7}, FROM_SEED_7, "7", "drawn from the seed"),
     ],
-    ids=["continued", "sft", "sft with a seed", "sft of new weights", "recorded order", "recorded order and seed"],
+    ids=[
+        "continued",
+        "written",
+        "sft",
+        "sft with a seed",
+        "sft of new weights",
+        "recorded order",
+        "recorded order and seed",
+    ],
 )
 def test_command_has_the_seed_that_repeats_the_run(settings, origin, seed, weights):
     run_json = {"origin": origin}

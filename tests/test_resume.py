@@ -257,7 +257,7 @@ def test_weights_alone_continue_with_another_batch_and_the_renewed_warm_up_is_no
     assert [int(row["tokens"]) for row in rows[39:44]] == [n * CTX for n in (160, 168, 176, 178, 180)]
     assert int(rows[-1]["tokens"]) == 240 * CTX
     assert [line[0] for line in log_lines(out)] == ["0", "1", "2"]
-    settings = {"lr_init": 3e-3, "lr_final": 3e-4, "exit_tokens": CTX * 240, "warmup_steps": 0}
+    settings = {"lr_init": 3e-3, "lr_final": 3e-4, "exit_tokens": CTX * 240, "warmup_steps": -1}
     for row, batch, samples in ((rows[41], 8, 168), (rows[42], 2, 176), (rows[60], 2, 212)):
         expected = learning_rate(samples / batch, tokens_per_step=batch * CTX, restarted_at=160 / batch, **settings)
         assert float(row["lr"]) == pytest.approx(expected, rel=1e-6)

@@ -47,6 +47,34 @@ def test_without_a_warmup_the_first_step_has_lr_init():
     assert minipile_lr(0, warmup_steps=0) == 6e-4
 
 
+def train_temp_lr(step, *, lr_init, lr_final, warmup_steps, exit_tokens, tokens_per_step):
+    """The official trainer's formula, from its description: -1 is neither clipped nor treated apart."""
+    progress = (step - warmup_steps) * tokens_per_step / (exit_tokens - warmup_steps * tokens_per_step)
+    factor = lr_final / lr_init
+    lr = lr_init * (0.5 + factor / 2 + (0.5 - factor / 2) * math.cos(math.pi * max(0, min(1, progress))))
+    return lr * (0.01 + 0.99 * step / warmup_steps) if step < warmup_steps else lr
+
+
+@pytest.mark.parametrize("warmup_steps", [-1, 10])
+def test_learning_rates_are_those_of_the_official_trainer(warmup_steps):
+    settings = {"lr_init": 6e-4, "lr_final": 6e-5, "exit_tokens": 8192 * 1000, "tokens_per_step": 8192}
+    for step in range(1001):
+        expected = train_temp_lr(step, warmup_steps=warmup_steps, **settings)
+        assert f"{learning_rate(step, warmup_steps=warmup_steps, **settings):.8f}" == f"{expected:.8f}"
+
+
+def test_warmup_minus_one_is_a_cosine_that_is_one_step_ahead():
+    longer = MINIPILE.exit_tokens + MINIPILE.tokens_per_step
+    for step in (0, 1, 1000, MINIPILE.steps - 1):
+        expected = minipile_lr(step + 1, warmup_steps=0, exit_tokens=longer)
+        assert minipile_lr(step, warmup_steps=-1) == pytest.approx(expected, rel=1e-14)
+    assert minipile_lr(0, warmup_steps=-1) < 6e-4
+    assert minipile_lr(1000, warmup_steps=-1) != minipile_lr(1000, warmup_steps=0)
+    start = 5000  # weights alone still get a warm-up
+    restarted = minipile_lr(start, warmup_steps=-1, restarted_at=start)
+    assert restarted == pytest.approx(0.01 * minipile_lr(start, warmup_steps=-1))
+
+
 def test_resuming_from_weights_repeats_the_warmup_within_the_same_cosine():
     start = 5000
     assert minipile_lr(start, restarted_at=start) == pytest.approx(0.01 * minipile_lr(start))

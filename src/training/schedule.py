@@ -35,7 +35,11 @@ def learning_rate(
     2. lr = lr_init * ((0.5 + f/2) + (0.5 - f/2) cos(pi * progress)), f = lr_final / lr_init
     3. times 0.01 + 0.99 s / warmup_steps during the first `warmup_steps` steps s since `restarted_at`, the step at
        which a fresh optimizer began (0 in a run that was never resumed from weights alone).
+
+    `warmup_steps` -1 means no warm-up. As in the official trainer, -1 then stands in the formula of the progress, where
+    tokens(warmup) is -tokens_per_step: the cosine is one step ahead of that of `warmup_steps` 0.
     """
+    # not clipped at 0: learning rates agree with the official trainer's to the last digit only with -1 in the formula
     warmup_tokens = warmup_steps * tokens_per_step
     progress = (step * tokens_per_step - warmup_tokens) / max(1, exit_tokens - warmup_tokens)
     progress = min(1.0, max(0.0, progress))  # lr_init during the warm-up, lr_final beyond the end

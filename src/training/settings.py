@@ -125,7 +125,10 @@ def record_start(
     # at step 0 again: a start that was cut before its first save may have drawn another seed
     if "origin" not in run or resume.position.step == 0:
         origin = run_folder.origin_weights(proj_dir, config.train_stage, config.load_model)
-        run["origin"] = {**run_folder.fingerprint(origin), "seed": settings["random_seed"]}
+        # a rwkv-init.pth of the run's own stays recorded as such until it is replaced by what this start draws
+        is_drawn = origin is None and run_folder.has_drawn_init(proj_dir)
+        fingerprint = run["origin"] if is_drawn else run_folder.fingerprint(origin)
+        run["origin"] = {**fingerprint, "seed": settings["random_seed"]}
     if config.val_data_file:
         _record_held_out(run, {name: settings[name] for name in ("val_data_file", "val_windows")}, proj_dir)
     run["settings"] = settings

@@ -10,6 +10,7 @@ The callbacks of a fit, in the order in which Lightning calls them:
     SetLearningRate       the schedule, before each step
     Reporter              reads the results of the step before, and passes them to sinks: logs, progress bar,
                           NonFiniteMonitor
+    SaveInitialWeights    rwkv-init.pth, where this start draws the initial weights
     SaveWeights           rwkv-N.pth at mini-epochs
     Validation            held-out loss and rwkv-best.pth; part of the step that a state is saved after
     LossFigureCallback    loss.png, drawn in a thread
@@ -35,7 +36,7 @@ from src.model import RWKV7
 from src.model.cost import parameter_count
 from src.model.weights import save_weights
 from src.run_folder import FINAL, LOG, METRICS, TRACE, VALIDATION
-from src.training.checkpoint.callbacks import CheckpointCallback, RestoreState, SaveWeights
+from src.training.checkpoint.callbacks import CheckpointCallback, RestoreState, SaveInitialWeights, SaveWeights
 from src.training.checkpoint.resume import ResumePoint
 from src.training.checkpoint.state import weights_of_state
 from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, DamagedStateError, StateWriter
@@ -148,7 +149,7 @@ def build_callbacks(context: RunContext, resume: ResumePoint) -> Callbacks:
     )
     peak = peak_tokens_per_second(context.sizes, context.hardware)
     reporter = Reporter(control, length, [*sinks, non_finite], position.mini_epoch_losses, peak)
-    weights = SaveWeights(control, length, config.epoch_save, proj_dir)
+    weights = SaveWeights(control, length, config.epoch_save, proj_dir, context.samples.prime)
     checkpoint = CheckpointCallback(
         control,
         writer=StateWriter(proj_dir, config.keep_resume, expected_save_seconds(context.sizes, config.time_limit)),
@@ -166,6 +167,7 @@ def build_callbacks(context: RunContext, resume: ResumePoint) -> Callbacks:
         *restore_callbacks(resume),
         SetLearningRate(control, learning_rate_schedule(config, resume)),
         reporter,
+        *_initial_weights_callbacks(context, resume),
         weights,
         *_validation_callbacks(context, resume, control, reporter, graceful_stop),
         LossFigureCallback(control, length, proj_dir),
@@ -182,6 +184,11 @@ def restore_callbacks(resume: ResumePoint) -> list[pl.Callback]:
     if resume.state is None:
         return []
     return [RestoreState(resume.state, resume.reader if is_rank_zero() else None)]
+
+
+def _initial_weights_callbacks(context: RunContext, resume: ResumePoint) -> list[pl.Callback]:
+    """The callback that writes rwkv-init.pth, where neither a state nor a file gives the initial weights."""
+    return [SaveInitialWeights(context.proj_dir)] if resume.state is None and resume.weights is None else []
 
 
 def _validation_callbacks(
@@ -327,7 +334,7 @@ def learning_rate_schedule(config: RunConfig, resume: ResumePoint) -> Callable[[
             length.tokens(step) / length.tokens_per_step,
             lr_init=config.lr_init,
             lr_final=config.lr_final,
-            warmup_steps=max(0, config.warmup_steps),
+            warmup_steps=config.warmup_steps,
             exit_tokens=length.exit_tokens,
             tokens_per_step=length.tokens_per_step,
             restarted_at=resume.position.restarted_at_sample / length.global_batch,

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from src.model.weights import save_weights
-from src.run_folder import FINAL, numbered_weights, weights_name
+from src.run_folder import FINAL, numbered_weights, replace_drawn_init, weights_name
 from src.training.checkpoint.state import (
     Position,
     SavedState,
@@ -27,16 +27,23 @@ from src.training.schedule import RunLength
 
 
 class SaveWeights(StepCallback):
-    """rwkv-N.pth after mini-epochs with N mod epoch_save = 0 and after the last step."""
+    """rwkv-N.pth after mini-epochs with N mod epoch_save = 0, after the last whole mini-epoch of a pass over the data
+    (N = prime // mini_epoch_samples - 1), and after the last step."""
 
-    def __init__(self, control: RunControl, length: RunLength, epoch_save: int, proj_dir: Path) -> None:
+    def __init__(self, control: RunControl, length: RunLength, epoch_save: int, proj_dir: Path, prime: int = 0) -> None:
+        """`prime` is the number of samples of a pass; 0 where the order has no magic prime (conversations)."""
         super().__init__(control)
         self.length, self.epoch_save, self.proj_dir = length, epoch_save, proj_dir
+        # The official trainer counts magic_prime // 40320 mini-epochs and saves the last of them. -1 is no mini-epoch.
+        self.last_whole = prime // length.mini_epoch_samples - 1
 
     def saves_at(self, step: int) -> bool:
+        if step == self.length.steps - 1:
+            return True
+        mini_epoch = self.length.mini_epoch(step)
         # N = 0 is included: as in the official trainer, and the first weights show early whether a run is set up well
-        is_last = step == self.length.steps - 1
-        return is_last or (self.length.ends_mini_epoch(step) and self.length.mini_epoch(step) % self.epoch_save == 0)
+        is_due = mini_epoch % self.epoch_save == 0 or mini_epoch == self.last_whole
+        return is_due and self.length.ends_mini_epoch(step)
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         if self.saves_at(step):
@@ -49,6 +56,25 @@ def write_weights(module: pl.LightningModule, path: Path) -> None:
     weights = gather_weights(module.model)
     if weights is not None:
         save_weights(weights, path)
+
+
+class SaveInitialWeights(pl.Callback):
+    """rwkv-init.pth, before the first step of a run whose initial weights are drawn (stage 0 without --load_model).
+
+    As the official trainer does. The file holds the values that training begins with, bit for bit, so it is in the
+    run's precision. A file that this run did not write is never replaced.
+    """
+
+    def __init__(self, proj_dir: Path) -> None:
+        self.proj_dir = proj_dir
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # From the model rather than drawn a second time: orthogonal matrices take minutes for a large model. Not
+        # earlier, since a model that ZeRO's stage 3 partitions has no values before.
+        assert isinstance(pl_module, TrainingModule)
+        weights = gather_weights(pl_module.model)
+        if weights is not None:
+            replace_drawn_init(self.proj_dir, lambda path: save_weights(weights, path))
 
 
 class RestoreState(pl.Callback):

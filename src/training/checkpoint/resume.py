@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from src.config import RunConfig
 from src.dataset.tokenizer import copy_tokenizer
 from src.errors import UserError
 from src.inference.load import find_weights, holds_model
+from src.model.weights import read_weights
 from src.run_folder import (
     BEST,
     FINAL,
@@ -73,11 +75,11 @@ def resolve_load_model(config: RunConfig) -> RunConfig:
 def archive_other_run(config: RunConfig, proj_dir: Path) -> None:
     """Archive the folder's run when this command starts another one: with --restart, or when the initial weights are
     not those that it started from (the swap of rwkv-init.pth that people do by hand). Nothing is deleted."""
-    _, reason = _origin_and_reason(config, proj_dir)
+    origin, reason = _origin_and_reason(config, proj_dir)
     tokenizer = proj_dir / TOKENIZER
     # compared before the folder is moved
     uses_copy = tokenizer.is_dir() and Path(config.tokenizer or "world").resolve() == tokenizer.resolve()
-    if reason and (archive := archive_run(proj_dir)):
+    if reason and (archive := archive_run(proj_dir, new_origin=origin)):
         log(f"{reason}; the earlier run is archived in {archive}")
         if uses_copy:  # --tokenizer names the folder that was just moved
             copy_tokenizer(archive / TOKENIZER, tokenizer)
@@ -136,9 +138,10 @@ def find_resume_point(config: RunConfig, proj_dir: Path, length: RunLength, peek
     """In this order: the newest full state; the highest rwkv-N.pth; rwkv-init.pth or --load_model; new weights (stage
     0).
 
-    `length` is that of a run from its beginning with these settings. States whose manifest or state.json is damaged are
-    archived (`peek`: passed over); damaged tensors are found when they are loaded. Raises UserError when a stage that
-    continues finds nothing, and when the weights were removed but a state is there: what is meant can't be known.
+    `length` is that of a run from its beginning with these settings. States whose manifest or state.json is damaged,
+    and damaged rwkv-N.pth, are archived (`peek`: passed over); damaged tensors of a state are found when they are
+    loaded. Raises UserError when a stage that continues finds nothing, and when the weights were removed but a state is
+    there: what is meant can't be known.
     """
     saved = _newest_state(proj_dir, peek)
     numbered = numbered_weights(proj_dir)
@@ -156,8 +159,8 @@ def find_resume_point(config: RunConfig, proj_dir: Path, length: RunLength, peek
                 "weights (the state is archived)",
             )
         return ResumePoint(position, _rest_of_run(length, position), state=state, reader=reader)
-    if numbered:
-        return _after_numbered_weights(proj_dir, length, *list(numbered.items())[-1])
+    if (newest := _newest_readable(numbered, peek)) is not None:
+        return _after_numbered_weights(proj_dir, length, newest, numbered[newest])
     origin = origin_weights(proj_dir, config.train_stage, config.load_model)
     if origin is None and config.train_stage >= 2:
         raise UserError(
@@ -195,6 +198,43 @@ def _newest_state(proj_dir: Path, peek: bool) -> tuple[StateReader, SavedState] 
             else:
                 archive_damaged_state(folder, error)
     return None
+
+
+def _newest_readable(numbered: dict[int, Path], peek: bool) -> int | None:
+    """The highest N of the rwkv-N.pth that are not damaged; damaged ones above it are archived (`peek`: passed
+    over)."""
+    for mini_epoch, path in reversed(numbered.items()):
+        problem = _damage(path)
+        if not problem:
+            return mini_epoch
+        if peek:
+            log(f"WARNING: {path} is damaged: {problem}; the one before would be used")
+        else:
+            log(f"WARNING: {path} is damaged: {problem}; renamed to {rename_damaged(path).name}, using the one before")
+    return None
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a weights file whose bytes are not those that were written; "" for all others."""
+    try:
+        read_weights(path)  # maps the file: nothing is read twice
+        return ""
+    except UserError as error:
+        # A file that is whole, but not a state dict, was put there by the user. Where the run has to start from it,
+        # reading it raises this error again: to go on without it would hide the mistake.
+        return "" if _is_whole(path) else error.problem
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is a zip archive, as torch.save writes them, whose checksums agree. True also where there is no
+    file to read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (PermissionError, IsADirectoryError, FileNotFoundError):  # the last: a link to a disk that isn't mounted
+        return True
+    except Exception:  # zipfile raises half a dozen types for a damaged file
+        return False
 
 
 def _after_numbered_weights(proj_dir: Path, length: RunLength, mini_epoch: int, path: Path) -> ResumePoint:

@@ -57,13 +57,13 @@ def state_folders(proj_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def rename_damaged(folder: Path) -> Path:
-    """Rename a damaged state, so that it doesn't count among those that are kept."""
-    archived, k = folder.with_name(f"damaged-{folder.name}"), 1
+def rename_damaged(path: Path) -> Path:
+    """Rename a damaged state or weights file, so that it doesn't count among those that are kept."""
+    archived, k = path.with_name(f"damaged-{path.name}"), 1
     while archived.exists():
         k += 1
-        archived = folder.with_name(f"damaged-{folder.name}-{k}")
-    return folder.rename(archived)
+        archived = path.with_name(f"damaged-{path.name}-{k}")
+    return path.rename(archived)
 
 
 class StateReader:

@@ -35,7 +35,7 @@ def command_of(settings: dict[str, Any], run: dict[str, Any]) -> str:
 def origin_of(settings: dict[str, Any], run: dict[str, Any]) -> str:
     """Where the initial weights come from: a file with its SHA-256, or a seed; "" where unknown."""
     origin = run.get("origin", {})
-    if origin.get("sha256"):
+    if origin.get("path"):  # drawn weights have a SHA-256 too, that of the rwkv-init.pth written from them
         return f"{origin['path']}, SHA-256 {origin['sha256']}"
     seed, weights_seed = _seeds(settings, run)
     if weights_seed is None:  # the log of another program

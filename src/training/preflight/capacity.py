@@ -36,21 +36,24 @@ def check_memory(checks: Checklist, config: RunConfig, hardware: Hardware, model
 
 
 def check_disk(
-    config: RunConfig, hardware: Hardware, model: ModelConfig, resume: ResumePoint, proj_dir: Path
+    config: RunConfig, hardware: Hardware, model: ModelConfig, resume: ResumePoint, proj_dir: Path, prime: int
 ) -> Finding:
-    """Compare the files that the rest of the run writes with the free space."""
+    """Compare the files that the rest of the run writes with the free space. `prime`: as in `SaveWeights`."""
     weights_bytes = plan.BYTES[hardware.precision] * parameter_count(model)
     state_bytes = STATE_BYTES_PER_PARAMETER * parameter_count(model)
     # A resumed run writes only the rest of its files; those that it has are not free space any more.
     first = resume.first_mini_epoch
     last = resume.length.mini_epoch(max(0, resume.length.steps - 1))
+    last_whole = prime // resume.length.mini_epoch_samples - 1
+    draws_weights = resume.state is None and resume.weights is None
     # + 1: a new state is complete before the oldest one is deleted
     new_states = max(0, config.keep_resume + 1 - len(state_folders(proj_dir)))
 
     def weights_files(epoch_save: int) -> int:
-        """How many of rwkv-N.pth are still to be written, with rwkv-final.pth and rwkv-best.pth."""
+        """How many of rwkv-N.pth are still to be written, with rwkv-init.pth, rwkv-final.pth and rwkv-best.pth."""
         multiples = last // epoch_save - (first - 1) // epoch_save
-        return max(0, multiples) + (last % epoch_save != 0) + 1 + bool(config.val_data_file)
+        others = {n for n in (last_whole, last) if first <= n <= last and n % epoch_save != 0}
+        return max(0, multiples) + len(others) + draws_weights + 1 + bool(config.val_data_file)
 
     needed = weights_files(config.epoch_save) * weights_bytes + new_states * state_bytes
     folder, free = machine.free_disk(proj_dir)

@@ -61,12 +61,13 @@ def check(config: RunConfig, notes: list[str]) -> int:
     if config.val_data_file:
         checks.attempt("held-out", lambda: checks.report("held-out", check_held_out(config, vocab_size)))
     capacity.check_memory(checks, config, hardware, model)
+    prime = samples.prime if samples is not None else config.magic_prime
     if config.my_exit_tokens:
-        _check_run(checks, config, hardware, model, config.my_exit_tokens)
+        _check_run(checks, config, hardware, model, config.my_exit_tokens, prime)
     elif samples is not None:
         # conversations are only read in part here: the rest is assumed to be alike
         estimated = " (estimated from the conversations read)" if share < 1 else ""
-        _check_run(checks, config, hardware, model, round(samples.tokens_per_epoch / share), estimated)
+        _check_run(checks, config, hardware, model, round(samples.tokens_per_epoch / share), prime, estimated)
     return checks.conclude()
 
 
@@ -79,7 +80,7 @@ def warn_at_start(
         machine.cuda(config.accelerator != "cpu"),
         kernel_agreement(config, hardware, model.head_size),
         check_document_ends(samples),
-        capacity.check_disk(config, hardware, model, resume, proj_dir),
+        capacity.check_disk(config, hardware, model, resume, proj_dir, samples.prime),
     ]
     problems = [finding.problem for finding in findings if finding.problem]
     memory, free = estimate(config, model, hardware), machine.free_memory(hardware.accelerator, hardware.devices)
@@ -96,6 +97,7 @@ def _check_run(
     hardware: Hardware,
     model: ModelConfig,
     tokens_per_epoch: int,
+    prime: int,
     estimated: str = "",
 ) -> None:
     """Check the folder, the disk and the time of the run; `estimated` qualifies its number of tokens."""
@@ -116,7 +118,7 @@ def _check_run(
     # None where a full state is resumed: its checksums are verified when it is loaded
     if (file := resume.weights) is not None:
         checks.attempt("weights", lambda: _fit_weights(config, model, file))
-    checks.add(capacity.check_disk(config, hardware, model, resume, proj_dir))
+    checks.add(capacity.check_disk(config, hardware, model, resume, proj_dir, prime))
     mini_epochs = length.mini_epoch(max(0, length.steps - 1)) + 1
     remaining = f"; {length.steps - step:,} steps remain" if step > 0 else ""
     checks.report(

@@ -47,6 +47,8 @@ class LoggerSink(Sink):
     how many; the last step of a start is always logged. `name` is that of the logger in this message.
     """
 
+    FIRST_STEP = 0  # the number that the run's first step is logged under
+
     def __init__(self, logger: Logger, weight_decay: float, name: str) -> None:
         self.logger: Any = logger  # the `experiment` of each logger has methods of its own
         self.weight_decay, self.name = weight_decay, name
@@ -57,7 +59,7 @@ class LoggerSink(Sink):
 
     def step(self, report: StepReport) -> None:
         begin = time.perf_counter()
-        self._step, self._omitted = report.step, None
+        self._step, self._omitted = report.step + self.FIRST_STEP, None
         self._steps += 1
         # steps with update ratios are always logged: only few steps have these values
         if self._spent_seconds > TIME_SHARE * (begin - self._began) and not report.update_ratios:
@@ -87,7 +89,7 @@ class LoggerSink(Sink):
         if self._omitted is None:
             return
         # A validation between two steps doesn't change it: both are logged under the number of the step before.
-        self._step = self._omitted.step
+        self._step = self._omitted.step + self.FIRST_STEP
         self._log_step(self._omitted)
         self._omitted = None
         self._omitted_steps -= 1
@@ -97,7 +99,7 @@ class LoggerSink(Sink):
         self.logger.save()
 
     def validation(self, report: ValidationReport) -> None:
-        self._step = max(0, report.steps - 1)  # the step that it follows: logged steps are numbered from 0
+        self._step = max(0, report.steps - 1 + self.FIRST_STEP)  # the step that it follows
         self._log({"val loss": report.loss, **_axes(report.tokens)})
 
     def close(self) -> None:
@@ -125,6 +127,9 @@ class TensorBoardSink(LoggerSink):
 
 class WandbSink(LoggerSink):
     """Adds generated samples as a table, and finishes the run at the end."""
+
+    # as in the official trainer, whose curves can then be laid over these step by step
+    FIRST_STEP = 1
 
     def samples(self, samples: list[GeneratedSample]) -> None:
         import wandb
