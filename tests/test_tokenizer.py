@@ -88,6 +88,9 @@ def test_world_is_the_published_vocabulary() -> None:
         *[10381, 11639, 13091, 15597, 11685, 14734, 10250, 11639, 10080],
     ]
     assert (world.name, world.vocab_size, world.eos_ids, world.text_of_0) == ("world", 65536, (0,), "")
+    assert world.largest_id == 65529
+    assert world.decode([65529]) != "\ufffd"
+    assert [world.decode_bytes([i]) for i in range(65530, 65536)] == ["\ufffd".encode()] * 6
     assert world.decode([0]) == ""
 
 
@@ -106,7 +109,7 @@ def test_the_world_template_ends_turns_with_a_blank_line() -> None:
 
 def test_properties_of_a_folder_tokenizer(folder: Path) -> None:
     ours = load_tokenizer(folder)
-    assert (ours.name, ours.vocab_size, ours.eos_ids) == (str(folder), 314, (0, 2))
+    assert (ours.name, ours.vocab_size, ours.largest_id, ours.eos_ids) == (str(folder), 314, 313, (0, 2))
     assert ours.decode([0, 1, 2]) == "<|endoftext|><|im_start|><|im_end|>"
 
 

@@ -21,7 +21,8 @@ from src.dataset.control_tokens import special_token_pattern, split_at_control_t
 from src.errors import UserError
 from src.files import atomic_write
 
-WORLD_VOCAB_SIZE = 65536  # rows of the published models; the vocabulary itself ends at id 65529
+WORLD_VOCAB_SIZE = 65536  # rows of the published models
+WORLD_LARGEST_ID = 65529  # of the vocabulary file rwkv_vocab_v20230424.txt: a model with 65530 rows has all ids
 # The files of a Hugging Face tokenizer folder that this module and `transformers` read.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -31,6 +32,7 @@ class Tokenizer:
 
     name           "world", or the folder of the tokenizer
     vocab_size     upper bound of the ids; the `--vocab_size` of a model for this tokenizer
+    largest_id     the largest id; a model needs more rows than that
     chat_template  template that turns conversations into text, or None
     eos_ids        ids that end generation: the tokenizer's eos_token, and 0, which ends documents, unless 0 is text
     text_of_0      text of id 0; "" in most vocabularies, "!" in that of GPT-2
@@ -39,6 +41,7 @@ class Tokenizer:
 
     name: str
     vocab_size: int
+    largest_id: int
     specials: dict[str, str]
     eos_ids: tuple[int, ...] = (0,)
     text_of_0: str = ""
@@ -132,6 +135,7 @@ class WorldTokenizer(Tokenizer):
 
     name = "world"
     vocab_size = WORLD_VOCAB_SIZE
+    largest_id = WORLD_LARGEST_ID
 
     def __init__(self) -> None:
         try:
@@ -208,6 +212,7 @@ class FolderTokenizer(Tokenizer):
         config = _read_json(config_file) if config_file.is_file() else {}
         # Not the number of entries: some vocabularies skip ids.
         self.vocab_size = max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.largest_id = self.vocab_size - 1
         names = ("bos_token", "eos_token", "unk_token")  # those that chat templates refer to
         self.specials = {name: text for name in names if (text := _token_text(config.get(name))) is not None}
         # Special tokens are skipped, so only an ordinary entry gives a text here.
