@@ -173,6 +173,21 @@ def test_parquet(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[s
     assert "x.parquet: not a readable Parquet file" in capsys.readouterr().err
 
 
+def test_special_tokens_in_a_document_are_text(tmp_path: Path, tokenizer: str) -> None:
+    """A document that quotes the end token doesn't end there; with `--special_tokens parse` it does, as before."""
+    texts = ["before<|endoftext|>after", "<|im_start|>user what?<|im_end|>", "plain"]
+    source = write_jsonl(tmp_path / "x.jsonl", texts)
+    make(source, tokenizer, tmp_path / "text")
+    data, encoder = MMapIndexedDataset(tmp_path / "text"), load_tokenizer(tokenizer)
+    assert sorted(documents(tmp_path / "text", tokenizer)) == sorted(texts)
+    assert [i for i in data.tokens if i < 3] == [0, 0, 0], "the end of each document, and no other special id"
+    make(source, tokenizer, tmp_path / "parsed", "--special_tokens", "parse")
+    data = MMapIndexedDataset(tmp_path / "parsed")
+    parsed = sorted(data[i].tolist() for i in range(3))
+    assert parsed == sorted([*encoder.encode(text), 0] for text in texts)
+    assert sorted(i for i in data.tokens if i < 3) == [0, 0, 0, 0, 1, 2]
+
+
 INVALID = {
     b"not json": "invalid JSON",
     b"[" * 5000: "invalid JSON",

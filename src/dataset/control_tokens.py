@@ -1,7 +1,7 @@
-"""Special tokens that a person wrote, such as `<|im_end|>` in a question about ChatML, are text and not control tokens.
+"""Keeps special tokens that stand in a message, such as `<|im_end|>` in a question about ChatML, from acting as tokens.
 
-A chat template writes control tokens and contents into one string, where the two look alike. So the contents are marked
-before rendering, and the marks tell afterwards which special tokens stand in a content:
+A chat template writes control tokens and the contents of messages into one string, where the two look alike. So the
+contents are marked before rendering, and the marks tell afterwards which special tokens are text:
 
     marks = ContentMarks(tokenizer.special_tokens, [template.source, *contents])
     rendered = template.render([{**m, "content": marks.add(m["content"])} for m in messages])
