@@ -2,13 +2,17 @@
 
 import pickle
 import struct
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+from chat_models import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data import compute_magic_prime, inspect_data
 from src.dataset import BinIdxWriter, MMapIndexedDataset
 from src.dataset.binidx import token_dtype
 from src.errors import UserError
@@ -241,6 +245,23 @@ def test_zero_bytes_after_the_last_token_are_padding(pair: tuple[Path, list[list
     with pytest.raises(UserError) as caught:
         MMapIndexedDataset(prefix)
     assert caught.value.given == bin_path
+
+
+@pytest.mark.parametrize("program", [compute_magic_prime, inspect_data], ids=lambda program: program.__name__)
+def test_programs_print_the_warnings_on_stderr(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, program: ModuleType
+) -> None:
+    folder = make_tokenizer(tmp_path / "tokenizer")
+    write(tmp_path / "x", [[number, 0] for number in range(3, 103)])
+    with (tmp_path / "x.bin").open("ab") as file:
+        file.write(bytes(10))
+    arguments = ["8"] if program is compute_magic_prime else ["--tokenizer", str(folder)]
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "x"), *arguments])
+    program.main()
+    captured = capsys.readouterr()
+    assert f"WARNING: {tmp_path / 'x.bin'}: the 10 zero bytes" in captured.err
+    assert "100 documents, 200 tokens" in captured.out
+    assert "WARNING" not in captured.out
 
 
 CONTRADICTIONS = {

@@ -20,6 +20,7 @@ import torch
 from chat_models import TEMPLATES, make_tokenizer
 from random_model import random_model
 
+import API_DEMO_CHAT
 from src.dataset.chat_template import ChatTemplate
 from src.dataset.tokenizer import load_tokenizer
 from src.errors import UserError
@@ -420,6 +421,12 @@ def command(run, *flags):
 
 def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm", "PYTHONUTF8": "1"}
+
+
+@pytest.mark.parametrize(("flags", "parse_special"), [((), False), (("--special_tokens", "parse"), True)])
+def test_the_program_parses_special_tokens_only_if_asked_to(run, flags, parse_special):
+    _, options = API_DEMO_CHAT.parse([str(run), "--device", "cpu", *flags])
+    assert API_DEMO_CHAT.build(options).parse_special == parse_special
 
 
 def test_one_prompt_and_piped_turns(run, tmp_path):
