@@ -122,3 +122,39 @@ def test_a_signal_requests_a_stop_and_a_second_ctrl_c_interrupts():
     assert stop.received == signal.SIGINT
     stop.teardown(None, None, "fit")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_save_that_two_ranks_request_one_after_another_is_done_once():
+    """Their clocks run out a step apart; and while a request is on its way, the same rank requests again."""
+    three, controls = trainers(3), [RunControl(group, 0) for group in Ranks(3).groups]
+    saves = []
+    for step in range(8):
+        if step in (2, 3):
+            controls[0].request(SAVE)
+        if step == 3:
+            controls[1].request(SAVE)
+        take_step(controls, three)
+        saves.append(controls[2].is_agreed(SAVE))
+    assert saves.count(True) == 1
+
+
+def test_a_stop_in_the_tail_of_a_fit_is_not_lost():
+    """As of a signal while the last save is waited for, in a fit that rolls back."""
+    control = RunControl(ProcessGroup(), 0)
+    (trainer,) = trainers(1)
+    take_step([control], [trainer])
+    control.request(STOP)
+    assert not control.is_agreed(STOP)
+    control.on_train_end(trainer, None)
+    assert control.is_agreed(STOP)
+
+
+def test_the_reason_of_a_stop_is_what_came_first():
+    control = RunControl(ProcessGroup(), 0)
+    stop = GracefulStop(control, ends_at=time.monotonic() + 10)  # within the margin: the time is over
+    stop.received = signal.SIGTERM
+    stop.after_step(None, None, 0)
+    assert not stop.ran_out_of_time
+    other = GracefulStop(control, ends_at=time.monotonic() + 10)
+    other.after_step(None, None, 0)
+    assert other.ran_out_of_time

@@ -103,3 +103,25 @@ def test_no_rank_waits_for_a_timeout(ranks):
 
 def test_the_group_works_after_exceptions(ranks):
     assert [results["value"] for results in ranks] == [{"from": 0}, {"from": 0}]
+
+
+LEAVE = """
+import sys, time
+from src.training.distributed.process_group import join
+
+group = join(2, 1, "cpu")
+if group.rank == 0:
+    time.sleep(4)  # draws its figures, while the other rank has left with the run's exit code
+group.shutdown()
+sys.exit(124)
+"""
+
+
+def test_a_rank_that_leaves_early_with_an_exit_code_has_not_crashed():
+    """Rank 0 watches the processes that it started, and looks at them every second."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVE],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200, text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 124, done.stdout + done.stderr
+    assert "rank 1" not in done.stderr

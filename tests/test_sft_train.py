@@ -172,7 +172,7 @@ def test_accumulated_batches_weigh_their_answers_as_one_batch_does(files, tokeni
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "output"),
     [
         ({"tokenizer": ""}, "--tokenizer"),
         ({"data_file": "no.jsonl"}, "no.jsonl"),

@@ -225,7 +225,7 @@ WRONG = {
     "ids beyond the vocabulary": ({"vocab_size": 20}, "--vocab_size"),
     "data shorter than a window": ({"ctx_len": 8000}, "8000"),
     "composite prime": ({"magic_prime": 374}, "371|367|365|359|353"),
-    "a kernel that a CPU lacks": ({"kernel": "chunked"}, "--kernel chunked"),
+    "a kernel that a CPU lacks": ({"kernel": "chunked"}, "kernel 'chunked'"),
     "nothing to continue": ({"train_stage": 3}, "--train_stage"),
     "weights missing": ({"load_model": "no.pth"}, "no.pth"),
     "no GPU": ({"accelerator": "gpu"}, "--accelerator"),

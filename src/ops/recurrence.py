@@ -162,7 +162,7 @@ def _unavailable(device: str, index: int | None, dtype: torch.dtype, head_size: 
         error = _why_not_built(device)  # seconds, on the first call
     if error is None:
         return None
-    name = "the native kernel" if kernel == "auto" else f"--kernel {kernel}"
+    name = "the native kernel" if kernel == "auto" else f"kernel {kernel!r}"
     problem = f"{name} is not available: {error.problem}"
     return BuildError(problem, advice=error.advice, output=error.output, kernel=kernel)
 

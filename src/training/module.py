@@ -15,7 +15,7 @@ from src.training.distributed.engine_adamw import EngineAdamW
 from src.training.distributed.sharded_init import NamedTensors, partition
 from src.training.hardware.selection import Hardware, engine_settings
 from src.training.objectives import OBJECTIVES, Objective
-from src.training.optim import MasterAdamW, parameter_groups
+from src.training.optim import MasterAdamW, adam_arguments, parameter_groups
 
 
 class TrainingModule(pl.LightningModule):
@@ -54,14 +54,8 @@ class TrainingModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """`EngineAdamW` inside a ZeRO engine, else `MasterAdamW`: the same mathematics."""
-        c = self.config
-        groups = parameter_groups(self.model, c.weight_decay)
-        adam: dict[str, Any] = {
-            "lr": c.lr_init,
-            "betas": (c.beta1, c.beta2),
-            "eps": c.adam_eps,
-            "grad_clip": c.grad_clip,
-        }
+        groups = parameter_groups(self.model, self.config.weight_decay)
+        adam = adam_arguments(self.config)
         # the engine computes the gradient norm and calls the optimizer group by group: another class, the same steps
         if self.hardware.strategy == "deepspeed":
             self.optimizer = EngineAdamW(groups, **adam)

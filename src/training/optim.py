@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from src.config import RunConfig
 from src.model.init import row_of
 
 # fp16 only: halved at an overflow and doubled after so many good steps, as in torch.amp.GradScaler, with DeepSpeed's
@@ -38,6 +39,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         # reporting/sink.py names the groups in this order
         for (lr_scale, decay), members in sorted(groups.items(), reverse=True)
     ]
+
+
+def adam_arguments(config: RunConfig) -> dict[str, Any]:
+    """Adam's settings of a run, as arguments of `MasterAdamW` and `EngineAdamW`; their defaults are those of the
+    flags."""
+    return {
+        "lr": config.lr_init,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.adam_eps,
+        "grad_clip": config.grad_clip,
+    }
 
 
 class MasterAdamW(torch.optim.Optimizer):

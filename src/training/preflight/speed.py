@@ -18,7 +18,7 @@ from src.run_folder import METRICS
 from src.run_log import read_columns
 from src.training.hardware.selection import Hardware
 from src.training.objectives.head_loss import HeadLoss
-from src.training.optim import MasterAdamW, parameter_groups
+from src.training.optim import MasterAdamW, adam_arguments, parameter_groups
 from src.training.preflight import machine
 from src.training.preflight.checklist import Checklist
 from src.training.preflight.out_of_memory import SAFE_SHARE, estimate, is_out_of_memory, oom_message
@@ -100,8 +100,7 @@ def timed_steps(config: RunConfig, model_config: ModelConfig, hardware: Hardware
     for parameter in model.parameters():
         # The values don't matter, but denormal numbers and infinities would change the speed.
         torch.nn.init.normal_(parameter, std=0.02)
-    adam = {"lr": 1e-6, "betas": (0.9, 0.99), "eps": 1e-8, "grad_clip": 1.0}
-    optimizer = MasterAdamW(parameter_groups(model, 0.0), **adam)  # type: ignore[arg-type]
+    optimizer = MasterAdamW(parameter_groups(model, config.weight_decay), **adam_arguments(config))
     head_loss = HeadLoss(model.head, config.head_chunk)
 
     def step(rows: int, length: int) -> float:
