@@ -281,6 +281,25 @@ def test_a_mark_is_a_character_that_no_content_has() -> None:
     assert ContentMarks([], ["x"]).add("<s>") == "<s>"
 
 
+def test_marks_in_values_and_spans_between_them() -> None:
+    marks = ContentMarks(["<s>"], [])
+    m = marks.mark
+    value = {"<s>": "a<s>", "list": ["<s><s>", 1, None, {"x": "y"}]}
+    assert marks.add_to_strings(value) == {"<s>": f"a<{m}s>", "list": [f"<{m}s><{m}s>", 1, None, {"x": "y"}]}
+    rendered = f"<s>a<{m}s> b<{m}s>c<s>"
+    text, _ = marks.remove(rendered)
+    for begin in range(len(text)):
+        for end in range(begin, len(text) + 1):
+            part = text[begin:end]
+            spans = [
+                (i, j)
+                for i in range(len(rendered) + 1)
+                for j in range(i, len(rendered) + 1)
+                if rendered[:i].replace(m, "") == text[:begin] and rendered[i:j].replace(m, "") == part
+            ]
+            assert set(marks.spans_without_marks(rendered, spans)) == {(begin, end)}
+
+
 @pytest.mark.parametrize("lower_case", [False, True], ids=["exact", "normalizes"])
 def test_spans_that_contain_special_tokens_as_text(tmp_path: Path, lower_case: bool) -> None:
     tokenizer = _folder_tokenizer(tmp_path, lower_case)

@@ -12,7 +12,9 @@ contents are marked before rendering, and the marks tell afterwards which specia
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 # Private use characters, which no standard gives a meaning: a template copies them like letters.
 _MARKS = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
@@ -36,6 +38,16 @@ class ContentMarks:
         """`content` with a mark in each special token."""
         return self._begins.sub(rf"\1{self.mark}", content) if self._begins else content
 
+    def add_to_strings(self, value: Any) -> Any:
+        """`value`, of JSON types, with marks in its strings; keys of objects are unchanged."""
+        if isinstance(value, str):
+            return self.add(value)
+        if isinstance(value, list):
+            return [self.add_to_strings(entry) for entry in value]
+        if isinstance(value, dict):
+            return {key: self.add_to_strings(entry) for key, entry in value.items()}
+        return value
+
     def remove(self, rendered: str) -> tuple[str, frozenset[int]]:
         """The text without marks, and the first characters of the special tokens in it that are text."""
         parts = rendered.split(self.mark)
@@ -44,6 +56,11 @@ class ContentMarks:
             length += len(part)
             begins.append(length - 1)
         return "".join(parts), frozenset(begins)
+
+    def spans_without_marks(self, rendered: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Characters [begin, end) of `rendered` as those of its text without marks."""
+        marks = [match.start() for match in re.finditer(self.mark, rendered)]
+        return [(begin - bisect_left(marks, begin), end - bisect_left(marks, end)) for begin, end in spans]
 
 
 def special_token_pattern(special_tokens: Iterable[str]) -> re.Pattern[str] | None:
