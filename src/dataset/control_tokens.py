@@ -28,6 +28,7 @@ class ContentMarks:
     """
 
     def __init__(self, special_tokens: Iterable[str], texts: Iterable[str]) -> None:
+        # Chosen for each conversation, because one may contain any character, for example one about this module.
         used: set[str] = set().union(*texts)
         self.mark = next(character for character in map(chr, _MARKS) if character not in used)
         pattern = special_token_pattern(special_tokens)
@@ -53,6 +54,7 @@ class ContentMarks:
         parts = rendered.split(self.mark)
         begins, length = [], 0
         for part in parts[:-1]:
+            # The mark stands after the token's first character, and positions count without the marks before it.
             length += len(part)
             begins.append(length - 1)
         return "".join(parts), frozenset(begins)
@@ -80,6 +82,7 @@ def split_at_control_tokens(
     begin = position = 0
     while match := pattern.search(text, position):
         if match.start() in literals:
+            # By one character only: a control token may follow within what the pattern matched here.
             position = match.start() + 1
             continue
         if begin < match.start():
