@@ -192,6 +192,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         help="none, tokenizer (its own), rwkv (User: ... Assistant: ...) or a Jinja file; "
         "default: the tokenizer's, for a pretraining run none",
     )
+    parser.add_argument(
+        "--special_tokens",
+        choices=("text", "parse"),
+        default="text",
+        help="what special tokens such as <|im_end|> are in your messages: text, or tokens (parse) [%(default)s]",
+    )
     parser.add_argument("--length", type=int, default=1024, help="most tokens of an answer [%(default)s]")
     parser.add_argument(
         "--history",
@@ -238,7 +244,8 @@ def build(options: argparse.Namespace) -> Conversation:
     model = load_model(options.weights, options.dtype, options.device)
     tokenizer = find_tokenizer(options.weights, model.config.vocab_size, options.tokenizer)
     template = find_template(options.chat_template, tokenizer, pretrained_only(options.weights))
-    return Conversation(Decoder(model), tokenizer, template, sampling, options.seed, options.length)
+    parse_special = options.special_tokens == "parse"
+    return Conversation(Decoder(model), tokenizer, template, sampling, options.seed, options.length, parse_special)
 
 
 if __name__ == "__main__":

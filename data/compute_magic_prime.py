@@ -21,6 +21,8 @@ def main() -> None:
     args = parser.parse_args()
     with exit_on_user_error(parser):
         data = MMapIndexedDataset(args.data)
+        for warning in data.warnings:
+            print(f"WARNING: {warning}", file=sys.stderr)
         flags = format_flags(data.n_tokens, args.ctx_len)
     print(f"{len(data)} documents, {data.n_tokens} tokens of type {data.dtype}")
     # Last, so that scripts can take it with `tail -n 1`.

@@ -30,7 +30,7 @@ def write_documents(texts: list[str], tokenizer: Tokenizer, prefix: Path) -> Non
     with BinIdxWriter(prefix, np.uint16) as out, progress:
         for start in range(0, len(texts), BATCH):
             batch = texts[start : start + BATCH]
-            for ids in tokenizer.encode_batch(batch):
+            for ids in tokenizer.encode_batch_as_text(batch):
                 out.add_document([*ids, 0])
             progress.update(sum(map(len, batch)))
 

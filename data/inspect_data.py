@@ -65,6 +65,8 @@ def main() -> None:
         data, tokenizer = MMapIndexedDataset(args.data), load_tokenizer(args.tokenizer)
         if data.n_tokens == 0:
             raise UserError("contains no tokens", given=data.bin_path)
+        for warning in data.warnings:
+            print(f"WARNING: {warning}", file=sys.stderr)
         low, high = id_range(data)
         if low < 0:
             raise UserError(

@@ -23,7 +23,13 @@ from tqdm import tqdm
 
 from src.dataset import BinIdxWriter, MMapIndexedDataset, magic_prime
 from src.dataset.binidx import token_dtype, with_ending
-from src.dataset.corpus.command_line import add_field, add_tokenizer, create_parser, exit_on_user_error
+from src.dataset.corpus.command_line import (
+    add_field,
+    add_special_tokens,
+    add_tokenizer,
+    create_parser,
+    exit_on_user_error,
+)
 from src.dataset.corpus.external_shuffle import ExternalShuffle
 from src.dataset.corpus.text_input import ENDINGS, STDIN, check_inputs, read_pieces
 from src.dataset.corpus.tokenization import InvalidLineReport, cached_tokenizer, split, tokenize_piece
@@ -80,7 +86,12 @@ def build_dataset(args: argparse.Namespace, prefix: Path, heldout: Path, tokeniz
     threshold = np.uint64(int(args.holdout * 2**64))
     report = InvalidLineReport(stop=args.on_error == "stop")
     total = check_inputs(args.inputs)  # before anything is written
-    tokenize = partial(tokenize_piece, tokenizer_name=args.tokenizer, field=args.field)
+    tokenize = partial(
+        tokenize_piece,
+        tokenizer_name=args.tokenizer,
+        field=args.field,
+        parse_special=args.special_tokens == "parse",
+    )
     progress = tqdm(total=total or None, desc="tokenizing", unit="B", unit_scale=True)
     with temporary_folder(prefix) as folder, progress:
         train = ExternalShuffle(folder, "train", dtype.itemsize, args.n_epoch, args.seed)
@@ -130,6 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_tokenizer(parser)
     parser.add_argument("--out", help="output name without .bin [the name of the first input without its ending]")
     add_field(parser)
+    add_special_tokens(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of documents [0]")
     parser.add_argument(
         "--holdout",

@@ -2,13 +2,17 @@
 
 import pickle
 import struct
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+from chat_models import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data import compute_magic_prime, inspect_data
 from src.dataset import BinIdxWriter, MMapIndexedDataset
 from src.dataset.binidx import token_dtype
 from src.errors import UserError
@@ -82,7 +86,7 @@ def test_a_pickled_dataset_contains_only_its_path(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, list[list[int]]]:
-    documents = [[3, 1, 4], [], [1, 5, 9, 2, 6], [0]]
+    documents = [[3, 1, 4], [], [1, 5, 9, 2, 6], [0, 8]]  # not a zero at the end, which could be padding
     write(tmp_path / "x", documents)
     return tmp_path / "x", documents
 
@@ -116,7 +120,7 @@ def test_a_damaged_index_raises_or_reads_the_same_documents(
 def test_a_bin_of_another_length_raises(pair: tuple[Path, list[list[int]]], change: int) -> None:
     bin_path = pair[0].with_suffix(".bin")
     length = bin_path.stat().st_size
-    bin_path.write_bytes((bin_path.read_bytes() + b"\0\0")[: change - 2 or None])
+    bin_path.write_bytes((bin_path.read_bytes() + b"\1\1")[: change - 2 or None])
     with pytest.raises(UserError) as caught:
         MMapIndexedDataset(pair[0])
     assert caught.value.given == bin_path
@@ -162,6 +166,132 @@ def test_missing_files_and_text_files_are_named(tmp_path: Path) -> None:
     assert caught.value.given == tmp_path / "x.idx"
 
 
+def split_index(idx: bytes) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+    """The header's numbers (version, dtype code, items, bounds), sizes, pointers and bounds, as copies."""
+    version, code, n, n_bounds = struct.unpack_from("<QBQQ", idx, 9)
+    arrays = [
+        np.frombuffer(idx, kind, count, start).copy()
+        for kind, count, start in (("<i4", n, 34), ("<i8", n, 34 + 4 * n), ("<i8", n_bounds, 34 + 12 * n))
+    ]
+    return [version, code, n, n_bounds], *arrays
+
+
+def join_index(sizes: np.ndarray, pointers: np.ndarray, bounds: np.ndarray | list[int], rest: bytes = b"") -> bytes:
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(sizes), len(bounds))
+    return header + sizes.tobytes() + pointers.tobytes() + np.array(bounds, "<i8").tobytes() + rest
+
+
+# Bounds of a merged file of four items, and those that it is read with.
+MERGED = {
+    "merged, only the first bound": ([0], [0, 1, 2, 3, 4]),
+    "merged, no bounds": ([], [0, 1, 2, 3, 4]),
+    "merged, bounds of the first file": ([0, 1, 2], [0, 1, 2, 3, 4]),
+    "merged, a first file with several items per document": ([0, 2], [0, 2, 3, 4]),
+}
+
+
+@pytest.mark.parametrize(("bounds", "expected"), MERGED.values(), ids=MERGED)
+def test_items_beyond_the_document_bounds_are_documents(
+    pair: tuple[Path, list[list[int]]], bounds: list[int], expected: list[int]
+) -> None:
+    prefix, documents = pair
+    idx = prefix.with_suffix(".idx")
+    _, sizes, pointers, _ = split_index(idx.read_bytes())
+    idx.write_bytes(join_index(sizes, pointers, bounds))
+    dataset = MMapIndexedDataset(prefix)
+    assert dataset.doc_idx.tolist() == expected
+    assert [dataset[i].tolist() for i in range(4)] == documents
+    [warning] = dataset.warnings
+    assert str(idx) in warning
+    assert f"span {bounds[-1] if bounds else 0} of 4 items" in warning
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_overflowed_pointers_are_worked_out_from_the_sizes(pair: tuple[Path, list[list[int]]], first: int) -> None:
+    prefix, documents = pair
+    idx = prefix.with_suffix(".idx")
+    _, sizes, pointers, bounds = split_index(idx.read_bytes())
+    pointers[first:] -= 1 << 32
+    pointers[3:] -= 1 << 32  # the sum may overflow again
+    idx.write_bytes(join_index(sizes, pointers, bounds))
+    dataset = MMapIndexedDataset(prefix)
+    assert [dataset[i].tolist() for i in (0, 1, 2, 3, -1)] == [*documents, documents[-1]]
+    [warning] = dataset.warnings
+    assert f"{4 - first} byte pointers overflowed" in warning
+
+
+@pytest.mark.parametrize("modes", [b"\0\0\0\0", b"\0\1\0\1"])
+def test_modes_of_a_multimodal_set_are_skipped_and_counted(pair: tuple[Path, list[list[int]]], modes: bytes) -> None:
+    prefix, documents = pair
+    idx = prefix.with_suffix(".idx")
+    idx.write_bytes(idx.read_bytes() + modes)
+    dataset = MMapIndexedDataset(prefix)
+    assert [dataset[i].tolist() for i in range(4)] == documents
+    [warning] = dataset.warnings
+    assert f"{modes.count(1)} of 4 items are not text" in warning
+
+
+@pytest.mark.parametrize("padding", [1, 2, 5000, 3 << 20])
+def test_zero_bytes_after_the_last_token_are_padding(pair: tuple[Path, list[list[int]]], padding: int) -> None:
+    prefix, documents = pair
+    bin_path = prefix.with_suffix(".bin")
+    whole = bin_path.read_bytes()
+    bin_path.write_bytes(whole + bytes(padding))
+    dataset = MMapIndexedDataset(prefix)
+    assert dataset.tokens.tolist() == [token for ids in documents for token in ids]
+    [warning] = dataset.warnings
+    assert f"{bin_path}: the {padding} zero bytes" in warning
+    bin_path.write_bytes(whole + bytes(padding - 1) + b"\1")
+    with pytest.raises(UserError) as caught:
+        MMapIndexedDataset(prefix)
+    assert caught.value.given == bin_path
+
+
+@pytest.mark.parametrize("program", [compute_magic_prime, inspect_data], ids=lambda program: program.__name__)
+def test_programs_print_the_warnings_on_stderr(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, program: ModuleType
+) -> None:
+    folder = make_tokenizer(tmp_path / "tokenizer")
+    write(tmp_path / "x", [[number, 0] for number in range(3, 103)])
+    with (tmp_path / "x.bin").open("ab") as file:
+        file.write(bytes(10))
+    arguments = ["8"] if program is compute_magic_prime else ["--tokenizer", str(folder)]
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "x"), *arguments])
+    program.main()
+    captured = capsys.readouterr()
+    assert f"WARNING: {tmp_path / 'x.bin'}: the 10 zero bytes" in captured.err
+    assert "100 documents, 200 tokens" in captured.out
+    assert "WARNING" not in captured.out
+
+
+CONTRADICTIONS = {
+    "a pointer off by one token": lambda s, p, b: join_index(s, p + np.array([0, 0, 2, 0]), b),
+    "pointers exchanged": lambda s, p, b: join_index(s, p[[0, 1, 3, 2]], b),
+    "bounds beyond the items": lambda s, p, b: join_index(s, p, [0, 1, 5]),
+    "bounds that begin after the first item": lambda s, p, b: join_index(s, p, [1, 2]),
+    "bounds of merged files without an offset": lambda s, p, b: join_index(s, p, [0, 1, 2, 1, 2]),
+    "fewer modes than items": lambda s, p, b: join_index(s, p, b, b"\0\0\0"),
+    "more modes than items": lambda s, p, b: join_index(s, p, b, b"\0" * 5),
+}
+
+
+@pytest.mark.parametrize("damage", CONTRADICTIONS)
+def test_contradictory_indices_are_refused(pair: tuple[Path, list[list[int]]], damage: str) -> None:
+    idx = pair[0].with_suffix(".idx")
+    _, *arrays = split_index(idx.read_bytes())
+    idx.write_bytes(CONTRADICTIONS[damage](*arrays))
+    with pytest.raises(UserError) as caught:
+        MMapIndexedDataset(pair[0])
+    assert caught.value.given == idx
+
+
+def test_a_whole_pair_has_no_warnings(pair: tuple[Path, list[list[int]]]) -> None:
+    idx = pair[0].with_suffix(".idx")
+    _, *arrays = split_index(idx.read_bytes())
+    assert join_index(*arrays) == idx.read_bytes(), "the changes of the tests above are the only ones"
+    assert MMapIndexedDataset(pair[0]).warnings == []
+
+
 def test_documents_of_several_items_are_read(tmp_path: Path) -> None:
     write(tmp_path / "x", [[1], [2], [3]])
     idx = tmp_path / "x.idx"
@@ -185,6 +315,13 @@ def test_nine_gigabytes_are_read_and_written(tmp_path: Path) -> None:
     assert dataset.n_tokens == 3 * size
     assert [int(dataset[i][-1]) for i in range(3)] == [65533, 65534, 65535]
     assert [int(dataset[i][0]) for i in range(3)] == [0, 0, 0]
+    idx = tmp_path / "big.idx"
+    _, sizes, pointers, bounds = split_index(idx.read_bytes())
+    overflowed = np.array([0, *np.cumsum(sizes[:-1] * np.int64(2))]).astype("<i4").astype("<i8")
+    assert (overflowed != pointers).any()
+    idx.write_bytes(join_index(sizes, overflowed, bounds))
+    dataset = MMapIndexedDataset(tmp_path / "big")
+    assert [int(dataset[i][-1]) for i in range(3)] == [65533, 65534, 65535]
 
 
 def test_files_are_exchanged_with_megatron(tmp_path: Path) -> None:

@@ -81,6 +81,13 @@ def test_text_bytes_are_those_of_the_text(tmp_path, tokenizer):
     assert text_bytes(np.array(zero_is_text.encode("Hi!")), zero_is_text) == 3
 
 
+def test_special_tokens_in_texts_are_text_as_in_training_data(tokenizer):
+    """Equal files give the tokens that data/make_data.py writes: a text ends where it ends."""
+    text = "the <|endoftext|> answer"
+    assert encode_texts([text], tokenizer).tolist() == [*tokenizer.encode_as_text(text), 0]
+    assert tokenizer.encode_as_text(text).count(0) == 0
+
+
 def test_bits_per_byte_of_a_uniform_distribution(model, tokenizer):
     """It needs log2 V bits per token."""
     uniform = random_model(n_layer=1, vocab_size=400)

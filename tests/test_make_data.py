@@ -91,6 +91,21 @@ def test_epochs_and_seeds_give_different_random_orders(tmp_path: Path, tokenizer
             assert unmoved < 10, "a random order keeps about one document in place"
 
 
+def test_special_tokens_in_a_document_are_text(tmp_path: Path, tokenizer: str) -> None:
+    """A document that quotes the end token doesn't end there; with `--special_tokens parse` it does, as before."""
+    texts = ["before<|endoftext|>after", "<|im_start|>user what?<|im_end|>", "plain"]
+    source = write_jsonl(tmp_path / "x.jsonl", texts)
+    make(source, tokenizer, tmp_path / "text")
+    data, encoder = MMapIndexedDataset(tmp_path / "text"), load_tokenizer(tokenizer)
+    assert sorted(documents(tmp_path / "text", tokenizer)) == sorted(texts)
+    assert [i for i in data.tokens if i < 3] == [0, 0, 0], "the end of each document, and no other special id"
+    make(source, tokenizer, tmp_path / "parsed", "--special_tokens", "parse")
+    data = MMapIndexedDataset(tmp_path / "parsed")
+    parsed = sorted(data[i].tolist() for i in range(3))
+    assert parsed == sorted([*encoder.encode(text), 0] for text in texts)
+    assert sorted(i for i in data.tokens if i < 3) == [0, 0, 0, 0, 1, 2]
+
+
 def test_held_out_documents_are_not_in_the_training_data(tmp_path: Path, tokenizer: str) -> None:
     texts = [f"text {i % 800}" for i in range(1600)]  # each of them twice
     source = write_jsonl(tmp_path / "x.jsonl", texts)

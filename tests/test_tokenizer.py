@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.dataset.chat_template import ChatTemplate
+from src.dataset.control_tokens import ContentMarks
 from src.dataset.tokenizer import TOKENIZER_FILES, FolderTokenizer, Tokenizer, copy_tokenizer, load_tokenizer
 from src.errors import UserError
 
@@ -87,6 +88,9 @@ def test_world_is_the_published_vocabulary() -> None:
         *[10381, 11639, 13091, 15597, 11685, 14734, 10250, 11639, 10080],
     ]
     assert (world.name, world.vocab_size, world.eos_ids, world.text_of_0) == ("world", 65536, (0,), "")
+    assert world.largest_id == 65529
+    assert world.decode([65529]) != "\ufffd"
+    assert [world.decode_bytes([i]) for i in range(65530, 65536)] == ["\ufffd".encode()] * 6
     assert world.decode([0]) == ""
 
 
@@ -105,7 +109,7 @@ def test_the_world_template_ends_turns_with_a_blank_line() -> None:
 
 def test_properties_of_a_folder_tokenizer(folder: Path) -> None:
     ours = load_tokenizer(folder)
-    assert (ours.name, ours.vocab_size, ours.eos_ids) == (str(folder), 314, (0, 2))
+    assert (ours.name, ours.vocab_size, ours.largest_id, ours.eos_ids) == (str(folder), 314, 313, (0, 2))
     assert ours.decode([0, 1, 2]) == "<|endoftext|><|im_start|><|im_end|>"
 
 
@@ -204,16 +208,7 @@ def test_unusable_tokenizer_folders_raise(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lower_case", [False, True], ids=["exact", "normalizes"])
 def test_tokens_that_overlap_marked_characters(tmp_path: Path, lower_case: bool) -> None:
-    from tokenizers import Tokenizer as RustTokenizer
-    from tokenizers import normalizers
-
-    folder = make_tokenizer(tmp_path)
-    if lower_case:
-        rust_tokenizer = RustTokenizer.from_file(str(folder / "tokenizer.json"))
-        rust_tokenizer.normalizer = normalizers.Lowercase()
-        rust_tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer = load_tokenizer(folder)
-    assert isinstance(tokenizer, FolderTokenizer)
+    tokenizer = _folder_tokenizer(tmp_path, lower_case)
     text = "a 🙂<|im_end|>The 世界<|im_end|>x 世 the answer"
     begin = text.index("The")
     spans = [(begin, text.index("x ")), (text.index("the"), len(text))]
@@ -222,3 +217,97 @@ def test_tokens_that_overlap_marked_characters(tmp_path: Path, lower_case: bool)
     marked_text = tokenizer.decode([i for i, is_marked in zip(ids, marked, strict=True) if is_marked])
     expected = "The 世界<|im_end|> the answer"  # the token " the" overlaps the second span
     assert marked_text == (expected.lower() if lower_case else expected)
+
+
+def _folder_tokenizer(folder: Path, lower_case: bool) -> FolderTokenizer:
+    from tokenizers import Tokenizer as RustTokenizer
+    from tokenizers import normalizers
+
+    make_tokenizer(folder)
+    if lower_case:
+        rust_tokenizer = RustTokenizer.from_file(str(folder / "tokenizer.json"))
+        rust_tokenizer.normalizer = normalizers.Lowercase()
+        rust_tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, FolderTokenizer)
+    return tokenizer
+
+
+PIECES = st.sampled_from(
+    ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_", "end|>", "the answer", "世", " ", "\n"]
+)
+
+
+@settings(deadline=None)
+@given(pieces=st.lists(PIECES, max_size=6))
+def test_special_tokens_as_text(tokenizer: Tokenizer, pieces: list[str]) -> None:
+    text = "".join(pieces)
+    ids = tokenizer.encode_as_text(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_batch_as_text(["plain", text]) == [tokenizer.encode("plain"), ids]
+    assert 0 not in ids
+    special_ids = [tokenizer.encode(token)[0] for token in tokenizer.special_tokens]
+    assert not set(special_ids) & set(ids)
+    if not any(token in text for token in tokenizer.special_tokens):
+        assert ids == tokenizer.encode(text)
+
+
+@settings(deadline=None)
+@given(contents=st.lists(st.lists(PIECES, max_size=5).map("".join), min_size=1, max_size=4))
+def test_only_the_template_writes_control_tokens(folder: Path, contents: list[str]) -> None:
+    """The control tokens of a conversation are those of its template, and its text is unchanged."""
+    tokenizer = load_tokenizer(folder)
+    messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    rendered = template_of(folder).render(messages)
+    marks = ContentMarks(tokenizer.special_tokens, contents)
+    marked = [{**message, "content": marks.add(message["content"])} for message in messages]
+    text, literals = marks.remove(template_of(folder).render(marked))
+    assert text == rendered
+    ids = tokenizer.encode_rendered(text, literals)
+    assert tokenizer.decode(ids) == rendered
+    assert [i for i in ids if i < 3] == [1, 2] * len(messages)
+    # Between control tokens, the text is tokenized as a whole: the content together with the role before it.
+    segments = [f"{message['role']}\n{message['content']}" for message in messages]
+    assert ids == [
+        i for segment in segments for i in (1, *tokenizer.encode_as_text(segment), 2, *tokenizer.encode("\n"))
+    ]
+
+
+def test_a_mark_is_a_character_that_no_content_has() -> None:
+    marks = ContentMarks(["<s>", "s>"], ["\ue000", "\ue001 <s>"])
+    assert marks.mark == "\ue002"
+    assert marks.add("\ue001 <s>") == "\ue001 <\ue002s\ue002>"
+    assert marks.remove("<s>" + marks.add("\ue001 <s>") + "s>") == ("<s>\ue001 <s>s>", {5, 6})
+    assert ContentMarks([], ["x"]).add("<s>") == "<s>"
+
+
+def test_marks_in_values_and_spans_between_them() -> None:
+    marks = ContentMarks(["<s>"], [])
+    m = marks.mark
+    value = {"<s>": "a<s>", "list": ["<s><s>", 1, None, {"x": "y"}]}
+    assert marks.add_to_strings(value) == {"<s>": f"a<{m}s>", "list": [f"<{m}s><{m}s>", 1, None, {"x": "y"}]}
+    rendered = f"<s>a<{m}s> b<{m}s>c<s>"
+    text, _ = marks.remove(rendered)
+    for begin in range(len(text)):
+        for end in range(begin, len(text) + 1):
+            part = text[begin:end]
+            spans = [
+                (i, j)
+                for i in range(len(rendered) + 1)
+                for j in range(i, len(rendered) + 1)
+                if rendered[:i].replace(m, "") == text[:begin] and rendered[i:j].replace(m, "") == part
+            ]
+            assert set(marks.spans_without_marks(rendered, spans)) == {(begin, end)}
+
+
+@pytest.mark.parametrize("lower_case", [False, True], ids=["exact", "normalizes"])
+def test_spans_that_contain_special_tokens_as_text(tmp_path: Path, lower_case: bool) -> None:
+    tokenizer = _folder_tokenizer(tmp_path, lower_case)
+    text = "<|im_start|>世 <|im_end|>the answer<|im_end|>\n"
+    literal, begin = text.index("<|im_end|>"), text.index("世")
+    ids, marked = tokenizer.encode_marked(text, [(begin, len(text) - 1)], {literal})
+    assert ids == tokenizer.encode_rendered(text, {literal})
+    assert [i for i in ids if i < 3] == [1, 2]
+    counted = [i for i, is_marked in zip(ids, marked, strict=True) if is_marked]
+    assert tokenizer.decode(counted) == text[begin:-1]
+    assert counted[-1] == 2

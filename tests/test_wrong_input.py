@@ -1,5 +1,6 @@
 """Wrong input to train.py: one message that names it, exit code 2, no traceback, and no file is changed."""
 
+import json
 import os
 import pickle
 import re
@@ -13,11 +14,16 @@ import time
 import numpy as np
 import pytest
 import torch
+from chat_models import make_tokenizer
 from test_build import fake_compiler
 from training_runs import CTX, ROOT, VOCAB, as_from_a_terminal, flags, train
 
 from src.dataset.binidx import BinIdxWriter
+from src.dataset.tokenizer import load_tokenizer
+from src.errors import UserError
+from src.inference.load import find_tokenizer
 from src.model import RWKV7, ModelConfig
+from src.training.model_setup import check_tokenizer
 
 
 def rewrite(path, change):
@@ -94,6 +100,80 @@ def test_ids_beyond_the_vocabulary_that_the_first_check_misses_are_found_in_thei
     message = capfd.readouterr().err
     assert re.search(rf"--vocab_size {VOCAB}: .*token id {VOCAB + 1} at position 100003", message), message
     assert "Traceback" not in message
+
+
+def as_merged(bin_path, idx_path):
+    """Only the first document bound is left, as in files that older versions of Megatron merged."""
+    content = bytearray(idx_path.read_bytes())
+    (items,) = struct.unpack_from("<Q", content, 18)
+    content[26:34] = struct.pack("<Q", 1)
+    idx_path.write_bytes(content[: 34 + 12 * items + 8])
+
+
+def padded(bin_path, idx_path):
+    bin_path.write_bytes(bin_path.read_bytes() + bytes(100))
+
+
+@pytest.mark.parametrize("damage", [as_merged, padded], ids=lambda damage: damage.__name__)
+def test_data_with_damage_that_leaves_its_tokens_certain_is_used_with_a_warning(tmp_path, data, capfd, damage):
+    copies = [tmp_path / f"count{end}" for end in (".bin", ".idx")]
+    for copy in copies:
+        shutil.copy(data.with_name(copy.name), copy)
+    damage(*copies)
+    settings = {"my_exit_tokens": CTX * 4 * 2, "n_layer": 1, "val_data_file": tmp_path / "count"}
+    assert train(tmp_path / "run", tmp_path / "count", **settings) == 0
+    output = capfd.readouterr().out
+    assert len(re.findall(r"WARNING: \S*/count\.(?:bin|idx): ", output)) == 2, "once per flag"
+    assert train(tmp_path / "run", tmp_path / "count", check=1, my_exit_tokens=CTX * 4 * 2) == 0
+    assert re.search(r"WARNING: \S*/count\.(bin|idx): ", capfd.readouterr().out)
+
+
+@pytest.mark.parametrize("flag", ["data_file", "val_data_file"])
+def test_ids_below_0(tmp_path, data, capfd, flag):
+    """Signed types can hold them; sampled windows cover a file of this length."""
+    tokens = np.ones(3000, np.int64)
+    tokens[2000] = -7
+    with BinIdxWriter(tmp_path / "negative", np.int32) as writer:
+        writer.add_document(tokens)
+    changed = {"val_data_file": tmp_path / "negative"} if flag == "val_data_file" else {}
+    prefix = data if changed else tmp_path / "negative"
+    refused(tmp_path / "run", prefix, capfd, rf"--{flag} \S*negative: token id -7\b", val_windows=1000, **changed)
+
+
+def test_a_tokenizer_with_an_id_that_the_vocabulary_lacks(tmp_path, data, capfd):
+    folder = make_tokenizer(tmp_path / "tokenizer")
+    pattern = r"--tokenizer \S*tokenizer: its largest id is 313\b[^\n]*--vocab_size 313\b"
+    refused(tmp_path / "run", data, capfd, pattern, tokenizer=folder, vocab_size=313)
+    assert train(tmp_path / "run", data, tokenizer=folder, vocab_size=313, check=1) == 1
+    assert re.search(pattern, capfd.readouterr().out)
+    settings = {"my_exit_tokens": CTX * 4 * 2, "n_layer": 1, "tokenizer": folder}
+    assert train(tmp_path / "run", data, vocab_size=314, **settings) == 0
+
+
+def test_a_tokenizer_for_conversations_is_checked_before_they_are_tokenized(tmp_path, capfd):
+    folder = make_tokenizer(tmp_path / "tokenizer")
+    turns = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "that"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"conversations": turns}))
+    settings = {"data_type": "sft", "tokenizer": folder, "vocab_size": 313, "my_exit_tokens": 0, "epochs": 1}
+    refused(tmp_path / "run", tmp_path / "x.jsonl", capfd, r"--tokenizer \S*: its largest id is 313\b", **settings)
+    assert not list(tmp_path.glob("x.jsonl.*"))
+
+
+@pytest.mark.parametrize(("vocab_size", "fits"), [(65529, False), (65530, True), (65536, True)])
+def test_the_vocabularies_that_hold_all_ids_of_world(tmp_path, vocab_size, fits):
+    pytest.importorskip("pyrwkv_tokenizer")
+    (tmp_path / "run.json").write_text(json.dumps({"tokenizer": "world"}))
+    checks = (
+        lambda: check_tokenizer(load_tokenizer("world"), vocab_size),
+        lambda: find_tokenizer(tmp_path / "rwkv-final.pth", vocab_size),
+    )
+    for check in checks:
+        if fits:
+            check()
+        else:
+            with pytest.raises(UserError, match="65529") as caught:
+                check()
+            assert (caught.value.flag, caught.value.given) == ("tokenizer", "world")
 
 
 def refused(out, prefix, capfd, pattern, **changed):

@@ -4,12 +4,14 @@
     X.idx   "MMIDIDX\\0\\0", u64 version = 1, u8 dtype code, u64 items, u64 document bounds,
             i32 sizes [items], i64 byte pointers [items], i64 document bounds [documents + 1]
 
-All little-endian. We write one item per document; files with several items per document are read as well.
+All little-endian. We write one item per document; files with several items per document are read as well. So are files
+of other tools whose sizes agree with the .bin, though another part is damaged: `MMapIndexedDataset.warnings` names it.
 """
 
 import os
 import struct
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, BinaryIO
@@ -27,6 +29,7 @@ _INTEGERS = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: 
 _FLOATS = {6: "float64", 7: "float32"}
 # The format has no code for uint32 and uint64.
 _CODES = {np.dtype(kind): code for code, kind in _INTEGERS.items()}
+_WRAP = 1 << 32  # sums of int32 sizes overflow to a number that differs by a multiple of this
 _INDEX_BLOCK = 1 << 20  # items: index arrays are processed in blocks of some MB, however many items there are
 
 
@@ -55,6 +58,7 @@ class MMapIndexedDataset:
         .tokens   all tokens, one flat array       .sizes    int32 [items]
         .dtype    their integer type               .doc_idx  int64 [documents + 1], in items
         .n_tokens                                  len(), [i]  items
+        .warnings                                  sentences on what is damaged and how it was read all the same
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -72,12 +76,15 @@ class MMapIndexedDataset:
                 raise UserError(
                     "no such file", given=file, advice="a dataset consists of X.bin and X.idx and is given as X"
                 )
+        self.warnings: list[str] = []
         self.dtype, n_items, n_bounds = self._read_header()
         start = _HEADER.size
         self.sizes = _map(self.idx_path, np.int32, start, n_items)
         self._pointers = _map(self.idx_path, np.int64, start + 4 * n_items, n_items)
-        self.doc_idx = _map(self.idx_path, np.int64, start + 12 * n_items, n_bounds)
+        self._bounds = _map(self.idx_path, np.int64, start + 12 * n_items, n_bounds)
+        self._block_starts: list[int] = []  # bytes before each block of items
         self.n_tokens = self._validate_layout()
+        self._validate_bounds()
         self.tokens = _map(self.bin_path, self.dtype, 0, self.n_tokens)
 
     def _read_header(self) -> tuple[np.dtype[Any], int, int]:
@@ -97,33 +104,37 @@ class MMapIndexedDataset:
         if code not in _INTEGERS:
             raise self._invalid_index(f"unknown data type code {code}")
         expected = _HEADER.size + 12 * n_items + 8 * n_bounds  # i32 size and i64 pointer per item, i64 per bound
-        if length != expected:
+        if n_items and length == expected + n_items:  # Megatron's multimodal sets: an i8 mode per item, 0 for text
+            n_other = int(np.count_nonzero(_map(self.idx_path, np.int8, expected, n_items)))
+            self._warn(f"has modes of a multimodal set; {n_other} of {n_items} items are not text and are read as text")
+        elif length != expected:
             raise self._invalid_index(f"has {length} bytes", expected=f"{expected} bytes according to its header")
         return np.dtype(_INTEGERS[code]).newbyteorder("<"), n_items, n_bounds
 
     def _validate_layout(self) -> int:
         """The number of tokens, after checking that items are contiguous and end where the .bin file ends."""
-        end = 0  # bytes
+        end = wrapped = 0  # bytes, and pointers
         for start in range(0, len(self.sizes), _INDEX_BLOCK):
             # int64 before multiplying: an int32 size in bytes overflows from 2^31 bytes on.
             n_bytes = self.sizes[start : start + _INDEX_BLOCK].astype(np.int64) * self.dtype.itemsize
             if n_bytes.min() < 0:
                 raise self._invalid_index(f"item {start + int(n_bytes.argmin())} has a negative size")
             ends = end + np.cumsum(n_bytes)
-            misplaced = np.flatnonzero(self._pointers[start : start + len(n_bytes)] != ends - n_bytes)
-            if len(misplaced):
+            distance = self._pointers[start : start + len(n_bytes)] - (ends - n_bytes)
+            wrapped += (n_wrong := int(np.count_nonzero(distance)))
+            # Two's complement: the remainder is right even where the difference overflowed.
+            if n_wrong and len(misplaced := np.flatnonzero(distance % _WRAP)):
                 item = start + int(misplaced[0])
                 raise self._invalid_index(f"item {item} does not begin where the previous item ends")
+            self._block_starts.append(end)
             end = int(ends[-1])
-        n_bounds = len(self.doc_idx)
-        if n_bounds == 0 or self.doc_idx[0] != 0 or self.doc_idx[-1] != len(self.sizes):
-            raise self._invalid_index("the document bounds do not span all items")
-        for start in range(0, n_bounds - 1, _INDEX_BLOCK):
-            # One more than a block, so that the difference across the border of two blocks is checked too.
-            if (np.diff(self.doc_idx[start : start + _INDEX_BLOCK + 1]) < 0).any():
-                raise self._invalid_index("the document bounds are not in ascending order")
+        self._pointers_overflowed = wrapped > 0
+        if wrapped:
+            self._warn(f"{wrapped} byte pointers overflowed at 2^32; the items are located by their sizes")
         length = self.bin_path.stat().st_size
-        if length != end:
+        if length > end and self._is_zero_from(end):
+            self.warnings.append(f"{self.bin_path}: the {length - end} zero bytes after the last item are ignored")
+        elif length != end:
             raise UserError(
                 f"has {length} bytes",
                 given=self.bin_path,
@@ -132,6 +143,36 @@ class MMapIndexedDataset:
                 "copy or create both again",
             )
         return end // self.dtype.itemsize
+
+    def _is_zero_from(self, position: int) -> bool:
+        """Whether the .bin contains only zero bytes from `position` on: padding."""
+        with self.bin_path.open("rb") as file:
+            file.seek(position)
+            return all(block.count(0) == len(block) for block in iter(lambda: file.read(_INDEX_BLOCK), b""))
+
+    def _validate_bounds(self) -> None:
+        """Checks that the document bounds ascend from 0 to the number of items, or to fewer after a merge."""
+        bounds, n_items = self._bounds, len(self.sizes)
+        if len(bounds) and (bounds[0] != 0 or bounds[-1] > n_items):
+            raise self._invalid_index("the document bounds do not span all items")
+        for start in range(0, len(bounds) - 1, _INDEX_BLOCK):
+            # One more than a block, so that the difference across the border of two blocks is checked too.
+            if (np.diff(bounds[start : start + _INDEX_BLOCK + 1]) < 0).any():
+                raise self._invalid_index("the document bounds are not in ascending order")
+        covered = int(bounds[-1]) if len(bounds) else 0
+        if covered < n_items:  # older versions of Megatron merge sizes only: NVIDIA/Megatron-LM issue 81
+            self._warn(f"the document bounds span {covered} of {n_items} items; each other item is taken as a document")
+
+    # When first used, because training doesn't need it and completed bounds take memory.
+    @cached_property
+    def doc_idx(self) -> npt.NDArray[np.int64]:
+        """The first item of each document, and the number of items."""
+        bounds = self._bounds if len(self._bounds) else np.zeros(1, np.int64)
+        missing = np.arange(bounds[-1] + 1, len(self.sizes) + 1)
+        return np.concatenate([bounds, missing]) if len(missing) else bounds
+
+    def _warn(self, problem: str) -> None:
+        self.warnings.append(f"{self.idx_path}: {problem}")
 
     def _invalid_index(self, problem: str, expected: str = "") -> UserError:
         advice = "copy the dataset again, or create it again with data/make_data.py"
@@ -142,8 +183,17 @@ class MMapIndexedDataset:
 
     def __getitem__(self, item: int) -> npt.NDArray[Any]:
         """Token ids of one item, a read-only view."""
-        start = int(self._pointers[item]) // self.dtype.itemsize  # Python integers: numpy's int32 sizes would overflow
+        # Python integers: numpy's int32 sizes would overflow.
+        start = self._first_byte(range(len(self))[item]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.sizes[item])]
+
+    def _first_byte(self, item: int) -> int:
+        if not self._pointers_overflowed:
+            return int(self._pointers[item])
+        # Added up within a block: other pointers for all items would be as large as the index.
+        block = item // _INDEX_BLOCK
+        before = self.sizes[block * _INDEX_BLOCK : item].sum(dtype=np.int64)
+        return self._block_starts[block] + int(before) * self.dtype.itemsize
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         # By path: a pickled memmap would send the contents of the whole file to every loader process.

@@ -6,6 +6,8 @@ Folders are read with `tokenizers` and `jinja2` alone, because importing `transf
 import ast
 import json
 import os
+import re
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -15,10 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate
+from src.dataset.control_tokens import special_token_pattern, split_at_control_tokens
 from src.errors import UserError
 from src.files import atomic_write
 
-WORLD_VOCAB_SIZE = 65536  # rows of the published models; the vocabulary itself ends at id 65529
+WORLD_VOCAB_SIZE = 65536  # rows of the published models
+WORLD_LARGEST_ID = 65529  # of the vocabulary file rwkv_vocab_v20230424.txt: a model with 65530 rows has all ids
 # The files of a Hugging Face tokenizer folder that this module and `transformers` read.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -28,6 +32,7 @@ class Tokenizer:
 
     name           "world", or the folder of the tokenizer
     vocab_size     upper bound of the ids; the `--vocab_size` of a model for this tokenizer
+    largest_id     the largest id; a model needs more rows than that
     chat_template  template that turns conversations into text, or None
     eos_ids        ids that end generation: the tokenizer's eos_token, and 0, which ends documents, unless 0 is text
     text_of_0      text of id 0; "" in most vocabularies, "!" in that of GPT-2
@@ -36,6 +41,7 @@ class Tokenizer:
 
     name: str
     vocab_size: int
+    largest_id: int
     specials: dict[str, str]
     eos_ids: tuple[int, ...] = (0,)
     text_of_0: str = ""
@@ -54,9 +60,32 @@ class Tokenizer:
         """Ids of each text, computed in parallel where the tokenizer supports it."""
         return [self.encode(text) for text in texts]
 
-    def encode_marked(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], npt.NDArray[np.bool_]]:
-        """Ids of `text`, and a mask of those that overlap the characters [begin, end) of any of `spans`."""
-        ids = self.encode_batch([text])[0]
+    def encode_batch_as_text(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, in which special tokens such as `<|im_end|>` are text like any other."""
+        return self.encode_batch(texts)
+
+    def encode_as_text(self, text: str) -> list[int]:
+        """Ids of `text`, in which special tokens are text like any other. UserError as `encode`."""
+        return self.encode(text)
+
+    def encode_rendered(self, text: str, literals: Collection[int]) -> list[int]:
+        """Ids of a rendered conversation, in which the special tokens that begin at the characters `literals` are text.
+
+        `ContentMarks` finds these. UserError as `encode`.
+        """
+        if not literals or self._special_pattern is None:  # nearly always
+            return self.encode(text)
+        parts = split_at_control_tokens(text, self._special_pattern, literals)
+        return [i for _, part, control in parts for i in (self.encode if control else self.encode_as_text)(part)]
+
+    def encode_marked(
+        self, text: str, spans: list[tuple[int, int]], literals: Collection[int] = ()
+    ) -> tuple[list[int], npt.NDArray[np.bool_]]:
+        """Ids of `text`, and a mask of those that overlap the characters [begin, end) of any of `spans`.
+
+        `literals` as in `encode_rendered`.
+        """
+        ids = self.encode_rendered(text, literals) if literals else self.encode_batch([text])[0]
         data = text.encode()
         # Positions from the byte lengths of tokens are exact and fast, if the tokens spell the text byte by byte.
         if self._entries is not None and self.decode_bytes(ids) == data:
@@ -65,7 +94,7 @@ class Tokenizer:
             if len(data) != len(text):
                 spans = [(len(text[:begin].encode()), len(text[:end].encode())) for begin, end in spans]
         else:  # a tokenizer that normalizes the text: its own offsets, which are slower
-            begins, ends = self._offsets(text)
+            begins, ends = self._offsets(text, literals)
         marked = np.zeros(len(ids), np.bool_)
         for begin, end in spans:
             marked |= (begins < end) & (begin < ends)
@@ -80,8 +109,12 @@ class Tokenizer:
     def _lengths(self) -> npt.NDArray[np.int64]:
         return np.array([len(entry) for entry in self._entries or ()])
 
-    def _offsets(self, text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """First character of each token of `text`, and the one after its last character."""
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str] | None:
+        return special_token_pattern(self.special_tokens)
+
+    def _offsets(self, text: str, literals: Collection[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """First character of each token of `encode_rendered(text, literals)`, and the one after its last character."""
         raise NotImplementedError
 
     def decode_bytes(self, ids: list[int]) -> bytes:
@@ -102,6 +135,7 @@ class WorldTokenizer(Tokenizer):
 
     name = "world"
     vocab_size = WORLD_VOCAB_SIZE
+    largest_id = WORLD_LARGEST_ID
 
     def __init__(self) -> None:
         try:
@@ -178,6 +212,7 @@ class FolderTokenizer(Tokenizer):
         config = _read_json(config_file) if config_file.is_file() else {}
         # Not the number of entries: some vocabularies skip ids.
         self.vocab_size = max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.largest_id = self.vocab_size - 1
         names = ("bos_token", "eos_token", "unk_token")  # those that chat templates refer to
         self.specials = {name: text for name in names if (text := _token_text(config.get(name))) is not None}
         # Special tokens are skipped, so only an ordinary entry gives a text here.
@@ -211,8 +246,46 @@ class FolderTokenizer(Tokenizer):
         except TypeError as error:  # what the package raises for lone surrogates
             raise UserError(_LONE_SURROGATES) from error
 
-    def _offsets(self, text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        begins, ends = np.array(self._rust.encode(text, add_special_tokens=False).offsets).reshape(-1, 2).T
+    def encode_as_text(self, text: str) -> list[int]:
+        return self._without_control_tokens(text, self.encode(text))
+
+    def encode_batch_as_text(self, texts: list[str]) -> list[list[int]]:
+        return [
+            self._without_control_tokens(text, ids) for text, ids in zip(texts, self.encode_batch(texts), strict=True)
+        ]
+
+    def _without_control_tokens(self, text: str, ids: list[int]) -> list[int]:
+        """`ids` of `text`, or, where special ones are among them, the ids that `text` has without special tokens."""
+        # By the ids and not by a search in the text, because a tokenizer that normalizes finds other spellings too.
+        if self._special_ids.isdisjoint(ids):
+            return ids
+        return self._text_only.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._rust.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
+
+    @cached_property
+    def _text_only(self) -> Any:
+        """The same tokenizer, which reads special tokens as text."""
+        # A copy, because the option belongs to the object: switching it back and forth would not be safe in threads.
+        copy = type(self._rust).from_str(self._rust.to_str())
+        copy.encode_special_tokens = True
+        return copy
+
+    def _offsets(self, text: str, literals: Collection[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        parts: Iterable[tuple[int, str, bool]] = [(0, text, True)]
+        if literals and self._special_pattern is not None:
+            parts = split_at_control_tokens(text, self._special_pattern, literals)
+        offsets = [
+            np.array((self._rust if control else self._text_only).encode(part, add_special_tokens=False).offsets)
+            .reshape(-1, 2)
+            .astype(np.int64)
+            + begin
+            for begin, part, control in parts
+        ]
+        begins, ends = np.concatenate([np.empty((0, 2), np.int64), *offsets]).T
         return begins, ends
 
     @cached_property

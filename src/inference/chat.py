@@ -9,12 +9,13 @@ a template the model continues text.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate, Message
+from src.dataset.control_tokens import ContentMarks
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.inference.characters import CharacterStream, StopString
@@ -44,7 +45,8 @@ class Conversation:
     """`ask(text)` streams an answer, `retry()` another one to the same question; `reset()`, `save(path)`, `load(path)`.
 
     An iterator that is closed early leaves the part of the answer that it yielded in the conversation. seed None: a
-    random one.
+    random one. Special tokens in a message, such as `<|im_end|>`, are text like any other; parse_special: they are
+    tokens, as in the template.
     """
 
     def __init__(
@@ -55,11 +57,13 @@ class Conversation:
         sampling: Sampling,
         seed: int | None = None,
         max_new_tokens: int = 1024,
+        parse_special: bool = False,
     ) -> None:
         self.decoder, self.tokenizer, self.template = decoder, tokenizer, template
         self.sampling, self.seed, self.max_new_tokens = sampling, seed, max_new_tokens
         self.answer_count = 0  # added to the seed, so that /retry gives another answer
-        self._stop_string = _stop_string(template)
+        self.parse_special = parse_special
+        self._stop_string = _stop_string(template, tokenizer, parse_special)
         self._uncounted_ids = _uncounted_ids(tokenizer)
         self.transcript = Transcript()
         # The last question, with the transcript and the state before it.
@@ -143,12 +147,14 @@ class Conversation:
 
     def _prompt(self, text: str) -> list[int]:
         # Without any text 0 is the prompt: the end of a document, after which a new one starts.
-        return self.transcript.pending + self.tokenizer.encode(text) or [0]
+        encode = self.tokenizer.encode if self.parse_special else self.tokenizer.encode_as_text
+        return self.transcript.pending + encode(text) or [0]
 
-    def _prompt_of_turn(self, template: ChatTemplate, text: str) -> list[int]:
+    def _prompt_of_turn(self, template: ChatTemplate, question: str) -> list[int]:
         """The tokens of the conversation that the state hasn't processed; adds the question to the transcript."""
-        messages = [*self.transcript.messages, {"role": "user", "content": text}]
-        rendered = template.render(messages, add_generation_prompt=True).encode()
+        messages = [*self.transcript.messages, {"role": "user", "content": question}]
+        text, literals = self._render(template, messages)
+        rendered = text.encode()
         end = len(self.transcript.processed)
         # An answer cut within a character ends with U+FFFD in its message, which may begin with the byte processed.
         within_character = end < len(rendered) and rendered[end] & 0xC0 == 0x80
@@ -157,7 +163,16 @@ class Conversation:
             self.transcript.processed = b""
         new = rendered[len(self.transcript.processed) :].decode()
         self.transcript.messages, self.transcript.processed = messages, rendered
-        return self.tokenizer.encode(new)
+        begin = len(text) - len(new)
+        return self.tokenizer.encode_rendered(new, {i - begin for i in literals if i >= begin})
+
+    def _render(self, template: ChatTemplate, messages: list[Message]) -> tuple[str, Collection[int]]:
+        """The conversation as text, and the first characters of the special tokens in it that stand in messages."""
+        if self.parse_special:
+            return template.render(messages, add_generation_prompt=True), ()
+        marks = ContentMarks(self.tokenizer.special_tokens, [template.source, *(m["content"] for m in messages)])
+        marked = [{**message, "content": marks.add(message["content"])} for message in messages]
+        return marks.remove(template.render(marked, add_generation_prompt=True))
 
     # ---- files -----------------------------------------------------------------------------------------------
 
@@ -249,16 +264,19 @@ def find_template(name: str, tokenizer: Tokenizer, pretrained_only: bool = False
         raise UserError(f"can't be read as UTF-8 text ({error})", flag="chat_template", given=name) from error
 
 
-def _stop_string(template: ChatTemplate | None) -> str:
+def _stop_string(template: ChatTemplate | None, tokenizer: Tokenizer, parse_special: bool) -> str:
     """The text that the template writes after an answer, without trailing newlines if there is more; "" if there is
-    none."""
+    none, or if it begins with a token that ends generation."""
     if template is None:
         return ""
     # Rendered rather than searched for in the template's source: a template is a program.
     placeholder = "the answer stands here"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": placeholder}]
     after = template.render(turns).partition(placeholder)[2]
-    return after.rstrip("\n") or after
+    stop_string = after.rstrip("\n") or after
+    # The token ends the answer by its id. The same characters written as text don't: a model may explain ChatML.
+    ends_by_token = not parse_special and tokenizer.encode(stop_string)[:1] in [[i] for i in tokenizer.eos_ids]
+    return "" if ends_by_token else stop_string
 
 
 def _uncounted_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -135,7 +135,7 @@ def read_texts(path: Path, flag: str) -> Iterator[str]:
 
 def encode_texts(texts: Iterable[str], tokenizer: Tokenizer) -> Tokens:
     """The ids of all texts, int64, each text followed by 0, as the end of a document is marked in training data."""
-    return np.fromiter((token for text in texts for token in (*tokenizer.encode(text), 0)), np.int64)
+    return np.fromiter((token for text in texts for token in (*tokenizer.encode_as_text(text), 0)), np.int64)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def last_words(model: RWKV7, tokenizer: Tokenizer, texts: Iterable[str]) -> Last
         context, _, word = text.rstrip().rpartition(" ")
         if not context or not word:
             raise UserError("the text has a single word", flag="last_word", given=repr(text))
-        pairs.append(([0, *tokenizer.encode(context)], tokenizer.encode(" " + word)))
+        pairs.append(([0, *tokenizer.encode_as_text(context)], tokenizer.encode_as_text(" " + word)))
     if not pairs:
         raise UserError("the file contains no texts", flag="last_word")
     scores = score_continuations(model, pairs)
@@ -209,7 +209,10 @@ def _loss_report(options: argparse.Namespace) -> str:
             raise
     if is_binidx:
         # Mapped, not read: only the selected windows are.
-        tokens: Tokens = MMapIndexedDataset(path).tokens
+        dataset = MMapIndexedDataset(path)
+        tokens: Tokens = dataset.tokens
+        for warning in dataset.warnings:
+            print(f"WARNING: {warning}", file=sys.stderr)
     else:
         assert tokenizer is not None
         tokens = encode_texts(read_texts(path, "data"), tokenizer)

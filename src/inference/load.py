@@ -73,7 +73,7 @@ def latest_trained_weights(out: Path) -> Path:
 def find_tokenizer(weights: Path, vocab_size: int, given: str = "") -> Tokenizer:
     """The tokenizer of `weights`: `given`, else the one of the folder or run, else World for a vocabulary of its size.
 
-    Raises UserError when none of these exists, or when the tokenizer has more entries than the model's `vocab_size`.
+    Raises UserError when none of these exists, or when the tokenizer has an id that the model lacks.
     """
     name = given or (_tokenizer_within(weights) if weights.is_dir() else _tokenizer_of_run(weights.parent))
     if not name:
@@ -87,9 +87,9 @@ def find_tokenizer(weights: Path, vocab_size: int, given: str = "") -> Tokenizer
         name = "world"
     tokenizer = load_tokenizer(name)
     # The other way round is common: vocabularies are padded to a multiple of 64 or more.
-    if tokenizer.vocab_size > vocab_size:
+    if tokenizer.largest_id >= vocab_size:
         raise UserError(
-            f"has {tokenizer.vocab_size} entries, but {weights} was trained with a vocabulary of {vocab_size}",
+            f"its largest id is {tokenizer.largest_id}, but {weights} has a vocabulary of {vocab_size}",
             flag="tokenizer",
             given=tokenizer.name,
             expected="the tokenizer that the model was trained with",

@@ -45,6 +45,7 @@ class Samples(Protocol):
     identity: str  # equal for equal data, wherever the file lies
     order_seed: int | None  # of the shuffle; None where the order has no seed
     summary: str
+    warnings: Sequence[str]  # what is damaged in the files, and how they are read all the same
 
     @property
     def collate(self) -> Callable[[list[Any]], Any] | None:
@@ -84,6 +85,7 @@ class PretrainSamples:
         ends = hashlib.sha256(self.data.tokens[:1_000_000].tobytes() + self.data.tokens[-1_000_000:].tobytes())
         self.identity = f"{self.data.n_tokens} tokens {ends.hexdigest()[:16]}"
         self.summary = f"{config.data_file}, {self.data.n_tokens:,} tokens, magic prime {self.prime:,}"
+        self.warnings: Sequence[str] = self.data.warnings
 
     def dataset(
         self, first: int, count: int, rank: int, world_size: int, skipped_samples: SkippedSamples, vocab_size: int
@@ -95,7 +97,15 @@ class PretrainSamples:
 
     def check_ids(self, vocab_size: int) -> None:
         for position, ids in self.sampled_windows():
-            largest = int(ids.max())
+            largest, smallest = int(ids.max()), int(ids.min())
+            if smallest < 0:
+                raise UserError(
+                    f"token id {smallest} near position {position:,} is below 0",
+                    flag="data_file",
+                    given=self.config.data_file,
+                    advice="it is not a data set for pretraining; a cache of conversations (X.jsonl.sft) is used by "
+                    "--data_type sft --data_file X.jsonl",
+                )
             if largest >= vocab_size:
                 raise UserError(
                     f"token id {largest} near position {position:,} doesn't fit --vocab_size {vocab_size}",
@@ -125,6 +135,7 @@ class SftSamples:
 
     prime = 0
     order_seed: int | None
+    warnings: Sequence[str] = ()  # its binidx files are caches that this project writes
 
     @property
     def collate(self) -> Callable[[list[Any]], Any] | None:
@@ -248,8 +259,10 @@ class HeldOut:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self._sample: Callable[[int], Batch]
+        self.warnings: Sequence[str] = ()
         if config.data_type == "binidx":
-            self._tokens = MMapIndexedDataset(config.val_data_file).tokens
+            data = MMapIndexedDataset(config.val_data_file)
+            self._tokens, self.warnings = data.tokens, data.warnings
             self._windows = list(windows(len(self._tokens), config.ctx_len, config.val_windows, flag="val_data_file"))
             self._collate, self.count = torch.utils.data.default_collate, len(self._windows)
             self._sample = self._window
@@ -263,8 +276,17 @@ class HeldOut:
     def check_ids(self, vocab_size: int) -> None:
         """Raises UserError when a token of these samples doesn't fit the vocabulary."""
         for number in range(self.count):
-            inputs, targets, *_ = self._sample(number)
+            inputs, targets, *packed = self._sample(number)
             largest = max(int(inputs.max()), int(targets.max()))
+            # The targets of conversations are negative where they don't count.
+            smallest = int(inputs.min()) if packed else min(int(inputs.min()), int(targets.min()))
+            if smallest < 0:
+                raise UserError(
+                    f"token id {smallest} is below 0",
+                    flag="val_data_file",
+                    given=self.config.val_data_file,
+                    expected="data made with the tokenizer of the training data",
+                )
             if largest >= vocab_size:
                 raise UserError(
                     f"token id {largest} doesn't fit --vocab_size {vocab_size}",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from src.config import ModelConfig, RunConfig, settings_with
-from src.dataset.tokenizer import load_tokenizer
+from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.errors import UserError
 from src.inference.load import load_weights
 from src.model import RWKV7
@@ -109,6 +109,8 @@ def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:
     # loaded even where --vocab_size is given: a mistake in it is found now, not when samples are generated at the end
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if config.vocab_size:
+        if tokenizer:
+            check_tokenizer(tokenizer, config.vocab_size)
         return config.vocab_size
     if tokenizer:
         return tokenizer.vocab_size
@@ -119,3 +121,16 @@ def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:
     largest = open_samples(config).largest_id()
     log(f"note: --vocab_size {largest + 1}: the largest id in {config.data_file} is {largest}")
     return largest + 1
+
+
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises UserError when a model with this vocabulary lacks ids of the tokenizer, whether the data has them or
+    not."""
+    # A chat with the trained model would use any of them, and the rows can't be added then.
+    if tokenizer.largest_id >= vocab_size:
+        raise UserError(
+            f"its largest id is {tokenizer.largest_id}, which --vocab_size {vocab_size} lacks",
+            flag="tokenizer",
+            given=tokenizer.name,
+            advice=f"use --vocab_size {tokenizer.vocab_size}, or the tokenizer that the data was made with",
+        )

@@ -21,6 +21,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from src import run_folder
 from src.config import ModelConfig, RunConfig
 from src.dataset.binidx import file_prefix
+from src.dataset.tokenizer import load_tokenizer
 from src.errors import UserError
 from src.files import file_lock
 from src.model import RWKV7
@@ -49,7 +50,7 @@ from src.training.figures.loss_figure import write_loss_figure
 from src.training.figures.report_page import write_report
 from src.training.hardware.allocator import set_up_malloc
 from src.training.hardware.selection import Hardware, choose_hardware
-from src.training.model_setup import find_vocab_size, resolve_model_config
+from src.training.model_setup import check_tokenizer, find_vocab_size, resolve_model_config
 from src.training.preflight import plan
 from src.training.preflight.check import check, warn_at_start
 from src.training.preflight.dry_run import dry_run
@@ -262,14 +263,21 @@ def _archive_damaged(proj_dir: Path, error: DamagedStateError, recorded: dict[st
 
 
 def _open_data(config: RunConfig) -> tuple[Samples, HeldOut | None]:
+    if config.data_type == "sft" and config.vocab_size:
+        # Before the conversations are tokenized, which takes minutes; `find_vocab_size` checks all other runs.
+        check_tokenizer(load_tokenizer(config.tokenizer), config.vocab_size)
     samples = open_samples(config)
     if isinstance(samples, SftSamples) and (warning := samples.unusable_warning):
         log(warning)  # at every start, not only at the one that tokenised the file
     if config.data_type == "sft" and config.magic_prime:
         log("note: --magic_prime has no meaning for --data_type sft, whose order is a shuffle for each epoch")
+    for warning in samples.warnings:
+        log(f"WARNING: {warning}")
     if not config.val_data_file:
         return samples, None
     held_out = HeldOut(config)
+    for warning in held_out.warnings:
+        log(f"WARNING: {warning}")
     if file_prefix(config.val_data_file).resolve() == file_prefix(config.data_file).resolve():
         log("WARNING: --val_data_file is the training data itself: its loss says nothing about other text")
     return samples, held_out

@@ -27,6 +27,16 @@ def add_output_folder(parser: argparse.ArgumentParser, default: Path) -> None:
     parser.add_argument("--out", type=Path, default=default, help="output folder [the folder of this program]")
 
 
+def add_special_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--special_tokens",
+        choices=["text", "parse"],
+        default="text",
+        help="what special tokens of the tokenizer, such as <|im_end|>, are that stand in a text: text like any other, "
+        "or tokens (parse) [text]",
+    )
+
+
 @contextmanager
 def exit_on_user_error(parser: argparse.ArgumentParser) -> Iterator[None]:
     """Ends the program with usage, message and exit code 2 when the block raises a UserError."""

@@ -40,8 +40,11 @@ class TokenizedPiece(NamedTuple):
     end: int
 
 
-def tokenize_piece(piece: Piece, tokenizer_name: str, field: str) -> TokenizedPiece:
-    """Encodes the texts of a piece, each followed by token 0, and checks that decoding restores each text."""
+def tokenize_piece(piece: Piece, tokenizer_name: str, field: str, parse_special: bool = False) -> TokenizedPiece:
+    """Encodes the texts of a piece, each followed by token 0, and checks that decoding restores each text.
+
+    Special tokens in a text, such as `<|endoftext|>`, are text like any other; with `parse_special` they are tokens.
+    """
     tokenizer = cached_tokenizer(tokenizer_name)
     dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")  # the byte order of the file format
     parts, sizes, ordinals, digests = [], [], [], []
@@ -52,7 +55,9 @@ def tokenize_piece(piece: Piece, tokenizer_name: str, field: str) -> TokenizedPi
             invalid.append((index, text))
         else:
             texts[index] = text
-    for (index, text), ids in zip(texts.items(), tokenizer.encode_batch(list(texts.values())), strict=True):
+    # A document about tokenizers contains special tokens: as tokens, they would end it there.
+    encode_batch = tokenizer.encode_batch if parse_special else tokenizer.encode_batch_as_text
+    for (index, text), ids in zip(texts.items(), encode_batch(list(texts.values())), strict=True):
         data = text.encode()
         # A tokenizer without byte fallback, or one that normalizes, would silently train on other text.
         if tokenizer.decode_bytes(ids) != data:

@@ -26,6 +26,8 @@ def check_data(checks: Checklist, config: RunConfig, samples: Samples, share: fl
     """Report what --data_file holds, of which `share` was read. Raises UserError when ids exceed the vocabulary."""
     part = f"; the first {share:.1%} of the file, the rest is tokenized when the run starts" if share < 1 else ""
     checks.report("data", samples.summary + part)
+    for warning in samples.warnings:
+        checks.report("", f"WARNING: {warning}")
     ends, (ids, largest) = check_document_ends(samples), _sampled_ids(samples)
     checks.add(Finding("", f"{ends.detail}; ids {ids}, vocabulary {vocab_size:,}", ends.problem))
     samples.check_ids(vocab_size)
@@ -69,11 +71,11 @@ def check_document_ends(samples: Samples) -> Finding:
 
 def _check_text(checks: Checklist, tokenizer: Tokenizer, window: list[int], vocab_size: int, largest: int) -> None:
     """Print the ids in `window` as text, and check that `tokenizer` made them. `largest` is the largest sampled id."""
-    if tokenizer.vocab_size > vocab_size:
+    if tokenizer.largest_id >= vocab_size:
         # The data may use few of its ids, but a chat with the model would use others.
         checks.problems.append(
-            f"--vocab_size {vocab_size}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} entries; use that, "
-            "or the next multiple of 64"
+            f"--vocab_size {vocab_size}: the tokenizer {tokenizer.name} has ids up to {tokenizer.largest_id}; use "
+            f"{tokenizer.vocab_size}, or the next multiple of 64"
         )
     wrong_tokenizer = (
         f"--tokenizer {tokenizer.name}: the data is not readable text with it; give the one that made --data_file"
