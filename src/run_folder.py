@@ -96,8 +96,8 @@ def origin_weights(folder: Path, stage: int, load_model: str) -> Path | None:
 
 
 def fingerprint(weights: Path | None) -> dict[str, Any]:
-    """What tells initial weights apart: the SHA-256 of the file, or of the list of a Hugging Face folder's weights files
-    with theirs. Empty for None, weights that are drawn: `replace_drawn_init` records their SHA-256, without a path."""
+    """What tells initial weights apart: the SHA-256 of the file, or of the list of a Hugging Face folder's files with
+    theirs. Empty for None, weights that are drawn: `replace_drawn_init` records their SHA-256, without a path."""
     if weights is None:
         return {"sha256": "", "path": ""}
     if not weights.is_dir():

@@ -472,7 +472,6 @@ def test_more_than_a_tenth_of_unusable_lines_gives_a_warning_with_advice(
             assert f"{unusable} of {9 + unusable} lines are unusable" in warning
             assert "reasoning_content" in warning
             assert MARK_ADVICE in warning
-    assert ("WARNING" in capsys.readouterr().out) == warns
     token_count.main([str(path), "64", "--tokenizer", folder])
     assert ("WARNING" in capsys.readouterr().out) == warns
     path.write_bytes(b"\n".join(lines[9:]))

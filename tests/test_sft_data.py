@@ -91,7 +91,13 @@ def test_only_answers_and_their_end_tokens_have_a_loss(
 ) -> None:
     tokenizer = tokenizers[kind]
     ids, counts, n_turns, _ = encode_conversation(tokenizer, to_line(turns))
-    assert ids == chat_ids(tokenizer, turns), "the tokens are those of the plain rendering"
+    plain = chat_ids(tokenizer, turns)
+    assert tokenizer.decode(ids) == tokenizer.decode(plain), "the text is that of the plain rendering"
+    if not any(token in turn["content"] for turn in turns for token in tokenizer.special_tokens):
+        assert ids == plain
+    harmless = chat_ids(tokenizer, [{**turn, "content": "x"} for turn in turns])
+    special = {tokenizer.encode(token)[0] for token in tokenizer.special_tokens}
+    assert [i for i in ids if i in special] == [i for i in harmless if i in special]
     assert n_turns == len(turns)
     counted = tokenizer.decode(np.array(ids)[counts].tolist())
     assert counted == "".join(turn["content"] + "<|im_end|>" for turn in turns if turn["role"] == "assistant")

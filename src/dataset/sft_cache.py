@@ -9,6 +9,7 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +20,10 @@ from tqdm import tqdm
 
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset, with_ending
 from src.dataset.chat_template import RWKV_TEMPLATE
+from src.dataset.control_tokens import ContentMarks
 from src.dataset.conversation_files import check_conversation_file, read_conversation_pieces
-from src.dataset.conversation_formats import read_conversation
-from src.dataset.conversations import MARK_ADVICE, check_template, render_with_answers
+from src.dataset.conversation_formats import Conversation, read_conversation
+from src.dataset.conversations import MARK_ADVICE, RenderedConversation, check_template, render_with_answers
 from src.dataset.corpus.documents import InvalidLine, invalid_line, read_lines
 from src.dataset.corpus.text_input import Piece
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
@@ -105,16 +107,31 @@ def encode_conversation(tokenizer: Tokenizer, line: bytes) -> EncodedConversatio
     assert tokenizer.chat_template is not None
     try:
         conversation = read_conversation(line)
-        rendered = render_with_answers(tokenizer.chat_template, tokenizer.special_tokens, conversation)
+        rendered, literals = _render(tokenizer, conversation)
     except RecursionError:  # JSON may be parsed at a depth that can't be walked through
         raise UserError("fields that are nested too deeply") from None
-    ids, is_answer = tokenizer.encode_marked(rendered.text, rendered.answers)
+    ids, is_answer = tokenizer.encode_marked(rendered.text, rendered.answers, literals)
     if not is_answer[1:].any():  # the first token is never a target
         raise UserError("no answer")
     unused = Counter(f"field {field[:_LONGEST_NAME]!r}" for field in conversation.unused_fields)
     if rendered.omitted_thoughts:
         unused["earlier thought (left out by the chat template)"] = rendered.omitted_thoughts
     return EncodedConversation(ids, is_answer, len(conversation.messages), unused)
+
+
+def _render(tokenizer: Tokenizer, conversation: Conversation) -> tuple[RenderedConversation, Collection[int]]:
+    """The rendered conversation, and the first characters of the special tokens in it that stand in its contents."""
+    template, special_tokens = tokenizer.chat_template, tokenizer.special_tokens
+    assert template is not None
+    contents = [conversation.messages, conversation.tools]
+    marks = ContentMarks(special_tokens, [template.source, json.dumps(contents, ensure_ascii=False)])
+    messages, tools = marks.add_to_strings(contents)
+    rendered = render_with_answers(template, special_tokens, conversation._replace(messages=messages, tools=tools))
+    text, literals = marks.remove(rendered.text)
+    if json.dumps(marks.mark)[1:-1] in text:  # `tojson(ensure_ascii=true)` wrote the mark as an escape sequence
+        raise UserError("a special token in a value that the chat template writes with escape sequences")
+    answers = marks.spans_without_marks(rendered.text, rendered.answers)
+    return rendered._replace(text=text, answers=answers), literals
 
 
 def _tokenize_piece(piece: Piece, folder: str) -> _TokenizedPiece:

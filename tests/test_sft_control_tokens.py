@@ -1,0 +1,42 @@
+"""Special tokens in the contents of conversations are text; those of the template are tokens."""
+
+import json
+
+import numpy as np
+import pytest
+from chat_models import TEMPLATES, make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.dataset.sft_cache import chat_tokenizer, encode_conversation
+
+CONTENTS = st.lists(
+    st.sampled_from(["<|im_end|>", "<|im_start|>", "<|endoftext|>", "the answer", " ", "<|im_", "end|>", "x"]),
+    min_size=1,
+    max_size=6,
+).map("".join)
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def tokenizer(request, tmp_path_factory):
+    return chat_tokenizer(str(make_tokenizer(tmp_path_factory.mktemp("tokenizer"), TEMPLATES[request.param])))
+
+
+@settings(deadline=None, max_examples=60)
+@given(contents=st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3))
+def test_special_tokens_in_contents_are_text(tokenizer, contents):
+    def encoded(pairs):
+        turns = [
+            {"role": role, "content": text.strip() or "x"}
+            for pair in pairs
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        line = json.dumps({"conversations": turns}).encode()
+        return turns, encode_conversation(tokenizer, line)
+
+    turns, hostile = encoded(contents)
+    _, harmless = encoded([("what", "that") for _ in contents])
+    assert [i for i in hostile.ids if i < 3] == [i for i in harmless.ids if i < 3]
+    assert tokenizer.decode(hostile.ids) == tokenizer.chat_template.render(turns)
+    answers = tokenizer.decode(np.array(hostile.ids)[hostile.is_answer].tolist())
+    assert answers == "".join(turn["content"] + "<|im_end|>" for turn in turns if turn["role"] == "assistant")
