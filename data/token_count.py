@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from src.dataset.corpus.command_line import create_parser, exit_on_user_error
+from src.dataset.corpus.command_line import add_special_tokens, create_parser, exit_on_user_error
 from src.errors import UserError
 
 ANSWER_COLOR, CONTEXT_COLOR, RESET = "\033[1;32m", "\033[2m", "\033[0m"  # ANSI: bold green, dim
@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("ctx_len", type=int, metavar="CTX_LEN", help="positions per row, as for training")
     parser.add_argument("--tokenizer", required=True, help="world, or a tokenizer folder with a chat template")
     parser.add_argument("--preview", type=int, nargs="?", const=0, metavar="N", help="show conversation N [0] in color")
+    add_special_tokens(parser)
     args = parser.parse_args(arguments)
 
     # After the command line is parsed: torch takes seconds to import.
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     with exit_on_user_error(parser):
         tokenizer = chat_tokenizer(args.tokenizer)
-        conversations = open_conversations(args.data, args.tokenizer)
+        conversations = open_conversations(args.data, args.tokenizer, parse_special=args.special_tokens == "parse")
         count, tokens = len(conversations.data), conversations.data.n_tokens
         if args.preview is not None:
             if not 0 <= args.preview < count:

@@ -8,7 +8,7 @@ from chat_models import TEMPLATES, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.dataset.sft_cache import chat_tokenizer, encode_conversation
+from src.dataset.sft_cache import chat_tokenizer, encode_conversation, open_conversations
 
 CONTENTS = st.lists(
     st.sampled_from(["<|im_end|>", "<|im_start|>", "<|endoftext|>", "the answer", " ", "<|im_", "end|>", "x"]),
@@ -40,3 +40,24 @@ def test_special_tokens_in_contents_are_text(tokenizer, contents):
     assert tokenizer.decode(hostile.ids) == tokenizer.chat_template.render(turns)
     answers = tokenizer.decode(np.array(hostile.ids)[hostile.is_answer].tolist())
     assert answers == "".join(turn["content"] + "<|im_end|>" for turn in turns if turn["role"] == "assistant")
+
+
+def test_parse_makes_tokens_of_special_tokens_in_contents(tokenizer):
+    turns = [{"role": "user", "content": "a <|im_end|> b"}, {"role": "assistant", "content": "c <|im_end|> d"}]
+    line = json.dumps({"conversations": turns}).encode()
+    as_text, parsed = encode_conversation(tokenizer, line), encode_conversation(tokenizer, line, parse_special=True)
+    assert parsed.ids == tokenizer.encode(tokenizer.chat_template.render(turns))
+    end = tokenizer.encode("<|im_end|>")[0]
+    assert parsed.ids.count(end) == as_text.ids.count(end) + 2
+    assert tokenizer.decode(parsed.ids) == tokenizer.decode(as_text.ids)
+
+
+def test_a_cache_made_the_other_way_is_not_used(tokenizer, tmp_path):
+    path = tmp_path / "x.jsonl"
+    turns = [{"role": "user", "content": "a <|im_end|> b"}, {"role": "assistant", "content": "c"}]
+    path.write_text(json.dumps({"conversations": turns}) + "\n")
+    as_text, parsed, again = (
+        open_conversations(str(path), tokenizer.name, workers=1, parse_special=way).data[0].tolist()
+        for way in (False, True, False)
+    )
+    assert as_text == again != parsed

@@ -146,6 +146,13 @@ class Flags:
         choices=("end", "drop", "error"),
         within_run="fixed",
     )
+    special_tokens: str = flag(
+        "text",
+        "data",
+        "sft: what special tokens such as <|im_end|> are that stand in a message: text, or tokens (parse)",
+        choices=("text", "parse"),
+        within_run="fixed",
+    )
     val_data_file: str = flag(
         "",
         "data",

@@ -102,12 +102,19 @@ class EncodedConversation(NamedTuple):
     unused: Counter[str]
 
 
-def encode_conversation(tokenizer: Tokenizer, line: bytes) -> EncodedConversation:
-    """Encodes a JSON line. UserError, its `problem` the reason, when the line is not a usable conversation."""
+def encode_conversation(tokenizer: Tokenizer, line: bytes, parse_special: bool = False) -> EncodedConversation:
+    """Encodes a JSON line. UserError, its `problem` the reason, when the line is not a usable conversation.
+
+    Special tokens in contents, such as `<|im_end|>`, are text like any other; with `parse_special` they are tokens.
+    """
     assert tokenizer.chat_template is not None
     try:
         conversation = read_conversation(line)
-        rendered, literals = _render(tokenizer, conversation)
+        if parse_special:
+            rendered = render_with_answers(tokenizer.chat_template, tokenizer.special_tokens, conversation)
+            literals: Collection[int] = ()
+        else:
+            rendered, literals = _render_as_text(tokenizer, conversation)
     except RecursionError:  # JSON may be parsed at a depth that can't be walked through
         raise UserError("fields that are nested too deeply") from None
     ids, is_answer = tokenizer.encode_marked(rendered.text, rendered.answers, literals)
@@ -119,7 +126,7 @@ def encode_conversation(tokenizer: Tokenizer, line: bytes) -> EncodedConversatio
     return EncodedConversation(ids, is_answer, len(conversation.messages), unused)
 
 
-def _render(tokenizer: Tokenizer, conversation: Conversation) -> tuple[RenderedConversation, Collection[int]]:
+def _render_as_text(tokenizer: Tokenizer, conversation: Conversation) -> tuple[RenderedConversation, Collection[int]]:
     """The rendered conversation, and the first characters of the special tokens in it that stand in its contents."""
     template, special_tokens = tokenizer.chat_template, tokenizer.special_tokens
     assert template is not None
@@ -134,14 +141,14 @@ def _render(tokenizer: Tokenizer, conversation: Conversation) -> tuple[RenderedC
     return rendered._replace(text=text, answers=answers), literals
 
 
-def _tokenize_piece(piece: Piece, folder: str) -> _TokenizedPiece:
+def _tokenize_piece(piece: Piece, folder: str, parse_special: bool) -> _TokenizedPiece:
     tokenizer = _cached_tokenizer(folder)
     parts, sizes, invalid, turns, answer_tokens = [], [], [], 0, 0
     unused: Counter[str] = Counter()
     for index, line in read_lines(piece):
         assert isinstance(line, bytes)
         try:
-            encoded = encode_conversation(tokenizer, line)
+            encoded = encode_conversation(tokenizer, line, parse_special)
         except UserError as error:
             invalid.append(invalid_line(piece, index, error.problem, line))
             continue
@@ -155,14 +162,16 @@ def _tokenize_piece(piece: Piece, folder: str) -> _TokenizedPiece:
     return _TokenizedPiece(b"".join(parts), np.array(sizes, np.int32), turns, answer_tokens, invalid, unused, piece.end)
 
 
-def open_conversations(path: str, folder: str, workers: int | None = None) -> Conversations:
-    """The conversations of a file, from the cache or tokenized now.
+def open_conversations(
+    path: str, folder: str, workers: int | None = None, parse_special: bool = False
+) -> Conversations:
+    """The conversations of a file, from the cache or tokenized now; `parse_special` as for `encode_conversation`.
 
     Several processes may call it at the same time: one builds the cache, the others wait. UserError for a file or
     tokenizer that is not usable, and when no line of the file is a conversation. Prints what is left out while it
     tokenizes; of a cached file `left_out` and `unused` have the counts.
     """
-    prefix, made_from = _identify_cache(path, folder)
+    prefix, made_from = _identify_cache(path, folder, parse_special)
     try:
         # Before locking, so that a finished cache is usable in a folder without write permission.
         if cached := _read_cache(prefix, made_from):
@@ -171,7 +180,7 @@ def open_conversations(path: str, folder: str, workers: int | None = None) -> Co
         with file_lock(with_ending(prefix, ".lock"), wait=True):
             # Read again: another process may have built it while this one waited.
             return _read_cache(prefix, made_from) or _build_cache(
-                path, folder, prefix, made_from, workers or usable_cores()
+                path, folder, prefix, made_from, workers or usable_cores(), parse_special
             )
     except OSError as error:
         # A full disk or a failing one is not the user's choice of folder: those keep their own message.
@@ -185,20 +194,25 @@ def open_conversations(path: str, folder: str, workers: int | None = None) -> Co
         ) from error
 
 
-def _identify_cache(path: str, folder: str) -> tuple[Path, dict[str, Any]]:
+def _identify_cache(path: str, folder: str, parse_special: bool) -> tuple[Path, dict[str, Any]]:
     """Prefix of the cache of `path`, and the `made_from` of a valid one. UserError for a file of another kind."""
     check_conversation_file(path)
-    made_from = {"format": _FORMAT, "file": _fingerprint(Path(path)), "tokenizer": _tokenizer_hash(folder)}
+    made_from = {
+        "format": _FORMAT,
+        "file": _fingerprint(Path(path)),
+        "tokenizer": _tokenizer_hash(folder),
+        "parse_special": parse_special,
+    }
     # Next to the data, so that several runs, and users of a shared folder, use one cache.
     return with_ending(Path(path), ".sft"), made_from
 
 
-def look_at_conversations(path: str, folder: str) -> tuple[Conversations, float]:
+def look_at_conversations(path: str, folder: str, parse_special: bool = False) -> tuple[Conversations, float]:
     """The conversations of a file without writing a cache: all of a cached file, else those of the first piece.
 
     Also returns the fraction of the file that they cover. Raises as `open_conversations`.
     """
-    prefix, made_from = _identify_cache(path, folder)
+    prefix, made_from = _identify_cache(path, folder, parse_special)
     if cached := _read_cache(prefix, made_from):
         return cached, 1.0
     _cached_tokenizer(folder)
@@ -206,7 +220,7 @@ def look_at_conversations(path: str, folder: str) -> tuple[Conversations, float]
     piece = next(iter(read_conversation_pieces(path)), None)
     if piece is None:
         raise _no_conversation(path, Counter())
-    first = _tokenize_piece(piece, folder)
+    first = _tokenize_piece(piece, folder, parse_special)
     left_out = Counter(line.reason for line in first.invalid)
     if not len(first.sizes):
         raise _no_conversation(path, left_out)
@@ -265,7 +279,9 @@ def _read_cache(prefix: Path, made_from: dict[str, Any]) -> Conversations | None
         return None
 
 
-def _build_cache(path: str, folder: str, prefix: Path, made_from: dict[str, Any], workers: int) -> Conversations:
+def _build_cache(
+    path: str, folder: str, prefix: Path, made_from: dict[str, Any], workers: int, parse_special: bool
+) -> Conversations:
     tokenizer = _cached_tokenizer(folder)
     assert tokenizer.chat_template is not None
     # Not an error: most files have no thoughts, and lines with them are counted as unusable.
@@ -283,7 +299,8 @@ def _build_cache(path: str, folder: str, prefix: Path, made_from: dict[str, Any]
     pieces = read_conversation_pieces(path)
     progress = tqdm(total=Path(path).stat().st_size, desc=f"tokenizing {Path(path).name}", unit="B", unit_scale=True)
     with BinIdxWriter(prefix, np.int32) as out, progress:
-        for part in map_in_order(partial(_tokenize_piece, folder=folder), pieces, workers):
+        tokenize = partial(_tokenize_piece, folder=folder, parse_special=parse_special)
+        for part in map_in_order(tokenize, pieces, workers):
             for line in part.invalid:
                 left_out[line.reason] += 1
                 if left_out.total() <= _SHOWN_INVALID_LINES:

@@ -143,7 +143,9 @@ class SftSamples:
 
     def __init__(self, config: RunConfig, conversations: Conversations | None = None) -> None:
         self.config = config
-        conversations = conversations or open_conversations(config.data_file, config.tokenizer)
+        conversations = conversations or open_conversations(
+            config.data_file, config.tokenizer, parse_special=config.special_tokens == "parse"
+        )
         # Without --random_seed each start draws one; the order must not change with it, or a resumed run would read
         # other rows.
         self.order_seed = max(0, config.random_seed)
@@ -205,7 +207,7 @@ def peek_samples(config: RunConfig) -> tuple[Samples, float]:
     """
     if config.data_type != "sft":
         return PretrainSamples(config), 1.0
-    conversations, share = look_at_conversations(config.data_file, config.tokenizer)
+    conversations, share = look_at_conversations(config.data_file, config.tokenizer, config.special_tokens == "parse")
     return SftSamples(config, conversations), share
 
 

@@ -41,7 +41,9 @@ def check_data(checks: Checklist, config: RunConfig, samples: Samples, share: fl
 def check_held_out(config: RunConfig, vocab_size: int) -> str:
     """A summary of --val_data_file. Raises UserError when it can't be read, or its ids don't fit the vocabulary."""
     if config.data_type == "sft":  # opening all of it would write a cache file, and a check writes nothing
-        conversations, _ = look_at_conversations(config.val_data_file, config.tokenizer)
+        conversations, _ = look_at_conversations(
+            config.val_data_file, config.tokenizer, config.special_tokens == "parse"
+        )
         return f"{config.val_data_file}, {len(conversations.data):,} conversations read"
     held_out = HeldOut(config)
     held_out.check_ids(vocab_size)
