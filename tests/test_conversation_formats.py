@@ -25,7 +25,7 @@ from src.dataset.sft_cache import (
     open_conversations,
 )
 from src.dataset.tokenizer import FolderTokenizer
-from src.dataset.unusable_lines import unusable_warning
+from src.dataset.unusable_lines import advice, unusable_warning
 from src.errors import UserError
 
 # The kind of Qwen's and MiniMind's templates before they think: tools in the system turn, calls and results in tags.
@@ -107,6 +107,11 @@ READ: list[tuple[str, Any, list[dict[str, Any]]]] = [
     ("bot, in capitals", {"messages": [turn("Human", "Hi"), turn("BOT", "Hello.")]}, HI),
     ("developer", {"messages": [turn("developer", "Be brief."), *HI]}, [turn("system", "Be brief."), *HI]),
     ("field system", {"system": "Be brief.", "messages": HI}, [turn("system", "Be brief."), *HI]),
+    (
+        "OpenOrca",
+        {"id": "a", "system_prompt": "Be brief.", "question": "Hi", "response": "Hello."},
+        [turn("system", "Be brief."), *HI],
+    ),
     ("function", {"messages": [*HI, turn("function", "3"), HI[1]]}, [*HI, turn("tool", "3"), HI[1]]),
     ("Alpaca", {"instruction": "Add.", "input": "1 2", "output": "3"}, SUM),
     ("Alpaca without input", {"instruction": "Hi", "input": "", "output": "Hello."}, HI),
@@ -181,7 +186,8 @@ def test_the_turns_of_each_format(value: Any, messages: list[dict[str, Any]]) ->
         ({"messages": [{**HI[0], "weight": 1}, HI[1]]}, "the weight 1 of a turn of the user"),
         ({"messages": [HI[0], {**HI[1], "weight": 0.5}]}, "the weight 0.5 of a turn of the assistant"),
         ({"messages": [HI[0], {**HI[1], "weight": 0}]}, "no answer"),
-        ({"system": "x", "messages": [turn("system", "y"), *HI]}, "both a field 'system' and a system turn"),
+        ({"system": "x", "messages": [turn("system", "y"), *HI]}, "both a field 'system' and another system text"),
+        ({"system": "x", "system_prompt": "y", "messages": HI}, "a field 'system_prompt' and another system text"),
         ({"tools": "none", "messages": HI}, "tools that are not a list"),
         ({"messages": HI, "tools": ["\udc00"]}, "a lone surrogate"),
         ({"prompt": "x", "response": "y", "history": 3}, "a history that is not a list"),
@@ -434,6 +440,63 @@ def test_arrays_that_follow_each_other_are_read(tmp_path: Path) -> None:
     assert lines_of_file(tmp_path / "x.json") == []
 
 
+@pytest.mark.parametrize(
+    ("content", "values"),
+    [
+        (json.dumps(ENTRIES) + "\n" + json.dumps(ENTRIES), ENTRIES + ENTRIES),
+        (json.dumps([HI, SUM]) + "\n" + json.dumps([HI]) + "\n", [HI, SUM, HI]),
+        ("\n\n" + json.dumps(ENTRIES), ENTRIES),
+        ("[]\n" + json.dumps(ENTRIES), ENTRIES),
+        ('[{"prompt": "q", "response": "a", "value": 1}]', [{"prompt": "q", "response": "a", "value": 1}]),
+        ('[{"content": "q"}, {"content": "a"}]', [[{"content": "q"}, {"content": "a"}]]),
+        ('[{"value": "q"}]\n[{"value": "b"}]\n', [[{"value": "q"}], [{"value": "b"}]]),
+        ("[]\n" + json.dumps({"messages": HI}), [[], {"messages": HI}]),
+    ],
+)
+def test_the_first_element_tells_conversations_from_turns(tmp_path: Path, content: str, values: list[Any]) -> None:
+    (tmp_path / "x.jsonl").write_text(content)
+    assert lines_of_file(tmp_path / "x.jsonl") == values
+
+
+def test_leading_blank_lines_keep_the_numbers_of_lines(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"\n\n" + line_of(HI))
+    (piece,) = read_conversation_pieces(str(tmp_path / "x.jsonl"))
+    assert list(read_lines(piece)) == [(0, b""), (1, b""), (2, line_of(HI))]
+    (tmp_path / "x.jsonl").write_bytes(b"\n\n")
+    assert len(list(read_conversation_pieces(str(tmp_path / "x.jsonl")))) == 1
+
+
+def test_times_in_parquet_that_python_lacks_are_read_as_text(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    nanoseconds, late = pyarrow.timestamp("ns", "UTC"), pyarrow.array([253402300800000001], pyarrow.timestamp("us"))
+    turns_type = pyarrow.list_(pyarrow.struct({"content": pyarrow.string(), "at": nanoseconds}))
+    columns = {
+        "messages": pyarrow.array([[{"content": "Hi", "at": 1}]], turns_type),
+        "at": pyarrow.array([1], nanoseconds),
+        "late": late,
+        "again": late.dictionary_encode(),
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    (value,) = lines_of_file(tmp_path / "x.parquet")
+    assert value["messages"] == [{"content": "Hi", "at": value["at"]}]
+    assert value["at"].startswith("1970-01-01 00:00:00.000000001")
+    assert value["late"] == value["again"]
+    assert value["late"].startswith("10000-01-01")
+
+
+def test_invalid_utf8_in_parquet_names_the_column(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    # Arrow doesn't check the bytes of a string.
+    offsets, content = pyarrow.array([0, 1], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"\xff")
+    prompt = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, content])
+    parquet.write_table(pyarrow.table({"prompt": prompt, "response": ["x"]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="unreadable values in the column 'prompt'") as caught:
+        lines_of_file(tmp_path / "x.parquet")
+    assert (caught.value.flag, caught.value.given) == ("data_file", str(tmp_path / "x.parquet"))
+
+
 def test_conversations_in_parquet_columns(tmp_path: Path, tokenizers: dict[str, FolderTokenizer]) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -471,13 +534,33 @@ def test_more_than_a_tenth_of_unusable_lines_gives_a_warning_with_advice(
         if warns:
             assert f"{unusable} of {9 + unusable} lines are unusable" in warning
             assert "reasoning_content" in warning
-            assert MARK_ADVICE in warning
+            assert "remove the field from the turns, or use a tokenizer with a chat template that writes it" in warning
     token_count.main([str(path), "64", "--tokenizer", folder])
     assert ("WARNING" in capsys.readouterr().out) == warns
     path.write_bytes(b"\n".join(lines[9:]))
     with pytest.raises(UserError, match="no usable conversation") as caught:
         open_conversations(str(path), folder)
-    assert "generation" in caught.value.advice
+    assert "a chat template that writes it" in caught.value.advice
+
+
+FIELD = "'redacted' in a turn of the user, for which the chat template has no place"
+
+
+@pytest.mark.parametrize(
+    ("left_out", "expected"),
+    [
+        ({FIELD: 2, "invalid JSON": 1}, "remove the field from the turns"),
+        ({"a thought of the assistant that the chat template leaves out": 1}, "a chat template that writes them"),
+        ({"answers that the chat template does not copy unchanged": 2, FIELD: 1}, MARK_ADVICE),
+        ({"a conversation that the chat template rejects (no tools)": 1}, "a chat template that accepts them"),
+        ({"invalid JSON": 500, FIELD: 1}, "docs/fine-tuning.md"),
+        ({"an empty line": 500, FIELD: 1}, "remove the field from the turns"),
+        ({"an empty line": 500}, "docs/fine-tuning.md"),
+    ],
+)
+def test_the_most_frequent_reason_decides_on_the_advice(left_out: dict[str, int], expected: str) -> None:
+    assert expected in advice(left_out)
+    assert (MARK_ADVICE in advice(left_out)) == (expected == MARK_ADVICE)
 
 
 def test_fields_of_the_line_that_are_not_used_are_counted_and_shown(

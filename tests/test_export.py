@@ -294,6 +294,14 @@ def test_a_whole_file_and_parts_in_one_folder_are_ambiguous(parts, weights, stal
     assert stale in error.problem
 
 
+def test_an_index_of_the_whole_file_is_read(weights, tmp_path):
+    folder = tmp_path / "hf"
+    convert_model(weights, folder, "fla", None)
+    places = dict.fromkeys(to_fla(read_weights(weights)), "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    torch.testing.assert_close(logits(folder), logits(weights), rtol=0, atol=1e-5)
+
+
 def test_parts_of_two_copies_are_ambiguous(parts, weights):
     from safetensors.torch import save_file
 

@@ -63,6 +63,15 @@ def test_a_base_that_was_trained_on_does_not_start_another_run(tmp_path, data, b
     assert json.loads((out / "run.json").read_text())["origin"]["path"] == str(base / "rwkv-final.pth")
 
 
+def test_restart_from_a_folder_archives_a_damaged_record(tmp_path, data, base):
+    out = tmp_path / "run"
+    assert train(out, data, load_model=base, **SHORT) == 0
+    (out / "run.json").write_text("{")
+    assert train(out, data, load_model=base, **SHORT) == 2
+    assert train(out, data, load_model=base, restart=1, **SHORT) == 0
+    assert (out / "previous-1" / "run.json").read_text() == "{"
+
+
 def test_another_hugging_face_folder_starts_another_run(tmp_path, data, base):
     for name in ("rwkv-1", "rwkv-init"):
         convert_model(base / f"{name}.pth", tmp_path / name, "fla", None)

@@ -61,3 +61,27 @@ def test_a_cache_made_the_other_way_is_not_used(tokenizer, tmp_path):
         for way in (False, True, False)
     )
     assert as_text == again != parsed
+
+
+QWEN_LIKE = """{%- for m in messages -%}{%- set c = m.content -%}
+{%- if m.role == 'assistant' and '</think>' in c -%}{%- set c = c.split('</think>')[-1].lstrip() -%}{%- endif -%}
+{{ '<|im_start|>' + m.role + '\n' + (c if loop.index < loop.length else m.content) + '<|im_end|>\n' }}{%- endfor -%}"""
+
+
+def test_thoughts_of_an_answer_are_tokens_and_those_of_the_user_are_text(tmp_path):
+    """Where a tokenizer declares `<think>` and `</think>` special."""
+    from tokenizers import AddedToken, Tokenizer
+
+    folder = make_tokenizer(tmp_path / "tokenizer", QWEN_LIKE)
+    rust = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rust.add_special_tokens([AddedToken(tag, special=True) for tag in ("<think>", "</think>")])
+    rust.save(str(folder / "tokenizer.json"))
+    tokenizer = chat_tokenizer(str(folder))
+    begin, end = (rust.token_to_id(tag) for tag in ("<think>", "</think>"))
+    thought = "<think>\nhm\n</think>\n\nyes"
+    turns = [("user", "what is <think> or </think>?"), ("assistant", thought)] * 2
+    line = json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}).encode()
+    encoded = encode_conversation(tokenizer, line)
+    # The template leaves out the first thought; the tags in the questions are text.
+    assert [i for i in encoded.ids if i in (begin, end)] == [begin, end]
+    assert tokenizer.decode(np.array(encoded.ids)[encoded.is_answer].tolist()) == f"yes<|im_end|>{thought}<|im_end|>"

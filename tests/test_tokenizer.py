@@ -260,7 +260,7 @@ def test_only_the_template_writes_control_tokens(folder: Path, contents: list[st
     messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     rendered = template_of(folder).render(messages)
     marks = ContentMarks(tokenizer.special_tokens, contents)
-    marked = [{**message, "content": marks.add(message["content"])} for message in messages]
+    marked = [marks.add_to_message(message) for message in messages]
     text, literals = marks.remove(template_of(folder).render(marked))
     assert text == rendered
     ids = tokenizer.encode_rendered(text, literals)

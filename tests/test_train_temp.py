@@ -126,6 +126,19 @@ def test_a_file_that_is_whole_but_no_state_dict_is_refused(tmp_path, data, whole
     assert (out / "rwkv-2.pth").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [(b"GGUF\x03\0\0\0", "Hugging Face folder"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")],
+    ids=["gguf", "lfs"],
+)
+def test_a_file_of_another_program_is_refused(tmp_path, data, whole, capfd, content, advice):
+    out = without_states(whole, tmp_path / "run")
+    (out / "rwkv-2.pth").write_bytes(content)
+    assert train(out, data, **RUN) == 2
+    assert advice in capfd.readouterr().err
+    assert (out / "rwkv-2.pth").read_bytes() == content
+
+
 def test_a_link_to_a_missing_file_stays(tmp_path, whole):
     """To a disk that isn't mounted, for example."""
     out = without_states(whole, tmp_path / "run")

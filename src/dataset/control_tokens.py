@@ -4,7 +4,7 @@ A chat template writes control tokens and the contents of messages into one stri
 contents are marked before rendering, and the marks tell afterwards which special tokens are text:
 
     marks = ContentMarks(tokenizer.special_tokens, [template.source, *contents])
-    rendered = template.render([{**m, "content": marks.add(m["content"])} for m in messages])
+    rendered = template.render([marks.add_to_message(message) for message in messages])
     text, literals = marks.remove(rendered)
     ids = tokenizer.encode_rendered(text, literals)
 """
@@ -16,6 +16,11 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
+from src.dataset.chat_template import Message
+
+# What an assistant generates as tokens within an answer, where a tokenizer has them: thoughts and calls. Templates
+# look for these in the content of an answer.
+ANSWER_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 # Private use characters, which no standard gives a meaning: a template copies them like letters.
 _MARKS = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
 
@@ -31,23 +36,29 @@ class ContentMarks:
         # Chosen for each conversation, because one may contain any character, for example one about this module.
         used: set[str] = set().union(*texts)
         self.mark = next(character for character in map(chr, _MARKS) if character not in used)
-        pattern = special_token_pattern(special_tokens)
-        # A position for each token, overlapping ones too: what is left of a broken token could be another one.
-        self._begins = pattern and re.compile(f"(?={pattern.pattern})(.)", re.DOTALL)
+        special_tokens = list(special_tokens)
+        self._begins = _begins(special_tokens)
+        self._begins_in_answers = _begins(token for token in special_tokens if token not in ANSWER_TAGS)
 
-    def add(self, content: str) -> str:
-        """`content` with a mark in each special token."""
-        return self._begins.sub(rf"\1{self.mark}", content) if self._begins else content
+    def add(self, content: str, in_answer: bool = False) -> str:
+        """`content` with a mark in each special token; `in_answer`: `ANSWER_TAGS` excepted."""
+        begins = self._begins_in_answers if in_answer else self._begins
+        return begins.sub(rf"\1{self.mark}", content) if begins else content
 
-    def add_to_strings(self, value: Any) -> Any:
+    def add_to_strings(self, value: Any, in_answer: bool = False) -> Any:
         """`value`, of JSON types, with marks in its strings; keys of objects are unchanged."""
         if isinstance(value, str):
-            return self.add(value)
+            return self.add(value, in_answer)
         if isinstance(value, list):
-            return [self.add_to_strings(entry) for entry in value]
+            return [self.add_to_strings(entry, in_answer) for entry in value]
         if isinstance(value, dict):
-            return {key: self.add_to_strings(entry) for key, entry in value.items()}
+            return {key: self.add_to_strings(entry, in_answer) for key, entry in value.items()}
         return value
+
+    def add_to_message(self, message: Message) -> Message:
+        """A turn with marks in all fields but its role, which templates compare."""
+        in_answer = message["role"] == "assistant"
+        return {key: v if key == "role" else self.add_to_strings(v, in_answer) for key, v in message.items()}
 
     def remove(self, rendered: str) -> tuple[str, frozenset[int]]:
         """The text without marks, and the first characters of the special tokens in it that are text."""
@@ -63,6 +74,13 @@ class ContentMarks:
         """Characters [begin, end) of `rendered` as those of its text without marks."""
         marks = [match.start() for match in re.finditer(self.mark, rendered)]
         return [(begin - bisect_left(marks, begin), end - bisect_left(marks, end)) for begin, end in spans]
+
+
+def _begins(special_tokens: Iterable[str]) -> re.Pattern[str] | None:
+    """Matches the first character of a special token."""
+    pattern = special_token_pattern(special_tokens)
+    # A position for each token, overlapping ones too: what is left of a broken token could be another one.
+    return pattern and re.compile(f"(?={pattern.pattern})(.)", re.DOTALL)
 
 
 def special_token_pattern(special_tokens: Iterable[str]) -> re.Pattern[str] | None:

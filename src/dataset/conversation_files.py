@@ -8,11 +8,15 @@ import json
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from src.dataset.conversation_formats import ANSWERS, TURN_LISTS
 from src.dataset.corpus import text_input
 from src.dataset.corpus.text_input import JSON_LINES, Piece, read_pieces
 from src.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 ENDINGS = (*JSON_LINES, ".json", ".json.gz", ".json.zst", ".parquet")
 _PARQUET_ROWS = 512  # per piece: some megabytes with conversations of the usual length
@@ -37,7 +41,7 @@ def read_conversation_pieces(path: str) -> Iterator[Piece]:
         yield from _read_parquet(path)
         return
     pieces = read_pieces([path], "conversations")
-    first = next(pieces, None)
+    first = _with_content(pieces)
     if first is None:
         return
     assert isinstance(first.lines, bytes)
@@ -45,20 +49,51 @@ def read_conversation_pieces(path: str) -> Iterator[Piece]:
     yield from _read_array(path, pieces) if _begins_array(first.lines) else pieces
 
 
+def _with_content(pieces: Iterator[Piece]) -> Piece | None:
+    """The first piece; those without any content, before the first with content, are joined to it."""
+    first: Piece | None = None
+    joined: list[bytes] = []
+    for piece in pieces:
+        assert isinstance(piece.lines, bytes)
+        joined.append(piece.lines)
+        first = (first or piece)._replace(end=piece.end)
+        # Blank lines and brackets don't tell yet what the file is.
+        if piece.lines.translate(None, b" \t\r\n[]"):
+            break
+    return first and first._replace(lines=b"".join(joined))
+
+
 def _begins_array(content: bytes) -> bool:
-    """Whether a file is one JSON array, rather than lines that are arrays of turns."""
-    content = content.lstrip()
-    # An array of other things can only be a damaged line.
-    if content[:1] != b"[" or content[1:].lstrip()[:1] not in (b"{", b"[", b"]", b""):
-        return False
-    line, _, rest = content.partition(b"\n")
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return True
-    # A first line that is complete: an array in a single line, or turns (of one conversation) in the first of many.
-    is_turn = bool(value) and isinstance(value[0], dict) and not value[0].keys().isdisjoint(("role", "from"))
-    return not is_turn and not rest.strip()
+    """Whether a file is one or more JSON arrays of conversations, rather than lines that are arrays of turns."""
+    # Invalid UTF-8 is reported where the file is read.
+    text = content.decode(errors="replace").strip()
+    while text[:1] == "[":
+        inside = text[1:].lstrip()
+        if inside[:1] == "]":  # an empty array shows nothing: what follows it decides
+            text = inside[1:].lstrip()
+            if not text:
+                return True
+            continue
+        # An array of other things can only be a damaged line.
+        if inside[:1] not in ("{", "[", ""):
+            return False
+        try:
+            first, end = json.JSONDecoder().raw_decode(inside)
+        except (ValueError, RecursionError):
+            return True
+        # A line break before the end of the first element: the array extends over lines.
+        return "\n" in text[: len(text) - len(inside) + end] or not _is_turn(first)
+    return False
+
+
+def _is_turn(value: Any) -> bool:
+    """Whether an element of an array is a turn, which may lack a role, rather than a conversation."""
+    # A conversation may have a field of such a name too, as a "value" beside a prompt and a response.
+    return (
+        isinstance(value, dict)
+        and not value.keys().isdisjoint(("role", "from", "content", "value"))
+        and value.keys().isdisjoint((*TURN_LISTS, *ANSWERS))
+    )
 
 
 def _read_array(path: str, pieces: Iterator[Piece]) -> Iterator[Piece]:
@@ -140,7 +175,10 @@ def _read_parquet(path: str) -> Iterator[Piece]:
         with pyarrow.parquet.ParquetFile(path) as file:
             rows, done = max(1, file.metadata.num_rows), 0
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                lines = b"".join(_json_line(row) for row in batch.to_pylist())
+                names = batch.schema.names
+                columns = [_values(path, name, column) for name, column in zip(names, batch.columns, strict=True)]
+                rows_of_batch = zip(*columns, strict=True)
+                lines = b"".join(_json_line(dict(zip(names, row, strict=True))) for row in rows_of_batch)
                 # The bytes read are estimated from the rows: pyarrow doesn't expose a file position.
                 yield Piece(path, done + 1, done, lines, size * (done + len(batch)) // rows)
                 done += len(batch)
@@ -148,6 +186,37 @@ def _read_parquet(path: str) -> Iterator[Piece]:
         raise UserError(f"not a readable Parquet file ({error})", flag="data_file", given=path) from error
 
 
+def _values(path: str, name: str, column: "pyarrow.Array") -> list[Any]:
+    """The values of a column. UserError for those that Python can't represent, such as invalid UTF-8."""
+    try:
+        wanted = _times_as_text(column.type)
+        values: list[Any] = (column if wanted == column.type else column.cast(wanted)).to_pylist()
+        return values
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"unreadable values in the column {name!r} ({error})", flag="data_file", given=path) from error
+
+
+def _times_as_text(column_type: "pyarrow.DataType") -> "pyarrow.DataType":
+    """A type with texts in place of times, which Python has neither in nanoseconds nor beyond the year 9999."""
+    import pyarrow
+    from pyarrow import types
+
+    def of_field(field: "pyarrow.Field") -> "pyarrow.Field":
+        return field.with_type(_times_as_text(field.type))
+
+    # Nested ones too: the turns of some sets have a time each.
+    if types.is_struct(column_type):
+        return pyarrow.struct([of_field(column_type.field(i)) for i in range(column_type.num_fields)])
+    if types.is_list(column_type):
+        return pyarrow.list_(of_field(column_type.value_field))
+    if types.is_large_list(column_type):
+        return pyarrow.large_list(of_field(column_type.value_field))
+    if types.is_dictionary(column_type):
+        return pyarrow.string() if types.is_temporal(column_type.value_type) else column_type
+    # Arrow can't write intervals as text, but Python has no limit for them.
+    return pyarrow.string() if types.is_temporal(column_type) and not types.is_interval(column_type) else column_type
+
+
 def _json_line(row: dict[str, Any]) -> bytes:
-    # `str` for times, bytes and other types that JSON lacks: they are columns beside the conversation.
+    # `str` for bytes and other types that JSON lacks: they are columns beside the conversation.
     return json.dumps(row, ensure_ascii=True, default=str).encode() + b"\n"

@@ -27,6 +27,7 @@ ROLES = {
 _ROLE_OF = {alias: role for role, aliases in ROLES.items() for alias in aliases}
 TURN_LISTS = ("conversations", "messages", "conversation")
 PROMPTS = ("prompt", "instruction", "query", "question")
+SYSTEMS = ("system", "system_prompt")  # of a line, beside its turns
 CONTEXTS = ("input", "context")  # written under the prompt
 ANSWERS = ("completion", "response", "output", "answer")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of the answer, in a turn or beside a prompt and an answer
@@ -60,15 +61,16 @@ def read_conversation(line: bytes) -> Conversation:
     messages: list[Message] = []
     for turn in turns:
         messages.append(_message(turn, messages))
-    if system := entry.get("system"):
-        _add_system(system, messages)
+    systems = _with_content(entry, SYSTEMS)
+    for key in systems:
+        _add_system(entry[key], key, messages)
     # After the system turn is complete, which may hold the tools.
     tools = _tools(entry, messages)
     without_loss = _take_weights(messages)
     # Without an answer there is nothing to train on, only a prompt.
     if not any(m["role"] == "assistant" and i not in without_loss for i, m in enumerate(messages)):
         raise UserError("no answer")
-    unused = (key for key in entry if key not in (*used, "system", "tools", "functions") and not _is_empty(entry[key]))
+    unused = (key for key in entry if key not in (*used, *systems, "tools", "functions") and not _is_empty(entry[key]))
     return Conversation(messages, tools, without_loss, tuple(unused))
 
 
@@ -235,15 +237,15 @@ def _parse_calls(fields: dict[str, Any]) -> None:
     fields["tool_calls"] = calls
 
 
-def _add_system(system: Any, messages: list[Message]) -> None:
-    """Puts the text of the field `system` of a line before its turns."""
+def _add_system(system: Any, key: str, messages: list[Message]) -> None:
+    """Puts the text of the field `key` of a line before its turns."""
     if not isinstance(system, str):
-        raise UserError("a field 'system' that is not a text")
+        raise UserError(f"a field {key!r} that is not a text")
     check_encodable(system)
     if not messages or messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     elif messages[0]["content"] != system:
-        raise UserError("both a field 'system' and a system turn")
+        raise UserError(f"both a field {key!r} and another system text")
 
 
 def _tools(entry: dict[str, Any], messages: list[Message]) -> list[Any] | None:

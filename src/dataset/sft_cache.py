@@ -132,7 +132,8 @@ def _render_as_text(tokenizer: Tokenizer, conversation: Conversation) -> tuple[R
     assert template is not None
     contents = [conversation.messages, conversation.tools]
     marks = ContentMarks(special_tokens, [template.source, json.dumps(contents, ensure_ascii=False)])
-    messages, tools = marks.add_to_strings(contents)
+    messages = [marks.add_to_message(message) for message in conversation.messages]
+    tools = marks.add_to_strings(conversation.tools)
     rendered = render_with_answers(template, special_tokens, conversation._replace(messages=messages, tools=tools))
     text, literals = marks.remove(rendered.text)
     if json.dumps(marks.mark)[1:-1] in text:  # `tojson(ensure_ascii=true)` wrote the mark as an escape sequence

@@ -17,10 +17,19 @@ def by_reason(left_out: Mapping[str, int]) -> str:
 
 
 def advice(left_out: Mapping[str, int]) -> str:
-    """What to do about unusable lines."""
-    # All reasons that depend on the template have these words in common.
-    if any("chat template" in reason for reason in left_out):
-        return f"use a tokenizer with a chat template that has a place for them, or in the template {MARK_ADVICE}"
+    """What to do about unusable lines, by their most frequent reason."""
+    reasons = Counter({reason: count for reason, count in left_out.items() if reason != EMPTY_LINE})
+    # One reason, because each has another remedy, and a rare one must not decide.
+    reason = reasons.most_common(1)[0][0] if reasons else ""
+    # By beginnings and ends: in between may be names from the file.
+    if reason.endswith(("the chat template has no place", "the chat template leaves out")):
+        # {% generation %} can't help here: what has no place in the text is not in a block either.
+        what, it = ("the field from the turns", "it") if reason.startswith("'") else ("them from the lines", "them")
+        return f"remove {what}, or use a tokenizer with a chat template that writes {it}"
+    if reason.startswith("a conversation that the chat template rejects"):
+        return "use a tokenizer with a chat template that accepts them"
+    if reason.startswith(("answers that", "weights of answers", "a chat template whose")):
+        return f"use a tokenizer with another chat template, or in the template {MARK_ADVICE}"
     return "convert them to one of the formats that docs/fine-tuning.md lists"
 
 

@@ -171,7 +171,7 @@ class Conversation:
         if self.parse_special:
             return template.render(messages, add_generation_prompt=True), ()
         marks = ContentMarks(self.tokenizer.special_tokens, [template.source, *(m["content"] for m in messages)])
-        marked = [{**message, "content": marks.add(message["content"])} for message in messages]
+        marked = [marks.add_to_message(message) for message in messages]
         return marks.remove(template.render(marked, add_generation_prompt=True))
 
     # ---- files -----------------------------------------------------------------------------------------------

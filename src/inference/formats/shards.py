@@ -41,7 +41,8 @@ def read_shards(folder: Path) -> Weights:
     for name in WHOLE_FILES:
         whole, index = folder / name, folder / f"{name}.index.json"
         parts = _parts(folder, whole)
-        if whole.is_file() and (parts or index.is_file()):
+        # Some exporters write an index of the whole file, too.
+        if whole.is_file() and (parts or _names_others(index, name)):
             # transformers would take the whole file without a word, and a later download in parts would be ignored
             raise UserError(
                 f"contains {name} and also parts of a model ({(parts or [index])[0].name})",
@@ -85,10 +86,7 @@ def _complete(parts: list[Path], folder: Path) -> list[Path]:
 
 def _read_by_index(folder: Path, index: Path) -> Weights:
     """The tensors that an index names, from the files in which it places them."""
-    places = read_json(index).get("weight_map")
-    # Plain names only: an index that came with a download must not choose files elsewhere on this machine.
-    if not isinstance(places, dict) or not all(isinstance(f, str) and Path(f).name == f for f in places.values()):
-        raise UserError("not an index: weight_map doesn't map parameters to files", given=index, advice=DOWNLOAD)
+    places = _places(index)
     # Parts that the index doesn't name are left alone: they are of an earlier version, or of an adapter.
     files = sorted(set(places.values()))
     if missing := [name for name in files if not (folder / name).is_file()]:
@@ -103,6 +101,20 @@ def _read_by_index(folder: Path, index: Path) -> Weights:
         if plain_name(name) not in contents[folder / file]:
             raise UserError(f"lacks {name}, which {index.name} places in it", given=folder / file, advice=DOWNLOAD)
     return _merge(contents)
+
+
+def _places(index: Path) -> dict[str, str]:
+    """The file of each parameter in an index."""
+    places = read_json(index).get("weight_map")
+    # Plain names only: an index that came with a download must not choose files elsewhere on this machine.
+    if not isinstance(places, dict) or not all(isinstance(f, str) and Path(f).name == f for f in places.values()):
+        raise UserError("not an index: weight_map doesn't map parameters to files", given=index, advice=DOWNLOAD)
+    return places
+
+
+def _names_others(index: Path, name: str) -> bool:
+    """Whether there is an index that names other files than this one."""
+    return index.is_file() and set(_places(index).values()) != {name}
 
 
 def _read_other_names(folder: Path) -> Weights:

@@ -10,6 +10,7 @@ from src.config import RunConfig
 from src.dataset.tokenizer import copy_tokenizer
 from src.errors import UserError
 from src.inference.load import find_weights, holds_model
+from src.model.file_kind import file_kind
 from src.model.weights import read_weights
 from src.run_folder import (
     BEST,
@@ -63,8 +64,9 @@ def resolve_load_model(config: RunConfig) -> RunConfig:
     if not config.load_model or not folder.is_dir():
         return config
     # A base that was trained further since must not make this another run, as long as the file it began with is there.
-    recorded = read_run(Path(config.proj_dir)).get("origin", {}).get("path", "")
-    if recorded and Path(recorded).parent == folder and Path(recorded).is_file() and not config.restart:
+    # With --restart run.json isn't read: it may be damaged.
+    recorded = "" if config.restart else read_run(Path(config.proj_dir)).get("origin", {}).get("path", "")
+    if recorded and Path(recorded).parent == folder and Path(recorded).is_file():
         return replace(config, load_model=recorded)
     try:
         return replace(config, load_model=str(find_weights(folder)))
@@ -226,11 +228,15 @@ def _damage(path: Path) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file is a zip archive, as torch.save writes them, whose checksums agree. True also where there is no
-    file to read."""
+    """Whether a file is a zip archive, as torch.save writes them, whose checksums agree. True also for a file of
+    another kind, which no damage makes of an archive, and where there is no file to read."""
     try:
+        if file_kind(path) in ("pickle", "safetensors"):
+            return True
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
+    except UserError:  # of file_kind: a file of another program
+        return True
     except (PermissionError, IsADirectoryError, FileNotFoundError):  # the last: a link to a disk that isn't mounted
         return True
     except Exception:  # zipfile raises half a dozen types for a damaged file
