@@ -534,7 +534,7 @@ def test_more_than_a_tenth_of_unusable_lines_gives_a_warning_with_advice(
         if warns:
             assert f"{unusable} of {9 + unusable} lines are unusable" in warning
             assert "reasoning_content" in warning
-            assert "remove the field from the turns, or use a tokenizer with a chat template that writes it" in warning
+            assert "use a tokenizer with a chat template that writes it, or remove the field from the turns" in warning
     token_count.main([str(path), "64", "--tokenizer", folder])
     assert ("WARNING" in capsys.readouterr().out) == warns
     path.write_bytes(b"\n".join(lines[9:]))

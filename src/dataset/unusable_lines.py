@@ -25,7 +25,7 @@ def advice(left_out: Mapping[str, int]) -> str:
     if reason.endswith(("the chat template has no place", "the chat template leaves out")):
         # {% generation %} can't help here: what has no place in the text is not in a block either.
         what, it = ("the field from the turns", "it") if reason.startswith("'") else ("them from the lines", "them")
-        return f"remove {what}, or use a tokenizer with a chat template that writes {it}"
+        return f"use a tokenizer with a chat template that writes {it}, or remove {what}"
     if reason.startswith("a conversation that the chat template rejects"):
         return "use a tokenizer with a chat template that accepts them"
     if reason.startswith(("answers that", "weights of answers", "a chat template whose")):
