@@ -60,7 +60,7 @@ def _download(url: str, part: Path, n_bytes: int | None) -> None:
     except urllib.error.HTTPError as error:
         if error.code != 416 or not have:  # 416: range not satisfiable
             raise
-        # `part` has the length of the file or more; without `n_bytes` it can't be told whether it is the right one.
+        # `part` has the length of the file or more; without `n_bytes` it is unknown whether it is the right one.
         part.unlink()
         return _download(url, part, n_bytes)
     with response:

@@ -127,8 +127,8 @@ def test_it_is_the_loss_of_the_weights_at_that_step(whole, held):
 def test_the_best_weights_are_kept(tmp_path, data, held, monkeypatch, capfd):
     """Told losses that fall, rise and fall again, but not as low: the last weights are not the best."""
     out = tmp_path / "run"
-    told = iter([(3.0, 1), (2.0, 1), (4.0, 1), (1.0, 1), *[(5.0, 1)] * 7, (1.5, 1)])
-    monkeypatch.setattr(validation, "mean_loss", lambda *_: next(told))
+    measured_losses = iter([(3.0, 1), (2.0, 1), (4.0, 1), (1.0, 1), *[(5.0, 1)] * 7, (1.5, 1)])
+    monkeypatch.setattr(validation, "mean_loss", lambda *_: next(measured_losses))
     assert train(out, data, val_data_file=held, val_every="5steps", **{**RUN, "epoch_steps": 5}) == 0
     rows = validations(out)
     best = int(np.argmin(rows["loss"]))
@@ -157,8 +157,8 @@ def test_a_measurement_that_is_no_number_is_never_the_best(tmp_path, data, held,
     """Neither in the run that measured it nor in the one that goes on."""
     out = tmp_path / "run"
     settings = {"val_data_file": held, "val_every": "10steps", **RUN}
-    told = iter([(math.nan, 1), (3.0, 1), (math.nan, 1), (2.0, 1), (math.nan, 1), (2.5, 1)])
-    monkeypatch.setattr(validation, "mean_loss", lambda *_: next(told))
+    measured_losses = iter([(math.nan, 1), (3.0, 1), (math.nan, 1), (2.0, 1), (math.nan, 1), (2.5, 1)])
+    monkeypatch.setattr(validation, "mean_loss", lambda *_: next(measured_losses))
     train_until(21, out, data, monkeypatch, **settings)
     assert train(out, data, **settings) == 0
     assert "lowest 2.0000 after step 40" in capfd.readouterr().out

@@ -250,7 +250,7 @@ def _last_word_report(options: argparse.Namespace) -> str:
 
 def text_bytes(ids: Tokens, tokenizer: Tokenizer) -> int:
     """The length in bytes of the text that `ids` decode to."""
-    # 0 ends a document and has no bytes. Where the vocabulary uses it for text as well, the two can't be told apart.
+    # 0 ends a document and has no bytes. Where the vocabulary uses it for text as well, the two can't be distinguished.
     text = ids if tokenizer.text_of_0 else ids[ids != 0]
     return len(tokenizer.decode_bytes(text.tolist()))
 

@@ -124,7 +124,7 @@ def _read_record(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises half a dozen types for a file that isn't its own or is damaged
         raise UserError("not a saved conversation, or cut short", given=path, expected=EXPECTED) from error
     version = _version_of(record)
-    # "Not one" and "too new" are told apart, as only the second is solved by an update.
+    # "Not one" and "too new" are distinguished, as only the second is solved by an update.
     if version is None:
         raise UserError("not a saved conversation", given=path, expected=EXPECTED)
     if version > FORMAT_VERSION:

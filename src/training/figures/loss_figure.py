@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The panels are about 550 pixels wide: more points than this cannot be told apart and only make the SVG of the report
+# The panels are about 550 pixels wide: more points than this are indistinguishable and only make the SVG of the report
 # larger.
 MAX_POINTS = 1000
 STEP_COLOUR = "#a9c1de"
