@@ -24,7 +24,7 @@ RWKV_TEMPLATE = (
     r"{% set text = m.content.replace('\r\n', '\n').strip() %}"
     "{% if m.role == 'assistant' %}{{ 'Assistant:' }}"
     r"{% generation %}{{ ' ' + text + '\n\n' }}{% endgeneration %}{% else %}"
-    r"{% set text = text.split('\n') | select | join('\n') %}"
+    r"{% set text = text.split('\n') | select('ne', '') | join('\n') %}"  # llama.cpp's engine requires the arguments
     r"{{ 'User: Function output:\n' if m.role == 'tool' else m.role.capitalize() + ': ' }}"
     r"{{ text + '\n\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"

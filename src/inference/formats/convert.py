@@ -16,6 +16,7 @@ from src.files import atomic_write, sync_folder
 from src.inference.formats.fla import TENSORS, write_fla
 from src.inference.load import load_model
 from src.model import RWKV7
+from src.model.safetensors_file import write_safetensors
 from src.model.weights import Weights
 
 VERIFIED_TOKENS = 64
@@ -30,10 +31,7 @@ def _write_pth(weights: Weights, config: ModelConfig, path: Path, eos_id: int) -
 
 
 def _write_safetensors(weights: Weights, config: ModelConfig, path: Path, eos_id: int) -> None:
-    from safetensors.torch import save_file
-
-    with atomic_write(path) as file:
-        save_file(weights, file.name)
+    write_safetensors(weights, path)
 
 
 @dataclass(frozen=True)
