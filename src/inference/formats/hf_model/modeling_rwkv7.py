@@ -55,10 +55,8 @@ class RWKV7Cache:
         ]
 
 
-def recurrence(
-    r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """y [B, T, H, N] and the state after it, of inputs [B, T, H, N] and `state` [B, H, N, N], all of one dtype.
+def recurrence(inputs: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    """y [B, T, H, N] and the state after it, of r, log d, k, v, a, b [B, T, H, N] and `state` [B, H, N, N].
 
     Within a chunk, with P_t the product of the decays up to t, r' = r_t P_t, a' = a_t P_{t-1}, b' = b_s / P_s,
     k' = k_s / P_s and S the state before the chunk, the vectors u_t = S_{t-1} a_t solve a triangular system:
@@ -66,14 +64,14 @@ def recurrence(
         (I - tril(a' b'^T, -1)) U = a' S^T + tril(a' k'^T, -1) V
         Y = r' S^T + tril(r' b'^T) U + tril(r' k'^T) V          S <- (S + U^T b' + V^T k') diag(P_L)
     """
-    B, T, H, N = r.shape
+    B, T, H, N = inputs[0].shape
     size = min(CHUNK, T)
     padding = -T % size  # zeros: a decay of 1, and nothing is written
 
     def chunks(x: Tensor) -> Tensor:  # [B, T, H, N] -> [B, H, chunks, size, N]
         return F.pad(x, (0, 0, 0, 0, 0, padding)).view(B, -1, size, H, N).permute(0, 3, 1, 2, 4)
 
-    r, log_decay, k, v, a, b = (chunks(x) for x in (r, log_decay, k, v, a, b))
+    r, log_decay, k, v, a, b = (chunks(x) for x in inputs)
     total = log_decay.cumsum(-2)
     r, a = r * total.exp(), a * (total - log_decay).exp()
     k, b = k * (-total).exp(), b * (-total).exp()
@@ -175,7 +173,7 @@ class RWKV7Attention(nn.Module):
         if mask is not None:  # padding leaves the state as it is
             inputs = [t * mask[:, :, None, None] for t in inputs]
         with torch.autocast(x.device.type, enabled=False):
-            y, state = recurrence(*inputs, state=state)
+            y, state = recurrence(inputs, state)
         y = self.g_norm(y.flatten(0, 1).flatten(1).to(x.dtype)).view_as(x)
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
         return self.o_proj((y + bonus.flatten(2)) * g), v_first, last, state
