@@ -21,7 +21,7 @@ from src.model.layers import GROUP_NORM_EPS
 from src.model.weights import Weights
 
 TEMPLATES = Path(__file__).parent / "hf_model"
-MODEL_FILES = ("configuration_rwkv7.py", "modeling_rwkv7.py")
+MODEL_FILES = ("configuration_rwkv7.py", "layers_rwkv7.py", "modeling_rwkv7.py")
 GENERATION = "generation_config.json"
 
 
