@@ -9,6 +9,7 @@ from training_runs import losses, train
 
 from src.inference.formats.convert import convert_model
 from src.inference.formats.fla import to_fla
+from src.inference.load import load_model
 from src.model import RWKV7, ModelConfig
 from src.model.weights import read_weights
 
@@ -33,7 +34,7 @@ def test_every_format_starts_the_same_run(tmp_path, data, base):
     file = base / "rwkv-1.pth"
     save_file(read_weights(file), tmp_path / "base.st")
     torch.save(read_weights(file), tmp_path / "base.bin", _use_new_zipfile_serialization=False)
-    convert_model(file, tmp_path / "hf", "fla", None)
+    convert_model(load_model(file, "as is", "cpu"), tmp_path / "hf", "fla")
     save_file(to_fla(read_weights(file)), tmp_path / "fla.safetensors")
     curves = {}
     for path in (
@@ -74,14 +75,14 @@ def test_restart_from_a_folder_archives_a_damaged_record(tmp_path, data, base):
 
 def test_another_hugging_face_folder_starts_another_run(tmp_path, data, base):
     for name in ("rwkv-1", "rwkv-init"):
-        convert_model(base / f"{name}.pth", tmp_path / name, "fla", None)
+        convert_model(load_model(base / f"{name}.pth", "as is", "cpu"), tmp_path / name, "fla")
     assert train(tmp_path / "run", data, load_model=tmp_path / "rwkv-1", **SHORT) == 0
     assert train(tmp_path / "run", data, load_model=tmp_path / "rwkv-init", **SHORT) == 0
     assert (tmp_path / "run" / "previous-1").is_dir()
 
 
 def test_check_reads_a_hugging_face_folder(tmp_path, data, base, capfd):
-    convert_model(base / "rwkv-1.pth", tmp_path / "hf", "fla", None)
+    convert_model(load_model(base / "rwkv-1.pth", "as is", "cpu"), tmp_path / "hf", "fla")
     train(tmp_path / "run", data, load_model=tmp_path / "hf", check=1, **SHORT)
     assert f"starts from {tmp_path / 'hf'}" in capfd.readouterr().out
     config = json.loads((tmp_path / "hf" / "config.json").read_text())

@@ -18,13 +18,14 @@ Message = dict[str, Any]
 
 # The prompt format of RWKV World and G1 models. A blank line ends a turn, so those within the text of a user or system
 # are removed, as in RWKV-LM (RWKV-v7/RWKV7-G1x-templates.txt). Answers keep theirs: code and thoughts need them. The
-# result of a function is a turn of the user.
+# result of a function is a turn of the user. Other programs get this template with the weights: llama.cpp's Jinja
+# engine refuses `select` without arguments.
 RWKV_TEMPLATE = (
     "{% for m in messages %}"
     r"{% set text = m.content.replace('\r\n', '\n').strip() %}"
     "{% if m.role == 'assistant' %}{{ 'Assistant:' }}"
     r"{% generation %}{{ ' ' + text + '\n\n' }}{% endgeneration %}{% else %}"
-    r"{% set text = text.split('\n') | select('ne', '') | join('\n') %}"  # llama.cpp's engine requires the arguments
+    r"{% set text = text.split('\n') | select('ne', '') | join('\n') %}"
     r"{{ 'User: Function output:\n' if m.role == 'tool' else m.role.capitalize() + ': ' }}"
     r"{{ text + '\n\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
@@ -68,6 +69,13 @@ class ChatTemplate:
             self._compiled = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template is not valid Jinja ({error})") from error
+
+    @property
+    def portable_source(self) -> str:
+        """The template for other programs: `{% generation %}`, which few know, becomes a condition that is true."""
+        # a condition and not nothing, as white space around a tag is removed or kept as before
+        opened = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", self.source)
+        return re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", opened)
 
     def render(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -20,7 +19,6 @@ from src.run_folder import BEST, FINAL, INIT, TOKENIZER, newest_weights, numbere
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for it
 WEIGHTS_SUFFIXES = (".pth", ".safetensors", ".st")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NO_SIZE_LIMIT = sys.maxsize  # as vocab_size of `find_tokenizer`, where no model is at hand
 
 
 def holds_model(path: Path) -> bool:

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 
 from src.config import ModelConfig
-from src.files import atomic_write
 from src.inference.formats.fla import size_fields, write_folder
+from src.inference.formats.format import Export
+from src.inference.formats.hf_tokenizer import copy_template, write_hf_tokenizer
+from src.inference.formats.model_card import CARD_FILES, write_card
 from src.inference.formats.shards import write_json
 from src.model.layers import GROUP_NORM_EPS
-from src.model.weights import Weights
 
-TEMPLATES = Path(__file__).parent / "hf_model"
 MODEL_FILES = ("configuration_rwkv7.py", "layers_rwkv7.py", "modeling_rwkv7.py")
 GENERATION = "generation_config.json"
+HF_FILES = (*MODEL_FILES, GENERATION, *CARD_FILES)
 
 
 def hf_config(config: ModelConfig, dtype: torch.dtype, eos_ids: tuple[int, ...]) -> dict[str, Any]:
@@ -47,15 +48,13 @@ def token_ids(eos_ids: tuple[int, ...]) -> dict[str, Any]:
     return {"bos_token_id": 0, "eos_token_id": list(eos_ids), "pad_token_id": min(eos_ids)}
 
 
-def write_hf(weights: Weights, config: ModelConfig, folder: Path, eos_ids: tuple[int, ...] = (0,)) -> None:
-    """Write `weights` (of one dtype) as a folder. Raises OSError."""
-    write_folder(weights, hf_config(config, weights["emb.weight"].dtype, eos_ids), folder)
-    write_json(folder / GENERATION, token_ids(eos_ids))
+def write_hf(export: Export, folder: Path) -> None:
+    """Write a model as a folder, with its tokenizer and a model card. Raises OSError."""
+    config = hf_config(export.config, export.weights["emb.weight"].dtype, export.eos_ids)
+    write_folder(dict(export.weights), config, folder)
+    write_json(folder / GENERATION, token_ids(export.eos_ids))
     for name in MODEL_FILES:
         copy_template(name, folder)
-
-
-def copy_template(name: str, folder: Path) -> None:
-    """Copy a file of `hf_model` into a folder. Raises OSError."""
-    with atomic_write(folder / name) as file:
-        file.write((TEMPLATES / name).read_bytes())
+    if export.tokenizer:
+        write_hf_tokenizer(export.tokenizer, folder)
+    write_card(export, folder)

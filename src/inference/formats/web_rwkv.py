@@ -10,9 +10,10 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from src.config import ModelConfig
 from src.errors import UserError
+from src.inference.formats.format import Export
 from src.model.safetensors_file import write_safetensors
 from src.model.weights import Weights
 
@@ -54,20 +55,26 @@ def to_web_rwkv(weights: Weights) -> Weights:
     return _halved(from_web_rwkv(weights))
 
 
-def write_web_rwkv(weights: Weights, config: ModelConfig, path: Path) -> None:
+def in_fp16(name: str, tensor: Tensor, type: str) -> Tensor:
+    """The values that a .st file holds for a tensor of the model."""
+    return tensor.half()
+
+
+def write_web_rwkv(export: Export, path: Path) -> None:
     """Write a model as a .st file. Raises UserError for values that fp16 can't hold and for models that web-rwkv can't
     read, OSError."""
-    if config.n_layer < 2:  # it reads the size of v1 from block 1
+    n_embd = export.config.n_embd
+    if export.config.n_layer < 2:  # it reads the size of v1 from block 1
         raise UserError(
             "web-rwkv reads models of two layers or more; this one has 1",
             flag="format",
             given="st",
             advice="use another format",
         )
-    tensors = to_web_rwkv(weights)
+    tensors = to_web_rwkv(dict(export.weights))
     if not is_web_rwkv(tensors):
         raise UserError(
-            f"the sizes of the low-rank matrices equal n_embd {config.n_embd}, so that readers can't tell whether they "
+            f"the sizes of the low-rank matrices equal n_embd {n_embd}, so that readers can't tell whether they "
             "are transposed",
             flag="format",
             given="st",

@@ -1,0 +1,84 @@
+"""What a file format is to the export: a writer, a reader, and the values that it stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from src.config import ModelConfig
+from src.dataset.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Export:
+    """What a writer gets.
+
+    weights    the model's state dict, of which each tensor is asked for once; in formats without `types` already in
+               the dtype to write
+    title      name of the model, for formats that store one
+    tokenizer  the one of the model; None only in formats that do without
+    type       one of the format's `types`, or ""
+    run        the folder of the run that trained the model, where there is one
+    """
+
+    weights: Mapping[str, Tensor]
+    config: ModelConfig
+    title: str
+    tokenizer: Tokenizer | None = None
+    type: str = ""
+    run: Path | None = None
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end generation."""
+        return self.tokenizer.eos_ids if self.tokenizer else (0,)
+
+    @property
+    def eos_id(self) -> int:
+        """The tokenizer's own end token if it has one besides 0, the end of a document."""
+        return max(self.eos_ids)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that reads a format, and the command that runs OUT with it."""
+
+    name: str
+    command: str
+
+
+def unchanged(name: str, tensor: Tensor, type: str) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a model is stored.
+
+    summary          a clause for `--list`
+    suffix           ending of the file, or "" for a folder
+    write            creates `path`. Raises UserError before it does so where the format can't express the model
+    read             the tensors in `path` under the names of `RWKV7`, to be compared with what was to be written
+    programs         which read it
+    types            choices of `--type`, the default first; () where `--dtype` decides, as all tensors have one dtype
+    stored           stored(name, tensor, type): the values that the file holds for `tensor`, for formats with `types`
+    files            names in a folder of the files that the format may consist of, which an export replaces
+    needs_tokenizer  the file contains one
+    """
+
+    summary: str
+    suffix: str
+    write: Callable[[Export, Path], None]
+    read: Callable[[Path], Mapping[str, Tensor]]
+    programs: tuple[Program, ...] = ()
+    types: tuple[str, ...] = ()
+    stored: Callable[[str, Tensor, str], Tensor] = unchanged
+    files: tuple[str, ...] = ()
+    needs_tokenizer: bool = False
+
+    @property
+    def is_folder(self) -> bool:
+        return not self.suffix
