@@ -18,8 +18,8 @@ Message = dict[str, Any]
 
 # The prompt format of RWKV World and G1 models. A blank line ends a turn, so those within the text of a user or system
 # are removed, as in RWKV-LM (RWKV-v7/RWKV7-G1x-templates.txt). Answers keep theirs: code and thoughts need them. The
-# result of a function is a turn of the user. Other programs get this template with the weights: llama.cpp's Jinja engine
-# refuses `select` without arguments.
+# result of a function is a turn of the user. Other programs get this template with the weights: llama.cpp's Jinja
+# engine refuses `select` without arguments.
 RWKV_TEMPLATE = (
     "{% for m in messages %}"
     r"{% set text = m.content.replace('\r\n', '\n').strip() %}"

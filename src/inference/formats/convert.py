@@ -9,11 +9,12 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from src.dataset.tokenizer import Tokenizer, copy_tokenizer
+from src.dataset.tokenizer import Tokenizer, write_tokenizer
 from src.errors import UserError
 from src.files import atomic_write, sync_folder
 from src.inference.formats.fla import TENSORS, write_fla
 from src.inference.formats.format import Export, Format, Program
+from src.inference.formats.gguf import TYPES, gguf_weights, stored_values, write_gguf
 from src.inference.formats.lazy import mapped
 from src.inference.formats.parity import Parity, compare, first_difference, sample_tokens
 from src.inference.load import load_weights
@@ -58,6 +59,20 @@ FORMATS = {
         load_weights,
         (Program("flash-linear-attention", "fla.models.RWKV7ForCausalLM.from_pretrained('OUT')"),),
         files=(TENSORS,),
+    ),
+    "gguf": Format(
+        "a GGUF file with the tokenizer",
+        ".gguf",
+        write_gguf,
+        gguf_weights,
+        (
+            Program("llama.cpp", "llama-cli -m OUT"),
+            Program("LM Studio, KoboldCpp, RWKV-Runner", "open OUT"),
+            Program("Ollama", "use --format ollama"),
+        ),
+        types=tuple(TYPES),
+        stored=stored_values,
+        needs_tokenizer=True,
     ),
 }
 
@@ -116,8 +131,8 @@ def convert_model(
                 file.replace(out / file.name)
         else:
             new.replace(out)
-    if target.is_folder and tokenizer and tokenizer.name != "world":  # World has no files to copy
-        copy_tokenizer(Path(tokenizer.name), out)
+    if target.is_folder and tokenizer and tokenizer.files:  # World has none
+        write_tokenizer(tokenizer.files, out)
     sync_folder(out if target.is_folder else out.parent)
     return parity
 
