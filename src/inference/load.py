@@ -9,6 +9,9 @@ import torch
 from src.dataset.tokenizer import WORLD_VOCAB_SIZE, Tokenizer, load_tokenizer
 from src.errors import UserError
 from src.inference.formats.fla import CONFIG, from_fla, is_fla, is_fla_folder, read_config, read_fla
+from src.inference.formats.gguf import read_gguf
+from src.inference.formats.gguf_file import is_gguf
+from src.inference.formats.gguf_tokenizer import tokenizer_of_gguf
 from src.inference.formats.hf_tokenizer import is_world_folder
 from src.inference.formats.shards import is_part, read_json
 from src.inference.formats.web_rwkv import from_web_rwkv, is_web_rwkv
@@ -17,7 +20,7 @@ from src.model.weights import Weights, read_weights
 from src.run_folder import BEST, FINAL, INIT, TOKENIZER, newest_weights, numbered_weights, read_run
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for it
-WEIGHTS_SUFFIXES = (".pth", ".safetensors", ".st")
+WEIGHTS_SUFFIXES = (".pth", ".safetensors", ".st", ".gguf")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -70,12 +73,13 @@ def latest_trained_weights(out: Path) -> Path:
 
 
 def find_tokenizer(weights: Path, vocab_size: int, given: str = "") -> Tokenizer:
-    """The tokenizer of `weights`: `given`, else the one of the folder or run, else World for a vocabulary of its size.
+    """The tokenizer of `weights`: `given`, else the one of the folder or run, else the one in a GGUF file, else World
+    for a vocabulary of its size.
 
     Raises UserError when none of these exists, or when the tokenizer has an id that the model lacks.
     """
     name = given or (_tokenizer_within(weights) if weights.is_dir() else _tokenizer_of_run(weights.parent))
-    if not name:
+    if not name and not is_gguf(weights):
         # A weights file has no other hint. Released World models have exactly this many rows.
         if vocab_size != WORLD_VOCAB_SIZE:
             raise UserError(
@@ -84,7 +88,7 @@ def find_tokenizer(weights: Path, vocab_size: int, given: str = "") -> Tokenizer
                 expected="world or a Hugging Face tokenizer folder",
             )
         name = "world"
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name) if name else tokenizer_of_gguf(weights)
     # The other way round is common: vocabularies are padded to a multiple of 64 or more.
     if tokenizer.largest_id >= vocab_size:
         raise UserError(
@@ -128,6 +132,8 @@ def load_weights(path: Path) -> Weights:
         return read_fla(path)
     if is_part(path):
         raise UserError("one of several parts of a model", given=path, advice=f"name its folder, {path.parent}")
+    if is_gguf(path):
+        return read_gguf(path)
     weights = read_weights(path)
     if is_fla(weights):
         return from_fla(weights)

@@ -14,6 +14,7 @@ from src.errors import UserError
 from src.files import atomic_write, sync_folder
 from src.inference.formats.fla import TENSORS, write_fla
 from src.inference.formats.format import Export, Format, Program
+from src.inference.formats.gguf import TYPES, gguf_weights, stored_values, write_gguf
 from src.inference.formats.hf import HF_FILES, write_hf
 from src.inference.formats.hf_tokenizer import HF_TOKENIZER_FILES, write_hf_tokenizer
 from src.inference.formats.lazy import mapped
@@ -85,6 +86,20 @@ FORMATS = {
         ),
         types=("f16",),
         stored=in_fp16,
+    ),
+    "gguf": Format(
+        "a GGUF file with the tokenizer",
+        ".gguf",
+        write_gguf,
+        gguf_weights,
+        (
+            Program("llama.cpp", "llama-cli -m OUT"),
+            Program("LM Studio, KoboldCpp, RWKV-Runner", "open OUT"),
+            Program("Ollama", "use --format ollama"),
+        ),
+        types=tuple(TYPES),
+        stored=stored_values,
+        needs_tokenizer=True,
     ),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from src.dataset.tokenizer import TOKENIZER_FILES, Tokenizer, WorldTokenizer, copy_tokenizer
+from src.dataset.tokenizer import TOKENIZER_FILES, Tokenizer, WorldTokenizer, write_tokenizer
 from src.files import atomic_write
 from src.inference.formats.shards import write_json
 
@@ -27,7 +27,7 @@ def is_world_folder(folder: Path) -> bool:
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write the files of `tokenizer` to `folder`. Raises OSError."""
     if not isinstance(tokenizer, WorldTokenizer):
-        copy_tokenizer(Path(tokenizer.name), folder)
+        write_tokenizer(tokenizer.files, folder)
         return
     assert tokenizer.chat_template is not None
     with atomic_write(folder / VOCABULARY) as file:
