@@ -135,4 +135,4 @@ def _line(name: str, description: str) -> str:
     depth = name.rstrip("/").count("/")
     # A hidden folder has no line of its own, so its file keeps the whole path.
     label = name if name.startswith(".") else "  " * depth + name.rstrip("/").split("/")[-1] + "/" * name.endswith("/")
-    return f"{label:<{DESCRIPTION_COLUMN}}{description}".rstrip()
+    return f"{label:<{DESCRIPTION_COLUMN - 1}} {description}".rstrip()

@@ -4,7 +4,8 @@
     python -m src.inference.export --list        the formats, and the programs that read them
 
 MODEL may itself be in any of these formats, so this converts in both directions: `--format pth` makes a .pth of a
-Hugging Face folder. An official .pth needs no conversion.
+Hugging Face folder. An official .pth needs no conversion. With --format st, MODEL may also be a file of tuned states or
+of LoRA weights.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from src.inference.arguments import MODEL_HELP
 from src.inference.evaluate import read_tokens, stack_windows, windows
 from src.inference.formats.convert import FORMATS, convert_model
 from src.inference.formats.format import Format
-from src.inference.load import DTYPES, find_tokenizer, find_weights, load_model
+from src.inference.formats.web_rwkv import write_tuned
+from src.inference.load import DTYPES, find_tokenizer, find_weights, load_model, load_weights
 from src.model import RWKV7
 from src.run_folder import RUN
 
@@ -49,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         # before seconds are spent on loading the model
         _check_out(options.out, format, weights)
         _check_precision(format, options)
+        if format == "st" and weights.is_file() and (kind := write_tuned(load_weights(weights), options.out)):
+            print(f"wrote {options.out} ({kind}) from {weights}")
+            return 0
         model = load_model(weights, "as is", "cpu")
         tokenizer = _tokenizer(weights, model, options.tokenizer, FORMATS[format])
         parity = convert_model(

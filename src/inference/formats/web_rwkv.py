@@ -22,7 +22,7 @@ LOW_RANK = re.compile(r"\.att\.[wavg][12]$")
 STATE = re.compile(r"^blocks\.\d+\.att\.time_state$")
 # Theirs, and RWKV-PEFT's names for the same two matrices: A [r, in] and B [out, r].
 LORA = re.compile(r"^(blocks\.\d+\.(?:att|ffn)\.\w+)\.lora\.([01])$")
-LORA_RWKV = re.compile(r"^(blocks\.\d+\.(?:att|ffn)\.\w+)\.lora_([AB])(?:\.weight)?$")
+LORA_RWKV = re.compile(r"^(?:base_model\.model\.)?(blocks\.\d+\.(?:att|ffn)\.\w+)\.lora_([AB])(?:\.weight)?$")
 LARGEST = torch.finfo(torch.float16).max
 
 
@@ -81,6 +81,18 @@ def write_web_rwkv(export: Export, path: Path) -> None:
             advice="use another format",
         )
     write_safetensors(tensors, path, {"format": "pt"})
+
+
+def write_tuned(tensors: Weights, path: Path) -> str:
+    """Write a file of tuned states or of LoRA weights as a .st file; what it is, "" for another one, of which nothing
+    is written. Raises UserError, OSError."""
+    if is_tuned_state(tensors):
+        write_state(tensors, path)
+        return "tuned state"
+    if any(LORA_RWKV.match(name) for name in tensors):
+        write_lora(tensors, path)
+        return "LoRA weights"
+    return ""
 
 
 def is_tuned_state(tensors: Weights) -> bool:

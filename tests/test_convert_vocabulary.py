@@ -1,0 +1,83 @@
+"""A resized vocabulary: old tokens as before, new ones the mean; by the command and within a run."""
+
+import json
+
+import pytest
+import torch
+from chat_models import make_tokenizer
+from random_model import random_model
+
+from src.errors import UserError
+from src.inference.convert_vocabulary import main
+from src.inference.load import load_model
+from src.model import RWKV7
+from src.model.vocabulary import resize_vocabulary
+from src.model.weights import read_weights
+
+
+@pytest.fixture
+def model(tmp_path):
+    model = random_model(n_layer=2, vocab_size=97)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_tokens_are_the_mean_of_the_old(model, dtype):
+    weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    grown = resize_vocabulary(weights, 104)
+    for name in ("emb.weight", "head.weight"):
+        assert grown[name].shape == (104, 128)
+        assert torch.equal(grown[name][:97], weights[name])
+        mean = weights[name].double().mean(0)
+        torch.testing.assert_close(grown[name][97:].double(), mean.expand(7, -1), rtol=2**-8, atol=1e-6)
+    assert all(torch.equal(grown[name], weights[name]) for name in weights if name not in ("emb.weight", "head.weight"))
+    tokens = torch.tensor([[3, 1, 4, 96]])
+    before = RWKV7.from_weights(weights, "old", torch.float32)(tokens)[0]
+    after = RWKV7.from_weights(grown, "new", torch.float32)(tokens)[0]
+    assert torch.equal(after[..., :97], before)
+    torch.testing.assert_close(after[..., 97], before.mean(-1), rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+    shrunk = resize_vocabulary(grown, 97)
+    assert all(torch.equal(shrunk[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("arguments", [["--vocab_size", "104"], ["--vocab_size", "90"], ["--tokenizer", "{tokenizer}"]])
+def test_the_command_writes_a_model(model, tmp_path, arguments):
+    folder = make_tokenizer(tmp_path / "tokenizer")
+    rows = 400 if arguments[0] == "--tokenizer" else int(arguments[1])
+    arguments = [argument.format(tokenizer=folder) for argument in arguments]
+    assert main([str(tmp_path / "model.pth"), str(tmp_path / "out.pth"), *arguments]) == 0
+    assert load_model(tmp_path / "out.pth", "fp32", "cpu").config.vocab_size == rows
+    expected = resize_vocabulary(model.state_dict(), rows)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in read_weights(tmp_path / "out.pth").items())
+
+
+@pytest.mark.parametrize(
+    ("out", "arguments", "words"),
+    [
+        ("there.pth", ["--vocab_size", "104"], "exists"),
+        ("out.gguf", ["--vocab_size", "104"], ".pth or .safetensors"),
+        ("out.pth", ["--vocab_size", "0"], "at least 1"),
+        ("out.pth", ["--vocab_size", "400"], "already"),
+        ("out.pth", ["--vocab_size", "300"], "has ids up to 399"),
+        ("out.pth", ["--tokenizer", "nowhere"], "tokenizer.json"),
+    ],
+)
+def test_mistakes_are_one_message(tmp_path, capsys, out, arguments, words):
+    torch.save(random_model(n_layer=1, vocab_size=400).state_dict(), tmp_path / "rwkv-final.pth")
+    make_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "run.json").write_text(json.dumps({"tokenizer": str(tmp_path / "tokenizer")}))
+    (tmp_path / "there.pth").write_bytes(b"mine")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path), str(tmp_path / out), *arguments])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) <= 2
+    assert (tmp_path / "there.pth").read_bytes() == b"mine"
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_weights_without_rows_are_refused():
+    with pytest.raises(UserError):
+        resize_vocabulary({"emb.weight": torch.zeros(3, 2)}, 5)

@@ -1,0 +1,154 @@
+"""`--format st`: what web-rwkv's loader expects of models, tuned states and LoRA files, and the way back."""
+
+import pytest
+import torch
+from random_model import random_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_export import RELEASED
+
+from src.errors import UserError
+from src.inference.export import main
+from src.inference.formats.web_rwkv import (
+    is_tuned_state,
+    read_lora,
+    read_state,
+    write_lora,
+    write_state,
+)
+from src.inference.load import load_model
+from src.model.weights import IDLE_IN_LAYER_0
+
+# Of web-rwkv's converter: the last two dimensions of these are swapped.
+SWAPPED = ("w1", "w2", "a1", "a2", "g1", "g2", "v1", "v2", "time_state", "lora.0")
+
+
+@pytest.mark.parametrize("size", RELEASED)
+@pytest.mark.parametrize("idle", [True, False], ids=["layer-0-v0-v1-v2", "without"])
+def test_a_model_is_written_as_its_loader_reads_it(tmp_path, size, idle):
+    model = random_model(n_layer=2, n_embd=256, vocab_size=65, **RELEASED[size])
+    weights = {n: t for n, t in model.state_dict().items() if idle or n not in IDLE_IN_LAYER_0}
+    torch.save(weights, tmp_path / "model.pth")
+    assert main([str(tmp_path / "model.pth"), str(tmp_path / "model.st")]) == 0
+    with safe_open(tmp_path / "model.st", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    stored = load_file(tmp_path / "model.st")
+    for name, tensor in stored.items():
+        assert tensor.dtype == torch.float16
+        if name in IDLE_IN_LAYER_0 and not idle:
+            continue
+        original = weights[name].half()
+        assert torch.equal(tensor, original.mT if name.endswith(SWAPPED) else original), name
+    # how the loader finds the sizes
+    ranks = RELEASED[size]
+    assert stored["blocks.0.att.w1"].shape == (ranks["d_decay_lora"], 256)
+    assert stored["blocks.0.att.a1"].shape == (ranks["d_aaa_lora"], 256)
+    assert stored["blocks.0.att.g1"].shape == (ranks["d_gate_lora"], 256)
+    assert stored["blocks.1.att.v1"].shape == (ranks["d_mv_lora"], 256)
+
+
+def test_the_way_back_is_exact_in_fp16(tmp_path):
+    model = random_model(n_layer=2, d_decay_lora=32, d_gate_lora=64)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    assert main([str(tmp_path / "model.pth"), str(tmp_path / "model.st")]) == 0
+    assert main([str(tmp_path / "model.st"), str(tmp_path / "back.pth")]) == 0
+    assert main([str(tmp_path / "back.pth"), str(tmp_path / "again.st")]) == 0
+    back = load_model(tmp_path / "back.pth", "as is", "cpu").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(back[name], tensor.half()), name
+    assert (tmp_path / "again.st").read_bytes() == (tmp_path / "model.st").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "change", "words"),
+    [
+        ({"n_layer": 1}, None, "two layers or more"),
+        ({"n_embd": 64, "d_decay_lora": 64, "d_aaa_lora": 64, "d_gate_lora": 64}, None, "transposed"),
+        ({}, ("blocks.1.ffn.value.weight", 7e4), "blocks.1.ffn.value.weight has values up to 7e+04"),
+        ({}, ("blocks.0.att.w0", -1e5), "blocks.0.att.w0 has values up to 1e+05"),
+    ],
+    ids=["one-layer", "square", "overflow", "negative"],
+)
+def test_what_can_not_be_read_there_is_refused_in_one_sentence(tmp_path, capsys, sizes, change, words):
+    model = random_model(**{"n_layer": 2, **sizes})
+    if change:
+        model.get_parameter(change[0]).view(-1)[3] = change[1]
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "model.pth"), str(tmp_path / "model.st")])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) <= 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pth"]
+
+
+def states(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {f"blocks.{i}.att.time_state": torch.randn(2, 64, 64, generator=generator) for i in range(3)}
+
+
+def test_a_tuned_state_is_stored_by_key_then_value(tmp_path):
+    original = states()
+    write_state(original, tmp_path / "tuned.state")
+    stored = load_file(tmp_path / "tuned.state")
+    for name, state in original.items():
+        assert stored[name].dtype == torch.float16
+        assert stored[name][1, 5, 9] == state[1, 9, 5].half()
+    assert is_tuned_state(stored)
+    assert all(torch.equal(state, original[name].half()) for name, state in read_state(stored).items())
+    assert not is_tuned_state({"emb.weight": torch.zeros(2, 2), **stored})
+
+
+def test_lora_weights_are_stored_as_two_factors(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    original = {
+        "blocks.0.att.key.lora_A": torch.randn(4, 128, generator=generator),
+        "blocks.0.att.key.lora_B": torch.randn(96, 4, generator=generator),
+        "blocks.0.ffn.value.lora_A": torch.randn(4, 512, generator=generator),
+        "blocks.0.ffn.value.lora_B": torch.randn(128, 4, generator=generator),
+        "blocks.0.att.x_r": torch.randn(1, 1, 128, generator=generator),  # trained whole
+    }
+    write_lora(original, tmp_path / "lora.st")
+    stored = load_file(tmp_path / "lora.st")
+    assert stored["blocks.0.att.key.lora.0"].shape == (128, 4)
+    assert stored["blocks.0.att.key.lora.1"].shape == (96, 4)
+    # its formula: W + alpha / r * (lora.1 lora.0^T)
+    product = stored["blocks.0.att.key.lora.1"].float() @ stored["blocks.0.att.key.lora.0"].float().T
+    expected = original["blocks.0.att.key.lora_B"] @ original["blocks.0.att.key.lora_A"]
+    torch.testing.assert_close(product, expected, rtol=0, atol=2e-2)
+    assert all(torch.equal(tensor, original[name].half()) for name, tensor in read_lora(stored).items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"blocks.0.att.key.lora_B": None},
+        {"blocks.0.att.key.lora_B": torch.zeros(96, 5)},
+        {"head.weight": torch.zeros(8, 128)},
+        {"blocks.0.att.key.lora_A": None, "blocks.0.att.key.lora_B": None},
+    ],
+    ids=["half a pair", "another rank", "a whole matrix", "nothing"],
+)
+def test_what_is_no_lora_is_refused(tmp_path, change):
+    tensors = {"blocks.0.att.key.lora_A": torch.zeros(4, 128), "blocks.0.att.key.lora_B": torch.zeros(96, 4)} | change
+    with pytest.raises(UserError):
+        write_lora({name: tensor for name, tensor in tensors.items() if tensor is not None}, tmp_path / "lora.st")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["state", "lora"])
+def test_states_and_lora_files_are_exported_by_the_same_command(tmp_path, kind):
+    tensors = (
+        states()
+        if kind == "state"
+        else {"blocks.0.att.key.lora_A": torch.ones(4, 9), "blocks.0.att.key.lora_B": torch.ones(8, 4)}
+    )
+    torch.save(tensors, tmp_path / "tuned.pth")
+    assert main([str(tmp_path / "tuned.pth"), str(tmp_path / "tuned.st")]) == 0
+    stored = load_file(tmp_path / "tuned.st")
+    expected = {n: t.half() for n, t in tensors.items()}
+    assert all(torch.equal(t, expected[n]) for n, t in (read_state if kind == "state" else read_lora)(stored).items())
+    save_file(stored, tmp_path / "copy.st")
+    with pytest.raises(UserError):  # alone it is no model
+        load_model(tmp_path / "copy.st", "fp32", "cpu")
