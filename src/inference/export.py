@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, RuntimeError) as error:  # VerificationError, and what torch.save raises when the disk is full
         parser.exit(1, f"{parser.prog}: {error}\n")
     print(f"wrote {options.out} ({format}) from {weights}\n{parity}")
+    if (next_command := FORMATS[format].next_command) is not None:
+        print(next_command(_title(weights), options.out))
     return 0
 
 

@@ -16,6 +16,7 @@ from src.inference.formats.fla import TENSORS, write_fla
 from src.inference.formats.format import Export, Format, Program
 from src.inference.formats.gguf import TYPES, gguf_weights, stored_values, write_gguf
 from src.inference.formats.lazy import mapped
+from src.inference.formats.ollama import create_command, read_ollama, write_ollama
 from src.inference.formats.parity import Parity, compare, first_difference, sample_tokens
 from src.inference.load import load_weights
 from src.model import RWKV7
@@ -74,6 +75,17 @@ FORMATS = {
         stored=stored_values,
         needs_tokenizer=True,
     ),
+    "ollama": Format(
+        "a GGUF file with a Modelfile",
+        "",
+        write_ollama,
+        read_ollama,
+        (Program("Ollama", "ollama create NAME -f OUT/Modelfile, then ollama run NAME"),),
+        types=tuple(TYPES),
+        stored=stored_values,
+        needs_tokenizer=True,
+        next_command=create_command,
+    ),
 }
 
 
@@ -131,7 +143,7 @@ def convert_model(
                 file.replace(out / file.name)
         else:
             new.replace(out)
-    if target.is_folder and tokenizer and tokenizer.files:  # World has none
+    if target.is_folder and not target.needs_tokenizer and tokenizer and tokenizer.files:  # World has none
         write_tokenizer(tokenizer.files, out)
     sync_folder(out if target.is_folder else out.parent)
     return parity

@@ -59,7 +59,8 @@ class Format:
     types            choices of `--type`, the default first; () where `--dtype` decides, as all tensors have one dtype
     stored           stored(name, tensor, type): the values that the file holds for `tensor`, for formats with `types`
     files            names of the weights in a folder, which an export may replace
-    needs_tokenizer  the file contains one
+    needs_tokenizer  it is stored in the format's own way
+    next_command     next_command(title, out): what the user does with it, printed at the end
     """
 
     summary: str
@@ -71,6 +72,7 @@ class Format:
     stored: Callable[[str, Tensor, str], Tensor] = unchanged
     files: tuple[str, ...] = ()
     needs_tokenizer: bool = False
+    next_command: Callable[[str, Path], str] | None = None
 
     @property
     def is_folder(self) -> bool:
