@@ -32,6 +32,12 @@ class AdapterConfig:
     train: tuple[str, ...] = ()
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """The entries of TARGETS that `target_modules` names, in their order."""
+        named = set(self.target_modules)
+        return tuple(target for target in TARGETS if target in named or target.partition(".")[2] in named)
+
+    @property
     def scale(self) -> float:
         """s of the formula above."""
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
