@@ -136,7 +136,7 @@ def test_every_document_of_a_packed_row_starts_from_the_tuned_state():
 
 def test_names_are_those_of_the_file_formats_and_the_base_is_untouched():
     before = {name: t.clone() for name, t in base().state_dict().items()}
-    model, config = adapted("lora", train=("ln", "vectors"))
+    model, _ = adapted("lora", train=("ln", "vectors"))
     assert {name: t for name, t in model.state_dict().items() if name in before}.keys() == before.keys()
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items() if name in before)
     tensors = adapter_tensors(model)
@@ -150,7 +150,7 @@ def test_names_are_those_of_the_file_formats_and_the_base_is_untouched():
 
 
 def test_tensors_return_into_another_model_or_are_refused():
-    model, config = adapted("dora")
+    model, _ = adapted("dora")
     shake(model)
     tensors = {name: t.clone() for name, t in adapter_tensors(model).items()}
     other, _ = adapted("dora")
@@ -159,7 +159,7 @@ def test_tensors_return_into_another_model_or_are_refused():
     with pytest.raises(UserError, match="lora_A is \\[5, 32\\], expected \\[4, 32\\]"):
         load_adapter_tensors(adapted("dora", r=4)[0], tensors)
     del tensors["blocks.0.att.key.lora_B"]
-    with pytest.raises(UserError, match="blocks.0.att.key.lora_B is missing"):
+    with pytest.raises(UserError, match="lora_B is missing"):
         load_adapter_tensors(other, tensors)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from src.adapt.config import AdapterConfig
 from src.adapt.lora import MIXINS, Adapted, Dora, Pissa
 from src.adapt.state_tuning import add_time_state
+from src.config import ModelConfig
 from src.errors import UserError
 from src.model import RWKV7
 from src.model.init import ParameterInfo, row_of
@@ -44,7 +45,7 @@ def add_adapter(model: RWKV7, config: AdapterConfig, draw: bool = True) -> None:
             _set_values(model, module, name)
     if config.lora_dropout:
         for block in model.blocks:
-            block.draws_random_numbers = True
+            block.draws_random_numbers = True  # type: ignore[assignment]
 
 
 def target_modules(model: RWKV7, config: AdapterConfig) -> Iterator[tuple[str, nn.Module]]:
@@ -80,6 +81,14 @@ def _set_values(model: RWKV7, module: nn.Module, prefix: str) -> None:
 def adapter_tensors(model: RWKV7) -> dict[str, Tensor]:
     """What an adapted model has beside its frozen base, by name."""
     return {name: p.detach() for name, p in model.named_parameters() if name not in model.frozen_base}
+
+
+def adapter_parameter_count(sizes: ModelConfig, config: AdapterConfig) -> int:
+    """The number of parameters that an adapter adds to or trains in a model of these sizes."""
+    with torch.device("meta"):
+        model = RWKV7(sizes)
+        add_adapter(model, config)
+    return sum(tensor.numel() for tensor in adapter_tensors(model).values())
 
 
 @torch.no_grad()

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from src.model import RWKV7
+from src.model import RWKV7, TimeMix
 
 
 def add_time_state(model: RWKV7) -> None:
     """Give each block a tuned initial state of zeros, fp32: the model computes what it did before."""
     for block in model.blocks:
         att = block.att
-        device = att.r_k.device
-        att.time_state = nn.Parameter(torch.zeros(att.n_head, att.head_size, att.head_size, device=device))
+        assert isinstance(att, TimeMix)
+        att.time_state = nn.Parameter(torch.zeros(att.n_head, att.head_size, att.head_size, device=att.r_k.device))

@@ -9,6 +9,7 @@ in tests/test_cli.py.
 """
 
 # Others import from here only: which file of the package declares a name may change.
+from src.config.adapter import TARGETS, WHOLE_PARTS, adapter_kind, split_list
 from src.config.checks import VAL_EVERY
 from src.config.flags import MINI_EPOCH_SAMPLES, PRECISIONS, STRATEGIES
 from src.config.model import KERNELS, ModelConfig, low_rank_size
@@ -21,10 +22,14 @@ __all__ = [
     "MINI_EPOCH_SAMPLES",
     "PRECISIONS",
     "STRATEGIES",
+    "TARGETS",
     "VAL_EVERY",
+    "WHOLE_PARTS",
     "ModelConfig",
     "RunConfig",
+    "adapter_kind",
     "default_text",
     "low_rank_size",
     "settings_with",
+    "split_list",
 ]
