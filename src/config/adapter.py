@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from src.config.flags import Flags
+from src.config.support import TARGETS, WHOLE_PARTS, refusal
 from src.errors import UserError
 
-if TYPE_CHECKING:
-    from src.config.flags import Flags
-
-PEFT_KINDS = ("none", "lora", "pissa", "miss", "dora")
-TRAIN_TYPES = ("none", "state")
-QUANTISATIONS = ("none", "int8", "nf4")
-# the matrices of a block, by the last part of their module's name; "key" and "value" are in both halves
-TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
-# trained in full beside the adapter: LayerNorms (ln0, ln1, ln2, ln_x, ln_out); x_*, w0, a0, v0, k_k, k_a, r_k
-WHOLE_PARTS = ("ln", "vectors")
 SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_train", "use_rslora")
 
 
@@ -44,13 +35,9 @@ def adapter_faults(flags: Flags) -> Iterator[UserError]:
             default = type(flags).__dataclass_fields__[name].default
             if getattr(flags, name) != default:
                 yield UserError("needs --peft", flag=name, given=getattr(flags, name), advice="leave it out")
-    if not kind and flags.quant != "none":
-        yield UserError(
-            "all weights are trained, and quantised ones can't be",
-            flag="quant",
-            given=flags.quant,
-            expected="none, or an adapter (--peft, --train_type state) beside the frozen weights",
-        )
+    # whatever the strategy; what depends on it is refused once that is known
+    if row := refusal(kind or "full", flags.quant, "one process"):
+        yield row.error(getattr(flags, row.flag))
     if kind and flags.train_stage == 1:
         yield UserError(
             "--train_stage 1 initialises whole weights", flag="train_stage", given=1, advice="use --train_stage 0"

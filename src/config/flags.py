@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from src.config.adapter import PEFT_KINDS, QUANTISATIONS, TARGETS, TRAIN_TYPES
 from src.config.model import KERNELS
 from src.config.setting import flag
+from src.config.support import PEFT_KINDS, QUANTISATIONS, TARGETS, TRAIN_TYPES
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 # Lightning's names: existing scripts pass them.
