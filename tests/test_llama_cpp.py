@@ -195,7 +195,9 @@ def test_chat_uses_the_template_and_stops(folder):
     assert seen[0] == tokenizer.chat_template.render(turns, add_generation_prompt=True)
     ids = tokenizer.encode(seen[0])
     expected = list(generate(model, ids, 30, temperature=0.0, stop_ids=tokenizer.eos_ids))
-    assert answer["choices"][0]["message"]["content"].encode() in tokenizer.decode(expected).encode()
+    # llama-cpp-python drops bytes that are no UTF-8
+    text = tokenizer.decode_bytes(expected).decode(errors="ignore")
+    assert answer["choices"][0]["message"]["content"] == text
     assert (answer["choices"][0]["finish_reason"] == "stop") == (len(expected) < 30)
 
 

@@ -160,13 +160,18 @@ class WorldTokenizer(Tokenizer):
         except UnicodeEncodeError as error:
             raise UserError(_LONE_SURROGATES) from error
 
+    @property
+    def vocabulary_file(self) -> Path:
+        """The vocabulary: a line "id literal length" for each token."""
+        return Path(self._rust.vocab_filepath)
+
     @cached_property
     def _entries(self) -> list[bytes]:
         """Bytes of each id."""
         # The package's own decoder can't return part of a character and panics on ids outside of its vocabulary.
         entries = [UNKNOWN] * self.vocab_size
         entries[0] = b""  # the end of a document has no text
-        with open(self._rust.vocab_filepath, encoding="utf-8") as lines:
+        with self.vocabulary_file.open(encoding="utf-8") as lines:
             for line in lines:  # "230 '\xe5' 1": id, Python literal, length in bytes
                 number, rest = line.split(" ", 1)
                 entry = ast.literal_eval(rest[: rest.rindex(" ")])

@@ -1,6 +1,6 @@
 """A model in another format or precision, verified by reading it back.
 
-    python -m src.inference.export MODEL OUT [--format pth | safetensors | fla] [--dtype bf16]
+    python -m src.inference.export MODEL OUT [--format FORMAT] [--dtype bf16 | --type q8_0]
     python -m src.inference.export --list        the formats, and the programs that read them
 
 MODEL may itself be in any of these formats, so this converts in both directions: `--format pth` makes a .pth of a
@@ -23,6 +23,7 @@ from src.inference.formats.convert import FORMATS, convert_model
 from src.inference.formats.format import Format
 from src.inference.load import DTYPES, find_tokenizer, find_weights, load_model
 from src.model import RWKV7
+from src.run_folder import RUN
 
 # Of --data: enough to tell a loss to three digits, and a matter of minutes for a large model on a CPU.
 HELD_OUT_WINDOWS, HELD_OUT_LENGTH = 32, 512
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             type=options.type or "",
             title=_title(weights),
             windows=_held_out(options.data, model, tokenizer) if options.data else None,
+            run=weights.parent if (weights.parent / RUN).is_file() and weights.is_file() else None,
         )
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

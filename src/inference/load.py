@@ -12,6 +12,7 @@ from src.inference.formats.fla import CONFIG, from_fla, is_fla, is_fla_folder, r
 from src.inference.formats.gguf import read_gguf
 from src.inference.formats.gguf_file import is_gguf
 from src.inference.formats.gguf_tokenizer import tokenizer_of_gguf
+from src.inference.formats.hf_tokenizer import is_world_folder
 from src.inference.formats.shards import is_part, read_json
 from src.inference.formats.web_rwkv import from_web_rwkv, is_web_rwkv
 from src.model import RWKV7
@@ -100,7 +101,9 @@ def find_tokenizer(weights: Path, vocab_size: int, given: str = "") -> Tokenizer
 
 
 def _tokenizer_within(folder: Path) -> str:
-    """The tokenizer of a Hugging Face model folder: the folder itself, or ""."""
+    """The tokenizer of a Hugging Face model folder: the folder itself, "world", or ""."""
+    if is_world_folder(folder):
+        return "world"
     return str(folder) if (folder / "tokenizer.json").is_file() else ""
 
 

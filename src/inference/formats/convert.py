@@ -9,17 +9,21 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from src.dataset.tokenizer import Tokenizer, write_tokenizer
+from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.files import atomic_write, sync_folder
 from src.inference.formats.fla import TENSORS, write_fla
 from src.inference.formats.format import Export, Format, Program
 from src.inference.formats.gguf import TYPES, gguf_weights, stored_values, write_gguf
+from src.inference.formats.hf import HF_FILES, write_hf
+from src.inference.formats.hf_tokenizer import HF_TOKENIZER_FILES, write_hf_tokenizer
 from src.inference.formats.lazy import mapped
-from src.inference.formats.ollama import create_command, read_ollama, write_ollama
+from src.inference.formats.ollama import MODEL, MODELFILE, create_command, read_ollama, write_ollama
 from src.inference.formats.parity import Parity, compare, first_difference, sample_tokens
+from src.inference.formats.web_rwkv import in_fp16, write_web_rwkv
 from src.inference.load import load_weights
 from src.model import RWKV7
+from src.model.safetensors_file import write_safetensors
 
 # Largest accepted difference between the fp32 logits of what was read back and of the weights that should have been
 # written: sums may be computed in another order, and nothing else may differ.
@@ -32,14 +36,13 @@ def _write_pth(export: Export, path: Path) -> None:
 
 
 def _write_safetensors(export: Export, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    with atomic_write(path) as file:
-        save_file(dict(export.weights), file.name)
+    write_safetensors(export.weights, path)
 
 
 def _write_fla(export: Export, folder: Path) -> None:
     write_fla(dict(export.weights), export.config, folder, export.eos_id)
+    if export.tokenizer:
+        write_hf_tokenizer(export.tokenizer, folder)
 
 
 # A new format is a module with its reader and writer, a row here, and its reader in load.py. Where two formats have one
@@ -59,7 +62,31 @@ FORMATS = {
         _write_fla,
         load_weights,
         (Program("flash-linear-attention", "fla.models.RWKV7ForCausalLM.from_pretrained('OUT')"),),
-        files=(TENSORS,),
+        files=(TENSORS, *HF_TOKENIZER_FILES),
+    ),
+    "hf": Format(
+        "the same with its own code, for transformers alone",
+        "",
+        write_hf,
+        load_weights,
+        (
+            Program("transformers, PEFT, TRL", "AutoModelForCausalLM.from_pretrained('OUT', trust_remote_code=True)"),
+            Program("rwkv7-hf", "rwkv7_hf.RWKV7ForCausalLM.from_pretrained('OUT')"),
+            Program("flash-linear-attention", "fla.models.RWKV7ForCausalLM.from_pretrained('OUT')"),
+        ),
+        files=(TENSORS, *HF_FILES, *HF_TOKENIZER_FILES),
+    ),
+    "st": Format(
+        "fp16 in web-rwkv's layout",
+        ".st",
+        write_web_rwkv,
+        load_weights,
+        (
+            Program("Ai00", "put OUT into assets/models and name it in assets/configs/Config.toml"),
+            Program("web-rwkv", "cargo run --release --example chat -- --model OUT"),
+        ),
+        types=("f16",),
+        stored=in_fp16,
     ),
     "gguf": Format(
         "a GGUF file with the tokenizer",
@@ -83,6 +110,7 @@ FORMATS = {
         (Program("Ollama", "ollama create NAME -f OUT/Modelfile, then ollama run NAME"),),
         types=tuple(TYPES),
         stored=stored_values,
+        files=(MODEL, MODELFILE),
         needs_tokenizer=True,
         next_command=create_command,
     ),
@@ -103,6 +131,7 @@ def convert_model(
     type: str = "",
     title: str = "",
     windows: Tensor | None = None,
+    run: Path | None = None,
 ) -> Parity:
     """Write `model` (on the CPU) to `out`, read it back and compare both.
 
@@ -111,6 +140,7 @@ def convert_model(
     type       one of the format's `types`; "": its first
     title      name of the model for formats that store one; "": that of `out`
     windows    held-out data int64 [B, T + 1], on which the losses of both are computed
+    run        the folder of the run that trained it, for formats that describe the training
 
     An existing `out` is replaced once the new one has been verified, and not before. Raises UserError when the format
     can't express the model or `out` contains other weights, OSError when it can't be written, VerificationError when
@@ -124,7 +154,7 @@ def convert_model(
     weights = mapped(original, lambda _, t: t.to(dtype or t.dtype).contiguous())
     chosen = type or (target.types[0] if target.types else "")
     expected = mapped(weights, lambda name, t: target.stored(name, t, chosen))
-    export = Export(weights, model.config, title or out.stem, tokenizer, chosen)
+    export = Export(weights, model.config, title or out.stem, tokenizer, chosen, run)
     out.parent.mkdir(parents=True, exist_ok=True)
     # On the file system of `out`, where moving is a rename; in an existing folder, as its parent may be read-only.
     folder = out if target.is_folder and out.is_dir() else out.parent
@@ -138,15 +168,24 @@ def convert_model(
         if different or not parity.write_error <= TOLERANCE:  # not ">", which is false for NaN
             raise VerificationError(f"{out}: not written, as another model was read back ({different}: {parity})")
         if target.is_folder:
-            out.mkdir(exist_ok=True)
-            for file in new.iterdir():
-                file.replace(out / file.name)
+            _move_files(new, out, target, replaces_tokenizer=tokenizer is not None)
         else:
             new.replace(out)
-    if target.is_folder and not target.needs_tokenizer and tokenizer and tokenizer.files:  # World has none
-        write_tokenizer(tokenizer.files, out)
     sync_folder(out if target.is_folder else out.parent)
     return parity
+
+
+def _move_files(new: Path, out: Path, target: Format, replaces_tokenizer: bool) -> None:
+    """Move the files in `new` to `out`, and remove what an earlier export there has and this one has not."""
+    out.mkdir(exist_ok=True)
+    written = {file.name for file in new.iterdir()}
+    for name in written:
+        (new / name).replace(out / name)
+    # A template of another tokenizer, for example, would be used with this vocabulary. Without a tokenizer to write,
+    # the one that is there may have been put there for this model.
+    kept = written if replaces_tokenizer else written | set(HF_TOKENIZER_FILES)
+    for name in set(target.files) - kept:
+        (out / name).unlink(missing_ok=True)
 
 
 def _check_folder(out: Path, target: Format) -> None:

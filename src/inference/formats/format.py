@@ -21,6 +21,7 @@ class Export:
     title      name of the model, for formats that store one
     tokenizer  the one of the model; None only in formats that do without
     type       one of the format's `types`, or ""
+    run        the folder of the run that trained the model, where there is one
     """
 
     weights: Mapping[str, Tensor]
@@ -28,11 +29,17 @@ class Export:
     title: str
     tokenizer: Tokenizer | None = None
     type: str = ""
+    run: Path | None = None
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end generation."""
+        return self.tokenizer.eos_ids if self.tokenizer else (0,)
 
     @property
     def eos_id(self) -> int:
         """The tokenizer's own end token if it has one besides 0, the end of a document."""
-        return max(self.tokenizer.eos_ids) if self.tokenizer else 0
+        return max(self.eos_ids)
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,8 @@ class Format:
     programs         which read it
     types            choices of `--type`, the default first; () where `--dtype` decides, as all tensors have one dtype
     stored           stored(name, tensor, type): the values that the file holds for `tensor`, for formats with `types`
-    files            names of the weights in a folder, which an export may replace
-    needs_tokenizer  it is stored in the format's own way
+    files            names in a folder of the files that the format may consist of, which an export replaces
+    needs_tokenizer  the format is of no use without one
     next_command     next_command(title, out): what the user does with it, printed at the end
     """
 
