@@ -4,18 +4,13 @@ import pytest
 import torch
 from random_model import random_model
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_export import RELEASED
 
+from src.adapt.adapter_files import read_adapter
 from src.errors import UserError
 from src.inference.export import main
-from src.inference.formats.web_rwkv import (
-    is_tuned_state,
-    read_lora,
-    read_state,
-    write_lora,
-    write_state,
-)
+from src.inference.formats.web_rwkv_tuned import read_st_lora, write_st_lora, write_st_state
 from src.inference.load import load_model
 from src.model.weights import IDLE_IN_LAYER_0
 
@@ -83,72 +78,64 @@ def test_what_can_not_be_read_there_is_refused_in_one_sentence(tmp_path, capsys,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pth"]
 
 
-def states(seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def states():
+    generator = torch.Generator().manual_seed(0)
     return {f"blocks.{i}.att.time_state": torch.randn(2, 64, 64, generator=generator) for i in range(3)}
 
 
 def test_a_tuned_state_is_stored_by_key_then_value(tmp_path):
     original = states()
-    write_state(original, tmp_path / "tuned.state")
-    stored = load_file(tmp_path / "tuned.state")
+    write_st_state(original, tmp_path / "tuned.st")
+    stored = load_file(tmp_path / "tuned.st")
     for name, state in original.items():
         assert stored[name].dtype == torch.float16
         assert stored[name][1, 5, 9] == state[1, 9, 5].half()
-    assert is_tuned_state(stored)
-    assert all(torch.equal(state, original[name].half()) for name, state in read_state(stored).items())
-    assert not is_tuned_state({"emb.weight": torch.zeros(2, 2), **stored})
+    read = read_adapter(tmp_path / "tuned.st")
+    assert read.config.kind == "state"
+    assert all(torch.equal(state.half(), original[name].half()) for name, state in read.tensors.items())
+    with pytest.raises(UserError, match=r"emb\.weight"):
+        write_st_state({"emb.weight": torch.zeros(2, 2), **original}, tmp_path / "other.st")
+    assert not (tmp_path / "other.st").exists()
+
+
+def lora():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "att.key.lora_A": (4, 128),
+        "att.key.lora_B": (128, 4),
+        "ffn.value.lora_A": (4, 512),
+        "ffn.value.lora_B": (128, 4),
+    }
+    return {f"blocks.0.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def test_lora_weights_are_stored_as_two_factors(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    original = {
-        "blocks.0.att.key.lora_A": torch.randn(4, 128, generator=generator),
-        "blocks.0.att.key.lora_B": torch.randn(96, 4, generator=generator),
-        "blocks.0.ffn.value.lora_A": torch.randn(4, 512, generator=generator),
-        "blocks.0.ffn.value.lora_B": torch.randn(128, 4, generator=generator),
-        "blocks.0.att.x_r": torch.randn(1, 1, 128, generator=generator),  # trained whole
-    }
-    write_lora(original, tmp_path / "lora.st")
+    original = lora()
+    write_st_lora(original, 2.0, "bridge", tmp_path / "lora.st")
     stored = load_file(tmp_path / "lora.st")
-    assert stored["blocks.0.att.key.lora.0"].shape == (128, 4)
-    assert stored["blocks.0.att.key.lora.1"].shape == (96, 4)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert stored["blocks.0.ffn.value.lora.0"].shape == (512, 4)
     # its formula: W + alpha / r * (lora.1 lora.0^T)
     product = stored["blocks.0.att.key.lora.1"].float() @ stored["blocks.0.att.key.lora.0"].float().T
     expected = original["blocks.0.att.key.lora_B"] @ original["blocks.0.att.key.lora_A"]
     torch.testing.assert_close(product, expected, rtol=0, atol=2e-2)
-    assert all(torch.equal(tensor, original[name].half()) for name, tensor in read_lora(stored).items())
+    read, scale = read_st_lora(tmp_path / "lora.st")
+    assert scale == 2.0
+    assert read.keys() == original.keys()
+    assert all(torch.equal(tensor, original[name].half()) for name, tensor in read.items())
+    with pytest.raises(UserError):  # alone it is no model
+        load_model(tmp_path / "lora.st", "fp32", "cpu")
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("name", "tensor", "words"),
     [
-        {"blocks.0.att.key.lora_B": None},
-        {"blocks.0.att.key.lora_B": torch.zeros(96, 5)},
-        {"head.weight": torch.zeros(8, 128)},
-        {"blocks.0.att.key.lora_A": None, "blocks.0.att.key.lora_B": None},
+        ("head.weight", torch.zeros(8, 128), "head.weight"),
+        ("blocks.1.att.key.lora_A", torch.zeros(8, 128), "ranks"),
+        ("blocks.0.att.key.lora_A", torch.full((4, 128), 1e6), "blocks.0.att.key.lora.0 has values up to 1e"),
     ],
-    ids=["half a pair", "another rank", "a whole matrix", "nothing"],
 )
-def test_what_is_no_lora_is_refused(tmp_path, change):
-    tensors = {"blocks.0.att.key.lora_A": torch.zeros(4, 128), "blocks.0.att.key.lora_B": torch.zeros(96, 4)} | change
-    with pytest.raises(UserError):
-        write_lora({name: tensor for name, tensor in tensors.items() if tensor is not None}, tmp_path / "lora.st")
+def test_what_can_not_be_stored_as_lora_is_refused(tmp_path, name, tensor, words):
+    with pytest.raises(UserError, match=words):
+        write_st_lora(lora() | {name: tensor}, 1.0, "", tmp_path / "lora.st")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("kind", ["state", "lora"])
-def test_states_and_lora_files_are_exported_by_the_same_command(tmp_path, kind):
-    tensors = (
-        states()
-        if kind == "state"
-        else {"blocks.0.att.key.lora_A": torch.ones(4, 9), "blocks.0.att.key.lora_B": torch.ones(8, 4)}
-    )
-    torch.save(tensors, tmp_path / "tuned.pth")
-    assert main([str(tmp_path / "tuned.pth"), str(tmp_path / "tuned.st")]) == 0
-    stored = load_file(tmp_path / "tuned.st")
-    expected = {n: t.half() for n, t in tensors.items()}
-    assert all(torch.equal(t, expected[n]) for n, t in (read_state if kind == "state" else read_lora)(stored).items())
-    save_file(stored, tmp_path / "copy.st")
-    with pytest.raises(UserError):  # alone it is no model
-        load_model(tmp_path / "copy.st", "fp32", "cpu")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from src.config.adapter import adapter_faults
 from src.config.flags import Flags
 from src.errors import UserError
 
@@ -59,6 +60,7 @@ def combination_faults(flags: Flags) -> Iterator[UserError]:
     yield from _mode_faults(flags)
     yield from _data_faults(flags)
     yield from _start_faults(flags)
+    yield from adapter_faults(flags)
     yield from _length_faults(flags)
 
 

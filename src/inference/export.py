@@ -1,11 +1,10 @@
 """A model in another format or precision, verified by reading it back.
 
-    python -m src.inference.export MODEL OUT [--format pth | safetensors | fla | hf | st] [--dtype bf16]
+    python -m src.inference.export MODEL OUT [--format FORMAT] [--dtype bf16 | --type q8_0]
     python -m src.inference.export --list        the formats, and the programs that read them
 
 MODEL may itself be in any of these formats, so this converts in both directions: `--format pth` makes a .pth of a
-Hugging Face folder. An official .pth needs no conversion. With --format st, MODEL may also be a file of tuned states or
-of LoRA weights.
+Hugging Face folder. An official .pth needs no conversion.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from src.inference.arguments import MODEL_HELP
 from src.inference.evaluate import read_tokens, stack_windows, windows
 from src.inference.formats.convert import FORMATS, convert_model
 from src.inference.formats.format import Format
-from src.inference.formats.web_rwkv import write_tuned
-from src.inference.load import DTYPES, find_tokenizer, find_weights, load_model, load_weights
+from src.inference.load import DTYPES, find_tokenizer, find_weights, load_model
 from src.model import RWKV7
 from src.run_folder import RUN
 
@@ -51,9 +49,6 @@ def main(argv: list[str] | None = None) -> int:
         # before seconds are spent on loading the model
         _check_out(options.out, format, weights)
         _check_precision(format, options)
-        if format == "st" and weights.is_file() and (kind := write_tuned(load_weights(weights), options.out)):
-            print(f"wrote {options.out} ({kind}) from {weights}")
-            return 0
         model = load_model(weights, "as is", "cpu")
         tokenizer = _tokenizer(weights, model, options.tokenizer, FORMATS[format])
         parity = convert_model(
@@ -72,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, RuntimeError) as error:  # VerificationError, and what torch.save raises when the disk is full
         parser.exit(1, f"{parser.prog}: {error}\n")
     print(f"wrote {options.out} ({format}) from {weights}\n{parity}")
+    if (next_command := FORMATS[format].next_command) is not None:
+        print(next_command(_title(weights), options.out))
     return 0
 
 

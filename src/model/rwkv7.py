@@ -45,6 +45,8 @@ class RWKV7(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        # names of the parameters that an adapter leaves as they are in the base's file (src/adapt); none without one
+        self.frozen_base: frozenset[str] = frozenset()
         self.emb = Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)

@@ -18,6 +18,7 @@ from src.inference.formats.gguf import TYPES, gguf_weights, stored_values, write
 from src.inference.formats.hf import HF_FILES, write_hf
 from src.inference.formats.hf_tokenizer import HF_TOKENIZER_FILES, write_hf_tokenizer
 from src.inference.formats.lazy import mapped
+from src.inference.formats.ollama import MODEL, MODELFILE, create_command, read_ollama, write_ollama
 from src.inference.formats.parity import Parity, compare, first_difference, sample_tokens
 from src.inference.formats.web_rwkv import in_fp16, write_web_rwkv
 from src.inference.load import load_weights
@@ -100,6 +101,18 @@ FORMATS = {
         types=tuple(TYPES),
         stored=stored_values,
         needs_tokenizer=True,
+    ),
+    "ollama": Format(
+        "a GGUF file with a Modelfile",
+        "",
+        write_ollama,
+        read_ollama,
+        (Program("Ollama", "ollama create NAME -f OUT/Modelfile, then ollama run NAME"),),
+        types=tuple(TYPES),
+        stored=stored_values,
+        files=(MODEL, MODELFILE),
+        needs_tokenizer=True,
+        next_command=create_command,
     ),
 }
 

@@ -66,7 +66,8 @@ class Format:
     types            choices of `--type`, the default first; () where `--dtype` decides, as all tensors have one dtype
     stored           stored(name, tensor, type): the values that the file holds for `tensor`, for formats with `types`
     files            names in a folder of the files that the format may consist of, which an export replaces
-    needs_tokenizer  the file contains one
+    needs_tokenizer  the format is of no use without one
+    next_command     next_command(title, out): what the user does with it, printed at the end
     """
 
     summary: str
@@ -78,6 +79,7 @@ class Format:
     stored: Callable[[str, Tensor, str], Tensor] = unchanged
     files: tuple[str, ...] = ()
     needs_tokenizer: bool = False
+    next_command: Callable[[str, Path], str] | None = None
 
     @property
     def is_folder(self) -> bool:

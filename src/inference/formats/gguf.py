@@ -5,6 +5,7 @@ Sources: llama.cpp's conversion/rwkv.py (names, metadata), src/models/rwkv7.cpp 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,16 +54,17 @@ def write_gguf(export: Export, path: Path) -> None:
     """
     assert export.tokenizer is not None
     _check_sizes(export.config, export.type)
+    tensors = list(to_gguf(export.weights, export.config, TYPES[export.type][0]))
     metadata = {
-        **_general_metadata(export),
+        **_general_metadata(export, tensors),
         **_model_metadata(export.config),
         **tokenizer_metadata(export.tokenizer, export.config.vocab_size),
     }
-    write_tensors(path, metadata, list(to_gguf(export.weights, export.config)), TYPES[export.type][0])
+    write_tensors(path, metadata, tensors)
 
 
-def write_tensors(path: Path, metadata: Mapping[str, Any], tensors: list[Stored], kind: int) -> None:
-    """Write a GGUF file of these keys and tensors, the large ones as `kind`. Raises UserError and OSError."""
+def write_tensors(path: Path, metadata: Mapping[str, Any], tensors: list[Stored]) -> None:
+    """Write a GGUF file of these keys and tensors, one after the other. Raises UserError and OSError."""
     writer_class = load_writer()
     with atomic_write(path) as file:
         writer = writer_class(file.name, metadata["general.architecture"])
@@ -71,12 +73,12 @@ def write_tensors(path: Path, metadata: Mapping[str, Any], tensors: list[Stored]
                 if key != "general.architecture":  # which the writer adds itself
                     _add(writer, key, value)
             for tensor in tensors:
-                _add_info(writer, tensor, kind if is_large(tensor.ours) else F32)
+                _add_info(writer, tensor)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for tensor in tensors:
-                writer.write_tensor_data(_encode(tensor.make(), kind if is_large(tensor.ours) else F32, tensor.ours))
+                writer.write_tensor_data(_encode(tensor.make(), tensor.kind, tensor.ours))
         finally:
             writer.close()
 
@@ -99,11 +101,15 @@ def _check_sizes(config: ModelConfig, type: str) -> None:
         )
 
 
-def _general_metadata(export: Export) -> dict[str, Any]:
+def _general_metadata(export: Export, tensors: list[Stored]) -> dict[str, Any]:
+    load_writer()  # for its message
+    from gguf import size_label
+
     return {
         "general.architecture": ARCHITECTURE,
         "general.type": "model",
         "general.name": export.title,
+        "general.size_label": size_label(sum(math.prod(tensor.shape) for tensor in tensors), 0, 0, 0),
         "general.file_type": TYPES[export.type][1],
         "general.quantization_version": 2,
     }
@@ -144,14 +150,13 @@ def _add(writer: GGUFWriter, key: str, value: object) -> None:
         raise AssertionError(f"{key}: {type(value)}")
 
 
-def _add_info(writer: GGUFWriter, tensor: Stored, kind: int) -> None:
+def _add_info(writer: GGUFWriter, tensor: Stored) -> None:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    n_bytes = int(np.prod(tensor.shape)) // per_block * block_bytes
-    writer.add_tensor_info(
-        tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, raw_dtype=GGMLQuantizationType(kind)
-    )
+    kind = GGMLQuantizationType(tensor.kind)
+    per_block, block_bytes = GGML_QUANT_SIZES[kind]
+    n_bytes = math.prod(tensor.shape) // per_block * block_bytes
+    writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, raw_dtype=kind)
 
 
 def _encode(tensor: Tensor, kind: int, name: str) -> npt.NDArray[Any]:

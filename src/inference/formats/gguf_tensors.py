@@ -6,6 +6,7 @@ value residual, holds copies of a0, a1, a2 as v0, v1, v2: llama.cpp loads them a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from src.config import ModelConfig
 from src.errors import UserError
+from src.inference.formats.gguf_file import F32
 from src.inference.formats.lazy import LazyWeights
 from src.model import RWKV7
 from src.model.weights import IDLE_IN_LAYER_0
@@ -71,12 +73,14 @@ class Stored:
 
     name   GGUF's
     shape  as in NumPy, the reverse of GGUF's own order
+    kind   type of its numbers, as in gguf_file.py
     ours   the parameter of `RWKV7` that it holds; of a fused one, the first
     make   its values
     """
 
     name: str
     shape: tuple[int, ...]
+    kind: int
     ours: str
     make: Callable[[], Tensor]
 
@@ -85,8 +89,8 @@ def _is_low_rank(name: str) -> bool:
     return re.search(r"\.att\.[wavg][12]$", name) is not None
 
 
-def to_gguf(weights: Mapping[str, Tensor], config: ModelConfig) -> Iterator[Stored]:
-    """The tensors of a model (a state dict of `RWKV7`), in the order of its layers. Raises UserError for no RWKV-7."""
+def to_gguf(weights: Mapping[str, Tensor], config: ModelConfig, kind: int) -> Iterator[Stored]:
+    """The tensors of a model (a state dict of `RWKV7`), in the order of its layers; the large matrices as `kind`."""
     with torch.device("meta"):  # for the shapes, without a look at the weights
         shapes = {name: tuple(t.shape) for name, t in RWKV7(config).state_dict().items()}
     for name, shape in shapes.items():
@@ -94,22 +98,19 @@ def to_gguf(weights: Mapping[str, Tensor], config: ModelConfig) -> Iterator[Stor
             layer = name.split(".")[1]
             mixes = [name.removesuffix("x_r") + mix for mix in _MIXES]
             fused = (len(_MIXES), 1, 1, config.n_embd)
-            yield Stored(_FUSED.format(layer), fused, name, partial(_stack, weights, mixes))
+            yield Stored(_FUSED.format(layer), fused, F32, name, partial(_stack, weights, mixes))
         if re.search(r"\.att\.x_.$", name) or name in IDLE_IN_LAYER_0:
             continue
         source = partial(_plain, weights, name)
         stored = shape[::-1] if _is_low_rank(name) else _stored_shape(shape, name)
-        yield Stored(gguf_name(name), stored, name, source)
+        yield Stored(gguf_name(name), stored, kind if is_large(name) else F32, name, source)
         if re.fullmatch(r"blocks\.0\.att\.a[012]", name):
-            yield Stored(gguf_name(name.replace("att.a", "att.v")), stored, name, source)
+            yield Stored(gguf_name(name.replace("att.a", "att.v")), stored, F32, name, source)
 
 
 def _stored_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
     """[1, 1, C] and r_k's [H, N] are flat."""
-    count = 1
-    for size in shape:
-        count *= size
-    return (count,) if len(shape) == 3 or name.endswith("r_k") else shape
+    return (math.prod(shape),) if len(shape) == 3 or name.endswith("r_k") else shape
 
 
 def _plain(weights: Mapping[str, Tensor], name: str) -> Tensor:
