@@ -19,6 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import random_model
 
+from src.adapt.adapter_files import Adapter, write_adapter
+from src.adapt.config import AdapterConfig
 from src.dataset.tokenizer import load_tokenizer
 from src.errors import UserError
 from src.inference.export import main
@@ -461,6 +463,43 @@ def test_a_lora_adapter_has_llama_cpps_names_and_alpha(tmp_path):
     assert scale == 2.0
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("type", ["f32", "f16"])
+def test_an_adapter_of_this_project_is_exported(weights, tmp_path, capsys, type):
+    tensors, out = pairs(), tmp_path / "lora.gguf"
+    adapter = Adapter(AdapterConfig("lora", r=4, lora_alpha=8.0, use_rslora=True), tensors)
+    write_adapter(tmp_path / "adapter", adapter)
+    arguments = [str(weights), str(out), "--adapter", str(tmp_path / "adapter"), "--format", "gguf-lora"]
+    assert main([*arguments, "--type", type]) == 0
+    assert "differ by 0.0e+00 from the weights that were written" in capsys.readouterr().out
+    back, scale = read_gguf_lora(out)
+    assert scale == pytest.approx(8.0 / 4**0.5)
+    dtype = torch.float32 if type == "f32" else torch.float16
+    assert all(torch.equal(back[name], tensor.to(dtype)) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "detail"),
+    [
+        (["x.gguf", "--format", "gguf-lora"], "--adapter: missing"),
+        (["x.gguf", "--adapter", "adapter"], "--format gguf writes a model"),
+        (["x.gguf", "--format", "gguf-lora", "--adapter", "dora"], "an adapter of the kind dora"),
+        (["x.gguf", "--format", "gguf-lora", "--adapter", "wide"], "doesn't fit the base"),
+    ],
+)
+def test_a_wrong_adapter_is_one_message(weights, tmp_path, capsys, monkeypatch, arguments, detail):
+    monkeypatch.chdir(tmp_path)
+    write_adapter(tmp_path / "adapter", Adapter(AdapterConfig("lora", r=4), pairs()))
+    wide = {name: torch.cat([t, t], dim=-1 if name.endswith("A") else 0) for name, t in pairs().items()}
+    write_adapter(tmp_path / "wide", Adapter(AdapterConfig("lora", r=4), wide))
+    magnitudes = {name.replace("_B", "_magnitude"): t[:, 0].abs() for name, t in pairs().items() if name.endswith("B")}
+    write_adapter(tmp_path / "dora", Adapter(AdapterConfig("dora", r=4), {**pairs(), **magnitudes}))
+    with pytest.raises(SystemExit) as stopped:
+        main([str(weights), *arguments])
+    assert stopped.value.code == 2
+    assert detail in capsys.readouterr().err
+    assert not (tmp_path / "x.gguf").exists()
 
 
 @pytest.mark.parametrize("name", ["blocks.0.ln1.weight", "blocks.0.att.key.lora_magnitude", "head.lora_A"])

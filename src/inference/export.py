@@ -1,6 +1,7 @@
 """A model in another format or precision, verified by reading it back.
 
     python -m src.inference.export MODEL OUT [--format FORMAT] [--dtype bf16 | --type q8_0]
+    python -m src.inference.export BASE OUT --adapter ADAPTER --format gguf-lora
     python -m src.inference.export --list        the formats, and the programs that read them
 
 MODEL may itself be in any of these formats, so this converts in both directions: `--format pth` makes a .pth of a
@@ -15,16 +16,20 @@ from pathlib import Path
 
 from torch import Tensor
 
+from src.adapt.adapter_files import read_adapter
+from src.adapt.merge import check_adapter
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.inference.arguments import MODEL_HELP
 from src.inference.evaluate import read_tokens, stack_windows, windows
+from src.inference.formats.adapters import ADAPTER_FORMATS, AdapterFormat, convert_adapter
 from src.inference.formats.convert import FORMATS, convert_model
 from src.inference.formats.format import Format
 from src.inference.load import DTYPES, find_tokenizer, find_weights, load_model
 from src.model import RWKV7
 from src.run_folder import RUN
 
+ALL_FORMATS: dict[str, Format | AdapterFormat] = {**FORMATS, **ADAPTER_FORMATS}
 # Of --data: enough to tell a loss to three digits, and a matter of minutes for a large model on a CPU.
 HELD_OUT_WINDOWS, HELD_OUT_LENGTH = 32, 512
 
@@ -36,39 +41,50 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write, or folder, as --list says")
     parser.add_argument("--list", action=_List, help="show the formats and the programs that read them")
-    parser.add_argument("--format", choices=FORMATS, default=None, help="default: by OUT's suffix; without one, fla")
+    parser.add_argument(
+        "--format", choices=ALL_FORMATS, default=None, help="default: by OUT's suffix; without one, fla"
+    )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: that of MODEL")
-    types = dict.fromkeys(type for format in FORMATS.values() for type in format.types)
+    types = dict.fromkeys(type for format in ALL_FORMATS.values() for type in format.types)
     parser.add_argument("--type", choices=tuple(types), default=None, help="of formats with their own types (--list)")
     parser.add_argument("--tokenizer", default="", help="to store with the weights; default: that of the run")
     parser.add_argument("--data", type=Path, default=None, help="held-out text or binidx: compare losses, too")
+    parser.add_argument("--adapter", default="", help="LoRA to write, of the base MODEL: a PEFT folder, a .pth or .st")
+    parser.add_argument("--lora_alpha", type=float, default=None, help="for LoRA files that don't have it")
+    parser.add_argument("--other_base", action="store_true", help="accept an adapter of other weights of these sizes")
     options = parser.parse_args(argv)
     try:
         weights = find_weights(options.model)
         format = options.format or _format_of(options.out)
         # before seconds are spent on loading the model
         _check_out(options.out, format, weights)
-        _check_precision(format, options)
+        _check_options(format, options)
         model = load_model(weights, "as is", "cpu")
-        tokenizer = _tokenizer(weights, model, options.tokenizer, FORMATS[format])
-        parity = convert_model(
-            model,
-            options.out,
-            format,
-            DTYPES.get(options.dtype),
-            tokenizer,
-            type=options.type or "",
-            title=_title(weights),
-            windows=_held_out(options.data, model, tokenizer) if options.data else None,
-            run=weights.parent if (weights.parent / RUN).is_file() and weights.is_file() else None,
-        )
+        tokenizer = _tokenizer(weights, model, options.tokenizer, ALL_FORMATS[format])
+        type, title = options.type or "", _title(weights)
+        if format in ADAPTER_FORMATS:
+            adapter = read_adapter(options.adapter, options.lora_alpha)
+            check_adapter(adapter, model.state_dict(), options.adapter, options.other_base)
+            parity = convert_adapter(model, adapter, options.out, format, tokenizer, f"{title} adapter", type)
+        else:
+            parity = convert_model(
+                model,
+                options.out,
+                format,
+                DTYPES.get(options.dtype),
+                tokenizer,
+                type=type,
+                title=title,
+                windows=_held_out(options.data, model, tokenizer) if options.data else None,
+                run=weights.parent if (weights.parent / RUN).is_file() and weights.is_file() else None,
+            )
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except (OSError, RuntimeError) as error:  # VerificationError, and what torch.save raises when the disk is full
         parser.exit(1, f"{parser.prog}: {error}\n")
     print(f"wrote {options.out} ({format}) from {weights}\n{parity}")
-    if (next_command := FORMATS[format].next_command) is not None:
-        print(next_command(_title(weights), options.out))
+    if format in FORMATS and (next_command := FORMATS[format].next_command) is not None:
+        print(next_command(title, options.out))
     return 0
 
 
@@ -85,7 +101,7 @@ class _List(argparse.Action):
 def format_list() -> str:
     """The formats with their suffixes and types, and under each the programs that read it, with the command."""
     lines = []
-    for name, format in FORMATS.items():
+    for name, format in ALL_FORMATS.items():
         types = f", --type {'|'.join(format.types)}" if format.types else ", --dtype"
         lines.append(f"{name:12} {format.summary} ({format.suffix or 'folder'}{types})")
         lines += [f"{'':12}   {program.name}: {program.command}" for program in format.programs]
@@ -110,7 +126,7 @@ def _format_of(out: Path) -> str:
 
 def _check_out(out: Path, format: str, weights: Path) -> None:
     """Raises UserError when OUT can't be written in `format`, before the model is loaded."""
-    suffix = FORMATS[format].suffix
+    suffix = ALL_FORMATS[format].suffix
     if out.exists() and out.resolve() == weights.resolve():
         raise UserError("is MODEL itself", given=out, advice="name another file")
     if not suffix:  # an existing folder is fine: `convert_model` looks at what it contains
@@ -123,9 +139,16 @@ def _check_out(out: Path, format: str, weights: Path) -> None:
         raise UserError(f"--format {format} writes a file that ends in {suffix}", given=out, expected=f"{out}{suffix}")
 
 
-def _check_precision(format: str, options: argparse.Namespace) -> None:
-    """Raises UserError for a precision that isn't one of `format`'s."""
-    types = FORMATS[format].types
+def _check_options(format: str, options: argparse.Namespace) -> None:
+    """Raises UserError for options that don't go with `format`."""
+    names = " or ".join(ADAPTER_FORMATS)
+    if format in ADAPTER_FORMATS and not options.adapter:
+        raise UserError(
+            f"missing, and --format {format} writes one", flag="adapter", expected="a LoRA adapter of MODEL"
+        )
+    if format not in ADAPTER_FORMATS and options.adapter:
+        raise UserError(f"--format {format} writes a model", flag="adapter", given=options.adapter, expected=names)
+    types = ALL_FORMATS[format].types
     if types and options.dtype:
         raise UserError(
             f"--format {format} has types of its own",
@@ -138,14 +161,14 @@ def _check_precision(format: str, options: argparse.Namespace) -> None:
         raise UserError(f"not a type of --format {format}", flag="type", given=options.type, expected=expected)
 
 
-def _tokenizer(weights: Path, model: RWKV7, given: str, format: Format) -> Tokenizer | None:
+def _tokenizer(weights: Path, model: RWKV7, given: str, format: Format | AdapterFormat) -> Tokenizer | None:
     """The tokenizer of the model: an export may be complete without one, unless it was asked for."""
     try:
         return find_tokenizer(weights, model.config.vocab_size, given)
     except UserError as error:
-        if given or format.needs_tokenizer:
+        if given or (isinstance(format, Format) and format.needs_tokenizer):
             raise
-        if format.is_folder:
+        if not format.suffix:
             print(f"note: no tokenizer is copied ({error})")
         return None
 

@@ -13,21 +13,17 @@ from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.files import atomic_write, sync_folder
 from src.inference.formats.fla import TENSORS, write_fla
-from src.inference.formats.format import Export, Format, Program
+from src.inference.formats.format import Export, Format, Program, VerificationError
 from src.inference.formats.gguf import TYPES, gguf_weights, stored_values, write_gguf
 from src.inference.formats.hf import HF_FILES, write_hf
 from src.inference.formats.hf_tokenizer import HF_TOKENIZER_FILES, write_hf_tokenizer
 from src.inference.formats.lazy import mapped
 from src.inference.formats.ollama import MODEL, MODELFILE, create_command, read_ollama, write_ollama
-from src.inference.formats.parity import Parity, compare, first_difference, sample_tokens
+from src.inference.formats.parity import TOLERANCE, Parity, compare, first_difference, sample_tokens
 from src.inference.formats.web_rwkv import in_fp16, write_web_rwkv
 from src.inference.load import load_weights
 from src.model import RWKV7
 from src.model.safetensors_file import write_safetensors
-
-# Largest accepted difference between the fp32 logits of what was read back and of the weights that should have been
-# written: sums may be computed in another order, and nothing else may differ.
-TOLERANCE = 1e-5
 
 
 def _write_pth(export: Export, path: Path) -> None:
@@ -115,10 +111,6 @@ FORMATS = {
         next_command=create_command,
     ),
 }
-
-
-class VerificationError(RuntimeError):
-    """What was read back isn't the model that was written."""
 
 
 def convert_model(

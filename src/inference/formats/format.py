@@ -42,6 +42,10 @@ class Export:
         return max(self.eos_ids)
 
 
+class VerificationError(RuntimeError):
+    """What was read back isn't what was written."""
+
+
 @dataclass(frozen=True)
 class Program:
     """A program that reads a format, and the command that runs OUT with it."""

@@ -18,6 +18,9 @@ from src.inference.scoring import LOGIT_ROWS
 from src.model.layers import LAYER_NORM_EPS, Block
 from src.model.weights import IDLE_IN_LAYER_0
 
+# Largest accepted difference between the fp32 logits of what was read back and of the weights that should have been
+# written: sums may be computed in another order, and nothing else may differ.
+TOLERANCE = 1e-5
 VERIFIED_TOKENS = 64
 # English, code, numbers, Chinese and an emoji: ids from all over a vocabulary.
 SAMPLE = (
