@@ -7,7 +7,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_export import RELEASED
 
-from src.adapt.adapter_files import read_adapter
+from src.adapt.adapter_files import Adapter, base_sha256, read_adapter, write_adapter
+from src.adapt.config import AdapterConfig
 from src.errors import UserError
 from src.inference.export import main
 from src.inference.formats.web_rwkv_tuned import read_st_lora, write_st_lora, write_st_state
@@ -85,7 +86,7 @@ def states():
 
 def test_a_tuned_state_is_stored_by_key_then_value(tmp_path):
     original = states()
-    write_st_state(original, tmp_path / "tuned.st")
+    write_st_state(original, 1.0, "", tmp_path / "tuned.st")
     stored = load_file(tmp_path / "tuned.st")
     for name, state in original.items():
         assert stored[name].dtype == torch.float16
@@ -94,7 +95,7 @@ def test_a_tuned_state_is_stored_by_key_then_value(tmp_path):
     assert read.config.kind == "state"
     assert all(torch.equal(state.half(), original[name].half()) for name, state in read.tensors.items())
     with pytest.raises(UserError, match=r"emb\.weight"):
-        write_st_state({"emb.weight": torch.zeros(2, 2), **original}, tmp_path / "other.st")
+        write_st_state({"emb.weight": torch.zeros(2, 2), **original}, 1.0, "", tmp_path / "other.st")
     assert not (tmp_path / "other.st").exists()
 
 
@@ -139,3 +140,23 @@ def test_what_can_not_be_stored_as_lora_is_refused(tmp_path, name, tensor, words
     with pytest.raises(UserError, match=words):
         write_st_lora(lora() | {name: tensor}, 1.0, "", tmp_path / "lora.st")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["lora", "state"])
+def test_adapters_are_exported_beside_their_base(tmp_path, capsys, kind):
+    model = random_model(n_layer=3)
+    torch.save(model.state_dict(), tmp_path / "base.pth")
+    tensors = states() if kind == "state" else lora()
+    config = AdapterConfig("state", target_modules=()) if kind == "state" else AdapterConfig("lora", 4, 8.0)
+    adapter = tmp_path / ("tuned.pth" if kind == "state" else "tuned")
+    write_adapter(adapter, Adapter(config, tensors, base_sha256(model.state_dict())))
+    out = tmp_path / "out.st"
+    arguments = [str(tmp_path / "base.pth"), str(out), "--adapter", str(adapter), "--format"]
+    assert main([*arguments, f"st-{kind}"]) == 0
+    assert "logits differ by 0.0e+00 from the weights that were written" in capsys.readouterr().out
+    read = read_adapter(out, None if kind == "state" else 8.0)
+    assert all(torch.equal(tensor, tensors[name].half().float()) for name, tensor in read.tensors.items())
+    other = "lora" if kind == "state" else "state"
+    with pytest.raises(SystemExit):
+        main([*arguments, f"st-{other}"])
+    assert f"an adapter of the kind {kind}" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """A model in another format or precision, verified by reading it back.
 
     python -m src.inference.export MODEL OUT [--format FORMAT] [--dtype bf16 | --type q8_0]
-    python -m src.inference.export BASE OUT --adapter ADAPTER --format gguf-lora
+    python -m src.inference.export BASE OUT --adapter ADAPTER --format gguf-lora | st-lora | st-state
     python -m src.inference.export --list        the formats, and the programs that read them
 
 MODEL may itself be in any of these formats, so this converts in both directions: `--format pth` makes a .pth of a
@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--type", choices=tuple(types), default=None, help="of formats with their own types (--list)")
     parser.add_argument("--tokenizer", default="", help="to store with the weights; default: that of the run")
     parser.add_argument("--data", type=Path, default=None, help="held-out text or binidx: compare losses, too")
-    parser.add_argument("--adapter", default="", help="LoRA to write, of the base MODEL: a PEFT folder, a .pth or .st")
+    parser.add_argument(
+        "--adapter", default="", help="adapter to write, of the base MODEL: a PEFT folder, a .pth or .st"
+    )
     parser.add_argument("--lora_alpha", type=float, default=None, help="for LoRA files that don't have it")
     parser.add_argument("--other_base", action="store_true", help="accept an adapter of other weights of these sizes")
     options = parser.parse_args(argv)
@@ -143,9 +145,7 @@ def _check_options(format: str, options: argparse.Namespace) -> None:
     """Raises UserError for options that don't go with `format`."""
     names = " or ".join(ADAPTER_FORMATS)
     if format in ADAPTER_FORMATS and not options.adapter:
-        raise UserError(
-            f"missing, and --format {format} writes one", flag="adapter", expected="a LoRA adapter of MODEL"
-        )
+        raise UserError(f"missing, and --format {format} writes one", flag="adapter", expected="an adapter of MODEL")
     if format not in ADAPTER_FORMATS and options.adapter:
         raise UserError(f"--format {format} writes a model", flag="adapter", given=options.adapter, expected=names)
     types = ALL_FORMATS[format].types

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from torch import Tensor
 
 from src.adapt.adapter_files import Adapter
@@ -18,18 +19,21 @@ from src.inference.formats.format import Program, VerificationError
 from src.inference.formats.gguf_lora import TYPES, read_gguf_lora, write_gguf_lora
 from src.inference.formats.lazy import mapped
 from src.inference.formats.parity import TOLERANCE, Parity, compare, sample_tokens
-from src.model import RWKV7
+from src.inference.formats.web_rwkv_tuned import read_st_lora, read_st_state, write_st_lora, write_st_state
+from src.model import RWKV7, State
 
 Pairs = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class AdapterFormat:
-    """How a LoRA adapter is stored: `blocks.N.att.key.lora_A` [r, in] and `.lora_B` [out, r], and the factor of B A.
+    """How an adapter is stored: `blocks.N.att.key.lora_A` [r, in] and `.lora_B` [out, r], and the factor of B A; or
+    `blocks.N.att.time_state` [H, value, key], and 1.
 
-    write     write(pairs, factor, title, path, type). Raises UserError for what the format can't express
-    read      pairs and factor
+    write     write(tensors, factor, title, path, type). Raises UserError for what the format can't express
+    read      tensors and factor
     types     choices of `--type`, the default first
+    kind      of the adapter: "lora" or "state"
     """
 
     summary: str
@@ -38,6 +42,7 @@ class AdapterFormat:
     read: Callable[[Path], tuple[Pairs, float]]
     programs: tuple[Program, ...]
     types: tuple[str, ...]
+    kind: str = "lora"
 
 
 ADAPTER_FORMATS = {
@@ -52,7 +57,26 @@ ADAPTER_FORMATS = {
         ),
         tuple(TYPES),
     ),
+    "st-lora": AdapterFormat(
+        "a LoRA adapter in web-rwkv's layout",
+        ".st",
+        write_st_lora,
+        read_st_lora,
+        (Program("Ai00", "under [[lora]] in Config.toml: path = OUT, and the adapter's alpha"),),
+        ("f16",),
+    ),
+    "st-state": AdapterFormat(
+        "a tuned initial state in web-rwkv's layout",
+        ".st",
+        write_st_state,
+        read_st_state,
+        (Program("Ai00", "under [[state]] in Config.toml: path = OUT, a name and an id"),),
+        ("f16",),
+        kind="state",
+    ),
 }
+# The kinds of adapters, for messages.
+KINDS = {"lora": "LoRA", "state": "a tuned initial state"}
 
 
 def convert_adapter(
@@ -60,15 +84,15 @@ def convert_adapter(
 ) -> Parity:
     """Write `adapter` of the base `model` to `out`, read it back, and compare the logits with both adapters.
 
-    An existing `out` is replaced once the new one has been verified. Raises UserError for an adapter that isn't LoRA
-    of matrices alone, OSError, and VerificationError when another adapter is read back.
+    An existing `out` is replaced once the new one has been verified. Raises UserError for an adapter of another kind
+    than the format's, OSError, and VerificationError when another adapter is read back.
     """
     target, config = ADAPTER_FORMATS[format], adapter.config
-    if config.kind != "lora":
+    if config.kind != target.kind:
         raise UserError(
             f"an adapter of the kind {config.kind}, which --format {format} can't express",
             flag="adapter",
-            expected="LoRA",
+            expected=KINDS[target.kind],
             advice="merge it into its base, and export the result",
         )
     base = model.state_dict()
@@ -78,17 +102,40 @@ def convert_adapter(
         target.write(adapter.tensors, config.scale, title, new, type or target.types[0])
         pairs, factor = target.read(new)
         expected = {name: tensor.to(pairs[name].dtype) for name, tensor in adapter.tensors.items() if name in pairs}
-        original, rounded, written = (
-            mapped(base, partial(_merged, pairs=each, factor=each_factor))
-            for each, each_factor in ((adapter.tensors, config.scale), (expected, config.scale), (pairs, factor))
-        )
         tokens = sample_tokens(model.config.vocab_size, tokenizer)
-        parity = compare(original, rounded, written, model.config, tokens)
+        if target.kind == "state":
+            parity = _compare_states(model, (adapter.tensors, expected, pairs), tokens)
+        else:
+            original, rounded, written = (
+                mapped(base, partial(_merged, pairs=each, factor=each_factor))
+                for each, each_factor in ((adapter.tensors, config.scale), (expected, config.scale), (pairs, factor))
+            )
+            parity = compare(original, rounded, written, model.config, tokens)
         if pairs.keys() != adapter.tensors.keys() or not parity.write_error <= TOLERANCE:
             raise VerificationError(f"{out}: not written, as another adapter was read back ({parity})")
         new.replace(out)
     sync_folder(out.parent)
     return parity
+
+
+@torch.no_grad()
+def _compare_states(model: RWKV7, states: tuple[Pairs, Pairs, Pairs], tokens: Tensor) -> Parity:
+    """The parity of the written states, the last, with the original ones and with these as rounded, in `model`."""
+    exact, rounded, written = (_logits(model, each, tokens) for each in states)
+    return Parity(
+        write_error=float((rounded - written).abs().max()),
+        rounding_error=float((exact - written).abs().max()),
+        agreement=float((exact.argmax(-1) == written.argmax(-1)).float().mean()),
+        positions=tokens.shape[1],
+    )
+
+
+def _logits(model: RWKV7, states: Pairs, tokens: Tensor) -> Tensor:
+    """Of `tokens` int64 [1, T], from the initial states: [T, V]."""
+    start = State.zeros(model.config, 1, dtype=model.emb.weight.dtype)
+    for i, layer in enumerate(start.layers):
+        start.layers[i] = layer._replace(wkv=states[f"blocks.{i}.att.time_state"].float().unsqueeze(0))
+    return model(tokens, start)[0][0].float()
 
 
 def _merged(name: str, tensor: Tensor, pairs: Pairs, factor: float) -> Tensor:

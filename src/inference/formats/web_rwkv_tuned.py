@@ -55,7 +55,7 @@ def read_st_lora(path: Path) -> tuple[Weights, float]:
     return {name: tensor.half() for name, tensor in adapter.tensors.items()}, adapter.config.scale
 
 
-def write_st_state(states: Mapping[str, Tensor], path: Path) -> None:
+def write_st_state(states: Mapping[str, Tensor], scale: float, title: str, path: Path, type: str = "f16") -> None:
     """Write tuned states blocks.N.att.time_state [H, value, key]. Raises UserError for other tensors, OSError."""
     if others := [name for name in states if not name.endswith(TIME_STATE)]:
         raise UserError(
@@ -63,4 +63,9 @@ def write_st_state(states: Mapping[str, Tensor], path: Path) -> None:
             advice="merge the adapter into its base, and export the result",
         )
     swapped = {name: state.transpose(-2, -1) for name, state in states.items()}
-    write_safetensors(to_fp16(swapped), path, {"format": "pt"})
+    write_safetensors(to_fp16(swapped), path, {"format": "pt", "title": title})
+
+
+def read_st_state(path: Path) -> tuple[Weights, float]:
+    """The states in such a file, [H, value, key] in fp16, and 1. Raises UserError."""
+    return {name: state.half() for name, state in read_adapter(path).tensors.items()}, 1.0
