@@ -6,13 +6,16 @@ import pytest
 import torch
 from chat_models import make_tokenizer
 from random_model import random_model
+from training_runs import CTX, train
 
+from src.config import RunConfig
 from src.errors import UserError
 from src.inference.convert_vocabulary import main
 from src.inference.load import load_model
 from src.model import RWKV7
 from src.model.vocabulary import resize_vocabulary
 from src.model.weights import read_weights
+from src.training.model_setup import find_vocab_size
 
 
 @pytest.fixture
@@ -81,3 +84,28 @@ def test_mistakes_are_one_message(tmp_path, capsys, out, arguments, words):
 def test_weights_without_rows_are_refused():
     with pytest.raises(UserError):
         resize_vocabulary({"emb.weight": torch.zeros(3, 2)}, 5)
+
+
+def test_a_run_adds_the_rows_that_its_tokenizer_needs(tmp_path, data, capfd):
+    base = random_model(n_layer=2, n_embd=32, head_size=16, vocab_size=64)
+    torch.save(base.state_dict(), tmp_path / "base.pth")
+    folder = make_tokenizer(tmp_path / "tokenizer")
+    changed = {"load_model": tmp_path / "base.pth", "tokenizer": folder, "vocab_size": 0, "my_exit_tokens": CTX * 4 * 2}
+    assert train(tmp_path / "run", data, **changed) == 2
+    assert "emb.weight is [64, 32], expected [400, 32]" in capfd.readouterr().err
+    assert train(tmp_path / "run", data, resize_vocab=1, check=1, **changed) == 0
+    assert train(tmp_path / "run", data, resize_vocab=1, lr_init=1e-9, lr_final=1e-9, **changed) == 0
+    tuned = read_weights(tmp_path / "run" / "rwkv-final.pth")
+    expected = resize_vocabulary(base.state_dict(), 400)
+    for name in ("emb.weight", "head.weight"):
+        torch.testing.assert_close(tuned[name].float(), expected[name], rtol=2**-7, atol=1e-4)
+    # complete: the same command has nothing left to do, and doesn't take the saved weights for another model's
+    assert train(tmp_path / "run", data, resize_vocab=1, lr_init=1e-9, lr_final=1e-9, **changed) == 0
+
+
+def test_rows_beyond_the_tokenizer_stay(tmp_path):
+    weights = random_model(n_layer=1, vocab_size=448).state_dict()
+    folder = make_tokenizer(tmp_path / "tokenizer")
+    for resize, expected in ((True, 448), (False, 400)):
+        config = RunConfig(tokenizer=str(folder), resize_vocab=resize)
+        assert find_vocab_size(config, weights) == expected
