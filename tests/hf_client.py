@@ -33,6 +33,7 @@ def answers(folder: str, request: dict[str, Any]) -> dict[str, Any]:
     generated = model.generate(tokens, **options)
     found["generated"] = generated[0].tolist()
     if request.get("client") == "rwkv7-hf":
+        model.save_pretrained(request["save"])
         return found
     found |= details(model, tokens, generated, options)
     if "texts" in request:

@@ -254,12 +254,20 @@ def test_every_released_size_gives_equal_logits(tmp_path, who):
             weights = {key: tensor for key, tensor in weights.items() if key not in IDLE_IN_LAYER_0}
         torch.save(weights, tmp_path / f"{name}.pth")
         assert main([str(tmp_path / f"{name}.pth"), str(tmp_path / name), "--format", "hf"]) == 0
-    found = client({str(tmp_path / name): {"tokens": TOKENS, "client": who} for name in cases}, tmp_path)
+    requests = {
+        str(tmp_path / name): {"tokens": TOKENS, "client": who, "save": str(tmp_path / f"{name}-saved")}
+        for name in cases
+    }
+    found = client(requests, tmp_path)
     for name, model in models.items():
         answer = found[str(tmp_path / name)]
         assert answer["names"] == [], name
         torch.testing.assert_close(answer["logits"], model(torch.tensor([TOKENS]))[0][0], rtol=0, atol=1e-4)
         assert answer["generated"] == greedy(model, TOKENS, len(answer["generated"]) - len(TOKENS)), name
+        saved = load_model(find_weights(tmp_path / f"{name}-saved"), "fp32", "cpu")
+        torch.testing.assert_close(
+            saved(torch.tensor([TOKENS]))[0], model(torch.tensor([TOKENS]))[0], rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.slow
