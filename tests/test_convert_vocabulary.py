@@ -112,7 +112,7 @@ def test_weights_are_fitted_to_a_larger_vocabulary_if_asked_for(model):
     weights = model.state_dict()
     fitted = fit_to_run(weights, RunConfig(resize_vocab=True), sizes, "base.pth")
     assert torch.equal(fitted["head.weight"], resize_vocabulary(weights, 120)["head.weight"])
-    with pytest.raises(UserError, match="they fit .*--vocab_size 97"):
+    with pytest.raises(UserError, match=r"they fit .*--vocab_size 97"):
         fit_to_run(weights, RunConfig(), sizes, "base.pth")
     with pytest.raises(UserError, match="--vocab_size 97"):  # it adds rows, and never removes what was trained
         fit_to_run(weights, RunConfig(resize_vocab=True), dataclasses.replace(sizes, vocab_size=90), "base.pth")
