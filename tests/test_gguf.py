@@ -254,6 +254,10 @@ def test_the_byte_level_tokenizer_comes_back(weights, tmp_path):
     assert (back.eos_ids, back.specials) == (ours.eos_ids, ours.specials)
     turns = [{"role": "user", "content": "the question"}]
     assert back.chat_template.render(turns, True) == ours.chat_template.render(turns, True)
+    # The file's own counts, whatever the run in whose folder it lies recorded.
+    (tmp_path / "run.json").write_text('{"tokenizer": "world"}')
+    assert find_tokenizer(tmp_path / "x.gguf", VOCAB_SIZE).encode("the answer") == ours.encode("the answer")
+    (tmp_path / "run.json").unlink()
     # A folder export of the file has the tokenizer's files.
     assert main([str(tmp_path / "x.gguf"), str(tmp_path / "hf"), "--format", "fla"]) == 0
     assert load_tokenizer(tmp_path / "hf").encode("the<|im_end|> answer") == ours.encode("the<|im_end|> answer")

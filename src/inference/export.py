@@ -62,10 +62,13 @@ def main(argv: list[str] | None = None) -> int:
         model = load_model(weights, "as is", "cpu")
         tokenizer = _tokenizer(weights, model, options.tokenizer, ALL_FORMATS[format])
         type, title = options.type or "", _title(weights)
+        held_out = _held_out(options.data, model, tokenizer) if options.data else None
         if format in ADAPTER_FORMATS:
             adapter = read_adapter(options.adapter, options.lora_alpha)
             check_adapter(adapter, model.state_dict(), options.adapter, options.other_base)
-            parity = convert_adapter(model, adapter, options.out, format, tokenizer, f"{title} adapter", type)
+            parity = convert_adapter(
+                model, adapter, options.out, format, tokenizer, type=type, title=f"{title} adapter", windows=held_out
+            )
         else:
             parity = convert_model(
                 model,
@@ -75,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
                 tokenizer,
                 type=type,
                 title=title,
-                windows=_held_out(options.data, model, tokenizer) if options.data else None,
+                windows=held_out,
                 run=weights.parent if (weights.parent / RUN).is_file() and weights.is_file() else None,
             )
     except UserError as error:
