@@ -35,23 +35,7 @@ HELD_OUT_WINDOWS, HELD_OUT_LENGTH = 32, 512
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m src.inference.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("out", metavar="OUT", type=Path, help="file to write, or folder, as --list says")
-    parser.add_argument("--list", action=_List, help="show the formats and the programs that read them")
-    parser.add_argument(
-        "--format", choices=ALL_FORMATS, default=None, help="default: by OUT's suffix; without one, fla"
-    )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: that of MODEL")
-    types = dict.fromkeys(type for format in ALL_FORMATS.values() for type in format.types)
-    parser.add_argument("--type", choices=tuple(types), default=None, help="of formats with their own types (--list)")
-    parser.add_argument("--tokenizer", default="", help="to store with the weights; default: that of the run")
-    parser.add_argument("--data", type=Path, default=None, help="held-out text or binidx: compare losses, too")
-    parser.add_argument("--adapter", default="", help="LoRA to write, of the base MODEL: a PEFT folder, a .pth or .st")
-    parser.add_argument("--lora_alpha", type=float, default=None, help="for LoRA files that don't have it")
-    parser.add_argument("--other_base", action="store_true", help="accept an adapter of other weights of these sizes")
+    parser = _parser()
     options = parser.parse_args(argv)
     try:
         weights = find_weights(options.model)
@@ -89,6 +73,27 @@ def main(argv: list[str] | None = None) -> int:
     if format in FORMATS and (next_command := FORMATS[format].next_command) is not None:
         print(next_command(title, options.out))
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m src.inference.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write, or folder, as --list says")
+    parser.add_argument("--list", action=_List, help="show the formats and the programs that read them")
+    parser.add_argument(
+        "--format", choices=ALL_FORMATS, default=None, help="default: by OUT's suffix; without one, fla"
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: that of MODEL")
+    types = dict.fromkeys(type for format in ALL_FORMATS.values() for type in format.types)
+    parser.add_argument("--type", choices=tuple(types), default=None, help="of formats with their own types (--list)")
+    parser.add_argument("--tokenizer", default="", help="to store with the weights; default: that of the run")
+    parser.add_argument("--data", type=Path, default=None, help="held-out text or binidx: compare losses, too")
+    parser.add_argument("--adapter", default="", help="LoRA to write, of the base MODEL: a PEFT folder, a .pth or .st")
+    parser.add_argument("--lora_alpha", type=float, default=None, help="for LoRA files that don't have it")
+    parser.add_argument("--other_base", action="store_true", help="accept an adapter of other weights of these sizes")
+    return parser
 
 
 class _List(argparse.Action):
@@ -151,6 +156,8 @@ def _check_options(format: str, options: argparse.Namespace) -> None:
         )
     if format not in ADAPTER_FORMATS and options.adapter:
         raise UserError(f"--format {format} writes a model", flag="adapter", given=options.adapter, expected=names)
+    if options.lora_alpha is not None and not options.adapter:
+        raise UserError("needs --adapter", flag="lora_alpha", given=f"{options.lora_alpha:g}")
     types = ALL_FORMATS[format].types
     if types and options.dtype:
         raise UserError(
