@@ -103,7 +103,8 @@ class _List(argparse.Action):
         super().__init__(nargs=0, **options)  # type: ignore[arg-type]
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        parser.exit(0, format_list())
+        print(format_list())
+        parser.exit()
 
 
 def format_list() -> str:
@@ -113,7 +114,7 @@ def format_list() -> str:
         types = f", --type {'|'.join(format.types)}" if format.types else ", --dtype"
         lines.append(f"{name:12} {format.summary} ({format.suffix or 'folder'}{types})")
         lines += [f"{'':12}   {program.name}: {program.command}" for program in format.programs]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _format_of(out: Path) -> str:
