@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from chat_models import make_tokenizer
 from random_model import random_model
 
 from src.errors import UserError
-from src.inference.export import main
+from src.inference.evaluate import encode_texts, heldout_loss, read_texts
+from src.inference.export import ALL_FORMATS, main
 from src.inference.formats.convert import FORMATS, convert_model
 from src.inference.formats.fla import fla_name, from_fla, rwkv_name, to_fla
+from src.inference.formats.parity import logits_by_block
 from src.inference.load import find_tokenizer, find_weights, load_model, load_weights
 from src.model.weights import IDLE_IN_LAYER_0, fit_weights, read_weights
 
@@ -400,3 +404,53 @@ def test_folders_of_other_models_are_named(tmp_path):
     (tmp_path / "config.json").unlink()
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "adapter" in refused(tmp_path).problem
+
+
+def test_the_list_and_the_page_have_every_format(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--list"])
+    assert stopped.value.code == 0
+    listed = capsys.readouterr().out
+    for page in ("formats.md", "formats_CN.md"):
+        text = (Path(__file__).parents[1] / "docs" / page).read_text(encoding="utf-8")
+        for name, format in ALL_FORMATS.items():
+            assert f"\n{name} " in f"\n{listed}"
+            row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+            assert (f"`{format.suffix}`" in row) == bool(format.suffix)
+            for program in format.programs:
+                assert program.name in listed
+                assert program.name.split(",")[0] in text
+
+
+def test_held_out_data_gives_the_loss_of_both(weights, tmp_path, capsys):
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text("the answer to the question is a string, and the list of numbers " * 30)
+    assert main([str(weights), str(tmp_path / "x.pth"), "--dtype", "bf16", "--data", str(held_out)]) == 0
+    before, after = map(float, re.search(r"held-out loss: (\S+) original, (\S+) as", capsys.readouterr().out).groups())
+    tokenizer = find_tokenizer(weights, 320)
+    tokens = encode_texts(read_texts(held_out, "data"), tokenizer)
+    for path, expected in ((weights, before), (tmp_path / "x.pth", after)):
+        loss = heldout_loss(load_model(path, "fp32", "cpu"), tokens, 512, 32).loss
+        assert loss == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_comparison_by_blocks_is_the_model(weights):
+    model = load_model(weights, "fp32", "cpu")
+    tokens = torch.tensor([TOKENS, TOKENS[::-1]])
+    by_block = logits_by_block(model.state_dict(), model.config, tokens).view(2, len(TOKENS), -1)
+    torch.testing.assert_close(by_block, model(tokens)[0], rtol=0, atol=1e-5)
+
+
+def test_a_tensor_that_no_sampled_token_reaches_is_compared(weights, tmp_path, monkeypatch, capsys):
+    """A row of the embedding that the text hasn't got: logits don't show it, the tensors do."""
+
+    def read_damaged(path):
+        read = load_weights(path)
+        return {**read, "emb.weight": torch.cat([read["emb.weight"][:-1], read["emb.weight"][-1:] + 1])}
+
+    monkeypatch.setitem(FORMATS, "pth", dataclasses.replace(FORMATS["pth"], read=read_damaged))
+    with pytest.raises(SystemExit) as stopped:
+        main([str(weights), str(tmp_path / "x.pth")])
+    assert stopped.value.code == 1
+    assert "emb.weight" in capsys.readouterr().err
+    assert not (tmp_path / "x.pth").exists()

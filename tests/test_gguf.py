@@ -1,5 +1,6 @@
 """GGUF files: read by gguf's own reader they hold the .pth, and what is damaged or foreign is refused in a sentence."""
 
+import contextlib
 import json
 import os
 import re
@@ -56,6 +57,18 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stored_tokenizer(tokenizer):
     return tokenizer_from_metadata(tokenizer_metadata(tokenizer, VOCAB_SIZE), Path("x.gguf"))
+
+
+@pytest.fixture(scope="module")
+def small_file(tokenizer, tmp_path_factory):
+    """A path to write to, the content of a small file, and where its tensors begin."""
+    path = tmp_path_factory.mktemp("small") / "x.gguf"
+    content = write(random_model(n_layer=1, n_embd=64, vocab_size=VOCAB_SIZE), tokenizer, path, "q8_0").read_bytes()
+    return path, content, min(tensor.data_offset for tensor in GGUFReader(path).tensors)
+
+
+def eight_bytes(number):
+    return number.to_bytes(8, "little")
 
 
 @pytest.fixture
@@ -254,6 +267,10 @@ def test_the_byte_level_tokenizer_comes_back(weights, tmp_path):
     assert (back.eos_ids, back.specials) == (ours.eos_ids, ours.specials)
     turns = [{"role": "user", "content": "the question"}]
     assert back.chat_template.render(turns, True) == ours.chat_template.render(turns, True)
+    # The file's own counts, whatever the run in whose folder it lies recorded.
+    (tmp_path / "run.json").write_text('{"tokenizer": "world"}')
+    assert find_tokenizer(tmp_path / "x.gguf", VOCAB_SIZE).encode("the answer") == ours.encode("the answer")
+    (tmp_path / "run.json").unlink()
     # A folder export of the file has the tokenizer's files.
     assert main([str(tmp_path / "x.gguf"), str(tmp_path / "hf"), "--format", "fla"]) == 0
     assert load_tokenizer(tmp_path / "hf").encode("the<|im_end|> answer") == ours.encode("the<|im_end|> answer")
@@ -354,7 +371,7 @@ def test_foreign_files_are_named(tmp_path, capsys):
     assert "architecture llama" in refused(small_gguf(tmp_path / "a.gguf", "llama"))
     assert "Q4_0" in refused(small_gguf(tmp_path / "b.gguf", kind=GGMLQuantizationType.Q4_0))
     assert "type adapter" in refused(small_gguf(tmp_path / "c.gguf", general__type="adapter"))
-    assert "is missing" in refused(small_gguf(tmp_path / "d.gguf"))
+    assert "rwkv7.block_count" in refused(small_gguf(tmp_path / "d.gguf"))
     (tmp_path / "e.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 1, 0, 0))
     assert "version 1" in refused(tmp_path / "e.gguf")
     with pytest.raises(SystemExit) as stopped:
@@ -384,6 +401,19 @@ def test_a_damaged_length_is_refused(tmp_path, tokenizer):
         damaged = content[:at] + struct.pack("<Q", 1 << 60) + content[at + 8 :]
         path.write_bytes(damaged)
         assert "cut short" in refused(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_changed_byte_is_refused_or_read(small_file, data):
+    """No other error than the sentence, whatever it is that changes in keys, tables and lengths."""
+    path, content, begin = small_file
+    at = data.draw(st.integers(4, 1300) | st.integers(begin - 2500, begin) | st.integers(4, begin))
+    change = data.draw(st.binary(min_size=1, max_size=1) | st.sampled_from([2**31, 2**60, 2**64 - 1]).map(eight_bytes))
+    path.write_bytes(content[:at] + change + content[at + len(change) :])
+    for read in (lambda: load_model(path, "fp32", "cpu"), lambda: find_tokenizer(path, VOCAB_SIZE)):
+        with contextlib.suppress(UserError):
+            read()
 
 
 def test_values_beyond_fp16_name_the_tensor(weights, tmp_path, capsys):

@@ -9,6 +9,9 @@ from training_runs import losses, train
 
 from src.inference.formats.convert import convert_model
 from src.inference.formats.fla import to_fla
+from src.inference.formats.gguf import write_tensors
+from src.inference.formats.gguf_file import F32
+from src.inference.formats.gguf_tensors import to_gguf
 from src.inference.load import load_model
 from src.model import RWKV7, ModelConfig
 from src.model.weights import read_weights
@@ -36,12 +39,17 @@ def test_every_format_starts_the_same_run(tmp_path, data, base):
     torch.save(read_weights(file), tmp_path / "base.bin", _use_new_zipfile_serialization=False)
     convert_model(load_model(file, "as is", "cpu"), tmp_path / "hf", "fla")
     save_file(to_fla(read_weights(file)), tmp_path / "fla.safetensors")
+    model = load_model(file, "as is", "cpu")
+    sizes = {"block_count": 2, "embedding_length": model.config.n_embd, "wkv.head_size": model.config.head_size}
+    keys = {"general.architecture": "rwkv7", **{f"rwkv7.{key}": size for key, size in sizes.items()}}
+    write_tensors(tmp_path / "base.gguf", keys, list(to_gguf(model.state_dict(), model.config, F32)))
     curves = {}
     for path in (
         file,
         base,
         tmp_path / "base.st",
         tmp_path / "base.bin",
+        tmp_path / "base.gguf",
         tmp_path / "hf",
         tmp_path / "fla.safetensors",
     ):

@@ -35,6 +35,47 @@ HELD_OUT_WINDOWS, HELD_OUT_LENGTH = 32, 512
 
 
 def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        weights = find_weights(options.model)
+        format = options.format or _format_of(options.out)
+        # before seconds are spent on loading the model
+        _check_out(options.out, format, weights)
+        _check_options(format, options)
+        model = load_model(weights, "as is", "cpu")
+        tokenizer = _tokenizer(weights, model, options.tokenizer, ALL_FORMATS[format])
+        type, title = options.type or "", _title(weights)
+        held_out = _held_out(options.data, model, tokenizer) if options.data else None
+        if format in ADAPTER_FORMATS:
+            adapter = read_adapter(options.adapter, options.lora_alpha)
+            check_adapter(adapter, model.state_dict(), options.adapter, options.other_base)
+            parity = convert_adapter(
+                model, adapter, options.out, format, tokenizer, type=type, title=f"{title} adapter", windows=held_out
+            )
+        else:
+            parity = convert_model(
+                model,
+                options.out,
+                format,
+                DTYPES.get(options.dtype),
+                tokenizer,
+                type=type,
+                title=title,
+                windows=held_out,
+                run=weights.parent if (weights.parent / RUN).is_file() and weights.is_file() else None,
+            )
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except (OSError, RuntimeError) as error:  # VerificationError, and what torch.save raises when the disk is full
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    print(f"wrote {options.out} ({format}) from {weights}\n{parity}")
+    if format in FORMATS and (next_command := FORMATS[format].next_command) is not None:
+        print(next_command(title, options.out))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m src.inference.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,40 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--lora_alpha", type=float, default=None, help="for LoRA files that don't have it")
     parser.add_argument("--other_base", action="store_true", help="accept an adapter of other weights of these sizes")
-    options = parser.parse_args(argv)
-    try:
-        weights = find_weights(options.model)
-        format = options.format or _format_of(options.out)
-        # before seconds are spent on loading the model
-        _check_out(options.out, format, weights)
-        _check_options(format, options)
-        model = load_model(weights, "as is", "cpu")
-        tokenizer = _tokenizer(weights, model, options.tokenizer, ALL_FORMATS[format])
-        type, title = options.type or "", _title(weights)
-        if format in ADAPTER_FORMATS:
-            adapter = read_adapter(options.adapter, options.lora_alpha)
-            check_adapter(adapter, model.state_dict(), options.adapter, options.other_base)
-            parity = convert_adapter(model, adapter, options.out, format, tokenizer, f"{title} adapter", type)
-        else:
-            parity = convert_model(
-                model,
-                options.out,
-                format,
-                DTYPES.get(options.dtype),
-                tokenizer,
-                type=type,
-                title=title,
-                windows=_held_out(options.data, model, tokenizer) if options.data else None,
-                run=weights.parent if (weights.parent / RUN).is_file() and weights.is_file() else None,
-            )
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except (OSError, RuntimeError) as error:  # VerificationError, and what torch.save raises when the disk is full
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    print(f"wrote {options.out} ({format}) from {weights}\n{parity}")
-    if format in FORMATS and (next_command := FORMATS[format].next_command) is not None:
-        print(next_command(title, options.out))
-    return 0
+    return parser
 
 
 class _List(argparse.Action):
@@ -97,7 +105,8 @@ class _List(argparse.Action):
         super().__init__(nargs=0, **options)  # type: ignore[arg-type]
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        parser.exit(0, format_list())
+        print(format_list())
+        parser.exit()
 
 
 def format_list() -> str:
@@ -107,7 +116,7 @@ def format_list() -> str:
         types = f", --type {'|'.join(format.types)}" if format.types else ", --dtype"
         lines.append(f"{name:12} {format.summary} ({format.suffix or 'folder'}{types})")
         lines += [f"{'':12}   {program.name}: {program.command}" for program in format.programs]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _format_of(out: Path) -> str:
@@ -148,6 +157,8 @@ def _check_options(format: str, options: argparse.Namespace) -> None:
         raise UserError(f"missing, and --format {format} writes one", flag="adapter", expected="an adapter of MODEL")
     if format not in ADAPTER_FORMATS and options.adapter:
         raise UserError(f"--format {format} writes a model", flag="adapter", given=options.adapter, expected=names)
+    if options.lora_alpha is not None and not options.adapter:
+        raise UserError("needs --adapter", flag="lora_alpha", given=f"{options.lora_alpha:g}")
     types = ALL_FORMATS[format].types
     if types and options.dtype:
         raise UserError(

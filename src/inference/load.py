@@ -73,13 +73,16 @@ def latest_trained_weights(out: Path) -> Path:
 
 
 def find_tokenizer(weights: Path, vocab_size: int, given: str = "") -> Tokenizer:
-    """The tokenizer of `weights`: `given`, else the one of the folder or run, else the one in a GGUF file, else World
-    for a vocabulary of its size.
+    """The tokenizer of `weights`: `given`, else the one in a GGUF file, else that of the folder or run, else World for
+    a vocabulary of its size.
 
     Raises UserError when none of these exists, or when the tokenizer has an id that the model lacks.
     """
-    name = given or (_tokenizer_within(weights) if weights.is_dir() else _tokenizer_of_run(weights.parent))
-    if not name and not is_gguf(weights):
+    contains_one = not given and is_gguf(weights)
+    name = given
+    if not name and not contains_one:
+        name = _tokenizer_within(weights) if weights.is_dir() else _tokenizer_of_run(weights.parent)
+    if not name and not contains_one:
         # A weights file has no other hint. Released World models have exactly this many rows.
         if vocab_size != WORLD_VOCAB_SIZE:
             raise UserError(
@@ -88,7 +91,7 @@ def find_tokenizer(weights: Path, vocab_size: int, given: str = "") -> Tokenizer
                 expected="world or a Hugging Face tokenizer folder",
             )
         name = "world"
-    tokenizer = load_tokenizer(name) if name else tokenizer_of_gguf(weights)
+    tokenizer = tokenizer_of_gguf(weights) if contains_one else load_tokenizer(name)
     # The other way round is common: vocabularies are padded to a multiple of 64 or more.
     if tokenizer.largest_id >= vocab_size:
         raise UserError(

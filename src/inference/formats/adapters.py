@@ -80,9 +80,19 @@ KINDS = {"lora": "LoRA", "state": "a tuned initial state"}
 
 
 def convert_adapter(
-    model: RWKV7, adapter: Adapter, out: Path, format: str, tokenizer: Tokenizer | None, title: str, type: str = ""
+    model: RWKV7,
+    adapter: Adapter,
+    out: Path,
+    format: str,
+    tokenizer: Tokenizer | None,
+    *,
+    type: str = "",
+    title: str = "",
+    windows: Tensor | None = None,
 ) -> Parity:
-    """Write `adapter` of the base `model` to `out`, read it back, and compare the logits with both adapters.
+    """Write `adapter` of the base `model` to `out`, read it back, and compare what the base computes with both.
+
+    The other arguments are those of `convert_model`.
 
     An existing `out` is replaced once the new one has been verified. Raises UserError for an adapter of another kind
     than the format's, OSError, and VerificationError when another adapter is read back.
@@ -93,13 +103,16 @@ def convert_adapter(
             f"an adapter of the kind {config.kind}, which --format {format} can't express",
             flag="adapter",
             expected=KINDS[target.kind],
-            advice="merge it into its base, and export the result",
+            # a state can't become part of the matrices
+            advice="use --format st-state" if config.kind == "state" else "merge it into its base, and export the result",
         )
+    if target.kind == "state" and windows is not None:
+        raise UserError("not compared for initial states", flag="data", advice="leave it out")
     base = model.state_dict()
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".export-", dir=out.parent) as temporary:
         new = Path(temporary) / out.name
-        target.write(adapter.tensors, config.scale, title, new, type or target.types[0])
+        target.write(adapter.tensors, config.scale, title or out.stem, new, type or target.types[0])
         pairs, factor = target.read(new)
         expected = {name: tensor.to(pairs[name].dtype) for name, tensor in adapter.tensors.items() if name in pairs}
         tokens = sample_tokens(model.config.vocab_size, tokenizer)
@@ -110,7 +123,7 @@ def convert_adapter(
                 mapped(base, partial(_merged, pairs=each, factor=each_factor))
                 for each, each_factor in ((adapter.tensors, config.scale), (expected, config.scale), (pairs, factor))
             )
-            parity = compare(original, rounded, written, model.config, tokens)
+            parity = compare(original, rounded, written, model.config, tokens, windows)
         if pairs.keys() != adapter.tensors.keys() or not parity.write_error <= TOLERANCE:
             raise VerificationError(f"{out}: not written, as another adapter was read back ({parity})")
         new.replace(out)

@@ -199,13 +199,12 @@ def gguf_weights(path: Path) -> LazyWeights:
     Raises UserError when the file is cut short, is of another architecture, or quantised in a way that isn't read.
     """
     file = read_model_file(path)
+    keys = [f"{ARCHITECTURE}.{key}" for key in ("block_count", "wkv.head_size")]
+    n_layer, head_size = (file.metadata.get(key) for key in keys)
+    if not (isinstance(n_layer, int) and isinstance(head_size, int) and n_layer > 0 and head_size > 0):
+        raise UserError(f"{' and '.join(keys)} are {n_layer} and {head_size}", given=path, expected="two sizes")
     try:
-        n_layer, n_embd, head_size = (
-            int(file.metadata[f"{ARCHITECTURE}.{key}"]) for key in ("block_count", "embedding_length", "wkv.head_size")
-        )
-        return from_gguf(file.tensors, n_layer, n_embd // head_size)
-    except KeyError as error:
-        raise UserError(f"its key {error.args[0]} is missing", given=path) from error
+        return from_gguf(file, n_layer, head_size)
     except UserError as error:
         raise UserError(error.problem, given=path, expected="a whole RWKV-7 model") from error
 
@@ -218,7 +217,7 @@ def read_model_file(path: Path) -> GGUFFile:
         raise UserError(f"a model of the architecture {architecture}", given=path, expected=f"{ARCHITECTURE} (RWKV-7)")
     if (kind := file.metadata.get("general.type", "model")) != "model":
         raise UserError(f"a GGUF file of the type {kind}, which changes a base model", given=path, expected="a model")
-    if file.metadata.get("split.count", 0) > 1:
+    if file.metadata.get("split.count") not in (None, 0, 1):
         raise UserError("one of several parts of a model", given=path, advice="join them: llama-gguf-split --merge")
     return file
 

@@ -43,11 +43,13 @@ _OTHER_TYPES = {
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """metadata: key -> number, string, list of these, or array of numbers; tensors: under their names in the file."""
+    """metadata: key -> number, string, list of strings, or array of numbers; tensors: under their names in the file;
+    shapes: theirs, in NumPy's order."""
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: LazyWeights
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 def is_gguf(path: Path) -> bool:
@@ -109,6 +111,8 @@ def read_gguf_file(path: Path) -> GGUFFile:
         metadata[name] = cursor.value(cursor.number("I"))
     places = [_tensor_place(cursor) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise UserError(f"general.alignment is {alignment}: damaged", given=path)
     data_begin = -(-cursor.position // alignment) * alignment
     makers: dict[str, Callable[[], Tensor]] = {}
     for name, shape, kind, offset in places:
@@ -116,7 +120,7 @@ def read_gguf_file(path: Path) -> GGUFFile:
         cursor.position = data_begin + offset
         data = cursor.take(int(np.prod(shape, dtype=object)) // per_block * block_bytes)  # a view: nothing is read yet
         makers[name] = partial(_decode, data, kind, shape)
-    return GGUFFile(path, metadata, LazyWeights(makers))
+    return GGUFFile(path, metadata, LazyWeights(makers), {name: shape for name, shape, *_ in places})
 
 
 def _tensor_place(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
@@ -126,7 +130,7 @@ def _tensor_place(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     kind, offset = cursor.number("I"), cursor.number("Q")
     if kind not in _BLOCKS:
         raise UserError(
-            f"its tensor {name} is quantised as {_OTHER_TYPES.get(kind, f'type {kind}')}",
+            f"its tensor {name!r} is quantised as {_OTHER_TYPES.get(kind, f'type {kind}')}",
             given=cursor.path,
             expected="F32, F16, BF16 or Q8_0",
             advice="use a file of one of these types, or the weights that it was made of",
@@ -140,7 +144,9 @@ def _decode(data: npt.NDArray[np.uint8], kind: int, shape: tuple[int, ...]) -> T
         # a row of blocks [scale fp16, 32 x int8]; value = scale * integer
         blocks = data.reshape(-1, 2 + Q8_0_BLOCK)
         scale = blocks[:, :2].copy().view("<f2").astype(np.float32)
-        return torch.from_numpy((scale * blocks[:, 2:].view(np.int8)).reshape(shape))
+        with np.errstate(invalid="ignore"):  # infinite scales of a damaged file: whoever uses the weights checks them
+            values = scale * blocks[:, 2:].view(np.int8)
+        return torch.from_numpy(values.reshape(shape))
     if kind == BF16:
         return torch.from_numpy(data.view("<i2")).view(torch.bfloat16).reshape(shape)
     return torch.from_numpy(data.view("<f4" if kind == F32 else "<f2")).reshape(shape)

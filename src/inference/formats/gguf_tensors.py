@@ -17,7 +17,7 @@ from torch import Tensor
 
 from src.config import ModelConfig
 from src.errors import UserError
-from src.inference.formats.gguf_file import F32
+from src.inference.formats.gguf_file import F32, GGUFFile
 from src.inference.formats.lazy import LazyWeights
 from src.model import RWKV7
 from src.model.weights import IDLE_IN_LAYER_0
@@ -124,37 +124,52 @@ def _stack(weights: Mapping[str, Tensor], names: list[str]) -> Tensor:
     return torch.stack([weights[name].reshape(1, 1, -1) for name in names])
 
 
-def from_gguf(tensors: Mapping[str, Tensor], n_layer: int, n_head: int) -> LazyWeights:
-    """The inverse of `to_gguf`, without block 0's v0, v1, v2. Raises UserError for a missing tensor."""
+def from_gguf(file: GGUFFile, n_layer: int, head_size: int) -> LazyWeights:
+    """The inverse of `to_gguf`, without block 0's v0, v1, v2.
+
+    Raises UserError for a tensor that is missing, that no RWKV-7 model has, or that can't be brought into shape.
+    """
     makers: dict[str, Callable[[], Tensor]] = {}
-    for ours in _NAMES:
-        layers = range(n_layer) if "{}" in ours else (0,)
-        for name in (ours.format(layer) + part for layer in layers for part in _parts(ours)):
-            if name not in IDLE_IN_LAYER_0:
-                makers[name] = partial(_ours, tensors, _required(tensors, gguf_name(name)), name, n_head)
+    used = {gguf_name(name) for name in IDLE_IN_LAYER_0}
+    for name in _parameters(n_layer):
+        theirs = gguf_name(name)
+        shape = _shape(file, theirs)
+        if (_is_low_rank(name) and len(shape) != 2) or (name.endswith("r_k") and math.prod(shape) % head_size):
+            raise UserError(f"the tensor {theirs} is {list(shape)}")
+        used.add(theirs)
+        makers[name] = partial(_ours, file.tensors, theirs, name, head_size)
     for layer in range(n_layer):
-        fused = _required(tensors, _FUSED.format(layer))
+        fused = _FUSED.format(layer)
+        if _shape(file, fused)[0] != len(_MIXES):
+            raise UserError(f"the tensor {fused} is {list(file.shapes[fused])}, expected {len(_MIXES)} mixes")
+        used.add(fused)
         for i, mix in enumerate(_MIXES):
-            makers[f"blocks.{layer}.att.{mix}"] = partial(_mix, tensors, fused, i)
+            makers[f"blocks.{layer}.att.{mix}"] = partial(_mix, file.tensors, fused, i)
+    if unknown := [name for name in file.tensors if name not in used]:
+        raise UserError(f"its tensor {unknown[0]!r} is unknown")
     return LazyWeights(makers)
 
 
-def _parts(ours: str) -> tuple[str, ...]:
-    return ("weight", "bias") if ours.endswith(".") else ("",)
+def _parameters(n_layer: int) -> Iterator[str]:
+    """The parameters of a model that have a tensor of their own: all but the mixes and what block 0 doesn't use."""
+    for ours in _NAMES:
+        for layer in range(n_layer) if "{}" in ours else (0,):
+            names = [ours.format(layer) + part for part in ("weight", "bias")] if ours.endswith(".") else [ours]
+            yield from (name for each in names if (name := each.format(layer)) not in IDLE_IN_LAYER_0)
 
 
-def _required(tensors: Mapping[str, Tensor], name: str) -> str:
-    if name not in tensors:
+def _shape(file: GGUFFile, name: str) -> tuple[int, ...]:
+    if not file.shapes.get(name):
         raise UserError(f"the tensor {name} is missing")
-    return name
+    return file.shapes[name]
 
 
-def _ours(tensors: Mapping[str, Tensor], theirs: str, name: str, n_head: int) -> Tensor:
+def _ours(tensors: Mapping[str, Tensor], theirs: str, name: str, head_size: int) -> Tensor:
     tensor = tensors[theirs]
     if _is_low_rank(name):
         return tensor.t().contiguous()
     if name.endswith("r_k"):
-        return tensor.reshape(n_head, -1)
+        return tensor.reshape(-1, head_size)
     return tensor if tensor.dim() > 1 or name.split(".")[-1] in ("weight", "bias") else tensor.reshape(1, 1, -1)
 
 

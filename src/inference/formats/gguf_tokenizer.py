@@ -144,8 +144,18 @@ def _check_equal(tokenizer: Tokenizer, stored: Tokenizer) -> None:
 
 
 def tokenizer_of_gguf(path: Path) -> Tokenizer:
-    """The tokenizer in a GGUF file. Raises UserError when it is of a kind that isn't read."""
-    return tokenizer_from_metadata(read_gguf_file(path).metadata, path)
+    """The tokenizer in a GGUF file. Raises UserError when it is of a kind that isn't read, or damaged."""
+    metadata = read_gguf_file(path).metadata
+    try:
+        return tokenizer_from_metadata(metadata, path)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # keys that are missing or of another type
+        raise UserError(
+            f"its tokenizer can't be used ({type(error).__name__}: {error})",
+            given=path,
+            advice="name the model's --tokenizer",
+        ) from error
 
 
 def tokenizer_from_metadata(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
