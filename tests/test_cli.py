@@ -302,6 +302,7 @@ def test_all_faults_at_once(capsys):
         (["--n_embd", "40"], "n_embd", "40"),
         (["--head_size", "24"], "head_size", "24"),
         (["--load_partial", "1"], "load_partial", "1"),
+        (["--resize_vocab", "1"], "resize_vocab", "1"),
         (["--epochs", "2", "--my_exit_tokens", "1000"], "epochs", "2.0"),
         (["--epochs", "0"], "epochs", "0.0"),
         (["--proj_dir", ""], "proj_dir", ""),

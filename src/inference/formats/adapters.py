@@ -103,8 +103,8 @@ def convert_adapter(
             f"an adapter of the kind {config.kind}, which --format {format} can't express",
             flag="adapter",
             expected=KINDS[target.kind],
-            # a state can't become part of the matrices
-            advice="use --format st-state" if config.kind == "state" else "merge it into its base, and export the result",
+            # a state can't be merged into the matrices of its base
+            advice="use --format st-state" if config.kind == "state" else "merge it into its base, and export that",
         )
     if target.kind == "state" and windows is not None:
         raise UserError("not compared for initial states", flag="data", advice="leave it out")
