@@ -292,3 +292,35 @@ def test_lora_of_peft_merges_into_a_model_of_ours(exported, tmp_path):
     back = load_model(find_weights(tmp_path / "merged"), "fp32", "cpu")
     torch.testing.assert_close(back(tokens)[0][0], expected, rtol=0, atol=1e-4)
     assert read_weights(tmp_path / "merged" / "model.safetensors").keys() == to_fla(models["bpe"].state_dict()).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_trl_trains_the_folder(exported, tmp_path, stage):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    root, _, _ = exported
+    folder = root / "bpe-hf"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = "<|endoftext|>"
+    question, answer = {"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "the string of all"}
+    options = {"output_dir": str(tmp_path), "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    options |= {"use_cpu": True, "bf16": False, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+
+    def model():
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+    if stage == "sft":
+        data = datasets.Dataset.from_list([{"messages": [question, answer]}] * 12)
+        arguments = trl.SFTConfig(**options, gradient_checkpointing=True)
+        trainer = trl.SFTTrainer(model(), arguments, train_dataset=data, processing_class=tokenizer)
+    else:
+        worse = {"role": "assistant", "content": "return"}  # shorter, so that rows are padded
+        data = datasets.Dataset.from_list([{"prompt": [question], "chosen": [answer], "rejected": [worse]}] * 12)
+        arguments = trl.DPOConfig(**options)
+        trainer = trl.DPOTrainer(model(), model(), arguments, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 6
+    assert losses[-1] < 0.9 * losses[0]
