@@ -224,6 +224,32 @@ def test_the_card_describes_the_run(tmp_path):
     assert (tmp_path / "hf" / "loss.png").read_bytes() == b"\x89PNG picture"
 
 
+def test_a_page_of_ones_own_is_kept(tmp_path):
+    torch.save(random_model(n_layer=1).state_dict(), tmp_path / "model.pth")
+    out = tmp_path / "out"
+    assert main([str(tmp_path / "model.pth"), str(out), "--format", "hf"]) == 0
+    written = (out / "README.md").read_text()
+    (out / "README.md").write_text(written + "one more line\n")
+    assert main([str(tmp_path / "model.pth"), str(out), "--format", "hf"]) == 0
+    assert (out / "README.md").read_text() == written  # its mark says that it is replaced
+    (out / "README.md").write_text("# My project\n")
+    (out / "loss.png").write_bytes(b"mine")
+    assert main([str(tmp_path / "model.pth"), str(out), "--format", "hf"]) == 0
+    assert (out / "README.md").read_text() == "# My project\n"
+    assert (out / "loss.png").read_bytes() == b"mine"
+
+
+def test_values_beyond_fp16_are_named(tmp_path, capsys):
+    model = random_model(n_layer=1)
+    model.blocks[0].ffn.value.weight[3, 5] = -7e4
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "model.pth"), str(tmp_path / "out"), "--format", "hf", "--dtype", "fp16"])
+    assert stopped.value.code == 2
+    assert "blocks.0.ffn.value.weight has values up to 70000" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
 def test_names_are_those_that_the_code_in_the_folder_has(exported):
     _, models, results = exported
     found, _ = results["bpe"]

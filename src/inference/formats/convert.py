@@ -13,11 +13,12 @@ from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.files import atomic_write, sync_folder
 from src.inference.formats.fla import TENSORS, write_fla
-from src.inference.formats.format import Export, Format, Program, VerificationError
+from src.inference.formats.format import Export, Format, Program, VerificationError, rounded
 from src.inference.formats.gguf import TYPES, gguf_weights, stored_values, write_gguf
-from src.inference.formats.hf import HF_FILES, write_hf
+from src.inference.formats.hf import write_hf
 from src.inference.formats.hf_tokenizer import HF_TOKENIZER_FILES, write_hf_tokenizer
 from src.inference.formats.lazy import mapped
+from src.inference.formats.model_card import CARD_FILES, is_edited_card
 from src.inference.formats.ollama import MODEL, MODELFILE, create_command, read_ollama, write_ollama
 from src.inference.formats.parity import TOLERANCE, Parity, compare, first_difference, sample_tokens
 from src.inference.formats.web_rwkv import in_fp16, write_web_rwkv
@@ -58,7 +59,7 @@ FORMATS = {
         _write_fla,
         load_weights,
         (Program("flash-linear-attention", "fla.models.RWKV7ForCausalLM.from_pretrained('OUT')"),),
-        files=(TENSORS, *HF_TOKENIZER_FILES),
+        files=(TENSORS,),
     ),
     "hf": Format(
         "the same with its own code, for transformers alone",
@@ -70,7 +71,7 @@ FORMATS = {
             Program("rwkv7-hf", "rwkv7_hf.RWKV7ForCausalLM.from_pretrained('OUT')"),
             Program("flash-linear-attention", "fla.models.RWKV7ForCausalLM.from_pretrained('OUT')"),
         ),
-        files=(TENSORS, *HF_FILES, *HF_TOKENIZER_FILES),
+        files=(TENSORS,),
     ),
     "st": Format(
         "fp16 in web-rwkv's layout",
@@ -143,7 +144,7 @@ def convert_model(
         _check_folder(out, target)
     original: Mapping[str, Tensor] = model.state_dict()
     # Lazily, so that memory holds one changed tensor at a time where the writer stores one after the other.
-    weights = mapped(original, lambda _, t: t.to(dtype or t.dtype).contiguous())
+    weights = mapped(original, lambda name, t: rounded(name, t, dtype or t.dtype).contiguous())
     chosen = type or (target.types[0] if target.types else "")
     expected = mapped(weights, lambda name, t: target.stored(name, t, chosen))
     export = Export(weights, model.config, title or out.stem, tokenizer, chosen, run)
@@ -160,24 +161,25 @@ def convert_model(
         if different or not parity.write_error <= TOLERANCE:  # not ">", which is false for NaN
             raise VerificationError(f"{out}: not written, as another model was read back ({different}: {parity})")
         if target.is_folder:
-            _move_files(new, out, target, replaces_tokenizer=tokenizer is not None)
+            _move_files(new, out, replaces_tokenizer=tokenizer is not None)
         else:
             new.replace(out)
     sync_folder(out if target.is_folder else out.parent)
     return parity
 
 
-def _move_files(new: Path, out: Path, target: Format, replaces_tokenizer: bool) -> None:
-    """Move the files in `new` to `out`, and remove what an earlier export there has and this one has not."""
+def _move_files(new: Path, out: Path, replaces_tokenizer: bool) -> None:
+    """Move the files in `new` to `out`, where a tokenizer of an earlier export is removed if there is a new one."""
     out.mkdir(exist_ok=True)
     written = {file.name for file in new.iterdir()}
     for name in written:
-        (new / name).replace(out / name)
+        if name not in CARD_FILES or not is_edited_card(out):
+            (new / name).replace(out / name)
     # A template of another tokenizer, for example, would be used with this vocabulary. Without a tokenizer to write,
     # the one that is there may have been put there for this model.
-    kept = written if replaces_tokenizer else written | set(HF_TOKENIZER_FILES)
-    for name in set(target.files) - kept:
-        (out / name).unlink(missing_ok=True)
+    if replaces_tokenizer:
+        for name in set(HF_TOKENIZER_FILES) - written:
+            (out / name).unlink(missing_ok=True)
 
 
 def _check_folder(out: Path, target: Format) -> None:

@@ -6,10 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from src.config import ModelConfig
 from src.dataset.tokenizer import Tokenizer
+from src.errors import UserError
+from src.model.weights import IDLE_IN_LAYER_0
+
+FP16_MAX = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,20 @@ class Program:
     command: str
 
 
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`. Raises UserError naming it when it has values that fp16 can't hold."""
+    # layer 0's unused parameters may hold uninitialised memory
+    if dtype == torch.float16 and tensor.numel() and name not in IDLE_IN_LAYER_0:
+        # in its own dtype, without a copy; infinity is found here, too
+        largest = max(abs(float(bound)) for bound in tensor.aminmax())
+        if largest > FP16_MAX:
+            raise UserError(
+                f"{name} has values up to {largest:.6g}; fp16 holds at most {FP16_MAX:g}",
+                advice="use a format or --dtype with bf16 or fp32",
+            )
+    return tensor.to(dtype)
+
+
 def unchanged(name: str, tensor: Tensor, type: str) -> Tensor:
     return tensor
 
@@ -69,7 +88,7 @@ class Format:
     programs         which read it
     types            choices of `--type`, the default first; () where `--dtype` decides, as all tensors have one dtype
     stored           stored(name, tensor, type): the values that the file holds for `tensor`, for formats with `types`
-    files            names in a folder of the files that the format may consist of, which an export replaces
+    files            names of the weights in a folder, which an export may replace
     needs_tokenizer  the format is of no use without one
     next_command     next_command(title, out): what the user does with it, printed at the end
     """

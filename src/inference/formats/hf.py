@@ -17,13 +17,12 @@ from src.config import ModelConfig
 from src.inference.formats.fla import size_fields, write_folder
 from src.inference.formats.format import Export
 from src.inference.formats.hf_tokenizer import copy_template, write_hf_tokenizer
-from src.inference.formats.model_card import CARD_FILES, write_card
+from src.inference.formats.model_card import write_card
 from src.inference.formats.shards import write_json
 from src.model.layers import GROUP_NORM_EPS
 
 MODEL_FILES = ("configuration_rwkv7.py", "layers_rwkv7.py", "modeling_rwkv7.py")
 GENERATION = "generation_config.json"
-HF_FILES = (*MODEL_FILES, GENERATION, *CARD_FILES)
 
 
 def hf_config(config: ModelConfig, dtype: torch.dtype, eos_ids: tuple[int, ...]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from src.run_log import Curves, read_curves
 
 CARD = "README.md"
 CARD_FILES = (CARD, FIGURE)
+MARK = "<!-- written by the export, which replaces this page as long as this line is in it -->"
 # Of a run's settings, those that tell what a model was trained on and how.
 DATA = ("data_type", "data", "val_data_file", "tokenizer", "sft_loss", "packing", "load_model")
 SETTINGS = (
@@ -36,6 +37,12 @@ def write_card(export: Export, folder: Path) -> None:
         file.write("\n".join(sections))
 
 
+def is_edited_card(folder: Path) -> bool:
+    """Whether `folder` has a README.md that an export must not replace: somebody's own, or an edited card."""
+    card = folder / CARD
+    return card.exists() and MARK not in card.read_text(encoding="utf-8", errors="replace")
+
+
 def _curves(run: Path | None) -> Curves | None:
     try:
         return read_curves(run) if run is not None else None
@@ -52,6 +59,8 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [rwkv, rwkv-7, custom_code]
 ---
+
+{MARK}
 
 # {export.title}
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from src.errors import UserError
-from src.inference.formats.format import Export
+from src.inference.formats.format import Export, rounded
 from src.model.safetensors_file import write_safetensors
 from src.model.weights import Weights
 
 # w1 ... g2, which their converter transposes.
 LOW_RANK = re.compile(r"\.att\.[wavg][12]$")
-LARGEST = torch.finfo(torch.float16).max
 
 
 def is_web_rwkv(weights: Weights) -> bool:
@@ -77,13 +76,5 @@ def write_web_rwkv(export: Export, path: Path) -> None:
 
 
 def to_fp16(tensors: Mapping[str, Tensor]) -> Weights:
-    """`tensors` in fp16. Raises UserError naming the first tensor with values that fp16 can't hold."""
-    for name, tensor in tensors.items():
-        if tensor.numel() and (largest := float(tensor.abs().max())) > LARGEST:
-            raise UserError(
-                f"{name} has values up to {largest:.3g}; fp16 holds at most {LARGEST:g}",
-                flag="format",
-                given="st",
-                advice="use --format safetensors or another one with bf16",
-            )
-    return {name: tensor.half().contiguous() for name, tensor in tensors.items()}
+    """`tensors` in fp16. Raises UserError naming the first one with values that fp16 can't hold."""
+    return {name: rounded(name, tensor, torch.float16).contiguous() for name, tensor in tensors.items()}
