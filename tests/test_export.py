@@ -196,7 +196,7 @@ def test_head_sizes_that_the_layout_can_not_express_are_rejected_before_anything
     ("out", "format", "code", "detail"),
     [
         ("{model}", None, 2, "{model}: is MODEL itself"),
-        ("x.gguf", None, 2, "x.gguf: no format has the suffix .gguf; expected .pth, .safetensors"),
+        ("x.onnx", None, 2, "x.onnx: no format has the suffix .onnx; expected .pth, .safetensors"),
         ("{folder}", "pth", 2, "{folder}: is a folder"),
         ("{file}/x.pth", None, 1, "{file}"),
         ("name", "safetensors", 2, "expected name.safetensors"),

@@ -403,7 +403,7 @@ def test_a_damaged_length_is_refused(tmp_path, tokenizer):
         assert "cut short" in refused(path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_a_changed_byte_is_refused_or_read(small_file, data):
     """No other error than the sentence, whatever it is that changes in keys, tables and lengths."""
