@@ -20,7 +20,7 @@ from src.inference.formats.hf_tokenizer import HF_TOKENIZER_FILES, write_hf_toke
 from src.inference.formats.lazy import mapped
 from src.inference.formats.model_card import CARD_FILES, is_edited_card
 from src.inference.formats.ollama import MODEL, MODELFILE, create_command, read_ollama, write_ollama
-from src.inference.formats.parity import TOLERANCE, Parity, compare, first_difference, sample_tokens
+from src.inference.formats.parity import TOLERANCE, Parity, compare, sample_tokens
 from src.inference.formats.web_rwkv import in_fp16, write_web_rwkv
 from src.inference.load import load_weights
 from src.model import RWKV7
@@ -157,9 +157,10 @@ def convert_model(
         written = target.read(new)
         tokens = sample_tokens(model.config.vocab_size, tokenizer)
         parity = compare(original, expected, written, model.config, tokens, windows)
-        different = first_difference(expected, written)
-        if different or not parity.write_error <= TOLERANCE:  # not ">", which is false for NaN
-            raise VerificationError(f"{out}: not written, as another model was read back ({different}: {parity})")
+        if parity.different or not parity.write_error <= TOLERANCE:  # not ">", which is false for NaN
+            raise VerificationError(
+                f"{out}: not written, as another model was read back ({parity.different}: {parity})"
+            )
         if target.is_folder:
             _move_files(new, out, replaces_tokenizer=tokenizer is not None)
         else:

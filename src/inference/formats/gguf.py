@@ -35,6 +35,7 @@ TYPES = {"f16": (F16, 1), "f32": (F32, 0), "bf16": (BF16, 32), "q8_0": (Q8_0, 7)
 CONTEXT_LENGTH = 1048576  # what converters write for a model without a limit
 HEAD_SIZE_MULTIPLE = 64  # with others llama.cpp's CPU kernel computes wrong sums
 FP16_MAX = 65504.0
+QUANTISED_ROWS = 4096
 
 
 def load_writer() -> type[GGUFWriter]:
@@ -166,18 +167,23 @@ def _encode(tensor: Tensor, kind: int, name: str) -> npt.NDArray[Any]:
     if kind == BF16:
         return tensor.bfloat16().view(torch.int16).numpy()
     limit = FP16_MAX * (127 if kind == Q8_0 else 1)  # Q8_0's scale, max |x| / 127, is an fp16
-    if not (largest := float(tensor.float().abs().max())) <= limit:
+    lowest, highest = map(float, tensor.aminmax())
+    if not max(-lowest, highest) <= limit:  # not ">", which is false for NaN
         raise UserError(
-            f"{name} has a value of {largest:.6g}, beyond the {limit:.6g} of this type",
+            f"{name} has a value of {max(-lowest, highest):.6g}, beyond the {limit:.6g} of this type",
             flag="type",
             given="q8_0" if kind == Q8_0 else "f16",
             expected="bf16 or f32",
         )
-    if kind == F16:
-        return tensor.half().numpy()
+    return tensor.half().numpy() if kind == F16 else _quantised(tensor)
+
+
+def _quantised(tensor: Tensor) -> npt.NDArray[np.uint8]:
+    """The blocks of Q8_0 of a matrix; rows are in memory as fp32 in pieces."""
     from gguf import GGMLQuantizationType, quants
 
-    return quants.quantize(tensor.float().numpy(), GGMLQuantizationType.Q8_0)
+    pieces = tensor.split(QUANTISED_ROWS)
+    return np.concatenate([quants.quantize(rows.float().numpy(), GGMLQuantizationType.Q8_0) for rows in pieces])
 
 
 def stored_values(name: str, tensor: Tensor, type: str) -> Tensor:
@@ -188,8 +194,7 @@ def stored_values(name: str, tensor: Tensor, type: str) -> Tensor:
     if kind == Q8_0:
         from gguf import GGMLQuantizationType, quants
 
-        rows = quants.quantize(tensor.float().numpy(), GGMLQuantizationType.Q8_0)
-        return torch.from_numpy(quants.dequantize(rows, GGMLQuantizationType.Q8_0))
+        return torch.from_numpy(quants.dequantize(_quantised(tensor), GGMLQuantizationType.Q8_0))
     return tensor.half() if kind == F16 else tensor.bfloat16()
 
 

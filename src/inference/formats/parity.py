@@ -28,6 +28,7 @@ SAMPLE = (
     'She said: "We\'ll meet at 7:30, if it doesn\'t rain." Der Fluß fließt nach Süden; {"id": [1, 2, 3]}\n'
 )
 ROWS = 8  # sequences that a block computes at once
+HEAD_ROWS = 8192  # of the head that are in memory as fp32 at once
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Parity:
     rounding_error  largest difference to the original itself: what the rounding loses
     agreement       share of positions with the same most likely token
     losses          held-out loss of the original and of the written model, where data was given
+    different       the first tensor with other values than the rounded original, "" where there is none
     """
 
     write_error: float
@@ -46,6 +48,7 @@ class Parity:
     agreement: float
     positions: int = VERIFIED_TOKENS
     losses: tuple[float, float] | None = None
+    different: str = ""
 
     def __str__(self) -> str:
         text = (
@@ -98,7 +101,8 @@ def _block_weights(weights: Mapping[str, Tensor], block: Block, layer: int) -> d
 
 def logits_by_block(weights: Mapping[str, Tensor], config: ModelConfig, tokens: Tensor) -> Tensor:
     """Logits fp32 [B * T, V] of `tokens` [B, T]."""
-    return hidden_by_block(weights, config, tokens).flatten(0, 1) @ weights["head.weight"].float().t()
+    hidden = hidden_by_block(weights, config, tokens).flatten(0, 1)
+    return torch.cat([hidden @ rows.float().t() for rows in weights["head.weight"].split(HEAD_ROWS)], dim=1)
 
 
 def loss_by_block(weights: Mapping[str, Tensor], config: ModelConfig, windows: Tensor) -> float:
@@ -116,8 +120,10 @@ def first_difference(expected: Mapping[str, Tensor], written: Mapping[str, Tenso
             continue
         if name not in written:
             return name
-        before, after = expected[name], written[name]
-        if before.numel() != after.numel() or not torch.equal(before.float().flatten(), after.float().flatten()):
+        before, after = expected[name].flatten(), written[name].flatten()
+        if before.dtype != after.dtype:
+            before, after = before.float(), after.float()
+        if not torch.equal(before, after):
             return name
     return ""
 
@@ -136,7 +142,10 @@ def compare(
     tokens   int64 [1, T], whose logits are compared
     windows  int64 [B, T + 1], held-out data for the losses
     """
-    exact, rounded, actual = (logits_by_block(weights, config, tokens) for weights in (original, expected, written))
+    exact, actual = (logits_by_block(weights, config, tokens) for weights in (original, written))
+    # Equal tensors give equal logits: they needn't be computed, nor the expected ones rounded, a second time.
+    different = first_difference(expected, written)
+    rounded = logits_by_block(expected, config, tokens) if different else actual
     losses = None
     if windows is not None:
         losses = (loss_by_block(original, config, windows), loss_by_block(written, config, windows))
@@ -146,4 +155,5 @@ def compare(
         agreement=float((exact.argmax(-1) == actual.argmax(-1)).float().mean()),
         positions=tokens.shape[1],
         losses=losses,
+        different=different,
     )
