@@ -158,9 +158,8 @@ def convert_model(
         tokens = sample_tokens(model.config.vocab_size, tokenizer)
         parity = compare(original, expected, written, model.config, tokens, windows)
         if parity.different or not parity.write_error <= TOLERANCE:  # not ">", which is false for NaN
-            raise VerificationError(
-                f"{out}: not written, as another model was read back ({parity.different}: {parity})"
-            )
+            problem = f"{out}: not written, as another model was read back"
+            raise VerificationError(f"{problem} ({parity.different} differs; {parity})")
         if target.is_folder:
             _move_files(new, out, replaces_tokenizer=tokenizer is not None)
         else:
