@@ -78,7 +78,7 @@ RWKV_TEMPLATE = r"""
         {%- endif -%}
         {{- 'Assistant:' -}}
         {%- set answer = ' ' + text -%}
-        {%- if loop.index0 > last.question and wish and text.startswith('<think') -%}
+        {%- if loop.index0 > last.question and wish and text.startswith('<think>') and '</think>' in text -%}
             {{- ' <think' -}}
             {%- set answer = text[6:] -%}
         {%- elif loop.index0 > last.question and think == 'off' and
