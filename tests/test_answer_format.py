@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from random_model import random_model
 from test_conversation_formats import EMPTY_THOUGHT, TOOLS
 
+from src.config.flags import THINK_MODES
 from src.dataset.answer_format import answer_format, render_prompt, stop_strings
-from src.dataset.chat_template import RWKV_TEMPLATE, THINK_MODES, ChatTemplate
+from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate
 from src.dataset.sft_cache import chat_tokenizer, encode_conversation, open_conversations
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.dataset.tool_calls import parse_tool_calls
