@@ -1,5 +1,6 @@
 """Answers that think and call functions: what prompts say, what ends an answer, how it is divided, calls read back."""
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +51,22 @@ def assistant(text: str, **fields: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("bpe"), SWITCH))
+
+
+@pytest.fixture(scope="module")
+def world() -> Tokenizer:
+    pytest.importorskip("pyrwkv_tokenizer")
+    tokenizer = chat_tokenizer("world")
+    tokenizer.decode([1])  # reads the vocabulary, once for all modes
+    return tokenizer
+
+
+def with_mode(tokenizer: Tokenizer, mode: str) -> Tokenizer:
+    """As `chat_tokenizer(name, mode)`."""
+    assert tokenizer.chat_template is not None
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.thinking(mode)  # type: ignore[union-attr]
+    return tokenizer
 
 
 # Prompts
@@ -152,7 +169,7 @@ def test_an_answer_is_divided(
 PARTS = st.sampled_from(["<think>", "</think>", "<th", "\n", "\n\n", "\n\nUser:", "User", ":", "a", "b c", " ", "ab"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     parts=st.lists(PARTS, max_size=9),
     stops=st.sampled_from([(), BLANK, BLANK[1:], ("ab", "a b"), ("b c", "\n")]),
@@ -226,10 +243,9 @@ JSON_CALL = '```json\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n```'
          f"[{json.dumps(CALL)}, {json.dumps(CALL)}]\n```\n\nUser:]", ()),
     ],
 )  # fmt: skip
-def test_training_text_of_rwkv(mode: str, turns: Any, text: str, counted: tuple[str, ...]) -> None:
+def test_training_text_of_rwkv(world: Tokenizer, mode: str, turns: Any, text: str, counted: tuple[str, ...]) -> None:
     """In brackets: what has a loss. The prompt's part of a thought has none."""
-    pytest.importorskip("pyrwkv_tokenizer")
-    world = chat_tokenizer("world", mode)
+    world = with_mode(world, mode)
     encoded = encode_conversation(world, json.dumps(turns).encode())
     flips = np.flatnonzero(np.diff(encoded.is_answer, prepend=False, append=False))
     marked = "".join(
@@ -241,10 +257,9 @@ def test_training_text_of_rwkv(mode: str, turns: Any, text: str, counted: tuple[
 
 
 @pytest.mark.parametrize("mode", ["", *THINK_MODES])
-def test_a_prompt_is_the_beginning_of_the_training_text(mode: str) -> None:
+def test_a_prompt_is_the_beginning_of_the_training_text(world: Tokenizer, mode: str) -> None:
     """The tokens that the chat processes are those of fine-tuning, up to the answer and of the answer itself."""
-    pytest.importorskip("pyrwkv_tokenizer")
-    world = chat_tokenizer("world", mode)
+    world = with_mode(world, mode)
     assert world.chat_template is not None
     answer = THOUGHT + CODE if mode not in ("", "off") else CODE
     turns = [user("q"), assistant("a"), user("r")]
@@ -291,7 +306,7 @@ CALLS = st.fixed_dictionaries(
 PLAIN_CALLS = CALLS.filter(lambda call: not set(call["name"]) & set('"\n'))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), content=st.sampled_from(["", "so", "so\n\n`x` {1}", THOUGHT, THOUGHT + "so"]))
 @pytest.mark.parametrize(("template", "calls"), [(RWKV, CALLS), (ChatTemplate(TOOLS, {}), PLAIN_CALLS)])
 def test_calls_are_parsed_from_what_was_rendered(
