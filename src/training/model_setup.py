@@ -13,6 +13,7 @@ from src import run_folder
 from src.adapt.adapter import adapter_parameter_count, add_adapter
 from src.adapt.adapter_files import base_sha256
 from src.adapt.config import AdapterConfig, adapter_of
+from src.adapt.quantize import quantize_base
 from src.config import ModelConfig, RunConfig, settings_with
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.errors import UserError
@@ -125,6 +126,8 @@ def _build_adapted(
             expected="the whole base of an adapter, without --load_partial",
         )
     model.load_state_dict({name: t.to(hardware.dtype, copy=True) for name, t in weights.items()}, assign=True)
+    if config.quant != "none":
+        quantize_base(model, config.quant)
     add_adapter(model, adapter, draw=resume.state is None)
     return model
 
