@@ -186,17 +186,20 @@ def _fit(weights: Weights, config: RunConfig, sizes: ModelConfig, source: str) -
 
 
 def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:
-    """--vocab_size, else the tokenizer's, else that of the weights, else what the data needs."""
+    """--vocab_size, else that of the weights, else the tokenizer's, else what the data needs."""
     # loaded even where --vocab_size is given: a mistake in it is found now, not when samples are generated at the end
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if config.vocab_size:
         if tokenizer:
             check_tokenizer(tokenizer, config.vocab_size)
         return config.vocab_size
+    if weights is not None and not (tokenizer and config.load_partial):
+        size = config_from_weights(weights, source="the weights").vocab_size
+        if tokenizer:
+            check_tokenizer(tokenizer, size)
+        return size
     if tokenizer:
         return tokenizer.vocab_size
-    if weights is not None:
-        return config_from_weights(weights, source="the weights").vocab_size
     if not config.data_file:
         raise UserError("not known", flag="vocab_size", given=0, advice="give it, or --tokenizer, or --data_file")
     largest = open_samples(config).largest_id()
