@@ -94,6 +94,11 @@ class Conversation:
         self.decoder.reset()
         self.transcript, self._undo = Transcript(), None
 
+    def use(self, decoder: Decoder) -> None:
+        """Start a new conversation with another decoder, of a model with the same tokenizer."""
+        self.decoder = decoder
+        self.transcript, self._undo = Transcript(), None
+
     def _answer(self, text: str) -> Iterator[str]:
         try:
             prompt = self._prompt(text) if self.template is None else self._prompt_of_turn(self.template, text)

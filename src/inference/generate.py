@@ -11,10 +11,10 @@ import sys
 from dataclasses import asdict
 
 from src.errors import UserError
-from src.inference.arguments import add_model_arguments, add_sampling_arguments, sampling_from
+from src.inference.arguments import adaptation_from, add_model_arguments, add_sampling_arguments, sampling_from
 from src.inference.characters import CharacterStream
 from src.inference.generation import generate
-from src.inference.load import find_tokenizer, find_weights, load_model
+from src.inference.load import find_model, find_tokenizer, load_model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,9 +30,9 @@ def main(argv: list[str] | None = None) -> int:
         sampling = sampling_from(options)
         if options.length < 0:
             raise UserError(flag="length", given=options.length, expected="at least 0 tokens")
-        weights = find_weights(options.model)
-        model = load_model(weights, options.dtype, options.device)
-        tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer)
+        weights, adaptation = find_model(options.model, adaptation_from(options))
+        model = load_model(weights, options.dtype, options.device, adaptation)
+        tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer, adaptation)
         prompt = tokenizer.encode(options.prompt) or [0]  # 0 ends a document, and so begins a new one
         tokens = generate(
             model, prompt, options.length, **asdict(sampling), seed=options.seed, stop_ids=tokenizer.eos_ids
