@@ -39,6 +39,26 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     sync_folder(path.parent)
 
 
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """As `atomic_write`, for a library that opens the file by its name, and may put another file in its place: yields
+    the temporary path. `path` gets the permissions of a new file, whatever the library chose."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask, which can't be read without setting it
+        yield temporary
+        with open(temporary, "rb+") as file:  # for writing, as Windows requires of a file that is synced
+            os.fsync(file.fileno())
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in `folder` survive a power failure (a no-op where folders can't be opened, as on Windows)."""
     try:

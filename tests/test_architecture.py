@@ -157,6 +157,8 @@ os.environ.__class__ = Watched
 sys.addaudithook(watch)
 threads = threading.active_count()
 for path in sorted((root / "src").rglob("*.py")):
+    if path.parent.name == "hf_model":  # copied into exported folders, for programs that have transformers
+        continue
     name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
     importlib.import_module(name)
 offences += [f"{threading.active_count() - threads} new threads"] * (threading.active_count() > threads)

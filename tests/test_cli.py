@@ -21,8 +21,8 @@ DATA = ["--data_file", "x"]
 # The public interface: existing scripts pass these, and saved runs hold them. A change here breaks them.
 FLAGS = {
     "train_stage": 0, "plan": -1.0, "check": False, "dry_run": False, "proj_dir": "out", "load_model": "",
-    "load_partial": False, "restart": False, "save_minutes": 15.0, "keep_resume": 2, "time_limit": 0.0,
-    "max_bad_steps": 3, "random_seed": -1,
+    "load_partial": False, "resize_vocab": False, "restart": False, "save_minutes": 15.0, "keep_resume": 2,
+    "time_limit": 0.0, "max_bad_steps": 3, "random_seed": -1,
     "data_file": "", "data_type": "binidx", "tokenizer": "", "vocab_size": 0, "ctx_len": 1024, "magic_prime": 0,
     "sft_loss": "answers", "packing": True, "truncate": "end", "special_tokens": "text", "think": "",
     "val_data_file": "",
@@ -383,6 +383,7 @@ def test_all_faults_at_once(capsys):
         (["--n_embd", "40"], "n_embd", "40"),
         (["--head_size", "24"], "head_size", "24"),
         (["--load_partial", "1"], "load_partial", "1"),
+        (["--resize_vocab", "1"], "resize_vocab", "1"),
         (["--epochs", "2", "--my_exit_tokens", "1000"], "epochs", "2.0"),
         (["--epochs", "0"], "epochs", "0.0"),
         (["--proj_dir", ""], "proj_dir", ""),

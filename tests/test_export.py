@@ -1,7 +1,10 @@
 """Every format contains the same model: names map both ways, and logits are equal after reading back."""
 
+import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +13,12 @@ from chat_models import make_tokenizer
 from random_model import random_model
 
 from src.errors import UserError
-from src.inference.export import main
-from src.inference.formats import convert
-from src.inference.formats.convert import convert_model
+from src.inference.evaluate import encode_texts, heldout_loss, read_texts
+from src.inference.export import ALL_FORMATS, main
+from src.inference.formats.convert import FORMATS, convert_model
 from src.inference.formats.fla import fla_name, from_fla, rwkv_name, to_fla
-from src.inference.load import find_tokenizer, find_weights, load_model
+from src.inference.formats.parity import logits_by_block
+from src.inference.load import find_tokenizer, find_weights, load_model, load_weights
 from src.model.weights import IDLE_IN_LAYER_0, fit_weights, read_weights
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 8, 96, 0, 0, 11]
@@ -27,10 +31,14 @@ RELEASED = {  # low-rank sizes of released models: they don't follow the formula
 
 @pytest.fixture
 def weights(tmp_path):
-    model = random_model(n_layer=3, d_decay_lora=32, d_gate_lora=64)
+    model = random_model(n_layer=3, vocab_size=320, d_decay_lora=32, d_gate_lora=64)
     torch.save(model.state_dict(), tmp_path / "rwkv-final.pth")
     make_tokenizer(tmp_path / "tokenizer")
     return tmp_path / "rwkv-final.pth"
+
+
+def convert(weights, out, format):
+    return convert_model(load_model(weights, "as is", "cpu"), out, format)
 
 
 def logits(path):
@@ -60,15 +68,12 @@ def test_an_earlier_export_stays_when_verification_of_the_new_one_fails(weights,
     out = tmp_path / "exports" / name
     assert main([str(weights), str(out)]) == 0
     before = contents(out.parent)
-    original_load = convert.load_model
 
-    def load_damaged(path, *args):
-        model = original_load(path, *args)
-        if path != weights:
-            model.head.weight.data += 1
-        return model
+    def read_damaged(path):
+        return {name: t + (name == "head.weight") for name, t in load_weights(path).items()}
 
-    monkeypatch.setattr(convert, "load_model", load_damaged)
+    for format, row in FORMATS.items():
+        monkeypatch.setitem(FORMATS, format, dataclasses.replace(row, read=read_damaged))
     with pytest.raises(SystemExit) as stopped:
         main([str(weights), str(out), "--dtype", "bf16"])
     assert stopped.value.code == 1
@@ -82,10 +87,10 @@ def test_an_earlier_export_stays_when_verification_of_the_new_one_fails(weights,
 
 @pytest.mark.parametrize("other", ["model-00001-of-00001.safetensors", "model.safetensors.index.json"])
 def test_a_folder_with_other_weights_is_rejected(weights, tmp_path, other):
-    convert_model(weights, tmp_path / "hf", "fla", None)
+    convert(weights, tmp_path / "hf", "fla")
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / other)
     with pytest.raises(UserError) as caught:
-        convert_model(weights, tmp_path / "hf", "fla", None)
+        convert(weights, tmp_path / "hf", "fla")
     assert caught.value.given == tmp_path / "hf"
     assert f"({other})" in caught.value.problem
 
@@ -144,7 +149,7 @@ def test_folders_with_stacked_mixes_and_several_files_are_read(weights, tmp_path
     from safetensors.torch import save_file
 
     folder = tmp_path / "hf"
-    convert_model(weights, folder, "fla", None)
+    convert(weights, folder, "fla")
     tensors = to_fla(read_weights(weights))
     for layer in range(3):
         mixes = [tensors.pop(f"model.layers.{layer}.attn.x_{c}") for c in "rwkvag"]
@@ -179,18 +184,19 @@ def test_files_of_released_models_are_read(tmp_path, size):
 
 def test_head_sizes_that_the_layout_can_not_express_are_rejected_before_anything_is_written(tmp_path):
     torch.save(random_model(n_embd=96, head_size=32).state_dict(), tmp_path / "small.pth")
+    model = load_model(tmp_path / "small.pth", "as is", "cpu")
     with pytest.raises(UserError) as caught:
-        convert_model(tmp_path / "small.pth", tmp_path / "hf", "fla", None)
+        convert_model(model, tmp_path / "hf", "fla")
     assert (caught.value.flag, caught.value.given) == ("format", "fla")
     assert not (tmp_path / "hf").exists()
-    assert convert_model(tmp_path / "small.pth", tmp_path / "small.safetensors", "safetensors", None).write_error == 0
+    assert convert_model(model, tmp_path / "small.safetensors", "safetensors").write_error == 0
 
 
 @pytest.mark.parametrize(
     ("out", "format", "code", "detail"),
     [
         ("{model}", None, 2, "{model}: is MODEL itself"),
-        ("x.gguf", None, 2, "x.gguf: no format has the suffix .gguf; expected .pth, .safetensors"),
+        ("x.onnx", None, 2, "x.onnx: no format has the suffix .onnx; expected .pth, .safetensors"),
         ("{folder}", "pth", 2, "{folder}: is a folder"),
         ("{file}/x.pth", None, 1, "{file}"),
         ("name", "safetensors", 2, "expected name.safetensors"),
@@ -210,7 +216,7 @@ def test_an_unusable_out_is_rejected(weights, capsys, out, format, code, detail)
 
 def test_a_damaged_file_in_a_folder_is_named(weights, tmp_path):
     folder = tmp_path / "hf"
-    convert_model(weights, folder, "fla", None)
+    convert(weights, folder, "fla")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: math.floor(len(whole) / 2)])
     with pytest.raises(UserError) as caught:
@@ -238,7 +244,7 @@ def save_index(folder, places, total=2):
 def parts(weights, tmp_path):
     """A Hugging Face folder in two parts with an index: the last layer is in the second."""
     folder = tmp_path / "hf"
-    convert_model(weights, folder, "fla", None)
+    convert(weights, folder, "fla")
     (folder / "model.safetensors").unlink()
     tensors = to_fla(read_weights(weights))
     last = {name: tensor for name, tensor in tensors.items() if ".layers.2." in name}
@@ -296,7 +302,7 @@ def test_a_whole_file_and_parts_in_one_folder_are_ambiguous(parts, weights, stal
 
 def test_an_index_of_the_whole_file_is_read(weights, tmp_path):
     folder = tmp_path / "hf"
-    convert_model(weights, folder, "fla", None)
+    convert(weights, folder, "fla")
     places = dict.fromkeys(to_fla(read_weights(weights)), "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     torch.testing.assert_close(logits(folder), logits(weights), rtol=0, atol=1e-5)
@@ -320,7 +326,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(parts, outside):
 def test_another_model_than_config_json_describes_is_refused(weights, tmp_path, capsys, key, value):
     """As where the part with the last layers is missing: no model of fewer layers is loaded or exported."""
     folder = tmp_path / "hf"
-    convert_model(weights, folder, "fla", None)
+    convert(weights, folder, "fla")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, key: value}))
     assert f"{key} {config[key]}, config.json says {value}" in refused(folder).problem
@@ -332,7 +338,7 @@ def test_another_model_than_config_json_describes_is_refused(weights, tmp_path, 
 
 def test_a_folder_of_torch_files_is_read(weights, tmp_path):
     folder = tmp_path / "hf"
-    convert_model(weights, folder, "fla", None)
+    convert(weights, folder, "fla")
     (folder / "model.safetensors").unlink()
     torch.save(to_fla(read_weights(weights)), folder / "pytorch_model.bin")
     torch.testing.assert_close(logits(folder), logits(weights), rtol=0, atol=1e-5)
@@ -358,7 +364,7 @@ def test_a_head_tied_to_the_embedding_is_read(tmp_path):
     model.head.weight.copy_(model.emb.weight)
     torch.save(model.state_dict(), tmp_path / "tied.pth")
     folder = tmp_path / "hf"
-    convert_model(tmp_path / "tied.pth", folder, "fla", None)
+    convert_model(load_model(tmp_path / "tied.pth", "as is", "cpu"), folder, "fla")
     from safetensors.torch import save_file
 
     tensors = to_fla(model.state_dict())
@@ -371,7 +377,7 @@ def test_a_head_tied_to_the_embedding_is_read(tmp_path):
 
 
 def test_one_file_of_a_hugging_face_folder_is_read_or_known_as_a_part(weights, parts, tmp_path):
-    convert_model(weights, tmp_path / "whole", "fla", None)
+    convert(weights, tmp_path / "whole", "fla")
     (tmp_path / "whole" / "model.safetensors").rename(tmp_path / "renamed.bin")
     torch.testing.assert_close(logits(tmp_path / "renamed.bin"), logits(weights), rtol=0, atol=1e-5)
     error = refused(parts / "model-00001-of-00002.safetensors")
@@ -398,3 +404,53 @@ def test_folders_of_other_models_are_named(tmp_path):
     (tmp_path / "config.json").unlink()
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "adapter" in refused(tmp_path).problem
+
+
+def test_the_list_and_the_page_have_every_format(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--list"])
+    assert stopped.value.code == 0
+    listed = capsys.readouterr().out
+    for page in ("formats.md", "formats_CN.md"):
+        text = (Path(__file__).parents[1] / "docs" / page).read_text(encoding="utf-8")
+        for name, format in ALL_FORMATS.items():
+            assert f"\n{name} " in f"\n{listed}"
+            row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+            assert (f"`{format.suffix}`" in row) == bool(format.suffix)
+            for program in format.programs:
+                assert program.name in listed
+                assert program.name.split(",")[0] in text
+
+
+def test_held_out_data_gives_the_loss_of_both(weights, tmp_path, capsys):
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text("the answer to the question is a string, and the list of numbers " * 30)
+    assert main([str(weights), str(tmp_path / "x.pth"), "--dtype", "bf16", "--data", str(held_out)]) == 0
+    before, after = map(float, re.search(r"held-out loss: (\S+) original, (\S+) as", capsys.readouterr().out).groups())
+    tokenizer = find_tokenizer(weights, 320)
+    tokens = encode_texts(read_texts(held_out, "data"), tokenizer)
+    for path, expected in ((weights, before), (tmp_path / "x.pth", after)):
+        loss = heldout_loss(load_model(path, "fp32", "cpu"), tokens, 512, 32).loss
+        assert loss == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_comparison_by_blocks_is_the_model(weights):
+    model = load_model(weights, "fp32", "cpu")
+    tokens = torch.tensor([TOKENS, TOKENS[::-1]])
+    by_block = logits_by_block(model.state_dict(), model.config, tokens).view(2, len(TOKENS), -1)
+    torch.testing.assert_close(by_block, model(tokens)[0], rtol=0, atol=1e-5)
+
+
+def test_a_tensor_that_no_sampled_token_reaches_is_compared(weights, tmp_path, monkeypatch, capsys):
+    """A row of the embedding that the text hasn't got: logits don't show it, the tensors do."""
+
+    def read_damaged(path):
+        read = load_weights(path)
+        return {**read, "emb.weight": torch.cat([read["emb.weight"][:-1], read["emb.weight"][-1:] + 1])}
+
+    monkeypatch.setitem(FORMATS, "pth", dataclasses.replace(FORMATS["pth"], read=read_damaged))
+    with pytest.raises(SystemExit) as stopped:
+        main([str(weights), str(tmp_path / "x.pth")])
+    assert stopped.value.code == 1
+    assert "emb.weight" in capsys.readouterr().err
+    assert not (tmp_path / "x.pth").exists()

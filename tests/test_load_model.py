@@ -9,6 +9,10 @@ from training_runs import losses, train
 
 from src.inference.formats.convert import convert_model
 from src.inference.formats.fla import to_fla
+from src.inference.formats.gguf import write_tensors
+from src.inference.formats.gguf_file import F32
+from src.inference.formats.gguf_tensors import to_gguf
+from src.inference.load import load_model
 from src.model import RWKV7, ModelConfig
 from src.model.weights import read_weights
 
@@ -33,14 +37,19 @@ def test_every_format_starts_the_same_run(tmp_path, data, base):
     file = base / "rwkv-1.pth"
     save_file(read_weights(file), tmp_path / "base.st")
     torch.save(read_weights(file), tmp_path / "base.bin", _use_new_zipfile_serialization=False)
-    convert_model(file, tmp_path / "hf", "fla", None)
+    convert_model(load_model(file, "as is", "cpu"), tmp_path / "hf", "fla")
     save_file(to_fla(read_weights(file)), tmp_path / "fla.safetensors")
+    model = load_model(file, "as is", "cpu")
+    sizes = {"block_count": 2, "embedding_length": model.config.n_embd, "wkv.head_size": model.config.head_size}
+    keys = {"general.architecture": "rwkv7", **{f"rwkv7.{key}": size for key, size in sizes.items()}}
+    write_tensors(tmp_path / "base.gguf", keys, list(to_gguf(model.state_dict(), model.config, F32)))
     curves = {}
     for path in (
         file,
         base,
         tmp_path / "base.st",
         tmp_path / "base.bin",
+        tmp_path / "base.gguf",
         tmp_path / "hf",
         tmp_path / "fla.safetensors",
     ):
@@ -74,14 +83,14 @@ def test_restart_from_a_folder_archives_a_damaged_record(tmp_path, data, base):
 
 def test_another_hugging_face_folder_starts_another_run(tmp_path, data, base):
     for name in ("rwkv-1", "rwkv-init"):
-        convert_model(base / f"{name}.pth", tmp_path / name, "fla", None)
+        convert_model(load_model(base / f"{name}.pth", "as is", "cpu"), tmp_path / name, "fla")
     assert train(tmp_path / "run", data, load_model=tmp_path / "rwkv-1", **SHORT) == 0
     assert train(tmp_path / "run", data, load_model=tmp_path / "rwkv-init", **SHORT) == 0
     assert (tmp_path / "run" / "previous-1").is_dir()
 
 
 def test_check_reads_a_hugging_face_folder(tmp_path, data, base, capfd):
-    convert_model(base / "rwkv-1.pth", tmp_path / "hf", "fla", None)
+    convert_model(load_model(base / "rwkv-1.pth", "as is", "cpu"), tmp_path / "hf", "fla")
     train(tmp_path / "run", data, load_model=tmp_path / "hf", check=1, **SHORT)
     assert f"starts from {tmp_path / 'hf'}" in capfd.readouterr().out
     config = json.loads((tmp_path / "hf" / "config.json").read_text())

@@ -136,6 +136,7 @@ FOREIGN_FLAGS = {
     *("nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "nodes", "ntasks-per-node", "gpus-per-node"),
     *("time", "requeue", "kill-on-bad-exit"),  # sbatch, srun
     *("hostfile", "tool", "help", "version"),
+    *("lora", "no-repack"),  # llama.cpp
     "all",  # tests/run.sh
     "all-files",  # pre-commit
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_models import make_tokenizer
 from random_adapter import random_adapter
 from random_model import random_model
 
@@ -14,9 +15,11 @@ from src.adapt.adapter_files import write_adapter
 from src.adapt.config import AdapterConfig
 from src.inference import export
 from src.inference.adaptation import Adaptation
-from src.inference.formats.convert import unmerged_model
+from src.inference.export import main
+from src.inference.formats.convert import FORMATS, unmerged_model
 from src.inference.load import find_weights, load_model
 from src.model import RWKV7
+from src.model.weights import IDLE_IN_LAYER_0
 
 pytest.importorskip("rwkv")
 
@@ -77,3 +80,25 @@ def test_logits_equal_those_of_the_package(tmp_path: Path, layer_0_residual: boo
         assert expected[name].isfinite().all()
         assert expected[name].std() > 0.3, "logits close to 0 would be equal for any model"
         torch.testing.assert_close(actual[name], expected[name].view_as(actual[name]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["safetensors", "fla", "hf", "st", "gguf"])
+@pytest.mark.parametrize("layer_0_residual", [True, False], ids=["as-written", "without-layer-0-v0-v1-v2"])
+def test_the_package_reads_what_comes_back_from_each_format(
+    tmp_path: Path, format: str, layer_0_residual: bool
+) -> None:
+    model = random_model(seed=1, n_layer=3, n_embd=192, vocab_size=400, d_decay_lora=64, d_mv_lora=32, d_gate_lora=128)
+    weights = model.state_dict()
+    if not layer_0_residual:
+        weights = {name: tensor for name, tensor in weights.items() if name not in IDLE_IN_LAYER_0}
+    torch.save(weights, tmp_path / "rwkv-final.pth")
+    make_tokenizer(tmp_path / "tokenizer")
+    out = tmp_path / f"out{FORMATS[format].suffix}"
+    tokenizer = ["--tokenizer", str(tmp_path / "tokenizer")]
+    assert main([str(tmp_path / "rwkv-final.pth"), str(out), "--format", format, *tokenizer]) == 0
+    assert main([str(out), str(tmp_path / "back.pth"), "--dtype", "fp32"]) == 0
+    expected = model.half().float() if format == "st" else model
+    actual = package_logits(tmp_path / "back.pth", tmp_path / "logits.pt")
+    for name, logits in model_logits(expected).items():
+        torch.testing.assert_close(actual[name].view_as(logits), logits, rtol=0, atol=1e-4)

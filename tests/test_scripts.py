@@ -25,6 +25,7 @@ from src.dataset import BinIdxWriter
 from src.dataset.corpus.bpe import train_bpe
 from src.inference.formats.convert import convert_model
 from src.inference.formats.fla import write_fla
+from src.inference.load import load_model
 from src.model import RWKV7
 from src.model.weights import read_weights
 
@@ -601,7 +602,11 @@ def test_a_base_in_another_format_is_converted(recorded):
     torch.save(weights, recorded.base)
     (recorded.tree / "broken.safetensors").write_bytes(b"x" * 100)
     for target in ("hf", "base.safetensors"):
-        convert_model(recorded.base, recorded.tree / target, "fla" if target == "hf" else "safetensors", None, None)
+        convert_model(
+            load_model(recorded.base, "as is", "cpu"),
+            recorded.tree / target,
+            "fla" if target == "hf" else "safetensors",
+        )
         done = recorded.fine_tune(f"for-{target[:2]}.jsonl", BASE=target)
         assert done.returncode == 0, done.stdout + done.stderr
         copy = torch.load(recorded.tree / "out" / f"L8-D512-x070-sft-for-{target[:2]}" / "rwkv-init.pth")

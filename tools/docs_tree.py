@@ -57,6 +57,7 @@ TREE = {
     "src/training/reporting/": ("during a run: metrics, logs, warnings", "训练途中：指标、日志、警告"),
     "src/inference/": ("decoding, chat, evaluation, export", "解码、聊天、评测、导出"),
     "src/inference/formats/": ("reading and writing other programs' files", "读写其他程序的文件"),
+    "src/inference/formats/hf_model/": ("code of exported Hugging Face folders", "导出的 Hugging Face 目录所带的代码"),
     "cuda/": ("CUDA kernels, and the C++ that binds them", "CUDA 内核，以及绑定它们的 C++"),
     "cuda/cpu/": ("C++ kernels for the CPU", "CPU 的 C++ 内核"),
     "data/": ("tools that make data, and the data (not tracked)", "制作数据的工具，以及数据（不纳入版本控制）"),
@@ -135,4 +136,4 @@ def _line(name: str, description: str) -> str:
     depth = name.rstrip("/").count("/")
     # A hidden folder has no line of its own, so its file keeps the whole path.
     label = name if name.startswith(".") else "  " * depth + name.rstrip("/").split("/")[-1] + "/" * name.endswith("/")
-    return f"{label:<{DESCRIPTION_COLUMN}}{description}".rstrip()
+    return f"{label:<{DESCRIPTION_COLUMN - 1}} {description}".rstrip()

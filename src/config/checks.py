@@ -135,9 +135,10 @@ def _start_faults(flags: Flags) -> Iterator[UserError]:
         )
     if flags.epoch_begin and not flags.load_model:
         yield UserError("needs --load_model", flag="epoch_begin", given=flags.epoch_begin, advice="leave it out")
-    # Stages 2 and 3 load rwkv-init.pth, which may be partial too.
-    if flags.load_partial and not flags.load_model and flags.train_stage < 2:
-        yield UserError("needs --load_model", flag="load_partial", given=1, advice="leave it out")
+    # Stages 2 and 3 load rwkv-init.pth, to which both may apply, too.
+    for name in ("load_partial", "resize_vocab"):
+        if getattr(flags, name) and not flags.load_model and flags.train_stage < 2:
+            yield UserError("needs --load_model", flag=name, given=1, advice="leave it out")
 
 
 def _length_faults(flags: Flags) -> Iterator[UserError]:

@@ -69,6 +69,13 @@ class Flags:
     load_partial: bool = flag(
         False, "run", "1: parameters missing from the weights file keep their initial values", within_run="free"
     )
+    resize_vocab: bool = flag(
+        False,
+        "run",
+        "1: where the tokenizer or --vocab_size has more ids than the weights file has rows, add rows, the mean of the "
+        "others",
+        within_run="free",
+    )
     restart: bool = flag(
         False, "run", "1: start again from the initial weights; existing files move to previous-k/", within_run="free"
     )

@@ -20,6 +20,8 @@ Message = dict[str, Any]
 
 # The prompt format of RWKV World and G1 models (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt).
 #
+# Other programs get this template with the weights: llama.cpp's Jinja engine refuses `select` without arguments.
+#
 #   blank lines   A blank line ends a turn, so those within the text of a user or system are removed. Answers keep
 #                 theirs: code and thoughts need them.
 #   thoughts      Those before the last question are left out, as the model saw them left out when it was prompted.
@@ -43,7 +45,7 @@ RWKV_TEMPLATE = r"""
     {%- endif -%}
 {%- endfor -%}
 {%- macro without_blank_lines(text) -%}
-    {{- text.replace('\r\n', '\n').strip().split('\n') | select | join('\n') -}}
+    {{- text.replace('\r\n', '\n').strip().split('\n') | select('ne', '') | join('\n') -}}
 {%- endmacro -%}
 {%- if tools -%}
     {{- 'System: ' -}}
@@ -171,6 +173,13 @@ class ChatTemplate:
         result = copy.copy(self)
         result.think = mode
         return result
+
+    @property
+    def portable_source(self) -> str:
+        """The template for other programs: `{% generation %}`, which few know, becomes a condition that is true."""
+        # a condition and not nothing, as white space around a tag is removed or kept as before
+        opened = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", self.source)
+        return re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", opened)
 
     def render(
         self,

@@ -7,10 +7,11 @@ import ast
 import json
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ class Tokenizer:
     eos_ids        ids that end generation: the tokenizer's eos_token, and 0, which ends documents, unless 0 is text
     text_of_0      text of id 0; "" in most vocabularies, "!" in that of GPT-2
     specials       texts of bos_token, eos_token and unk_token, those that exist, for chat templates
+    files          contents of the files that `load_tokenizer` would need in a folder, by name
     """
 
     name: str
@@ -46,6 +48,7 @@ class Tokenizer:
     eos_ids: tuple[int, ...] = (0,)
     text_of_0: str = ""
     chat_template: ChatTemplate | None = None
+    files: Mapping[str, bytes] = MappingProxyType({})
 
     @property
     def special_tokens(self) -> list[str]:
@@ -157,13 +160,18 @@ class WorldTokenizer(Tokenizer):
         except UnicodeEncodeError as error:
             raise UserError(_LONE_SURROGATES) from error
 
+    @property
+    def vocabulary_file(self) -> Path:
+        """The vocabulary: a line "id literal length" for each token."""
+        return Path(self._rust.vocab_filepath)
+
     @cached_property
     def _entries(self) -> list[bytes]:
         """Bytes of each id."""
         # The package's own decoder can't return part of a character and panics on ids outside of its vocabulary.
         entries = [UNKNOWN] * self.vocab_size
         entries[0] = b""  # the end of a document has no text
-        with open(self._rust.vocab_filepath, encoding="utf-8") as lines:
+        with self.vocabulary_file.open(encoding="utf-8") as lines:
             for line in lines:  # "230 '\xe5' 1": id, Python literal, length in bytes
                 number, rest = line.split(" ", 1)
                 entry = ast.literal_eval(rest[: rest.rindex(" ")])
@@ -186,15 +194,18 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 class FolderTokenizer(Tokenizer):
-    """A Hugging Face tokenizer folder: tokenizer.json, tokenizer_config.json and, in some, chat_template.jinja."""
+    """A Hugging Face tokenizer folder: tokenizer.json, tokenizer_config.json and, in some, chat_template.jinja.
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    files  contents of TOKENIZER_FILES, for a tokenizer that isn't in a folder, which `folder` then only names
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], files: Mapping[str, bytes] | None = None) -> None:
         import tokenizers
 
         folder = Path(folder)
         self.name = str(folder)
-        model, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
-        if not model.is_file():
+        self.files = _read_files(folder) if files is None else files
+        if "tokenizer.json" not in self.files:
             raise UserError(
                 "no tokenizer.json in it",
                 flag="tokenizer",
@@ -203,13 +214,13 @@ class FolderTokenizer(Tokenizer):
                 advice="convert a folder of a slow tokenizer with AutoTokenizer.save_pretrained of transformers",
             )
         try:
-            self._rust = tokenizers.Tokenizer.from_file(str(model))
+            self._rust = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
         except Exception as error:  # the package raises no narrower class
             raise UserError(f"tokenizer.json is not readable ({error})", flag="tokenizer", given=folder) from error
         # Settings of training with `transformers` that some files carry; they would cut or pad long texts.
         self._rust.no_truncation()
         self._rust.no_padding()
-        config = _read_json(config_file) if config_file.is_file() else {}
+        config = _read_json(self.files.get("tokenizer_config.json", b"{}"), folder / "tokenizer_config.json")
         # Not the number of entries: some vocabularies skip ids.
         self.vocab_size = max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.largest_id = self.vocab_size - 1
@@ -223,8 +234,8 @@ class FolderTokenizer(Tokenizer):
         else:
             self.eos_ids = (end,) if self.text_of_0 or end == 0 else (0, end)
         # Newer versions of transformers write the template to its own file, which has precedence there too.
-        template = folder / "chat_template.jinja"
-        source = template.read_text(encoding="utf-8") if template.is_file() else _default_template(config)
+        template = self.files.get("chat_template.jinja")
+        source = template.decode() if template is not None else _default_template(config)
         if source is not None:
             try:
                 self.chat_template = ChatTemplate(source, self.specials)
@@ -336,20 +347,29 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> Tokenizer:
 def copy_tokenizer(folder: Path, to: Path) -> None:
     """Copies the TOKENIZER_FILES of `folder` to `to`, each atomically; deletes those in `to` that `folder` lacks."""
     to.mkdir(parents=True, exist_ok=True)
-    if to.samefile(folder):  # a run whose --tokenizer is the copy in its own folder
-        return
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
+    if not to.samefile(folder):  # a run whose --tokenizer is the copy in its own folder
+        write_tokenizer(_read_files(folder), to)
+
+
+def write_tokenizer(files: Mapping[str, bytes], to: Path) -> None:
+    """Writes a tokenizer's `files` into a folder, each atomically; deletes those of TOKENIZER_FILES that it lacks."""
+    to.mkdir(parents=True, exist_ok=True)
+    for name in dict.fromkeys((*TOKENIZER_FILES, *files)):
+        if name in files:
             with atomic_write(to / name) as file:
-                file.write((folder / name).read_bytes())
+                file.write(files[name])
         else:
             # A template of another tokenizer, for example, would be used with this vocabulary.
             (to / name).unlink(missing_ok=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def _read_json(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(content)
     except ValueError as error:
         raise UserError(f"not valid JSON ({error})", given=path) from error
 

@@ -14,7 +14,8 @@ from src.inference.load import DTYPES
 from src.inference.sampling import SEED_LIMIT, Sampling
 
 MODEL_HELP = (
-    "weights (.pth, .safetensors, .st), a run's folder, or a Hugging Face folder in flash-linear-attention's layout"
+    "weights (.pth, .safetensors, .st, .gguf), a run's folder, or a Hugging Face folder in "
+    "flash-linear-attention's layout"
 )
 
 

@@ -72,6 +72,20 @@ def windows(n_tokens: int, ctx_len: int, max_windows: int | None = None, flag: s
         yield slice(start, start + ctx_len + 1)
 
 
+def stack_windows(tokens: Tokens, selected: Iterable[slice], vocab_size: int) -> Tensor:
+    """These windows of `tokens`, int64 [B, T + 1]. Raises UserError for ids outside the model's vocabulary."""
+    # int64 before the comparison: an unsigned dtype of a file can't hold a negative id, a flat array can.
+    batch = np.stack([tokens[window] for window in selected]).astype(np.int64)
+    if batch.min() < 0 or batch.max() >= vocab_size:
+        raise UserError(
+            f"the data has token id {batch.min() if batch.min() < 0 else batch.max()}",
+            flag="data",
+            expected=f"ids below the model's vocabulary size of {vocab_size}",
+            advice="use the tokenizer that the model was trained with",
+        )
+    return torch.from_numpy(batch)
+
+
 def heldout_loss(
     model: RWKV7,
     data: MMapIndexedDataset | Tokens,
@@ -88,16 +102,8 @@ def heldout_loss(
     selected = list(windows(len(tokens), ctx_len, max_windows))
     total, count = 0.0, 0
     for first in range(0, len(selected), micro_bsz):
-        # int64 before the comparison: an unsigned dtype of a file can't hold a negative id, a flat array can.
-        batch = np.stack([tokens[window] for window in selected[first : first + micro_bsz]]).astype(np.int64)
-        if batch.min() < 0 or batch.max() >= model.config.vocab_size:
-            raise UserError(
-                f"the data has token id {batch.min() if batch.min() < 0 else batch.max()}",
-                flag="data",
-                expected=f"ids below the model's vocabulary size of {model.config.vocab_size}",
-                advice="use the tokenizer that the model was trained with",
-            )
-        total += _summed_loss(model, torch.from_numpy(batch))
+        batch = stack_windows(tokens, selected[first : first + micro_bsz], model.config.vocab_size)
+        total += _summed_loss(model, batch)
         count += batch.shape[0] * (batch.shape[1] - 1)
     return HeldOutLoss(total / count, count)
 
@@ -137,6 +143,31 @@ def read_texts(path: Path, flag: str) -> Iterator[str]:
 def encode_texts(texts: Iterable[str], tokenizer: Tokenizer) -> Tokens:
     """The ids of all texts, int64, each text followed by 0, as the end of a document is marked in training data."""
     return np.fromiter((token for text in texts for token in (*tokenizer.encode_as_text(text), 0)), np.int64)
+
+
+def is_binidx(path: Path) -> bool:
+    """Whether `--data` names token ids: any existing X.bin makes X binidx. Raises UserError when there is no file."""
+    binidx = path.suffix in (".bin", ".idx") or with_ending(path, ".bin").is_file()
+    if not binidx and not path.is_file():
+        expected = "binidx data (X, X.bin), a text file or a .jsonl of texts"
+        raise UserError("no such file", flag="data", given=path, expected=expected)
+    return binidx
+
+
+def read_tokens(path: Path, tokenizer: Tokenizer | None) -> Tokens:
+    """The ids in binidx data, or those of a file of texts by `tokenizer`: of a .jsonl or of a single document.
+
+    Raises UserError, about --data, when the file can't be read, or holds texts and there is no tokenizer.
+    """
+    if is_binidx(path):
+        # Mapped, not read: only the selected windows are.
+        dataset = MMapIndexedDataset(path)
+        for warning in dataset.warnings:
+            print(f"WARNING: {warning}", file=sys.stderr)
+        return dataset.tokens
+    if tokenizer is None:
+        raise UserError("a file of texts", flag="data", given=path, advice="name the model's --tokenizer, too")
+    return encode_texts(read_texts(path, "data"), tokenizer)
 
 
 @dataclass(frozen=True)
@@ -196,27 +227,15 @@ def main(argv: list[str] | None = None) -> int:
 def _loss_report(options: argparse.Namespace) -> str:
     weights, adaptation = find_model(options.model, adaptation_from(options))
     model = load_model(weights, options.dtype, options.device, adaptation)
-    # Any existing X.bin makes X binidx; another file is text, by its suffix lines of JSON or a single document.
     path, vocab_size = Path(options.data), model.config.vocab_size
-    is_binidx = path.suffix in (".bin", ".idx") or with_ending(path, ".bin").is_file()
-    if not is_binidx and not path.is_file():
-        expected = "binidx data (X, X.bin), a text file or a .jsonl of texts"
-        raise UserError("no such file", flag="data", given=path, expected=expected)
     tokenizer: Tokenizer | None = None
     try:
         tokenizer = find_tokenizer(weights, vocab_size, options.tokenizer, adaptation)
     except UserError:
-        if options.tokenizer or not is_binidx:  # binidx holds ids: without a tokenizer only bits per byte are unknown
+        # binidx holds ids: without a tokenizer only bits per byte are unknown
+        if options.tokenizer or not is_binidx(path):
             raise
-    if is_binidx:
-        # Mapped, not read: only the selected windows are.
-        dataset = MMapIndexedDataset(path)
-        tokens: Tokens = dataset.tokens
-        for warning in dataset.warnings:
-            print(f"WARNING: {warning}", file=sys.stderr)
-    else:
-        assert tokenizer is not None
-        tokens = encode_texts(read_texts(path, "data"), tokenizer)
+    tokens = read_tokens(path, tokenizer)
     result = heldout_loss(model, tokens, options.ctx_len, options.max_windows, options.micro_bsz)
     # Reported as an error, as a script that reads the loss would take "nan" for a result.
     if not math.isfinite(result.loss):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -12,15 +11,18 @@ from src.dataset.tokenizer import WORLD_VOCAB_SIZE, Tokenizer, load_tokenizer
 from src.errors import UserError
 from src.inference.adaptation import NOTHING, Adaptation, adapted_base
 from src.inference.formats.fla import CONFIG, from_fla, is_fla, is_fla_folder, read_config, read_fla
+from src.inference.formats.gguf import read_gguf
+from src.inference.formats.gguf_file import is_gguf
+from src.inference.formats.gguf_tokenizer import tokenizer_of_gguf
+from src.inference.formats.hf_tokenizer import is_world_folder
 from src.inference.formats.shards import is_part, read_json
 from src.inference.formats.web_rwkv import from_web_rwkv, is_web_rwkv
 from src.model import RWKV7
 from src.model.weights import Weights, config_from_weights, read_weights
 from src.run_folder import BEST, FINAL, INIT, TOKENIZER, TUNED_STATE, newest_weights, numbered_weights, read_run
 
-WEIGHTS_SUFFIXES = (".pth", ".safetensors", ".st")
+WEIGHTS_SUFFIXES = (".pth", ".safetensors", ".st", ".gguf")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NO_SIZE_LIMIT = sys.maxsize  # as vocab_size of `find_tokenizer`, where no model is at hand
 
 
 def holds_model(path: Path) -> bool:
@@ -89,15 +91,16 @@ def latest_trained_weights(out: Path) -> Path:
 
 
 def find_tokenizer(weights: Path, vocab_size: int, given: str = "", adaptation: Adaptation = NOTHING) -> Tokenizer:
-    """The tokenizer of `weights`: `given`, else that of the run that trained the adapter, else the one of the folder or
-    run of the weights, else World for a vocabulary of its size.
+    """The tokenizer of `weights`: `given`, else that of the run that trained the adapter, else the one in a GGUF file,
+    else that of the folder or run of the weights, else World for a vocabulary of its size.
 
     Raises UserError when none of these exists, or when the tokenizer has an id that the model lacks.
     """
-    of_adapters = next(filter(None, (_tokenizer_of_run(path.parent) for path in adaptation.paths)), "")
-    name = given or of_adapters
-    name = name or (_tokenizer_within(weights) if weights.is_dir() else _tokenizer_of_run(weights.parent))
-    if not name:
+    name = given or next(filter(None, (_tokenizer_of_run(path.parent) for path in adaptation.paths)), "")
+    contains_one = not name and is_gguf(weights)
+    if not name and not contains_one:
+        name = _tokenizer_within(weights) if weights.is_dir() else _tokenizer_of_run(weights.parent)
+    if not name and not contains_one:
         # A weights file has no other hint. Released World models have exactly this many rows.
         if vocab_size != WORLD_VOCAB_SIZE:
             raise UserError(
@@ -106,7 +109,7 @@ def find_tokenizer(weights: Path, vocab_size: int, given: str = "", adaptation: 
                 expected="world or a Hugging Face tokenizer folder",
             )
         name = "world"
-    tokenizer = load_tokenizer(name)
+    tokenizer = tokenizer_of_gguf(weights) if contains_one else load_tokenizer(name)
     # The other way round is common: vocabularies are padded to a multiple of 64 or more.
     if tokenizer.largest_id >= vocab_size:
         raise UserError(
@@ -119,7 +122,9 @@ def find_tokenizer(weights: Path, vocab_size: int, given: str = "", adaptation: 
 
 
 def _tokenizer_within(folder: Path) -> str:
-    """The tokenizer of a Hugging Face model folder: the folder itself, or ""."""
+    """The tokenizer of a Hugging Face model folder: the folder itself, "world", or ""."""
+    if is_world_folder(folder):
+        return "world"
     return str(folder) if (folder / "tokenizer.json").is_file() else ""
 
 
@@ -151,6 +156,8 @@ def load_weights(path: Path) -> Weights:
         return read_fla(path)
     if is_part(path):
         raise UserError("one of several parts of a model", given=path, advice=f"name its folder, {path.parent}")
+    if is_gguf(path):
+        return read_gguf(path)
     weights = read_weights(path)
     if is_fla(weights):
         return from_fla(weights)

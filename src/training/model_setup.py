@@ -20,6 +20,7 @@ from src.errors import UserError
 from src.inference.load import holds_model, load_weights
 from src.model import RWKV7
 from src.model.cost import parameter_count
+from src.model.vocabulary import resize_vocabulary
 from src.model.weights import IDLE_IN_LAYER_0, Weights, config_from_weights, fit_weights
 from src.training.checkpoint.resume import ResumePoint
 from src.training.console import is_rank_zero, log
@@ -69,7 +70,7 @@ def resolve_model_config(config: RunConfig, resume: ResumePoint, process_group: 
         sizes = config.model_config(known or find_vocab_size(config, weights))
         if weights is not None:
             # a mistake in the weights is raised here, on every rank, before any waits for another
-            _fit(weights, config, sizes, str(resume.weights))
+            fit_to_run(weights, config, sizes, str(resume.weights))
         return sizes
 
     sizes = process_group.broadcast_from_rank_zero(resolve)
@@ -176,10 +177,13 @@ def fitted_weights(config: RunConfig, sizes: ModelConfig, resume: ResumePoint) -
     """The weights file that the run continues from, as the model needs it; parameters that it lacks (--load_partial)
     are on the meta device. Raises UserError when it doesn't fit."""
     assert resume.weights is not None
-    return _fit(load_weights(resume.weights), config, sizes, str(resume.weights))
+    return fit_to_run(load_weights(resume.weights), config, sizes, str(resume.weights))
 
 
-def _fit(weights: Weights, config: RunConfig, sizes: ModelConfig, source: str) -> Weights:
+def fit_to_run(weights: Weights, config: RunConfig, sizes: ModelConfig, source: str) -> Weights:
+    """`weights` as a model of `sizes` needs them, by --load_partial and --resize_vocab. Raises UserError."""
+    if config.resize_vocab and len(weights.get("emb.weight", ())) < sizes.vocab_size:
+        weights = resize_vocabulary(weights, sizes.vocab_size)
     with torch.device("meta"):
         model = RWKV7(sizes)
     return fit_weights(weights, model, source, partial=bool(config.load_partial))
@@ -193,13 +197,15 @@ def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:
         if tokenizer:
             check_tokenizer(tokenizer, config.vocab_size)
         return config.vocab_size
-    if weights is not None and not (tokenizer and config.load_partial):
+    if weights is not None and not (tokenizer and (config.load_partial or config.resize_vocab)):
         size = config_from_weights(weights, source="the weights").vocab_size
         if tokenizer:
             check_tokenizer(tokenizer, size)
         return size
     if tokenizer:
-        return tokenizer.vocab_size
+        # rows beyond the tokenizer's ids stay: many vocabularies are padded
+        rows = len(weights["emb.weight"]) if config.resize_vocab and weights and "emb.weight" in weights else 0
+        return max(tokenizer.vocab_size, rows)
     if not config.data_file:
         raise UserError("not known", flag="vocab_size", given=0, advice="give it, or --tokenizer, or --data_file")
     largest = open_samples(config).largest_id()

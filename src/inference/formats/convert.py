@@ -1,164 +1,187 @@
-"""Writes a model in another format or precision, reads it back and compares the logits."""
+"""Writes a model in another format or precision, reads it back and compares it with the original."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor
 
 from src.adapt.adapter import add_adapter
-from src.config import ModelConfig
-from src.dataset.tokenizer import Tokenizer, copy_tokenizer
+from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.files import atomic_write, sync_folder
-from src.inference.adaptation import NOTHING, Adaptation
+from src.inference.adaptation import Adaptation
 from src.inference.formats.fla import TENSORS, write_fla
-from src.inference.load import load_model
+from src.inference.formats.format import Export, Format, Program, VerificationError, rounded
+from src.inference.formats.gguf import TYPES, gguf_weights, stored_values, write_gguf
+from src.inference.formats.hf import write_hf
+from src.inference.formats.hf_tokenizer import HF_TOKENIZER_FILES, write_hf_tokenizer
+from src.inference.formats.lazy import mapped
+from src.inference.formats.model_card import CARD_FILES, is_edited_card
+from src.inference.formats.ollama import MODEL, MODELFILE, create_command, read_ollama, write_ollama
+from src.inference.formats.parity import TOLERANCE, Parity, compare, first_difference, sample_tokens
+from src.inference.formats.web_rwkv import in_fp16, write_web_rwkv
+from src.inference.load import load_model, load_weights
 from src.model import RWKV7
-from src.model.weights import Weights
-
-VERIFIED_TOKENS = 64
-# Largest accepted difference between the fp32 logits of what was read back and of the weights that should have been
-# written: sums may be computed in another order, and nothing else may differ.
-TOLERANCE = 1e-5
+from src.model.safetensors_file import write_safetensors
 
 
-def _write_pth(weights: Weights, config: ModelConfig, path: Path, eos_id: int) -> None:
+def _write_pth(export: Export, path: Path) -> None:
     with atomic_write(path) as file:
-        torch.save(weights, file)
+        torch.save(dict(export.weights), file)
 
 
-def _write_safetensors(weights: Weights, config: ModelConfig, path: Path, eos_id: int) -> None:
-    from safetensors.torch import save_file
-
-    with atomic_write(path) as file:
-        save_file(weights, file.name)
+def _write_safetensors(export: Export, path: Path) -> None:
+    write_safetensors(export.weights, path)
 
 
-@dataclass(frozen=True)
-class Format:
-    """`write(weights, config, path, eos_id)` creates `path`: a file that ends in `suffix`, or ("") a folder.
-
-    `holds_states`: tuned initial states have a place in it, blocks.N.att.time_state beside the weights.
-    """
-
-    suffix: str
-    write: Callable[[Weights, ModelConfig, Path, int], None]
-    holds_states: bool = False
-
-    @property
-    def is_folder(self) -> bool:
-        return not self.suffix
+def _write_fla(export: Export, folder: Path) -> None:
+    write_fla(dict(export.weights), export.config, folder, export.eos_id)
+    if export.tokenizer:
+        write_hf_tokenizer(export.tokenizer, folder)
 
 
-# A new format is a module with its reader and writer, a row here, and its reader in load.py.
+# A new format is a module with its reader and writer, a row here, and its reader in load.py. Where two formats have one
+# suffix, the first is its default.
 FORMATS = {
-    "pth": Format(".pth", _write_pth, holds_states=True),
-    "safetensors": Format(".safetensors", _write_safetensors, holds_states=True),
-    "fla": Format("", write_fla),
+    "pth": Format(
+        "the state dict of RWKV-LM",
+        ".pth",
+        _write_pth,
+        load_weights,
+        (Program("RWKV-LM, the rwkv package", "RWKV(model='OUT without .pth', strategy='cpu fp32')"),),
+        holds_states=True,
+    ),
+    "safetensors": Format(
+        "the same names and shapes in safetensors", ".safetensors", _write_safetensors, load_weights, holds_states=True
+    ),
+    "fla": Format(
+        "a Hugging Face folder in flash-linear-attention's layout",
+        "",
+        _write_fla,
+        load_weights,
+        (Program("flash-linear-attention", "fla.models.RWKV7ForCausalLM.from_pretrained('OUT')"),),
+        files=(TENSORS,),
+    ),
+    "hf": Format(
+        "the same with its own code, for transformers alone",
+        "",
+        write_hf,
+        load_weights,
+        (
+            Program("transformers, PEFT, TRL", "AutoModelForCausalLM.from_pretrained('OUT', trust_remote_code=True)"),
+            Program("rwkv7-hf", "rwkv7_hf.RWKV7ForCausalLM.from_pretrained('OUT')"),
+            Program("flash-linear-attention", "fla.models.RWKV7ForCausalLM.from_pretrained('OUT')"),
+        ),
+        files=(TENSORS,),
+    ),
+    "st": Format(
+        "fp16 in web-rwkv's layout",
+        ".st",
+        write_web_rwkv,
+        load_weights,
+        (
+            Program("Ai00", "put OUT into assets/models and name it in assets/configs/Config.toml"),
+            Program("web-rwkv", "cargo run --release --example chat -- --model OUT"),
+        ),
+        types=("f16",),
+        stored=in_fp16,
+    ),
+    "gguf": Format(
+        "a GGUF file with the tokenizer",
+        ".gguf",
+        write_gguf,
+        gguf_weights,
+        (
+            Program("llama.cpp", "llama-cli -m OUT"),
+            Program("LM Studio, KoboldCpp, RWKV-Runner", "open OUT"),
+            Program("Ollama", "use --format ollama"),
+        ),
+        types=tuple(TYPES),
+        stored=stored_values,
+        needs_tokenizer=True,
+    ),
+    "ollama": Format(
+        "a GGUF file with a Modelfile",
+        "",
+        write_ollama,
+        read_ollama,
+        (Program("Ollama", "ollama create NAME -f OUT/Modelfile, then ollama run NAME"),),
+        types=tuple(TYPES),
+        stored=stored_values,
+        files=(MODEL, MODELFILE),
+        needs_tokenizer=True,
+        next_command=create_command,
+    ),
 }
 
 
-@dataclass(frozen=True)
-class Parity:
-    """The logits of the written model against the original's, in fp32 over VERIFIED_TOKENS tokens.
-
-    write_error     largest difference to the original rounded to the written dtype: not 0 if the format is at fault
-    rounding_error  largest difference to the original itself: what the written dtype loses
-    agreement       share of positions with the same most likely token
-    original        what the original is: with an adapter, the base with the adapter beside it, not merged
-    """
-
-    write_error: float
-    rounding_error: float
-    agreement: float
-    original: str = "the original"
-
-    def __str__(self) -> str:
-        return (
-            f"read back: logits differ by {self.write_error:.1e} from the weights that were written, by "
-            f"{self.rounding_error:.1e} from {self.original}; the most likely token agrees at "
-            f"{100 * self.agreement:.0f} % of {VERIFIED_TOKENS} positions"
-        )
-
-
-class VerificationError(RuntimeError):
-    """What was read back isn't the model that was written."""
-
-
 def convert_model(
-    source: Path,
+    model: RWKV7,
     out: Path,
     format: str,
     dtype: torch.dtype | None = None,
     tokenizer: Tokenizer | None = None,
-    adaptation: Adaptation = NOTHING,
+    *,
+    type: str = "",
+    title: str = "",
+    windows: Tensor | None = None,
+    run: Path | None = None,
+    unmerged: RWKV7 | None = None,
 ) -> Parity:
-    """Write the model in `source` (a path from `find_weights`) to `out`, read it back and compare logits.
+    """Write `model` (on the CPU) to `out`, read it back and compare both.
 
-    `dtype` None keeps that of `source`. A `tokenizer` is copied next to the weights in formats that are folders. An
-    adapter of `adaptation` is merged, and the logits compared are those of the base with the adapter beside it. An
-    existing `out` is replaced once the new one has been verified, and not before. Raises UserError when the format
+    dtype      of the tensors to write; None: that of `model`
+    tokenizer  of the model: stored in formats that contain one, copied next to the weights in those that are folders
+    type       one of the format's `types`; "": its first
+    title      name of the model for formats that store one; "": that of `out`
+    windows    held-out data int64 [B, T + 1], on which the losses of both are computed
+    run        the folder of the run that trained it, for formats that describe the training
+    unmerged   what `model` was merged from, with the adapter beside its base: their logits are compared, too
+
+    An existing `out` is replaced once the new one has been verified, and not before. Raises UserError when the format
     can't express the model or `out` contains other weights, OSError when it can't be written, VerificationError when
     another model is read back.
     """
     target = FORMATS[format]
     if target.is_folder:
-        _check_folder(out)
-    if adaptation.state and not target.holds_states:
-        raise UserError(
-            f"--format {format} has no place for initial states",
-            flag="state",
-            given=adaptation.state,
-            expected="--format " + " or ".join(name for name, other in FORMATS.items() if other.holds_states),
-        )
-    # Rounded here, once: the writers store what they get, and the comparison below knows what that was.
-    if adaptation:
-        weights = merged_weights(source, adaptation, dtype)
-        original, rounded = unmerged_model(source, adaptation), RWKV7.from_weights(weights, str(source))
-    else:
-        original = load_model(source, "as is", "cpu")
-        weights = {name: t.to(dtype or t.dtype).contiguous() for name, t in original.state_dict().items()}
-        rounded = RWKV7.from_weights(weights, str(source)) if dtype else original
-    # The tokenizer's own end token, if it has one besides 0, the end of a document.
-    eos_id = max(tokenizer.eos_ids) if tokenizer else 0
+        _check_folder(out, target)
+    original: Mapping[str, Tensor] = model.state_dict()
+    # Lazily, so that memory holds one changed tensor at a time where the writer stores one after the other.
+    weights = mapped(original, lambda name, t: rounded(name, t, dtype or t.dtype).contiguous())
+    chosen = type or (target.types[0] if target.types else "")
+    expected = mapped(weights, lambda name, t: target.stored(name, t, chosen))
+    export = Export(weights, model.config, title or out.stem, tokenizer, chosen, run)
     out.parent.mkdir(parents=True, exist_ok=True)
     # On the file system of `out`, where moving is a rename; in an existing folder, as its parent may be read-only.
     folder = out if target.is_folder and out.is_dir() else out.parent
     with TemporaryDirectory(prefix=".export-", dir=folder) as temporary:
         new = Path(temporary) / f"model{target.suffix}"
-        target.write(weights, original.config, new, eos_id)
-        parity = compare(original, rounded, load_model(new, "as is", "cpu"))
-        if adaptation:
-            parity = replace(parity, original="the base with the adapter beside it")
-        if not parity.write_error <= TOLERANCE:  # not ">", which is false for NaN
-            raise VerificationError(f"{out}: not written, as another model was read back ({parity})")
+        target.write(export, new)
+        written = target.read(new)
+        tokens = sample_tokens(model.config.vocab_size, tokenizer)
+        parity = compare(original, expected, written, model.config, tokens, windows)
+        if unmerged is not None:
+            parity = replace(parity, merge_error=_largest_difference(unmerged, model, tokens))
+        different = first_difference(expected, written)
+        if different or not parity.write_error <= TOLERANCE:  # not ">", which is false for NaN
+            raise VerificationError(f"{out}: not written, as another model was read back ({different}: {parity})")
         if target.is_folder:
-            out.mkdir(exist_ok=True)
-            for file in new.iterdir():
-                file.replace(out / file.name)
+            _move_files(new, out, replaces_tokenizer=tokenizer is not None)
         else:
             new.replace(out)
-    if target.is_folder and tokenizer and tokenizer.name != "world":  # World has no files to copy
-        copy_tokenizer(Path(tokenizer.name), out)
     sync_folder(out if target.is_folder else out.parent)
     return parity
 
 
-def merged_weights(source: Path, adaptation: Adaptation, dtype: torch.dtype | None) -> Weights:
-    """The weights in `source` with `adaptation` merged, in `dtype` (None: each in its own); states stay fp32."""
-    # through the model, for the names and shapes of its state dict
-    base = load_model(source, "as is", "cpu").state_dict()
-    merged = adaptation.apply(base, dtype)
-    return {name: (t.to(dtype or t.dtype) if name in base else t).contiguous() for name, t in merged.items()}
-
-
-def unmerged_model(source: Path, adaptation: Adaptation) -> RWKV7:
+def unmerged_model(base: Path, adaptation: Adaptation) -> RWKV7:
     """The base in fp32 with each adapter beside its matrices, as in training."""
-    model = load_model(source, "fp32", "cpu")
+    model = load_model(base, "fp32", "cpu")
     weights = model.state_dict()
     for path, adapter in adaptation.read():
         if adapter.config.kind == "state":
@@ -171,22 +194,29 @@ def unmerged_model(source: Path, adaptation: Adaptation) -> RWKV7:
     return model.eval().requires_grad_(False)
 
 
-def _check_folder(out: Path) -> None:
+@torch.no_grad()
+def _largest_difference(first: RWKV7, second: RWKV7, tokens: Tensor) -> float:
+    """Of the logits in fp32."""
+    return float((first.float()(tokens)[0] - copy.deepcopy(second).float()(tokens)[0]).abs().max())
+
+
+def _move_files(new: Path, out: Path, replaces_tokenizer: bool) -> None:
+    """Move the files in `new` to `out`, where a tokenizer of an earlier export is removed if there is a new one."""
+    out.mkdir(exist_ok=True)
+    written = {file.name for file in new.iterdir()}
+    for name in written:
+        if name not in CARD_FILES or not is_edited_card(out):
+            (new / name).replace(out / name)
+    # A template of another tokenizer, for example, would be used with this vocabulary. Without a tokenizer to write,
+    # the one that is there may have been put there for this model.
+    if replaces_tokenizer:
+        for name in set(HF_TOKENIZER_FILES) - written:
+            (out / name).unlink(missing_ok=True)
+
+
+def _check_folder(out: Path, target: Format) -> None:
     """Raises UserError when `out` contains weights of other names, as readers would merge the two."""
     # the index of an earlier download, too, which names other files
-    others = sorted(file.name for file in out.glob("*.safetensors*") if file.name != TENSORS)
+    others = sorted(file.name for file in out.glob("*.safetensors*") if file.name not in target.files)
     if others:
         raise UserError(f"contains other weights ({others[0]})", given=out, advice="name another folder")
-
-
-@torch.no_grad()
-def compare(original: RWKV7, rounded: RWKV7, written: RWKV7) -> Parity:
-    """The parity of `written` with `original`; `rounded` is a copy of it in the written dtype. Converts all to fp32."""
-    # 7919 is a prime, so that the tokens are spread over the vocabulary.
-    tokens = torch.arange(VERIFIED_TOKENS).mul(7919).remainder(original.config.vocab_size).unsqueeze(0)
-    exact, expected, actual = (model.float()(tokens)[0] for model in (original, rounded, written))
-    return Parity(
-        write_error=float((expected - actual).abs().max()),
-        rounding_error=float((exact - actual).abs().max()),
-        agreement=float((exact.argmax(-1) == actual.argmax(-1)).float().mean()),
-    )

@@ -6,7 +6,6 @@ vectors have one dimension instead of three, and layer 0 has no value residual.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from src.config import ModelConfig
 from src.errors import UserError
-from src.files import atomic_write
-from src.inference.formats.shards import read_json, read_shards
+from src.inference.formats.shards import read_json, read_shards, write_json
 from src.model.layers import GROUP_NORM_EPS, LAYER_NORM_EPS
+from src.model.safetensors_file import write_safetensors
 from src.model.weights import IDLE_IN_LAYER_0, Weights
 
 CONFIG = "config.json"
@@ -107,8 +106,13 @@ def fla_config(config: ModelConfig, dtype: torch.dtype, eos_id: int) -> dict[str
             f"64 only; this model has heads of {config.head_size}",
             flag="format",
             given="fla",
-            advice="use --format safetensors",
+            advice="use --format hf or safetensors",
         )
+    return {**size_fields(config, dtype), "eos_token_id": eos_id}
+
+
+def size_fields(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What config.json says of the model itself, in fla's and in the self-contained layout."""
     return {
         # The two names by which fla registers the model with transformers' Auto classes.
         "architectures": ["RWKV7ForCausalLM"],
@@ -133,7 +137,6 @@ def fla_config(config: ModelConfig, dtype: torch.dtype, eos_id: int) -> dict[str
         "attn": None,  # set only for hybrid models with some layers of attention
         "tie_word_embeddings": False,
         "bos_token_id": 0,
-        "eos_token_id": eos_id,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -196,14 +199,14 @@ def _check_sizes(weights: Weights, config: dict[str, Any], folder: Path) -> None
 
 def write_fla(weights: Weights, config: ModelConfig, folder: Path, eos_id: int = 0) -> None:
     """Write `weights` (of one dtype) as a folder. Raises UserError as `fla_config` does, and OSError."""
-    from safetensors.torch import save_file
-
     # Before anything is written: it raises for a model that the layout can't express.
     content = fla_config(config, weights["emb.weight"].dtype, eos_id)
+    write_folder(weights, content, folder)
+
+
+def write_folder(weights: Weights, content: dict[str, Any], folder: Path) -> None:
+    """Write the tensors in this layout, and `content` as config.json. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / TENSORS) as file:
-        # transformers refuses a file without this metadata
-        save_file(to_fla(weights), file.name, metadata={"format": "pt"})
-    with atomic_write(folder / CONFIG, "w") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+    # transformers refuses a file without this metadata
+    write_safetensors(to_fla(weights), folder / TENSORS, {"format": "pt"})
+    write_json(folder / CONFIG, content)

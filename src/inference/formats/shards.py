@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
+from src.files import atomic_write
 from src.model.weights import Weights, plain_name, read_weights
 
 # The names that transformers looks for, in its order.
@@ -29,6 +30,13 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"can't be read ({error})", given=path) from error
     return content if isinstance(content, dict) else {}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all. Raises OSError."""
+    with atomic_write(path, "w") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
 
 
 def read_shards(folder: Path) -> Weights:

@@ -6,19 +6,16 @@ import importlib.util
 import os
 from pathlib import Path
 
-import torch
-
 from src import run_folder
 from src.config import ModelConfig, RunConfig
 from src.inference.load import holds_model, load_weights
-from src.model import RWKV7
-from src.model.weights import Weights, fit_weights
+from src.model.weights import Weights
 from src.training.checkpoint.results import result_names
 from src.training.checkpoint.resume import ResumePoint, length_of_run, peek_resume_point
 from src.training.console import log
 from src.training.data import Samples, peek_samples
 from src.training.hardware.selection import Hardware, choose_hardware
-from src.training.model_setup import find_vocab_size
+from src.training.model_setup import find_vocab_size, fit_to_run
 from src.training.preflight import capacity, machine
 from src.training.preflight.checklist import Checklist
 from src.training.preflight.data_check import check_data, check_document_ends, check_held_out
@@ -142,9 +139,7 @@ def _initial_weights(checks: Checklist, config: RunConfig) -> Weights | None:
 
 
 def _fit_weights(config: RunConfig, model: ModelConfig, file: Path) -> None:
-    with torch.device("meta"):  # only names and shapes are compared
-        meta_model = RWKV7(model)
-    fit_weights(load_weights(file), meta_model, str(file), partial=bool(config.load_partial))
+    fit_to_run(load_weights(file), config, model, str(file))
 
 
 def _duration(seconds: float) -> str:
