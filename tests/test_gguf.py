@@ -534,8 +534,8 @@ def test_an_adapter_of_this_project_is_exported(weights, tmp_path, capsys, type)
 @pytest.mark.parametrize(
     ("arguments", "detail"),
     [
-        (["x.gguf", "--format", "gguf-lora"], "--adapter: missing"),
-        (["x.gguf", "--adapter", "adapter"], "--format gguf writes a model"),
+        (["x.gguf", "--format", "gguf-lora"], "writes one adapter or one set"),
+        (["x.gguf", "--format", "gguf-lora", "--state", "adapter"], "name it as --adapter"),
         (["x.gguf", "--format", "gguf-lora", "--adapter", "dora"], "an adapter of the kind dora"),
         (["x.gguf", "--format", "gguf-lora", "--adapter", "wide"], "doesn't fit the base"),
     ],
