@@ -76,7 +76,7 @@ def test_export_merges_and_compares(files, tmp_path, capsys, kind):
     out = tmp_path / "merged.pth"
     assert export.main([str(files / "base.pth"), str(out), "--adapter", str(files / kind)]) == 0
     printed = capsys.readouterr().out
-    assert "from the base with the adapter beside it" in printed
+    assert "from those of the adapter beside its base" in printed
     assert f"base.pth + {files / kind / 'adapter'}" in printed
     adaptation = Adaptation(adapter=str(files / kind))
     written, base = torch.load(out, weights_only=True), torch.load(files / "base.pth", weights_only=True)
