@@ -56,6 +56,11 @@ class ResultNames:
     def numbered(self, mini_epoch: int) -> str:
         return f"{self.prefix}{mini_epoch}{self.suffix}"
 
+    def matches(self, name: str) -> bool:
+        """Whether a file of this name is one of these."""
+        number = rf"{re.escape(self.prefix)}\d+{re.escape(self.suffix)}"
+        return name in (self.final, self.best) or re.fullmatch(number, name) is not None
+
 
 WEIGHTS = ResultNames(FINAL, BEST, "rwkv-", ".pth")
 ADAPTER = ResultNames("adapter", "adapter-best", "adapter-", "")
@@ -80,6 +85,12 @@ def newest_weights(folder: Path) -> Path | None:
     where there are none."""
     candidates = [folder / FINAL, *reversed(numbered_weights(folder).values()), folder / INIT]
     return next((path for path in candidates if path.is_file()), None)
+
+
+def newest_result(folder: Path, names: ResultNames) -> Path | None:
+    """What is trained furthest: the final result, else the one with the highest number; None where there are none."""
+    candidates = [folder / names.final, *reversed(numbered_results(folder, names).values())]
+    return next((path for path in candidates if path.exists()), None)
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -434,8 +434,11 @@ def test_held_out_data_gives_the_loss_of_both(weights, tmp_path, capsys):
         assert loss == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_comparison_by_blocks_is_the_model(weights):
+@pytest.mark.parametrize("has_states", [False, True], ids=["zero-states", "tuned-states"])
+def test_the_comparison_by_blocks_is_the_model(weights, has_states):
     model = load_model(weights, "fp32", "cpu")
+    if has_states:
+        model.set_initial_states({f"blocks.{i}.att.time_state": torch.randn(2, 64, 64) for i in range(3)}, "a test")
     tokens = torch.tensor([TOKENS, TOKENS[::-1]])
     by_block = logits_by_block(model.state_dict(), model.config, tokens).view(2, len(TOKENS), -1)
     torch.testing.assert_close(by_block, model(tokens)[0], rtol=0, atol=1e-5)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from chat_models import CHATML, TEMPLATES, make_tokenizer
 from gguf import GGUFReader
 from random_model import random_model
-from test_gguf import CASES, VOCAB_SIZE, pairs
+from test_gguf import CASES, VOCAB_SIZE, add_tokens, pairs
 
 from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate
 from src.dataset.tokenizer import load_tokenizer
@@ -180,6 +180,16 @@ def test_byte_level_tokens(folder, trained):
         assert client.detokenize(ids) == data
     vocabulary = llama_cpp.llama_model_get_vocab(client._model.model)
     assert [i for i in range(VOCAB_SIZE) if llama_cpp.llama_vocab_is_eog(vocabulary, i)] == [0, 2]
+
+
+def test_tokens_that_are_found_in_any_text(folder):
+    tokenizer = load_tokenizer(add_tokens(make_tokenizer(folder / "more"), "<think>", "</think> x"))
+    model = random_model(n_layer=1, n_embd=64, vocab_size=330)
+    client = llama(exported(model, folder, "more", "f32", tokenizer.name))
+    for text in random_texts(100):
+        text = f"{text[:9]}<think>{text[9:]}</think> x"
+        assert client.tokenize(text.encode(), add_bos=False, special=True) == tokenizer.encode(text), text
+        assert client.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode_as_text(text), text
 
 
 def test_chat_uses_the_template_and_stops(folder):

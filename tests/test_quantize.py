@@ -37,7 +37,8 @@ def test_nf4_takes_the_nearest_level_of_each_block(shape):
 
 
 def test_codes_and_numbers_are_those_of_bitsandbytes():
-    weight = matrix()
+    # its CPU kernel is wrong where a block of 64 crosses the end of a row (0.50.2), so 192 columns
+    weight = matrix(48, 192)
     packed, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
     codes, absmax = quantize_nf4(weight)
     assert torch.equal(codes, packed.flatten())
@@ -45,7 +46,7 @@ def test_codes_and_numbers_are_those_of_bitsandbytes():
     expected = bitsandbytes.functional.dequantize_4bit(packed, state)
     assert torch.equal(QuantizedLinear(weight, "nf4").weight, expected)
     # what a GPU takes where the package is installed, here by its implementation for CPUs
-    assert torch.equal(quantize._dequantize_by(bitsandbytes.functional, codes, absmax, (48, 160)), expected)
+    assert torch.equal(quantize._dequantize_by(bitsandbytes.functional, codes, absmax, (48, 192)), expected)
 
 
 def test_int8_rounds_by_rows():

@@ -33,6 +33,7 @@ GROUPS = {
     "run": "训练本身：放在哪里，从什么开始",
     "data": "数据",
     "model": "模型",
+    "adapt": "只微调一部分：适配器、状态",
     "length": "长度、batch 和学习率",
     "optimizer": "优化器",
     "speed": "内存与速度",

@@ -65,8 +65,11 @@ def check_adapter(adapter: Adapter, weights: Weights, path: object, other_base: 
         )
 
 
-def merge_adapter(weights: Weights, adapter: Adapter) -> Weights:
-    """A copy of `weights` with `adapter` (that `check_adapter` has accepted) merged; other tensors are shared."""
+def merge_adapter(weights: Weights, adapter: Adapter, dtype: torch.dtype | None = None) -> Weights:
+    """A copy of `weights` with `adapter` (that `check_adapter` has accepted) merged; other tensors are shared.
+
+    What changes is rounded once, to `dtype`; None: to that of the weight.
+    """
     merged = dict(weights)
     for full_name, tensor in adapter.tensors.items():
         name = adapter_name(full_name)
@@ -77,15 +80,14 @@ def merge_adapter(weights: Weights, adapter: Adapter) -> Weights:
             matrix = weights[target].float() + delta
             if (magnitude := adapter.tensors.get(stem + "lora_magnitude")) is not None:
                 matrix *= (magnitude.float() / matrix.norm(dim=1)).unsqueeze(1)
-            merged[target] = matrix.to(weights[target].dtype)
+            merged[target] = matrix.to(dtype or weights[target].dtype)
         elif name.part == "miss_block":
-            merged[target] = (weights[target].float() + miss_delta(tensor.float(), weights[target].shape[1])).to(
-                weights[target].dtype
-            )
+            matrix = weights[target].float() + miss_delta(tensor.float(), weights[target].shape[1])
+            merged[target] = matrix.to(dtype or weights[target].dtype)
         elif full_name.endswith(TIME_STATE):
             merged[full_name] = tensor.float()
         elif not name.is_adapter:
-            merged[full_name] = tensor.reshape(weights[full_name].shape).to(weights[full_name].dtype)
+            merged[full_name] = tensor.reshape(weights[full_name].shape).to(dtype or weights[full_name].dtype)
     return merged
 
 

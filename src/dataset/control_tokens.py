@@ -25,6 +25,11 @@ ANSWER_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 _MARKS = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
 
 
+def parses_special_tokens(choice: str) -> bool:
+    """Whether special tokens that stand in a text are tokens, by a value of --special_tokens."""
+    return choice == "parse"
+
+
 class ContentMarks:
     """A character that occurs in none of `texts`, put after the first character of each special token of a content.
 

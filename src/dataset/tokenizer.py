@@ -242,6 +242,10 @@ class FolderTokenizer(Tokenizer):
             except UserError as error:
                 raise UserError(error.problem, flag="tokenizer", given=folder) from error
 
+    def to_json(self) -> str:
+        """tokenizer.json as the package understood it: it may give added tokens other ids than the file."""
+        return self._rust.to_str()
+
     def _special_id(self, name: str) -> int | None:
         token = self.specials.get(name)
         if token is None:

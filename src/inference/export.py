@@ -1,11 +1,14 @@
 """A model in another format or precision, verified by reading it back.
 
     python -m src.inference.export MODEL OUT [--format FORMAT] [--dtype bf16 | --type q8_0]
-    python -m src.inference.export BASE OUT --adapter ADAPTER --format gguf-lora | st-lora | st-state
+    python -m src.inference.export BASE MERGED.pth --adapter ADAPTER [--state STATE]
+    python -m src.inference.export BASE OUT --adapter ADAPTER --format gguf-lora | st-lora
+    python -m src.inference.export BASE OUT --state STATE --format st-state
     python -m src.inference.export --list        the formats, and the programs that read them
 
 MODEL may itself be in any of these formats, so this converts in both directions: `--format pth` makes a .pth of a
-Hugging Face folder. An official .pth needs no conversion.
+Hugging Face folder. An official .pth needs no conversion. An adapter is merged into its base's weights, in fp32, and
+rounded to BASE's dtype or --dtype. Initial states are stored beside the weights, in formats that have a place.
 """
 
 from __future__ import annotations
@@ -16,16 +19,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from src.adapt.adapter_files import read_adapter
 from src.adapt.merge import check_adapter
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
-from src.inference.arguments import MODEL_HELP
+from src.inference.adaptation import Adaptation, model_name
+from src.inference.arguments import MODEL_HELP, adaptation_from, add_adapter_arguments
 from src.inference.evaluate import read_tokens, stack_windows, windows
 from src.inference.formats.adapters import ADAPTER_FORMATS, AdapterFormat, convert_adapter
-from src.inference.formats.convert import FORMATS, convert_model
+from src.inference.formats.convert import FORMATS, convert_model, unmerged_model
 from src.inference.formats.format import Format
-from src.inference.load import DTYPES, find_tokenizer, find_weights, load_model
+from src.inference.load import DTYPES, find_model, find_tokenizer, load_model
 from src.model import RWKV7
 from src.run_folder import RUN
 
@@ -38,22 +41,28 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     try:
-        weights = find_weights(options.model)
+        weights, adaptation = find_model(options.model, adaptation_from(options))
         format = options.format or _format_of(options.out)
         # before seconds are spent on loading the model
         _check_out(options.out, format, weights)
-        _check_options(format, options)
-        model = load_model(weights, "as is", "cpu")
-        tokenizer = _tokenizer(weights, model, options.tokenizer, ALL_FORMATS[format])
+        _check_options(format, options, adaptation)
+        if format in ADAPTER_FORMATS:
+            model = load_model(weights, "as is", "cpu")
+        else:
+            # Rounded once: where the format rounds by itself, what an adapter is merged into stays fp32 until then.
+            merged = options.dtype or ("fp32" if FORMATS[format].types else "as is")
+            model = load_model(weights, merged if adaptation else "as is", "cpu", adaptation)
+        tokenizer = _tokenizer(weights, model, options.tokenizer, ALL_FORMATS[format], adaptation)
         type, title = options.type or "", _title(weights)
         held_out = _held_out(options.data, model, tokenizer) if options.data else None
         if format in ADAPTER_FORMATS:
-            adapter = read_adapter(options.adapter, options.lora_alpha)
-            check_adapter(adapter, model.state_dict(), options.adapter, options.other_base)
+            ((path, adapter),) = adaptation.read()
+            check_adapter(adapter, model.state_dict(), path, adaptation.other_base)
             parity = convert_adapter(
                 model, adapter, options.out, format, tokenizer, type=type, title=f"{title} adapter", windows=held_out
             )
         else:
+            folder = (adaptation.paths or [weights])[0].parent
             parity = convert_model(
                 model,
                 options.out,
@@ -63,13 +72,14 @@ def main(argv: list[str] | None = None) -> int:
                 type=type,
                 title=title,
                 windows=held_out,
-                run=weights.parent if (weights.parent / RUN).is_file() and weights.is_file() else None,
+                run=folder if (folder / RUN).is_file() and weights.is_file() else None,
+                unmerged=unmerged_model(weights, adaptation) if adaptation else None,
             )
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except (OSError, RuntimeError) as error:  # VerificationError, and what torch.save raises when the disk is full
         parser.exit(1, f"{parser.prog}: {error}\n")
-    print(f"wrote {options.out} ({format}) from {weights}\n{parity}")
+    print(f"wrote {options.out} ({format}) from {model_name(weights, adaptation)}\n{parity}")
     if format in FORMATS and (next_command := FORMATS[format].next_command) is not None:
         print(next_command(title, options.out))
     return 0
@@ -90,11 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--type", choices=tuple(types), default=None, help="of formats with their own types (--list)")
     parser.add_argument("--tokenizer", default="", help="to store with the weights; default: that of the run")
     parser.add_argument("--data", type=Path, default=None, help="held-out text or binidx: compare losses, too")
-    parser.add_argument(
-        "--adapter", default="", help="adapter to write, of the base MODEL: a PEFT folder, a .pth or .st"
-    )
-    parser.add_argument("--lora_alpha", type=float, default=None, help="for LoRA files that don't have it")
-    parser.add_argument("--other_base", action="store_true", help="accept an adapter of other weights of these sizes")
+    add_adapter_arguments(parser)
     return parser
 
 
@@ -150,15 +156,23 @@ def _check_out(out: Path, format: str, weights: Path) -> None:
         raise UserError(f"--format {format} writes a file that ends in {suffix}", given=out, expected=f"{out}{suffix}")
 
 
-def _check_options(format: str, options: argparse.Namespace) -> None:
+def _check_options(format: str, options: argparse.Namespace, adaptation: Adaptation) -> None:
     """Raises UserError for options that don't go with `format`."""
-    names = " or ".join(ADAPTER_FORMATS)
-    if format in ADAPTER_FORMATS and not options.adapter:
-        raise UserError(f"missing, and --format {format} writes one", flag="adapter", expected="an adapter of MODEL")
-    if format not in ADAPTER_FORMATS and options.adapter:
-        raise UserError(f"--format {format} writes a model", flag="adapter", given=options.adapter, expected=names)
-    if options.lora_alpha is not None and not options.adapter:
-        raise UserError("needs --adapter", flag="lora_alpha", given=f"{options.lora_alpha:g}")
+    if format in ADAPTER_FORMATS:
+        if len(adaptation.paths) != 1:
+            raise UserError(
+                f"--format {format} writes one adapter or one set of initial states",
+                flag="adapter",
+                given=" and ".join(map(str, adaptation.paths)) or "nothing",
+                expected="--adapter or --state of MODEL",
+            )
+    elif adaptation.state and not FORMATS[format].holds_states:
+        raise UserError(
+            f"--format {format} has no place for initial states",
+            flag="state",
+            given=adaptation.state,
+            expected="--format " + " or ".join(name for name, other in FORMATS.items() if other.holds_states),
+        )
     types = ALL_FORMATS[format].types
     if types and options.dtype:
         raise UserError(
@@ -172,10 +186,12 @@ def _check_options(format: str, options: argparse.Namespace) -> None:
         raise UserError(f"not a type of --format {format}", flag="type", given=options.type, expected=expected)
 
 
-def _tokenizer(weights: Path, model: RWKV7, given: str, format: Format | AdapterFormat) -> Tokenizer | None:
+def _tokenizer(
+    weights: Path, model: RWKV7, given: str, format: Format | AdapterFormat, adaptation: Adaptation
+) -> Tokenizer | None:
     """The tokenizer of the model: an export may be complete without one, unless it was asked for."""
     try:
-        return find_tokenizer(weights, model.config.vocab_size, given)
+        return find_tokenizer(weights, model.config.vocab_size, given, adaptation)
     except UserError as error:
         if given or (isinstance(format, Format) and format.needs_tokenizer):
             raise

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
+from src.adapt.adapter import add_adapter
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.files import atomic_write, sync_folder
+from src.inference.adaptation import Adaptation
 from src.inference.formats.fla import TENSORS, write_fla
 from src.inference.formats.format import Export, Format, Program, VerificationError, rounded
 from src.inference.formats.gguf import TYPES, gguf_weights, stored_values, write_gguf
@@ -22,7 +26,7 @@ from src.inference.formats.model_card import CARD_FILES, is_edited_card
 from src.inference.formats.ollama import MODEL, MODELFILE, create_command, read_ollama, write_ollama
 from src.inference.formats.parity import TOLERANCE, Parity, compare, sample_tokens
 from src.inference.formats.web_rwkv import in_fp16, write_web_rwkv
-from src.inference.load import load_weights
+from src.inference.load import load_model, load_weights
 from src.model import RWKV7
 from src.model.safetensors_file import write_safetensors
 
@@ -51,8 +55,11 @@ FORMATS = {
         _write_pth,
         load_weights,
         (Program("RWKV-LM, the rwkv package", "RWKV(model='OUT without .pth', strategy='cpu fp32')"),),
+        holds_states=True,
     ),
-    "safetensors": Format("the same names and shapes in safetensors", ".safetensors", _write_safetensors, load_weights),
+    "safetensors": Format(
+        "the same names and shapes in safetensors", ".safetensors", _write_safetensors, load_weights, holds_states=True
+    ),
     "fla": Format(
         "a Hugging Face folder in flash-linear-attention's layout",
         "",
@@ -125,6 +132,7 @@ def convert_model(
     title: str = "",
     windows: Tensor | None = None,
     run: Path | None = None,
+    unmerged: RWKV7 | None = None,
 ) -> Parity:
     """Write `model` (on the CPU) to `out`, read it back and compare both.
 
@@ -134,6 +142,7 @@ def convert_model(
     title      name of the model for formats that store one; "": that of `out`
     windows    held-out data int64 [B, T + 1], on which the losses of both are computed
     run        the folder of the run that trained it, for formats that describe the training
+    unmerged   what `model` was merged from, with the adapter beside its base: their logits are compared, too
 
     An existing `out` is replaced once the new one has been verified, and not before. Raises UserError when the format
     can't express the model or `out` contains other weights, OSError when it can't be written, VerificationError when
@@ -157,6 +166,8 @@ def convert_model(
         written = target.read(new)
         tokens = sample_tokens(model.config.vocab_size, tokenizer)
         parity = compare(original, expected, written, model.config, tokens, windows)
+        if unmerged is not None:
+            parity = replace(parity, merge_error=_largest_difference(unmerged, model, tokens))
         if parity.different or not parity.write_error <= TOLERANCE:  # not ">", which is false for NaN
             problem = f"{out}: not written, as another model was read back"
             raise VerificationError(f"{problem} ({parity.different} differs; {parity})")
@@ -166,6 +177,27 @@ def convert_model(
             new.replace(out)
     sync_folder(out if target.is_folder else out.parent)
     return parity
+
+
+def unmerged_model(base: Path, adaptation: Adaptation) -> RWKV7:
+    """The base in fp32 with each adapter beside its matrices, as in training."""
+    model = load_model(base, "fp32", "cpu")
+    weights = model.state_dict()
+    for path, adapter in adaptation.read():
+        if adapter.config.kind == "state":
+            model.set_initial_states(adapter.tensors, str(path))
+            continue
+        add_adapter(model, replace(adapter.config, train=()))
+        # not strict: an adapter may leave out blocks, whose pairs then keep the B of zeros
+        tensors = adapter.tensors.items()
+        model.load_state_dict({n: t.view_as(weights[n]) if n in weights else t for n, t in tensors}, strict=False)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _largest_difference(first: RWKV7, second: RWKV7, tokens: Tensor) -> float:
+    """Of the logits in fp32."""
+    return float((first.float()(tokens)[0] - copy.deepcopy(second).float()(tokens)[0]).abs().max())
 
 
 def _move_files(new: Path, out: Path, replaces_tokenizer: bool) -> None:

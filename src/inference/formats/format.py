@@ -90,6 +90,7 @@ class Format:
     stored           stored(name, tensor, type): the values that the file holds for `tensor`, for formats with `types`
     files            names of the weights in a folder, which an export may replace
     needs_tokenizer  the format is of no use without one
+    holds_states     tuned initial states have a place in it, blocks.N.att.time_state beside the weights
     next_command     next_command(title, out): what the user does with it, printed at the end
     """
 
@@ -102,6 +103,7 @@ class Format:
     stored: Callable[[str, Tensor, str], Tensor] = unchanged
     files: tuple[str, ...] = ()
     needs_tokenizer: bool = False
+    holds_states: bool = False
     next_command: Callable[[str, Path], str] | None = None
 
     @property

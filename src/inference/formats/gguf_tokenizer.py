@@ -70,7 +70,8 @@ def _world_text(world: Tokenizer, i: int) -> str:
 
 
 def _byte_level(tokenizer: Tokenizer) -> dict[str, Any]:
-    content = json.loads(tokenizer.files["tokenizer.json"])
+    assert isinstance(tokenizer, FolderTokenizer)
+    content = json.loads(tokenizer.to_json())
     if reason := _unsupported(content):
         raise UserError(
             f"llama.cpp can't reproduce this tokenizer: {reason}",

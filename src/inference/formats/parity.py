@@ -41,6 +41,8 @@ class Parity:
     agreement       share of positions with the same most likely token
     losses          held-out loss of the original and of the written model, where data was given
     different       the first tensor with other values than the rounded original, "" where there is none
+    merge_error     largest difference of a logit between the base with an adapter beside it and the original, into
+                    which it was merged, where there was an adapter
     """
 
     write_error: float
@@ -49,6 +51,7 @@ class Parity:
     positions: int = VERIFIED_TOKENS
     losses: tuple[float, float] | None = None
     different: str = ""
+    merge_error: float | None = None
 
     def __str__(self) -> str:
         text = (
@@ -56,6 +59,8 @@ class Parity:
             f"{self.rounding_error:.1e} from the original; the most likely token agrees at "
             f"{100 * self.agreement:.0f} % of {self.positions} positions"
         )
+        if self.merge_error is not None:
+            text = f"merged: logits differ by {self.merge_error:.1e} from those of the adapter beside its base\n{text}"
         if self.losses is None:
             return text
         before, after = self.losses
@@ -74,13 +79,15 @@ def sample_tokens(vocab_size: int, tokenizer: Tokenizer | None = None) -> Tensor
 
 @torch.no_grad()
 def hidden_by_block(weights: Mapping[str, Tensor], config: ModelConfig, tokens: Tensor) -> Tensor:
-    """ln_out(x) of `tokens` int64 [B, T] in fp32 [B, T, C], each row from a zero state; asks for a tensor once."""
+    """ln_out(x) of `tokens` int64 [B, T] in fp32 [B, T, C], each row from the initial state; asks for a tensor once."""
     rows = list(F.embedding(tokens, weights["emb.weight"]).float().split(ROWS))
     v_first: list[Tensor | None] = [None] * len(rows)
     for layer in range(config.n_layer):
         with torch.device("meta"):
             block = Block(config, layer)
         block.load_state_dict(_block_weights(weights, block, layer), assign=True)
+        if (state := f"blocks.{layer}.att.time_state") in weights:  # tuned: where each row begins
+            block.att.time_state = torch.nn.Parameter(weights[state].float(), requires_grad=False)
         for i, x in enumerate(rows):
             rows[i], v_first[i], _ = block(x, v_first[i], None, None)
     weight, bias = weights["ln_out.weight"].float(), weights["ln_out.bias"].float()
