@@ -95,8 +95,8 @@ def test_the_package_reads_what_comes_back_from_each_format(
     torch.save(weights, tmp_path / "rwkv-final.pth")
     make_tokenizer(tmp_path / "tokenizer")
     out = tmp_path / f"out{FORMATS[format].suffix}"
-    tokenizer = ["--tokenizer", str(tmp_path / "tokenizer")]
-    assert main([str(tmp_path / "rwkv-final.pth"), str(out), "--format", format, *tokenizer]) == 0
+    options = ["--tokenizer", str(tmp_path / "tokenizer"), *(["--type", "f32"] if format == "gguf" else [])]
+    assert main([str(tmp_path / "rwkv-final.pth"), str(out), "--format", format, *options]) == 0
     assert main([str(out), str(tmp_path / "back.pth"), "--dtype", "fp32"]) == 0
     expected = model.half().float() if format == "st" else model
     actual = package_logits(tmp_path / "back.pth", tmp_path / "logits.pt")
