@@ -269,6 +269,9 @@ def test_the_hash_of_a_base_is_that_of_its_numbers():
     assert base_sha256(weights) == base_sha256(
         squeezed | {"blocks.0.att.value.weight": weights["blocks.0.att.value.weight"]}
     )
+    full = random_model(**SIZES).state_dict()
+    assert base_sha256(full) == base_sha256({name: t.double() for name, t in full.items()})
+    assert base_sha256(full) not in (base_sha256(weights), base_sha256(random_model(**SIZES).half().state_dict()))
     changed = weights | {"blocks.1.ffn.value.weight": weights["blocks.1.ffn.value.weight"] + 1}
     assert base_sha256(weights) != base_sha256(changed)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from src.adapt.adapter_names import AdapterName, adapter_name, peft_name
@@ -62,9 +63,19 @@ def base_sha256(weights: Weights) -> str:
         if name in IDLE_IN_LAYER_0 or name.endswith(TIME_STATE):
             continue
         digest.update(name.encode())
-        for piece in weights[name].detach().flatten().split(1 << 22):  # in fp32 by pieces: the base may be large
-            digest.update(piece.cpu().float().contiguous().numpy())
+        for piece in weights[name].detach().flatten().split(1 << 22):  # pieces bound the memory of the copies
+            digest.update(b"".join(_halves(piece.cpu())))
     return digest.hexdigest()
+
+
+def _halves(numbers: Tensor) -> list[bytes]:
+    """The upper 16 bits of each number in fp32, which are its bf16, and the lower ones unless all are 0."""
+    # So that bf16, in which models are released, is hashed as it is: fp32 has twice the bytes.
+    if numbers.dtype == torch.bfloat16:
+        return [numbers.contiguous().view(torch.int16).numpy().tobytes()]
+    bits = numbers.float().contiguous().view(torch.int32)
+    upper, lower = (bits >> 16).to(torch.int16), (bits & 0xFFFF).to(torch.int16)
+    return [half.numpy().tobytes() for half in (upper, *([lower] if bool(lower.any()) else []))]
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
