@@ -10,8 +10,9 @@ from random_adapter import random_adapter
 from random_model import random_model
 from safetensors.torch import save_file
 
-from src.adapt.adapter_files import base_sha256, read_adapter, write_adapter
+from src.adapt.adapter_files import read_adapter, write_adapter
 from src.adapt.adapter_names import OTHER_MODULES, adapter_name, peft_name
+from src.adapt.base_hash import base_sha256
 from src.adapt.config import TARGETS, AdapterConfig
 from src.adapt.merge import check_adapter, merge_adapter
 from src.errors import UserError

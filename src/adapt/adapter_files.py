@@ -7,7 +7,6 @@ flash-linear-attention and rwkv7-hf. src/adapt/adapter_names.py has the names.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from src.adapt.adapter_names import AdapterName, adapter_name, peft_name
@@ -24,7 +22,7 @@ from src.adapt.config import TARGETS, AdapterConfig
 from src.errors import UserError
 from src.files import atomic_write, sync_folder
 from src.model.file_kind import file_kind
-from src.model.weights import IDLE_IN_LAYER_0, Weights, read_weights, save_weights
+from src.model.weights import Weights, read_weights, save_weights
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -47,35 +45,12 @@ PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 @dataclass(frozen=True)
 class Adapter:
     """`tensors` by the names of `adapter_names`, fp32 where they come from a file; `base_sha256`: of the base's weights
-    (`base_sha256`), "" where it isn't known; `base_path`: where they were, for people and as a default."""
+    (base_hash.py), "" where it isn't known; `base_path`: where they were, for people and as a default."""
 
     config: AdapterConfig
     tensors: Weights
     base_sha256: str = ""
     base_path: str = ""
-
-
-def base_sha256(weights: Weights) -> str:
-    """A hash of a model's weights: the same in every format and in every dtype that holds the numbers exactly."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        # not in every format, and no result depends on them; the initial state is no part of what an adapter changes
-        if name in IDLE_IN_LAYER_0 or name.endswith(TIME_STATE):
-            continue
-        digest.update(name.encode())
-        for piece in weights[name].detach().flatten().split(1 << 22):  # pieces bound the memory of the copies
-            digest.update(b"".join(_halves(piece.cpu())))
-    return digest.hexdigest()
-
-
-def _halves(numbers: Tensor) -> list[bytes]:
-    """The upper 16 bits of each number in fp32, which are its bf16, and the lower ones unless all are 0."""
-    # So that bf16, in which models are released, is hashed as it is: fp32 has twice the bytes.
-    if numbers.dtype == torch.bfloat16:
-        return [numbers.contiguous().view(torch.int16).numpy().tobytes()]
-    bits = numbers.float().contiguous().view(torch.int32)
-    upper, lower = (bits >> 16).to(torch.int16), (bits & 0xFFFF).to(torch.int16)
-    return [half.numpy().tobytes() for half in (upper, *([lower] if bool(lower.any()) else []))]
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
