@@ -58,8 +58,8 @@ def add_low_rank(module: Adapted, x: Tensor, a: Tensor, b: Tensor, scale: float,
 
 
 class _LowRankSum(torch.autograd.Function):
-    """`add_low_rank` without dropout, in place: the low-rank part is added into the product with W, and in backward into
-    the gradient from there. A sum would take two more passes over [rows, out] and [rows, in].
+    """`add_low_rank` without dropout, in place: the low-rank part is added into the product with W, and in backward
+    into the gradient from there. A sum would take two more passes over [rows, out] and [rows, in].
     """
 
     @staticmethod
