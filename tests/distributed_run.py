@@ -167,7 +167,7 @@ def fit(process_group, name, scenario, out):
         result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     result["weights"] = gather_weights(module.model)
     if adapter is not None:
-        result["frozen"] = model.frozen_base
+        result["frozen"] = sorted(model.frozen_base)
     result["held"] = sum(p.numel() for p in module.model.parameters())
     if optimizer == "adam":
         result["state"] = {key: tensor.clone().cpu() for key, tensor in gather_full_state(module)}

@@ -53,14 +53,14 @@ def add_low_rank(module: Adapted, x: Tensor, a: Tensor, b: Tensor, scale: float,
     a, b = a.to(x.dtype), b.to(x.dtype)
     if (dropout and module.training) or torch.compiler.is_compiling():
         low = F.linear(F.dropout(x, dropout, module.training), a)
-        # In place of the base's product, which nothing else needs: a sum would take two more passes over [rows, out].
-        return module.base_product(x).addmm_(low, b.t(), alpha=scale)
+        return torch.addmm(module.base_product(x), low, b.t(), alpha=scale)
     return _LowRankSum.apply(x, a, b, module, scale)  # type: ignore[no-any-return]
 
 
 class _LowRankSum(torch.autograd.Function):
-    """`add_low_rank` without dropout. Backward adds the low-rank part of x's gradient into that of W in place: a pass
-    over [rows, in] in place of three."""
+    """`add_low_rank` without dropout, in place: the low-rank part is added into the product with W, and in backward
+    into the gradient from there. A sum would take two more passes over [rows, out] and [rows, in].
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, module: Adapted, scale: float) -> Tensor:
@@ -186,7 +186,7 @@ class Miss(Adapted):
         if remainder := -self.in_features % block.shape[0]:
             pieces = F.pad(pieces, (0, remainder))
         summed = pieces.unflatten(1, (-1, block.shape[0])).sum(1)
-        return self.base_product(x).addmm_(summed, block)
+        return torch.addmm(self.base_product(x), summed, block)
 
 
 MIXINS: dict[str, type[Adapted]] = {"lora": Lora, "pissa": Pissa, "dora": Dora, "miss": Miss}
