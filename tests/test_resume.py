@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,15 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_runs import (
     CTX,
-    ROOT,
+    PIPE,
     VOCAB,
-    as_from_a_terminal,
     flags,
+    from_a_terminal_without_figures,
     log_lines,
     losses,
     metrics,
     newest_state,
     train,
+    train_process,
     train_until,
     verified,
 )
@@ -174,10 +173,7 @@ def test_a_state_whose_replacement_was_cut_off_stands_again(tmp_path):
 def test_signals_save_and_stop(tmp_path, data, whole, number, code):
     out = tmp_path / "run"
     argv = flags(out, data, save_minutes=0, **{**RUN, "epoch_steps": 1000, "my_exit_tokens": CTX * 4 * 3000})
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=as_from_a_terminal,
-    )  # fmt: skip
+    process = train_process(argv, preexec_fn=from_a_terminal_without_figures)
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline and not ((out / "metrics.csv").exists() and len(metrics(out)) > 5):
         time.sleep(0.05)
@@ -191,10 +187,7 @@ def test_signals_save_and_stop(tmp_path, data, whole, number, code):
 def test_a_run_outlives_those_who_read_what_it_says(tmp_path, data):
     out = tmp_path / "run"
     argv = flags(out, data, **RUN)
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = train_process(argv, stderr=PIPE)
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=100) == 0, process.stderr.read()
