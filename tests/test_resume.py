@@ -98,21 +98,23 @@ DAMAGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def two_states(tmp_path_factory, data):
+    """A run that was killed before step 45, with states of the steps 40 and 20."""
+    out = tmp_path_factory.mktemp("two states") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        train_until(45, out, data, patch, save_minutes=0, **RUN)
+    return out
+
+
 @pytest.mark.parametrize("victim", ["rank0-0000.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_state_is_named_and_the_one_before_is_taken(
-    tmp_path,
-    data,
-    whole,
-    capfd,
-    damage,
-    victim,
-    monkeypatch,
-):
+    tmp_path, data, whole, two_states, capfd, damage, victim
+):  # fmt: skip
     if damage == "flipped" and victim == "manifest.json":
         pytest.skip("a flipped bit of the manifest is one of the checks of the other files")
-    out = tmp_path / "run"
-    train_until(45, out, data, monkeypatch, save_minutes=0, **RUN)
+    out = shutil.copytree(two_states, tmp_path / "run")
     newest, before = state_folders(out)
     assert (newest.name, before.name) == ("step-00000040", "step-00000020")
     DAMAGES[damage](newest / victim)

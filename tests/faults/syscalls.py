@@ -1,0 +1,61 @@
+"""One system call of a run is killed or fails; then the same command must give the run that was never disturbed.
+
+python -m tests.faults.syscalls [--count N] [--seed S] [--continue FILE] [--case I]
+"""
+
+import errno
+import functools
+import random
+import shutil
+import signal
+
+from tests.faults.campaign import Outcome, run_cases
+from tests.faults.library import Fault
+from tests.faults.runs import start, summary, workshop
+
+ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ESTALE, errno.EINTR)
+# Reads and opens that fail for good mean another folder's permissions, not a fault of the disk; the others are faults.
+ACTIONS = {
+    "write": ("kill before", "kill within", "kill after", "fail once", "fail for good", "short"),
+    "read": ("fail once", "fail for good", "short"),
+    "open": ("kill before", "kill after", "fail once", "fail for good"),
+    "fsync": ("kill before", "kill after", "fail once", "fail for good"),
+    "rename": ("kill before", "kill after", "fail once", "fail for good"),
+    "unlink": ("kill before", "kill after", "fail once", "fail for good"),
+    "close": ("kill before", "kill after", "fail once"),
+    "mkdir": ("kill before", "kill after", "fail once", "fail for good"),
+}
+
+
+@functools.cache
+def calls() -> dict[str, int]:
+    """How many calls of each kind a run makes: counted in a run that suffers nothing."""
+    shop = workshop()
+    fault = Fault(shop.new_folder("counted"), shop.folder / "counts")
+    ended = start(shop.argv(fault.folder), fault)
+    assert ended.code == 0, ended.output
+    return fault.calls()
+
+
+def case(number: int, chance: random.Random) -> Outcome:
+    shop, kind = workshop(), chance.choice(list(ACTIONS))
+    action, which = chance.choice(ACTIONS[kind]), chance.randint(1, max(1, calls()[kind]))
+    # Python repeats an interrupted call: one that is interrupted for ever never returns on any system
+    error = chance.choice([e for e in ERRORS if not (action == "fail for good" and e == errno.EINTR)])
+    fault = Fault(shop.new_folder(f"case-{number}"), shop.folder / "counts", kind, which, action, error)
+    what = f"{kind}: {action}{f' with {errno.errorcode[error]}' if action.startswith('fail') else ''}"
+    first = start(shop.argv(fault.folder), fault)
+    if fault.calls()[kind] < which:
+        return Outcome("not reached")
+    killed = action.startswith("kill")
+    if "Traceback" in first.output or first.code not in ((-signal.SIGKILL,) if killed else (0, 1, 2)):
+        return Outcome(what, reasons=(f"{what}: {summary(first)}",), detail=f"{fault}\n{first.output}")
+    again = start(shop.argv(fault.folder))
+    wrong = shop.difference(fault.folder) if again.code == 0 else f"the next start: {summary(again)}"
+    shutil.rmtree(fault.folder)
+    reasons = (f"{what}: {wrong}; the faulty start: {summary(first)}",) if wrong else ()
+    return Outcome(what, reasons, detail=f"{fault}\n{first.output}\n---- the next start\n{again.output}")
+
+
+if __name__ == "__main__":
+    run_cases("syscalls", case)
