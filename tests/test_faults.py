@@ -148,7 +148,7 @@ def assert_nothing_broke(name, case, numbers):
 
 def test_a_sample_of_system_call_faults_and_power_cuts():
     assert_nothing_broke("syscalls", syscalls.case, range(4))
-    assert_nothing_broke("power", power.case, range(4))
+    assert_nothing_broke("power", power.case, [0, 1, 4, 5])
 
 
 FUZZ_SAMPLE = """

@@ -46,6 +46,11 @@ DEVNULL, PIPE, STDOUT = subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT
 TimeoutExpired, CompletedProcess = subprocess.TimeoutExpired, subprocess.CompletedProcess
 
 
+def prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
 class WarmProcess:
     """The warmed process, seen from the one that started it. A forked program is a child of the latter: `os.waitpid`,
     its exit status and `os.getppid` are those of a process that was started in the usual way."""
@@ -72,12 +77,12 @@ class WarmProcess:
         """The number of a process that runs `request` with these descriptors as its 0, 1 and 2."""
         with self._lock:
             # The program is forked twice and orphaned, and so becomes a child of this process.
-            _prctl(PR_SET_CHILD_SUBREAPER, 1)
+            prctl(PR_SET_CHILD_SUBREAPER, 1)
             try:
                 socket.send_fds(self._socket, [pickle.dumps(request)], descriptors)
                 reply = self._socket.recv(MESSAGE_BYTES)
             finally:
-                _prctl(PR_SET_CHILD_SUBREAPER, 0)
+                prctl(PR_SET_CHILD_SUBREAPER, 0)
         assert reply, "the warmed process has ended"
         return int(reply)
 
@@ -153,11 +158,6 @@ def run(
 # ---- the warmed process ----------------------------------------------------------------------------------------------
 
 
-def _prctl(option: int, value: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
-
-
 def _serve(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Forks a process per request. Returns in each of them, with the request and its descriptors; ends the process at
     the end of the connection."""
@@ -194,7 +194,7 @@ def _start(connection: socket.socket) -> Callable[[], None]:
     if request["ranks"]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork() == 0:
-            _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             for descriptor in (*descriptors, ours.detach()):
                 os.close(descriptor)
             return _start(theirs)

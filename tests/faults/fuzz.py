@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from warm_process import PR_SET_PDEATHSIG, prctl
+
 from tests.faults.campaign import Outcome, run_cases
 from tests.faults.readers import READERS, REFUSALS, Reader
 
@@ -74,6 +76,9 @@ def _in_child(work: Any) -> tuple[int, Any]:
 
 def _child(work: Any, write_end: int) -> NoReturn:
     code = 1
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)

@@ -6,7 +6,6 @@ Within BOUND_SECONDS every process has ended with a reason, or the run has gone 
 undisturbed, completes the run: as the one that was never disturbed, but for what other orders of summation change.
 """
 
-import contextlib
 import json
 import os
 import random
@@ -22,7 +21,7 @@ from training_runs import CTX, ROOT, flags, log_lines, losses
 
 from tests.faults.campaign import Outcome, run_cases
 from tests.faults.rank_main import FAULTS, PHASES
-from tests.faults.runs import SECONDS, Ended, plain, summary, workshop
+from tests.faults.runs import SECONDS, Ended, finish, plain, summary, workshop
 
 RANKS, STEPS = 3, 8
 BOUND_SECONDS = 75.0  # from the fault to the end of the last process
@@ -45,18 +44,6 @@ def start(run: Path, planned: dict | None = None) -> warm_process.Popen:
         [sys.executable, "-m", "tests.faults.rank_main", *argv(run)], cwd=ROOT, env=environment, text=True,
         stdout=warm_process.PIPE, stderr=warm_process.STDOUT, start_new_session=True, ranks=True,
     )  # fmt: skip
-
-
-def finish(process: warm_process.Popen, seconds: float) -> Ended:
-    """The end of rank 0, and of all others: they hold the other end of the pipe, and are killed if they don't end."""
-    try:
-        output, _ = process.communicate(timeout=seconds)
-        return Ended(process.returncode, output)
-    except warm_process.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        return Ended(None, output)
 
 
 def case(number: int, chance: random.Random) -> Outcome:

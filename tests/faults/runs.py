@@ -1,9 +1,12 @@
 """The short run of train.py that suffers the faults, and its comparison with the run that suffered none."""
 
+import contextlib
 import csv
 import functools
+import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -34,13 +37,21 @@ def start(argv: list[str], fault: Fault | None = None) -> Ended:
         stdout=warm_process.PIPE, stderr=warm_process.STDOUT,
         preexec_fn=functools.partial(_prepare, fault), start_new_session=True,
     )  # fmt: skip
+    return finish(process, SECONDS)
+
+
+def finish(process: warm_process.Popen, seconds: float) -> Ended:
+    """Waits until the process, and all that hold the other end of its pipe, have ended; kills its group otherwise."""
     try:
-        output, _ = process.communicate(timeout=SECONDS)
-    except warm_process.TimeoutExpired:
-        process.kill()
+        output, _ = process.communicate(timeout=seconds)
+        return Ended(process.returncode, output)
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        return Ended(None, output)
-    return Ended(process.returncode, output)
+        if isinstance(error, warm_process.TimeoutExpired):
+            return Ended(None, output)
+        raise
 
 
 def _prepare(fault: Fault | None) -> None:

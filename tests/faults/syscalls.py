@@ -48,13 +48,15 @@ def case(number: int, chance: random.Random) -> Outcome:
     if fault.calls()[kind] < which:
         return Outcome("not reached")
     killed = action.startswith("kill")
+    detail = f"{fault}\n{first.output}"
     if "Traceback" in first.output or first.code not in ((-signal.SIGKILL,) if killed else (0, 1, 2)):
-        return Outcome(what, reasons=(f"{what}: {summary(first)}",), detail=f"{fault}\n{first.output}")
+        return Outcome(what, (f"{what}: {summary(first)}",), detail)
     again = start(shop.argv(fault.folder))
     wrong = shop.difference(fault.folder) if again.code == 0 else f"the next start: {summary(again)}"
+    if wrong and "with a fresh optimizer" in again.output:
+        wrong += ", continued with a fresh optimizer"
     shutil.rmtree(fault.folder)
-    reasons = (f"{what}: {wrong}; the faulty start: {summary(first)}",) if wrong else ()
-    return Outcome(what, reasons, detail=f"{fault}\n{first.output}\n---- the next start\n{again.output}")
+    return Outcome(what, (wrong,) if wrong else (), f"{detail}\n---- the next start\n{again.output}")
 
 
 if __name__ == "__main__":
