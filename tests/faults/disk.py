@@ -37,6 +37,12 @@ class Call:
     data: bytes
 
 
+@dataclass(frozen=True)
+class Recording:
+    before: Snapshot  # the folder when the recorded run started
+    calls: list[Call]
+
+
 def snapshot(folder: Path) -> Snapshot:
     contents: Snapshot = {"": (folder.stat().st_ino, None)}
     for path in sorted(folder.rglob("*")):
@@ -158,8 +164,8 @@ def _after_cut(node: _Node, model: str, chance: random.Random) -> tuple[bytearra
     if model == "names first":
         content.extend(bytes(max(0, len(node.content) - len(content))))
         return content[: len(node.content)], node.names
-    if model == "torn":
-        names = node.names
+    if model == "torn" and node.is_folder:
+        return content, node.names
     if model == "dropped":
         return content, names
     for change in node.pending:

@@ -9,33 +9,23 @@ start, and one that continues a run that was killed.
 import functools
 import random
 import shutil
-from dataclasses import dataclass
 
 from tests.faults.campaign import Outcome, run_cases
-from tests.faults.disk import MODELS, Call, Disk, Snapshot, read_log, snapshot
+from tests.faults.disk import MODELS, Disk, Recording
 from tests.faults.library import Fault
 from tests.faults.runs import start, summary, workshop
-
-
-@dataclass(frozen=True)
-class Recording:
-    before: Snapshot  # the folder when the recorded run started
-    calls: list[Call]
 
 
 @functools.cache
 def recording(name: str) -> Recording:
     """The calls of a run "from the start" or "continued"."""
     shop = workshop()
-    folder, counts, log = shop.new_folder("recorded"), shop.folder / "counts", shop.folder / "log"
-    if name == "continued":
-        # killed in its middle: half of the fsyncs of a whole run
-        half = sum(call.kind == "fsync" for call in recording("from the start").calls) // 2
-        start(shop.argv(folder), Fault(folder, counts, "fsync", half, "kill after"))
-    before = snapshot(folder)
-    ended = start(shop.argv(folder), Fault(folder, counts, log=log))
-    assert ended.code == 0, ended.output
-    return Recording(before, read_log(log))
+    if name == "from the start":
+        return shop.recorded
+    folder = shop.new_folder("continued")
+    # killed in its middle: after half of the fsyncs of a whole run
+    start(shop.argv(folder), Fault(folder, shop.counts, "fsync", shop.calls["fsync"] // 2, "kill after"))
+    return shop.record(folder)[0]
 
 
 def case(number: int, chance: random.Random) -> Outcome:

@@ -18,6 +18,7 @@ import warm_process
 from training_runs import CTX, ROOT, flags, log_lines, without_figures
 
 from src.dataset.binidx import BinIdxWriter
+from tests.faults.disk import Recording, read_log, snapshot
 from tests.faults.library import Fault, faulty_process
 
 SECONDS = 120  # for one start: with many times what it takes
@@ -61,15 +62,19 @@ def _prepare(fault: Fault | None) -> None:
 
 
 class Workshop:
-    """A temporary folder with training data, held-out data and the folder of an undisturbed run, `whole`."""
+    """A temporary folder with training data, held-out data and the folder of an undisturbed run, `whole`.
+
+    recorded    the system calls of that run
+    calls       how many there are of each kind
+    """
 
     def __init__(self) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="faults-")
         self.folder = Path(self._temporary.name).resolve()
+        self.counts = self.folder / "counts"
         self.data, self.held_out = (self._write_data(name, seed) for name, seed in (("data", 0), ("held-out", 1)))
-        self.whole = self.folder / "whole"
-        ended = start(self.argv(self.whole))
-        assert ended.code == 0, ended.output
+        self.whole = self.new_folder("whole")
+        self.recorded, self.calls = self.record(self.whole)
 
     def _write_data(self, name: str, seed: int) -> Path:
         numbers = np.random.default_rng(seed)
@@ -85,6 +90,14 @@ class Workshop:
             run, self.data, n_layer=1, n_embd=16, micro_bsz=2, my_exit_tokens=CTX * 2 * STEPS, epoch_steps=2,
             epoch_save=1, save_minutes=1e-6, val_data_file=self.held_out, val_windows=2, val_every="2steps",
         )  # fmt: skip
+
+    def record(self, run: Path) -> tuple[Recording, dict[str, int]]:
+        """Starts the run, to its end. Its system calls, and how many there are of each kind."""
+        before, log = snapshot(run), self.folder / "log"
+        fault = Fault(run, self.counts, log=log)
+        ended = start(self.argv(run), fault)
+        assert ended.code == 0, ended.output
+        return Recording(before, read_log(log)), fault.calls()
 
     def new_folder(self, name: str) -> Path:
         folder = self.folder / name

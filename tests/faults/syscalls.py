@@ -4,7 +4,6 @@ python -m tests.faults.syscalls [--count N] [--seed S] [--continue FILE] [--case
 """
 
 import errno
-import functools
 import random
 import shutil
 import signal
@@ -27,22 +26,12 @@ ACTIONS = {
 }
 
 
-@functools.cache
-def calls() -> dict[str, int]:
-    """How many calls of each kind a run makes: counted in a run that suffers nothing."""
-    shop = workshop()
-    fault = Fault(shop.new_folder("counted"), shop.folder / "counts")
-    ended = start(shop.argv(fault.folder), fault)
-    assert ended.code == 0, ended.output
-    return fault.calls()
-
-
 def case(number: int, chance: random.Random) -> Outcome:
     shop, kind = workshop(), chance.choice(list(ACTIONS))
-    action, which = chance.choice(ACTIONS[kind]), chance.randint(1, max(1, calls()[kind]))
+    action, which = chance.choice(ACTIONS[kind]), chance.randint(1, max(1, shop.calls[kind]))
     # Python repeats an interrupted call: one that is interrupted for ever never returns on any system
     error = chance.choice([e for e in ERRORS if not (action == "fail for good" and e == errno.EINTR)])
-    fault = Fault(shop.new_folder(f"case-{number}"), shop.folder / "counts", kind, which, action, error)
+    fault = Fault(shop.new_folder(f"case-{number}"), shop.counts, kind, which, action, error)
     what = f"{kind}: {action}{f' with {errno.errorcode[error]}' if action.startswith('fail') else ''}"
     first = start(shop.argv(fault.folder), fault)
     if fault.calls()[kind] < which:
