@@ -1,5 +1,8 @@
 """Fixtures that several test files share; helpers that are plain functions are in training_runs.py."""
 
+import gc
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,3 +21,30 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             first = int(numbers.integers(1, 30))
             writer.add_document([first + i for i in range(29)] + [0])
     return prefix
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collections, one or two in each fit, go over what was made since: not over all modules again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_figures() -> Iterator[None]:
+    """Runs of train.py in this process end without drawing figures, which takes longer than the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if training_run := sys.modules.get("src.training.run"):
+            patch.setattr(training_run, "write_loss_figure", lambda run, path: path)
+            patch.setattr(training_run, "write_report", lambda run: run / "report.html")
+        yield
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of train.py in this process draw their figures."""
+    from src.training import run
+    from src.training.figures.loss_figure import write_loss_figure
+    from src.training.figures.report_page import write_report
+
+    monkeypatch.setattr(run, "write_loss_figure", write_loss_figure)
+    monkeypatch.setattr(run, "write_report", write_report)

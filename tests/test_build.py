@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import warm_process
 
 from src.ops import build
 from src.ops import recipe as recipes
@@ -102,7 +103,8 @@ def test_eight_at_once_do_not_break_each_other(recipe, tmp_path):
     ).replace("PosixPath", "pathlib.PosixPath")
     command = [sys.executable, "-c", script]
     all_of_them = [
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(8)
+        warm_process.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(8)
     ]
     for process in all_of_them:
         out, err = process.communicate(timeout=120)
@@ -300,7 +302,7 @@ def test_without_a_library_there_is_one_warning_and_the_right_answer(tmp_path, s
         environment["PATH"] = str(tmp_path)
     else:
         environment["CXX"] = fake_compiler(tmp_path, script)
-    done = subprocess.run(
+    done = warm_process.run(
         [sys.executable, "-c", FALLBACK], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr

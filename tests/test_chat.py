@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 from chat_models import TEMPLATES, make_tokenizer
 from random_model import random_model
 
@@ -447,7 +448,7 @@ def test_the_program_parses_special_tokens_only_if_asked_to(run, flags, parse_sp
 
 def test_one_prompt_and_piped_turns(run, tmp_path):
     def called(*flags, text=""):
-        done = subprocess.run(
+        done = warm_process.run(
             command(run, *flags),
             input=text,
             env=environment(),
@@ -477,7 +478,7 @@ def test_one_prompt_and_piped_turns(run, tmp_path):
 def test_a_line_that_is_not_valid_text_is_reported_and_skipped(run):
     def called(lines):
         strict = environment() | {"PYTHONIOENCODING": "utf-8:strict"}
-        done = subprocess.run(command(run), input=lines, env=strict, capture_output=True, timeout=100, check=False)
+        done = warm_process.run(command(run), input=lines, env=strict, capture_output=True, timeout=100, check=False)
         return done.returncode, done.stdout, done.stderr
 
     code, output, errors = called(b"what is it?\ncaf\xe9\nand the list\n")
@@ -501,7 +502,7 @@ def test_a_closed_pipe_ends_the_program_silently(run, program):
         "--seed",
         "1",
     ]
-    with subprocess.Popen(
+    with warm_process.Popen(
         arguments, cwd=PROGRAM.parent, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout.read(3)
@@ -514,10 +515,12 @@ class Terminal:
     """The program in a pseudo-terminal."""
 
     def __init__(self, arguments, folder):
-        self.pid, self.file = pty.fork()
-        if self.pid == 0:
-            os.chdir(folder)
-            os.execve(arguments[0], arguments, environment())
+        self.file, terminal = pty.openpty()
+        self.process = warm_process.Popen(
+            arguments, cwd=folder, env=environment(), stdin=terminal, stdout=terminal, stderr=terminal,
+            start_new_session=True, preexec_fn=warm_process.take_terminal,
+        )  # fmt: skip
+        os.close(terminal)
         fcntl.ioctl(self.file, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
         self.text = ""
 
@@ -545,12 +548,11 @@ class Terminal:
                 pass
         except OSError:  # the other end is closed
             pass
-        _, status = os.waitpid(self.pid, 0)
         os.close(self.file)
-        return os.waitstatus_to_exitcode(status)
+        return self.process.wait()
 
     def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
+        self.process.kill()
         self.exit_code()
 
 

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 from pytorch_lightning.utilities import rank_zero_only
 
 from src.cli import parse
@@ -34,9 +34,10 @@ def launch(folder, processes, fits, timeout=300, launcher=()):
     plan = folder / f"plan-{processes}-{len(list(folder.glob('plan-*')))}.json"
     plan.write_text(json.dumps({"processes": processes, "fits": fits}))
     command = [*(launcher or [sys.executable]), "-m", "tests.distributed_run", str(folder), str(plan)]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=timeout, text=True, capture_output=True
-    )
+    done = warm_process.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=timeout, text=True, capture_output=True,
+        ranks=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return {name: torch.load(folder / f"{name}.pt") for name in fits}
 
@@ -323,9 +324,10 @@ process_group.shutdown()
 def test_processes_divide_the_cores_that_they_share(cores):
     """Six cores for two processes: both may use all, or a launcher has pinned each to three."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run(
-        [sys.executable, "-c", THREADS, cores], cwd=ROOT, env=environment, timeout=100, text=True, capture_output=True
-    )
+    done = warm_process.run(
+        [sys.executable, "-c", THREADS, cores],
+        cwd=ROOT, env=environment, timeout=100, text=True, capture_output=True, ranks=True,
+    )  # fmt: skip
     assert done.stdout == "3 threads\n" * 2, done.stderr
 
 

@@ -10,25 +10,21 @@ import time
 from pathlib import Path
 
 import pytest
-from training_runs import CTX, ROOT, as_from_a_terminal, flags, metrics, newest_state
+from training_runs import CTX, flags, from_a_terminal_without_figures, metrics, newest_state, train_process
 
 from src.training.data import _leave_signals_to_main_process
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a worker as a Linux machine with a GPU has it")
-RUN = {"accumulate_grad_batches": 50, "my_exit_tokens": CTX * 4 * 50 * 3000, "epoch_steps": 1000, "save_minutes": 0}
+RUN = {"accumulate_grad_batches": 10, "my_exit_tokens": CTX * 4 * 10 * 3000, "epoch_steps": 1000, "save_minutes": 0}
 
 
 def start(*argv):
     """In a process group of its own, as a terminal or a scheduler starts it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.worker_run", *argv],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+    return train_process(
+        argv,
+        program=("-m", "tests.worker_run"),
         start_new_session=True,
-        preexec_fn=as_from_a_terminal,
+        preexec_fn=from_a_terminal_without_figures,
     )
 
 

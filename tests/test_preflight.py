@@ -7,15 +7,16 @@ import os
 import re
 import resource
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm_process
 
 from src.cli import parse
 from src.config import ModelConfig, RunConfig
@@ -386,10 +387,10 @@ def test_out_of_memory_on_a_cpu_gives_advice_instead_of_a_traceback(tmp_path):
         f"--proj_dir {tmp_path / 'run'} --data_file {tmp_path / 'long'} --vocab_size 200000 --ctx_len 4096 "
         "--micro_bsz 4 --n_layer 1 --n_embd 32 --head_size 16 --lr_init 1e-3 --my_exit_tokens 100000 --accelerator cpu"
     )
-    done = subprocess.run(
+    done = warm_process.run(
         [sys.executable, "train.py", *flags.split()],
         cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)),
+        preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (6 << 30, 6 << 30)),
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr

@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm_process
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,9 +66,10 @@ os.write(1, (json.dumps(results) + "\\n").encode())
 @pytest.fixture(scope="module")
 def ranks():
     """What each of two ranks caught, rank 0's first."""
-    done = subprocess.run(
+    done = warm_process.run(
         [sys.executable, "-c", BROADCASTS],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200, text=True, capture_output=True,
+        ranks=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return sorted(map(json.loads, done.stdout.splitlines()), key=lambda results: results["rank"])
@@ -119,9 +120,10 @@ sys.exit(124)
 
 def test_a_rank_that_leaves_early_with_an_exit_code_has_not_crashed():
     """Rank 0 watches the processes that it started, and looks at them every second."""
-    done = subprocess.run(
+    done = warm_process.run(
         [sys.executable, "-c", LEAVE],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200, text=True, capture_output=True,
+        ranks=True,
     )  # fmt: skip
     assert done.returncode == 124, done.stdout + done.stderr
     assert "rank 1" not in done.stderr

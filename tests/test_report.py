@@ -406,7 +406,7 @@ def test_nothing_waits_for_the_gpu():
 
 
 @pytest.mark.parametrize("is_broken", [False, True])
-def test_figures_are_drawn_in_a_thread(tmp_path, data, monkeypatch, capfd, is_broken):
+def test_figures_are_drawn_in_a_thread(tmp_path, data, monkeypatch, capfd, figures, is_broken):
     """At the ends of mini-epochs; an error is logged as a warning, and the run continues."""
     calls = []
 
@@ -426,7 +426,7 @@ def test_figures_are_drawn_in_a_thread(tmp_path, data, monkeypatch, capfd, is_br
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_a_run_completes_when_figures_and_samples_fail(tmp_path, data, monkeypatch, capfd):
+def test_a_run_completes_when_figures_and_samples_fail(tmp_path, data, monkeypatch, capfd, figures):
     def fail(*_):
         raise RuntimeError("no ink")
 

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,15 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_runs import (
     CTX,
-    ROOT,
+    PIPE,
     VOCAB,
-    as_from_a_terminal,
     flags,
+    from_a_terminal_without_figures,
     log_lines,
     losses,
     metrics,
     newest_state,
     train,
+    train_process,
     train_until,
     verified,
 )
@@ -99,21 +98,23 @@ DAMAGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def two_states(tmp_path_factory, data):
+    """A run that was killed before step 45, with states of the steps 40 and 20."""
+    out = tmp_path_factory.mktemp("two states") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        train_until(45, out, data, patch, save_minutes=0, **RUN)
+    return out
+
+
 @pytest.mark.parametrize("victim", ["rank0-0000.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_state_is_named_and_the_one_before_is_taken(
-    tmp_path,
-    data,
-    whole,
-    capfd,
-    damage,
-    victim,
-    monkeypatch,
-):
+    tmp_path, data, whole, two_states, capfd, damage, victim
+):  # fmt: skip
     if damage == "flipped" and victim == "manifest.json":
         pytest.skip("a flipped bit of the manifest is one of the checks of the other files")
-    out = tmp_path / "run"
-    train_until(45, out, data, monkeypatch, save_minutes=0, **RUN)
+    out = shutil.copytree(two_states, tmp_path / "run")
     newest, before = state_folders(out)
     assert (newest.name, before.name) == ("step-00000040", "step-00000020")
     DAMAGES[damage](newest / victim)
@@ -174,10 +175,7 @@ def test_a_state_whose_replacement_was_cut_off_stands_again(tmp_path):
 def test_signals_save_and_stop(tmp_path, data, whole, number, code):
     out = tmp_path / "run"
     argv = flags(out, data, save_minutes=0, **{**RUN, "epoch_steps": 1000, "my_exit_tokens": CTX * 4 * 3000})
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=as_from_a_terminal,
-    )  # fmt: skip
+    process = train_process(argv, preexec_fn=from_a_terminal_without_figures)
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline and not ((out / "metrics.csv").exists() and len(metrics(out)) > 5):
         time.sleep(0.05)
@@ -191,10 +189,7 @@ def test_signals_save_and_stop(tmp_path, data, whole, number, code):
 def test_a_run_outlives_those_who_read_what_it_says(tmp_path, data):
     out = tmp_path / "run"
     argv = flags(out, data, **RUN)
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = train_process(argv, stderr=PIPE)
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=100) == 0, process.stderr.read()

@@ -1,12 +1,12 @@
 """Weights of this project in the PyPI package `rwkv`, the reference that users compare with: equal logits."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 from chat_models import make_tokenizer
 from random_adapter import random_adapter
 from random_model import random_model
@@ -39,7 +39,7 @@ def package_logits(weights: Path, out: Path) -> dict[str, torch.Tensor]:
     """Of TOKENS as one sequence ("whole"), and of their first token processed again after them ("one")."""
     environment = os.environ | {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PACKAGE, str(weights), str(out), " ".join(map(str, TOKENS))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = warm_process.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return torch.load(out, weights_only=True)
 

@@ -33,8 +33,9 @@ def test_lightning_ignores_the_variables_of_slurm(tmp_path, data, monkeypatch):
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]
     handled = re.search(r"^SigCgt:\s+(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
-    assert process.returncode == 0, output
+    assert process.returncode == 128 + signal.SIGTERM, output
     assert handled
     signals = {number for number in signal.Signals if int(handled[1], 16) >> (number - 1) & 1}
     assert signal.SIGTERM in signals

@@ -4,13 +4,15 @@ sizes."""
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from chat_models import make_tokenizer
-from training_runs import CTX, VOCAB, flags, log_lines, losses, metrics, train, train_process
+from training_runs import CTX, ROOT, VOCAB, flags, log_lines, losses, metrics, train, train_process
 
 from src import run_folder
 from src.dataset.binidx import MMapIndexedDataset
@@ -27,9 +29,11 @@ def test_end_to_end_then_complete(tmp_path, data):
     output, _ = init.communicate(timeout=120)
     assert init.returncode == 0, output
     assert torch.load(out / "rwkv-init.pth")["emb.weight"].dtype == torch.bfloat16
-    trained = train_process(flags(out, data, train_stage=3, load_model="0"))
-    output, _ = trained.communicate(timeout=120)
-    assert trained.returncode == 0, output
+    trained = subprocess.run(  # as a user starts it
+        [sys.executable, "train.py", *flags(out, data, train_stage=3, load_model="0")],
+        cwd=ROOT, text=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stdout + trained.stderr
     saved = sorted(path.name for path in out.glob("*.pth"))
     assert saved == ["rwkv-0.pth", "rwkv-2.pth", "rwkv-3.pth", "rwkv-final.pth", "rwkv-init.pth"]
     assert (out / "loss.png").stat().st_size > 10_000

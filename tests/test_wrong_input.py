@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import warm_process
 from chat_models import make_tokenizer
 from test_build import fake_compiler
 from training_runs import CTX, ROOT, VOCAB, as_from_a_terminal, flags, train
@@ -286,7 +287,7 @@ def test_compiler(tmp_path, data, name):
 
     def call(**changed):
         argv = flags(tmp_path / "run", data, my_exit_tokens=CTX * 4 * 2, **changed)
-        return subprocess.run(
+        return warm_process.run(
             [sys.executable, "train.py", *argv], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=200
         )
 
@@ -308,7 +309,7 @@ def test_compiler(tmp_path, data, name):
 def test_all_faults_of_a_command_line_are_shown_at_once(tmp_path, data):
     wrong = {"n_embd": 40, "dim_att": 64, "lr_final": 1, "micro_bsz": 0, "train_stage": 7, "precision": "fp8"}
     argv = flags(tmp_path / "run", data, **wrong)
-    done = subprocess.run(
+    done = warm_process.run(
         [sys.executable, "train.py", *argv, "--n_layers", "3"], cwd=ROOT, text=True, capture_output=True, timeout=100
     )
     assert done.returncode == 2
@@ -318,14 +319,18 @@ def test_all_faults_of_a_command_line_are_shown_at_once(tmp_path, data):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("seconds", [0.3, 0.6, 1.2, 2.5, 4.0, 5.5])
-def test_ctrl_c_at_any_moment_ends_cleanly(tmp_path, data, seconds):
+@pytest.mark.parametrize(
+    ("start", "seconds"),
+    [(subprocess.Popen, 0.3), (subprocess.Popen, 1.2), *((warm_process.Popen, s) for s in (0.05, 0.2, 0.6, 1.8))],
+    ids=lambda value: value if isinstance(value, float) else value.__module__,
+)
+def test_ctrl_c_at_any_moment_ends_cleanly(tmp_path, data, start, seconds):
     """While it imports, builds the model, trains: no traceback, exit code 130, and the same command continues."""
     argv = flags(tmp_path / "run", data, my_exit_tokens=CTX * 4 * 3000, epoch_steps=100)
-    process = subprocess.Popen(
+    warm_process.warm_process()
+    process = start(
         [sys.executable, "train.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=as_from_a_terminal,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=as_from_a_terminal,
     )  # fmt: skip
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)

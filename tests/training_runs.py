@@ -4,19 +4,22 @@ import csv
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+import warm_process
 
 from src.cli import parse
+from src.run_folder import REPORT
+from src.training import run as training_run
 from src.training import trainer
 from src.training.checkpoint.state import SavedState
 from src.training.checkpoint.storage import StateReader, state_folders
 from src.training.run import run
 
+PIPE, STDOUT = warm_process.PIPE, warm_process.STDOUT
 ROOT = Path(__file__).parents[1]
 CTX, VOCAB = 16, 64
 
@@ -54,17 +57,22 @@ def as_from_a_terminal():
         signal.signal(number, signal.SIG_DFL)
 
 
-def train_process(argv, **kwargs):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "train.py", *argv],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        **kwargs,
-    )
+def without_figures():
+    """In this process, runs of train.py end without drawing figures, which takes longer than a short run."""
+    training_run.write_loss_figure = lambda run, path: path
+    training_run.write_report = lambda run: run / REPORT
+
+
+def from_a_terminal_without_figures():
+    as_from_a_terminal()
+    without_figures()
+
+
+def train_process(argv, program=("train.py",), environment=None, **kwargs):
+    """train.py with these flags (or another `program` of Python), in a process of its own."""
+    kwargs = {"stdout": PIPE, "stderr": STDOUT, "preexec_fn": without_figures, **kwargs}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | (environment or {})
+    return warm_process.Popen([sys.executable, *program, *argv], cwd=ROOT, env=environment, text=True, **kwargs)
 
 
 def metrics(proj_dir):

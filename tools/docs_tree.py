@@ -63,8 +63,8 @@ TREE = {
     "data/": ("tools that make data, and the data (not tracked)", "制作数据的工具，以及数据（不纳入版本控制）"),
     "docs/": ("the documentation", "文档"),
     "tests/": (
-        "a test file per module; host_cuda/ runs the .cu files on a CPU, bench/ has benchmarks",
-        "每个模块一个测试文件；host_cuda/ 在 CPU 上运行 .cu，bench/ 是基准测试",
+        "a test file per module; host_cuda/ runs the .cu files on a CPU, bench/ has benchmarks, faults/ breaks runs",
+        "每个模块一个测试文件；host_cuda/ 在 CPU 上运行 .cu，bench/ 是基准测试，faults/ 破坏运行",
     ),
     "tests/run.sh": ("lint, types and tests", "lint、类型检查和测试"),
     "tools/": (
