@@ -39,6 +39,10 @@ TREE = {
         "wkv7、损失、逐元素运算，各有一份纯 PyTorch 参考实现",
     ),
     "src/model/": ("RWKV-7 and its parts", "RWKV-7 模型及其模块"),
+    "src/adapt/": (
+        "fine-tuning a part: adapters, initial states, quantised base",
+        "只微调一部分：适配器、初始状态、量化底模",
+    ),
     "src/dataset/": (
         "from files to samples: binidx, sample order, conversations, tokenizers",
         "从文件到样本：binidx、采样顺序、对话、分词器",
