@@ -18,6 +18,7 @@ from src.inference.chat import Conversation, find_template
 from src.inference.decoder import Decoder
 from src.inference.generate import exit_on_closed_pipe
 from src.inference.load import find_tokenizer, find_weights, latest_trained_weights, load_model, pretrained_only
+from src.terminal import prepare_output, printable, show
 
 HELP = """\
   /reset              start a new conversation
@@ -55,7 +56,7 @@ def stream(pieces: Iterator[str]) -> None:
     """Print an answer as it is generated; Ctrl-C stops it, and its beginning stays in the conversation."""
     with InterruptFlag() as interrupt:
         for piece in pieces:
-            write(piece)
+            write(printable(piece))
             # Polled between tokens: raised within a step, KeyboardInterrupt would leave the state half-updated.
             if interrupt.is_set:
                 pieces.close()  # type: ignore[attr-defined]
@@ -83,7 +84,7 @@ def run_turn(conversation: Conversation, line: str) -> bool:
     if command in commands:
         commands[command]()
         if command in confirmations:
-            write(confirmations[command] + "\n")
+            show(confirmations[command])
     # A misspelt command isn't a question, but a path such as /usr/bin, which has more than letters, may begin one.
     elif command.startswith("/") and command[1:].isalpha():
         raise UserError("no such command", given=command, expected=f"one of {', '.join(commands)}, /exit")
@@ -135,7 +136,7 @@ def run_turns(conversation: Conversation, read: Callable[[], str]) -> int:
 
 
 def _print_error(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    show(message, file=sys.stderr)
 
 
 def prompt_reader(history: Path) -> Callable[[], str]:
@@ -212,6 +213,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
 
 
 def main(argv: list[str] | None = None) -> int:
+    prepare_output()
     parser, options = parse(argv)
     try:
         conversation = build(options)
@@ -230,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         if conversation.template is not None
         else "continues your text (--chat_template rwkv or tokenizer to chat, if the model has learned to)"
     )
-    write(f"{options.weights}, {conversation.decoder.config.title}, {mode}; /help\n")
+    show(f"{options.weights}, {conversation.decoder.config.title}, {mode}; /help")
     run_turns(conversation, read)
     return 0  # in a terminal the user has seen the errors; only a script needs them as an exit code
 

@@ -215,9 +215,7 @@ HOSTILE_TOKENIZERS = {
     "an error while a text is read": lambda j: (
         j | {"model": {"type": "Unigram", "unk_id": None, "vocab": [["x", 0.0]]}, "added_tokens": []}
     ),
-    "an id of four billion": lambda j: (
-        j | {"added_tokens": [*j["added_tokens"], {"id": 4294967295, "content": "zz", **_ADDED}]}
-    ),
+    "an id of four billion": lambda j: j | {"model": j["model"] | {"vocab": j["model"]["vocab"] | {"zz": 4294967295}}},
 }
 
 

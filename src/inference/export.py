@@ -17,6 +17,7 @@ from src.errors import UserError
 from src.inference.arguments import MODEL_HELP
 from src.inference.formats.convert import FORMATS, convert_model
 from src.inference.load import DTYPES, NO_SIZE_LIMIT, find_tokenizer, find_weights
+from src.terminal import prepare_output, show
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=FORMATS, default=None, help="default: by OUT's suffix; without one, fla")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: that of MODEL")
     parser.add_argument("--tokenizer", default="", help="to copy next to the weights (fla); default: that of the run")
+    prepare_output()
     options = parser.parse_args(argv)
     try:
         weights = find_weights(options.model)
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except (OSError, RuntimeError) as error:  # VerificationError, and what torch.save raises when the disk is full
         parser.exit(1, f"{parser.prog}: {error}\n")
-    print(f"wrote {options.out} ({format}) from {weights}\n{parity}")
+    show(f"wrote {options.out} ({format}) from {weights}\n{parity}")
     return 0
 
 
@@ -81,7 +83,7 @@ def _tokenizer(weights: Path, given: str) -> Tokenizer | None:
     except UserError as error:
         if given:
             raise
-        print(f"note: no tokenizer is copied ({error})")
+        show(f"note: no tokenizer is copied ({error})")
         return None
 
 

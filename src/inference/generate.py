@@ -15,6 +15,7 @@ from src.inference.arguments import add_model_arguments, add_sampling_arguments,
 from src.inference.characters import CharacterStream
 from src.inference.generation import generate
 from src.inference.load import find_tokenizer, find_weights, load_model
+from src.terminal import prepare_output, printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", default="", help="text to continue; empty: a new document")
     parser.add_argument("--length", type=int, default=200, help="most tokens to generate [%(default)s]")
     add_sampling_arguments(parser)
+    prepare_output()
     options = parser.parse_args(argv)
     try:
         sampling = sampling_from(options)
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text))
     sys.stdout.flush()  # a terminal would show text only at the end of a line
 
 
