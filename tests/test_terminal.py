@@ -83,7 +83,7 @@ def test_answers_have_no_control_characters(tmp_path, monkeypatch, capsys):
 def test_previews_of_data_have_no_control_characters(tmp_path, monkeypatch, capsys):
     folder = make_tokenizer(tmp_path / "tokenizer", TEMPLATES["chatml"])
     (tmp_path / "x.jsonl").write_text(json.dumps({"text": HOSTILE}) + "\n" + json.dumps({"txt\x1b": HOSTILE}) + "\n")
-    make_data.main([str(tmp_path / "x.jsonl"), "9", "4", "--tokenizer", str(folder), "--out", str(tmp_path)])
+    make_data.main([str(tmp_path / "x.jsonl"), "4", "4", "--tokenizer", str(folder), "--out", str(tmp_path)])
     monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "x"), "--tokenizer", str(folder)])
     inspect_data.main()
     turns = [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": HOSTILE}]
@@ -165,7 +165,7 @@ def test_a_run_in_an_awkward_place(tmp_path):
     }
     argv = flags(place / "run", place / "data", my_exit_tokens=16 * 4 * 4, epoch_steps=2, n_layer=1)
     done = subprocess.run(
-        [sys.executable, "train.py", *argv], cwd=ROOT, env=environment, capture_output=True, check=False
+        [sys.executable, str(ROOT / "train.py"), *argv], cwd=tmp_path, env=environment, capture_output=True, check=False
     )
     shown = done.stdout.decode("ascii") + done.stderr.decode("ascii")
     assert done.returncode == 0, shown
@@ -175,11 +175,11 @@ def test_a_run_in_an_awkward_place(tmp_path):
     assert (place / "run" / "rwkv-final.pth").is_file()
     for name in ("loss.png", "report.html", "run.json"):
         assert (place / "run" / name).is_file()
-    assert not (ROOT / "relative").exists()
+    assert not (tmp_path / "relative" / "rwkv7-native").exists()
     report = [sys.executable, "-m", "src.training.html_report", place / "run"]
     again = subprocess.run(report, cwd=ROOT, env=environment, capture_output=True, check=True)
     assert b"wrote" in again.stdout
-    missing = [sys.executable, "API_DEMO_CHAT.py", place / "nothing", "--prompt", "x"]
+    missing = [sys.executable, str(ROOT / "API_DEMO_CHAT.py"), place / "nothing", "--prompt", "x"]
     done = subprocess.run(missing, cwd=ROOT, env=environment, capture_output=True, check=False)
     assert done.returncode == 2
     assert b"no such file" in done.stderr
