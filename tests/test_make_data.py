@@ -11,7 +11,9 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from chat_models import make_tokenizer
 from hypothesis import HealthCheck, given, settings
@@ -159,6 +161,33 @@ def test_all_kinds_of_input_give_the_same_result(
     assert make(names[0], tokenizer, tmp_path / "one")
     make_data.main([*map(str, names), "1", "1", "--tokenizer", tokenizer, "--out", str(tmp_path / "txt")])
     assert (tmp_path / "txt.bin").read_bytes() == (tmp_path / "expected.bin").read_bytes()
+
+
+@pytest.mark.parametrize(("limit", "value"), [("RUN_BYTES", 100), ("RUN_DOCUMENTS", 7)])
+def test_a_run_of_the_shuffle_is_written_when_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    """Whatever is added: what is in memory never exceeds the limit by more than one batch."""
+    monkeypatch.setattr(external_shuffle, limit, value)
+    written = []
+    write_run = external_shuffle._Epoch.write_run
+
+    def recorded(self: Any, tokens: bytes, sizes: Any, keys: Any, itemsize: int) -> None:
+        written.append((len(tokens), len(sizes)))
+        write_run(self, tokens, sizes, keys, itemsize)
+
+    monkeypatch.setattr(external_shuffle._Epoch, "write_run", recorded)
+    shuffle = external_shuffle.ExternalShuffle(tmp_path, "x", 2, epochs=1, seed=0)
+    for n in range(50):  # of 3 documents, 18 bytes
+        tokens = np.arange(9 * n, 9 * n + 9, dtype=np.uint16)
+        shuffle.add(tokens.tobytes(), np.array([2, 3, 4], np.int32), np.arange(3 * n, 3 * n + 3, dtype=np.uint64))
+        assert len(written) == (n + 1) // (6 if limit == "RUN_BYTES" else 3)
+    batches = list(shuffle.shuffled())
+    assert sum(size for size, _ in written) == 50 * 18
+    sizes = np.concatenate([sizes for _, sizes in batches])
+    ids = np.frombuffer(b"".join(tokens for tokens, _ in batches), np.uint16)
+    assert sorted(sizes.tolist()) == sorted([2, 3, 4] * 50)
+    assert sorted(ids.tolist()) == list(range(450))
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".json.gz"])

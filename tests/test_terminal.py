@@ -83,7 +83,7 @@ def test_answers_have_no_control_characters(tmp_path, monkeypatch, capsys):
 def test_previews_of_data_have_no_control_characters(tmp_path, monkeypatch, capsys):
     folder = make_tokenizer(tmp_path / "tokenizer", TEMPLATES["chatml"])
     (tmp_path / "x.jsonl").write_text(json.dumps({"text": HOSTILE}) + "\n" + json.dumps({"txt\x1b": HOSTILE}) + "\n")
-    make_data.main([str(tmp_path / "x.jsonl"), "4", "4", "--tokenizer", str(folder), "--out", str(tmp_path)])
+    make_data.main([str(tmp_path / "x.jsonl"), "4", "4", "--tokenizer", str(folder), "--out", str(tmp_path / "x")])
     monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "x"), "--tokenizer", str(folder)])
     inspect_data.main()
     turns = [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": HOSTILE}]
