@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import re
 import struct
 import sys
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -325,14 +327,11 @@ def test_the_pair_is_replaced_in_an_order_that_survives_a_power_failure(
             patch.setattr(Path, "unlink", unlink)
             with BinIdxWriter(tmp_path / "x", "uint16") as out:
                 out.add_document([value] * 5)
-        steps = [
-            next(i for i, event in enumerate(events) if event.startswith(step))
-            for step in (
-                *("fsync x.bin.part", "fsync .x.idx", "remove x.idx", "name x.bin", "name x.idx"),
-                f"fsync {tmp_path.name}",
-            )
+        folder = f"fsync {tmp_path.name}"
+        steps = [re.sub(r"^fsync \.x\.idx\..*", "fsync x.idx", event) for event, _ in groupby(events)]
+        assert [step for step in steps if "sizes" not in step and step != "remove x.bin.part"] == [
+            *("fsync x.bin.part", "remove x.idx", folder, "name x.bin", folder, "fsync x.idx", "name x.idx", folder)
         ]
-        assert steps == sorted(steps), events
         assert MMapIndexedDataset(tmp_path / "x")[0].tolist() == [value] * 5
 
 

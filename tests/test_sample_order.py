@@ -88,8 +88,6 @@ def test_a_wrong_prime_raises_and_names_the_right_one(prime: int, problem: str) 
     assert "2926181" in caught.value.expected
 
 
-@settings(max_examples=30)
-@given(ctx_len=st.integers(1, 512), tokens=st.integers(0, 1535))
 @pytest.mark.parametrize("prime", [101, 1013, 104729])
 @pytest.mark.parametrize("ctx_len", [2, 16, 512])
 def test_both_bounds_of_an_accepted_prime(prime: int, ctx_len: int) -> None:
@@ -106,6 +104,8 @@ def test_both_bounds_of_an_accepted_prime(prime: int, ctx_len: int) -> None:
         check_magic_prime(prime, prime * ctx_len, ctx_len)
 
 
+@settings(max_examples=30)
+@given(ctx_len=st.integers(1, 512), tokens=st.integers(0, 1535))
 def test_too_little_data_raises_with_the_required_amount(ctx_len: int, tokens: int) -> None:
     if tokens >= 3 * ctx_len:
         check_magic_prime(magic_prime(tokens, ctx_len), tokens, ctx_len)

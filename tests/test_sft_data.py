@@ -400,19 +400,19 @@ def test_a_conversation_that_fits_exactly_fills_its_row(lengths: list[int]) -> N
 @pytest.mark.parametrize("answer_at", [7, 8, 9])
 def test_the_only_counted_token_at_the_end_of_the_context(answer_at: int) -> None:
     """The last of ctx_len targets is token number ctx_len: a conversation that is cut there keeps its answer."""
-    ctx_len, tokens = 8, 12
-    counts = np.zeros(tokens, np.bool_)
+    ctx_len, n_tokens = 8, 12
+    counts = np.zeros(n_tokens, np.bool_)
     counts[answer_at] = True
 
     class Data(list[Any]):
-        sizes = np.array([tokens])
-        tokens = np.where(counts, np.arange(12), -1 - np.arange(12))
+        sizes = np.array([n_tokens])
+        tokens = np.where(counts, np.arange(n_tokens), -1 - np.arange(n_tokens))
 
     class OneConversation:
         data = Data([Data.tokens])
 
         def read(self, index: int) -> tuple[Any, Any]:
-            return np.arange(12), counts
+            return np.arange(n_tokens), counts
 
     if answer_at > ctx_len:
         with pytest.raises(UserError, match="no conversation has an answer"):
