@@ -265,8 +265,8 @@ class BinIdxWriter:
                 bin_path, idx_path = with_ending(self.prefix, ".bin"), with_ending(self.prefix, ".idx")
                 with atomic_write(idx_path) as idx:
                     self._write_index(idx)
-                    # In this order, see the class docstring; `atomic_write` puts the new index in place afterwards. Each
-                    # step is on disk before the next: a power failure may otherwise leave a later one without it.
+                    # In this order, see the class docstring; `atomic_write` puts the new index in place afterwards.
+                    # Each step is on disk before the next: a power failure may otherwise leave a later one without it.
                     idx_path.unlink(missing_ok=True)
                     sync_folder(self.prefix.parent)
                     self._bin_part.replace(bin_path)
