@@ -88,7 +88,7 @@ def test_previews_of_data_have_no_control_characters(tmp_path, monkeypatch, caps
     inspect_data.main()
     turns = [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": HOSTILE}]
     (tmp_path / "c.jsonl").write_text(json.dumps({"messages": turns, f"k{HOSTILE}": 1}) + "\n")
-    token_count.main([str(tmp_path / "c.jsonl"), "16", "--tokenizer", str(folder), "--preview"])
+    token_count.main([str(tmp_path / "c.jsonl"), "512", "--tokenizer", str(folder), "--preview"])
     shown = capsys.readouterr()
     text = shown.out + shown.err.replace("\r", "")  # progress bars
     assert PLAIN in text
