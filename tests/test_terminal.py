@@ -162,6 +162,7 @@ def test_a_run_in_an_awkward_place(tmp_path):
     environment = {
         **{**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         **{"MPLBACKEND": "nonsense", "XDG_CACHE_HOME": "relative", "OMP_NUM_THREADS": "1"},
+        "PYTHONPATH": str(ROOT),  # for -m from another folder, in which "relative" is,
     }
     argv = flags(place / "run", place / "data", my_exit_tokens=16 * 4 * 4, epoch_steps=2, n_layer=1)
     done = subprocess.run(
@@ -177,10 +178,10 @@ def test_a_run_in_an_awkward_place(tmp_path):
         assert (place / "run" / name).is_file()
     assert not (tmp_path / "relative" / "rwkv7-native").exists()
     report = [sys.executable, "-m", "src.training.html_report", place / "run"]
-    again = subprocess.run(report, cwd=ROOT, env=environment, capture_output=True, check=True)
+    again = subprocess.run(report, cwd=tmp_path, env=environment, capture_output=True, check=True)
     assert b"wrote" in again.stdout
     missing = [sys.executable, str(ROOT / "API_DEMO_CHAT.py"), place / "nothing", "--prompt", "x"]
-    done = subprocess.run(missing, cwd=ROOT, env=environment, capture_output=True, check=False)
+    done = subprocess.run(missing, cwd=tmp_path, env=environment, capture_output=True, check=False)
     assert done.returncode == 2
     assert b"no such file" in done.stderr
     assert b"\x1b" not in done.stderr
