@@ -408,6 +408,16 @@ def test_logits_that_are_no_numbers_do_not_pass_the_comparison(weights, tmp_path
     assert not (tmp_path / "out.pth").exists()
 
 
+def test_a_huge_config_is_refused_unread(weights, tmp_path):
+    out = tmp_path / "fla"
+    assert main([str(weights), str(out)]) == 0
+    with open(out / "config.json", "wb") as file:
+        file.truncate(1 << 40)  # takes no place on the disk
+    with pytest.raises(UserError) as caught:
+        find_weights(out)
+    assert caught.value.given == out / "config.json"
+
+
 @pytest.mark.parametrize("attn", [{"layers": [1], "num_heads": 2}, {"layers": []}])
 def test_a_hybrid_model_is_refused_by_its_config(weights, tmp_path, attn):
     """Its layers of attention would be missing from the weights, or be taken for others."""
