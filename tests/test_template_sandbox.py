@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2.sandbox
 import pytest
 
-from src.dataset import template_sandbox
+from src.dataset import template_allowance
 from src.dataset.chat_template import ChatTemplate
 from src.errors import UserError
 
@@ -82,7 +82,7 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_template_fails_with_a_sentence(kind, monkeypatch):
     """With little memory, and in a thread, where no signal could stop it."""
-    monkeypatch.setattr(template_sandbox, "ALLOWANCE", 1_000_000)  # a tenth, for the time that this takes
+    monkeypatch.setattr(template_allowance, "ALLOWANCE", 1_000_000)  # a tenth, for the time that this takes
     outcome = []
 
     def render():

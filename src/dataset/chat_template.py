@@ -10,7 +10,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 
-from src.dataset.template_sandbox import MAX_SOURCE, LimitedEnvironment, limited
+from src.dataset.template_allowance import limited
+from src.dataset.template_sandbox import MAX_SOURCE, LimitedEnvironment
 from src.errors import UserError
 
 MAX_ERROR = 300  # characters of a template's own error that are shown

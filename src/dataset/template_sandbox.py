@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jinja2
@@ -20,108 +18,27 @@ import jinja2.nodes
 import jinja2.runtime
 import jinja2.sandbox
 
-ALLOWANCE = 10_000_000  # units of a rendering: at most about 40 MB of text, or 0.5 s of loops
-UNITS_PER_INPUT = 50  # in addition, for each character of the conversation: templates copy it a few times
-# Units of what takes as long as copying so many characters.
-LOOK, STEP, CALL = 5, 20, 100  # at a value in a container; an iteration; a call, also of a filter
-MAX_INT_BITS = 20_000
+from src.dataset import template_allowance
+from src.dataset.template_allowance import (
+    CONTAINERS,
+    MAX_INT_BITS,
+    STEP,
+    STRINGS,
+    TemplateLimitError,
+    check_depth,
+    result_of,
+    size_of,
+    spend,
+    steps_of,
+    width_of,
+)
+
 MAX_ARGUMENT = 10_000  # of a filter or method that repeats something so often: widths, indentations, precisions
 MAX_SOURCE = 1_000_000  # characters of a template: published ones have up to 20,000
 # Filters that multiply lengths, which no chat template uses.
 REMOVED_FILTERS = ("urlize", "wordwrap", "xmlattr", "pprint")
 # Filters that look at their value itself, not at all that is in it.
 SHALLOW = frozenset("length count first last list default d items reverse batch slice attr select reject map".split())
-_STRINGS = (str, bytes)
-_SEQUENCES = (list, tuple, set, frozenset, range)
-_CONTAINERS = (dict, *_SEQUENCES, jinja2.runtime.Namespace)
-
-
-class TemplateLimitError(jinja2.TemplateError):
-    """A template that does more work than a chat template needs."""
-
-
-class _Allowance(threading.local):
-    left = ALLOWANCE
-
-
-_allowance = _Allowance()
-
-
-@contextmanager
-def limited(*inputs: Any) -> Iterator[None]:
-    """Within the block, in this thread, a template may do a fixed amount of work, and more for large `inputs`."""
-    _allowance.left = 1 << 60  # the inputs are as large as they are
-    _allowance.left = ALLOWANCE + UNITS_PER_INPUT * _size(inputs)
-    yield
-
-
-def _spend(units: int) -> None:
-    _allowance.left -= units
-    if _allowance.left < 0:
-        raise TemplateLimitError(
-            "it takes too much time or memory: an endless loop, or a text that grows with each step"
-        )
-
-
-def _size(value: Any) -> int:
-    """Characters and values in `value`, counted as often as it refers to them. Raises beyond what is left to spend."""
-    total, looked, left, pending = 0, 0, _allowance.left, [value]
-    while pending:
-        item = pending.pop()
-        looked += LOOK
-        kind = type(item)
-        if kind is str:
-            total += len(item)
-        elif isinstance(item, _CONTAINERS):
-            if isinstance(item, jinja2.runtime.Namespace):
-                item = getattr(item, "_Namespace__attrs")  # noqa: B009 (its name would be mangled)
-            total += len(item)
-            if isinstance(item, dict):
-                pending.extend(item)
-                pending.extend(item.values())
-            elif kind is not range:
-                pending.extend(item)
-        elif isinstance(item, _STRINGS):
-            total += len(item)
-        if total + looked > left:
-            _spend(total + looked)
-    _spend(looked)
-    return total + looked
-
-
-def _check_depth(value: Any) -> None:
-    """Raises for a container whose text would be too long: a list of 50 lists, each twice the one before, has 2^50."""
-    if type(value) is not str and isinstance(value, _CONTAINERS):
-        _size(value)
-
-
-def _width(value: Any) -> int:
-    """Characters or entries of `value` itself."""
-    return len(value) if isinstance(value, (*_STRINGS, *_CONTAINERS[:-1])) else 1
-
-
-def _result(value: Any, units: int = CALL) -> Any:
-    """What an operation returned: its size and `units` are spent, and an iterator's items are, one by one."""
-    kind = type(value)
-    if kind is str:  # nearly always
-        units += len(value)
-    elif kind is int:
-        if value.bit_length() > MAX_INT_BITS:
-            raise TemplateLimitError("a number is too large")
-    elif hasattr(kind, "__next__"):
-        return _steps(value)
-    else:
-        units += _width(value)
-    _spend(units)
-    return value
-
-
-def _steps(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        _spend(STEP + (len(value) if isinstance(value, (*_STRINGS, *_SEQUENCES)) else 0))
-        yield value
-
-
 # ---- operations that create much at once -----------------------------------------------------------------------------
 
 
@@ -132,7 +49,7 @@ def _check_numbers(arguments: Iterable[Any]) -> None:
 
 def _format(template: Any, *arguments: Any) -> None:
     """For `str.format` and `%`: each field may be as wide as the largest argument, or as a number in the template."""
-    if not isinstance(template, _STRINGS):
+    if not isinstance(template, STRINGS):
         return
     text = template if isinstance(template, str) else template.decode("latin-1")
     widths = [int(number[-9:]) for number in re.findall(r"[0-9]+", text)]
@@ -141,7 +58,7 @@ def _format(template: Any, *arguments: Any) -> None:
     if "*" in text or re.search(r"{[^}]*{", text):  # a width that is an argument
         _check_numbers(_flat(arguments))
     fields = text.count("{") + text.count("%")
-    _spend(len(text) + fields * (max(widths, default=0) + _size(arguments)))
+    spend(len(text) + fields * (max(widths, default=0) + size_of(arguments)))
 
 
 def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
@@ -151,30 +68,32 @@ def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def _replace(text: Any, old: Any = "", new: Any = "", *_: Any) -> None:
-    if isinstance(text, _STRINGS) and isinstance(old, type(text)) and isinstance(new, _STRINGS):
-        _spend((text.count(old) if old else len(text) + 1) * len(new))  # type: ignore[arg-type]  # of one type
+    if isinstance(text, STRINGS) and isinstance(old, type(text)) and isinstance(new, STRINGS):
+        spend((text.count(old) if old else len(text) + 1) * len(new))  # type: ignore[arg-type]  # of one type
 
 
 def _join(values: Any, separator: Any = "", *_: Any) -> None:
-    if isinstance(values, _CONTAINERS):
-        _spend(_size(values) + _width(values) * _width(separator))
+    if isinstance(values, CONTAINERS):
+        spend(size_of(values) + width_of(values) * width_of(separator))
 
 
 def _repeat(value: Any, *arguments: Any) -> None:
     """For widths, indentations, precisions and sizes: each line or value may get so many characters."""
     _check_numbers(arguments)
     lines = value.count("\n") + value.count("\t") + 1 if isinstance(value, str) else 1
-    _spend(lines * max((a if isinstance(a, int) else _width(a) for a in arguments), default=0))
+    spend(lines * max((a if isinstance(a, int) else width_of(a) for a in arguments), default=0))
 
 
 def _to_json(value: Any, *arguments: Any) -> None:
     _check_numbers(arguments)
-    _spend(_size(value) * (1 + max((_width(a) if isinstance(a, str) else int(a or 0) for a in arguments), default=0)))
+    spend(
+        size_of(value) * (1 + max((width_of(a) if isinstance(a, str) else int(a or 0) for a in arguments), default=0))
+    )
 
 
 def _sum(values: Any, *arguments: Any) -> None:
-    if any(isinstance(argument, _CONTAINERS) for argument in arguments):  # each addition copies what was added
-        _spend(_size(values) * _width(values))
+    if any(isinstance(argument, CONTAINERS) for argument in arguments):  # each addition copies what was added
+        spend(size_of(values) * width_of(values))
 
 
 _BEFORE_METHODS: dict[str, Callable[..., None]] = {
@@ -202,12 +121,12 @@ def _counted(function: Callable[..., Any], name: str, before: Callable[..., None
         value, *others = args[passed:] or (None,)
         if name not in SHALLOW:
             for argument in (value, *others, *kwargs.values()):
-                _check_depth(argument)
+                check_depth(argument)
         if isinstance(value, range):
-            _spend(len(value))
+            spend(len(value))
         if before is not None:
             before(value, *others, *kwargs.values())
-        return _result(function(*args, **kwargs))
+        return result_of(function(*args, **kwargs))
 
     return counted
 
@@ -230,7 +149,7 @@ class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.filters[name] = _counted(function, name, _BEFORE_FILTERS.get(name))
         for name, function in self.tests.items():
             self.tests[name] = _counted(function, name, None)
-        self.filters.update({"_steps": _steps, "_concatenated": _concatenated, "_bounded": _bounded})
+        self.filters.update({"_steps": steps_of, "_concatenated": _concatenated, "_bounded": _bounded})
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         template = super()._parse(source, name, filename)
@@ -245,20 +164,20 @@ class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:  # type: ignore[override]  # joins what a template, macro or block wrote
-        written, left = [], _allowance.left
+        written, left = [], template_allowance.allowance.left
         for part in parts:
-            left = min(left, _allowance.left) - 1 - len(part)
+            left = min(left, template_allowance.allowance.left) - 1 - len(part)
             if left < 0:
-                _spend(_allowance.left + 1)
+                spend(template_allowance.allowance.left + 1)
             written.append(part)
         text = "".join(written)
-        _spend(len(text))
+        spend(len(text))
         return text
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "+" and type(left) is str and type(right) is str:  # most of what templates do
             text = left + right
-            _spend(len(text))
+            spend(len(text))
             return text
         if operator == "%":
             _format(left, right)
@@ -267,28 +186,28 @@ class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 raise TemplateLimitError("a number is too large")
         elif operator == "*":
             for repeated, count in ((left, right), (right, left)):
-                if isinstance(repeated, (*_STRINGS, list, tuple)) and isinstance(count, int):
-                    _spend(len(repeated) * max(0, count))
-        elif isinstance(left, (*_STRINGS, list, tuple)) and isinstance(right, type(left)):
-            _spend(len(left) + len(right))
-        return _result(super().call_binop(context, operator, left, right), STEP)
+                if isinstance(repeated, (*STRINGS, list, tuple)) and isinstance(count, int):
+                    spend(len(repeated) * max(0, count))
+        elif isinstance(left, (*STRINGS, list, tuple)) and isinstance(right, type(left)):
+            spend(len(left) + len(right))
+        return result_of(super().call_binop(context, operator, left, right), STEP)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         for argument in (*args, *kwargs.values()):
-            _check_depth(argument)
+            check_depth(argument)
         # Jinja wraps `format`, so that it can't reach private attributes.
         owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
-        before = _BEFORE_METHODS.get(getattr(__obj, "__name__", "")) if isinstance(owner, (*_STRINGS, int)) else None
+        before = _BEFORE_METHODS.get(getattr(__obj, "__name__", "")) if isinstance(owner, (*STRINGS, int)) else None
         if before is not None:
             before(owner, *args, *kwargs.values())
         if isinstance(__obj, jinja2.runtime.LoopContext) and args:  # a recursive loop
-            args = (_steps(args[0]), *args[1:])
-        return _result(super().call(__context, __obj, *args, **kwargs))
+            args = (steps_of(args[0]), *args[1:])
+        return result_of(super().call(__context, __obj, *args, **kwargs))
 
 
 def _bounded(value: Any) -> Any:
     """`value`, which is written, or compared with another one: either goes through all that is in it."""
-    _check_depth(value)
+    check_depth(value)
     return value
 
 
@@ -296,9 +215,9 @@ def _concatenated(parts: list[Any]) -> str:
     """`a ~ b`."""
     texts = []
     for part in parts:
-        _check_depth(part)
+        check_depth(part)
         texts.append(part if type(part) is str else str(part))
-    _spend(STEP + sum(map(len, texts)))
+    spend(STEP + sum(map(len, texts)))
     return "".join(texts)
 
 

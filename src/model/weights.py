@@ -13,14 +13,10 @@ from src.config import ModelConfig
 from src.errors import UserError, UserErrors
 from src.files import atomic_write
 from src.model.file_kind import file_kind
+from src.model.shared_memory import IDLE_IN_LAYER_0, separate
 from src.model.torch_file import damaged_file, read_torch_file
 
 Weights = dict[str, Tensor]
-# Unused by the model; official files contain them, some other files don't.
-IDLE_IN_LAYER_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
-# Files of some programs hold these twice as the same bytes: unused values stand for a0 or v0, and transformers writes a
-# tied head so. Training and export treat them as two.
-COPIED_IF_SHARED = (*IDLE_IN_LAYER_0, "lm_head.weight")
 MAX_LAYERS = 1024  # the largest released model has 61
 # Put before parameter names by DeepSpeed and Lightning, DDP, torch.compile, and the RWKV-7 class that was proposed for
 # transformers, whose names are otherwise these.
@@ -106,9 +102,7 @@ def _state_dict(loaded: object, path: Path) -> Weights:
     for name, tensor in weights.items():
         if not tensor.numel() and name not in IDLE_IN_LAYER_0:
             raise UserError(f"{name} is {list(tensor.shape)}", given=path, expected="a value in each parameter")
-        if _span(tensor) is None:
-            raise _shared_memory(f"elements of {name}", path)
-    _separate(weights, path)
+    separate(weights, path)
     return weights
 
 
@@ -116,42 +110,6 @@ def _is_entry(name: object, value: object) -> bool:
     if not isinstance(name, str) or not isinstance(value, Tensor):
         return False
     return value.layout == torch.strided and value.device.type == "cpu" and not (value.is_nested or value.is_quantized)
-
-
-def _span(tensor: Tensor) -> int | None:
-    """The bytes from a tensor's first to its last value; None where two of its elements are one value in memory."""
-    reach = min(1, tensor.numel())
-    # In the order of their strides: a step along a dimension has to leave all that the smaller ones reach.
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride < reach:
-                return None
-            reach += (size - 1) * stride
-    return reach * tensor.element_size()
-
-
-def _separate(weights: Weights, path: Path) -> None:
-    """Raises UserError when two parameters overlap in memory; the ones of `COPIED_IF_SHARED` are copied instead."""
-    end, before = 0, ""
-    for begin, name in sorted((tensor.data_ptr(), name) for name, tensor in weights.items() if tensor.numel()):
-        span = _span(weights[name]) or 0
-        if begin < end:
-            copied = next((one for one in (name, before) if one in COPIED_IF_SHARED), None)
-            if copied is None:
-                raise _shared_memory(f"{before} and {name}", path)
-            weights[copied] = weights[copied].clone()
-            if copied == name:
-                continue
-        end, before = max(end, begin + span), name
-
-
-def _shared_memory(subject: str, path: Path) -> UserError:
-    return UserError(
-        f"{subject} are the same bytes of the file",
-        given=path,
-        expected="values of its own in each parameter",
-        advice="save copies: torch.save({name: tensor.clone() for name, tensor in weights.items()}, ...)",
-    )
 
 
 def _is_rwkv(value: object) -> bool:
