@@ -151,6 +151,7 @@ def test_names_are_drawn_literally(tmp_path, monkeypatch, name):
 AWKWARD = os.fsencode("a$b 世") + b"\xff\x1b[31m"
 
 
+@pytest.mark.slow
 def test_a_run_in_an_awkward_place(tmp_path):
     """An ASCII terminal, names that are no text, a relative cache, an unknown backend of Matplotlib: it works, and its
     reports are there."""
