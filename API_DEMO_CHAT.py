@@ -31,6 +31,7 @@ from src.inference.decoder import Decoder
 from src.inference.generate import exit_on_closed_pipe
 from src.inference.load import find_model, find_tokenizer, latest_trained_weights, load_model, pretrained_only
 from src.inference.switching import ModelSwitch
+from src.terminal import prepare_output, show
 
 HELP = """\
   /reset              start a new conversation
@@ -104,7 +105,7 @@ def run_turn(conversation: Conversation, line: str, models: ModelSwitch) -> bool
     if command in commands:
         commands[command]()
         if command in confirmations:
-            write(confirmations[command] + "\n")
+            show(confirmations[command])
     # A misspelt command isn't a question, but a path such as /usr/bin, which has more than letters, may begin one.
     elif command.startswith("/") and command[1:].isalpha():
         raise UserError("no such command", given=command, expected=f"one of {', '.join(commands)}, /exit")
@@ -156,7 +157,7 @@ def run_turns(conversation: Conversation, read: Callable[[], str], models: Model
 
 
 def _print_error(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    show(message, file=sys.stderr)
 
 
 def prompt_reader(history: Path) -> Callable[[], str]:
@@ -224,6 +225,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
 
 
 def main(argv: list[str] | None = None) -> int:
+    prepare_output()
     parser, options = parse(argv)
     try:
         conversation = build(options)
@@ -243,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
         if conversation.template is not None
         else "continues your text (--chat_template rwkv or tokenizer to chat, if the model has learned to)"
     )
-    write(f"{model_name(options.weights, options.adaptation)}, {conversation.decoder.config.title}, {mode}; /help\n")
+    show(f"{model_name(options.weights, options.adaptation)}, {conversation.decoder.config.title}, {mode}; /help")
     run_turns(conversation, read, models)
     return 0  # in a terminal the user has seen the errors; only a script needs them as an exit code
 

@@ -3,8 +3,8 @@
 #
 #   sh demo-training-prepare.sh                      for the demo: no download besides Python packages
 #   sh demo-training-prepare.sh minipile | mini      for a published setting (described in demo-training-run.sh)
-#   sh demo-training-prepare.sh environment [FILE]   the environment alone, with the packages listed in FILE too;
-#                                                    prints the Python to use
+#   sh demo-training-prepare.sh environment [FILE ...]   the environment alone, with the packages that the
+#                                                    files list, too; prints the Python to use
 #
 # demo-training-run.sh reads this file, so there is no need to run it first. Every setting below is a default that the
 # environment overrides, N_LAYER=8 N_EMBD=384 sh demo-training-prepare.sh for example; further flags are passed on to
@@ -30,7 +30,7 @@ mini) # MiniMind's pretrain_t2t or its small pretrain_t2t_mini; earlier versions
     DATA_FILE=${DATA_FILE:-data/pretrain_t2t_mini}
     ;;
 environment)
-    if [ $# -gt 0 ]; then REQUIREMENTS="$REQUIREMENTS $1"; fi
+    if [ $# -gt 0 ]; then REQUIREMENTS="$REQUIREMENTS $*"; fi
     find_python >&2
     say "$python"
     exit

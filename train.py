@@ -14,7 +14,9 @@ def exit_on_interrupt(number: int, frame: object) -> None:
 
 def main() -> int:
     from src.cli import parse
+    from src.terminal import prepare_output
 
+    prepare_output()
     config, notes = parse(sys.argv[1:])
     from src.training.console import ignore_broken_pipe
     from src.training.run import run  # torch and Lightning load here, so that --help answers at once

@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from src.dataset import MMapIndexedDataset, magic_prime
 from src.dataset.corpus.command_line import create_parser, exit_on_user_error
+from src.terminal import show
 
 
 def format_flags(tokens: int, ctx_len: int) -> str:
@@ -22,7 +23,7 @@ def main() -> None:
     with exit_on_user_error(parser):
         data = MMapIndexedDataset(args.data)
         for warning in data.warnings:
-            print(f"WARNING: {warning}", file=sys.stderr)
+            show(f"WARNING: {warning}", file=sys.stderr)
         flags = format_flags(data.n_tokens, args.ctx_len)
     print(f"{len(data)} documents, {data.n_tokens} tokens of type {data.dtype}")
     # Last, so that scripts can take it with `tail -n 1`.

@@ -17,6 +17,7 @@ from src.dataset.binidx import file_prefix, with_ending
 from src.dataset.corpus.command_line import add_tokenizer, create_parser, exit_on_user_error
 from src.dataset.tokenizer import load_tokenizer
 from src.errors import UserError
+from src.terminal import show
 
 BLOCK = 1 << 24  # tokens read at once, because a file may be larger than memory
 BAR_WIDTH = 40  # characters
@@ -66,7 +67,7 @@ def main() -> None:
         if data.n_tokens == 0:
             raise UserError("contains no tokens", given=data.bin_path)
         for warning in data.warnings:
-            print(f"WARNING: {warning}", file=sys.stderr)
+            show(f"WARNING: {warning}", file=sys.stderr)
         low, high = id_range(data)
         if low < 0:
             raise UserError(
@@ -76,7 +77,7 @@ def main() -> None:
             )
         bounds = np.concatenate([[0], np.cumsum(data.sizes, dtype=np.int64)])[data.doc_idx]
         lengths = np.diff(bounds)
-        print(
+        show(
             f"{data.bin_path}: {len(lengths)} documents, {data.n_tokens} tokens of type {data.dtype}, "
             f"ids {low} to {high}"
         )
@@ -93,7 +94,7 @@ def main() -> None:
             )
         for number in range(args.windows):
             start = number * max(0, data.n_tokens - args.ctx_len) // max(1, args.windows - 1)
-            print(f"token {start}: {tokenizer.decode(data.tokens[start : start + args.ctx_len].tolist())!r}")
+            show(f"token {start}: {tokenizer.decode(data.tokens[start : start + args.ctx_len].tolist())!r}")
 
 
 if __name__ == "__main__":

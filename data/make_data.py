@@ -39,6 +39,7 @@ from src.dataset.tokenizer import Tokenizer
 from src.dataset.workers import map_in_order, usable_cores
 from src.errors import UserError
 from src.files import file_lock
+from src.terminal import printable, show
 
 PREVIEW_TOKENS = 60
 MAX_WORKERS_PER_CORE = 8  # a typing error in --workers must not fill the memory with processes
@@ -68,7 +69,7 @@ def temporary_folder(prefix: Path) -> Iterator[Path]:
 
 def write_dataset(shuffle: ExternalShuffle, prefix: Path, dtype: np.dtype, n_epoch: int) -> None:
     total = shuffle.n_tokens * n_epoch
-    progress = tqdm(total=total, desc=f"writing {prefix.name}", unit="token", unit_scale=True)
+    progress = tqdm(total=total, desc=f"writing {printable(prefix.name)}", unit="token", unit_scale=True)
     with BinIdxWriter(prefix, dtype) as out, progress:
         for tokens, sizes in shuffle.shuffled():
             out.add_bytes(tokens, sizes)
@@ -116,7 +117,7 @@ def build_dataset(args: argparse.Namespace, prefix: Path, heldout: Path, tokeniz
             # contain its documents.
             with_ending(heldout, ".idx").unlink(missing_ok=True)
         elif with_ending(heldout, ".idx").exists():
-            print(
+            show(
                 f"note: {heldout}.bin exists from before; if an earlier --holdout wrote it, {prefix}.bin now contains "
                 "its documents"
             )
@@ -205,12 +206,12 @@ def main(arguments: list[str] | None = None) -> None:
         # Read back from disk: what is shown is what training will read.
         data = MMapIndexedDataset(prefix)
         for number in (0, len(data) - 1):
-            print(preview(data, number, tokenizer))
-        print(report.summary())
+            show(preview(data, number, tokenizer))
+        show(report.summary())
         if args.holdout:
             held_out = MMapIndexedDataset(heldout)
-            print(f"{held_out.bin_path}: {len(held_out)} documents, {held_out.n_tokens} tokens")
-        print(f"{data.bin_path}: {len(data)} documents, {data.n_tokens} tokens of type {data.dtype}")
+            show(f"{held_out.bin_path}: {len(held_out)} documents, {held_out.n_tokens} tokens")
+        show(f"{data.bin_path}: {len(data)} documents, {data.n_tokens} tokens of type {data.dtype}")
         try:
             prime = magic_prime(data.n_tokens, args.ctx_len)
         except UserError as error:

@@ -17,6 +17,7 @@ import numpy as np
 from src.dataset.control_tokens import parses_special_tokens
 from src.dataset.corpus.command_line import add_special_tokens, add_think, create_parser, exit_on_user_error
 from src.errors import UserError
+from src.terminal import printable, show
 
 ANSWER_COLOR, CONTEXT_COLOR, RESET = "\033[1;32m", "\033[2m", "\033[0m"  # ANSI: bold green, dim
 
@@ -28,7 +29,7 @@ def colored(ids: np.ndarray, is_answer: np.ndarray, decode: Callable[[list[int]]
     spans = []
     for begin, end in pairwise(bounds):
         color = ANSWER_COLOR if is_answer[begin] else CONTEXT_COLOR
-        spans.append(color + decode(ids[begin:end].tolist()) + RESET)
+        spans.append(color + printable(decode(ids[begin:end].tolist())) + RESET)
     return "".join(spans)
 
 
@@ -61,9 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
     left_out = ", ".join(f"{n} with {reason}" for reason, n in conversations.left_out.items()) or "none"
     # A conversation of n tokens takes n - 1 positions.
     too_long = int((sizes > args.ctx_len + 1).sum())
-    print(f"conversations   {count} (lines left out: {left_out})")
+    show(f"conversations   {count} (lines left out: {left_out})")
     if conversations.unused:
-        print("not used        " + ", ".join(f"{kind}: {n}" for kind, n in conversations.unused.items()))
+        show("not used        " + ", ".join(f"{kind}: {n}" for kind, n in conversations.unused.items()))
     print(f"turns           {conversations.turns}, {conversations.turns / count:.2f} per conversation")
     print(f"tokens          {tokens}, mean {tokens / count:.0f}, median {np.median(sizes):.0f}, longest {sizes.max()}")
     print(f"answer tokens   {conversations.answer_tokens}, {100 * conversations.answer_tokens / tokens:.1f} % of them")
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"without packing {len(padded)}, {100 * padded.filled:.1f} %"
     )
     if warning := unusable_warning(conversations.left_out, count):
-        print(warning)
+        show(warning)
     print(f"one epoch: --my_exit_tokens {len(rows) * args.ctx_len} --ctx_len {args.ctx_len}")
 
 

@@ -21,6 +21,7 @@ from src.dataset.corpus.command_line import add_field, create_parser, exit_on_us
 from src.dataset.corpus.documents import read_documents
 from src.dataset.corpus.text_input import ENDINGS, check_inputs, read_pieces
 from src.errors import UserError
+from src.terminal import show
 
 
 def read_texts(path: str, field: str, max_bytes: float) -> Iterator[str]:
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Training with a larger --vocab_size would only add unused rows to the model.
     if n_entries < args.vocab_size:
         print(f"note: {n_entries} entries: the text is too short for {args.vocab_size}")
-    print(f"--tokenizer {args.out}")
+    show(f"--tokenizer {args.out}")
 
 
 if __name__ == "__main__":

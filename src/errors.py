@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from src.terminal import printable
+
 
 class UserError(ValueError):
     """A mistake in a flag, a file or the environment, with its parts as fields; `str()` makes the sentence.
@@ -14,7 +16,8 @@ class UserError(ValueError):
     expected  what would have been right: "a multiple of 16"
     advice    what to do: "leave the flag out"
 
-    The sentence is `--flag given: problem; expected ...; advice`, without the parts that are empty.
+    The sentence is `--flag given: problem; expected ...; advice`, without the parts that are empty, and without control
+    characters: names and contents of files are in it.
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class UserError(ValueError):
             subject.append('""' if self.given == "" else str(self.given))
         expected = f"expected {self.expected}" if self.expected else ""
         clauses = "; ".join(clause for clause in (self.problem, expected, self.advice) if clause)
-        return f"{' '.join(subject)}: {clauses}" if subject else clauses
+        return printable(f"{' '.join(subject)}: {clauses}" if subject else clauses)
 
 
 class UserErrors(UserError):

@@ -27,7 +27,9 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     # that two writers don't share it and `run_folder.remove_leftovers` recognizes it after a kill.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        # A file name may be no valid text (os.fsdecode gives it lone surrogates). As escapes these are what JSON has.
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
+        with open(temporary, mode, **text) as file:  # type: ignore[call-overload]
             yield file
             file.flush()
             # Before the rename: otherwise a power failure could leave the new name with no content.

@@ -2,21 +2,25 @@
 # Lint, types and tests; installs what it needs.
 #
 #   sh tests/run.sh                        everything that is quick
-#   sh tests/run.sh --all                  also the tests marked slow, and the oldest and newest torch
+#   sh tests/run.sh --all                  also the tests marked slow, those that need further packages, and the oldest
+#                                          and newest torch
 #   sh tests/run.sh tests/test_model.py    further arguments are pytest's
 
 set -eu
 cd "$(dirname "$0")/.."
 
-python=$(sh demo-training-prepare.sh environment tests/requirements.txt)
-
+files=tests/requirements.txt
 all=0
 if [ "${1:-}" = --all ]; then
     all=1
+    files="$files tests/requirements-all.txt"
     shift
 else
     set -- -m "not slow" "$@"
 fi
+
+# shellcheck disable=SC2086 # several files
+python=$(sh demo-training-prepare.sh environment $files)
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .

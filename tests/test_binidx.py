@@ -1,10 +1,14 @@
 """Token files: documents are restored, damage is detected, and the format is Megatron's."""
 
+import os
 import pickle
+import re
 import struct
 import sys
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import compute_magic_prime, inspect_data
-from src.dataset import BinIdxWriter, MMapIndexedDataset
+from src.dataset import BinIdxWriter, MMapIndexedDataset, binidx
 from src.dataset.binidx import token_dtype
 from src.errors import UserError
 
@@ -290,6 +294,63 @@ def test_a_whole_pair_has_no_warnings(pair: tuple[Path, list[list[int]]]) -> Non
     _, *arrays = split_index(idx.read_bytes())
     assert join_index(*arrays) == idx.read_bytes(), "the changes of the tests above are the only ones"
     assert MMapIndexedDataset(pair[0]).warnings == []
+
+
+def test_the_pair_is_replaced_in_an_order_that_survives_a_power_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file is on disk before it has its name, and no old index is ever next to a new .bin."""
+    for value in (1, 2):  # the second time over an earlier pair
+        events: list[str] = []
+        real_fsync, real_replace, real_path_replace, real_unlink = os.fsync, os.replace, Path.replace, Path.unlink
+
+        def fsync(descriptor: int) -> None:
+            events.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")  # noqa: B023
+            real_fsync(descriptor)  # noqa: B023
+
+        def replace(source: Any, target: Any) -> None:
+            events.append(f"name {Path(target).name}")  # noqa: B023
+            real_replace(source, target)  # noqa: B023
+
+        def path_replace(source: Path, target: Path) -> Path:
+            events.append(f"name {target.name}")  # noqa: B023
+            return real_path_replace(source, target)  # noqa: B023
+
+        def unlink(path: Path, missing_ok: bool = False) -> None:
+            events.append(f"remove {path.name}")  # noqa: B023
+            real_unlink(path, missing_ok)  # noqa: B023
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            patch.setattr(os, "replace", replace)
+            patch.setattr(Path, "replace", path_replace)
+            patch.setattr(Path, "unlink", unlink)
+            with BinIdxWriter(tmp_path / "x", "uint16") as out:
+                out.add_document([value] * 5)
+        folder = f"fsync {tmp_path.name}"
+        steps = [re.sub(r"^fsync \.x\.idx\..*", "fsync x.idx", event) for event, _ in groupby(events)]
+        assert [step for step in steps if "sizes" not in step and step != "remove x.bin.part"] == [
+            *("fsync x.bin.part", "remove x.idx", folder, "name x.bin", folder, "fsync x.idx", "name x.idx", folder)
+        ]
+        assert MMapIndexedDataset(tmp_path / "x")[0].tolist() == [value] * 5
+
+
+@pytest.mark.parametrize("border", [4, 8])
+def test_bounds_that_descend_between_two_blocks_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, border: int
+) -> None:
+    monkeypatch.setattr(binidx, "_INDEX_BLOCK", 4)
+    with BinIdxWriter(tmp_path / "x", "uint16") as out:
+        for value in range(11):
+            out.add_document([value])
+    assert len(MMapIndexedDataset(tmp_path / "x")) == 11
+    path = tmp_path / "x.idx"
+    content = bytearray(path.read_bytes())
+    bounds = np.frombuffer(content, "<i8", 12, len(content) - 8 * 12)  # 0 .. 11, at the end of the file
+    bounds[border - 1], bounds[border] = border, border - 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="ascending"):
+        MMapIndexedDataset(tmp_path / "x")
 
 
 def test_documents_of_several_items_are_read(tmp_path: Path) -> None:

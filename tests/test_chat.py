@@ -256,6 +256,98 @@ def test_files_that_are_not_conversations_are_rejected(model, folders, tmp_path,
     assert talk.transcript.messages == []
 
 
+DAMAGED_RECORDS = {
+    "turns that are no turns": {"messages": [7]},
+    "a turn without content": {"messages": [{"role": "user"}]},
+    "a content that is no text": {"messages": [{"role": "user", "content": 7}]},
+    "a content of half a character": {"messages": [{"role": "user", "content": "\ud800"}]},
+    "a token that the model lacks": {"unfed": [1 << 40]},
+    "a token that is no number": {"unfed": ["1"]},
+    "no layers": {"layers": []},
+    "another shape": {"layers": [(torch.zeros(1, 64), torch.zeros(1, 1, 64, 64), torch.zeros(1))] * 2},
+    "another batch": {"layers": [(torch.zeros(2, 64), torch.zeros(2, 1, 64, 64), torch.zeros(2, 64))] * 2},
+    "integers": {"layers": [(torch.zeros(1, 64).int(), torch.zeros(1, 1, 64, 64), torch.zeros(1, 64))] * 2},
+    "a value that is not finite": {
+        "layers": [(torch.zeros(1, 64), torch.full((1, 1, 64, 64), float("nan")), torch.zeros(1, 64))] * 2
+    },
+    "a version that is no number": {"version": -1},
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_RECORDS)
+def test_a_damaged_record_changes_nothing(model, folders, tmp_path, kind):
+    """The chat goes on as if /load had not been entered."""
+    talk, undisturbed = (conversation(model, folders["chatml"]) for _ in range(2))
+    for one in (talk, undisturbed):
+        list(one.ask("what is it?"))
+    talk.save(tmp_path / "talk.state")
+    change_record(tmp_path / "talk.state", DAMAGED_RECORDS[kind], tmp_path / "damaged.state")
+    with pytest.raises(UserError) as caught:
+        talk.load(tmp_path / "damaged.state")
+    assert caught.value.given == tmp_path / "damaged.state"
+    assert list(talk.ask("and the answer?")) == list(undisturbed.ask("and the answer?"))
+    assert list(talk.retry()) == list(undisturbed.retry())
+
+
+def test_a_chat_goes_on_after_errors_of_its_template(model, folders, capsys):
+    talk = conversation(model, folders["chatml"])
+    answer = list(conversation(model, folders["chatml"]).ask("what is it?"))
+    talk.template = ChatTemplate(
+        "{% if 'fail' in messages[-1].content %}{{ 1/0 }}{% endif %}{% if 'hang' in messages[-1].content %}"
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
+        + talk.template.source,
+        talk.tokenizer.specials,
+    )
+    lines = iter(["fail", "hang", "what is it?"])
+
+    def read():
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    assert API_DEMO_CHAT.run_turns(talk, read) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "".join(answer) + "\n"
+    first, second = shown.err.splitlines()
+    assert "division by zero" in first
+    assert "endless loop" in second
+
+
+def test_two_retries_in_a_row_and_a_retry_after_load(model, folders, tmp_path):
+    """Each answers the same question from the same state; after /load no question is known."""
+    talk, plain = (conversation(model, folders["chatml"], temperature=1.5) for _ in range(2))
+    list(talk.ask("what is it?"))
+    for _ in range(2):
+        list(talk.retry())
+    # The third answer to one question: the state and the seed of one that was asked once, as the third.
+    plain.answer_count = 2
+    assert list(plain.ask("what is it?"))
+    assert plain.transcript == talk.transcript
+    for mine, other in zip(talk.decoder.state.layers, plain.decoder.state.layers, strict=True):
+        for tensor, expected in zip(mine, other, strict=True):
+            torch.testing.assert_close(tensor, expected)
+    talk.save(tmp_path / "talk.state")
+    talk.load(tmp_path / "talk.state")
+    before = talk.transcript.copy()
+    with pytest.raises(UserError) as caught:
+        talk.retry()
+    assert caught.value.given == "/retry"
+    assert talk.transcript == before
+
+
+def test_defaults_of_the_program():
+    """Pinned: scripts that leave a flag out depend on its default."""
+    _, options = API_DEMO_CHAT.parse([])
+    given = vars(options)
+    assert given.pop("history").name == ".rwkv7_chat_history"
+    assert given == {
+        **{"model": "", "tokenizer": "", "dtype": None, "device": None, "prompt": None, "chat_template": ""},
+        **{"special_tokens": "text", "length": 1024, "seed": None, "temperature": 1.0, "top_p": 0.85, "top_k": 0},
+        **{"presence_penalty": 0.2, "frequency_penalty": 0.2, "penalty_decay": 0.996},
+    }
+
+
 def test_a_conversation_that_can_not_be_written_is_reported(model, folders, tmp_path):
     talk = conversation(model, folders["chatml"])
     with pytest.raises(UserError) as caught:

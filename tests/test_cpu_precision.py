@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+import torch
 
 from src import run_folder
 from src.config import RunConfig
@@ -59,6 +60,6 @@ def test_nothing_is_measured_where_the_result_is_known(tmp_path, monkeypatch, ch
 
 
 def test_the_measurement_takes_less_than_two_seconds():
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: another one may have the core in between
     assert cpu_precision.bf16_gain(512) > 0
-    assert time.perf_counter() - start < 2  # some hundredths of a second on a quiet machine
+    assert time.process_time() - start < 2 * torch.get_num_threads()  # some hundredths of a second

@@ -49,7 +49,9 @@ def assert_as_accurate_as_the_forward(logits, state, sizes, tokens):
     )
     for m, p, e in zip(actual, expected, reference, strict=True):
         assert m.isfinite().all()
-        rounding = torch.finfo(torch.float32).eps * e.norm()
+        # The forward's own error depends on how its sums are divided among threads, and may be small by chance: a few
+        # roundings are always allowed.
+        rounding = 4 * torch.finfo(torch.float32).eps * e.norm()
         assert (m - e).norm() <= 2 * max((p - e).norm(), rounding)
 
 

@@ -76,6 +76,31 @@ def test_token_shift_of_packed_documents(mixes, carried, bounds):
     compare(shift, [x, last, bounds, *(torch.rand(1, 1, 32, requires_grad=True) for _ in range(mixes))])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 5, 64), (2, 0, 64)])
+def test_empty_inputs(shape, dtype):
+    """Of no sequences, and of no tokens: empty outputs of the right shapes, and gradients."""
+    operands = [torch.randn(shape, requires_grad=True) for _ in range(5)]
+    vectors = [torch.randn(1, 1, 64, requires_grad=True) for _ in range(4)]
+    norm = [torch.randn(2, 32).requires_grad_(), *(torch.randn(64, requires_grad=True) for _ in range(2))]
+    last = torch.randn(shape[0], 64, requires_grad=True)
+    for kernel in ("auto", "portable"):
+        cast = [[t.detach().to(dtype).requires_grad_() for t in group] for group in (operands, vectors, norm, [last])]
+        activations, scales, of_norm, before = cast
+        outputs = [
+            *token_shift(activations[0], before[0], None, tuple(scales[:2]), kernel=kernel),
+            *time_mix_inputs(*activations, *scales, 32, kernel=kernel),
+            time_mix_output(*activations, *of_norm, 64e-5, 32, kernel=kernel),
+            relu_squared(activations[0], kernel=kernel),
+        ]
+        assert all(output.shape == shape and output.dtype == dtype for output in outputs)
+        inputs = [tensor for group in cast for tensor in group]
+        grads = torch.autograd.grad(sum(output.float().sum() for output in outputs), inputs, materialize_grads=True)
+        for tensor, grad in zip(inputs, grads, strict=True):
+            assert grad.shape == tensor.shape
+            assert (grad == 0).all()
+
+
 def inputs_problem(layer, shape=(2, 67, 128)):
     activations = [torch.randn(shape, requires_grad=True) for _ in range(3)]
     first = [torch.randn(shape, requires_grad=True) if layer else None for _ in range(2)]

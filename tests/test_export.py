@@ -398,6 +398,43 @@ def test_files_of_web_rwkv_are_read(weights, tmp_path):
         assert torch.equal(tensor, original[name]), name
 
 
+@pytest.mark.parametrize("place", ["everywhere", "one logit"])
+def test_logits_that_are_no_numbers_do_not_pass_the_comparison(weights, tmp_path, monkeypatch, place):
+    """NaN is not larger than any tolerance, and max() may overlook it."""
+    compared = convert.compare
+
+    def damaged(original, rounded, written):
+        with torch.no_grad():
+            written.head.weight[slice(None) if place == "everywhere" else 5] = math.nan
+        return compared(original, rounded, written)
+
+    monkeypatch.setattr(convert, "compare", damaged)
+    with pytest.raises(convert.VerificationError):
+        convert_model(weights, tmp_path / "out.pth", "pth")
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_a_huge_config_is_refused_unread(weights, tmp_path):
+    out = tmp_path / "fla"
+    assert main([str(weights), str(out)]) == 0
+    with open(out / "config.json", "wb") as file:
+        file.truncate(1 << 40)  # takes no place on the disk
+    with pytest.raises(UserError) as caught:
+        find_weights(out)
+    assert caught.value.given == out / "config.json"
+
+
+@pytest.mark.parametrize("attn", [{"layers": [1], "num_heads": 2}, {"layers": []}])
+def test_a_hybrid_model_is_refused_by_its_config(weights, tmp_path, attn):
+    """Its layers of attention would be missing from the weights, or be taken for others."""
+    out = tmp_path / "fla"
+    assert main([str(weights), str(out)]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["attn"] is None
+    (out / "config.json").write_text(json.dumps(config | {"attn": attn}))
+    assert "hybrid" in refused(out).problem
+
+
 def test_folders_of_other_models_are_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert "model_type llama" in refused(tmp_path).problem

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -219,6 +220,23 @@ def test_probabilities_follow_the_definition(sampling):
     ids, p = probabilities(logits, sampling)
     dense = torch.zeros(50, dtype=torch.float64).index_add(0, ids, p.double())
     torch.testing.assert_close(dense, by_definition(logits, sampling), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.5, 1), (0.50001, 2), (0.75, 2), (0.7500001, 3), (0.875, 3), (0.9, 4)])
+def test_top_p_at_a_boundary(top_p, kept):
+    """The token whose sum reaches top_p exactly is the last one: of 1/2, 1/4, 1/8, 1/8, exact in binary."""
+    p = torch.tensor([0.125, 0.5, 0.125, 0.25])
+    ids, _ = probabilities(p.log(), Sampling(1.0, top_p))
+    assert len(ids) == kept
+    assert ids[:2].tolist() == [1, 3][:kept]
+
+
+def test_the_default_of_each_setting():
+    """Pinned: scripts that leave a setting out depend on it, and texts of a seed with it."""
+    assert asdict(Sampling()) == {
+        **{"temperature": 1.0, "top_p": 0.85, "top_k": 0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+        "penalty_decay": 0.996,
+    }
 
 
 @pytest.mark.parametrize("sampling", [SETTINGS[0], SETTINGS[2], SETTINGS[-1]], ids=str)

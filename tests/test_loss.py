@@ -86,6 +86,44 @@ def test_chunked_low_precision_under_a_scaled_loss(dtype):
         assert (x.double() - e).norm() / e.norm() < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_l2wrap_reaches_the_target_where_it_is_the_largest_logit(dtype):
+    """The usual row of a trained model: of a certain prediction L2Wrap is all that is left of the gradient."""
+    logits = torch.zeros(6, 1000, dtype=dtype)
+    targets = torch.arange(6) * 7
+    logits[torch.arange(6), targets] = 40.0
+    logits.requires_grad_()
+    _, grad = with_gradients(cross_entropy_l2wrap(logits, targets), [logits])
+    expected = torch.zeros(6, 1000).scatter_(1, targets[:, None], 3 * L2WRAP * 40 / 6)
+    torch.testing.assert_close(grad.float(), expected, rtol=1e-2, atol=1e-9)
+    hidden, weight = torch.eye(6, dtype=dtype), logits.detach().t()[:, :6].contiguous().requires_grad_()
+    _, grad = with_gradients(linear_cross_entropy_l2wrap(hidden, weight, targets, 2), [weight])
+    torch.testing.assert_close(grad[targets, torch.arange(6)].float(), expected[0, 0].expand(6), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_the_head_is_summed_in_fp32(dtype):
+    """Over 1,200 chunks: in the weight's own dtype the later ones would be lost in the sum, as 256 + 0.5 is 256."""
+    hidden, weight, _ = problem(rows=(1200,), dtype=dtype)
+    with torch.no_grad():
+        hidden[:] = hidden[:1]  # all push in one direction
+    targets = torch.full((1200,), 3)
+    exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    exact = cross_entropy_l2wrap_reference(exact_hidden @ exact_weight.t(), targets)
+    got = linear_cross_entropy_l2wrap(hidden, weight, targets, 1)
+    (x,), (e,) = torch.autograd.grad(got, [weight]), torch.autograd.grad(exact, [exact_weight])
+    assert (x.double() - e).norm() / e.norm() < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_reference_of_no_counted_token_is_zero(rows):
+    logits = torch.randn(rows, V, requires_grad=True)
+    value, grad = with_gradients(cross_entropy_l2wrap_reference(logits, torch.full((rows,), -100)), [logits])
+    assert value == 0
+    assert grad.shape == logits.shape
+    assert (grad == 0).all()
+
+
 @pytest.mark.parametrize("chunk", [0, 4])
 def test_nothing_counts(chunk):
     hidden, weight, targets = problem()

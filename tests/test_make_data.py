@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from chat_models import make_tokenizer
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +23,7 @@ from data import make_data, train_tokenizer
 from src.dataset import MMapIndexedDataset
 from src.dataset.corpus import external_shuffle, text_input
 from src.dataset.tokenizer import load_tokenizer
+from src.errors import UserError
 from src.files import file_lock
 
 SCRIPT = Path(make_data.__file__)
@@ -157,6 +161,69 @@ def test_all_kinds_of_input_give_the_same_result(
     assert make(names[0], tokenizer, tmp_path / "one")
     make_data.main([*map(str, names), "1", "1", "--tokenizer", tokenizer, "--out", str(tmp_path / "txt")])
     assert (tmp_path / "txt.bin").read_bytes() == (tmp_path / "expected.bin").read_bytes()
+
+
+@pytest.mark.parametrize(("limit", "value"), [("RUN_BYTES", 100), ("RUN_DOCUMENTS", 7)])
+def test_a_run_of_the_shuffle_is_written_when_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    """Whatever is added: what is in memory never exceeds the limit by more than one batch."""
+    monkeypatch.setattr(external_shuffle, limit, value)
+    written = []
+    write_run = external_shuffle._Epoch.write_run
+
+    def recorded(self: Any, tokens: bytes, sizes: Any, keys: Any, itemsize: int) -> None:
+        written.append((len(tokens), len(sizes)))
+        write_run(self, tokens, sizes, keys, itemsize)
+
+    monkeypatch.setattr(external_shuffle._Epoch, "write_run", recorded)
+    shuffle = external_shuffle.ExternalShuffle(tmp_path, "x", 2, epochs=1, seed=0)
+    for n in range(50):  # of 3 documents, 18 bytes
+        tokens = np.arange(9 * n, 9 * n + 9, dtype=np.uint16)
+        shuffle.add(tokens.tobytes(), np.array([2, 3, 4], np.int32), np.arange(3 * n, 3 * n + 3, dtype=np.uint64))
+        assert len(written) == (n + 1) // (6 if limit == "RUN_BYTES" else 3)
+    batches = list(shuffle.shuffled())
+    assert sum(size for size, _ in written) == 50 * 18
+    sizes = np.concatenate([sizes for _, sizes in batches])
+    ids = np.frombuffer(b"".join(tokens for tokens, _ in batches), np.uint16)
+    assert sorted(sizes.tolist()) == sorted([2, 3, 4] * 50)
+    assert sorted(ids.tolist()) == list(range(450))
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".json.gz"])
+def test_a_compressed_line_beyond_the_limit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """Before it is in memory: a few kB that unpack to 100 MB, with a limit of a hundredth of the real one."""
+    zstandard = pytest.importorskip("zstandard")
+    from src.dataset.conversation_files import read_conversation_pieces
+
+    monkeypatch.setattr(text_input, "MAX_LINE_BYTES", 1 << 21)
+    compress = zstandard.compress if ending.endswith("zst") else gzip.compress
+    path = tmp_path / f"x{ending}"
+    path.write_bytes(compress(b'{"text": "a"}\n{"text": "' + b"a" * 100_000_000 + b'"}\n'))
+    read = read_conversation_pieces if ending == ".json.gz" else lambda path: text_input.read_pieces([path], "text")
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError) as caught:
+            list(read(str(path)))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert caught.value.given == str(path)
+    assert caught.value.problem.startswith("line 2 has more than")
+    assert peak < (90_000_000 if ending.endswith("zst") else 10_000_000)  # zst: of 1 kB at once
+
+
+def test_zst_files_are_read_in_pieces_of_the_usual_size(tmp_path: Path) -> None:
+    """Although they are decompressed in small steps: each piece is sent to a worker."""
+    zstandard = pytest.importorskip("zstandard")
+    content = b"".join(b'{"text": "%d"}\n' % (i * 7919 % 1_000_003) for i in range(300_000))
+    path = tmp_path / "x.jsonl.zst"
+    path.write_bytes(zstandard.compress(content))
+    pieces = [piece.lines for piece in text_input.read_pieces([str(path)], "text")]
+    assert b"".join(pieces) == content
+    assert len(pieces) <= len(content) // text_input.PIECE_BYTES + 1
 
 
 def test_zst_files_and_truncated_ones(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,13 @@
 """The model: whole sequences, continued ones, single tokens and packed documents agree; names; learning."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
 from src.model import RWKV7, ChannelMix, ModelConfig, State, TimeMix
+from src.model.layers import last_tokens
 from src.ops.loss import cross_entropy_l2wrap
 
 CONFIG = ModelConfig(n_layer=2, n_embd=64, vocab_size=50, head_size=32)
@@ -86,6 +89,49 @@ def test_packed_gradients_equal_the_sum_of_each_alone(model):
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(packed[name], parameter.grad, atol=1e-3, rtol=1e-3, msg=name)
+
+
+def test_a_state_keeps_no_activations_alive(model):
+    """A view of x's last token would hold all of x as long as the state: gigabytes of a long prompt."""
+    for tokens, cu_seqlens in ((torch.arange(36).view(2, 18), None), (torch.arange(36)[None], [0, 5, 5, 36])):
+        bounds = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+        with torch.no_grad():
+            _, state = model(tokens, cu_seqlens=bounds)
+        for layer in state.layers:
+            for tensor in layer:
+                assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+@pytest.mark.parametrize("bounds", [[0, 0, 3, 7], [0, 3, 3, 7], [0, 3, 7, 7], [0, 0, 0, 7], [0, 0, 0, 0]])
+@pytest.mark.parametrize("carried", [False, True])
+def test_a_document_without_tokens_keeps_its_token_shift(bounds, carried):
+    """Not the last token of the document before it; the others have their own last tokens."""
+    x = torch.randn(1, bounds[-1], 8) if bounds[-1] else torch.randn(1, 0, 8)
+    shift = torch.randn(3, 8) if carried else None
+    if not bounds[-1]:
+        x = torch.randn(1, 1, 8)  # a row has a token, here of no document
+    last = last_tokens(x, shift, torch.tensor(bounds, dtype=torch.int32))
+    for document, (begin, end) in enumerate(pairwise(bounds)):
+        before = torch.zeros(8) if shift is None else shift[document]
+        assert torch.equal(last[document], x[0, end - 1] if end > begin else before)
+
+
+def test_an_empty_document_changes_no_other_and_keeps_its_state(model):
+    tokens = torch.arange(20)[None]
+    bounds = torch.tensor([0, 0, 8, 8, 20, 20], dtype=torch.int32)
+    state = State.zeros(model.config, 5)
+    for layer in state.layers:
+        for tensor in layer:
+            tensor.normal_()
+    logits, after = model(tokens, state.clone(), bounds)
+    for document, (begin, end) in enumerate(pairwise(bounds.tolist())):
+        alone = state.select(torch.tensor([document]))
+        if begin < end:
+            expected, alone = model(tokens[:, begin:end], alone)
+            torch.testing.assert_close(logits[:, begin:end], expected, rtol=1e-4, atol=1e-5)
+        for layer, own in zip(after.layers, alone.layers, strict=True):
+            for tensor, wanted in zip(layer, own, strict=True):
+                torch.testing.assert_close(tensor[document : document + 1], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_no_token_sees_the_future(model):

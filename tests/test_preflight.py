@@ -182,9 +182,9 @@ def test_a_start_without_problems_warns_of_nothing_and_loses_no_time(tmp_path, d
     warn_at_start = check.warn_at_start
 
     def timed(*args):
-        began = time.perf_counter()
+        began = time.thread_time()  # its own work: the machine may be busy with something else
         warn_at_start(*args)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.thread_time() - began)
 
     monkeypatch.setattr("src.training.run.warn_at_start", timed)
     assert call(tmp_path / "run", data) == 0

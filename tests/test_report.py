@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
-import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -443,19 +443,23 @@ def test_a_run_completes_when_figures_and_samples_fail(tmp_path, data, monkeypat
 
 
 def test_drawing_takes_a_small_share_of_the_time(tmp_path, data, monkeypatch):
-    """After a slow figure the next one is drawn much later."""
-    calls = []
+    """After a slow figure the next one is drawn much later; by a clock that goes on by a second in each mini-epoch."""
+    calls, now, drawn = [], [0.0], [0.0]
 
     def draw(run, picture):
-        calls.append(run)
-        begin = time.thread_time()
-        while time.thread_time() - begin < 0.05:  # 12 seconds of a run by TIME_SHARE
-            pass
+        calls.append(now[0])
+        drawn[0] += 8 * background.TIME_SHARE  # of the drawing thread: 8 seconds of the run by TIME_SHARE
 
+    def monotonic():
+        now[0] += 0.5  # asked twice where it draws, once where it doesn't
+        return now[0]
+
+    monkeypatch.setattr(background, "time", SimpleNamespace(monotonic=monotonic, thread_time=lambda: drawn[0]))
     monkeypatch.setattr(background, "write_loss_figure", draw)
     monkeypatch.setattr(background, "DRAW_SECONDS", 0.0)
-    assert train(tmp_path / "run", data, epoch_steps=2) == 0
-    assert len(calls) == 1
+    assert train(tmp_path / "run", data, epoch_steps=1) == 0  # 40 mini-epochs, some 20 seconds by that clock
+    assert 2 <= len(calls) <= 3
+    assert all(later - earlier > 8 for earlier, later in pairwise(calls))
 
 
 def test_the_figure_of_a_short_run_is_drawn_at_its_end_only(tmp_path, data, monkeypatch):

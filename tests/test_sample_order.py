@@ -88,6 +88,22 @@ def test_a_wrong_prime_raises_and_names_the_right_one(prime: int, problem: str) 
     assert "2926181" in caught.value.expected
 
 
+@pytest.mark.parametrize("prime", [101, 1013, 104729])
+@pytest.mark.parametrize("ctx_len", [2, 16, 512])
+def test_both_bounds_of_an_accepted_prime(prime: int, ctx_len: int) -> None:
+    """0.9 slots < P and P ctx_len + 1 <= tokens, to the token."""
+    most = 10 * prime // 9  # slots: 10 P = 9 slots is impossible, as P is no multiple of 9
+    best = magic_prime(most * ctx_len, ctx_len)
+    assert best > prime  # otherwise it would be accepted for that
+    check_magic_prime(prime, most * ctx_len + ctx_len - 1, ctx_len)
+    with pytest.raises(UserError, match="too small"):
+        check_magic_prime(prime, (most + 1) * ctx_len, ctx_len)
+    check_magic_prime(prime, prime * ctx_len + 1, ctx_len)
+    assert max(sample_offset(n, prime, ctx_len) for n in range(min(prime, 2000))) + ctx_len + 1 <= prime * ctx_len + 1
+    with pytest.raises(UserError, match="too large"):
+        check_magic_prime(prime, prime * ctx_len, ctx_len)
+
+
 @settings(max_examples=30)
 @given(ctx_len=st.integers(1, 512), tokens=st.integers(0, 1535))
 def test_too_little_data_raises_with_the_required_amount(ctx_len: int, tokens: int) -> None:

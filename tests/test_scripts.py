@@ -253,6 +253,9 @@ def test_more_requirements(scripts):
     scripts.prepare("environment")
     scripts.prepare("environment", "more.txt")
     assert scripts.pip_calls()[2] == "install --constraint .venv/constraints.txt -r requirements.txt -r more.txt"
+    (scripts.folder / "most.txt").write_text("some-harness\n")
+    scripts.prepare("environment", "more.txt", "most.txt")
+    assert scripts.pip_calls()[-1].endswith("-r requirements.txt -r more.txt -r most.txt")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 
 from data import token_count
 from src.dataset import BinIdxWriter, sft_cache
+from src.dataset.chat_template import ChatTemplate
+from src.dataset.control_tokens import ContentMarks, special_token_pattern, split_at_control_tokens
 from src.dataset.conversation_formats import Conversation, read_conversation
 from src.dataset.conversations import render_with_answers
 from src.dataset.packing import epoch_order, pack
@@ -105,6 +107,39 @@ def test_only_answers_and_their_end_tokens_have_a_loss(
     text, answers, _ = render_with_answers(tokenizer.chat_template, tokenizer.special_tokens, Conversation(turns))
     for begin, _ in answers:
         assert text[:begin].endswith("<|im_start|>assistant\n"), "an answer begins after its header"
+
+
+@pytest.mark.parametrize("names", [["<e>", "<e>|"], ["<e>|", "<e>"]])
+@pytest.mark.parametrize("edit", ["{{ m.content }}", "{{ m.content | replace('q', 'Q') }}"], ids=["copied", "replaced"])
+def test_one_special_token_a_prefix_of_another(names: list[str], edit: str) -> None:
+    """The one that the template writes ends the answer, whole, in whichever order the tokenizer lists the two."""
+    template = ChatTemplate("{% for m in messages %}<s>{{ m.role }}:" + edit + "<e>|\n{% endfor %}", {})
+    turns = [{"role": "user", "content": "q?"}, {"role": "assistant", "content": "it is"}]
+    text, answers, _ = render_with_answers(template, [*names, "<s>"], Conversation(turns))
+    assert [text[begin:end] for begin, end in answers] == ["it is<e>|"]
+    # As text in a content each is one mark, at its beginning: the longest there.
+    marks = ContentMarks(names, ["a<e>|b<e>c"])
+    plain, literals = marks.remove(marks.add("a<e>|b<e>c"))
+    assert (plain, literals) == ("a<e>|b<e>c", {1, 6})
+    pattern = special_token_pattern(names)
+    assert pattern is not None
+    assert [part for _, part, control in split_at_control_tokens("<e>|<e>", pattern, ()) if control] == ["<e>|", "<e>"]
+
+
+def test_a_text_may_contain_the_signs_that_find_answers(tokenizers: dict[str, FolderTokenizer]) -> None:
+    """A conversation about this code: whatever its numbers and private characters, others are taken."""
+    signs = "".join(
+        f"[[marker-{n}-{label}-{side}]]" for n in range(40) for label in (0, 1) for side in ("begin", "end")
+    )
+    private = "".join(map(chr, range(0xE000, 0xE010)))
+    for content in (signs, signs[: len(signs) // 2], private, f"{private}<|im_end|>{signs}"):
+        turns = [
+            {"role": role, "content": f"{role} {content} {role}"} for role in ("user", "assistant", "user", "assistant")
+        ]
+        for tokenizer in tokenizers.values():
+            ids, counts, _, _ = encode_conversation(tokenizer, to_line(turns))
+            expected = "".join(turn["content"] + "<|im_end|>" for turn in turns if turn["role"] == "assistant")
+            assert tokenizer.decode(np.array(ids)[counts].tolist()) == expected
 
 
 def test_world_answers_have_a_loss_including_their_final_blank_line() -> None:
@@ -340,6 +375,55 @@ def test_packing_fills_rows_for_typical_length_distributions(capacity: int, medi
     lengths = np.clip(sampled.astype(np.int64), 1, capacity)
     rows = pack(lengths, capacity, 0)
     assert lengths.sum() / (len(rows) * capacity) > 0.95
+
+
+def test_packing_depends_on_its_seed() -> None:
+    """Conversations of one length share rows with others under another seed, and with the same under the same."""
+    lengths = np.full(60, 5)
+
+    def rows(seed: int) -> set[frozenset[int]]:
+        packing = pack(lengths, 10, seed)
+        return {frozenset(packing.row(i).tolist()) for i in range(len(packing))}
+
+    assert rows(1) == rows(1)
+    assert rows(1) != rows(2)
+    assert epoch_order(50, 1, 0).tolist() != epoch_order(50, 2, 0).tolist()
+
+
+@pytest.mark.parametrize("lengths", [[7, 3], [7, 6, 4, 3], [10, 9, 1], [5, 5, 5, 5], [4, 3, 3], [8, 8, 1, 1, 1, 1]])
+def test_a_conversation_that_fits_exactly_fills_its_row(lengths: list[int]) -> None:
+    packing = pack(np.array(lengths), 10, seed=0)
+    sums = [sum(lengths[i] for i in packing.row(row)) for row in range(len(packing))]
+    assert sums == [10] * (sum(lengths) // 10)
+
+
+@pytest.mark.parametrize("answer_at", [7, 8, 9])
+def test_the_only_counted_token_at_the_end_of_the_context(answer_at: int) -> None:
+    """The last of ctx_len targets is token number ctx_len: a conversation that is cut there keeps its answer."""
+    ctx_len, n_tokens = 8, 12
+    counts = np.zeros(n_tokens, np.bool_)
+    counts[answer_at] = True
+
+    class Data(list[Any]):
+        sizes = np.array([n_tokens])
+        tokens = np.where(counts, np.arange(n_tokens), -1 - np.arange(n_tokens))
+
+    class OneConversation:
+        data = Data([Data.tokens])
+
+        def read(self, index: int) -> tuple[Any, Any]:
+            return np.arange(n_tokens), counts
+
+    if answer_at > ctx_len:
+        with pytest.raises(UserError, match="no conversation has an answer"):
+            SftRows(OneConversation(), ctx_len)  # type: ignore[arg-type]
+        return
+    rows = SftRows(OneConversation(), ctx_len)  # type: ignore[arg-type]
+    targets = rows.row(0).targets
+    assert (targets != IGNORED).nonzero().flatten().tolist() == [answer_at - 1]
+    assert targets[answer_at - 1] == answer_at
+    assert rows.target_counts.tolist() == [1]
+    assert (rows.n_cut, rows.n_dropped) == (1, 0)
 
 
 def test_epochs_are_different_permutations() -> None:

@@ -206,6 +206,100 @@ def test_unusable_tokenizer_folders_raise(tmp_path: Path) -> None:
     assert error().given == tmp_path / "tokenizer_config.json"
 
 
+HOSTILE_TOKENIZERS = {
+    "an array": lambda _: [],
+    "a model of another type": lambda j: j | {"model": 7},
+    "merges of unknown tokens": lambda j: j | {"model": j["model"] | {"merges": [["zz", "yy"]]}},
+    "a panic while it is read": lambda j: j | {"model": j["model"] | {"continuing_subword_prefix": "#" * 20}},
+    "a panic while a text is read": lambda j: j | {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "an error while a text is read": lambda j: (
+        j | {"model": {"type": "Unigram", "unk_id": None, "vocab": [["x", 0.0]]}, "added_tokens": []}
+    ),
+    "an id of four billion": lambda j: j | {"model": j["model"] | {"vocab": j["model"]["vocab"] | {"zz": 4294967295}}},
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_TOKENIZERS)
+def test_a_hostile_tokenizer_json_is_named(tmp_path: Path, kind: str) -> None:
+    """A panic of the package's Rust code is no Exception: unless converted, it ends the program."""
+    make_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(HOSTILE_TOKENIZERS[kind](json.loads(path.read_text()))))
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(tmp_path).encode_batch_as_text(["what is it?"])
+    assert str(caught.value.given) == str(tmp_path)
+    assert "tokenizer.json" in caught.value.problem
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("use", ["encode", "encode_as_text", "encode_batch"])
+def test_a_panic_is_an_error_wherever_a_text_is_read(tmp_path: Path, use: str) -> None:
+    make_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(HOSTILE_TOKENIZERS["a panic while a text is read"](json.loads(path.read_text()))))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(UserError):
+        getattr(tokenizer, use)(["what"] if use == "encode_batch" else "what")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        [],
+        7,
+        {"chat_template": 7},
+        {"chat_template": [{"name": "default", "template": {}}]},
+        {"chat_template": "{{ "},
+    ],
+)
+def test_a_config_of_wrong_types_is_named(tmp_path: Path, config: object) -> None:
+    make_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{"chat_template": [7, {}]}, {"eos_token": 7}, {"eos_token": {"content": []}}])
+def test_a_config_without_a_usable_entry_is_one_without_it(tmp_path: Path, config: object) -> None:
+    make_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eos_ids, tokenizer.chat_template) == ((0,), None)
+
+
+def test_huge_files_of_a_tokenizer_are_refused_unread(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        before = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else b""
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(1 << 40)  # takes no place on the disk
+        with pytest.raises(UserError) as caught:
+            load_tokenizer(tmp_path)
+        assert caught.value.given == tmp_path / name
+        (tmp_path / name).write_bytes(before)
+
+
+def test_truncation_and_padding_in_tokenizer_json_are_not_applied(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    text = "what is the answer? " * 20
+    expected = load_tokenizer(tmp_path).encode(text)
+    path = tmp_path / "tokenizer.json"
+    settings = {
+        "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        "padding": {
+            **{"strategy": {"Fixed": 4096}, "direction": "Right", "pad_to_multiple_of": None},
+            **{"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"},
+        },
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode(text) == expected
+    assert tokenizer.encode_batch([text, "a"])[0] == expected
+    assert tokenizer.encode_as_text(f"<|im_end|>{text}")[-len(expected) :] == expected
+    assert tokenizer.decode(expected) == text
+
+
 @pytest.mark.parametrize("lower_case", [False, True], ids=["exact", "normalizes"])
 def test_tokens_that_overlap_marked_characters(tmp_path: Path, lower_case: bool) -> None:
     tokenizer = _folder_tokenizer(tmp_path, lower_case)

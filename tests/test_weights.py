@@ -128,6 +128,17 @@ def test_files_of_torch_before_1_6_are_read(saved):
     assert torch.equal(RWKV7.from_checkpoint(path).head.weight, model.head.weight)
 
 
+@pytest.mark.parametrize("placeholder", [(64, 8), (64, 1), (1,), None])
+def test_the_rank_of_the_value_residual_is_not_that_of_layer_0(saved, placeholder):
+    """Layer 0 doesn't use its own, and files hold placeholders of any shape there."""
+    model, path = saved
+    name = "blocks.0.att.v1"
+    rewrite(path, lambda w: w.pop(name) if placeholder is None else w.update({name: torch.zeros(placeholder)}))
+    loaded = RWKV7.from_checkpoint(path)
+    assert loaded.config == CONFIG
+    assert torch.equal(loaded.blocks[1].att.v1, model.blocks[1].att.v1)
+
+
 def test_weights_of_another_architecture_are_rejected(tmp_path):
     torch.save({"layer.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
     with pytest.raises(UserError) as caught:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from src.errors import UserError
-from src.files import atomic_write
+from src.files import atomic_write, sync_folder
 
 # Magic, version and dtype codes: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -266,8 +266,11 @@ class BinIdxWriter:
                 with atomic_write(idx_path) as idx:
                     self._write_index(idx)
                     # In this order, see the class docstring; `atomic_write` puts the new index in place afterwards.
+                    # Each step is on disk before the next: a power failure may otherwise leave a later one without it.
                     idx_path.unlink(missing_ok=True)
+                    sync_folder(self.prefix.parent)
                     self._bin_part.replace(bin_path)
+                    sync_folder(self.prefix.parent)
         finally:
             self._bin_part.unlink(missing_ok=True)
             self._sizes_part.unlink(missing_ok=True)

@@ -11,9 +11,12 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
+from src.dataset.template_allowance import limited
+from src.dataset.template_sandbox import MAX_SOURCE, LimitedEnvironment
 from src.errors import UserError
+
+MAX_ERROR = 300  # characters of a template's own error that are shown
 
 # {"role": "system" | "user" | "assistant" | "tool", "content": text, and further fields, such as "tool_calls"}
 Message = dict[str, Any]
@@ -141,17 +144,21 @@ class ChatTemplate:
         self.marks_answers = re.search(r"{%-?\s*generation\b", source) is not None
         self._special_tokens = special_tokens
         # The options and globals of `transformers`, for which these templates are written.
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        environment = LimitedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda date_format: datetime.now().strftime(date_format)
+        environment.count_filters()
+        if len(source) > MAX_SOURCE:
+            raise UserError(f"the chat template has {len(source)} characters", expected=f"at most {MAX_SOURCE}")
         try:
-            self._compiled = environment.from_string(source)
-            self._variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
-        except jinja2.TemplateError as error:
-            raise UserError(f"the chat template is not valid Jinja ({error})") from error
+            with limited():  # constant expressions are computed here
+                self._compiled = environment.from_string(source)
+                self._variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+        except Exception as error:  # a template is a program: it fails as it likes, by recursion for example
+            raise UserError(f"the chat template is not valid Jinja ({_shortened(error)})") from error
 
     def thinking(self, mode: str) -> "ChatTemplate":
         """This template with a mode of THINK_MODES for all that it renders; "": as this template does by itself.
@@ -202,15 +209,21 @@ class ChatTemplate:
             variables |= {"enable_thinking": self.think != "off", "think": self.think}
         markers = {"answer_begin": begin, "answer_end": end}
         try:
-            return self._compiled.render({**self._special_tokens, **variables, **markers})
-        # TypeError and ValueError come from operations in the template, for example adding None to a string.
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"a conversation that the chat template rejects ({error})") from error
+            with limited(messages, tools):
+                return self._compiled.render({**self._special_tokens, **variables, **markers})
+        except Exception as error:  # as above: 1/0, a sum of None and a string, recursion
+            raise UserError(f"a conversation that the chat template rejects ({_shortened(error)})") from error
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
     # Jinja's own tojson escapes <, > and & for HTML, which would change the tokens.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _shortened(error: Exception) -> str:
+    """What an error says, in one line; its name where it says nothing, as MemoryError does."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_ERROR else text[:MAX_ERROR] + " ..."
 
 
 def _raise_exception(message: str) -> NoReturn:

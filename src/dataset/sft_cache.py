@@ -31,6 +31,7 @@ from src.dataset.unusable_lines import advice, by_reason
 from src.dataset.workers import map_in_order, usable_cores
 from src.errors import UserError
 from src.files import atomic_write, file_lock
+from src.terminal import printable
 
 # Version of the cache. To be increased whenever the same inputs give other tokens, so that older caches are rebuilt.
 _FORMAT = 2
@@ -298,7 +299,7 @@ def _build_cache(
     if reason := check_template(tokenizer.chat_template, tokenizer.special_tokens):
         tqdm.write(
             "note: conversations with thoughts in <think> tags are unusable with this chat template, because of "
-            f"{reason};\n  if there are any, {MARK_ADVICE}"
+            f"{printable(reason)};\n  if there are any, {MARK_ADVICE}"
         )
     record = with_ending(prefix, ".json")
     # The record goes first and comes last: it never exists next to tokens that it doesn't describe.
@@ -307,14 +308,16 @@ def _build_cache(
     unused: Counter[str] = Counter()
     turns = answer_tokens = 0
     pieces = read_conversation_pieces(path)
-    progress = tqdm(total=Path(path).stat().st_size, desc=f"tokenizing {Path(path).name}", unit="B", unit_scale=True)
+    progress = tqdm(
+        total=Path(path).stat().st_size, desc=f"tokenizing {printable(Path(path).name)}", unit="B", unit_scale=True
+    )
     with BinIdxWriter(prefix, np.int32) as out, progress:
         tokenize = partial(_tokenize_piece, folder=folder, parse_special=parse_special, think=think)
         for part in map_in_order(tokenize, pieces, workers):
             for line in part.invalid:
                 left_out[line.reason] += 1
                 if left_out.total() <= _SHOWN_INVALID_LINES:
-                    tqdm.write(f"left out: {line}")
+                    tqdm.write(printable(f"left out: {line}"))
             out.add_bytes(part.tokens, part.sizes)
             turns += part.turns
             answer_tokens += part.answer_tokens
@@ -328,6 +331,7 @@ def _build_cache(
     conversations = Conversations(MMapIndexedDataset(prefix), dict(left_out), turns, answer_tokens, dict(unused))
     if unused:
         tqdm.write(
-            "not used: " + ", ".join(f"{kind} ({count:,} times)" for kind, count in unused.most_common(_SHOWN_UNUSED))
+            "not used: "
+            + printable(", ".join(f"{kind} ({count:,} times)" for kind, count in unused.most_common(_SHOWN_UNUSED)))
         )
     return conversations

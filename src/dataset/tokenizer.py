@@ -7,7 +7,8 @@ import ast
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +25,10 @@ from src.files import atomic_write
 
 WORLD_VOCAB_SIZE = 65536  # rows of the published models
 WORLD_LARGEST_ID = 65529  # of the vocabulary file rwkv_vocab_v20230424.txt: a model with 65530 rows has all ids
+# Of tokenizer.json, and of the other files of a tokenizer: a vocabulary of 256,000 tokens has 35 MB, and its reader
+# takes some ten times the memory.
+MAX_TOKENIZER_BYTES, MAX_CONFIG_BYTES = 150_000_000, 10_000_000
+MAX_VOCAB_SIZE = 10_000_000  # a list of so many entries is made
 # The files of a Hugging Face tokenizer folder that this module and `transformers` read.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -129,6 +134,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
+_FAILED = "tokenizer.json is not usable: it fails on a text"
 _LONE_SURROGATES = "the text contains lone surrogates, which are not valid Unicode"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # what Python's own decoder puts in the place of invalid bytes
 
@@ -213,21 +219,27 @@ class FolderTokenizer(Tokenizer):
                 expected="world or a Hugging Face tokenizer folder",
                 advice="convert a folder of a slow tokenizer with AutoTokenizer.save_pretrained of transformers",
             )
-        try:
+        with self._errors("tokenizer.json is not readable"):
             self._rust = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
-        except Exception as error:  # the package raises no narrower class
-            raise UserError(f"tokenizer.json is not readable ({error})", flag="tokenizer", given=folder) from error
-        # Settings of training with `transformers` that some files carry; they would cut or pad long texts.
-        self._rust.no_truncation()
-        self._rust.no_padding()
+            # Settings of training with `transformers` that some files carry; they would cut or pad long texts.
+            self._rust.no_truncation()
+            self._rust.no_padding()
+            # Not the number of entries: some vocabularies skip ids.
+            self.vocab_size = max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise UserError(
+                f"tokenizer.json has an id {self.vocab_size - 1}",
+                flag="tokenizer",
+                given=folder,
+                expected=f"ids below {MAX_VOCAB_SIZE}",
+            )
         config = _read_json(self.files.get("tokenizer_config.json", b"{}"), folder / "tokenizer_config.json")
-        # Not the number of entries: some vocabularies skip ids.
-        self.vocab_size = max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.largest_id = self.vocab_size - 1
         names = ("bos_token", "eos_token", "unk_token")  # those that chat templates refer to
         self.specials = {name: text for name in names if (text := _token_text(config.get(name))) is not None}
         # Special tokens are skipped, so only an ordinary entry gives a text here.
-        self.text_of_0 = self._rust.decode([0], skip_special_tokens=True)
+        with self._errors("tokenizer.json is not usable"):
+            self.text_of_0 = self._rust.decode([0], skip_special_tokens=True)
         end = self._special_id("eos_token")
         if end is None:
             self.eos_ids = (0,)
@@ -235,12 +247,28 @@ class FolderTokenizer(Tokenizer):
             self.eos_ids = (end,) if self.text_of_0 or end == 0 else (0, end)
         # Newer versions of transformers write the template to its own file, which has precedence there too.
         template = self.files.get("chat_template.jinja")
-        source = template.decode() if template is not None else _default_template(config)
+        source = (
+            _decoded(template, folder / "chat_template.jinja") if template is not None else _default_template(config)
+        )
         if source is not None:
             try:
                 self.chat_template = ChatTemplate(source, self.specials)
             except UserError as error:
-                raise UserError(error.problem, flag="tokenizer", given=folder) from error
+                raise UserError(error.problem, flag="tokenizer", given=folder, expected=error.expected) from error
+
+    @contextmanager
+    def _errors(self, problem: str) -> Iterator[None]:
+        """Within the block an error of the package is a UserError that begins with `problem`."""
+        try:
+            yield
+        except BaseException as error:
+            # What its Rust code doesn't expect, an id that its decoder lacks for example, is a class of no module that
+            # could be imported, and no Exception.
+            is_panic = type(error).__name__ == "PanicException"
+            if not is_panic and type(error) is not Exception:  # the package raises no narrower class
+                raise
+            text = " ".join(str(error).split())[:200]
+            raise UserError(f"{problem} ({text})", flag="tokenizer", given=Path(self.name)) from error
 
     def to_json(self) -> str:
         """tokenizer.json as the package understood it: it may give added tokens other ids than the file."""
@@ -257,7 +285,8 @@ class FolderTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         try:
-            return self._rust.encode(text, add_special_tokens=False).ids
+            with self._errors(_FAILED):
+                return self._rust.encode(text, add_special_tokens=False).ids
         except TypeError as error:  # what the package raises for lone surrogates
             raise UserError(_LONE_SURROGATES) from error
 
@@ -274,7 +303,8 @@ class FolderTokenizer(Tokenizer):
         # By the ids and not by a search in the text, because a tokenizer that normalizes finds other spellings too.
         if self._special_ids.isdisjoint(ids):
             return ids
-        return self._text_only.encode(text, add_special_tokens=False).ids
+        with self._errors(_FAILED):
+            return self._text_only.encode(text, add_special_tokens=False).ids
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -309,7 +339,8 @@ class FolderTokenizer(Tokenizer):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         # The "fast" variant omits offsets, which only `encode_marked` may need.
-        return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
+        with self._errors(_FAILED):
+            return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
 
     @cached_property
     def _entries(self) -> list[bytes] | None:
@@ -332,10 +363,11 @@ class FolderTokenizer(Tokenizer):
             return b"".join(entries[i] if 0 <= i < len(entries) else UNKNOWN for i in ids)
         # The package skips unknown ids, or raises on negative ones.
         runs = groupby(ids, key=lambda i: 0 <= i < self.vocab_size)
-        return b"".join(
-            self._rust.decode(list(run), skip_special_tokens=False).encode() if known else UNKNOWN * len(list(run))
-            for known, run in runs
-        )
+        with self._errors("tokenizer.json is not usable: it fails on tokens"):
+            return b"".join(
+                self._rust.decode(list(run), skip_special_tokens=False).encode() if known else UNKNOWN * len(list(run))
+                for known, run in runs
+            )
 
 
 def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> Tokenizer:
@@ -367,25 +399,55 @@ def write_tokenizer(files: Mapping[str, bytes], to: Path) -> None:
             (to / name).unlink(missing_ok=True)
 
 
+def check_size(path: Path, limit: int) -> None:
+    """UserError for a file that is larger than any real one of its kind: its reader would fill the memory."""
+    if (size := path.stat().st_size) > limit:
+        raise UserError(f"has {size} bytes", given=path, expected=f"at most {limit}")
+
+
 def _read_files(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    for path in paths:
+        check_size(path, MAX_TOKENIZER_BYTES if path.name == "tokenizer.json" else MAX_CONFIG_BYTES)
+    return {path.name: path.read_bytes() for path in paths}
 
 
-def _read_json(content: bytes, path: Path) -> dict[str, Any]:
+def _decoded(content: bytes, path: Path) -> str:
     try:
-        return json.loads(content)
-    except ValueError as error:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"can't be read as UTF-8 text ({error})", given=path) from error
+
+
+def _read_json(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_decoded(data, path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"not valid JSON ({error})", given=path) from error
+    if not isinstance(content, dict):
+        raise UserError(f"contains a {type(content).__name__}", given=path, expected="a JSON object")
+    return content
 
 
 def _token_text(entry: Any) -> str | None:
-    """The text of a special token in tokenizer_config.json: a string, or the `content` of an object."""
-    return entry.get("content") if isinstance(entry, dict) else entry
+    """The text of a special token in tokenizer_config.json: a string, or the `content` of an object; else None."""
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    return text if isinstance(text, str) else None
 
 
 def _default_template(config: dict[str, Any]) -> str | None:
-    """The chat template of tokenizer_config.json, or the one called "default" of several."""
+    """The chat template of tokenizer_config.json, or the one called "default" of several.
+
+    UserError if it is no text.
+    """
     template = config.get("chat_template")
     if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = entries[0].get("template") if entries else None
+    if template is not None and not isinstance(template, str):
+        raise UserError(
+            f"the chat template in tokenizer_config.json is a {type(template).__name__}", expected="a Jinja template"
+        )
     return template

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from src.inference.answer_stream import REASONING, AnswerPiece
+from src.terminal import printable
 
 _DIM, _RESET = "\033[2m", "\033[0m"  # ANSI
 
@@ -25,7 +26,7 @@ class AnswerText:
         elif piece.kind != REASONING and self._thinking:
             heading = f"{self._reset}\n\nanswer:\n"
         self._thinking = piece.kind == REASONING
-        return heading + piece.text
+        return heading + printable(piece.text)
 
     def finish(self) -> str:
         # What the terminal shows next must not be dim.

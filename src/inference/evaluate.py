@@ -30,6 +30,7 @@ from src.inference.arguments import adaptation_from, add_model_arguments
 from src.inference.load import find_model, find_tokenizer, load_model
 from src.inference.scoring import LOGIT_ROWS, score_continuations
 from src.model import RWKV7
+from src.terminal import prepare_output, show
 
 Tokens = npt.NDArray[Any]
 # exp overflows float64 above 709.
@@ -163,7 +164,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer | None) -> Tokens:
         # Mapped, not read: only the selected windows are.
         dataset = MMapIndexedDataset(path)
         for warning in dataset.warnings:
-            print(f"WARNING: {warning}", file=sys.stderr)
+            show(f"WARNING: {warning}", file=sys.stderr)
         return dataset.tokens
     if tokenizer is None:
         raise UserError("a file of texts", flag="data", given=path, advice="name the model's --tokenizer, too")
@@ -213,12 +214,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ctx_len", type=int, default=512, help="tokens per window [%(default)s]")
     parser.add_argument("--max_windows", type=int, default=None, help="most windows, evenly spaced; default: all")
     parser.add_argument("--micro_bsz", type=int, default=8, help="windows per batch [%(default)s]")
+    prepare_output()
     options = parser.parse_args(argv)
     try:
         for name in ("ctx_len", "max_windows", "micro_bsz"):
             if getattr(options, name) is not None and getattr(options, name) < 1:
                 raise UserError(flag=name, given=getattr(options, name), expected="at least 1")
-        print(_last_word_report(options) if options.last_word else _loss_report(options))
+        show(_last_word_report(options) if options.last_word else _loss_report(options))
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     return 0

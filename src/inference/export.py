@@ -31,6 +31,7 @@ from src.inference.formats.format import Format
 from src.inference.load import DTYPES, find_model, find_tokenizer, load_model
 from src.model import RWKV7
 from src.run_folder import RUN
+from src.terminal import prepare_output, show
 
 ALL_FORMATS: dict[str, Format | AdapterFormat] = {**FORMATS, **ADAPTER_FORMATS}
 # Of --data: enough to tell a loss to three digits, and a matter of minutes for a large model on a CPU.
@@ -39,6 +40,7 @@ HELD_OUT_WINDOWS, HELD_OUT_LENGTH = 32, 512
 
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
+    prepare_output()
     options = parser.parse_args(argv)
     try:
         weights, adaptation = find_model(options.model, adaptation_from(options))
@@ -79,9 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except (OSError, RuntimeError) as error:  # VerificationError, and what torch.save raises when the disk is full
         parser.exit(1, f"{parser.prog}: {error}\n")
-    print(f"wrote {options.out} ({format}) from {model_name(weights, adaptation)}\n{parity}")
+    show(f"wrote {options.out} ({format}) from {model_name(weights, adaptation)}\n{parity}")
     if format in FORMATS and (next_command := FORMATS[format].next_command) is not None:
-        print(next_command(title, options.out))
+        show(next_command(title, options.out))
     return 0
 
 
@@ -196,7 +198,7 @@ def _tokenizer(
         if given or (isinstance(format, Format) and format.needs_tokenizer):
             raise
         if not format.suffix:
-            print(f"note: no tokenizer is copied ({error})")
+            show(f"note: no tokenizer is copied ({error})")
         return None
 
 

@@ -29,6 +29,7 @@ from src.inference.characters import CharacterStream
 from src.inference.chat import find_template
 from src.inference.generation import generate
 from src.inference.load import find_model, find_tokenizer, load_model
+from src.terminal import prepare_output, printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     add_chat_template_argument(parser, "the tokenizer's; used with --think only")
     parser.add_argument("--length", type=int, default=200, help="most tokens to generate [%(default)s]")
     add_sampling_arguments(parser)
+    prepare_output()
     options = parser.parse_args(argv)
     try:
         sampling = sampling_from(options)
@@ -102,17 +104,21 @@ def _print_answer(tokens: Iterator[int], characters: CharacterStream, stream: An
     try:
         for token in tokens:
             for piece in stream.feed(characters.feed(token)):
-                _print(text.add(piece))
+                _write(text.add(piece))
             if stream.reached:
                 break
         for piece in [*stream.feed(characters.finish()), *stream.finish()]:
-            _print(text.add(piece))
+            _write(text.add(piece))
     finally:
-        _print(text.finish())
-    _print("\n")
+        _write(text.finish())
+    _write("\n")
 
 
 def _print(text: str) -> None:
+    _write(printable(text))
+
+
+def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()  # a terminal would show text only at the end of a line
 

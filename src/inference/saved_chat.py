@@ -22,6 +22,7 @@ from src.dataset.chat_template import Message
 from src.errors import UserError
 from src.files import atomic_write
 from src.model import RWKV7, LayerState, State
+from src.model.torch_file import read_torch_file
 
 FORMAT, FORMAT_VERSION = "rwkv7-conversation", 2
 # Version 1 had its number in the name, so that a program could tell "not mine" from "too new" only by parsing it.
@@ -85,6 +86,7 @@ def read_chat(path: str | Path, model: RWKV7) -> SavedChat:
             pending=list(record["unfed"]),
             state=State([LayerState(*layer) for layer in record["layers"]]),
         )
+        _check_types(chat)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError("a damaged saved conversation", given=path, expected=EXPECTED) from error
     # A state of other sizes can't be loaded; one of other weights could be, and would continue with nonsense.
@@ -100,7 +102,33 @@ def read_chat(path: str | Path, model: RWKV7) -> SavedChat:
             given=path,
             advice="load it with its own model, --adapter and --dtype",
         )
+    _check_state(chat, model, path)
     return chat
+
+
+def _check_types(chat: SavedChat) -> None:
+    """Raises TypeError unless the turns are what a chat template takes, and the state consists of tensors."""
+    for message in chat.messages:
+        if not isinstance(message, dict) or not all(isinstance(message[key], str) for key in ("role", "content")):
+            raise TypeError("not a turn")
+        message["content"].encode()  # lone surrogates can't be tokenized: UnicodeEncodeError, a ValueError
+    if not all(isinstance(token, int) for token in chat.pending):
+        raise TypeError("not a token")
+    if not all(isinstance(tensor, torch.Tensor) for layer in chat.state.layers for tensor in layer):
+        raise TypeError("not a state")
+
+
+def _check_state(chat: SavedChat, model: RWKV7, path: str | Path) -> None:
+    """Raises UserError unless the state has the shapes of `model`'s and finite values, and the tokens are in its
+    vocabulary."""
+    zeros = State.zeros(model.config, batch=1, device="meta")
+    fits = len(chat.state.layers) == len(zeros.layers) and all(
+        tensor.shape == zero.shape and tensor.is_floating_point() and bool(tensor.isfinite().all())
+        for layer, of_zeros in zip(chat.state.layers, zeros.layers, strict=True)
+        for tensor, zero in zip(layer, of_zeros, strict=True)
+    )
+    if not fits or not all(0 <= token < model.config.vocab_size for token in chat.pending):
+        raise UserError("a damaged saved conversation", given=path, expected=EXPECTED)
 
 
 def model_sizes(model: RWKV7) -> dict[str, int]:
@@ -132,10 +160,10 @@ def _listed(sizes: dict[str, int]) -> str:
 def _read_record(path: str | Path) -> dict[str, Any]:
     """The content of a conversation of a known version. Raises UserError otherwise."""
     try:
-        record = torch.load(path, map_location="cpu", weights_only=True)
+        record = read_torch_file(Path(path), mmap=False)  # not mapped: /save may replace the file
     except OSError as error:
         raise UserError(f"can't be read ({error.strerror})", given=path) from error
-    except Exception as error:  # torch.load raises half a dozen types for a file that isn't its own or is damaged
+    except UserError as error:
         raise UserError("not a saved conversation, or cut short", given=path, expected=EXPECTED) from error
     version = _version_of(record)
     # "Not one" and "too new" are distinguished, as only the second is solved by an update.
@@ -156,4 +184,4 @@ def _version_of(record: Any) -> int | None:
     if record.get("format") == FORMAT_1:
         return 1
     version = record.get("version")
-    return version if record.get("format") == FORMAT and isinstance(version, int) else None
+    return version if record.get("format") == FORMAT and isinstance(version, int) and version >= 1 else None

@@ -13,10 +13,11 @@ from src.config import ModelConfig
 from src.errors import UserError, UserErrors
 from src.files import atomic_write
 from src.model.file_kind import file_kind
+from src.model.shared_memory import IDLE_IN_LAYER_0, separate
+from src.model.torch_file import damaged_file, read_torch_file
 
 Weights = dict[str, Tensor]
-# Unused by the model; official files contain them, some other files don't.
-IDLE_IN_LAYER_0 = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
+MAX_LAYERS = 1024  # the largest released model has 61
 # Put before parameter names by DeepSpeed and Lightning, DDP, torch.compile, and the RWKV-7 class that was proposed for
 # transformers, whose names are otherwise these.
 WRAPPER_PREFIXES = ("_forward_module.", "module.", "_orig_mod.", "rwkv7.")
@@ -67,42 +68,25 @@ def read_weights(path: str | Path) -> Weights:
     if not path.is_file():
         raise UserError("no such weights file", given=path, advice="check the path (--load_model, --proj_dir)")
     try:
-        path.open("rb").close()  # so that a missing permission isn't taken for a damaged file below
+        return _state_dict(_load(path), path)
     except OSError as error:
         raise UserError(f"can't be read ({error.strerror})", given=path, advice="check its permissions") from error
-    try:
-        loaded = _load(path)
-    except UserError:  # the file is of another program
-        raise
-    except Exception as error:  # torch.load raises half a dozen types for a damaged file
-        # Only the text of torch's error has the rejected name: "Unsupported global: GLOBAL os.system was not ...".
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"not opened, as it contains more than plain tensors: that could run code, it calls {code[1]}",
-                given=path,
-                expected="a state dict saved by torch.save",
-            ) from error
-        raise UserError(
-            "cut short or not a weights file", given=path, advice="copy or download it again, or name another file"
-        ) from error
-    return _state_dict(loaded, path)
 
 
 def _load(path: Path) -> object:
-    kind = file_kind(path)
-    if kind == "safetensors":
-        from safetensors.torch import load_file
+    if file_kind(path) != "safetensors":
+        return read_torch_file(path, mmap=True)  # mapped, so that memory holds only what is used
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
+    try:
         return load_file(path)
-    if path.name.endswith(".safetensors"):  # torch.load goes by this ending where it is given a path
-        with path.open("rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
-    # Mapped, so that memory holds only what is used; files of torch < 1.6 aren't zip archives and can't be mapped.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
+    except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a dtype that torch doesn't have
+        raise damaged_file(path) from error
 
 
 def _state_dict(loaded: object, path: Path) -> Weights:
-    """`loaded` under plain names. Raises UserError unless it maps strings to dense tensors."""
+    """`loaded` under plain names. Raises UserError unless it maps strings to plain tensors with memory of their own."""
     expected = "a state dict (a mapping from parameter names to tensors)"
     if not isinstance(loaded, dict) or not loaded:
         raise UserError(f"contains a {type(loaded).__name__}", given=path, expected=expected)
@@ -110,16 +94,27 @@ def _state_dict(loaded: object, path: Path) -> Weights:
     if invalid:
         nested = [name for name in invalid if _is_rwkv(loaded[name])]
         raise UserError(
-            f"not a state dict: the entry {', '.join(map(repr, invalid[:3]))} is not a parameter",
+            f"not a state dict: the entry {', '.join(repr(name)[:80] for name in invalid[:3])} is not a parameter",
             given=path,
             expected=expected,
             advice=f"its entry {nested[0]!r} contains the weights: save it alone with torch.save" if nested else "",
         )
-    return {plain_name(name): tensor for name, tensor in loaded.items()}
+    weights = {plain_name(name): tensor for name, tensor in loaded.items()}
+    if len(weights) < len(loaded):
+        raise UserError(
+            "two entries are one parameter, with and without the prefix of a wrapper", given=path, expected=expected
+        )
+    for name, tensor in weights.items():
+        if not tensor.numel() and name not in IDLE_IN_LAYER_0:
+            raise UserError(f"{name} is {list(tensor.shape)}", given=path, expected="a value in each parameter")
+    separate(weights, path)
+    return weights
 
 
 def _is_entry(name: object, value: object) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu" and not (value.is_nested or value.is_quantized)
 
 
 def _is_rwkv(value: object) -> bool:
@@ -147,7 +142,11 @@ def config_from_weights(weights: Weights, source: str, kernel: str = "auto") -> 
         raise UserError(
             f"the model's sizes are unknown: {', '.join(reshaped)}", given=source, expected="two dimensions each"
         )
-    layers = {int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
+    # Of few digits, and compared with a bound: the list of the missing ones, or the model, would fill the memory.
+    numbers = {match[1] for name in weights if (match := re.match(r"blocks\.([0-9]+)\.", name))}
+    if too_large := [number for number in numbers if len(number) > 9 or int(number) >= MAX_LAYERS]:
+        raise UserError(f"has a block {too_large[0][:20]}", given=source, expected=f"at most {MAX_LAYERS} blocks")
+    layers = {int(number) for number in numbers}
     if layers != set(range(len(layers))):
         gaps = sorted(set(range(max(layers))) - layers)
         raise UserError(f"blocks {gaps} are missing", given=source, advice="copy or download it again")

@@ -104,7 +104,8 @@ def _build_and_load(recipe: Recipe) -> Path:
 def cache_folder() -> Path:
     """Where built libraries stay: $XDG_CACHE_HOME/rwkv7-native, by default ~/.cache/rwkv7-native."""
     root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if root else Path.home() / ".cache") / "rwkv7-native"
+    # A relative path is to be ignored (XDG Base Directory Specification): it is another folder from each folder.
+    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "rwkv7-native"
 
 
 def build(recipe: Recipe, cache: Path | None = None) -> Path:

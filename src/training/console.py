@@ -11,6 +11,8 @@ from typing import Any, TextIO
 from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
+from src.terminal import printable, show
+
 
 def is_rank_zero() -> bool:
     """Whether this process is global rank 0, the one that prints and writes the files of a run."""
@@ -21,13 +23,13 @@ def is_rank_zero() -> bool:
 @rank_zero_only
 def log(text: str) -> None:
     """Print a line on rank 0."""
-    tqdm.write(text)  # above the progress bar, where there is one
+    tqdm.write(printable(text))  # above the progress bar, where there is one
     sys.stdout.flush()  # a pipe is block-buffered: the line has to be seen now
 
 
 def log_error(text: str) -> None:
     """Print an error on stderr, on whichever rank it is called."""
-    print(f"train.py: {text}", file=sys.stderr, flush=True)
+    show(f"train.py: {text}", file=sys.stderr)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from src.errors import UserError
+from src.terminal import prepare_output, show
 from src.training.figures.report_page import write_report
 
 
@@ -21,12 +22,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     # Only logs and run.json are read: a run that was stopped, or made by an earlier version, has a report too.
     parser.add_argument("run", metavar="RUN", help="folder of the run (--proj_dir)")
+    prepare_output()
     options = parser.parse_args(argv)
     try:
         path = write_report(Path(options.run))
     except UserError as error:  # 2 as argparse itself exits with: the folder on the command line is wrong
         parser.exit(2, f"{parser.prog}: {error}\n")
-    print(f"wrote {path}")
+    show(f"wrote {path}")
     return 0
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from src.errors import UserError
 from src.run_folder import FIGURE
 from src.run_log import Curves, read_curves
+from src.terminal import prepare_output, show
 from src.training.figures.loss_figure import draw_comparison, draw_run, write_figure
 from src.training.reporting.progress import duration
 
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", default="", help=f"output file (.png, .svg) [RUN/{FIGURE} for a single run, else compare.png]"
     )
+    prepare_output()
     options = parser.parse_args(argv)
     # All are read before anything is drawn: a mistyped second name must not leave a figure of the first run alone.
     try:
@@ -67,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     # --out decides the format too: a suffix of .svg gives a figure that can be scaled.
     path = Path(options.out) if options.out else default
     write_figure(draw_run(runs[0]) if is_single else draw_comparison(runs), path)
-    print(table(runs))
-    print(f"\nwrote {path}")
+    show(f"{table(runs)}\n\nwrote {path}")
     return 0
 
 

@@ -36,7 +36,10 @@ FLAGS = [
     str(CUDA),
 ]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "another random": (2, 2)}
+ORDERS = {
+    **{"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "another random": (2, 2)},
+    **{"last warp ahead": (3, 0), "last but one ahead": (3, 1)},
+}
 BAND = 64  # sentinel elements on each side of an output
 SENTINEL = 12345.0
 

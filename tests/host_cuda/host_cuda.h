@@ -2,7 +2,7 @@
 //
 // One OS thread executes one block at a time. A block's threads are fibers: each runs until it meets a barrier, a warp
 // collective or its end, then the scheduler picks the next one in the order that the test asked for (forward, reverse,
-// random). A kernel without races gives the same bits in every order. The lane that arrives last at a collective
+// random, or one warp as far as it can go before any other moves). A kernel without races gives the same bits in every order. The lane that arrives last at a collective
 // computes it for the whole warp.
 //
 // Found here: threads that wait for each other forever, lanes that meet in different collectives, reads of memory that
@@ -46,7 +46,7 @@ namespace host_cuda {
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 256 * 1024;
 
-enum Order { kForward = 0, kReverse = 1, kRandom = 2 };
+enum Order { kForward = 0, kReverse = 1, kRandom = 2, kAhead = 3 };  // kAhead: the warp `seed` from the end
 
 struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -266,6 +266,17 @@ struct Block {
             ready.pop_back();
           }
           if (ready.empty() || dice() % 64 == 0) break;  // now and then see who else has become ready
+        }
+      } else if (order == kAhead) {
+        // While a lane of it is ready, only its lanes run: it ends, or waits in a block barrier for the others, which
+        // have not begun. Then the others do the same, one after another.
+        const int warps = n / kWarp, ahead = warps - 1 - static_cast<int>(settings().seed) % warps;
+        int warp = threads[ready.front()].warp;
+        for (int at : ready)
+          if (threads[at].warp == ahead) warp = ahead;
+        for (int at : ready) {
+          if (!fault.empty()) break;
+          if (threads[at].warp == warp) enter(threads[at], stacks.at(at));
         }
       } else {
         for (int at : ready) {

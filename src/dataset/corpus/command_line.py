@@ -7,6 +7,7 @@ from pathlib import Path
 
 from src.config.flags import SPECIAL_TOKENS, THINK_MODES
 from src.errors import UserError
+from src.terminal import prepare_output
 
 
 def create_parser(description: str | None) -> argparse.ArgumentParser:
@@ -45,6 +46,7 @@ def add_think(parser: argparse.ArgumentParser) -> None:
 @contextmanager
 def exit_on_user_error(parser: argparse.ArgumentParser) -> Iterator[None]:
     """Ends the program with usage, message and exit code 2 when the block raises a UserError."""
+    prepare_output()
     try:
         yield
     except UserError as error:

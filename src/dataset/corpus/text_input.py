@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     import pyarrow
 
 PIECE_BYTES = 1 << 20  # some 250,000 tokens: tenths of a second of work for a worker, which hides the cost of sending
+# Of a line of a compressed file or of standard input, whose size bounds nothing: 14 MB may be a line of 3 GB. A book
+# has a few MB; reading a line takes some six times its memory.
+MAX_LINE_BYTES = 1 << 28
+# Of zstd, at a time: it may be 32,000 times as much text.
+COMPRESSED_BYTES = 1 << 10
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ENDINGS = (*JSON_LINES, ".parquet", ".txt")
 STDIN = "-"
@@ -97,7 +102,7 @@ _Part = tuple[bytes | list[str | bytes | None], int, int]  # lines, number of li
 def _read_one(path: str, field: str) -> Iterator[_Part]:
     if path == STDIN:
         stdin = sys.stdin.buffer
-        yield from _split_lines(iter(lambda: stdin.read(PIECE_BYTES), b""), stdin)
+        yield from _split_lines(iter(lambda: stdin.read(PIECE_BYTES), b""), stdin, path, MAX_LINE_BYTES)
     elif path.lower().endswith(".parquet"):
         yield from _read_parquet(path, field)
     elif path.lower().endswith(".txt"):
@@ -105,7 +110,8 @@ def _read_one(path: str, field: str) -> Iterator[_Part]:
         yield [content], 1, len(content)
     else:
         with open(path, "rb") as raw:
-            yield from _split_lines(_blocks(raw, path), raw)
+            is_compressed = path.lower().endswith((".gz", ".zst"))
+            yield from _split_lines(_blocks(raw, path), raw, path, MAX_LINE_BYTES if is_compressed else None)
 
 
 def _blocks(raw: IO[bytes], path: str) -> Iterator[bytes]:
@@ -139,22 +145,33 @@ def _zstd(raw: IO[bytes], path: str) -> _Decompressed:
     def decompress() -> Iterator[bytes]:
         # Frame by frame, because the package's stream reader doesn't report a truncated file.
         frame = None
-        while data := raw.read(PIECE_BYTES // 4):
+        parts: list[bytes] = []
+        size = 0
+        while data := raw.read(COMPRESSED_BYTES):
             while data:  # several frames may follow each other, as pzstd and `cat` write them
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(data)
+                parts.append(frame.decompress(data))
+                size += len(parts[-1])
                 data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+                if size >= PIECE_BYTES:
+                    yield b"".join(parts)
+                    parts, size = [], 0
+        yield b"".join(parts)
         if frame is not None:
             raise EOFError("the last frame is incomplete")
 
     return decompress(), (EOFError, zstandard.ZstdError)
 
 
-def _split_lines(blocks: Iterator[bytes], raw: IO[bytes]) -> Iterator[_Part]:
-    """Pieces that end at line ends; a line longer than a piece is not divided. A leading byte order mark is removed."""
+def _split_lines(blocks: Iterator[bytes], raw: IO[bytes], path: str, limit: int | None) -> Iterator[_Part]:
+    """Pieces that end at line ends; a line longer than a piece is not divided. A leading byte order mark is removed.
+
+    UserError for a line of more than `limit` bytes.
+    """
     position = raw.tell if raw.seekable() else lambda: 0  # a pipe has no position
     rest: list[bytes] = []
     first = True
+    count, length = 0, 0  # of the lines before, of `rest`
     for data in blocks:
         if first and data:
             data, first = data.removeprefix(b"\xef\xbb\xbf"), False
@@ -162,10 +179,20 @@ def _split_lines(blocks: Iterator[bytes], raw: IO[bytes]) -> Iterator[_Part]:
         cut = data.rfind(b"\n") + 1
         if cut:
             lines = b"".join([*rest, data[:cut]])
-            rest = []
-            yield lines, lines.count(b"\n"), position()
+            rest, length = [], 0
+            n_lines = lines.count(b"\n")
+            yield lines, n_lines, position()
+            count += n_lines
         if cut < len(data):
             rest.append(data[cut:])
+            length += len(data) - cut
+            if limit is not None and length > limit:
+                raise UserError(
+                    f"line {count + 1} has more than {limit >> 20} MiB",
+                    given=path,
+                    expected="one document or conversation a line",
+                    advice="decompress the file first if it is what it should be",
+                )
     if rest:
         yield b"".join(rest), 1, position()
 

@@ -15,6 +15,7 @@ from src.dataset.corpus.documents import InvalidLine, invalid_line, read_documen
 from src.dataset.corpus.text_input import Piece
 from src.dataset.tokenizer import load_tokenizer
 from src.errors import UserError
+from src.terminal import printable
 
 _SHOWN_INVALID_LINES = 5
 
@@ -104,7 +105,7 @@ class InvalidLineReport:
                 raise UserError(str(line), advice="--on_error skip counts and skips such lines")
             self._reasons[line.reason] += 1
             if self._reasons.total() <= _SHOWN_INVALID_LINES:
-                tqdm.write(f"left out: {line}", file=sys.stderr)
+                tqdm.write(printable(f"left out: {line}"), file=sys.stderr)
 
     def summary(self) -> str:
         by_reason = ", ".join(f"{count} with {reason}" for reason, count in self._reasons.most_common())

@@ -14,6 +14,7 @@ from src.model.weights import Weights, plain_name, read_weights
 # The names that transformers looks for, in its order.
 WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 PART = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")  # NAME-00001-of-00003.safetensors
+MAX_JSON_BYTES = 100_000_000  # the index of a model of 100 layers has half a megabyte
 DOWNLOAD = "download the folder again, or the missing files of the same version"
 
 
@@ -24,9 +25,13 @@ def is_part(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} for other content. Raises UserError when it can't be read."""
+    """The object in a JSON file; {} for other content. Raises UserError when it can't be read or is huge."""
     try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise UserError(f"has {size} bytes", given=path, expected=f"at most {MAX_JSON_BYTES}")
         content = json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"can't be read ({error})", given=path) from error
     return content if isinstance(content, dict) else {}

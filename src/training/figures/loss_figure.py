@@ -9,6 +9,7 @@ import numpy as np
 
 from src.files import atomic_write
 from src.run_log import Curves, Numbers, read_curves
+from src.terminal import printable
 from src.training.figures import published
 from src.training.reporting.progress import duration
 
@@ -83,7 +84,7 @@ def draw_run(curves: Curves) -> Figure:
     for axes in figure.axes:
         axes.grid(alpha=0.25)
     loss_by_tokens.legend(loc="upper right", frameon=False)
-    figure.suptitle(f"{curves.name}: {_summary(curves)}", fontsize=11)
+    figure.suptitle(f"{_name(curves)}: {_plain(_summary(curves))}", fontsize=11)
     return figure
 
 
@@ -99,11 +100,11 @@ def draw_comparison(runs: list[Curves]) -> Figure:
     for i, curves in enumerate(runs):
         colour, (smoothed, _) = RUN_COLOURS[i % len(RUN_COLOURS)], curves.smoothed()
         style: dict[str, Any] = {} if curves.by_step else {"marker": "."}
-        _plot_line(by_tokens, curves.tokens / token_scale, smoothed, colour, curves.name, **style)
-        _plot_line(by_time, curves.seconds / time_scale, smoothed, colour, curves.name, **style)
+        _plot_line(by_tokens, curves.tokens / token_scale, smoothed, colour, _name(curves), **style)
+        _plot_line(by_time, curves.seconds / time_scale, smoothed, colour, _name(curves), **style)
         if len(curves.val_loss):
             style = {"color": colour, "markersize": 4}
-            label = f"{curves.name}, held-out"
+            label = f"{_name(curves)}, held-out"
             by_tokens.plot(curves.val_tokens / token_scale, curves.val_loss, "o:", label=label, **style)
             by_time.plot(curves.seconds_at(curves.val_tokens) / time_scale, curves.val_loss, "o:", **style)
     limits = [_loss_limits(curves, curves.smoothed()[0]) for curves in runs]
@@ -115,6 +116,16 @@ def draw_comparison(runs: list[Curves]) -> Figure:
         axes.grid(alpha=0.25)
     by_tokens.legend(loc="upper right", frameon=False)
     return figure
+
+
+def _name(curves: Curves) -> str:
+    return _plain(curves.name)
+
+
+def _plain(text: str) -> str:
+    """`text` as Matplotlib shows it literally: between two $ it would be a formula, and an invalid one an error."""
+    # Lone surrogates, which stand for the bytes of a name that is no valid text, can't be drawn.
+    return printable(text).encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def _new_figure(width: float, height: float) -> Figure:

@@ -97,7 +97,7 @@ def _headline(curves: Curves) -> str:
     sizes = [text.format(settings[name]) for name, text in formats.items() if name in settings]
     data = f" Data: {settings['data_file']}." if settings.get("data_file") else ""
     summary = ", ".join(["RWKV-7", *sizes]) + "." + data
-    boxes = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in facts)
+    boxes = "".join(f"<div><b>{_escape(value)}</b><span>{_escape(label)}</span></div>" for value, label in facts)
     return f'<p class="summary">{_escape(summary)}</p>\n<div class="facts">{boxes}</div>'
 
 
@@ -148,7 +148,9 @@ def _mini_epochs(curves: Curves) -> str:
         if reference:  # which ends earlier than the run
             row.append(f"{reference[line.number][0]:.6f}" if line.number < len(reference) else "")
         rows.append(row)
-    cells = "\n".join("<tr>" + "".join(f'<td class="number">{cell}</td>' for cell in row) + "</tr>" for row in rows)
+    cells = "\n".join(
+        "<tr>" + "".join(f'<td class="number">{_escape(cell)}</td>' for cell in row) + "</tr>" for row in rows
+    )
     return "<table><tr>" + "".join(f'<th class="number">{name}</th>' for name in head) + f"</tr>\n{cells}</table>"
 
 
