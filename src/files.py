@@ -51,6 +51,15 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Creates a folder, its parents too, so that it survives a power failure: the names of new folders are flushed."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
 @contextmanager
 def file_lock(path: Path, wait: bool, warn: bool = True) -> Iterator[bool]:
     """Holds an exclusive lock on the file `path` during the block; the system releases it when the process ends.
