@@ -84,12 +84,13 @@ class Validation(StepCallback):
         proj_dir: Path,
         best_loss: float,
         at_start: bool,
+        check_folder: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(control)
         self.held_out, self.reporter, self.length, self.proj_dir = held_out, reporter, length, proj_dir
         self.graceful_stop, self.process_group = graceful_stop, process_group
         self.is_due = _schedule(val_every, length)
-        self.best_loss, self.at_start = best_loss, at_start
+        self.best_loss, self.at_start, self.check_folder = best_loss, at_start, check_folder
         self._last_seconds = 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -119,12 +120,13 @@ class Validation(StepCallback):
             loss, counted = measured
             self._last_seconds = time.monotonic() - begin
             is_best = loss < self.best_loss  # false for NaN
+            report = ValidationReport(steps, self.length.tokens(steps), loss, counted, self._last_seconds, is_best)
+            # Before the weights: val.csv must know every loss that rwkv-best.pth ever had, or worse weights would
+            # replace it after a power cut.
+            self.reporter.report_validation(report)
             if is_best:
                 self.best_loss = loss
-                write_weights(pl_module, self.proj_dir / BEST)
-        tokens = self.length.tokens(steps)
-        report = ValidationReport(steps, tokens, loss, counted, self._last_seconds, is_best)
-        self.reporter.report_validation(report)
+                write_weights(pl_module, self.proj_dir / BEST, self.check_folder)
 
     def _must_stop(self) -> bool:
         return self.graceful_stop.must_stop(excluding=PURPOSE)
@@ -147,15 +149,15 @@ def _schedule(val_every: str, length: RunLength) -> Callable[[int], bool]:
 
 
 def was_omitted(proj_dir: Path, val_every: str, length: RunLength, first_step: int) -> bool:
-    """Whether the measurement that is due before `first_step` isn't in val.csv: the run was stopped instead, or
-    --val_every changed."""
+    """Whether the measurement that is due before `first_step` isn't in val.csv: the run was stopped instead, or resumes
+    from weights that were saved before it, or --val_every changed."""
     measured = read_columns(proj_dir / VALIDATION).get("steps", [])
     return first_step > 0 and _schedule(val_every, length)(first_step - 1) and first_step not in measured
 
 
 def best_loss_before(proj_dir: Path, step: int) -> float:
-    """The lowest held-out loss up to `step` in val.csv, which holds losses on the same samples only; infinite where
-    there is none."""
+    """The lowest held-out loss up to and including `step` in val.csv, which holds losses on the same samples only;
+    infinite where there is none."""
     columns = read_columns(proj_dir / VALIDATION)
     rows = zip(columns.get("steps", []), columns.get("loss", []), strict=True)
     return min((loss for steps, loss in rows if steps <= step and math.isfinite(loss)), default=math.inf)

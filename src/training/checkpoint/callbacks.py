@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
-from src.model.weights import save_weights
+from src.model.weights import IDLE_IN_LAYER_0, Weights, save_weights
 from src.run_folder import FINAL, numbered_weights, replace_drawn_init, weights_name
 from src.training.checkpoint.state import (
     Position,
@@ -18,7 +19,7 @@ from src.training.checkpoint.state import (
     scatter_full_state,
 )
 from src.training.checkpoint.storage import StateReader, StateWriter
-from src.training.console import is_rank_zero
+from src.training.console import is_rank_zero, log
 from src.training.control import SAVE, STOP, RunControl, StepCallback
 from src.training.module import TrainingModule
 from src.training.reporting.non_finite import NonFiniteMonitor
@@ -30,10 +31,21 @@ class SaveWeights(StepCallback):
     """rwkv-N.pth after mini-epochs with N mod epoch_save = 0, after the last whole mini-epoch of a pass over the data
     (N = prime // mini_epoch_samples - 1), and after the last step."""
 
-    def __init__(self, control: RunControl, length: RunLength, epoch_save: int, proj_dir: Path, prime: int = 0) -> None:
-        """`prime` is the number of samples of a pass; 0 where the order has no magic prime (conversations)."""
+    def __init__(
+        self,
+        control: RunControl,
+        length: RunLength,
+        epoch_save: int,
+        proj_dir: Path,
+        non_finite: NonFiniteMonitor,
+        prime: int = 0,
+        check_folder: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`prime` is the number of samples of a pass; 0 where the order has no magic prime (conversations).
+        `check_folder` raises where the folder is another run's."""
         super().__init__(control)
         self.length, self.epoch_save, self.proj_dir = length, epoch_save, proj_dir
+        self.non_finite, self.check_folder = non_finite, check_folder
         # The official trainer counts magic_prime // 40320 mini-epochs and saves the last of them. -1 is no mini-epoch.
         self.last_whole = prime // length.mini_epoch_samples - 1
 
@@ -46,16 +58,41 @@ class SaveWeights(StepCallback):
         return is_due and self.length.ends_mini_epoch(step)
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        if self.saves_at(step):
-            write_weights(pl_module, self.proj_dir / weights_name(self.length.mini_epoch(step)))
+        if not self.saves_at(step):
+            return
+        path = self.proj_dir / weights_name(self.length.mini_epoch(step))
+        # A run that goes back to the newest weights must not find those that the skipped steps began from, or that are
+        # the cause of them. All ranks see the same numbers.
+        if self.non_finite.skipped_in_row:
+            log(f"note: {path.name} is not written, since the last {self.non_finite.skipped_in_row} steps were skipped")
+            return
+        write_weights(pl_module, path, self.check_folder)
 
 
-def write_weights(module: pl.LightningModule, path: Path) -> None:
+def write_weights(module: pl.LightningModule, path: Path, check_folder: Callable[[], None]) -> None:
     """The model's plain weights. Every rank takes part: under ZeRO's stage 3 each holds a partition of them."""
     assert isinstance(module, TrainingModule)
     weights = gather_weights(module.model)
     if weights is not None:
-        save_weights(weights, path)
+        check_folder()  # here too: where the folder is gone, writing the temporary file would fail first
+        save_weights(weights, path, check_folder)
+
+
+def refuse_unusable(weights: Weights, counters: dict[str, float], restarted_at_sample: int) -> None:
+    """Raises FloatingPointError for the weights at the end of a run that never took a step, or that are not finite."""
+    # Adam's count is that of the whole run, unless it began anew on trained weights.
+    is_untrained = counters["adam_steps"] == 0 and restarted_at_sample == 0
+    non_finite = [
+        name
+        for name, tensor in weights.items()
+        if name not in IDLE_IN_LAYER_0 and not all(bool(bound.isfinite()) for bound in tensor.aminmax())
+    ]
+    if is_untrained or non_finite:
+        what = f"{non_finite[0]} is not finite" if non_finite else "no step had a finite loss and gradient"
+        raise FloatingPointError(
+            f"the run ends without usable weights: {what}, so {FINAL} is not written. Start again with --restart 1 and "
+            "a lower --lr_init, or use --precision fp32 to find the cause"
+        )
 
 
 class SaveInitialWeights(pl.Callback):
@@ -65,8 +102,8 @@ class SaveInitialWeights(pl.Callback):
     run's precision. A file that this run did not write is never replaced.
     """
 
-    def __init__(self, proj_dir: Path) -> None:
-        self.proj_dir = proj_dir
+    def __init__(self, proj_dir: Path, check_folder: Callable[[], None] = lambda: None) -> None:
+        self.proj_dir, self.check_folder = proj_dir, check_folder
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # From the model rather than drawn a second time: orthogonal matrices take minutes for a large model. Not
@@ -74,6 +111,7 @@ class SaveInitialWeights(pl.Callback):
         assert isinstance(pl_module, TrainingModule)
         weights = gather_weights(pl_module.model)
         if weights is not None:
+            self.check_folder()
             replace_drawn_init(self.proj_dir, lambda path: save_weights(weights, path))
 
 
@@ -125,7 +163,7 @@ class CheckpointCallback(StepCallback):
         self.writer.check()  # a save that failed in the background fails the run at the next step
         self._reserve_time()
         if self.control.is_agreed(SAVE, STOP) or self.weights.saves_at(step):
-            self.reporter.flush()  # the losses and skipped steps up to this step belong to the state
+            self.reporter.flush()  # the skipped steps up to this one are known then
             # A state among skipped steps has passed samples that a roll-back would leave out; only a stop can't wait
             # for a better one.
             if self.control.is_agreed(STOP) or not self.non_finite.skipped_in_row:
@@ -136,11 +174,21 @@ class CheckpointCallback(StepCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.writer.wait()  # raises the error of the last save: no rwkv-final.pth then
         if self.control.step >= self.length.steps and self.non_finite.failed_steps is None:
-            write_weights(pl_module, self.weights.proj_dir / FINAL)
+            assert isinstance(pl_module, TrainingModule)
+            weights = gather_weights(pl_module.model)
+            if weights is not None:
+                refuse_unusable(weights, pl_module.optimizer.counters(), self.position.restarted_at_sample)
+                self.weights.check_folder()
+                save_weights(weights, self.weights.proj_dir / FINAL, self.weights.check_folder)
+
+    def save_between_steps(self, module: pl.LightningModule) -> None:
+        """Save the full state of the last complete step, and wait for it: where no further step is possible."""
+        self._save(module)
+        self.writer.wait()
 
     def _save(self, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)
-        step = self.control.step
+        step, logs = self.control.step, self.reporter.sync()
         position = Position(
             step=step,
             samples=self.length.samples(step),
@@ -150,7 +198,7 @@ class CheckpointCallback(StepCallback):
             skipped_samples=self.position.skipped_samples,
             weights_written=bool(numbered_weights(self.weights.proj_dir)),  # see find_resume_point
         )
-        state = SavedState(position, self.settings, module.optimizer.counters(), time.time())
+        state = SavedState(position, self.settings, module.optimizer.counters(), time.time(), logs)
         tensors = gather_full_state(module)
         if is_rank_zero():
             self.writer.write(step, state.payload(), tensors)

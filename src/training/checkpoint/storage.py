@@ -56,15 +56,6 @@ def state_folders(proj_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def rename_damaged(path: Path) -> Path:
-    """Rename a damaged state or weights file, so that it doesn't count among those that are kept."""
-    archived, k = path.with_name(f"damaged-{path.name}"), 1
-    while archived.exists():
-        k += 1
-        archived = path.with_name(f"damaged-{path.name}-{k}")
-    return path.rename(archived)
-
-
 class StateReader:
     """Reads a state: the manifest and `payload` at construction, the tensors by `shards`. Verifies each file as it is
     read.
