@@ -100,10 +100,9 @@ def _check_record(run: Any) -> None:
         values += [(name, settings.get(name, ""), str) for name in ("precision", "accelerator", "data_type")]
     values.append(("mini_epoch_samples", run.get("mini_epoch_samples", 1), int))
     for name, value, kind in values:
-        if type(value) is not kind:
+        is_right = type(value) is kind and (not isinstance(value, int) or 0 <= value < 1 << 63)
+        if not is_right:
             raise ValueError(f"{name} is {str(value)[:40]!r}")
-        if kind is int and not 0 <= int(value) < 1 << 63:
-            raise ValueError(f"{name} is {value}")
 
 
 def write_run(folder: Path, run: dict[str, Any]) -> None:

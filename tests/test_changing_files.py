@@ -1,5 +1,5 @@
-"""Files that change under a run: its folder is moved, its lock removed, its data truncated or replaced. The run ends with
-a sentence, what is saved is whole, and nothing of others is overwritten."""
+"""Files that change under a run: its folder is moved, its lock removed, its data truncated or replaced. The run ends
+with a sentence, what is saved is whole, and nothing of others is overwritten."""
 
 import json
 import os
@@ -139,13 +139,19 @@ def overwrite(path):
     path.write_bytes(content[::-1])
 
 
-DATA_CHANGES = [
-    (change, ending) for change in (truncate, replace, overwrite, Path.unlink) for ending in (".bin", ".idx")
-]
+DATA_CHANGES = [(truncate, ".bin"), (overwrite, ".bin"), (replace, ".idx"), (Path.unlink, ".idx")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):
+    """The losses of the run that nothing happens to."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert train(out, data, **RUN) == 0
+    return losses(out)
 
 
 @pytest.mark.parametrize(("change", "ending"), DATA_CHANGES, ids=[f"{c.__name__} {e}" for c, e in DATA_CHANGES])
-def test_changed_data_stop_the_run_with_its_state_saved(tmp_path, data, own, monkeypatch, capfd, change, ending):
+def test_changed_data_stop_the_run_with_its_state_saved(tmp_path, own, whole, monkeypatch, capfd, change, ending):
     out, victim = tmp_path / "run", own.with_name(f"own{ending}")
     with monkeypatch.context() as patch:
         during(patch, 15, lambda: change(victim))
@@ -157,8 +163,7 @@ def test_changed_data_stop_the_run_with_its_state_saved(tmp_path, data, own, mon
     assert newest_state(out).position.step == 16
     shutil.copy(tmp_path / f"sound{ending}", victim)
     assert train(out, own, **RUN) == 0
-    assert train(tmp_path / "whole", data, **RUN) == 0
-    assert losses(out) == losses(tmp_path / "whole")
+    assert losses(out) == whole
 
 
 def test_data_that_end_in_the_middle_of_a_step_leave_the_state_of_the_step_before(tmp_path, own, monkeypatch, capfd):
