@@ -33,6 +33,7 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from src.config import ModelConfig, RunConfig
+from src.dataset.watched_file import DataFileError
 from src.model import RWKV7
 from src.model.cost import parameter_count
 from src.model.weights import save_weights
@@ -114,11 +115,16 @@ def fit(context: RunContext, resume: ResumePoint) -> FitResult:
         # built here and held by nobody else: a roll-back builds another one, and there may be no memory for two
         model, values = build_model(context.config, context.sizes, context.hardware, resume)
         callbacks = build_callbacks(context, resume)
-        run_trainer(context, resume, steps, callbacks.in_order, build_module(context, model, values))
+        watch_files = callbacks.watch_files
+        try:
+            run_trainer(context, resume, steps, callbacks.in_order, build_module(context, model, values))
+        except DataFileError as error:
+            watch_files.check_data()  # for its own sentence: that of a loader's worker has a traceback in it
+            raise watch_files.data_error or error from None
         if callbacks.control.is_agreed(STOP):
-            callbacks.watch_files.check_data()  # on every rank: it may have stopped since another one noticed
-        if callbacks.watch_files.data_error is not None and callbacks.control.step < resume.length.steps:
-            raise callbacks.watch_files.data_error
+            watch_files.check_data()  # on every rank: it may have stopped since another one noticed
+        if watch_files.data_error is not None and callbacks.control.step < resume.length.steps:
+            raise watch_files.data_error
         return _result(callbacks, resume.length.steps)
     except DamagedStateError as error:
         error.folder = resume.reader.folder if resume.reader is not None else None

@@ -166,10 +166,10 @@ class ValidationFile(Sink):
         self.path, self.check_folder = path, check_folder
         kept = {int(row["steps"]): row for row in _read_rows(path, "steps") if int(row["steps"]) <= last_validation}
         rows = [dict(zip(self.COLUMNS, line.split(","), strict=False)) for line in (saved or {}).get(VALIDATION, ())]
-        missing = {int(row["steps"]): row for row in rows if _is_row(row, self.COLUMNS, "steps")}.keys() - kept.keys()
-        if missing:
+        in_state = {int(row["steps"]): row for row in rows if _is_row(row, self.COLUMNS, "steps")}
+        if missing := in_state.keys() - kept.keys():
             log(f"note: {path.name} lacked {len(missing)} rows of this run; restored from its state")
-            kept |= {int(row["steps"]): row for row in rows if int(row["steps"]) in missing}
+            kept |= {steps: in_state[steps] for steps in missing}
         kept = dict(sorted(kept.items()))
         self._lines = [",".join(row.get(name, "") for name in self.COLUMNS) for row in kept.values()]
         if path.exists() or kept:
