@@ -35,7 +35,9 @@ def during(monkeypatch, step, act):
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """But for what is not under its final name, and metrics.csv: a run may add to the file that it has open."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "metrics.csv"]
+    return {path: path.read_bytes() for path in files if not any(part.endswith(".tmp") for part in path.parts)}
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
@@ -73,9 +75,7 @@ def test_a_run_whose_folder_is_no_longer_its_own_stops(tmp_path, data, monkeypat
     error = capfd.readouterr().err
     assert f"--proj_dir {out}: the folder was moved, or its .lock removed" in error
     assert "Traceback" not in error
-    assert {path: data for path, data in contents(out).items() if path.name != "metrics.csv"} == {
-        path: data for path, data in before.items() if path.name != "metrics.csv"
-    }
+    assert contents(out) == before
     assert out.exists() == (change != "gone")
     kept = tmp_path / "moved" if change in ("moved", "gone") else out
     assert train(kept, data, **RUN) == 0
@@ -220,10 +220,11 @@ def test_conversations_are_watched_too(tmp_path, monkeypatch, capfd):
     turns = [{"role": "user", "content": "1 2 3"}, {"role": "assistant", "content": "4 5 6"}]
     file.write_text("\n".join(json.dumps({"conversations": turns}) for _ in range(40)))
     settings = {"data_type": "sft", "tokenizer": make_tokenizer(tmp_path / "tokenizer"), "vocab_size": 400, **RUN}
+    settings |= {"ctx_len": 32, "my_exit_tokens": 32 * 4 * 30}
     cache = tmp_path / "chats.jsonl.sft.bin"
     with monkeypatch.context() as patch:
         during(patch, 15, lambda: os.truncate(cache, 4))
-        assert train(tmp_path / "run", file, save_minutes=0, ctx_len=32, **settings) == 2
+        assert train(tmp_path / "run", file, save_minutes=0, **settings) == 2
     assert f"{cache}: changed while it was in use: it has 4 bytes" in capfd.readouterr().err
     assert newest_state(tmp_path / "run").position.step == 16
 
