@@ -174,6 +174,8 @@ def _by_mini_epoch(
 def _add_validation(curves: Curves, path: Path, warnings: list[str]) -> None:
     columns, empty = read_arrays(path, warnings), np.empty(0)
     if not {"tokens", "loss"} <= columns.keys():
+        if columns:
+            warnings.append(f"{path}: no columns tokens and loss")
         return
     is_finite = np.isfinite(columns.get("loss", empty))
     curves.val_tokens = columns.get("tokens", empty)[is_finite]

@@ -21,6 +21,13 @@ from src.training.module import TrainingModule
 RUN = {"my_exit_tokens": CTX * 4 * 30, "epoch_steps": 10, "epoch_save": 1}
 
 
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch):
+    """They take most of the time of a tiny run."""
+    for name in ("write_loss_figure", "write_report"):
+        monkeypatch.setattr(f"src.training.run.{name}", lambda *arguments: "")
+
+
 def during(monkeypatch, step, act):
     """`act` is called once, while step number `step` (from 0) computes."""
     original, done = TrainingModule.training_step, []

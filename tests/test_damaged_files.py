@@ -6,7 +6,7 @@ import math
 import shutil
 
 import pytest
-from training_runs import CTX, log_lines, losses, train, train_until
+from training_runs import CTX, log_lines, losses, newest_state, train, train_until
 
 from src import run_folder
 from src.errors import UserError
@@ -18,6 +18,13 @@ from src.training.plot import main as plot
 from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile
 
 RUN = {"my_exit_tokens": CTX * 4 * 30, "epoch_steps": 10, "epoch_save": 1, "val_every": "5steps", "val_windows": 8}
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch):
+    """They take most of the time of a tiny run."""
+    for name in ("write_loss_figure", "write_report"):
+        monkeypatch.setattr(f"src.training.run.{name}", lambda *arguments: "")
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +42,8 @@ def out(tmp_path, stopped):
 
 
 DAMAGES = {
-    "wrong bytes": lambda content: content[:200] + b"\xff\xfe\x81" + content[200:],
-    "NULs": lambda content: content[:150] + bytes(100) + content[250:],
+    "wrong bytes": lambda content: content[: len(content) // 2] + b"\xff\xfe\x81" + content[len(content) // 2 :],
+    "NULs": lambda content: content[: len(content) // 3] + bytes(50) + content[len(content) // 3 + 50 :],
     "all NULs": lambda content: bytes(len(content)),
     "another file": lambda content: b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 8 + b"\n",
     "another header": lambda content: b"a,b,c\n" + content.partition(b"\n")[2],
@@ -45,34 +52,41 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        *(("metrics.csv", damage) for damage in ("wrong bytes", "all NULs", "another header")),
-        *(("val.csv", damage) for damage in ("words", "another file", "NULs", "empty")),
-        *(("train_log.txt", damage) for damage in ("wrong bytes", "NULs", "empty")),
-    ],
-)
-def test_a_damaged_log_is_named_renamed_and_begun_anew(out, data, capfd, name, damage):
-    expected = {log: (out / log).read_text() for log in ("val.csv", "metrics.csv")}
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["metrics.csv", "val.csv", "train_log.txt"])
+def test_a_damaged_log_is_named_renamed_and_begun_anew(out, stopped, capsys, name, damage):
+    """With the lines that can be read, and of the small ones those that the state has."""
     content = DAMAGES[damage]((out / name).read_bytes())
     (out / name).write_bytes(content)
-    assert train(out, data, val_data_file=data, **RUN) == 0
-    output = capfd.readouterr().out
-    archived = out / f"damaged-{name}"
-    if b"\n" in content:  # a file without one is a line that was cut: nothing of it was ever read
+    saved = newest_state(stopped).logs
+    metrics = MetricsFile(out / "metrics.csv", 20, CTX * 4)
+    metrics.close()
+    ValidationFile(out / "val.csv", 20, saved)
+    TrainLog(out / "train_log.txt", 2, 20, {}, saved)
+    output = capsys.readouterr().out
+    # words in a log are a header; a file without a line's end is a line that was cut: nothing of it was ever read
+    if b"\n" in content and (name, damage) not in (("train_log.txt", "another header"), ("train_log.txt", "words")):
         assert f"WARNING: {out / name} is damaged: " in output
         assert f"renamed to damaged-{name}" in output
-        assert archived.read_bytes() == content
-    # restored from the state, or kept where they can be read
+        assert (out / f"damaged-{name}").read_bytes() == content
+    assert [line.number for line in read_log((out / "train_log.txt").read_text())] == [0, 1]
+    assert (out / "val.csv").read_text() == "".join((stopped / "val.csv").read_text().splitlines(keepends=True)[:5])
+    steps = read_columns(out / "metrics.csv").get("step", [])
+    assert len(steps) + metrics.missing_steps == 20
+    if name != "metrics.csv":
+        assert steps == list(range(20))
+
+
+def test_a_run_goes_on_without_its_logs(out, data, capfd):
+    for name in ("metrics.csv", "val.csv", "train_log.txt"):
+        (out / name).write_bytes(b"\xff\0\n" * 100)
+    assert train(out, data, val_data_file=data, **RUN) == 0
+    output = capfd.readouterr().out
+    assert output.count("is damaged") == 3
+    assert "metrics.csv has no rows of 20 of the 20 steps before this start" in output
     assert [line[0] for line in log_lines(out)] == ["0", "1", "2"]
     assert read_columns(out / "val.csv")["steps"] == [5, 10, 15, 20, 25, 30]
-    kept = expected["val.csv"].splitlines()[:5]
-    assert (out / "val.csv").read_text().splitlines()[:5] == kept
-    assert all(map(math.isfinite, losses(out)))
-    if name != "metrics.csv":
-        assert [int(step) for step in read_columns(out / "metrics.csv")["step"]] == list(range(30))
-    assert (out / "report.html").exists()
+    assert len(losses(out)) == 10
 
 
 def test_a_log_that_the_disk_cannot_read_is_damaged(tmp_path, monkeypatch, capsys):
@@ -119,28 +133,21 @@ def test_a_damaged_run_json_is_refused_with_its_name(tmp_path, text):
     assert "delete it" in refused.value.advice
 
 
-def test_a_start_with_a_damaged_run_json_says_so_and_continues_without(out, data, capfd):
+def test_a_start_with_a_damaged_run_json_says_so(out, data, capfd):
     (out / "run.json").write_text('{"settings": {"global_batch": "four"}}')
     assert train(out, data, val_data_file=data, **RUN) == 2
     error = capfd.readouterr().err
     assert f"{out / 'run.json'}: unreadable" in error
     assert "Traceback" not in error
-    (out / "run.json").unlink()
-    assert train(out, data, val_data_file=data, **RUN) == 0
 
 
 @pytest.mark.parametrize("name", ["rwkv-99999999999999999999.pth", "rwkv-007.pth", "rwkv-٣.pth", "rwkv--1.pth"])
-def test_names_that_no_run_writes_are_no_steps(out, data, name):
+def test_names_that_no_run_writes_are_no_steps(out, name):
     (out / name).write_bytes(b"anything")
     (out / "resume" / "step-99999999999999999999").mkdir()
     assert list(numbered_weights(out)) == [0, 1]
     assert newest_weights(out) == out / "rwkv-1.pth"
     assert [folder.name for folder in state_folders(out)] == ["step-00000020", "step-00000010"]
-    if name.startswith("rwkv-9"):
-        shutil.rmtree(out / "resume" / "step-00000020")
-        shutil.rmtree(out / "resume" / "step-00000010")
-        assert train(out, data, val_data_file=data, **RUN) == 0
-        assert (out / name).read_bytes() == b"anything"
 
 
 def test_damaged_files_are_archived_with_the_run(out):
@@ -150,6 +157,15 @@ def test_damaged_files_are_archived_with_the_run(out):
 
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
+
+
+def draw(curves):
+    """A figure takes a second to draw: here an empty one, from curves that have what it needs."""
+    import matplotlib.figure
+
+    assert curves.smoothed()[0].shape == curves.tokens.shape == curves.seconds_at(curves.tokens).shape
+    assert len(curves.seconds_at(curves.val_tokens)) == len(curves.val_loss)
+    return matplotlib.figure.Figure()
 
 
 @pytest.mark.parametrize(
@@ -165,7 +181,10 @@ def test_damaged_files_are_archived_with_the_run(out):
         ("train_log.txt", b"{" * 100_000 + b"\n1 2 3 4 5 6 7\n\xb2 1.0 2.0 3e-4 2026-01-01 00:00:00 0\n"),
     ],
 )
-def test_figures_and_reports_show_what_can_be_read(out, capsys, name, content):
+def test_figures_and_reports_show_what_can_be_read(out, capsys, monkeypatch, name, content):
+    for module in ("src.training.figures.report_page", "src.training.plot"):
+        monkeypatch.setattr(f"{module}.draw_run", draw)
+    monkeypatch.setattr("src.training.plot.write_figure", lambda figure, path: figure)
     (out / name).write_bytes(content)
     page = write_report(out).read_text()
     assert "training loss" in page
@@ -173,7 +192,6 @@ def test_figures_and_reports_show_what_can_be_read(out, capsys, name, content):
         assert f"Not everything could be read:<br>{out / name}" in page
         assert f"WARNING: {out / name}" in capsys.readouterr().out
     assert plot([str(out), "--out", str(out / "figure.png")]) == 0
-    assert (out / "figure.png").stat().st_size > 10_000
 
 
 def test_damaged_lines_of_metrics_are_left_out_and_counted(out):

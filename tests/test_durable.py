@@ -15,6 +15,13 @@ RUN = {"my_exit_tokens": CTX * 4 * 30, "epoch_steps": 10, "epoch_save": 1, "val_
 LOGS = ("train_log.txt", "metrics.csv", "val.csv")
 
 
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch):
+    """They take most of the time of a tiny run."""
+    for name in ("write_loss_figure", "write_report"):
+        monkeypatch.setattr(f"src.training.run.{name}", lambda *arguments: "")
+
+
 def test_logs_are_on_the_disk_before_the_state_that_is_past_them(tmp_path, data, monkeypatch):
     """The disk as the worst cut leaves it: of each log what it held at its last fsync, at the moment when a state or
     the best weights got their name."""

@@ -117,7 +117,7 @@ class MetricsFile(Sink):
 
     def __init__(self, path: Path, first_step: int, tokens_per_step: int) -> None:
         self.lost_seconds = self._seconds_before = 0.0
-        rows = _read_rows(path, "step")
+        rows, is_damaged = _read_rows(path, "step")
         kept = [row for row in rows if int(row["step"]) < first_step]
         # from the speed, not from `seconds`: files of earlier versions lack that column
         speeds = [_parse_number(row.get("tokens_per_second")) for row in rows if int(row["step"]) >= first_step]
@@ -125,7 +125,8 @@ class MetricsFile(Sink):
         known = [seconds for row in kept if math.isfinite(seconds := _parse_number(row.get("seconds")))]
         self._seconds_before = known[-1] if known else 0.0
         # a run may begin in the middle (--epoch_begin): nothing is missing before its first row
-        self.missing_steps = max(0, first_step - int(kept[0]["step"]) - len(kept)) if kept else first_step
+        begin = int(kept[0]["step"]) if kept and not is_damaged else 0
+        self.missing_steps = max(0, first_step - begin - len(kept))
         if path.exists():
             _rewrite(path, self.COLUMNS, kept)
         self._file, self._writer = _open_for_append(path, self.COLUMNS)
@@ -164,7 +165,8 @@ class ValidationFile(Sink):
     ) -> None:
         """The arguments are those of `TrainLog`."""
         self.path, self.check_folder = path, check_folder
-        kept = {int(row["steps"]): row for row in _read_rows(path, "steps") if int(row["steps"]) <= last_validation}
+        present, _ = _read_rows(path, "steps")
+        kept = {int(row["steps"]): row for row in present if int(row["steps"]) <= last_validation}
         rows = [dict(zip(self.COLUMNS, line.split(","), strict=False)) for line in (saved or {}).get(VALIDATION, ())]
         in_state = {int(row["steps"]): row for row in rows if _is_row(row, self.COLUMNS, "steps")}
         if missing := in_state.keys() - kept.keys():
@@ -223,15 +225,16 @@ def _read_lines(path: Path, is_kept: Callable[[str], bool]) -> list[str]:
     return kept
 
 
-def _read_rows(path: Path, key: str) -> list[Row]:
-    """The rows of a csv file of numbers, `key` an integer in each. A file that has anything else is archived."""
+def _read_rows(path: Path, key: str) -> tuple[list[Row], bool]:
+    """The rows of a csv file of numbers, `key` an integer in each, and whether it was damaged: a file that has anything
+    else is archived."""
     lines = [line.rstrip("\r") for line in _read_text(path).split("\n")[:-1]]
     if not lines:
-        return []
+        return [], False
     columns = lines[0].split(",")
     if key not in columns:
         _archive(path, f"its first line has no column {key}")
-        return []
+        return [], True
     filled = [line for line in lines[1:] if line]
     cells = [line.split(",") for line in filled]
     whole = (dict(zip(columns, row, strict=True)) for row in cells if len(row) == len(columns))
@@ -239,7 +242,7 @@ def _read_rows(path: Path, key: str) -> list[Row]:
     if unreadable := len(filled) - len(rows):
         _archive(path, f"{unreadable} of {len(filled)} rows can't be read")
         _rewrite(path, tuple(columns), rows)
-    return rows
+    return rows, unreadable > 0
 
 
 def _is_row(row: Row, columns: Sequence[str], key: str) -> bool:
