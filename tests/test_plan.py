@@ -72,8 +72,8 @@ def test_activation_bytes_equal_the_saved_tensors(precision, shape):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_a_block_keeps_is_what_one_more_block_saves(precision):
     """A block after the first: to one in a hundred, so that a wrong count of its tensors is seen."""
-    two, three = (saved_for_backward(ModelConfig(n, 256, 100), 128, PRECISIONS[precision]) for n in (2, 3))
-    expected = 128 * plan.kept_by_block(ModelConfig(3, 256, 100), precision)
+    two, three = (saved_for_backward(ModelConfig(n, 128, 100), 512, PRECISIONS[precision]) for n in (2, 3))
+    expected = 512 * plan.kept_by_block(ModelConfig(3, 128, 100), precision)
     assert expected == pytest.approx(three - two, rel=0.01)
 
 
