@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -16,8 +16,8 @@ UNSUPPORTED_LOCK_ERRNOS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 
 
 @contextmanager
-def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Opens a temporary file that replaces `path` when the block ends without an error.
+def atomic_write(path: str | Path, mode: str = "wb", check: Callable[[], None] = lambda: None) -> Iterator[IO]:
+    """Opens a temporary file that replaces `path` when the block ends without an error, and `check` raises none.
 
     Until then an earlier `path` stays as it was: a reader, a crash or a full disk never leaves a partial file under the
     final name. Text modes use UTF-8. On any error the temporary file is removed and the error raised.
@@ -34,6 +34,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             # Before the rename: otherwise a power failure could leave the new name with no content.
             os.fsync(file.fileno())
+        check()
         os.replace(temporary, path)
     except BaseException:  # KeyboardInterrupt included
         temporary.unlink(missing_ok=True)
@@ -61,6 +62,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Flushes to the disk what another program wrote to a file."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in `folder` survive a power failure (a no-op where folders can't be opened, as on Windows)."""
     try:
@@ -71,6 +78,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a folder, its parents too, so that it survives a power failure: the names of new folders are flushed."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
 
 
 @contextmanager

@@ -21,17 +21,18 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
-from src.files import atomic_write, sha256_of, sync_folder
+from src.files import atomic_write, file_lock, sha256_of, sync_folder
 
 INIT, FINAL, BEST = "rwkv-init.pth", "rwkv-final.pth", "rwkv-best.pth"
 LOG, METRICS, VALIDATION, SAMPLES, RUN = "train_log.txt", "metrics.csv", "val.csv", "samples.json", "run.json"
 FIGURE, REPORT, TRACE, TOKENIZER = "loss.png", "report.html", "profile.json.gz", "tokenizer"
-STATES = "resume"
+STATES, LOCK = "resume", ".lock"
 MODEL_CONFIG = "config.json"  # of folders in a Hugging Face layout; a run has none
 # What belongs to one run, besides its weights. RUN comes last: a process that dies while moving them finds on its next
 # start that there is something left to move.
@@ -41,6 +42,7 @@ BELONGS_TO_RUN = (
 )
 # Of run.json. 1 (and files without a number): up to November 2026. 2: the number itself.
 FORMAT_VERSION = 2
+COUNTS_OF_SETTINGS = ("ctx_len", "vocab_size", "my_exit_tokens", "global_batch", "epoch_steps")  # computed with
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ ALL_RESULTS = (WEIGHTS, ADAPTER, TUNED_STATE)
 
 def numbered_results(folder: Path, names: ResultNames) -> dict[int, Path]:
     """What was written after mini-epochs, by N, in ascending order."""
-    pattern = re.compile(rf"{re.escape(names.prefix)}(\d+){re.escape(names.suffix)}")
+    # as `numbered` writes them, up to a number that a run can reach: rwkv-99999999999999999999.pth is none
+    pattern = re.compile(rf"{re.escape(names.prefix)}(0|[1-9][0-9]{{0,8}}){re.escape(names.suffix)}")
     matches = ((pattern.fullmatch(path.name), path) for path in folder.glob(f"{names.prefix}*{names.suffix}"))
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
@@ -101,18 +104,40 @@ def read_run(folder: Path) -> dict[str, Any]:
         return {}
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(run, dict) or not all(isinstance(run.get(name, {}), dict) for name in ("origin", "settings")):
-            raise UserError("not what a run wrote")
+        _check_record(run)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"unreadable ({error})", given=path, advice="delete it to continue without what it records"
         ) from error
     version = run.get("version", 1)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if version > FORMAT_VERSION:
         raise UserError(
             f"format version {version}", given=path, expected=f"at most {FORMAT_VERSION}", advice="update this program"
         )
     return run
+
+
+def _check_record(run: Any) -> None:
+    """Raises ValueError when what is read from run.json has not the types that a run writes."""
+    if not isinstance(run, dict):
+        raise ValueError("no object")
+    settings, origin = run.get("settings", {}), run.get("origin", {})
+    values: list[tuple[str, Any, type]] = [
+        ("version", run.get("version", 1), int),
+        ("settings", settings, dict),
+        ("origin", origin, dict),
+    ]
+    values += [(name, run.get(name, {}), dict) for name in ("environment", "held_out")]
+    values += [(name, run.get(name, ""), str) for name in ("tokenizer", "wandb_id")]
+    if isinstance(settings, dict) and isinstance(origin, dict):
+        values += [(f"origin {name}", origin.get(name, ""), str) for name in ("sha256", "path")]
+        values += [(name, settings.get(name, 1), int) for name in COUNTS_OF_SETTINGS]
+        values += [(name, settings.get(name, ""), str) for name in ("precision", "accelerator", "data_type")]
+    values.append(("mini_epoch_samples", run.get("mini_epoch_samples", 1), int))
+    for name, value, kind in values:
+        is_right = type(value) is kind and (not isinstance(value, int) or 0 <= value < 1 << 63)
+        if not is_right:
+            raise ValueError(f"{name} is {str(value)[:40]!r}")
 
 
 def write_run(folder: Path, run: dict[str, Any]) -> None:
@@ -196,7 +221,7 @@ def archive_run(folder: Path, new_origin: Path | None = None) -> Path | None:
     for names in ALL_RESULTS:
         members += [*numbered_results(folder, names).values(), *_archived(folder / names.best)]
         members += [folder / name for name in (names.final, names.best) if (folder / name).exists()]
-    members += folder.glob("damaged-rwkv-*")
+    members += folder.glob("damaged-*")
     init = folder / INIT
     is_new_origin = new_origin is not None and init.exists() and new_origin.samefile(init)
     if not is_new_origin and has_drawn_init(folder):
@@ -211,7 +236,18 @@ def archive_run(folder: Path, new_origin: Path | None = None) -> Path | None:
     archive.mkdir()
     for member in members:
         member.rename(archive / member.name)
+    sync_folder(archive)
+    sync_folder(folder)
     return archive
+
+
+def rename_damaged(path: Path) -> Path:
+    """Rename a damaged file or state to damaged-NAME, so that it doesn't count among those that are kept."""
+    archived, k = path.with_name(f"damaged-{path.name}"), 1
+    while archived.exists():
+        k += 1
+        archived = path.with_name(f"damaged-{path.name}-{k}")
+    return path.rename(archived)
 
 
 def archive_file(path: Path) -> Path | None:
@@ -227,6 +263,53 @@ def archive_file(path: Path) -> Path | None:
 def _archived(path: Path) -> list[Path]:
     """What `archive_file` made of earlier files of this name."""
     return [other for other in path.parent.glob(f"{path.stem}-*{path.suffix}") if re.fullmatch(r".*-\d+", other.stem)]
+
+
+class RunLock:
+    """The lock of a run's folder. Two runs in one folder would overwrite each other's weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / LOCK
+        self._held = ExitStack()
+        self._identity: tuple[int, int] | None = None
+
+    def acquire(self) -> None:
+        """Hold the lock until `release` or the process ends. Raises UserError when another run has it."""
+        try:
+            is_held = self._held.enter_context(file_lock(self.path, wait=False))
+        except BlockingIOError:
+            raise UserError(
+                "another run is using this folder",
+                flag="proj_dir",
+                given=self.folder,
+                advice="wait for it, stop it, or choose another folder",
+            ) from None
+        # Where the file system has no locks, an inode number may not last either.
+        self._identity = self._identity_now() if is_held else None
+
+    def release(self) -> None:
+        self._held.close()
+        self._identity = None
+
+    def check(self) -> None:
+        """Raises UserError when the file of the lock's name is another one: the folder was moved, or the lock removed,
+        and another run may have the folder now. To be called before anything is written under its final name; does
+        nothing in a process that doesn't hold the lock."""
+        if self._identity is not None and self._identity_now() != self._identity:
+            raise UserError(
+                f"the folder was moved, or its {LOCK} removed, while the run was using it",
+                flag="proj_dir",
+                given=self.folder,
+                advice="nothing was overwritten; where the folder is now, the same command continues from the last "
+                "save: one run at a time",
+            )
+
+    def _identity_now(self) -> tuple[int, int] | None:
+        try:
+            stat = self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return stat.st_dev, stat.st_ino
 
 
 def remove_leftovers(folder: Path) -> None:

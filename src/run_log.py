@@ -6,7 +6,8 @@ import io
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from src.config import MINI_EPOCH_SAMPLES
+from src.config import MINI_EPOCH_SAMPLES, RunConfig
 from src.errors import UserError
 from src.run_folder import LOG, METRICS, VALIDATION, read_run
 
@@ -52,6 +53,7 @@ class Curves:
     columns: dict[str, Numbers] = field(default_factory=dict)  # of metrics.csv
     val_tokens: Numbers = field(default_factory=lambda: np.empty(0))
     val_loss: Numbers = field(default_factory=lambda: np.empty(0))
+    warnings: list[str] = field(default_factory=list)  # sentences on what is damaged and was left out
 
     def smoothed(self) -> tuple[Numbers, int]:
         """(running mean of the finite losses over the last `width` points, `width`)."""
@@ -74,7 +76,8 @@ class Curves:
 
 
 def read_curves(run: str | Path) -> Curves:
-    """The curves of a run's folder or of a log file. Raises UserError naming it when there is nothing to read."""
+    """The curves of a run's folder or of a log file, from what can be read of them; `Curves.warnings` has the rest.
+    Raises UserError naming it when there is nothing to read."""
     run = Path(run)
     folder = run if run.is_dir() else run.parent
     log = run / LOG if run.is_dir() else run
@@ -82,22 +85,31 @@ def read_curves(run: str | Path) -> Curves:
     if not log.is_file() and not metrics.is_file():
         raise UserError(given=run, expected=f"the folder of a run ({METRICS}, {LOG}), or a log file")
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    record = _read_record(folder)
-    mini_epochs, settings = read_log(text), record.get("settings") or _read_settings(text)
+    warnings: list[str] = []
+    record = read_record(folder, warnings)
+    mini_epochs, settings = read_log(text), _usable(record.get("settings") or _read_settings(text), warnings)
     # from run.json first: the settings are those of the last start, whose batch may differ from the one that fixed the
     # mini-epochs
     samples = record.get("mini_epoch_samples") or settings.get("epoch_steps", 0) * settings.get("global_batch", 0)
     mini_epoch_tokens = float((samples or MINI_EPOCH_SAMPLES) * settings.get("ctx_len", 1))
     name = run.resolve().name if run.is_dir() else str(run)
     # an explicit path to train_log.txt asks for the log's own curve
-    columns = read_arrays(metrics) if metrics.is_file() and run.name != LOG else {}
+    columns = read_arrays(metrics, warnings) if metrics.is_file() and run.name != LOG else {}
+    if missing := [column for column in REQUIRED_COLUMNS if columns and column not in columns]:
+        problem = f"no column {', '.join(missing)}"
+        if not mini_epochs:
+            raise UserError(problem, given=metrics, expected=f"the columns {', '.join(REQUIRED_COLUMNS)}")
+        warnings.append(f"{metrics}: {problem}; the curves are those of {LOG}")
+        columns = {}
     if columns:
-        curves = _by_step(name, metrics, columns, mini_epochs, mini_epoch_tokens, settings)
-        _add_validation(curves, folder / VALIDATION)
-        return curves
-    if not mini_epochs:
-        raise UserError("nothing has been logged yet", given=run)
-    return _by_mini_epoch(name, mini_epochs, mini_epoch_tokens, settings)
+        curves = _by_step(name, columns, mini_epochs, mini_epoch_tokens, settings)
+        _add_validation(curves, folder / VALIDATION, warnings)
+    elif mini_epochs:
+        curves = _by_mini_epoch(name, mini_epochs, mini_epoch_tokens, settings)
+    else:
+        raise UserError("; ".join(warnings) or "nothing has been logged yet", given=run)
+    curves.warnings = warnings
+    return curves
 
 
 def read_log(text: str) -> list[MiniEpoch]:
@@ -106,9 +118,10 @@ def read_log(text: str) -> list[MiniEpoch]:
     for line in text.splitlines():
         if is_mini_epoch_line(line):
             number, loss, _, lr, date, time, _ = line.split()
-            try:
+            ended: datetime | None = None
+            with suppress(ValueError):
                 ended = datetime.fromisoformat(f"{date} {time}")
-            except ValueError:
+            if ended is not None and ended.year <= 1970:  # of a clock that was not set: it has no timestamp
                 ended = None
             by_number[int(number)] = MiniEpoch(int(number), float(loss), lr, ended)
     return [by_number[number] for number in sorted(by_number)]
@@ -116,16 +129,11 @@ def read_log(text: str) -> list[MiniEpoch]:
 
 def _by_step(
     name: str,
-    metrics: Path,
     columns: dict[str, Numbers],
     mini_epochs: list[MiniEpoch],
     mini_epoch_tokens: float,
     settings: dict[str, Any],
 ) -> Curves:
-    if missing := [column for column in REQUIRED_COLUMNS if column not in columns]:
-        raise UserError(
-            f"no column {', '.join(missing)}", given=metrics, expected=f"the columns {', '.join(REQUIRED_COLUMNS)}"
-        )
     tokens, unknown = columns["tokens"], np.full(len(columns["tokens"]), math.nan)
     speed, seconds = columns.get("tokens_per_second", unknown), columns.get("seconds", unknown)
     if not np.isfinite(seconds).any() and np.isfinite(speed).any():  # written before this column existed
@@ -163,19 +171,37 @@ def _by_mini_epoch(
     return Curves(name, False, tokens, seconds, loss, lr, speed, mini_epochs, mini_epoch_tokens, settings)
 
 
-def _add_validation(curves: Curves, path: Path) -> None:
-    columns, empty = read_arrays(path), np.empty(0)
+def _add_validation(curves: Curves, path: Path, warnings: list[str]) -> None:
+    columns, empty = read_arrays(path, warnings), np.empty(0)
+    if not {"tokens", "loss"} <= columns.keys():
+        if columns:
+            warnings.append(f"{path}: no columns tokens and loss")
+        return
     is_finite = np.isfinite(columns.get("loss", empty))
     curves.val_tokens = columns.get("tokens", empty)[is_finite]
     curves.val_loss = columns.get("loss", empty)[is_finite]
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
-    """The content of run.json; {} where it is missing or unreadable, since the log's header has the settings too."""
+def read_record(folder: Path, warnings: list[str]) -> dict[str, Any]:
+    """The content of run.json; {} where it is missing, or unreadable with a warning: the log has the settings too."""
     try:
         return read_run(folder)
-    except UserError:
+    except UserError as error:
+        warnings.append(str(error))
         return {}
+
+
+def _usable(settings: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
+    """`settings` without numbers that are none, which figures and reports would compute with."""
+    numbers = {column.name for column in fields(RunConfig) if type(column.default) in (int, float)}
+    wrong = [
+        name
+        for name in sorted(numbers & settings.keys())
+        if type(settings[name]) not in (int, float) or not math.isfinite(settings[name])
+    ]
+    if wrong:
+        warnings.append(f"the settings {', '.join(wrong)} can't be read")
+    return {name: value for name, value in settings.items() if name not in wrong}
 
 
 def _read_settings(log: str) -> dict[str, Any]:
@@ -185,9 +211,10 @@ def _read_settings(log: str) -> dict[str, Any]:
         if line.startswith("{"):
             try:
                 settings = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 # a printed dict may hold objects that no parser reads: only its numbers are needed
-                pairs = re.findall(r"'(\w+)': (-?[\d.]+(?:e-?\d+)?)(?=[,}])", line)
+                pairs = re.findall(r"'(\w+)': (-?[0-9.]{1,20}(?:e-?[0-9]{1,3})?)(?=[,}])", line)
+                pairs = [(name, value) for name, value in pairs if is_number(value)]
                 settings = {name: float(value) if re.search(r"[.e]", value) else int(value) for name, value in pairs}
                 if "real_bsz" in settings:
                     settings["global_batch"] = settings["real_bsz"]
@@ -196,7 +223,21 @@ def _read_settings(log: str) -> dict[str, Any]:
 
 def is_mini_epoch_line(line: str) -> bool:
     """Whether a line is `N loss perplexity lr date time count`, as RWKV training scripts write it."""
-    return len(line.split()) == 7 and line.split()[0].isdigit()
+    words = line.split()
+    return (
+        len(words) == 7 and bool(re.fullmatch("[0-9]{1,12}", words[0])) and is_number(words[1]) and is_number(words[3])
+    )
+
+
+def is_number(text: str) -> bool:
+    """Whether a word or a cell is a number as programs write it; Python's float accepts more."""
+    if not re.fullmatch(r"[-+]?([0-9.]+([eE][-+]?[0-9]+)?|inf|nan)", text):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 # ---- csv files -------------------------------------------------------------------------------------------------------
@@ -207,39 +248,42 @@ def read_columns(path: Path) -> dict[str, list[float]]:
     return {name: values.tolist() for name, values in read_arrays(path).items()}
 
 
-def read_arrays(path: Path) -> dict[str, Numbers]:
+def read_arrays(path: Path, warnings: list[str] | None = None) -> dict[str, Numbers]:
     """The columns of a csv file with a header, float64 by name; {} where there is no file or no row.
 
-    An empty cell is NaN, and a last line without its newline is left out: it is being written. Raises UserError naming
-    the file when a line has another number of cells.
+    An empty cell is NaN, and a last line without its newline is left out: it is being written. So are lines that are
+    damaged, with a sentence in `warnings` that counts them.
     """
     if not path.exists():
         return {}
     chunks: list[Numbers] = []
+    damaged = 0
     with open(path, "rb") as file:
-        names = file.readline().decode().strip().split(",")
+        names = file.readline().decode("utf-8", "replace").strip().split(",")
         while text := file.read(CHUNK_BYTES) + file.readline():
             text = text[: text.rfind(b"\n") + 1]
             if text.strip():
-                chunks.append(_parse_rows(path, text, len(names)))
+                rows, n_damaged = _parse_rows(text, len(names))
+                damaged += n_damaged
+                chunks += [rows] if len(rows) else []
+    if damaged and warnings is not None:
+        warnings.append(f"{path}: {damaged} lines are damaged and left out")
     return dict(zip(names, np.concatenate(chunks).T, strict=True)) if chunks else {}
 
 
-def _parse_rows(path: Path, text: bytes, width: int) -> Numbers:
-    """Whole lines as numbers, [rows, width]."""
+def _parse_rows(text: bytes, width: int) -> tuple[Numbers, int]:
+    """Whole lines as numbers, [rows, width], and how many of them are damaged."""
     text = text.replace(b"\r\n", b"\n")
     # numpy's parser, since files have hundreds of thousands of rows; it accepts no empty cells
     for _ in range(2):  # of several empty cells in a row, one pass sees every other
         text = text.replace(b",,", b",nan,")
     text = text.replace(b",\n", b",nan\n")
     try:
-        rows = np.loadtxt(io.BytesIO(text), delimiter=",", ndmin=2)
-    except ValueError as error:
-        raise _malformed(path, str(error)) from error
-    if rows.shape[1] != width:
-        raise _malformed(path, f"{rows.shape[1]} cells under {width} names")
-    return rows
-
-
-def _malformed(path: Path, detail: str) -> UserError:
-    return UserError(f"a line is malformed ({detail})", given=path, advice="repair the line or remove it")
+        rows = np.loadtxt(io.BytesIO(text), delimiter=",", ndmin=2, comments=None)
+        if rows.shape[1] == width:
+            return rows, 0
+    except ValueError:  # of a line that is no row
+        pass
+    lines = [line.decode("utf-8", "replace").split(",") for line in text.split(b"\n") if line.strip()]
+    whole = [cells for cells in lines if len(cells) == width and all(map(is_number, cells))]
+    return np.array(whole, np.float64).reshape(-1, width), len(lines) - len(whole)

@@ -150,6 +150,31 @@ def test_a_damaged_library_is_built_again(tmp_path, monkeypatch, recipe):
     assert loads[1] > 0
 
 
+def test_a_library_with_pages_of_zeros_is_built_again(recipe, tmp_path):
+    """As a power cut leaves them: the loader maps it without an error, and calling it ends the process."""
+    path = built(recipe, tmp_path / "cache")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    assert built(recipe, tmp_path / "cache") == path
+    assert ctypes.CDLL(str(path)).answer() == 42
+
+
+def test_a_library_of_a_version_that_kept_no_checksum_is_built_again(recipe, tmp_path):
+    path = built(recipe, tmp_path / "cache")
+    path.with_name(build.CHECKSUM).unlink()
+    path.write_bytes(b"")
+    assert built(recipe, tmp_path / "cache").stat().st_size > 0
+    assert build._is_whole(path)
+
+
+def test_library_and_names_are_on_the_disk_before_they_have_their_place(recipe, tmp_path, synced):
+    path = built(recipe, tmp_path / "cache")
+    moved = synced.index("rename", path.parent)
+    assert {file.name for file in synced.files(before=moved)} >= {path.name, build.CHECKSUM}
+    assert synced.folders(after=moved) == [tmp_path / "cache"]
+    assert len(synced.folders(before=moved)) == 1  # the one that is renamed
+
+
 def test_a_failed_build_is_not_tried_again_at_every_call(monkeypatch):
     tries = []
 

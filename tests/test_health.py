@@ -13,7 +13,6 @@ from src.training.module import TrainingModule
 from src.training.optim import LOSS_SCALE_POWER, MasterAdamW
 from src.training.reporting.health import (
     BASELINE_STEPS,
-    GRADIENT_CHECK_STEP,
     RECENT_STEPS,
     NumbersMonitor,
     OnceWarnings,
@@ -48,6 +47,25 @@ def test_a_spike_is_detected_within_a_few_steps(noise, rise):
     assert recent == pytest.approx(baseline + rise, abs=4 * noise)
 
 
+@pytest.mark.parametrize(
+    ("baseline", "recent", "expected"),
+    [
+        ([3.0] * 100, [3.3] * 5, False),  # 0.3 is the least rise
+        ([3.0] * 100, [3.31] * 5, True),
+        ([2.9, 3.1] * 50, [3.0 + 0.88] * 5, False),  # six times 1.48 * 0.1
+        ([2.9, 3.1] * 50, [3.0 + 0.90] * 5, True),
+        ([3.0] * 100, [9.0, 3.0, 9.0, 3.0, 9.0], True),  # more than half of the recent ones
+        ([3.0] * 100, [9.0, 3.0, 9.0, 3.0, 3.0], False),
+        ([3.0] * 99, [9.0] * 5, False),  # the baseline is too short
+        ([9.0] * 60 + [3.0] * 40, [9.0] * 5, False),  # of a hundred
+        ([9.0] * 49 + [3.0] * 51, [9.0] * 5, True),
+        ([9.0] * 500 + [3.0] * 100, [4.0] * 5, True),  # what is older doesn't count
+    ],
+)
+def test_when_a_rise_is_a_spike(baseline, recent, expected):
+    assert (loss_spike([*baseline, *recent]) is not None) == expected
+
+
 def test_single_bad_batches_are_not_a_spike():
     losses = [*falling(400, 0.1), 9.0, 3.0, 9.0, 3.0, 3.0]
     assert loss_spike(losses) is None
@@ -66,7 +84,10 @@ def test_parameters_without_a_gradient():
 
 @pytest.mark.parametrize(
     ("seconds", "data_seconds", "idle_share", "expected"),
-    [(10, 0.1, 0.0, ""), (10, 3, 0.0, "data"), (10, 0.1, 0.95, "host"), (10, 5, 1.0, "data"), (10, 0.9, 0.7, "")],
+    [
+        *((10, 0.1, 0.0, ""), (10, 3, 0.0, "data"), (10, 0.1, 0.95, "host"), (10, 5, 1.0, "data"), (10, 0.9, 0.7, "")),
+        *((100, 10, 0.0, ""), (100, 10.1, 0.0, "data"), (100, 1, 0.8, ""), (100, 1, 0.81, "host")),
+    ],
 )
 def test_what_the_device_waits_for(seconds, data_seconds, idle_share, expected):
     assert bottleneck(seconds, data_seconds, idle_share) == expected
@@ -90,6 +111,15 @@ def test_each_warning_is_logged_once_with_what_to_try(capsys):
         assert flag in output
     monitor.step(report(220, math.nan, grad_norm=math.nan))  # NonFiniteMonitor reports it
     assert capsys.readouterr().out == ""
+
+
+def test_a_spike_is_looked_for_every_5_steps(capsys):
+    monitor = NumbersMonitor(steps=1000, warn=OnceWarnings())
+    for step in range(104):
+        monitor.step(report(step, 3.0 if step < 100 else 9.0))
+    assert capsys.readouterr().out == ""
+    monitor.step(report(104, 9.0))
+    assert "step 105: the loss rose from about 3.00 to 9.00" in capsys.readouterr().out
 
 
 def is_rolled_back(control, global_step):
@@ -135,7 +165,7 @@ def run_steps(monkeypatch, steps, loader_seconds, step_seconds, idle):
     module = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(monitor._gradient_check, "begin", lambda module: None)
     for step in range(steps):
-        now[0] += loader_seconds
+        now[0] += loader_seconds(step) if callable(loader_seconds) else loader_seconds
         monitor.on_train_batch_start(None, module, None, step)
         now[0] += step_seconds
         monitor.on_train_batch_end(None, module, None, None, step)
@@ -153,6 +183,19 @@ def test_the_bottleneck_is_reported_once(monkeypatch, capsys, loader_seconds, id
     assert expected in output
 
 
+def test_the_bottleneck_is_measured_over_50_steps_after_10(monkeypatch, capsys):
+    run_steps(monkeypatch, 60, 0.5, 1.0, False)
+    assert capsys.readouterr().out == ""
+    run_steps(monkeypatch, 61, 0.5, 1.0, False)
+    assert capsys.readouterr().out.count("WARNING") == 1
+
+
+def test_slow_first_steps_are_no_bottleneck(monkeypatch, capsys):
+    """They allocate memory and build kernels."""
+    run_steps(monkeypatch, 120, lambda step: 50.0 if step <= 10 else 0.001, 1.0, False)
+    assert capsys.readouterr().out == ""
+
+
 def test_parameters_without_a_gradient_are_reported_once(capsys):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     for parameter in model.parameters():
@@ -165,7 +208,9 @@ def test_parameters_without_a_gradient_are_reported_once(capsys):
     module._device = torch.device("cpu")
     module.optimizer = MasterAdamW.__new__(MasterAdamW)
     monitor = PaceMonitor(OnceWarnings())
-    for step in range(GRADIENT_CHECK_STEP + 3):
+    for step in range(34):
+        if step == 31:  # not before step 30, whose norms are read a step late
+            assert capsys.readouterr().out == ""
         monitor.on_train_batch_start(None, module, None, step)
         monitor.on_train_batch_end(None, module, None, None, step)
     output = capsys.readouterr().out

@@ -135,6 +135,53 @@ def test_the_loss_scale_is_divided_out_and_halved_at_an_overflow():
     assert optimizer.loss_scale.item() == before / 2
 
 
+def test_the_loss_scale_grows_again_only_after_as_many_good_steps(monkeypatch):
+    monkeypatch.setattr(optim, "LOSS_SCALE_GROWTH_STEPS", 3)
+    model = small_model()
+    optimizer, scales = build(model, scale_loss=True), []
+    first = optimizer.loss_scale.item()
+    for seed in range(8):
+        set_gradients(model, seed)
+        optimizer.step()
+        scales.append(optimizer.loss_scale.item() / first)
+    assert scales == [1, 1, 2, 2, 2, 4, 4, 4]
+
+
+def test_the_loss_scale_is_never_below_1():
+    model = small_model()
+    optimizer = build(model, scale_loss=True)
+    set_gradients(model, seed=1)
+    model.head.weight.grad.fill_(float("inf"))
+    for _ in range(optim.LOSS_SCALE_POWER + 3):
+        optimizer.step()
+    assert optimizer.loss_scale.item() == 1
+
+
+def test_the_gradient_norm_of_a_bf16_model_is_summed_in_fp32():
+    """A norm in bf16 has an error of up to 0.4 %."""
+    model = small_model(torch.bfloat16)
+    optimizer = build(model)
+    for seed in range(3):
+        set_gradients(model, seed)
+        exact = sum(p.grad.double().square().sum() for p in model.parameters() if p.grad is not None).sqrt()
+        optimizer.step()
+        assert optimizer.grad_norm.dtype == torch.float32
+        assert optimizer.grad_norm.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_counters_are_resumed():
+    model, other = small_model(), build(small_model())
+    optimizer = build(model)
+    for seed in range(5):
+        set_gradients(model, seed)
+        if seed in (1, 3):
+            model.head.weight.grad.fill_(float("nan"))
+        optimizer.step()
+    assert optimizer.counters() == {"adam_steps": 3, "skipped_steps": 2, "loss_scale": 1, "good_steps": 0}
+    other.load_counters(optimizer.counters())
+    assert other.counters() == optimizer.counters()
+
+
 def test_the_loss_scale_is_resumed_only_between_runs_that_have_one():
     scaled, plain, other = (build(small_model(), scale_loss=scales) for scales in (True, False, True))
     first = scaled.loss_scale.item()

@@ -69,6 +69,14 @@ def test_activation_bytes_equal_the_saved_tensors(precision, shape):
     assert plan.activation_bytes(config, 512, precision) == pytest.approx(measured, rel=0.06)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_a_block_keeps_is_what_one_more_block_saves(precision):
+    """A block after the first: to one in a hundred, so that a wrong count of its tensors is seen."""
+    two, three = (saved_for_backward(ModelConfig(n, 128, 100), 512, PRECISIONS[precision]) for n in (2, 3))
+    expected = 512 * plan.kept_by_block(ModelConfig(3, 128, 100), precision)
+    assert expected == pytest.approx(three - two, rel=0.01)
+
+
 def memory_events(work):
     """Bytes allocated (positive) and freed (negative) by `work`, in order; its result is freed afterwards."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -200,6 +208,13 @@ def test_what_each_zero_stage_partitions():
     assert sizes["deepspeed_stage_1"].gradients == 2 * count > 20 * sizes["deepspeed_stage_2"].gradients
     assert sizes["deepspeed_stage_2"].weights == 2 * count
     assert sizes["deepspeed_stage_3"].weights == pytest.approx(2 * count / 64 + 2e9)
+    buckets = 2 * 2 * 200e6  # two of 200 million elements in bf16: one is reduced while the next one fills
+    assert sizes["deepspeed_stage_2"].gradients == pytest.approx(2 * count / 64 + buckets)
+    assert sizes["deepspeed_stage_3"].gradients == pytest.approx(2 * count / 64 + buckets)
+    assert sizes["deepspeed_stage_3_offload"].gradients == pytest.approx(buckets)
+    small = plan.memory(config, "deepspeed_stage_2", 64, "bf16", tokens=4096, bucket_mb=50)
+    assert small.gradients == pytest.approx(2 * count / 64 + buckets / 4)
+    assert sizes["deepspeed_stage_1"].step == pytest.approx(4 * count / 64)
     offloaded = sizes["deepspeed_stage_3_offload"]
     assert offloaded.optimizer == 0
     assert offloaded.on_cpu == pytest.approx(18 * count / 64)

@@ -306,16 +306,6 @@ def test_report_of_a_log_of_another_program(tmp_path):
     assert "drawn from the seed" not in page  # nothing is known about its weights
 
 
-@pytest.mark.parametrize("name", ["run.json", "samples.json"])
-def test_damaged_file_of_a_run_is_named(run, tmp_path, name):
-    shutil.copy(run / "metrics.csv", tmp_path)
-    (tmp_path / name).write_text("{")
-    with pytest.raises(UserError) as error:
-        write_report(tmp_path)
-    assert error.value.given == tmp_path / name
-    assert not (tmp_path / "report.html").exists()
-
-
 # ---- the published run -----------------------------------------------------------------------------------------------
 
 

@@ -187,11 +187,14 @@ def test_columns_do_not_depend_on_the_chunks_they_are_read_in(tmp_path, monkeypa
         assert values == pytest.approx([float(row[name] or "nan") for row in rows], nan_ok=True, rel=1e-12), name
     path.write_text("step,loss\n")
     assert read_columns(path) == {}
-    for malformed in ("1,2\n3\n", "1,2,3\n", "1,word\n"):
+    for malformed in ("1,2\n3\n", "1,2,3\n1,2\n", "1,word\n1,2\n"):
         path.write_text(f"step,loss\n{malformed}")
-        with pytest.raises(UserError) as error:
-            read_columns(path)
-        assert error.value.given == path
+        warnings = []
+        assert {name: values.tolist() for name, values in run_log.read_arrays(path, warnings).items()} == {
+            "step": [1],
+            "loss": [2],
+        }
+        assert warnings == [f"{path}: 1 lines are damaged and left out"]
 
 
 @pytest.mark.parametrize("record", ["[]", '{"settings"', '{"version": 99}'], ids=["no object", "cut", "later version"])
@@ -247,7 +250,7 @@ def test_metrics_of_an_earlier_version_are_continued(tmp_path):
 
 def test_validations_after_the_saved_state_are_dropped(tmp_path):
     path, log = tmp_path / "val.csv", tmp_path / "train_log.txt"
-    sinks = [ValidationFile(path, 0), TrainLog(log, 0, 0, {})]
+    sinks = [ValidationFile(path, -1), TrainLog(log, 0, -1, {})]
     for steps in (10, 20, 30):
         for sink in sinks:
             sink.validation(ValidationReport(steps, 64 * steps, 3.0, 100, 0.1, is_best=False))
@@ -383,6 +386,54 @@ def test_a_step_is_read_while_the_next_one_is_computed():
     assert math.isnan(recorder.steps[1].largest_logit)
     assert 0 < measured.mfu < 1
     assert [report.mini_epoch for report in recorder.mini_epochs] == [0, 1]
+
+
+def test_validation_is_no_training_time(tmp_path, data, monkeypatch):
+    """A step takes a second, a measurement of the held-out loss 1000."""
+    from src.training import control, validation
+    from src.training.module import TrainingModule
+    from src.training.reporting import reporter
+
+    now, original = [0.0], TrainingModule.training_step
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+
+    def step(self, batch, batch_idx):
+        now[0] += 1
+        return original(self, batch, batch_idx)
+
+    def measure(*_):
+        now[0] += 1000
+        return 3.0, 1
+
+    monkeypatch.setattr(TrainingModule, "training_step", step)
+    monkeypatch.setattr(validation, "mean_loss", measure)
+    for module in (control, reporter, validation):
+        monkeypatch.setattr(module, "time", clock)
+    assert train(tmp_path / "run", data, val_data_file=data, val_every="5steps", my_exit_tokens=16 * 4 * 12) == 0
+    columns = read_columns(tmp_path / "run" / "metrics.csv")
+    assert columns["seconds"][-1] == max(columns["seconds"]) == 12
+    assert min(columns["tokens_per_second"]) >= 32  # the first step is read a step late
+
+
+def test_the_largest_logit_is_that_of_any_rank(monkeypatch):
+    """Two ranks, the other of which has a larger one, then a smaller one."""
+    from src.training.reporting import reporter
+
+    of_other_rank = []
+
+    def all_reduce(tensor, op):
+        assert op == torch.distributed.ReduceOp.MAX
+        tensor.copy_(tensor.clamp(min=of_other_rank.pop()))
+
+    monkeypatch.setattr(reporter.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(reporter, "update_ratios", lambda optimizer: torch.zeros(3))
+    head_loss = SimpleNamespace()
+    module = SimpleNamespace(objective=SimpleNamespace(head_loss=head_loss), optimizer=None)
+    measured = Reporter(RunControl(ProcessGroup(), 0), LENGTH, [], [])
+    for other, largest in ((7.0, 7.0), (2.0, 5.0)):
+        of_other_rank.append(other)
+        head_loss.largest_logit = torch.tensor(5.0)
+        assert measured._measure(SimpleNamespace(world_size=2), module)[0].item() == largest
 
 
 @pytest.mark.gpu

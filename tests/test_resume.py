@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from src.model import RWKV7, ModelConfig
 from src.training import trainer
 from src.training.checkpoint import storage
 from src.training.checkpoint.resume import find_resume_point, peek_resume_point
+from src.training.checkpoint.state import weights_of_state
 from src.training.checkpoint.storage import DamagedStateError, state_folders
 from src.training.schedule import RunLength, learning_rate
 
@@ -315,6 +317,47 @@ def test_an_end_that_was_moved_into_the_past_is_refused(tmp_path, data, monkeypa
     assert len(metrics(out)) == 50
 
 
+def test_a_run_may_end_where_it_is(tmp_path, data, monkeypatch):
+    """Its end moved exactly to the newest state."""
+    out = tmp_path / "run"
+    train_until(45, out, data, monkeypatch, **RUN)
+    assert train(out, data, **{**RUN, "my_exit_tokens": CTX * 4 * 40}) == 0
+    a, b = final(out), torch.load(out / "rwkv-1.pth")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    shutil.rmtree(out / "resume")
+    (out / "rwkv-final.pth").unlink()
+    assert train(out, data, **{**RUN, "my_exit_tokens": CTX * 4 * 40}) == 0
+    assert final(out).keys() == b.keys()
+
+
+def test_weights_of_a_state_that_lacks_some_are_not_taken(tmp_path):
+    sizes = ModelConfig(2, 32, VOCAB, head_size=16)
+    weights = {f"{name}/master": tensor for name, tensor in RWKV7(sizes).state_dict().items()}
+    assert len(weights_of_state([weights], sizes, torch.float32)) == len(weights)
+    for changed in ({}, {"head.weight/master": torch.zeros(3, 3)}):
+        damaged = {**{name: tensor for name, tensor in weights.items() if "head" not in name}, **changed}
+        with pytest.raises(DamagedStateError, match=r"head\.weight"):
+            weights_of_state([damaged], sizes, torch.float32)
+
+
+def test_the_clock_of_saves_starts_again_with_each(tmp_path, data, monkeypatch):
+    """A step takes 20 seconds, and a state is saved a minute after the one before."""
+    from src.training.checkpoint import callbacks
+    from src.training.module import TrainingModule
+
+    now, original = [1000.0], TrainingModule.training_step
+
+    def step(self, batch, batch_idx):
+        now[0] += 20
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(TrainingModule, "training_step", step)
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    out, short = tmp_path / "run", {**RUN, "my_exit_tokens": CTX * 4 * 14}
+    assert train(out, data, save_minutes=1, keep_resume=100, **short) == 0
+    assert sorted(int(folder.name[5:]) for folder in state_folders(out)) == [4, 8, 12, 14]
+
+
 def test_the_seed_of_the_weights_is_that_of_the_last_beginning(tmp_path, data, monkeypatch):
     """A start that dies before its first save is drawn anew by the next."""
     out = tmp_path / "run"
@@ -490,6 +533,74 @@ def test_going_back_to_the_beginning_draws_the_same_weights_and_keeps_nothing(tm
     assert optimizers[1] == optimizers[0]
     assert models[1] == models[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def nan_from(monkeypatch, first, last=10**9, act=lambda step: None):
+    """The loss of steps `first` to `last` is NaN; `act` is called in each step."""
+    from src.training.module import TrainingModule
+
+    original = TrainingModule.training_step
+
+    def step(self, batch, batch_idx):
+        out = original(self, batch, batch_idx)
+        act(self.trainer.global_step)
+        if first <= self.trainer.global_step <= last:
+            out["loss"] = out["loss"] * float("nan")
+        return out
+
+    monkeypatch.setattr(TrainingModule, "training_step", step)
+
+
+def test_a_stop_among_skipped_steps_saves_and_nothing_else_does(tmp_path, data, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        nan_from(patch, 8, act=lambda step: step == 12 and os.kill(os.getpid(), signal.SIGTERM))
+        code = train(out, data, max_bad_steps=50, save_minutes=1e-6, keep_resume=100, **{**RUN, "epoch_steps": 5})
+    assert code == 128 + signal.SIGTERM
+    *earlier, last = sorted(int(folder.name[5:]) for folder in state_folders(out))
+    assert last == 13  # the stop
+    assert earlier
+    assert max(earlier) <= 8
+    assert not (out / "rwkv-1.pth").exists()  # of steps 6 to 10
+
+
+def test_weights_are_not_saved_among_skipped_steps(tmp_path, data, monkeypatch, capfd):
+    """A run that goes back, or that starts again without a state, would go back to them."""
+    out, settings = tmp_path / "run", {**RUN, "epoch_steps": 5, "save_minutes": 0, "my_exit_tokens": CTX * 4 * 30}
+    nan_from(monkeypatch, 13, 16)
+    assert train(out, data, max_bad_steps=10, **settings) == 0
+    assert "note: rwkv-2.pth is not written, since the last 2 steps were skipped" in capfd.readouterr().out
+    assert sorted(run_folder.numbered_weights(out)) == [0, 1, 3, 4, 5]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_without_a_good_step_fails(tmp_path, data, monkeypatch, capfd, precision):
+    """Whether the limit of bad steps is reached or not; and again when the same command is given again."""
+    out, short = tmp_path / "run", {**RUN, "my_exit_tokens": CTX * 4 * 4}
+    nan_from(monkeypatch, 0)
+    for _ in range(2):
+        assert train(out, data, max_bad_steps=10, precision=precision, **short) == 1
+        assert "no step had a finite loss and gradient" in capfd.readouterr().err
+        assert not (out / "rwkv-final.pth").exists()
+
+
+def test_weights_that_are_not_finite_are_no_result(tmp_path, data, monkeypatch, capfd):
+    """A last step whose gradient was finite and whose update was not."""
+    from src.training.optim import MasterAdamW
+
+    original = MasterAdamW.step
+
+    def step(self, closure=None):
+        loss = original(self, closure)
+        with torch.no_grad():
+            self.parameters[-1].view(-1)[3] = float("inf")
+        return loss
+
+    monkeypatch.setattr(MasterAdamW, "step", step)
+    out, short = tmp_path / "run", {**RUN, "my_exit_tokens": CTX * 4}
+    assert train(out, data, precision="bf16", **short) == 1
+    assert "is not finite, so rwkv-final.pth is not written" in capfd.readouterr().err
+    assert not (out / "rwkv-final.pth").exists()
 
 
 @pytest.mark.parametrize(("mini_epoch", "good_steps"), [(20, 5), (20, 0), (5, 0)])

@@ -1,19 +1,22 @@
 """Full states on disk: earlier formats are read, only what the manifest lists counts, and each byte is read once."""
 
 import json
+import math
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from training_runs import CTX, losses, newest_state, train, train_until, verified
 
 from src.cli import parse
 from src.errors import UserError
 from src.files import sha256_of
 from src.run_folder import read_run, write_run
+from src.training.checkpoint import storage
 from src.training.checkpoint.state import SavedState
 from src.training.checkpoint.storage import DamagedStateError, StateReader, StateWriter, state_folders
 from src.training.run import run
@@ -112,6 +115,7 @@ def test_files_that_the_manifest_does_not_list_are_not_read(tmp_path, data, monk
     assert losses(out) == losses(tmp_path / "whole")
 
 
+ENTRY = '{"bytes": 2, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"}'  # of "{}"
 MALFORMED = {
     "not JSON": "{",
     "a list": "[]",
@@ -120,16 +124,34 @@ MALFORMED = {
     "files of a wrong type": '{"files": 3}',
     "an infinite size": '{"files": {"state.json": {"bytes": Infinity, "sha256": ""}}}',
     "without state.json": '{"files": {}}',
+    "without tensors": f'{{"files": {{"state.json": {ENTRY}}}}}',
+    "a file of another kind": f'{{"files": {{"state.json": {ENTRY}, "more.json": {ENTRY}}}}}',
+    "a name that no file can have": f'{{"files": {{"state.json": {ENTRY}, "a\\u0000.safetensors": {ENTRY}}}}}',
+    "no name": f'{{"files": {{"state.json": {ENTRY}, "": {ENTRY}}}}}',
+    "a surrogate": f'{{"files": {{"state.json": {ENTRY}, "\\ud800.safetensors": {ENTRY}}}}}',
+    "entries of a wrong type": '{"files": {"state.json": 7, "rank0-0000.safetensors": []}}',
+    "a size of a wrong type": '{"files": {"state.json": {"bytes": "2", "sha256": ""}}}',
+    "a negative size": '{"files": {"state.json": {"bytes": -1, "sha256": ""}}}',
+    "a version of a wrong type": '{"version": true, "files": {}}',
+    "an infinite version": '{"version": Infinity, "files": {}}',
+    "a version below 1": '{"version": 0, "files": {}}',
+    "no UTF-8": "\udcff",
+    "a number of 5000 digits": '{"version": ' + "9" * 5000 + "}",
     "a path": '{"files": {"state.json": {"bytes": 1, "sha256": ""}, "../x.safetensors": {"bytes": 1, "sha256": ""}}}',
 }
 
 
 @pytest.mark.parametrize("text", MALFORMED.values(), ids=MALFORMED.keys())
 def test_a_malformed_manifest_is_damage(tmp_path, text):
-    (tmp_path / "manifest.json").write_text(text)
-    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
+    for name in ("state.json", "more.json", "rank0-0000.safetensors"):
+        (tmp_path / name).write_text("{}")
     with pytest.raises(DamagedStateError):
         StateReader(tmp_path)
+
+
+POSITION = {"step": 1, "samples": 4, "mini_epoch_samples": 4}
+COUNTERS = {"adam_steps": 1.0, "skipped_steps": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -137,23 +159,99 @@ def test_a_malformed_manifest_is_damage(tmp_path, text):
     [
         {"position": None},
         {"position": {"step": 1}},
-        {"position": {"step": 1, "samples": 4, "mini_epoch_samples": 4, "skipped_samples": [3]}},
-        {"counters": {"adam_steps": "many"}},
+        *({"position": {**POSITION, "step": step}} for step in ("1", True, 1.0, -1, math.inf, 1 << 64, None)),
+        {"position": {**POSITION, "mini_epoch_samples": 0}},
+        {"position": {**POSITION, "mini_epoch_losses": 3}},
+        {"position": {**POSITION, "mini_epoch_losses": [math.nan]}},
+        {"position": {**POSITION, "weights_written": "yes"}},
+        *({"position": {**POSITION, "skipped_samples": runs}} for runs in ([3], [[1, 2, 3]], [[1.5, 2]], [[0, -1]])),
+        {"counters": {**COUNTERS, "adam_steps": "many"}},
+        {"counters": {**COUNTERS, "adam_steps": math.inf}},
+        {"counters": {"adam_steps": 1.0}},
+        {"counters": {**COUNTERS, "loss_scale": 2.0}},
         {"settings": 7},
+        {"settings": {"n_layer": "two"}},
+        {"settings": {"vocab_size": math.inf}},
         {"saved_at": None},
+        {"saved_at": math.inf},
+        {"saved_at": 1e300},
+        {"logs": 3},
+        {"logs": {"val.csv": 3}},
     ],
     ids=str,
 )
 def test_a_malformed_payload_is_damage(change):
-    payload = {
-        "position": {"step": 1, "samples": 4, "mini_epoch_samples": 4},
-        "settings": {},
-        "counters": {},
-        "saved_at": 0.0,
-    }
+    payload = {"position": POSITION, "settings": {}, "counters": COUNTERS, "saved_at": 0.0}
     SavedState.from_payload(payload)
     with pytest.raises(DamagedStateError):
         SavedState.from_payload({**payload, **change})
+
+
+@pytest.mark.parametrize("victim", ["manifest.json", "state.json", "rank0-0000.safetensors"])
+def test_a_state_of_which_a_file_cannot_be_read_is_archived_and_the_one_before_taken(
+    tmp_path, data, monkeypatch, capfd, victim
+):
+    """EIO, as of a disk with a bad sector, whichever file it hits."""
+    out = tmp_path / "run"
+    train_until(45, out, data, monkeypatch, save_minutes=0, **RUN)
+    original = Path.read_bytes
+
+    def failing(path):
+        if path.name == victim and path.parent.name == "step-00000040":
+            raise OSError(5, "Input/output error", str(path))
+        return original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        patch.setattr(storage, "RETRY_SECONDS", 0.0)
+        assert train(out, data, **RUN) == 0
+    output = capfd.readouterr().out
+    assert f"{victim} can't be read (Input/output error)" in output
+    assert "step-00000020, saved" in output
+    assert (out / "resume" / "damaged-step-00000040").is_dir()
+    assert losses(out)[39] > 0
+
+
+def test_what_fails_while_a_failure_is_handled_ends_the_run_too(tmp_path, monkeypatch):
+    """The writer's thread never ends unnoticed: training would wait for it for ever."""
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    def fail_again(*_):
+        raise RuntimeError("and the handler failed")
+
+    monkeypatch.setattr(storage, "_write_file", fail)
+    monkeypatch.setattr(storage, "_save_failure", fail_again)
+    monkeypatch.setattr(storage, "SHARD_BYTES", 16)
+    writer = StateWriter(tmp_path, keep=2)
+    taken = []
+    tensors = ((f"{taken.append(i)}{i}/master", torch.zeros(8)) for i in range(20))
+    writer.write(1, {}, tensors)  # more shards than the queue holds
+    assert len(taken) == 20  # gathering is collective: all of them, though nobody writes them
+    with pytest.raises(RuntimeError, match="the handler failed"):
+        writer.wait()
+
+
+def test_a_snapshot_does_not_change_with_the_weights(tmp_path, monkeypatch):
+    """The next step changes the tensors in place while the thread still writes them."""
+    go_on = threading.Event()
+    original = storage._write_file
+
+    def late(path, content):
+        go_on.wait(60)
+        return original(path, content)
+
+    monkeypatch.setattr(storage, "save", lambda shard: go_on.wait(60) and save(shard))
+    monkeypatch.setattr(storage, "_write_file", late)
+    weight = torch.ones(4)
+    writer = StateWriter(tmp_path, keep=2)
+    writer.write(1, {}, [("weight/master", weight)])
+    weight.fill_(7)
+    go_on.set()
+    writer.wait()
+    (shard,) = StateReader(state_folders(tmp_path)[0]).shards()
+    assert shard["weight/master"].tolist() == [1, 1, 1, 1]
 
 
 def test_an_unreadable_file_is_damage(tmp_path, data, monkeypatch):

@@ -40,7 +40,7 @@ def whole(tmp_path_factory, data):
 @pytest.mark.parametrize("global_batch", [16, 48, 1000])
 def test_minipile_has_rwkv_71_beside_rwkv_70(global_batch):
     length = RunLength.of(1_498_226_207, 512, global_batch)
-    weights = SaveWeights(None, length, 5, Path("run"), prime=2_926_181)
+    weights = SaveWeights(None, length, 5, Path("run"), non_finite=None, prime=2_926_181)
     ends = {length.step_after(n) - 1 for n in range(73)}
     saved = [length.mini_epoch(step) for step in sorted(ends) if weights.saves_at(step)]
     assert saved == [*range(0, 71, 5), 71, 72]
@@ -49,7 +49,7 @@ def test_minipile_has_rwkv_71_beside_rwkv_70(global_batch):
 
 def test_conversations_have_no_pass_of_a_prime():
     length = RunLength.of(100 * CTX, CTX, 4, epoch_steps=5)
-    weights = SaveWeights(None, length, 2, Path("run"), prime=0)
+    weights = SaveWeights(None, length, 2, Path("run"), non_finite=None, prime=0)
     assert [length.mini_epoch(step) for step in range(length.steps) if weights.saves_at(step)] == [0, 2, 4]
 
 

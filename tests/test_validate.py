@@ -182,6 +182,34 @@ def test_an_earlier_best_is_not_overwritten_by_worse_weights(tmp_path, data, hel
     assert (out / "rwkv-best.pth").read_bytes() == best
 
 
+def test_the_best_before_a_step_includes_that_of_the_step(tmp_path):
+    """The continued step was measured before its state was saved."""
+    (tmp_path / "val.csv").write_text("steps,tokens,loss,counted\n10,1,2.5,9\n20,2,1.5,9\n30,3,0.5,9\n")
+    assert [validation.best_loss_before(tmp_path, step) for step in (9, 10, 19, 20)] == [math.inf, 2.5, 2.5, 1.5]
+
+
+def test_nothing_is_measured_once_a_stop_is_agreed(tmp_path, data, held, whole, monkeypatch):
+    """The next start makes up for it."""
+    out = tmp_path / "run"
+    settings = {"val_data_file": held, "val_windows": WINDOWS, "val_every": "10steps", **RUN}
+    original = TrainingModule.training_step
+
+    def step(self, batch, batch_idx):
+        if batch_idx == 19:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingModule, "training_step", step)
+        measured, evaluate = [], TrainingModule.validation_step
+        patch.setattr(TrainingModule, "validation_step", lambda *args: measured.append(1) or evaluate(*args))
+        assert train(out, data, **settings) == 128 + signal.SIGTERM
+    assert len(measured) == 3  # 11 windows in micro batches of 4, after step 10; no batch of another after step 20
+    assert validations(out)["steps"] == [10]
+    train_until(25, out, data, monkeypatch, **settings)
+    assert validations(out)["loss"] == validations(whole)["loss"][:2]
+
+
 def test_other_held_out_data_begins_its_own_best(tmp_path, data, held, monkeypatch, capfd):
     out = tmp_path / "run"
     settings = {"val_windows": WINDOWS, "val_every": "10steps", **RUN}

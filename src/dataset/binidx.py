@@ -19,6 +19,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from src.dataset.watched_file import WatchedFile
 from src.errors import UserError
 from src.files import atomic_write, sync_folder
 
@@ -50,7 +51,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class MMapIndexedDataset:
-    """Read access to `X.bin` / `X.idx` through memory maps; the files may be larger than memory.
+    """Read access to `X.bin` / `X.idx`; the files may be larger than memory.
 
     `path` is X, X.bin or X.idx. The pair is validated once, in the constructor: UserError with the file as `given` when
     one is missing, truncated, of another format, or doesn't belong to the other.
@@ -59,6 +60,9 @@ class MMapIndexedDataset:
         .dtype    their integer type               .doc_idx  int64 [documents + 1], in items
         .n_tokens                                  len(), [i]  items
         .warnings                                  sentences on what is damaged and how it was read all the same
+
+    `tokens`, `sizes` and `doc_idx` are memory maps: a process that uses them dies (SIGBUS) when the file is truncated
+    meanwhile. What lasts for hours uses `read` and [i], which raise DataFileError instead, and `check_unchanged`.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -77,6 +81,7 @@ class MMapIndexedDataset:
                     "no such file", given=file, advice="a dataset consists of X.bin and X.idx and is given as X"
                 )
         self.warnings: list[str] = []
+        self._bin, self._idx = WatchedFile(self.bin_path), WatchedFile(self.idx_path)
         self.dtype, n_items, n_bounds = self._read_header()
         start = _HEADER.size
         self.sizes = _map(self.idx_path, np.int32, start, n_items)
@@ -181,15 +186,27 @@ class MMapIndexedDataset:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """The tokens from `start` up to `stop`, or to the end, a read-only array. Raises DataFileError."""
+        start, stop, _ = slice(start, stop).indices(self.n_tokens)
+        size = self.dtype.itemsize
+        return np.frombuffer(self._bin.read(start * size, max(0, stop - start) * size), self.dtype)
+
+    def check_unchanged(self) -> None:
+        """Raises DataFileError unless both files are still those that were opened."""
+        self._bin.check()
+        self._idx.check()
+
     def __getitem__(self, item: int) -> npt.NDArray[Any]:
-        """Token ids of one item, a read-only view."""
-        # Python integers: numpy's int32 sizes would overflow.
-        start = self._first_byte(range(len(self))[item]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self.sizes[item])]
+        """Token ids of one item, a read-only array. Raises DataFileError."""
+        item = range(len(self))[item]
+        start = self._first_byte(item) // self.dtype.itemsize
+        (size,) = struct.unpack("<i", self._idx.read(_HEADER.size + 4 * item, 4))
+        return self.read(start, start + size)
 
     def _first_byte(self, item: int) -> int:
         if not self._pointers_overflowed:
-            return int(self._pointers[item])
+            return struct.unpack("<q", self._idx.read(_HEADER.size + 4 * len(self) + 8 * item, 8))[0]
         # Added up within a block: other pointers for all items would be as large as the index.
         block = item // _INDEX_BLOCK
         before = self.sizes[block * _INDEX_BLOCK : item].sum(dtype=np.int64)

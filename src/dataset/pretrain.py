@@ -61,9 +61,10 @@ class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         n = nth_kept_sample(sample_number(item, self.first_sample, self.rank, self.world_size), self.skipped_samples)
         offset = sample_offset(n, self.prime, self.ctx_len)
         # A copy, because the map is read-only and embeddings take int32 or int64 ids.
-        window = self.data.tokens[offset : offset + self.ctx_len + 1].astype(np.int64)
+        window = self.data.read(offset, offset + self.ctx_len + 1).astype(np.int64)
         # Here, because the embedding would fail with an index error on a CPU and with a device assert on a GPU.
         if window.max() >= self.vocab_size or window.min() < 0:
+            self.data.check_unchanged()  # a file that was written over has any number
             index = int(np.flatnonzero((window >= self.vocab_size) | (window < 0))[0])
             raise UserError(
                 f"{self.data.bin_path} has token id {window[index]} at position {offset + index}",

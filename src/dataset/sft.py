@@ -145,7 +145,8 @@ class SftRows:
         while first < len(data):
             last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + _COUNTED_TOKENS, "right")) - 1)
             # Counts of a conversation are differences of a running sum; tokens with a loss are >= 0, see sft_cache.
-            before = np.concatenate([[0], np.cumsum(data.tokens[bounds[first] : bounds[last]] >= 0, dtype=np.int32)])
+            is_counted = data.read(int(bounds[first]), int(bounds[last])) >= 0
+            before = np.concatenate([[0], np.cumsum(is_counted, dtype=np.int32)])
             begins = bounds[first:last] - bounds[first] + 1  # + 1: the first token is never a target
             ends = np.minimum(begins + self.ctx_len, bounds[first + 1 : last + 1] - bounds[first])
             counts[first:last] = ends - begins if self.count_text else before[ends] - before[begins]

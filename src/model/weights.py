@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -290,8 +290,8 @@ def _advice(weights: Weights, model: nn.Module, source: str, partial: bool) -> s
     return "they fit " + " ".join(f"--{name} {getattr(config, name)}" for name in (*sizes, *ranks))
 
 
-def save_weights(weights: Weights, path: Path) -> None:
-    """Write a state dict to `path`, whole or not at all; the tensors may be on any device.
+def save_weights(weights: Weights, path: Path, check: Callable[[], None] = lambda: None) -> None:
+    """Write a state dict to `path`, whole or not at all, unless `check` raises; the tensors may be on any device.
 
     Raises OSError with the path when that fails twice (disk full, folder removed, no permission).
     """
@@ -299,7 +299,7 @@ def save_weights(weights: Weights, path: Path) -> None:
     # A second attempt, as network file systems fail for a moment. Then the run stops rather than train without saves.
     for attempt in (1, 2):
         try:
-            with atomic_write(path) as file:
+            with atomic_write(path, check=check) as file:
                 torch.save(weights, file)
             return
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a failed write

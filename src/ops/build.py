@@ -3,7 +3,9 @@
 The cache (~/.cache/rwkv7-native, under XDG_CACHE_HOME where that is set) has one folder per key. The key is a hash of
 everything that the binary depends on: sources, flags, compiler, processor features, torch. So a changed source,
 another machine on the same home directory or another torch gets its own binary, and a reinstall finds the old one. A
-build happens in a private folder and is renamed into place when it is complete.
+build happens in a private folder, which is flushed to the disk and renamed into place when it is complete. The SHA-256
+of the library is next to it and checked before each load: a library with pages of zeros, as a power cut leaves them, is
+loaded without an error and ends the process where it is called.
 """
 
 import atexit
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from src.files import file_lock
+from src.files import file_lock, sha256_of, sync_file, sync_folder
 from src.ops.cuda import cuda_recipe
 from src.ops.recipe import INSTRUCTION_SETS, STABLE_ABI, Recipe, cpu_recipe
 from src.ops.rocm import rocm_recipe
@@ -37,7 +39,7 @@ __all__ = [
     "why_no_cuda",
 ]
 
-LIBRARY = "librwkv7_native.so"
+LIBRARY, CHECKSUM = "librwkv7_native.so", "librwkv7_native.sha256"
 SHOWN_OUTPUT = 6000  # characters of a failed build's output in the error: its end has the first compiler's messages
 
 _lock = threading.Lock()  # several threads may be the first to need the library
@@ -115,12 +117,13 @@ def build(recipe: Recipe, cache: Path | None = None) -> Path:
     """
     cache = cache_folder() if cache is None else cache
     final = cache / recipe.key() / LIBRARY
-    if final.is_file():
+    if _is_whole(final):
         return final
     try:
         # Where a file system has no locks several may build at once, each in a folder of its own: harmless.
         with file_lock(cache / "lock", wait=True, warn=False):
-            if not final.is_file():  # another process may have built it while we waited
+            if not _is_whole(final):  # another process may have built it while we waited
+                shutil.rmtree(final.parent, ignore_errors=True)  # damaged, or of a version that kept no checksum
                 _build_into(recipe, final)
     except OSError as error:
         folder = Path(tempfile.mkdtemp(prefix="rwkv7-native-"))
@@ -140,6 +143,14 @@ def build(recipe: Recipe, cache: Path | None = None) -> Path:
     return final
 
 
+def _is_whole(library: Path) -> bool:
+    """Whether a library of the cache is there and has the SHA-256 that was written next to it."""
+    try:
+        return library.with_name(CHECKSUM).read_text(encoding="utf-8") == sha256_of(library)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def _build_into(recipe: Recipe, final: Path) -> None:
     final.parent.parent.mkdir(parents=True, exist_ok=True)
     # Next to its final place: a rename is atomic only within one file system.
@@ -149,11 +160,16 @@ def _build_into(recipe: Recipe, final: Path) -> None:
         complete = work / "complete"
         complete.mkdir()
         os.rename(work / LIBRARY, complete / LIBRARY)
+        (complete / CHECKSUM).write_text(sha256_of(complete / LIBRARY), encoding="utf-8")
+        for path in (complete / LIBRARY, complete / CHECKSUM):
+            sync_file(path)
+        sync_folder(complete)
         try:
             os.rename(complete, final.parent)
         except OSError:
-            if not final.is_file():  # anything but another process that was first
+            if not _is_whole(final):  # anything but another process that was first
                 raise
+        sync_folder(final.parent.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -65,6 +65,10 @@ class Samples(Protocol):
 
     def largest_id(self) -> int: ...
 
+    def check_unchanged(self) -> None:
+        """Raises DataFileError when a file was truncated or replaced since it was opened."""
+        ...
+
     def locate(self, sample: int) -> str:
         """Where a sample lies in the data, for people."""
         ...
@@ -83,7 +87,9 @@ class PretrainSamples:
         check_magic_prime(self.prime, self.data.n_tokens, config.ctx_len)
         self.tokens_per_epoch = self.data.n_tokens
         # both ends: hashing all of a large file would delay every start by minutes
-        ends = hashlib.sha256(self.data.tokens[:1_000_000].tobytes() + self.data.tokens[-1_000_000:].tobytes())
+        n_tokens = self.data.n_tokens
+        first, last = self.data.read(0, 1_000_000), self.data.read(max(0, n_tokens - 1_000_000), n_tokens)
+        ends = hashlib.sha256(first.tobytes() + last.tobytes())
         self.identity = f"{self.data.n_tokens} tokens {ends.hexdigest()[:16]}"
         self.summary = f"{config.data_file}, {self.data.n_tokens:,} tokens, magic prime {self.prime:,}"
         self.warnings: Sequence[str] = self.data.warnings
@@ -119,12 +125,13 @@ class PretrainSamples:
         """(position, ids [ctx_len]) of SAMPLED_WINDOWS windows, evenly spaced."""
         last = max(0, self.data.n_tokens - self.config.ctx_len)
         for position in np.linspace(0, last, SAMPLED_WINDOWS).astype(np.int64).tolist():
-            yield position, self.data.tokens[position : position + self.config.ctx_len]
+            yield position, self.data.read(position, position + self.config.ctx_len)
 
     def largest_id(self) -> int:
-        tokens = self.data.tokens
-        # in pieces of 16 M: one call would map the whole file into memory
-        return max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
+        return max(int(piece.max()) for piece in _pieces(self.data))
+
+    def check_unchanged(self) -> None:
+        self.data.check_unchanged()
 
     def locate(self, sample: int) -> str:
         return f"token {sample_offset(sample, self.prime, self.config.ctx_len):,} of {self.config.data_file}"
@@ -163,7 +170,7 @@ class SftSamples:
             seed=self.order_seed,
         )
         self.tokens_per_epoch = len(self.rows) * config.ctx_len
-        sizes = hashlib.sha256(conversations.data.sizes.tobytes() + conversations.data.tokens[:1_000_000].tobytes())
+        sizes = hashlib.sha256(conversations.data.sizes.tobytes() + conversations.data.read(0, 1_000_000).tobytes())
         self.identity = f"{len(conversations.data)} conversations {sizes.hexdigest()[:16]} order {self.order_seed}"
         self.unusable_warning = unusable_warning(conversations.left_out, len(conversations.data))
         unusable = sum(conversations.left_out.values())
@@ -191,12 +198,20 @@ class SftSamples:
             )
 
     def largest_id(self) -> int:
-        coded = self.rows.conversations.data.tokens  # ~id marks a token that doesn't count for the loss
-        parts = np.array_split(coded, 1 + len(coded) // (1 << 24))
-        return max(int(np.where(part < 0, ~part, part).max()) for part in parts)
+        # ~id marks a token that doesn't count for the loss
+        return max(int(np.where(piece < 0, ~piece, piece).max()) for piece in _pieces(self.rows.conversations.data))
+
+    def check_unchanged(self) -> None:
+        self.rows.conversations.data.check_unchanged()
 
     def locate(self, sample: int) -> str:
         return f"row {sample % len(self.rows)} of epoch {sample // len(self.rows)} of {self.config.data_file}"
+
+
+def _pieces(data: MMapIndexedDataset) -> Iterator[npt.NDArray[Any]]:
+    """All tokens, 16 M at a time."""
+    for start in range(0, data.n_tokens, 1 << 24):
+        yield data.read(start, start + (1 << 24))
 
 
 def open_samples(config: RunConfig) -> Samples:
@@ -269,15 +284,16 @@ class HeldOut:
         self._sample: Callable[[int], Batch]
         self.warnings: Sequence[str] = ()
         if config.data_type == "binidx":
-            data = MMapIndexedDataset(config.val_data_file)
-            self._tokens, self.warnings = data.tokens, data.warnings
-            self._windows = list(windows(len(self._tokens), config.ctx_len, config.val_windows, flag="val_data_file"))
+            self._data = MMapIndexedDataset(config.val_data_file)
+            self.warnings = self._data.warnings
+            self._windows = list(windows(self._data.n_tokens, config.ctx_len, config.val_windows, flag="val_data_file"))
             self._collate, self.count = torch.utils.data.default_collate, len(self._windows)
             self._sample = self._window
         else:
             # fixed, so that two runs with other settings are measured on the same rows
             changed = {"data_file": config.val_data_file, "truncate": "end", "random_seed": 0}
             self._rows: SftRows = SftSamples(replace(config, **changed)).rows  # type: ignore[arg-type]
+            self._data = self._rows.conversations.data
             self._sample, self._collate = self._row, collate
             self.count = min(len(self._rows), config.val_windows)
 
@@ -303,8 +319,13 @@ class HeldOut:
                     expected="data made with the tokenizer of the training data",
                 )
 
+    def check_unchanged(self) -> None:
+        """Raises DataFileError when a file was truncated or replaced since it was opened."""
+        self._data.check_unchanged()
+
     def _window(self, number: int) -> Batch:
-        ids = torch.from_numpy(self._tokens[self._windows[number]].astype(np.int64))
+        window = self._windows[number]
+        ids = torch.from_numpy(self._data.read(window.start, window.stop).astype(np.int64))
         return ids[:-1], ids[1:]
 
     def _row(self, number: int) -> SftBatch:

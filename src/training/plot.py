@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         runs = [read_curves(run) for run in options.runs]
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    for warning in (warning for run in runs for warning in run.warnings):
+        print(f"WARNING: {warning}", file=sys.stderr)
     is_single = len(runs) == 1
     # A log file may lie in a folder of another program's: its figure goes to the current folder, as a comparison does.
     default = Path(options.runs[0]) / FIGURE if is_single and Path(options.runs[0]).is_dir() else Path("compare.png")

@@ -8,7 +8,6 @@ import os
 import secrets
 import time
 import warnings
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,13 +22,13 @@ from src.config import ModelConfig, RunConfig
 from src.dataset.binidx import file_prefix
 from src.dataset.tokenizer import load_tokenizer
 from src.errors import UserError
-from src.files import file_lock
+from src.files import make_folder
 from src.model import RWKV7
 from src.model.cost import parameter_count
 from src.model.weights import fit_weights, read_weights, save_weights
 from src.ops.build import BuildError
 from src.ops.recurrence import describe_kernel
-from src.run_folder import FIGURE, INIT, LOG, METRICS, REPORT, VALIDATION, ResultNames
+from src.run_folder import FIGURE, INIT, LOG, METRICS, REPORT, VALIDATION, ResultNames, RunLock
 from src.run_log import read_columns
 from src.training.checkpoint.results import result_names, results_of
 from src.training.checkpoint.resume import (
@@ -156,11 +155,14 @@ def _run_mode(config: RunConfig, hardware: Hardware, process_group: ProcessGroup
     if config.dry_run:
         return dry_run(config, hardware, Path(config.proj_dir), process_group)
     proj_dir = process_group.broadcast_from_rank_zero(lambda: _writable_folder(config.proj_dir))
-    with ExitStack() as lock:  # held by rank 0: one run has one lock, however many processes
+    lock = RunLock(proj_dir)  # held by rank 0: one run has one lock, however many processes
+    try:
         process_group.broadcast_from_rank_zero(lambda: _acquire_folder(proj_dir, lock))
         if config.train_stage == 1:
-            return _write_initial_weights(config, proj_dir)
-        return _train(config, hardware, proj_dir, process_group, ends_at)
+            return _write_initial_weights(config, proj_dir, lock)
+        return _train(config, hardware, proj_dir, lock, process_group, ends_at)
+    finally:
+        lock.release()
 
 
 def _plan(config: RunConfig) -> int:
@@ -180,7 +182,7 @@ def _plan(config: RunConfig) -> int:
 # ---- stage 1 ---------------------------------------------------------------------------------------------------------
 
 
-def _write_initial_weights(config: RunConfig, proj_dir: Path) -> int:
+def _write_initial_weights(config: RunConfig, proj_dir: Path, lock: RunLock) -> int:
     target = proj_dir / INIT
     sizes = config.model_config(find_vocab_size(config, None))
     if target.exists():
@@ -194,7 +196,7 @@ def _write_initial_weights(config: RunConfig, proj_dir: Path) -> int:
     pl.seed_everything(seed, verbose=False)
     # bf16 even on a CPU, unless asked for otherwise: the official trainer writes it so
     model = RWKV7(sizes).to(torch.float32 if config.precision in ("fp32", "tf32") else torch.bfloat16)
-    save_weights(model.state_dict(), target)
+    save_weights(model.state_dict(), target, lock.check)
     log(f"wrote {target}: {sizes.title}, {parameter_count(sizes):,} parameters, seed {seed}")
     return 0
 
@@ -202,7 +204,14 @@ def _write_initial_weights(config: RunConfig, proj_dir: Path) -> int:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group: ProcessGroup, ends_at: float) -> int:
+def _train(
+    config: RunConfig,
+    hardware: Hardware,
+    proj_dir: Path,
+    lock: RunLock,
+    process_group: ProcessGroup,
+    ends_at: float,
+) -> int:
     on_rank_zero = process_group.broadcast_from_rank_zero
     samples, held_out = _open_data(config)
     length = length_of_run(config, samples.tokens_per_epoch, hardware.world_size)
@@ -214,6 +223,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group:
         # what is wrong with the new run's weights is found before the earlier run is archived
         new = on_rank_zero(lambda: peek_resume_point(config, proj_dir, length))
         _check_ids(samples, held_out, resolve_model_config(config, new, process_group))
+        on_rank_zero(lock.check)  # opening the data may have taken a while
         on_rank_zero(lambda: archive_other_run(config, proj_dir))
     if on_rank_zero(final.exists):
         on_rank_zero(lambda: refuse_other_settings(config, hardware, proj_dir, length, samples))
@@ -228,12 +238,13 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group:
         base = resolve_base(config, resume, process_group)
         settings = resolve_settings(config, sizes, hardware, length, samples, seed, base)
         log(summary(config, sizes, hardware, samples, resume))
+        on_rank_zero(lock.check)
         on_rank_zero(partial(_record_start, config, hardware, proj_dir, settings, resume))
         if is_rank_zero():
             warn_at_start(config, hardware, sizes, samples, resume, proj_dir)
-        results = results_of(config, resume.weights, base)
+        results = results_of(config, resume.weights, base, lock.check)
         context = RunContext(
-            config, sizes, hardware, proj_dir, samples, held_out, settings, process_group, ends_at, results
+            config, sizes, hardware, proj_dir, samples, held_out, settings, process_group, ends_at, results, lock.check
         )
         try:
             with with_oom_advice(config, sizes, hardware, process_group):
@@ -244,6 +255,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group:
             # with other settings, and numbered weights are placed by what run.json said before this start.
             on_rank_zero(partial(_archive_damaged, proj_dir, error, recorded))
     if is_rank_zero():
+        lock.check()
         _report_end(config, proj_dir, results.names, result, resume.length.steps)
     return result.exit_code
 
@@ -331,7 +343,7 @@ def _draw_seed(config: RunConfig) -> int:
 def _writable_folder(name: str) -> Path:
     folder = Path(name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         probe = folder / ".write-test"  # permissions alone don't tell: read-only mounts, quotas, network file systems
         probe.write_bytes(b"")
         probe.unlink()
@@ -341,17 +353,8 @@ def _writable_folder(name: str) -> Path:
     return folder
 
 
-def _acquire_folder(proj_dir: Path, lock: ExitStack) -> None:
-    """Two runs in one folder would overwrite each other's weights: the second is refused."""
-    try:
-        lock.enter_context(file_lock(proj_dir / ".lock", wait=False))
-    except BlockingIOError:
-        raise UserError(
-            "another run is using this folder",
-            flag="proj_dir",
-            given=proj_dir,
-            advice="wait for it, stop it, or choose another folder",
-        ) from None
+def _acquire_folder(proj_dir: Path, lock: RunLock) -> None:
+    lock.acquire()
     run_folder.remove_leftovers(proj_dir)
 
 

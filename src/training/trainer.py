@@ -2,6 +2,7 @@
 
 The callbacks of a fit, in the order in which Lightning calls them:
 
+    WatchFiles            stops where the run's folder or its data is changed, before anything is written after a step
     RunControl            counts the step, which all others rely on; combines the requests of all ranks to stop, save,
                           roll back
     GracefulStop          turns signals and the time limit into a request to stop; before RestoreState, since loading a
@@ -35,14 +36,21 @@ import torch
 from torch.utils.data import DataLoader
 
 from src.config import ModelConfig, RunConfig
+from src.dataset.watched_file import DataFileError
 from src.model import RWKV7
-from src.model.weights import save_weights
 from src.run_folder import LOG, METRICS, TRACE, VALIDATION
-from src.training.checkpoint.callbacks import CheckpointCallback, RestoreState, SaveInitialWeights, SaveWeights
+from src.training.checkpoint.callbacks import (
+    CheckpointCallback,
+    RestoreState,
+    SaveInitialWeights,
+    SaveWeights,
+    refuse_unusable,
+)
 from src.training.checkpoint.results import Results
 from src.training.checkpoint.resume import ResumePoint
 from src.training.checkpoint.state import adapter_of_state, weights_of_state
 from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, DamagedStateError, StateWriter
+from src.training.checkpoint.watch_files import WatchFiles
 from src.training.console import is_rank_zero, log
 from src.training.control import STOP, TIME_LIMIT_EXIT_CODE, GracefulStop, RunControl
 from src.training.data import HeldOut, Samples, train_dataloader
@@ -85,6 +93,7 @@ class RunContext:
     process_group: ProcessGroup
     ends_at: float
     results: Results
+    check_folder: Callable[[], None] = lambda: None  # raises where the folder is another run's; see RunLock.check
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,16 @@ def fit(context: RunContext, resume: ResumePoint) -> FitResult:
         # built here and held by nobody else: a roll-back builds another one, and there may be no memory for two
         model, values = build_model(context.config, context.sizes, context.hardware, resume)
         callbacks = build_callbacks(context, resume)
-        run_trainer(context, resume, steps, callbacks.in_order, build_module(context, model, values))
+        watch_files = callbacks.watch_files
+        try:
+            run_trainer(context, resume, steps, callbacks.in_order, build_module(context, model, values))
+        except DataFileError as error:
+            watch_files.check_data()  # for its own sentence: that of a loader's worker has a traceback in it
+            raise watch_files.data_error or error from None
+        if callbacks.control.is_agreed(STOP):
+            watch_files.check_data()  # on every rank: it may have stopped since another one noticed
+        if watch_files.data_error is not None and callbacks.control.step < resume.length.steps:
+            raise watch_files.data_error
         return _result(callbacks, resume.length.steps)
     except DamagedStateError as error:
         error.folder = resume.reader.folder if resume.reader is not None else None
@@ -126,10 +144,12 @@ def _write_final_weights(context: RunContext, resume: ResumePoint) -> None:
             return
         if resume.reader is not None:
             weights = weights_of_state(resume.reader.shards(), context.sizes, context.hardware.dtype)
+            assert resume.state is not None
+            refuse_unusable(weights, resume.state.counters, resume.position.restarted_at_sample)
         else:
             stored = fitted_weights(context.config, context.sizes, resume)
             weights = {name: tensor.to(context.hardware.dtype) for name, tensor in stored.items()}
-        save_weights(weights, final)
+        context.results.write_tensors(weights, final)
 
     context.process_group.broadcast_from_rank_zero(write)
 
@@ -142,6 +162,7 @@ class Callbacks:
     control: RunControl
     graceful_stop: GracefulStop
     non_finite: NonFiniteMonitor
+    watch_files: WatchFiles
 
 
 def build_callbacks(context: RunContext, resume: ResumePoint) -> Callbacks:
@@ -152,18 +173,17 @@ def build_callbacks(context: RunContext, resume: ResumePoint) -> Callbacks:
     non_finite = NonFiniteMonitor(control, config.max_bad_steps, scale_loss=context.hardware.precision == "fp16")
     warn = OnceWarnings()
     # only rank 0 writes; non-finite steps are watched on every rank, so that all stop at the same one
-    sinks = (
-        [*_sinks(config, proj_dir, resume, context.settings), NumbersMonitor(length.steps, warn)]
-        if is_rank_zero()
-        else []
-    )
+    sinks = [*_sinks(context, resume), NumbersMonitor(length.steps, warn)] if is_rank_zero() else []
     peak = peak_tokens_per_second(context.sizes, context.hardware)
     reporter = Reporter(control, length, [*sinks, non_finite], position.mini_epoch_losses, peak)
-    weights = SaveWeights(control, length, config.epoch_save, proj_dir, context.samples.prime, context.results)
+    check_folder = context.check_folder
+    weights = SaveWeights(
+        control, length, config.epoch_save, proj_dir, non_finite, context.samples.prime, context.results
+    )
     expected_seconds = expected_save_seconds(held_count(config, context.sizes), config.time_limit)
     checkpoint = CheckpointCallback(
         control,
-        writer=StateWriter(proj_dir, config.keep_resume, expected_seconds),
+        writer=StateWriter(proj_dir, config.keep_resume, expected_seconds, check_folder),
         position=position,
         length=length,
         reporter=reporter,
@@ -172,7 +192,11 @@ def build_callbacks(context: RunContext, resume: ResumePoint) -> Callbacks:
         settings=context.settings,
         save_minutes=config.save_minutes,
     )
+    watch_files = WatchFiles(
+        control, context.samples, context.held_out, check_folder, save=checkpoint.save_between_steps
+    )
     in_order: list[pl.Callback] = [
+        watch_files,
         control,
         graceful_stop,
         *restore_callbacks(resume),
@@ -182,13 +206,13 @@ def build_callbacks(context: RunContext, resume: ResumePoint) -> Callbacks:
         *_initial_weights_callbacks(context, resume),
         weights,
         *_validation_callbacks(context, resume, control, reporter, graceful_stop),
-        LossFigureCallback(control, length, proj_dir),
+        LossFigureCallback(control, length, proj_dir, check_folder),
         checkpoint,
         GenerateSamples(config, control, reporter, non_finite, length, proj_dir),
         *([Profile(config.profile, proj_dir / TRACE)] if is_rank_zero() and config.profile > 0 else []),
         PaceMonitor(warn),
     ]
-    return Callbacks(in_order, control, graceful_stop, non_finite)
+    return Callbacks(in_order, control, graceful_stop, non_finite, watch_files)
 
 
 def restore_callbacks(resume: ResumePoint) -> list[pl.Callback]:
@@ -200,7 +224,9 @@ def restore_callbacks(resume: ResumePoint) -> list[pl.Callback]:
 
 def _initial_weights_callbacks(context: RunContext, resume: ResumePoint) -> list[pl.Callback]:
     """The callback that writes rwkv-init.pth, where neither a state nor a file gives the initial weights."""
-    return [SaveInitialWeights(context.proj_dir)] if resume.state is None and resume.weights is None else []
+    if resume.state is not None or resume.weights is not None:
+        return []
+    return [SaveInitialWeights(context.proj_dir, context.check_folder)]
 
 
 def _validation_callbacks(
@@ -215,7 +241,7 @@ def _validation_callbacks(
     is_fine_tuning = step == 0 and resume.weights is not None and (config.data_type == "sft" or bool(config.load_model))
     best_loss, omitted = context.process_group.broadcast_from_rank_zero(
         lambda: (
-            best_loss_before(context.proj_dir, step),
+            best_loss_before(context.proj_dir, _last_validation(resume)),
             was_omitted(context.proj_dir, config.val_every, length, step),
         )
     )
@@ -234,6 +260,12 @@ def _validation_callbacks(
             results=context.results,
         )
     ]
+
+
+def _last_validation(resume: ResumePoint) -> int:
+    """The step up to which validations are not measured again. A state is saved after the validation of its step, and
+    with it rwkv-best.pth; numbered weights are saved before."""
+    return resume.position.step if resume.state is not None else resume.position.step - 1
 
 
 def expected_save_seconds(held: int, time_limit: float) -> float:
@@ -380,17 +412,21 @@ def learning_rate_schedule(config: RunConfig, resume: ResumePoint) -> Callable[[
     return learning_rate_at
 
 
-def _sinks(config: RunConfig, proj_dir: Path, resume: ResumePoint, settings: dict[str, Any]) -> list[Sink]:
+def _sinks(context: RunContext, resume: ResumePoint) -> list[Sink]:
+    config, proj_dir, settings = context.config, context.proj_dir, context.settings
     live = config.enable_progress_bar.lower() in ("true", "1") and has_live_line()
-    length, first_step = resume.length, resume.position.step
+    length, first_step, last_validation = resume.length, resume.position.step, _last_validation(resume)
     # rows and lines of steps that are trained again, because they are newer than the state, are dropped first
     metrics = MetricsFile(proj_dir / METRICS, first_step, length.tokens_per_step)
     if metrics.lost_seconds:
         log(f"{'repeated':>12}  {metrics.lost_seconds:.0f} s of training since that state")
+    if metrics.missing_steps and resume.state is not None:
+        log(f"note: {METRICS} has no rows of {metrics.missing_steps:,} of the {first_step:,} steps before this start")
+    lines = resume.state.logs if resume.state is not None else {}
     return [
-        TrainLog(proj_dir / LOG, resume.first_mini_epoch, first_step, settings),
+        TrainLog(proj_dir / LOG, resume.first_mini_epoch, last_validation, settings, lines, context.check_folder),
         metrics,
-        ValidationFile(proj_dir / VALIDATION, first_step),
+        ValidationFile(proj_dir / VALIDATION, last_validation, lines, context.check_folder),
         *open_loggers(config, proj_dir, settings),
         # the last to open and the first to close: loggers print
         ProgressLine(length, first_step, live),

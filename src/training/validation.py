@@ -121,6 +121,10 @@ class Validation(StepCallback):
             loss, counted = measured
             self._last_seconds = time.monotonic() - begin
             is_best = loss < self.best_loss  # false for NaN
+            report = ValidationReport(steps, self.length.tokens(steps), loss, counted, self._last_seconds, is_best)
+            # Before the weights: val.csv must know every loss that rwkv-best.pth ever had, or worse weights would
+            # replace it after a power cut.
+            self.reporter.report_validation(report)
             if is_best:
                 self.best_loss = loss
                 self.results.write(pl_module, self.proj_dir / self.results.names.best)
@@ -149,15 +153,15 @@ def _schedule(val_every: str, length: RunLength) -> Callable[[int], bool]:
 
 
 def was_omitted(proj_dir: Path, val_every: str, length: RunLength, first_step: int) -> bool:
-    """Whether the measurement that is due before `first_step` isn't in val.csv: the run was stopped instead, or
-    --val_every changed."""
+    """Whether the measurement that is due before `first_step` isn't in val.csv: the run was stopped instead, or resumes
+    from weights that were saved before it, or --val_every changed."""
     measured = read_columns(proj_dir / VALIDATION).get("steps", [])
     return first_step > 0 and _schedule(val_every, length)(first_step - 1) and first_step not in measured
 
 
 def best_loss_before(proj_dir: Path, step: int) -> float:
-    """The lowest held-out loss up to `step` in val.csv, which holds losses on the same samples only; infinite where
-    there is none."""
+    """The lowest held-out loss up to and including `step` in val.csv, which holds losses on the same samples only;
+    infinite where there is none."""
     columns = read_columns(proj_dir / VALIDATION)
     rows = zip(columns.get("steps", []), columns.get("loss", []), strict=True)
     return min((loss for steps, loss in rows if steps <= step and math.isfinite(loss)), default=math.inf)

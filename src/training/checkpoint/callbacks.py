@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
-from src.model.weights import save_weights
-from src.run_folder import numbered_results, replace_drawn_init
+from src.model.weights import IDLE_IN_LAYER_0, Weights, save_weights
+from src.run_folder import FINAL, numbered_results, replace_drawn_init
 from src.training.checkpoint.results import Results
 from src.training.checkpoint.state import (
     Position,
@@ -19,7 +20,7 @@ from src.training.checkpoint.state import (
     scatter_full_state,
 )
 from src.training.checkpoint.storage import StateReader, StateWriter
-from src.training.console import is_rank_zero
+from src.training.console import is_rank_zero, log
 from src.training.control import SAVE, STOP, RunControl, StepCallback
 from src.training.module import TrainingModule
 from src.training.reporting.non_finite import NonFiniteMonitor
@@ -37,6 +38,7 @@ class SaveWeights(StepCallback):
         length: RunLength,
         epoch_save: int,
         proj_dir: Path,
+        non_finite: NonFiniteMonitor,
         prime: int = 0,
         results: Results | None = None,
     ) -> None:
@@ -45,6 +47,7 @@ class SaveWeights(StepCallback):
         super().__init__(control)
         self.results = results or Results()
         self.length, self.epoch_save, self.proj_dir = length, epoch_save, proj_dir
+        self.non_finite = non_finite
         # The official trainer counts magic_prime // 40320 mini-epochs and saves the last of them. -1 is no mini-epoch.
         self.last_whole = prime // length.mini_epoch_samples - 1
 
@@ -57,13 +60,33 @@ class SaveWeights(StepCallback):
         return is_due and self.length.ends_mini_epoch(step)
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        if self.saves_at(step):
-            self.write(pl_module, self.results.names.numbered(self.length.mini_epoch(step)))
-
-    def write(self, pl_module: pl.LightningModule, name: str) -> None:
-        """What the run trains, under a name in its folder. Every rank takes part."""
+        if not self.saves_at(step):
+            return
+        name = self.results.names.numbered(self.length.mini_epoch(step))
+        # A run that goes back to the newest weights must not find those that the skipped steps began from, or that are
+        # the cause of them. All ranks see the same numbers.
+        if self.non_finite.skipped_in_row:
+            log(f"note: {name} is not written, since the last {self.non_finite.skipped_in_row} steps were skipped")
+            return
         assert isinstance(pl_module, TrainingModule)
         self.results.write(pl_module, self.proj_dir / name)
+
+
+def refuse_unusable(weights: Weights, counters: dict[str, float], restarted_at_sample: int, final: str = FINAL) -> None:
+    """Raises FloatingPointError for the weights at the end of a run that never took a step, or that are not finite."""
+    # Adam's count is that of the whole run, unless it began anew on trained weights.
+    is_untrained = counters["adam_steps"] == 0 and restarted_at_sample == 0
+    non_finite = [
+        name
+        for name, tensor in weights.items()
+        if name not in IDLE_IN_LAYER_0 and not all(bool(bound.isfinite()) for bound in tensor.aminmax())
+    ]
+    if is_untrained or non_finite:
+        what = f"{non_finite[0]} is not finite" if non_finite else "no step had a finite loss and gradient"
+        raise FloatingPointError(
+            f"the run ends without usable weights: {what}, so {final} is not written. Start again with --restart 1 and "
+            "a lower --lr_init, or use --precision fp32 to find the cause"
+        )
 
 
 class SaveInitialWeights(pl.Callback):
@@ -73,8 +96,8 @@ class SaveInitialWeights(pl.Callback):
     run's precision. A file that this run did not write is never replaced.
     """
 
-    def __init__(self, proj_dir: Path) -> None:
-        self.proj_dir = proj_dir
+    def __init__(self, proj_dir: Path, check_folder: Callable[[], None] = lambda: None) -> None:
+        self.proj_dir, self.check_folder = proj_dir, check_folder
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # From the model rather than drawn a second time: orthogonal matrices take minutes for a large model. Not
@@ -82,6 +105,7 @@ class SaveInitialWeights(pl.Callback):
         assert isinstance(pl_module, TrainingModule)
         weights = gather_weights(pl_module.model)
         if weights is not None:
+            self.check_folder()
             replace_drawn_init(self.proj_dir, lambda path: save_weights(weights, path))
 
 
@@ -134,7 +158,7 @@ class CheckpointCallback(StepCallback):
         self.writer.check()  # a save that failed in the background fails the run at the next step
         self._reserve_time()
         if self.control.is_agreed(SAVE, STOP) or self.weights.saves_at(step):
-            self.reporter.flush()  # the losses and skipped steps up to this step belong to the state
+            self.reporter.flush()  # the skipped steps up to this one are known then
             # A state among skipped steps has passed samples that a roll-back would leave out; only a stop can't wait
             # for a better one.
             if self.control.is_agreed(STOP) or not self.non_finite.skipped_in_row:
@@ -145,11 +169,23 @@ class CheckpointCallback(StepCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.writer.wait()  # raises the error of the last save: no rwkv-final.pth then
         if self.control.step >= self.length.steps and self.non_finite.failed_steps is None:
-            self.weights.write(pl_module, self.weights.results.names.final)
+            assert isinstance(pl_module, TrainingModule)
+            results, counters = self.weights.results, pl_module.optimizer.counters()
+            final, restarted_at_sample = results.names.final, self.position.restarted_at_sample
+            results.write(
+                pl_module,
+                self.weights.proj_dir / final,
+                accept=lambda tensors: refuse_unusable(tensors, counters, restarted_at_sample, final),
+            )
+
+    def save_between_steps(self, module: pl.LightningModule) -> None:
+        """Save the full state of the last complete step, and wait for it: where no further step is possible."""
+        self._save(module)
+        self.writer.wait()
 
     def _save(self, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)
-        step = self.control.step
+        step, logs = self.control.step, self.reporter.sync()
         position = Position(
             step=step,
             samples=self.length.samples(step),
@@ -161,7 +197,7 @@ class CheckpointCallback(StepCallback):
                 numbered_results(self.weights.proj_dir, self.weights.results.names)
             ),  # see find_resume_point
         )
-        state = SavedState(position, self.settings, module.optimizer.counters(), time.time())
+        state = SavedState(position, self.settings, module.optimizer.counters(), time.time(), logs)
         tensors = gather_full_state(module)
         if is_rank_zero():
             self.writer.write(step, state.payload(), tensors)

@@ -23,10 +23,11 @@ from src.run_folder import (
     numbered_weights,
     origin_weights,
     read_run,
+    rename_damaged,
 )
 from src.training.checkpoint.results import result_names
 from src.training.checkpoint.state import Position, SavedState
-from src.training.checkpoint.storage import DamagedStateError, StateReader, rename_damaged, state_folders
+from src.training.checkpoint.storage import DamagedStateError, StateReader, state_folders
 from src.training.console import log
 from src.training.schedule import RunLength
 

@@ -7,6 +7,7 @@ each process holds partitions; they pass through rank 0 tensor by tensor, bit by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from src.config import ModelConfig
 from src.model import RWKV7
-from src.training.checkpoint.storage import DamagedStateError
+from src.training.checkpoint.manifest import DamagedStateError
 from src.training.console import is_rank_zero
 from src.training.distributed.engine_adamw import EngineAdamW
 from src.training.distributed.sharded_init import gathered
@@ -29,6 +30,10 @@ Shard = dict[str, Tensor]
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 # names of fields in states of format version 1
 OLD_POSITION_NAMES = {"unit": "mini_epoch_samples", "holes": "skipped_samples"}
+# Settings of a state that a start computes with.
+INTEGER_SETTINGS = ("vocab_size", "n_layer", "n_embd", "head_size", "ctx_len", "global_batch", "my_exit_tokens")
+REQUIRED_COUNTERS = {"adam_steps", "skipped_steps"}
+LATEST_TIME = 2.5e11  # of time.time(): year 9892
 
 
 @dataclass
@@ -53,6 +58,7 @@ class SavedState:
     settings: dict[str, Any]
     counters: dict[str, float]  # of the optimizer
     saved_at: float  # time.time()
+    logs: dict[str, list[str]] = field(default_factory=dict)  # the newest lines of small logs by file name, see Sink
 
     def payload(self) -> dict[str, Any]:
         """For JSON."""
@@ -62,17 +68,50 @@ class SavedState:
     def from_payload(cls, payload: dict[str, Any]) -> SavedState:
         """What `payload` gave, of this or an earlier format version. Raises DamagedStateError when it is malformed."""
         try:
-            position = {OLD_POSITION_NAMES.get(name, name): value for name, value in payload["position"].items()}
-            known = {column.name for column in fields(Position)}  # a later version may have added some
-            restored = Position(**{name: value for name, value in position.items() if name in known})
-            if "weights_written" not in position:  # the first versions did not record it
-                restored.weights_written = restored.samples >= restored.mini_epoch_samples
-            restored.skipped_samples = [(int(first), int(count)) for first, count in restored.skipped_samples]
-            restored.mini_epoch_losses = [float(loss) for loss in restored.mini_epoch_losses]
             counters = {str(name): float(value) for name, value in payload["counters"].items()}
-            return cls(restored, dict(payload["settings"]), counters, float(payload["saved_at"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            state = cls(
+                _position(payload["position"]),
+                dict(payload["settings"]),
+                counters,
+                float(payload["saved_at"]),
+                {str(name): [str(line) for line in lines] for name, lines in payload.get("logs", {}).items()},
+            )
+            sizes = [state.settings.get(name, 0) for name in INTEGER_SETTINGS]
+            # of a time that a calendar has: the start prints it
+            if not all(map(_is_count, sizes)) or not all(map(math.isfinite, counters.values())):
+                raise ValueError("a size or a counter is no number")
+            if missing := REQUIRED_COUNTERS - counters.keys():
+                raise KeyError(min(missing))
+            if ("loss_scale" in counters) != ("good_steps" in counters):
+                raise KeyError("loss_scale or good_steps")
+            if not 0 <= state.saved_at < LATEST_TIME:
+                raise ValueError(f"saved_at {state.saved_at}")
+            return state
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DamagedStateError(f"state.json is malformed ({type(error).__name__}: {error})") from error
+
+
+def _position(values: dict[str, Any]) -> Position:
+    """The position in a payload of this or an earlier format version. Raises ValueError and others where it is
+    malformed."""
+    values = {OLD_POSITION_NAMES.get(name, name): value for name, value in values.items()}
+    known = {column.name for column in fields(Position)}  # a later version may have added some
+    position = Position(**{name: value for name, value in values.items() if name in known})
+    if "weights_written" not in values:  # the first versions did not record it
+        position.weights_written = position.samples >= position.mini_epoch_samples
+    position.skipped_samples = [(first, count) for first, count in position.skipped_samples]
+    position.mini_epoch_losses = [float(loss) for loss in position.mini_epoch_losses]
+    counts = [position.step, position.samples, position.mini_epoch_samples, position.restarted_at_sample]
+    counts += [number for run in position.skipped_samples for number in run]
+    if not all(map(_is_count, counts)) or position.mini_epoch_samples == 0:
+        raise ValueError(f"position {values}")
+    if not all(map(math.isfinite, position.mini_epoch_losses)) or not isinstance(position.weights_written, bool):
+        raise ValueError(f"position {values}")
+    return position
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63  # not bool, which is an int to Python
 
 
 def gather_full_state(module: pl.LightningModule) -> Iterator[tuple[str, Tensor]]:
@@ -146,14 +185,16 @@ def weights_of_state(shards: Iterable[Shard], sizes: ModelConfig, dtype: torch.d
     weights = {}
     for shard in shards:
         for key, tensor in shard.items():
-            name, kind = key.rsplit("/", 1)
+            name, _, kind = key.rpartition("/")
             if kind in ("master", "idle"):
                 weights[name] = tensor.to(dtype)
     with torch.device("meta"):
-        names = list(RWKV7(sizes).state_dict())
-    if missing := [name for name in names if name not in weights]:
+        expected = RWKV7(sizes).state_dict()
+    if missing := [name for name in expected if name not in weights]:
         raise DamagedStateError(f"{missing[0]} is missing")
-    return {name: weights[name] for name in names}
+    for name, tensor in expected.items():
+        _check_tensor(name, weights[name], tensor.shape)
+    return {name: weights[name] for name in expected}
 
 
 def gather_adapter(module: TrainingModule) -> dict[str, Tensor] | None:
@@ -224,11 +265,14 @@ def _next_shard(iterator: Iterator[Shard], wanted: set[str], parameters: dict[st
     """The wanted tensors of the next shard, which have the shapes of their parameters; None after the last one."""
     for shard in iterator:
         for key in wanted & shard.keys():
-            shape = _whole_shape(parameters[key.rsplit("/", 1)[0]])
-            if shard[key].shape != shape:
-                raise DamagedStateError(f"{key} has the shape {list(shard[key].shape)} instead of {list(shape)}")
+            _check_tensor(key, shard[key], _whole_shape(parameters[key.rsplit("/", 1)[0]]))
         return {key: tensor for key, tensor in shard.items() if key in wanted}
     return None
+
+
+def _check_tensor(key: str, tensor: Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape or not tensor.is_floating_point():
+        raise DamagedStateError(f"{key} is {tensor.dtype} {list(tensor.shape)} instead of {list(shape)}")
 
 
 def _whole_shape(parameter: nn.Parameter) -> torch.Size:

@@ -20,7 +20,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,41 +29,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from src.errors import UserError
-from src.files import sync_folder
+from src.files import make_folder, sync_folder
 from src.run_folder import STATES
+from src.training.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PAYLOAD,
+    DamagedStateError,
+    parse_json,
+    parse_manifest,
+)
 
-# Of the manifest. 1 (manifests without a number): up to November 2026, tensors-0000.safetensors. 2: shards named by
-# rank.
-FORMAT_VERSION = 2
 STATE_BYTES_PER_PARAMETER = 12  # fp32 weight and two moments
 # A save holds up to four shards in CPU memory: one being filled, one waiting, one being written, and that one's bytes.
 SHARD_BYTES = 1 << 30
 RETRY_SECONDS = 1.0  # network file systems fail for a moment now and then
-MANIFEST, PAYLOAD = "manifest.json", "state.json"
 Tensors = dict[str, Tensor]
-
-
-class DamagedStateError(Exception):
-    """A state on disk is not what was written; the text says what is wrong with it, `folder` which state it is."""
-
-    folder: Path | None = None
 
 
 def state_folders(proj_dir: Path) -> list[Path]:
     """The folders of saved states, newest first."""
-    folders = [path for path in (proj_dir / STATES).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    # a name with more digits is no step that a run reached
+    names = (proj_dir / STATES).glob("step-*")
+    folders = [path for path in names if re.fullmatch(r"step-[0-9]{8,12}", path.name)]
     # by number: more than 99,999,999 steps have more digits
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
-
-
-def rename_damaged(path: Path) -> Path:
-    """Rename a damaged state or weights file, so that it doesn't count among those that are kept."""
-    archived, k = path.with_name(f"damaged-{path.name}"), 1
-    while archived.exists():
-        k += 1
-        archived = path.with_name(f"damaged-{path.name}-{k}")
-    return path.rename(archived)
 
 
 class StateReader:
@@ -76,31 +66,24 @@ class StateReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        manifest = _parse_json(MANIFEST, _read_bytes(folder / MANIFEST))
-        version = manifest.get("version", 1)
-        if not isinstance(version, int):
-            raise DamagedStateError(f"{MANIFEST} is malformed: version {version!r}")
-        if version > FORMAT_VERSION:
-            raise UserError(
-                f"format version {version}",
-                given=folder,
-                expected=f"at most {FORMAT_VERSION}",
-                advice="it was saved by a later version of this program: update this one",
-            )
-        self._files = _manifest_entries(manifest)
+        self._files = parse_manifest(_read_bytes(folder / MANIFEST), folder)
         for name, (size, _) in self._files.items():  # cheap, and finds most damage before a model is built
             _check_size(folder / name, size)
-        self.payload = _parse_json(PAYLOAD, self._read_verified(PAYLOAD))
+        self.payload = parse_json(PAYLOAD, self._read_verified(PAYLOAD))
 
     def shards(self) -> Iterator[Tensors]:
-        """The tensors, shard by shard."""
+        """The tensors, shard by shard: of every file that the manifest lists, and of no other."""
         for name in self._files:
-            if name.endswith(".safetensors"):
-                data = self._read_verified(name)
-                try:
-                    yield load(data)
-                except Exception as error:  # whatever the parser says of bytes that no writer of ours wrote
-                    raise DamagedStateError(f"{name} can't be parsed ({error})") from error
+            if name == PAYLOAD:
+                continue
+            data = self._read_verified(name)
+            try:
+                shard = load(data)
+            except Exception as error:  # whatever the parser says of bytes that no writer of ours wrote
+                raise DamagedStateError(f"{name} can't be parsed ({error})") from error
+            if not shard:
+                raise DamagedStateError(f"{name} has no tensors")
+            yield shard
 
     def _read_verified(self, name: str) -> bytes:
         size, sha256 = self._files[name]
@@ -109,19 +92,6 @@ class StateReader:
         if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
             raise DamagedStateError(f"{name} is not what was written (its SHA-256 differs)")
         return data
-
-
-def _manifest_entries(manifest: dict[str, Any]) -> dict[str, tuple[int, str]]:
-    """(bytes, SHA-256) by file name."""
-    try:
-        entries = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise DamagedStateError(f"{MANIFEST} is malformed ({type(error).__name__}: {error})") from error
-    if PAYLOAD not in entries:
-        raise DamagedStateError(f"{MANIFEST} does not list {PAYLOAD}")
-    if nested := [name for name in entries if Path(name).name != name]:
-        raise DamagedStateError(f"{MANIFEST} lists {nested[0]!r}, which is no file of this folder")
-    return entries
 
 
 def _check_size(path: Path, size: int) -> None:
@@ -146,16 +116,6 @@ def _read_bytes(path: Path) -> bytes:
     raise AssertionError("the second try returns or raises")
 
 
-def _parse_json(name: str, data: bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DamagedStateError(f"{name} can't be parsed ({error})") from error
-    if not isinstance(content, dict):
-        raise DamagedStateError(f"{name} is malformed: expected an object")
-    return content
-
-
 @dataclass(frozen=True)
 class _Payload:
     """The last task of a save."""
@@ -167,12 +127,19 @@ class StateWriter:
     """Writes states in a thread, one at a time. A write that fails is tried once more; then the next call here raises
     OSError."""
 
-    def __init__(self, proj_dir: Path, keep: int, expected_seconds: float = 0.0) -> None:
-        """`expected_seconds`: what a save is expected to take as long as none was measured."""
+    def __init__(
+        self,
+        proj_dir: Path,
+        keep: int,
+        expected_seconds: float = 0.0,
+        check_folder: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`expected_seconds`: what a save is expected to take as long as none was measured. `check_folder` raises where
+        the folder is another run's; it is called before anything is written under a final name."""
         self.root, self.keep, self._expected_seconds = proj_dir / STATES, keep, expected_seconds
-        # maxsize 1 makes training wait for the disk, where that is slower, before memory fills with shards
-        self._tasks: queue.Queue[Tensors | _Payload] = queue.Queue(maxsize=1)
-        self._failure: Exception | None = None
+        self._check_folder = check_folder
+        self._tasks: queue.Queue[Tensors | _Payload]
+        self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._slowest_seconds = 0.0
 
@@ -185,8 +152,11 @@ class StateWriter:
     def write(self, step: int, payload: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Begin to save. Returns once all tensors are copied; blocks while the queue of shards is full."""
         self.wait()
-        self._thread = threading.Thread(target=self._work, args=(step,), daemon=True, name="state-writer")
-        self._thread.start()
+        # maxsize 1 makes training wait for the disk, where that is slower, before memory fills with shards
+        self._tasks = queue.Queue(maxsize=1)
+        thread = threading.Thread(target=self._work, args=(step,), daemon=True, name="state-writer")
+        thread.start()
+        self._thread = thread
         shard: Tensors = {}
         size = 0
         for name, tensor in tensors:
@@ -194,14 +164,24 @@ class StateWriter:
             shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
             size += shard[name].numel() * shard[name].element_size()
             if size >= SHARD_BYTES:
-                self._tasks.put(shard)
+                self._hand_over(shard)
                 shard, size = {}, 0
         if shard:
-            self._tasks.put(shard)
-        self._tasks.put(_Payload(payload))
+            self._hand_over(shard)
+        self._hand_over(_Payload(payload))
+
+    def _hand_over(self, task: Tensors | _Payload) -> None:
+        """Put a task into the queue; drop it where the thread has ended, after a failure that `check` raises: other
+        ranks still take part in gathering the rest."""
+        while self._thread is not None and self._thread.is_alive():
+            try:
+                self._tasks.put(task, timeout=1.0)
+                return
+            except queue.Full:  # the disk is slow, or the thread has just ended
+                continue
 
     def wait(self) -> None:
-        """Until the save under way is on the disk. Raises the OSError of one that failed."""
+        """Until the save under way is on the disk. Raises the error of one that failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -214,38 +194,40 @@ class StateWriter:
             raise failure
 
     def _work(self, step: int) -> None:
-        """Writes shards as they arrive, then the payload and the manifest. After a failure it still empties the queue:
-        training would wait for ever on a full one."""
+        """The thread: whatever fails in it, the handling of a failure included, becomes an error of the run."""
         temporary = self.root / f".step-{step:08d}.{os.getpid()}.tmp"
+        try:
+            self._write_state(step, temporary)
+        except BaseException as error:
+            self._failure = error  # first: what follows may fail as well
+            try:
+                if isinstance(error, (OSError, SafetensorError)):
+                    self._failure = _save_failure(self.root, error)
+                shutil.rmtree(temporary, ignore_errors=True)
+            except BaseException as second:
+                self._failure = second
+
+    def _write_state(self, step: int, temporary: Path) -> None:
+        """Writes shards as they arrive, then the payload and the manifest, and publishes the folder."""
+        begin = time.monotonic()
         files: dict[str, dict[str, Any]] = {}
-        failed, begin = False, time.monotonic()
-        while True:
+        task = self._tasks.get()
+        self._check_folder()
+        make_folder(self.root)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        while not isinstance(task, _Payload):
+            name = f"rank0-{len(files):04d}.safetensors"
+            files[name] = _write_file(temporary / name, save(task))
             task = self._tasks.get()
-            is_last = isinstance(task, _Payload)
-            if not failed:
-                try:
-                    if not files:
-                        shutil.rmtree(temporary, ignore_errors=True)
-                        temporary.mkdir(parents=True)
-                    if isinstance(task, _Payload):
-                        files[PAYLOAD] = _write_file(temporary / PAYLOAD, _json_bytes(task.content))
-                        manifest = {"version": FORMAT_VERSION, "files": files}
-                        _write_file(temporary / MANIFEST, _json_bytes(manifest))
-                        self._publish(temporary, step)
-                        self._slowest_seconds = max(self._slowest_seconds, time.monotonic() - begin)
-                    else:
-                        name = f"rank0-{len(files):04d}.safetensors"
-                        files[name] = _write_file(temporary / name, save(task))
-                except Exception as error:  # of any kind: it becomes an error of the run
-                    failed = True
-                    is_of_disk = isinstance(error, (OSError, SafetensorError))
-                    self._failure = _save_failure(self.root, error) if is_of_disk else error
-                    shutil.rmtree(temporary, ignore_errors=True)
-            if is_last:
-                return
+        files[PAYLOAD] = _write_file(temporary / PAYLOAD, _json_bytes(task.content))
+        _write_file(temporary / MANIFEST, _json_bytes({"version": FORMAT_VERSION, "files": files}))
+        self._publish(temporary, step)
+        self._slowest_seconds = max(self._slowest_seconds, time.monotonic() - begin)
 
     def _publish(self, temporary: Path, step: int) -> None:
         sync_folder(temporary)  # the names of the files before the name of the folder
+        self._check_folder()
         final = self.root / f"step-{step:08d}"
         replaced = self.root / f".step-{step:08d}.replaced.tmp"
         if final.exists():  # the same step saved again: the new state takes its place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -27,9 +28,15 @@ class LossFigureCallback(StepCallback):
     The figure of the complete run is drawn by the caller, after the last logs are written.
     """
 
-    def __init__(self, control: RunControl, length: RunLength, proj_dir: Path) -> None:
+    def __init__(
+        self,
+        control: RunControl,
+        length: RunLength,
+        proj_dir: Path,
+        check_folder: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(control)
-        self.length, self.proj_dir = length, proj_dir
+        self.length, self.proj_dir, self.check_folder = length, proj_dir, check_folder
         self._thread: threading.Thread | None = None
         self._last_start, self._last_duration = time.monotonic(), 0.0
 
@@ -49,6 +56,7 @@ class LossFigureCallback(StepCallback):
         # The time of this thread alone: while training uses all cores, the clock on the wall would count its work too.
         start = time.thread_time()
         with warn_on_error(FIGURE):
+            self.check_folder()
             write_loss_figure(self.proj_dir, self.proj_dir / FIGURE)
         self._last_duration = time.thread_time() - start
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from src.config import GROUPS, RunConfig
-from src.errors import UserError
 from src.files import atomic_write
-from src.run_folder import REPORT, SAMPLES, read_run
-from src.run_log import Curves, Numbers, read_curves
+from src.run_folder import REPORT, SAMPLES
+from src.run_log import Curves, Numbers, read_curves, read_record
+from src.training.console import log
 from src.training.figures import published
 from src.training.figures.loss_figure import draw_run
 from src.training.figures.reproduction import command_of, origin_of
@@ -54,19 +54,22 @@ PAGE = """<!doctype html>
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html into a run's folder, from the files that are there, and return its path.
+    """Write report.html into a run's folder, from what can be read of the files there, and return its path.
 
-    A section without data is left out. Raises UserError when the folder has no logs or a file is malformed, OSError
-    when the page cannot be written.
+    A section without data is left out; what is damaged is named on the page and in the terminal. Raises UserError when
+    the folder has no logs, OSError when the page cannot be written.
     """
-    curves, run = read_curves(folder), read_run(folder)
+    curves = read_curves(folder)
+    run = read_record(folder, [])  # `curves` has its warning
+    samples = _read_samples(folder / SAMPLES, curves.warnings)
     # The order in which a reader asks: how good, how it went, how fast, what it can do; then what a repetition needs.
     sections = [
         ("", _headline(curves)),
+        ("", _warnings(curves.warnings)),
         ("Curves", _svg(curves)),
         ("Speed", _speed(curves)),
         ("Mini-epochs", _mini_epochs(curves)),
-        ("Samples", _samples(_read_samples(folder / SAMPLES))),
+        ("Samples", _samples(samples)),
         ("How to reproduce it", _reproduction(curves.settings, run)),
         ("Environment", _key_value_table(run.get("environment", {}))),
         ("Settings", _settings(curves.settings)),
@@ -75,6 +78,8 @@ def write_report(folder: Path) -> Path:
     # The page of an earlier part of the run stays until the new one is complete.
     with atomic_write(folder / REPORT, "w") as file:
         file.write(PAGE.format(title=_escape(curves.name), style=STYLE, body=body))
+    for warning in curves.warnings:
+        log(f"WARNING: {warning}")
     return folder / REPORT
 
 
@@ -154,16 +159,23 @@ def _mini_epochs(curves: Curves) -> str:
     return "<table><tr>" + "".join(f'<th class="number">{name}</th>' for name in head) + f"</tr>\n{cells}</table>"
 
 
-def _read_samples(path: Path) -> list[dict[str, str]]:
-    """The generated samples; [] where the run wrote none."""
+def _warnings(warnings: list[str]) -> str:
+    lines = "<br>".join(map(_escape, warnings))
+    return f'<p class="summary">Not everything could be read:<br>{lines}</p>' if warnings else ""
+
+
+def _read_samples(path: Path, warnings: list[str]) -> list[dict[str, str]]:
+    """The generated samples; [] where the run wrote none, or with a warning where they can't be read."""
     if not path.is_file():
         return []
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"unreadable ({error})", given=path, advice="delete it to get a report without samples"
-        ) from error
+        samples = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(sample[name], str) for sample in samples for name in ("prompt", "answer")):
+            raise ValueError("a sample is no text")
+        return samples
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        warnings.append(f"{path}: unreadable ({type(error).__name__}: {error})")
+        return []
 
 
 def _samples(samples: list[dict[str, str]]) -> str:

@@ -138,6 +138,15 @@ class Reporter(pl.Callback):
         for sink in self.sinks:
             sink.mini_epoch(report)
 
+    def sync(self) -> dict[str, list[str]]:
+        """Report what is pending and bring the logs to the disk; returns the lines of theirs that a state keeps."""
+        self.flush()
+        lines: dict[str, list[str]] = {}
+        for sink in self.sinks:
+            sink.sync()
+            lines |= sink.lines_for_state()
+        return lines
+
     def report_validation(self, report: ValidationReport) -> None:
         for sink in self.sinks:
             sink.validation(report)
