@@ -13,7 +13,17 @@ from pathlib import Path
 from types import FrameType
 
 from src.errors import UserError
-from src.inference.arguments import add_model_arguments, add_sampling_arguments, sampling_from
+from src.inference.answer_stream import AnswerPiece
+from src.inference.answer_text import AnswerText
+from src.inference.arguments import (
+    add_chat_template_argument,
+    add_model_arguments,
+    add_sampling_arguments,
+    add_special_tokens_argument,
+    add_think_argument,
+    parse_special_from,
+    sampling_from,
+)
 from src.inference.chat import Conversation, find_template
 from src.inference.decoder import Decoder
 from src.inference.generate import exit_on_closed_pipe
@@ -51,16 +61,20 @@ def write(text: str) -> None:
     sys.stdout.flush()  # a terminal would show text only at the end of a line
 
 
-def stream(pieces: Iterator[str]) -> None:
+def stream(pieces: Iterator[AnswerPiece]) -> None:
     """Print an answer as it is generated; Ctrl-C stops it, and its beginning stays in the conversation."""
-    with InterruptFlag() as interrupt:
-        for piece in pieces:
-            write(piece)
-            # Polled between tokens: raised within a step, KeyboardInterrupt would leave the state half-updated.
-            if interrupt.is_set:
-                pieces.close()  # type: ignore[attr-defined]
-                write(" [stopped]")
-                break
+    text = AnswerText(sys.stdout.isatty())
+    try:
+        with InterruptFlag() as interrupt:
+            for piece in pieces:
+                write(text.add(piece))
+                # Polled between tokens: raised within a step, KeyboardInterrupt would leave the state half-updated.
+                if interrupt.is_set:
+                    pieces.close()  # type: ignore[attr-defined]
+                    write(" [stopped]")
+                    break
+    finally:
+        write(text.finish())
     write("\n")
 
 
@@ -186,18 +200,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     )
     add_model_arguments(parser, optional=True)
     parser.add_argument("--prompt", default=None, help="print the answer to this and exit")
-    parser.add_argument(
-        "--chat_template",
-        default="",
-        help="none, tokenizer (its own), rwkv (User: ... Assistant: ...) or a Jinja file; "
-        "default: the tokenizer's, for a pretraining run none",
-    )
-    parser.add_argument(
-        "--special_tokens",
-        choices=("text", "parse"),
-        default="text",
-        help="what special tokens such as <|im_end|> are in your messages: text, or tokens (parse) [%(default)s]",
-    )
+    add_chat_template_argument(parser, "the tokenizer's, for a pretraining run none")
+    add_special_tokens_argument(parser)
+    add_think_argument(parser)
     parser.add_argument("--length", type=int, default=1024, help="most tokens of an answer [%(default)s]")
     parser.add_argument(
         "--history",
@@ -244,7 +249,16 @@ def build(options: argparse.Namespace) -> Conversation:
     model = load_model(options.weights, options.dtype, options.device)
     tokenizer = find_tokenizer(options.weights, model.config.vocab_size, options.tokenizer)
     template = find_template(options.chat_template, tokenizer, pretrained_only(options.weights))
-    parse_special = options.special_tokens == "parse"
+    if options.think:
+        if template is None:
+            raise UserError(
+                "needs a chat template",
+                flag="think",
+                given=options.think,
+                advice="use --chat_template rwkv or tokenizer",
+            )
+        template = template.thinking(options.think)
+    parse_special = parse_special_from(options)
     return Conversation(Decoder(model), tokenizer, template, sampling, options.seed, options.length, parse_special)
 
 

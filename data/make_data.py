@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from src.dataset import BinIdxWriter, MMapIndexedDataset, magic_prime
 from src.dataset.binidx import token_dtype, with_ending
+from src.dataset.control_tokens import parses_special_tokens
 from src.dataset.corpus.command_line import (
     add_field,
     add_special_tokens,
@@ -90,7 +91,7 @@ def build_dataset(args: argparse.Namespace, prefix: Path, heldout: Path, tokeniz
         tokenize_piece,
         tokenizer_name=args.tokenizer,
         field=args.field,
-        parse_special=args.special_tokens == "parse",
+        parse_special=parses_special_tokens(args.special_tokens),
     )
     progress = tqdm(total=total or None, desc="tokenizing", unit="B", unit_scale=True)
     with temporary_folder(prefix) as folder, progress:

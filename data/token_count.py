@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from src.dataset.chat_template import THINK_MODES
+from src.dataset.control_tokens import parses_special_tokens
 from src.dataset.corpus.command_line import add_special_tokens, create_parser, exit_on_user_error
 from src.errors import UserError
 
@@ -38,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", required=True, help="world, or a tokenizer folder with a chat template")
     parser.add_argument("--preview", type=int, nargs="?", const=0, metavar="N", help="show conversation N [0] in color")
     add_special_tokens(parser)
+    parser.add_argument("--think", choices=THINK_MODES, default="", help="as --think of train.py")
     args = parser.parse_args(arguments)
 
     # After the command line is parsed: torch takes seconds to import.
@@ -46,8 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
     from src.dataset.unusable_lines import unusable_warning
 
     with exit_on_user_error(parser):
-        tokenizer = chat_tokenizer(args.tokenizer)
-        conversations = open_conversations(args.data, args.tokenizer, parse_special=args.special_tokens == "parse")
+        tokenizer = chat_tokenizer(args.tokenizer, args.think)
+        parse_special = parses_special_tokens(args.special_tokens)
+        conversations = open_conversations(args.data, args.tokenizer, parse_special=parse_special, think=args.think)
         count, tokens = len(conversations.data), conversations.data.n_tokens
         if args.preview is not None:
             if not 0 <= args.preview < count:

@@ -42,6 +42,18 @@ class RecordingDecoder(Decoder):
         self.tokens = []
         self.prompt_lengths = []
         self.prompts = []
+        self.tokens_of_states = []
+
+    @property
+    def state(self):
+        state = super().state
+        self.tokens_of_states.append((state, list(self.tokens)))
+        return state
+
+    @state.setter
+    def state(self, state):
+        self.tokens = next((list(tokens) for known, tokens in self.tokens_of_states if known is state), [])
+        Decoder.state.fset(self, state)
 
     def prefill(self, prompts):
         self.tokens += prompts[0]
@@ -75,6 +87,10 @@ def conversation(model, folder, length=12, seed=1, parse_special=False, **sampli
     return Conversation(RecordingDecoder(model), tokenizer, template, sampling, seed, length, parse_special)
 
 
+def text_of(pieces):
+    return "".join(piece.text for piece in pieces)
+
+
 # ---- the state is that of the conversation ---------------------------------------------------------------------------
 
 
@@ -83,7 +99,7 @@ def test_the_rendered_conversation_is_processed_once(model, folders, template):
     talk = conversation(model, folders[template])
     questions = ["what is it?", "the answer\nin two lines", "and the list"]
     for turn, question in enumerate(questions):
-        answer = "".join(talk.ask(question))
+        answer = text_of(talk.ask(question))
         assert talk.transcript.messages[2 * turn :] == [
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
@@ -115,7 +131,7 @@ def test_the_state_equals_that_of_processing_everything_at_once(model, folders):
 def test_the_yielded_part_of_a_closed_answer_stays_in_the_conversation(model, folders):
     talk = conversation(model, folders["chatml"], length=200)
     answer = talk.ask("what is it?")
-    received = "".join(next(answer) for _ in range(3))
+    received = text_of(next(answer) for _ in range(3))
     answer.close()
     assert talk.transcript.messages[-1]["content"] == received
     list(talk.ask("and"))
@@ -148,10 +164,10 @@ def test_a_template_that_changes_earlier_text_has_it_processed_again(model, fold
 
 def test_without_a_template_the_text_is_continued(model, folders):
     talk = conversation(model, folders["none"], temperature=0)
-    first = "".join(talk.ask("def "))
-    more = "".join(talk.ask(""))
+    first = text_of(talk.ask("def "))
+    more = text_of(talk.ask(""))
     longer = conversation(model, folders["none"], length=24, temperature=0)
-    assert "".join(longer.ask("def ")) == first + more
+    assert text_of(longer.ask("def ")) == first + more
 
 
 def test_retry_reset_and_seeds(model, folders):
@@ -159,26 +175,26 @@ def test_retry_reset_and_seeds(model, folders):
     with pytest.raises(UserError) as caught:
         talk.retry()
     assert caught.value.given == "/retry"
-    first = "".join(talk.ask("what is it?"))
-    second = "".join(talk.retry())
+    first = text_of(talk.ask("what is it?"))
+    second = text_of(talk.retry())
     assert first != second
     assert len(talk.transcript.messages) == 2
     talk.reset()
     talk.change("seed", "1")
-    assert "".join(talk.ask("what is it?")) == first
+    assert text_of(talk.ask("what is it?")) == first
     greedy = conversation(model, folders["chatml"], temperature=0)
-    answer = "".join(greedy.ask("what"))
-    assert "".join(greedy.retry()) == answer
+    answer = text_of(greedy.ask("what"))
+    assert text_of(greedy.retry()) == answer
 
 
 def test_a_saved_conversation_continues_as_if_not_interrupted(model, folders, tmp_path):
     talk = conversation(model, folders["chatml"], temperature=0)
     list(talk.ask("what is it?"))
     talk.save(tmp_path / "talk.state")
-    next_answer = "".join(talk.ask("and the list"))
+    next_answer = text_of(talk.ask("and the list"))
     other = conversation(model, folders["chatml"], temperature=0)
     other.load(tmp_path / "talk.state")
-    assert "".join(other.ask("and the list")) == next_answer
+    assert text_of(other.ask("and the list")) == next_answer
     assert other.transcript == talk.transcript
 
 
@@ -282,7 +298,7 @@ def test_an_answer_ends_where_the_template_ends_it(model, folders):
     talk.decoder.prefill = lambda prompts: scripted(original_prefill(prompts))
     talk.decoder.step = lambda tokens: scripted(original_step(tokens))
     pieces = list(talk.ask("what"))
-    assert "".join(pieces) == " the answer"
+    assert text_of(pieces) == " the answer"
     assert talk.transcript.messages[-1]["content"] == " the answer"
     rendered = talk.template.render(
         [*talk.transcript.messages, {"role": "user", "content": "more"}], add_generation_prompt=True
@@ -335,7 +351,7 @@ def test_an_answer_that_quotes_the_end_token_does_not_end_there(model, folders):
     original_prefill, original_step = talk.decoder.prefill, talk.decoder.step
     talk.decoder.prefill = lambda prompts: scripted(original_prefill(prompts))
     talk.decoder.step = lambda tokens: scripted(original_step(tokens))
-    assert "".join(talk.ask("what ends a turn?")) == written
+    assert text_of(talk.ask("what ends a turn?")) == written
     assert talk.transcript.messages[-1]["content"] == written
     assert talk.template.render(talk.transcript.messages).encode().startswith(talk.transcript.processed)
     assert 2 not in talk.decoder.tokens[talk.decoder.prompt_lengths[-1] :]

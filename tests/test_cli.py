@@ -24,7 +24,8 @@ FLAGS = {
     "load_partial": False, "restart": False, "save_minutes": 15.0, "keep_resume": 2, "time_limit": 0.0,
     "max_bad_steps": 3, "random_seed": -1,
     "data_file": "", "data_type": "binidx", "tokenizer": "", "vocab_size": 0, "ctx_len": 1024, "magic_prime": 0,
-    "sft_loss": "answers", "packing": True, "truncate": "end", "special_tokens": "text", "val_data_file": "",
+    "sft_loss": "answers", "packing": True, "truncate": "end", "special_tokens": "text", "think": "",
+    "val_data_file": "",
     "val_every": "1", "val_windows": 512,
     "n_layer": 6, "n_embd": 512, "head_size": 64, "dim_ffn": 0, "d_decay_lora": 0, "d_aaa_lora": 0, "d_mv_lora": 0,
     "d_gate_lora": 0,
@@ -49,6 +50,7 @@ FIXED = {
         "vocab_size",
     ),
     *("data_type", "tokenizer", "ctx_len", "magic_prime", "sft_loss", "packing", "truncate", "special_tokens"),
+    "think",
 }
 # These change how training goes on: a resumed run logs their change.
 NOTED = {

@@ -15,7 +15,7 @@ from random_model import random_model
 
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.errors import UserError
-from src.inference.characters import CharacterStream, StopString
+from src.inference.characters import CharacterStream
 from src.inference.decoder import PREFILL_TOKENS, Decoder
 from src.inference.generate import main
 from src.inference.generation import generate, generate_batch
@@ -329,16 +329,6 @@ def test_random_tokens_of_a_folder_tokenizer(tokenizer, ids):
 @given(ids=st.lists(st.integers(0, 65535), max_size=30))
 def test_random_tokens_of_the_world_tokenizer(world, ids):
     assert "".join(stream(world, ids)) == world.decode(ids)
-
-
-@settings(max_examples=200, deadline=None)
-@given(pieces=st.lists(st.text("ab\n", max_size=3), max_size=8), stop=st.sampled_from(["", "\n\n", "aba", "b"]))
-def test_a_stop_string_ends_the_text_before_it(pieces, stop):
-    stop_string = StopString(stop)
-    passed = "".join([*map(stop_string.feed, pieces), stop_string.finish()])
-    text = "".join(pieces)
-    assert passed == (text.partition(stop)[0] if stop else text)
-    assert stop_string.reached == bool(stop and stop in text)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

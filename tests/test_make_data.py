@@ -280,7 +280,7 @@ def test_invalid_lines_are_shown_counted_or_errors(
     make(source, tokenizer, tmp_path / "x")
     output = capsys.readouterr()
     assert f"x.jsonl:2: {reason}" in output.err
-    assert f"1 lines left out: 1 with {reason}" in output.out
+    assert f"1 line left out: 1 with {reason}" in output.out
     assert sorted(documents(tmp_path / "x", tokenizer)) == ["fine", "good"]
     with pytest.raises(SystemExit):
         make(source, tokenizer, tmp_path / "stopped", "--on_error", "stop")

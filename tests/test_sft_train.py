@@ -140,7 +140,7 @@ def test_a_world_model_is_tuned_and_answers_in_its_own_format(files):
     talk = Conversation(Decoder(RWKV7.from_checkpoint(weights)), world, template, Sampling(temperature=0), 0, 20)
     right = 0
     for i, number in enumerate(NUMBERS):
-        right += "".join(talk.ask(f"say {i}")).strip() == number
+        right += "".join(piece.text for piece in talk.ask(f"say {i}")).strip() == number
         talk.reset()
     assert right >= 7
 

@@ -11,6 +11,8 @@ from typing import Any
 from src.config.flags import Flags
 from src.errors import UserError
 
+# Flags that describe how conversations are read; --tokenizer and --val_data_file are for token files, too.
+SFT_ONLY = ("sft_loss", "packing", "truncate", "special_tokens", "think")
 # --val_every: a number of mini-epochs, or of steps.
 VAL_EVERY = re.compile(r"(\d+) *(steps?)?")
 
@@ -58,6 +60,7 @@ def combination_faults(flags: Flags) -> Iterator[UserError]:
     """Values that are valid by themselves but not together."""
     yield from _mode_faults(flags)
     yield from _data_faults(flags)
+    yield from _sft_faults(flags)
     yield from _start_faults(flags)
     yield from _length_faults(flags)
 
@@ -102,6 +105,22 @@ def _data_faults(flags: Flags) -> Iterator[UserError]:
             flag="tokenizer",
             expected='the model\'s tokenizer, for --data_type sft: a folder with a chat template, or "world"',
         )
+
+
+def _sft_faults(flags: Flags) -> Iterator[UserError]:
+    """Flags for conversations that would be ignored."""
+    if flags.data_type == "sft":
+        return
+    for field in dataclasses.fields(flags):
+        value = getattr(flags, field.name)
+        # Scripts may pass a default along.
+        if field.name in SFT_ONLY and value != field.default:
+            yield UserError(
+                f"has no effect with --data_type {flags.data_type}",
+                flag=field.name,
+                given=int(value) if isinstance(value, bool) else value,
+                advice="leave it out, or use --data_type sft",
+            )
 
 
 def _start_faults(flags: Flags) -> Iterator[UserError]:

@@ -153,6 +153,13 @@ class Flags:
         choices=("text", "parse"),
         within_run="fixed",
     )
+    think: str = flag(
+        "",
+        "data",
+        "sft: answers are those of a model that is asked to think (on, short, long) or not to (off); empty: neither",
+        choices=("", "on", "off", "short", "long"),
+        within_run="fixed",
+    )
     val_data_file: str = flag(
         "",
         "data",

@@ -61,8 +61,11 @@ class Conversations(NamedTuple):
         return np.where(coded < 0, ~coded, coded), coded >= 0
 
 
-def chat_tokenizer(folder: str) -> Tokenizer:
-    """The tokenizer for conversations. UserError for --tokenizer without a usable chat template."""
+def chat_tokenizer(folder: str, think: str = "") -> Tokenizer:
+    """The tokenizer for conversations, its template with a mode of THINK_MODES or "" (as the data are).
+
+    UserError for --tokenizer without a usable chat template, and for a mode that the template lacks.
+    """
     tokenizer = load_tokenizer(folder)
     if tokenizer.chat_template is None:
         raise UserError(
@@ -71,6 +74,7 @@ def chat_tokenizer(folder: str) -> Tokenizer:
             given=folder,
             expected="world, or a tokenizer folder with a chat template",
         )
+    tokenizer.chat_template = tokenizer.chat_template.thinking(think)
     try:
         check_template(tokenizer.chat_template, tokenizer.special_tokens)
     except UserError as error:
@@ -142,8 +146,8 @@ def _render_as_text(tokenizer: Tokenizer, conversation: Conversation) -> tuple[R
     return rendered._replace(text=text, answers=answers), literals
 
 
-def _tokenize_piece(piece: Piece, folder: str, parse_special: bool) -> _TokenizedPiece:
-    tokenizer = _cached_tokenizer(folder)
+def _tokenize_piece(piece: Piece, folder: str, parse_special: bool, think: str) -> _TokenizedPiece:
+    tokenizer = _cached_tokenizer(folder, think)
     parts, sizes, invalid, turns, answer_tokens = [], [], [], 0, 0
     unused: Counter[str] = Counter()
     for index, line in read_lines(piece):
@@ -164,15 +168,17 @@ def _tokenize_piece(piece: Piece, folder: str, parse_special: bool) -> _Tokenize
 
 
 def open_conversations(
-    path: str, folder: str, workers: int | None = None, parse_special: bool = False
+    path: str, folder: str, workers: int | None = None, parse_special: bool = False, think: str = ""
 ) -> Conversations:
     """The conversations of a file, from the cache or tokenized now; `parse_special` as for `encode_conversation`.
+
+    `think` as for `chat_tokenizer`.
 
     Several processes may call it at the same time: one builds the cache, the others wait. UserError for a file or
     tokenizer that is not usable, and when no line of the file is a conversation. Prints what is left out while it
     tokenizes; of a cached file `left_out` and `unused` have the counts.
     """
-    prefix, made_from = _identify_cache(path, folder, parse_special)
+    prefix, made_from = _identify_cache(path, folder, parse_special, think)
     try:
         # Before locking, so that a finished cache is usable in a folder without write permission.
         if cached := _read_cache(prefix, made_from):
@@ -181,7 +187,7 @@ def open_conversations(
         with file_lock(with_ending(prefix, ".lock"), wait=True):
             # Read again: another process may have built it while this one waited.
             return _read_cache(prefix, made_from) or _build_cache(
-                path, folder, prefix, made_from, workers or usable_cores(), parse_special
+                path, folder, prefix, made_from, workers or usable_cores(), parse_special, think
             )
     except OSError as error:
         # A full disk or a failing one is not the user's choice of folder: those keep their own message.
@@ -195,7 +201,7 @@ def open_conversations(
         ) from error
 
 
-def _identify_cache(path: str, folder: str, parse_special: bool) -> tuple[Path, dict[str, Any]]:
+def _identify_cache(path: str, folder: str, parse_special: bool, think: str) -> tuple[Path, dict[str, Any]]:
     """Prefix of the cache of `path`, and the `made_from` of a valid one. UserError for a file of another kind."""
     check_conversation_file(path)
     made_from = {
@@ -203,25 +209,28 @@ def _identify_cache(path: str, folder: str, parse_special: bool) -> tuple[Path, 
         "file": _fingerprint(Path(path)),
         "tokenizer": _tokenizer_hash(folder),
         "parse_special": parse_special,
+        "think": think,
     }
     # Next to the data, so that several runs, and users of a shared folder, use one cache.
     return with_ending(Path(path), ".sft"), made_from
 
 
-def look_at_conversations(path: str, folder: str, parse_special: bool = False) -> tuple[Conversations, float]:
+def look_at_conversations(
+    path: str, folder: str, parse_special: bool = False, think: str = ""
+) -> tuple[Conversations, float]:
     """The conversations of a file without writing a cache: all of a cached file, else those of the first piece.
 
     Also returns the fraction of the file that they cover. Raises as `open_conversations`.
     """
-    prefix, made_from = _identify_cache(path, folder, parse_special)
+    prefix, made_from = _identify_cache(path, folder, parse_special, think)
     if cached := _read_cache(prefix, made_from):
         return cached, 1.0
-    _cached_tokenizer(folder)
+    _cached_tokenizer(folder, think)
     # Reading stops after one piece: the check must be quick for a file of gigabytes.
     piece = next(iter(read_conversation_pieces(path)), None)
     if piece is None:
         raise _no_conversation(path, Counter())
-    first = _tokenize_piece(piece, folder, parse_special)
+    first = _tokenize_piece(piece, folder, parse_special, think)
     left_out = Counter(line.reason for line in first.invalid)
     if not len(first.sizes):
         raise _no_conversation(path, left_out)
@@ -281,9 +290,9 @@ def _read_cache(prefix: Path, made_from: dict[str, Any]) -> Conversations | None
 
 
 def _build_cache(
-    path: str, folder: str, prefix: Path, made_from: dict[str, Any], workers: int, parse_special: bool
+    path: str, folder: str, prefix: Path, made_from: dict[str, Any], workers: int, parse_special: bool, think: str
 ) -> Conversations:
-    tokenizer = _cached_tokenizer(folder)
+    tokenizer = _cached_tokenizer(folder, think)
     assert tokenizer.chat_template is not None
     # Not an error: most files have no thoughts, and lines with them are counted as unusable.
     if reason := check_template(tokenizer.chat_template, tokenizer.special_tokens):
@@ -300,7 +309,7 @@ def _build_cache(
     pieces = read_conversation_pieces(path)
     progress = tqdm(total=Path(path).stat().st_size, desc=f"tokenizing {Path(path).name}", unit="B", unit_scale=True)
     with BinIdxWriter(prefix, np.int32) as out, progress:
-        tokenize = partial(_tokenize_piece, folder=folder, parse_special=parse_special)
+        tokenize = partial(_tokenize_piece, folder=folder, parse_special=parse_special, think=think)
         for part in map_in_order(tokenize, pieces, workers):
             for line in part.invalid:
                 left_out[line.reason] += 1

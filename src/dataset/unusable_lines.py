@@ -13,7 +13,7 @@ _SHOWN_REASONS = 3  # the most frequent ones; with the advice, a message stays a
 def by_reason(left_out: Mapping[str, int]) -> str:
     """The most frequent reasons and their counts."""
     most_common = Counter(left_out).most_common(_SHOWN_REASONS)
-    return ", ".join(f"{count:,} lines with {reason}" for reason, count in most_common)
+    return ", ".join(f"{count:,} {'line' if count == 1 else 'lines'} with {reason}" for reason, count in most_common)
 
 
 def advice(left_out: Mapping[str, int]) -> str:
@@ -40,6 +40,7 @@ def unusable_warning(left_out: Mapping[str, int], usable: int) -> str:
     if unusable <= _MAX_UNUSABLE * (unusable + usable):
         return ""
     return (
-        f"WARNING: {unusable:,} of {unusable + usable:,} lines are unusable: {by_reason(reasons)}.\n"
+        f"WARNING: {unusable:,} of {unusable + usable:,} lines {'is' if unusable == 1 else 'are'} unusable: "
+        f"{by_reason(reasons)}.\n"
         f"  Training uses the other lines only. To use these too, {advice(reasons)}."
     )

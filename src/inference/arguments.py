@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
+from src.dataset.chat_template import THINK_MODES
+from src.dataset.control_tokens import SPECIAL_TOKENS, parses_special_tokens
 from src.errors import UserError
 from src.inference.load import DTYPES
 from src.inference.sampling import SEED_LIMIT, Sampling
@@ -28,6 +30,41 @@ def add_model_arguments(parser: argparse.ArgumentParser, optional: bool = False)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument(
         "--device", default=None, help="cpu, cuda, cuda:1, ...; default: the first GPU, without one cpu"
+    )
+
+
+def add_chat_template_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --chat_template, for `find_template`; `default` is described in its help."""
+    parser.add_argument(
+        "--chat_template",
+        default="",
+        help=f"none, tokenizer (its own), rwkv (User: ... Assistant: ...) or a Jinja file; default: {default}",
+    )
+
+
+def add_special_tokens_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --special_tokens, for `parse_special_from`."""
+    parser.add_argument(
+        "--special_tokens",
+        choices=SPECIAL_TOKENS,
+        default=SPECIAL_TOKENS[0],
+        help="what special tokens such as <|im_end|> are in your messages: text, or tokens (parse) [%(default)s]",
+    )
+
+
+def parse_special_from(options: argparse.Namespace) -> bool:
+    """Whether special tokens in messages are tokens, by --special_tokens."""
+    return parses_special_tokens(options.special_tokens)
+
+
+def add_think_argument(parser: argparse.ArgumentParser, note: str = "") -> None:
+    """Add --think, for `ChatTemplate.thinking`."""
+    parser.add_argument(
+        "--think",
+        choices=THINK_MODES,
+        default="",
+        help="whether the model is asked to think before it answers; short and long with the format of RWKV only"
+        + (f"; {note}" if note else ""),
     )
 
 

@@ -1,4 +1,4 @@
-"""Decoding of generated tokens to text, piece by piece: whole characters only, and nothing after a stop string."""
+"""Decoding of generated tokens to text, piece by piece: whole characters only."""
 
 from __future__ import annotations
 
@@ -43,35 +43,3 @@ class CharacterStream:
         rest = self._tokenizer.decode_bytes(self._context + self._pending)[len(before) :]
         self._pending = []
         return self._utf8.decode(rest, final=True)
-
-
-class StopString:
-    """Passes text through up to the first occurrence of `stop`; an empty `stop` never occurs.
-
-    `feed(piece)` returns the text that is certain to be before it, `finish()` what was held back as a possible
-    beginning of it.
-    """
-
-    def __init__(self, stop: str) -> None:
-        self._stop, self._held = stop, ""
-        self.reached = False
-
-    def feed(self, piece: str) -> str:
-        """The text before `stop` that is certain now; "" once it was reached."""
-        if self.reached or not self._stop:
-            return "" if self.reached else piece
-        text = self._held + piece
-        before, match, _ = text.partition(self._stop)
-        if match:
-            self.reached, self._held = True, ""
-            return before
-        # The longest end of the text that `stop` starts with: the next piece may complete it.
-        longest = min(len(text), len(self._stop) - 1)
-        held = next(n for n in range(longest, -1, -1) if text.endswith(self._stop[:n]))
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-    def finish(self) -> str:
-        """The text held back; there is no more of it."""
-        held, self._held = self._held, ""
-        return held

@@ -2,8 +2,8 @@
 
 Each turn renders the whole conversation with the chat template and compares it with the bytes that the state has
 processed. What follows them is new: the end of the last answer, the question, the header of the next answer. Only where
-a template changes earlier text (shortens an answer, drops a thought) the whole conversation is processed again. Without
-a template the model continues text.
+a template changes earlier text (shortens an answer, leaves out a thought) more is processed again: the last turn, if
+it is all that has changed, or else the whole conversation. Without a template the model continues text.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate, Message
-from src.dataset.control_tokens import ContentMarks
+from src.dataset.answer_format import MARK, render_prompt, stop_strings
+from src.dataset.chat_template import RWKV_TEMPLATE, THINK_MODES, ChatTemplate, Message
+from src.dataset.conversation_content import THINK_END
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
-from src.inference.characters import CharacterStream, StopString
+from src.inference.answer_stream import CONTENT, AnswerPiece, AnswerStream
+from src.inference.characters import CharacterStream
 from src.inference.decoder import Decoder
 from src.inference.generation import generate
 from src.inference.sampling import SEED_LIMIT, Sampling
@@ -63,20 +65,25 @@ class Conversation:
         self.sampling, self.seed, self.max_new_tokens = sampling, seed, max_new_tokens
         self.answer_count = 0  # added to the seed, so that /retry gives another answer
         self.parse_special = parse_special
-        self._stop_string = _stop_string(template, tokenizer, parse_special)
+        self._stop_strings = () if template is None else stop_strings(template, tokenizer, parse_special)
         self._uncounted_ids = _uncounted_ids(tokenizer)
         self.transcript = Transcript()
         # The last question, with the transcript and the state before it.
         self._undo: tuple[str, Transcript, State] | None = None
+        # Text before a question, as bytes, and the state after it, for templates that change the answer before it.
+        self._base: tuple[bytes, State] | None = None
 
     # ---- turns -----------------------------------------------------------------------------------------------
 
-    def ask(self, text: str) -> Iterator[str]:
-        """The answer to `text` (without a template: the text after it), in pieces of whole characters."""
+    def ask(self, text: str) -> Iterator[AnswerPiece]:
+        """The answer to `text`, thought and content, in pieces of whole characters.
+
+        Without a template it is the text that follows `text`, all of it content.
+        """
         self._undo = (text, self.transcript.copy(), self.decoder.state)  # of constant size: a few MB
         return self._answer(text)
 
-    def retry(self) -> Iterator[str]:
+    def retry(self) -> Iterator[AnswerPiece]:
         """Another answer to the last question. Raises UserError when there is none."""
         if self._undo is None:
             raise UserError("nothing has been asked yet", given="/retry")
@@ -94,9 +101,13 @@ class Conversation:
         self.decoder.reset()
         self.transcript, self._undo = Transcript(), None
 
-    def _answer(self, text: str) -> Iterator[str]:
+    def _answer(self, text: str) -> Iterator[AnswerPiece]:
         try:
-            prompt = self._prompt(text) if self.template is None else self._prompt_of_turn(self.template, text)
+            if self.template is None:
+                prompt, stream = self._prompt(text), None
+            else:
+                prompt, begun = self._prompt_of_turn(self.template, text)
+                stream = AnswerStream(self._stop_strings, begun)
             tokens = generate(
                 self.decoder,
                 prompt,
@@ -111,29 +122,23 @@ class Conversation:
             raise
         self.answer_count += 1
         # An answer ends at a stop id, or at the text that the template puts after an answer if the model writes it.
-        characters, stop = CharacterStream(self.tokenizer), StopString(self._stop_string)
+        characters = CharacterStream(self.tokenizer)
         generated: list[int] = []
-        answer = ""
         at_stop_id = False
         try:
             for token in tokens:
                 if generated:  # `generate` has processed the previous token and not this one
                     self.transcript.processed += self.tokenizer.decode_bytes(generated[-1:])
                 generated.append(token)
-                piece = stop.feed(characters.feed(token))
-                answer += piece
-                if piece:
-                    yield piece
-                if stop.reached or len(generated) == self.max_new_tokens:
+                yield from _pieces(stream, characters.feed(token))
+                if (stream and stream.reached) or len(generated) == self.max_new_tokens:
                     break
             else:
                 at_stop_id = True
-            rest = stop.feed(characters.finish()) + stop.finish()
-            answer += rest
-            if rest:
-                yield rest
+            yield from _pieces(stream, characters.finish())
+            yield from stream.finish() if stream else ()
         finally:  # also when the caller closes the iterator
-            self._add_answer(answer, generated, at_stop_id)
+            self._add_answer(stream.text if stream else "", generated, at_stop_id)
 
     def _add_answer(self, answer: str, generated: list[int], at_stop_id: bool) -> None:
         """Complete the transcript; `at_stop_id`: the model ended the answer, and all of `generated` was processed."""
@@ -150,29 +155,48 @@ class Conversation:
         encode = self.tokenizer.encode if self.parse_special else self.tokenizer.encode_as_text
         return self.transcript.pending + encode(text) or [0]
 
-    def _prompt_of_turn(self, template: ChatTemplate, question: str) -> list[int]:
-        """The tokens of the conversation that the state hasn't processed; adds the question to the transcript."""
+    def _prompt_of_turn(self, template: ChatTemplate, question: str) -> tuple[list[int], str]:
+        """The tokens of the conversation that the state hasn't processed, and what they hold of the answer.
+
+        Adds the question to the transcript.
+        """
         messages = [*self.transcript.messages, {"role": "user", "content": question}]
-        text, literals = self._render(template, messages)
+        text, literals, begun = render_prompt(template, self.tokenizer, messages, parse_special=self.parse_special)
         rendered = text.encode()
         end = len(self.transcript.processed)
         # An answer cut within a character ends with U+FFFD in its message, which may begin with the byte processed.
         within_character = end < len(rendered) and rendered[end] & 0xC0 == 0x80
         if not rendered.startswith(self.transcript.processed) or within_character:
+            self._return_to_base(rendered)
+            if any(THINK_END in message["content"] for message in messages[-2:-1]):
+                self._process_base(template, messages, text, literals)
+        begin = len(self.transcript.processed.decode())
+        self.transcript.messages, self.transcript.processed = messages, rendered
+        return self._encode_part(text, literals, begin, len(text)), begun
+
+    def _return_to_base(self, rendered: bytes) -> None:
+        """Return to the state after a beginning of `rendered`."""
+        if self._base is not None and rendered.startswith(self._base[0]):
+            self.transcript.processed, self.decoder.state = self._base
+        else:
             self.decoder.reset()
             self.transcript.processed = b""
-        new = rendered[len(self.transcript.processed) :].decode()
-        self.transcript.messages, self.transcript.processed = messages, rendered
-        begin = len(text) - len(new)
-        return self.tokenizer.encode_rendered(new, {i - begin for i in literals if i >= begin})
 
-    def _render(self, template: ChatTemplate, messages: list[Message]) -> tuple[str, Collection[int]]:
-        """The conversation as text, and the first characters of the special tokens in it that stand in messages."""
-        if self.parse_special:
-            return template.render(messages, add_generation_prompt=True), ()
-        marks = ContentMarks(self.tokenizer.special_tokens, [template.source, *(m["content"] for m in messages)])
-        marked = [marks.add_to_message(message) for message in messages]
-        return marks.remove(template.render(marked, add_generation_prompt=True))
+    def _process_base(
+        self, template: ChatTemplate, messages: list[Message], text: str, literals: Collection[int]
+    ) -> None:
+        """Process `text` up to the question: the next turn may leave out the thought of the answer to it, too."""
+        other = [*messages[:-1], {"role": "user", "content": MARK}]
+        history = render_prompt(template, self.tokenizer, other, parse_special=self.parse_special).text
+        history = history.rpartition(MARK)[0].rstrip()  # a space belongs to the first token of the question
+        done = self.transcript.processed.decode()
+        if len(done) < len(history) and text.startswith(history):
+            self.decoder.prefill([self._encode_part(text, literals, len(done), len(history))])
+            self.transcript.processed = history.encode()
+            self._base = self.transcript.processed, self.decoder.state
+
+    def _encode_part(self, text: str, literals: Collection[int], begin: int, end: int) -> list[int]:
+        return self.tokenizer.encode_rendered(text[begin:end], {i - begin for i in literals if begin <= i < end})
 
     # ---- files -----------------------------------------------------------------------------------------------
 
@@ -193,7 +217,8 @@ class Conversation:
 
     def settings(self) -> dict[str, Any]:
         """The names that `change` takes, with their values."""
-        return {**dataclasses.asdict(self.sampling), "seed": self.seed, "length": self.max_new_tokens}
+        think = {} if self.template is None else {"think": self.template.think or None}
+        return {**dataclasses.asdict(self.sampling), **think, "seed": self.seed, "length": self.max_new_tokens}
 
     def change(self, name: str, value: str) -> None:
         """Set one of `settings()` from text. Raises UserError for another name and for a value out of range."""
@@ -201,6 +226,8 @@ class Conversation:
             # Counted from here again, so that setting a seed twice gives the same answers twice.
             self.seed = None if value == "none" else _integer(name, value, at_least=0)
             self.answer_count = 0
+        elif name == "think" and self.template is not None:
+            self._change_think(self.template, value)
         elif name == "length":
             self.max_new_tokens = _integer(name, value, at_least=1)
         elif name == "top_k":
@@ -209,6 +236,15 @@ class Conversation:
             self._change_sampling(name, value, _number(name, value))
         else:
             raise UserError("no such setting", given=f"/set {name}", expected=f"one of {', '.join(self.settings())}")
+
+    def _change_think(self, template: ChatTemplate, mode: str) -> None:
+        if mode not in ("none", *THINK_MODES):
+            raise UserError(given=f"/set think {mode}", expected=f"none, {', '.join(THINK_MODES)}")
+        try:
+            self.template = template.thinking("" if mode == "none" else mode)
+        except UserError as error:  # of the flag; here it is a command
+            raise UserError(error.problem, given=f"/set think {mode}", expected=error.expected) from error
+        self._stop_strings = stop_strings(self.template, self.tokenizer, self.parse_special)
 
     def _change_sampling(self, name: str, text: str, value: float) -> None:
         try:
@@ -264,19 +300,11 @@ def find_template(name: str, tokenizer: Tokenizer, pretrained_only: bool = False
         raise UserError(f"can't be read as UTF-8 text ({error})", flag="chat_template", given=name) from error
 
 
-def _stop_string(template: ChatTemplate | None, tokenizer: Tokenizer, parse_special: bool) -> str:
-    """The text that the template writes after an answer, without trailing newlines if there is more; "" if there is
-    none, or if it begins with a token that ends generation."""
-    if template is None:
-        return ""
-    # Rendered rather than searched for in the template's source: a template is a program.
-    placeholder = "the answer stands here"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": placeholder}]
-    after = template.render(turns).partition(placeholder)[2]
-    stop_string = after.rstrip("\n") or after
-    # The token ends the answer by its id. The same characters written as text don't: a model may explain ChatML.
-    ends_by_token = not parse_special and tokenizer.encode(stop_string)[:1] in [[i] for i in tokenizer.eos_ids]
-    return "" if ends_by_token else stop_string
+def _pieces(stream: AnswerStream | None, text: str) -> list[AnswerPiece]:
+    """The pieces of an answer; without a template (`stream` None) all text is content."""
+    if stream is not None:
+        return stream.feed(text)
+    return [AnswerPiece(CONTENT, text)] if text else []
 
 
 def _uncounted_ids(tokenizer: Tokenizer) -> frozenset[int]:

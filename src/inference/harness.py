@@ -11,14 +11,15 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from src.dataset.answer_format import MARK, AnswerFormat, answer_format
 from src.dataset.chat_template import ChatTemplate
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
+from src.inference.answer_stream import AnswerStream
 from src.inference.generation import generate_batch
 from src.inference.sampling import Sampling
 from src.inference.scoring import score_continuations
@@ -28,46 +29,6 @@ BATCH = 32  # contexts decoded together
 MAX_NEW_TOKENS = 256  # for tasks that don't set max_gen_toks, as in the harness's own Hugging Face models
 # Put before every text, as in training: there a text follows the end of the previous document.
 START = [0]
-# Where a content begins or ends in a rendered conversation. A private use character: templates copy it like a letter.
-_MARK = "\ue000"
-
-
-@dataclass(frozen=True)
-class AnswerFormat:
-    """What a chat template writes around an answer, as texts.
-
-    header     between the question and the answer, as far as `add_generation_prompt` renders it: "\\n\\nAssistant:"
-    separator  white space between the header and the answer, which the template writes with the answer: " "
-    end        after the answer, without trailing newlines if there is more: "<|im_end|>"
-    """
-
-    header: str
-    separator: str
-    end: str
-
-    def ends(self, prompt: str) -> bool:
-        """Whether `prompt` is a conversation of this format that ends where an answer begins."""
-        # A header of white space would be found at the end of many prompts that are no conversations.
-        return bool(self.header.strip()) and prompt.endswith(self.header + self.separator)
-
-
-def answer_format(template: ChatTemplate) -> AnswerFormat:
-    """The format of answers of `template`; three empty texts where the template doesn't copy what it is given."""
-    question = {"role": "user", "content": _MARK}
-    # Rendered rather than searched for in the template's source: a template is a program.
-    try:
-        prompt = template.render([question], add_generation_prompt=True)
-        parts = template.render([question, {"role": "assistant", "content": _MARK}]).split(_MARK)
-    except UserError:  # a template that needs a system turn, say: it may still render the conversations of a task
-        return AnswerFormat("", "", "")
-    if _MARK not in prompt or len(parts) != 3:
-        return AnswerFormat("", "", "")
-    header, (_, before, end) = prompt.rpartition(_MARK)[2], parts
-    separator = before.removeprefix(header)
-    # Anything but white space is text of the template's own, such as an empty thought: the model has to write it.
-    if not before.startswith(header) or separator.strip():
-        separator = ""
-    return AnswerFormat(header, separator, end.rstrip("\n") or end)
 
 
 class HarnessMethods:
@@ -78,7 +39,7 @@ class HarnessMethods:
         super().__init__()
         self.network, self.tokenizer = model, tokenizer
         self.template = template or tokenizer.chat_template
-        self._answers = answer_format(self.template) if self.template else AnswerFormat("", "", "")
+        self._answers = answer_format(self.template) if self.template else AnswerFormat()
 
     # ---- conversations ---------------------------------------------------------------------------------------
 
@@ -119,8 +80,8 @@ class HarnessMethods:
 
     def _render(self, template: ChatTemplate, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         if not add_generation_prompt and messages[-1]["role"] == "assistant":
-            last = {**messages[-1], "content": messages[-1]["content"] + _MARK}
-            beginning, mark, _ = template.render([*messages[:-1], last]).rpartition(_MARK)
+            last = {**messages[-1], "content": messages[-1]["content"] + MARK}
+            beginning, mark, _ = template.render([*messages[:-1], last]).rpartition(MARK)
             if not mark:
                 raise UserError("a chat template that does not copy the beginning of an answer (gen_prefix)")
             return beginning
@@ -155,11 +116,10 @@ class HarnessMethods:
     def _generate(self, contexts: list[str], settings: dict[str, Any], is_answer: bool) -> list[str]:
         until = settings.get("until") or []
         stop_strings = [until] if isinstance(until, str) else list(until)
-        separator = ""
+        separator = self._answers.separator if is_answer else ""
         if is_answer:
             # The model writes the separator, with the word that follows it, and ends the answer as it was trained to.
-            separator = self._answers.separator
-            stop_strings += [self._answers.end] if self._answers.end else []
+            stop_strings += self._answers.stop_strings
         do_sample = settings.get("do_sample", False)
         sampling = Sampling(
             temperature=float(settings.get("temperature", 1.0)) if do_sample else 0.0,
@@ -171,8 +131,18 @@ class HarnessMethods:
             return self.tokenizer.decode(answer).removeprefix(separator)
 
         def is_complete(answer: list[int]) -> bool:
-            text = text_of(answer)  # decoded as a whole: a stop string may span several tokens
-            return any(stop in text for stop in stop_strings)
+            return divided(answer).reached
+
+        def divided(answer: list[int]) -> AnswerStream:
+            # Decoded as a whole: a stop string may span several tokens.
+            stream = AnswerStream(stop_strings, self._answers.begun if is_answer else "")
+            stream.feed(text_of(answer))
+            return stream
+
+        def text_before_end(answer: list[int]) -> str:
+            stream = divided(answer)
+            stream.finish()
+            return stream.text.removeprefix(self._answers.begun if is_answer else "")
 
         generated = generate_batch(
             self.network,
@@ -183,7 +153,7 @@ class HarnessMethods:
             stop_ids=self.tokenizer.eos_ids,
             is_complete=is_complete,
         )
-        return [_truncate(text_of(answer), stop_strings) for answer in generated]
+        return [text_before_end(answer) for answer in generated]
 
     def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """The ids of both, with spaces at the context's end moved to the continuation."""
@@ -194,10 +164,6 @@ class HarnessMethods:
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
         return start + self.tokenizer.encode(context), self.tokenizer.encode(continuation)
-
-
-def _truncate(text: str, stop_strings: list[str]) -> str:
-    return min((text.partition(stop)[0] for stop in stop_strings), key=len, default=text)
 
 
 def harness_model(model: RWKV7, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> Any:

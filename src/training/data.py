@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from src.config import RunConfig
 from src.dataset.binidx import MMapIndexedDataset
+from src.dataset.control_tokens import parses_special_tokens
 from src.dataset.pretrain import PretrainDataset
 from src.dataset.sample_order import check_magic_prime, magic_prime, sample_offset
 from src.dataset.sft import IGNORED, SftBatch, SftDataset, SftRows, collate, collate_shares
@@ -144,7 +145,10 @@ class SftSamples:
     def __init__(self, config: RunConfig, conversations: Conversations | None = None) -> None:
         self.config = config
         conversations = conversations or open_conversations(
-            config.data_file, config.tokenizer, parse_special=config.special_tokens == "parse"
+            config.data_file,
+            config.tokenizer,
+            parse_special=parses_special_tokens(config.special_tokens),
+            think=config.think,
         )
         # Without --random_seed each start draws one; the order must not change with it, or a resumed run would read
         # other rows.
@@ -207,7 +211,8 @@ def peek_samples(config: RunConfig) -> tuple[Samples, float]:
     """
     if config.data_type != "sft":
         return PretrainSamples(config), 1.0
-    conversations, share = look_at_conversations(config.data_file, config.tokenizer, config.special_tokens == "parse")
+    parse_special = parses_special_tokens(config.special_tokens)
+    conversations, share = look_at_conversations(config.data_file, config.tokenizer, parse_special, config.think)
     return SftSamples(config, conversations), share
 
 

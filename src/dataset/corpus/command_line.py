@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from src.dataset.control_tokens import SPECIAL_TOKENS
 from src.errors import UserError
 
 
@@ -30,7 +31,7 @@ def add_output_folder(parser: argparse.ArgumentParser, default: Path) -> None:
 def add_special_tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--special_tokens",
-        choices=["text", "parse"],
+        choices=SPECIAL_TOKENS,
         default="text",
         help="what special tokens of the tokenizer, such as <|im_end|>, are that stand in a text: text like any other, "
         "or tokens (parse) [text]",

@@ -108,4 +108,5 @@ class InvalidLineReport:
 
     def summary(self) -> str:
         by_reason = ", ".join(f"{count} with {reason}" for reason, count in self._reasons.most_common())
-        return f"{self._reasons.total()} lines left out{': ' if by_reason else ''}{by_reason}"
+        total = self._reasons.total()
+        return f"{total} {'line' if total == 1 else 'lines'} left out{': ' if by_reason else ''}{by_reason}"

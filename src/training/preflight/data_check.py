@@ -10,6 +10,7 @@ import torch
 
 from src import run_folder
 from src.config import RunConfig
+from src.dataset.control_tokens import parses_special_tokens
 from src.dataset.sft_cache import look_at_conversations
 from src.dataset.tokenizer import WORLD_VOCAB_SIZE, Tokenizer, load_tokenizer
 from src.training.data import SAMPLED_WINDOWS, HeldOut, PretrainSamples, Samples, SftSamples
@@ -41,9 +42,8 @@ def check_data(checks: Checklist, config: RunConfig, samples: Samples, share: fl
 def check_held_out(config: RunConfig, vocab_size: int) -> str:
     """A summary of --val_data_file. Raises UserError when it can't be read, or its ids don't fit the vocabulary."""
     if config.data_type == "sft":  # opening all of it would write a cache file, and a check writes nothing
-        conversations, _ = look_at_conversations(
-            config.val_data_file, config.tokenizer, config.special_tokens == "parse"
-        )
+        parse_special = parses_special_tokens(config.special_tokens)
+        conversations, _ = look_at_conversations(config.val_data_file, config.tokenizer, parse_special, config.think)
         return f"{config.val_data_file}, {len(conversations.data):,} conversations read"
     held_out = HeldOut(config)
     held_out.check_ids(vocab_size)
