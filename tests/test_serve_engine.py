@@ -97,7 +97,7 @@ def ask(engine: Engine, prompt: list[int], count: int = 8, **options: object) ->
     recorder = options.pop("consumer", None) or Recorder()
     assert isinstance(recorder, Recorder)
     arguments = {"sampling": GREEDY} | options
-    engine.submit(Request(prompt, max_new_tokens=count, consumer=recorder, **arguments))  # type: ignore[arg-type]
+    engine.submit(Request(prompt, max_new_tokens=count, **arguments), recorder)  # type: ignore[arg-type]
     return recorder
 
 
@@ -224,7 +224,7 @@ def test_a_cancelled_request_frees_its_place(model: RWKV7, tokenizer: Tokenizer)
     engine = Engine(model, tokenizer, max_batch=1)
     try:
         endless = Recorder()
-        ticket = engine.submit(Request(prompt_of(5, 10), GREEDY, 10**9, endless))
+        ticket = engine.submit(Request(prompt_of(5, 10), GREEDY, 10**9), endless)
         waiting = ask(engine, prompt_of(5, 11))
         ticket.cancel()
         assert endless.wait().reason == CANCELLED
@@ -238,12 +238,12 @@ def test_a_full_queue_refuses(model: RWKV7, tokenizer: Tokenizer) -> None:
     tickets = []
     try:
         with pytest.raises(QueueFullError):  # one runs, two wait, or the first has not been admitted yet
-            tickets.extend(engine.submit(Request(prompt_of(5, i), GREEDY, 10**9, Recorder())) for i in range(5))
+            tickets.extend(engine.submit(Request(prompt_of(5, i), GREEDY, 10**9), Recorder()) for i in range(5))
     finally:
         engine.close()
-    assert all(ticket.request.consumer.wait().reason == CANCELLED for ticket in tickets)  # type: ignore[attr-defined]
+    assert all(ticket.consumer.wait().reason == CANCELLED for ticket in tickets)  # type: ignore[attr-defined]
     with pytest.raises(QueueFullError):
-        engine.submit(Request(prompt_of(5, 0), GREEDY, 1, Recorder()))
+        engine.submit(Request(prompt_of(5, 0), GREEDY, 1), Recorder())
 
 
 def test_close_lets_answers_end(model: RWKV7, tokenizer: Tokenizer) -> None:

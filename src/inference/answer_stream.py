@@ -24,6 +24,7 @@ class AnswerStream:
     stop_strings   texts that end the answer. One of white space, such as RWKV's blank line, doesn't end it within a
                    thought or directly after it. The one that is complete first counts.
     begun          the beginning of the answer, where the prompt holds it: "<think"
+    thoughts       False: all text is content, tags too
 
     An answer has one thought, with which it begins. The pieces don't depend on how the text is divided.
 
@@ -31,10 +32,10 @@ class AnswerStream:
     reached        whether a stop string ended it
     """
 
-    def __init__(self, stop_strings: Collection[str] = (), begun: str = "") -> None:
+    def __init__(self, stop_strings: Collection[str] = (), begun: str = "", thoughts: bool = True) -> None:
         self._stops = tuple(stop for stop in stop_strings if stop)
         self._stops_in_thought = tuple(stop for stop in self._stops if stop.strip())
-        self._part, self._has_thought = _BEGIN, False
+        self._part, self._has_thought = _BEGIN if thoughts else CONTENT, False
         self._begun, self._held = begun, ""  # text that may be the beginning of a tag or a stop string
         self.text = ""
         self.reached = False

@@ -6,6 +6,7 @@ one token for every answer that is being written. A prompt begins at its longest
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -23,8 +24,10 @@ from src.inference.serve.request import (
     FAILED,
     LENGTH,
     STOP,
+    Consumer,
     QueueFullError,
     Request,
+    Start,
     TokenLogprobs,
 )
 from src.inference.serve.slots import Slots
@@ -55,8 +58,8 @@ class Statistics:
 class Ticket:
     """A request that was accepted; `cancel()` from any thread ends it before its next token."""
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, request: Request, consumer: Consumer) -> None:
+        self.request, self.consumer = request, consumer
         self.cancelled = False
 
     def cancel(self) -> None:
@@ -127,10 +130,13 @@ class Engine:
 
     # ---- from any thread -------------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> Ticket:
-        """Accept a request. Raises UserError for an unfit prompt, QueueFullError when too many requests wait."""
+    def submit(self, request: Request, consumer: Consumer) -> Ticket:
+        """Accept a request, whose answer `consumer` receives.
+
+        Raises UserError for an unfit prompt, QueueFullError when too many requests wait.
+        """
         check_tokens(request.prompt, self.model.config.vocab_size, "the prompt")
-        ticket = Ticket(request)
+        ticket = Ticket(request, consumer)
         with self._wake:
             if self._closing:
                 raise QueueFullError("the server is shutting down")
@@ -139,6 +145,31 @@ class Engine:
             self._waiting.append(ticket)
             self._wake.notify()
         return ticket
+
+    @torch.no_grad()
+    def process(self, tokens: list[int], start: Start | None = None) -> tuple[Tensor, Tensor, State]:
+        """The mean and the last of the final hidden vectors, fp32 [C] each, and the state after `tokens`.
+
+        In the caller's thread, a piece at a time between the engine's turns. Raises UserError for unfit tokens.
+        """
+        check_tokens(tokens, self.model.config.vocab_size, "the input")
+        state, device = self._first_state(start), self.model.emb.weight.device
+        total = last = torch.zeros(self.model.config.n_embd)
+        for begin in range(0, len(tokens), self.piece_tokens):
+            piece = torch.tensor([tokens[begin : begin + self.piece_tokens]], device=device)
+            with self._device_lock:
+                hidden, state = self.model.hidden(piece, state)
+            total = total + hidden[0].float().sum(0).cpu()
+            last = hidden[0, -1].float().cpu()
+        return total / len(tokens), last, state
+
+    def _first_state(self, start: Start | None) -> State:
+        weight = self.model.emb.weight
+        return start.state if start is not None else State.zeros(self.model.config, 1, weight.device, weight.dtype)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     @property
     def statistics(self) -> Statistics:
@@ -154,7 +185,8 @@ class Engine:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+        remaining = max(0.0, deadline - time.monotonic())
+        self._thread.join(None if math.isinf(remaining) else remaining)
         with self._wake:
             for ticket in self._waiting:
                 ticket.cancel()
@@ -203,21 +235,17 @@ class Engine:
             self._statistics.requests += 1
             if ticket.cancelled:
                 self._statistics.cancellations += 1
-                ticket.request.consumer.ended(CANCELLED)
+                ticket.consumer.ended(CANCELLED)
                 continue
             self._begin(ticket)
 
     def _begin(self, ticket: Ticket) -> None:
-        request, config = ticket.request, self.model.config
-        weight = self.model.emb.weight
-        start = (
-            request.start.state if request.start is not None else State.zeros(config, 1, weight.device, weight.dtype)
-        )
+        request = ticket.request
         try:
-            sequence = _Sequence(ticket, self.tokenizer, start)
+            sequence = _Sequence(ticket, self.tokenizer, self._first_state(request.start))
         except Exception as error:
             self._statistics.failures += 1
-            request.consumer.ended(FAILED, error)
+            ticket.consumer.ended(FAILED, error)
             return
         self._prefilling.append(sequence)
 
@@ -253,7 +281,7 @@ class Engine:
         self._statistics.cached_tokens += length
         if known is not None:
             sequence.processed, sequence.state = length, known.state
-        sequence.request.consumer.started(length)
+        sequence.ticket.consumer.started(length)
         if known is None or length < len(sequence.request.prompt):
             return True
         assert known.hidden is not None
@@ -310,7 +338,7 @@ class Engine:
                 return STOP, None
             sequence.generated.append(token)
             self._statistics.generated_tokens += 1
-            is_complete = request.consumer.token(token, _logprobs(logits, token, request.top_logprobs))
+            is_complete = sequence.ticket.consumer.token(token, _logprobs(logits, token, request.top_logprobs))
             if is_complete or (constraint is not None and constraint.accept(token)):
                 return STOP, None
         except Exception as error:  # of this answer alone, such as logits that are not finite
@@ -330,7 +358,7 @@ class Engine:
     def _report_end(self, sequence: _Sequence, reason: str, error: Exception | None = None) -> None:
         self._statistics.failures += reason == FAILED
         self._statistics.cancellations += reason == CANCELLED
-        sequence.request.consumer.ended(reason, error)
+        sequence.ticket.consumer.ended(reason, error)
 
     def _fail_all(self, error: Exception) -> None:
         for sequence in [*self._prefilling, *self._decoding]:

@@ -73,7 +73,6 @@ class Request:
     prompt: list[int]
     sampling: Sampling
     max_new_tokens: int
-    consumer: Consumer
     seed: int | None = None
     stop_ids: frozenset[int] = frozenset()
     uncounted_ids: Collection[int] = ()
