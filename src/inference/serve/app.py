@@ -10,7 +10,7 @@ import logging
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from src.inference.serve.chat_completions import chat_completion
 from src.inference.serve.completions import text_completion
 from src.inference.serve.errors import ApiError, as_api_error, json_response
 from src.inference.serve.limits import Limits
+from src.inference.serve.live_run import LiveRun
 from src.inference.serve.metrics import metrics_text
 from src.inference.serve.registry import Registry
 from src.inference.serve.schemas import Body, ChatCompletion, Embeddings, SavedState, TextCompletion
@@ -44,11 +45,10 @@ class AppSettings:
     drain_seconds: float = 30.0
     hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
-    extra_routes: list[Callable[[FastAPI], None]] = field(default_factory=list)
 
 
-def make_app(registry: Registry, settings: AppSettings) -> FastAPI:
-    """The application. Its engines are closed when it ends."""
+def make_app(registry: Registry, settings: AppSettings, run: LiveRun | None = None) -> FastAPI:
+    """The application. Its engines are closed when it ends. `run`: a run that the page shows."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -122,8 +122,21 @@ def make_app(registry: Registry, settings: AppSettings) -> FastAPI:
     async def page() -> Response:
         return FileResponse(PAGE, headers=PAGE_HEADERS)
 
-    for add in settings.extra_routes:
-        add(app)
+    @app.get("/run")
+    async def show_run(request: Request) -> Response:
+        _authorize(request, settings)
+        if run is None:
+            raise ApiError(404, "the server shows no run (--run)", code="no_run")
+        return json_response(await asyncio.to_thread(run.snapshot))
+
+    @app.post("/run/load")
+    async def load_run(request: Request) -> Response:
+        _authorize(request, settings)
+        await _read(request, Body)  # for its check of the content type
+        if run is None:
+            raise ApiError(404, "the server shows no run (--run)", code="no_run")
+        return json_response(_model_payload(await asyncio.to_thread(run.load_newest)))
+
     app.add_middleware(Limits, body_limit=settings.body_limit, hosts=settings.hosts)  # type: ignore[arg-type]
     if settings.cors_origins:
         from starlette.middleware.cors import CORSMiddleware

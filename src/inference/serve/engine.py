@@ -124,7 +124,7 @@ class Engine:
         self._statistics = Statistics()
         self._wake = threading.Condition()  # guards _waiting, _closing
         self._closing = False
-        self._device_lock = device_lock or threading.Lock()
+        self.device_lock = device_lock or threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -157,7 +157,7 @@ class Engine:
         total = last = torch.zeros(self.model.config.n_embd)
         for begin in range(0, len(tokens), self.piece_tokens):
             piece = torch.tensor([tokens[begin : begin + self.piece_tokens]], device=device)
-            with self._device_lock:
+            with self.device_lock:
                 hidden, state = self.model.hidden(piece, state)
             total = total + hidden[0].float().sum(0).cpu()
             last = hidden[0, -1].float().cpu()
@@ -203,7 +203,7 @@ class Engine:
                     if self._closing:
                         return
                     self._wake.wait()
-            with self._device_lock:
+            with self.device_lock:
                 self._turn()
 
     def _turn(self) -> None:
