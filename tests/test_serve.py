@@ -368,8 +368,8 @@ _JSON = st.recursive(
     max_leaves=6,
 )
 _FIELDS = st.sampled_from(
-    "messages prompt model n stop seed stream tools logit_bias response_format input max_tokens temperature top_p top_k "
-    "logprobs state adapter name think stream_options".split()
+    "messages prompt model n stop seed stream tools logit_bias response_format input max_tokens temperature top_p "
+    "top_k logprobs state adapter name think stream_options".split()
 )
 
 
