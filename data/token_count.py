@@ -14,9 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from src.dataset.chat_template import THINK_MODES
 from src.dataset.control_tokens import parses_special_tokens
-from src.dataset.corpus.command_line import add_special_tokens, create_parser, exit_on_user_error
+from src.dataset.corpus.command_line import add_special_tokens, add_think, create_parser, exit_on_user_error
 from src.errors import UserError
 
 ANSWER_COLOR, CONTEXT_COLOR, RESET = "\033[1;32m", "\033[2m", "\033[0m"  # ANSI: bold green, dim
@@ -40,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", required=True, help="world, or a tokenizer folder with a chat template")
     parser.add_argument("--preview", type=int, nargs="?", const=0, metavar="N", help="show conversation N [0] in color")
     add_special_tokens(parser)
-    parser.add_argument("--think", choices=THINK_MODES, default="", help="as --think of train.py")
+    add_think(parser)
     args = parser.parse_args(arguments)
 
     # After the command line is parsed: torch takes seconds to import.

@@ -219,6 +219,18 @@ def test_old_flags_that_would_change_the_run_are_refused(argv, replacement):
     assert replacement in fault.advice
 
 
+@pytest.mark.parametrize("field", [f for f in dataclasses.fields(RunConfig) if f.metadata["help"].startswith("sft: ")])
+def test_flags_for_conversations_are_refused_with_token_files(field):
+    """Those of --data_type sft would be ignored; scripts may pass their defaults along."""
+    other = str(int(not field.default)) if isinstance(field.default, bool) else field.metadata["choices"][-1]
+    fault = only_fault(f"--{field.name}", other)
+    assert (fault.flag, str(fault.given)) == (field.name, other)
+    assert "--data_type binidx" in fault.problem
+    sft = ["--data_type", "sft", "--tokenizer", "world"]
+    for argv in ([f"--{field.name}", other, *sft], [f"--{field.name}", str(FLAGS[field.name])]):
+        assert interpret([*DATA, *argv])[2] == []
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("0", False), ("1", True), ("False", False), ("true", True), ("2", None), ("", None)]
 )

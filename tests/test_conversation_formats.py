@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from data import token_count
 from src.dataset import sft_cache
+from src.dataset.chat_template import RWKV_TEMPLATE
 from src.dataset.conversation_files import read_conversation_pieces
 from src.dataset.conversation_formats import read_conversation
 from src.dataset.conversations import MARK_ADVICE, check_template, render_with_answers
@@ -65,6 +66,7 @@ FORMAT_TEMPLATES = {
     "empty_thought": EMPTY_THOUGHT,
     "text_arguments": TEXT_ARGUMENTS,
 }
+RWKV_MODES = ("", "on", "off")  # of --think
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"a": "int", "b": "int"}}}
 CALL = {"name": "add", "arguments": {"a": 1, "b": 2}}
 
@@ -72,7 +74,10 @@ CALL = {"name": "add", "arguments": {"a": 1, "b": 2}}
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FolderTokenizer]:
     root = tmp_path_factory.mktemp("tokenizers")
-    return {name: chat_tokenizer(str(make_tokenizer(root / name, text))) for name, text in FORMAT_TEMPLATES.items()}
+    folders = {name: make_tokenizer(root / name, text) for name, text in FORMAT_TEMPLATES.items()}
+    rwkv = str(make_tokenizer(root / "rwkv", RWKV_TEMPLATE))
+    rwkv_modes = {f"rwkv {mode}": chat_tokenizer(rwkv, mode) for mode in RWKV_MODES}
+    return {name: chat_tokenizer(str(folder)) for name, folder in folders.items()} | rwkv_modes
 
 
 def turn(role: str, content: Any, **fields: Any) -> dict[str, Any]:
@@ -624,7 +629,10 @@ def with_another(value: Any, path: tuple[Any, ...]) -> Any:
 
 
 @settings(deadline=None, max_examples=150)
-@given(turns=turns_with_fields(), kind=st.sampled_from(sorted(FORMAT_TEMPLATES)))
+@given(
+    turns=turns_with_fields(),
+    kind=st.sampled_from([*sorted(FORMAT_TEMPLATES), *(f"rwkv {mode}" for mode in RWKV_MODES)]),
+)
 def test_no_content_is_lost_without_a_count(
     tokenizers: dict[str, FolderTokenizer], turns: list[dict[str, Any]], kind: str
 ) -> None:

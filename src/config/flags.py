@@ -14,6 +14,10 @@ STRATEGIES = (
     "ddp",
     *(f"deepspeed_stage_{stage}{offload}" for stage in (1, 2, 3) for offload in ("", "_offload")),
 )
+# What special tokens that stand in a text are.
+SPECIAL_TOKENS = ("text", "parse")
+# Whether an answer begins with a thought, and which; "" leaves it to the data or the model.
+THINK_MODES = ("on", "off", "short", "long")
 # Samples of a mini-epoch unless --epoch_steps is given, as in RWKV-LM: 8!, which many batch sizes divide.
 MINI_EPOCH_SAMPLES = 40320
 # A larger --my_exit_tokens is a slip of the keyboard, and sums of such numbers would not fit into 64 bits.
@@ -150,14 +154,14 @@ class Flags:
         "text",
         "data",
         "sft: what special tokens such as <|im_end|> are that stand in a message: text, or tokens (parse)",
-        choices=("text", "parse"),
+        choices=SPECIAL_TOKENS,
         within_run="fixed",
     )
     think: str = flag(
         "",
         "data",
         "sft: answers are those of a model that is asked to think (on, short, long) or not to (off); empty: neither",
-        choices=("", "on", "off", "short", "long"),
+        choices=("", *THINK_MODES),
         within_run="fixed",
     )
     val_data_file: str = flag(

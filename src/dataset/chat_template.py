@@ -18,9 +18,6 @@ from src.errors import UserError
 # {"role": "system" | "user" | "assistant" | "tool", "content": text, and further fields, such as "tool_calls"}
 Message = dict[str, Any]
 
-# How an answer is asked to think: not at all, briefly, at length ... "" leaves it to the model or the template.
-THINK_MODES = ("on", "off", "short", "long")
-
 # The prompt format of RWKV World and G1 models (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt).
 #
 #   blank lines   A blank line ends a turn, so those within the text of a user or system are removed. Answers keep
@@ -78,7 +75,7 @@ RWKV_TEMPLATE = r"""
         {%- endif -%}
         {{- 'Assistant:' -}}
         {%- set answer = ' ' + text -%}
-        {%- if loop.index0 > last.question and wish and text.startswith('<think') -%}
+        {%- if loop.index0 > last.question and wish and text.startswith('<think>') and '</think>' in text -%}
             {{- ' <think' -}}
             {%- set answer = text[6:] -%}
         {%- elif loop.index0 > last.question and think == 'off' and

@@ -18,8 +18,6 @@ from typing import Any
 
 from src.dataset.chat_template import Message
 
-# What special tokens that stand in a text are: the values of --special_tokens.
-SPECIAL_TOKENS = ("text", "parse")
 # What an assistant generates as tokens within an answer, where a tokenizer has them: thoughts and calls. Templates
 # look for these in the content of an answer.
 ANSWER_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
@@ -28,7 +26,7 @@ _MARKS = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
 
 
 def parses_special_tokens(choice: str) -> bool:
-    """Whether special tokens that stand in a text are tokens, by a value of SPECIAL_TOKENS."""
+    """Whether special tokens that stand in a text are tokens, by a value of --special_tokens."""
     return choice == "parse"
 
 

@@ -137,7 +137,8 @@ def _marked_answers(
     everything = [i for i, message in enumerate(messages) if i in turns or message["content"].strip()]
     attempts: list[tuple[list[int], bool]] = [(everything, False), (everything, True)]
     if blocks:
-        attempts.append(([], False))
+        # A template that looks for a thought at the beginning of an answer may place a block by it.
+        attempts = [([], False)] if thinks else [*attempts, ([], False)]
     else:  # templates may inspect the content of other turns
         attempts += [(turns, False), (turns, True)]
     for marked_turns, stripped in attempts:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from src.dataset.chat_template import THINK_MODES
-from src.dataset.control_tokens import SPECIAL_TOKENS, parses_special_tokens
+from src.config.flags import SPECIAL_TOKENS, THINK_MODES
+from src.dataset.control_tokens import parses_special_tokens
 from src.errors import UserError
 from src.inference.load import DTYPES
 from src.inference.sampling import SEED_LIMIT, Sampling

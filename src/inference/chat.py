@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from src.config.flags import THINK_MODES
 from src.dataset.answer_format import MARK, render_prompt, stop_strings
-from src.dataset.chat_template import RWKV_TEMPLATE, THINK_MODES, ChatTemplate, Message
+from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate, Message
 from src.dataset.conversation_content import THINK_END
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError

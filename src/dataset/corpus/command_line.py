@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from src.dataset.control_tokens import SPECIAL_TOKENS
+from src.config.flags import SPECIAL_TOKENS, THINK_MODES
 from src.errors import UserError
 
 
@@ -36,6 +36,10 @@ def add_special_tokens(parser: argparse.ArgumentParser) -> None:
         help="what special tokens of the tokenizer, such as <|im_end|>, are that stand in a text: text like any other, "
         "or tokens (parse) [text]",
     )
+
+
+def add_think(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--think", choices=THINK_MODES, default="", help="as --think of train.py")
 
 
 @contextmanager
