@@ -13,9 +13,11 @@ from pathlib import Path
 from types import FrameType
 
 from src.errors import UserError
+from src.inference.adaptation import model_name
 from src.inference.answer_stream import AnswerPiece
 from src.inference.answer_text import AnswerText
 from src.inference.arguments import (
+    adaptation_from,
     add_chat_template_argument,
     add_model_arguments,
     add_sampling_arguments,
@@ -27,7 +29,8 @@ from src.inference.arguments import (
 from src.inference.chat import Conversation, find_template
 from src.inference.decoder import Decoder
 from src.inference.generate import exit_on_closed_pipe
-from src.inference.load import find_tokenizer, find_weights, latest_trained_weights, load_model, pretrained_only
+from src.inference.load import find_model, find_tokenizer, latest_trained_weights, load_model, pretrained_only
+from src.inference.switching import ModelSwitch
 
 HELP = """\
   /reset              start a new conversation
@@ -35,6 +38,8 @@ HELP = """\
   /save FILE          save the conversation and its state
   /load FILE          continue a saved conversation
   /set [NAME VALUE]   show the settings, or change one: /set temperature 0.8
+  /adapter [FOLDER]   list adapters, or use another one (none: the base alone); starts a new conversation
+  /state [FILE]       the same for tuned initial states
   /exit               or Ctrl-D
 Enter sends, Alt-Enter (or Esc, Enter) starts a new line, Ctrl-C stops the answer."""
 
@@ -78,7 +83,7 @@ def stream(pieces: Iterator[AnswerPiece]) -> None:
     write("\n")
 
 
-def run_turn(conversation: Conversation, line: str) -> bool:
+def run_turn(conversation: Conversation, line: str, models: ModelSwitch) -> bool:
     """Execute a command, or print the answer to a question; False for /exit. Raises UserError."""
     command, _, argument = line.strip().partition(" ")
     argument = argument.strip()
@@ -89,6 +94,8 @@ def run_turn(conversation: Conversation, line: str) -> bool:
         "/save": lambda: conversation.save(_file(command, argument)),
         "/load": lambda: conversation.load(_file(command, argument)),
         "/set": lambda: _set(conversation, argument),
+        "/adapter": lambda: write(models.switch("adapter", argument) + "\n"),
+        "/state": lambda: write(models.switch("state", argument) + "\n"),
     }
     # Printed after the command, as it may raise.
     confirmations = {"/reset": "new conversation", "/save": f"saved to {argument}", "/load": f"loaded {argument}"}
@@ -122,7 +129,7 @@ def _set(conversation: Conversation, argument: str) -> None:
     write("  " + ", ".join(f"{name} {'none' if value is None else value}" for name, value in settings) + "\n")
 
 
-def run_turns(conversation: Conversation, read: Callable[[], str]) -> int:
+def run_turns(conversation: Conversation, read: Callable[[], str], models: ModelSwitch) -> int:
     """Run turns until `read` raises EOFError; errors are printed. Returns 1 if there was one, else 0."""
     exit_code = 0
     while True:
@@ -141,7 +148,7 @@ def run_turns(conversation: Conversation, read: Callable[[], str]) -> int:
         if not line.strip() and conversation.template is not None:
             continue
         try:
-            if not run_turn(conversation, line):
+            if not run_turn(conversation, line, models):
                 return exit_code
         except UserError as error:
             exit_code = 1
@@ -220,13 +227,14 @@ def main(argv: list[str] | None = None) -> int:
     parser, options = parse(argv)
     try:
         conversation = build(options)
+        models = ModelSwitch(conversation, options.weights, options.adaptation, options.dtype, options.device)
         if options.prompt is not None:
             stream(conversation.ask(options.prompt))
             return 0
         if sys.stdin is None:  # closed by the parent process (python API_DEMO_CHAT.py <&-)
             raise UserError("standard input is closed", advice="use --prompt, or start the program in a terminal")
         if not sys.stdin.isatty():
-            return run_turns(conversation, read_line)
+            return run_turns(conversation, read_line, models)
         read = prompt_reader(options.history)
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
@@ -235,20 +243,24 @@ def main(argv: list[str] | None = None) -> int:
         if conversation.template is not None
         else "continues your text (--chat_template rwkv or tokenizer to chat, if the model has learned to)"
     )
-    write(f"{options.weights}, {conversation.decoder.config.title}, {mode}; /help\n")
-    run_turns(conversation, read)
+    write(f"{model_name(options.weights, options.adaptation)}, {conversation.decoder.config.title}, {mode}; /help\n")
+    run_turns(conversation, read, models)
     return 0  # in a terminal the user has seen the errors; only a script needs them as an exit code
 
 
 def build(options: argparse.Namespace) -> Conversation:
-    """The conversation that `options` describe; sets `options.weights` to their path. Raises UserError."""
+    """The conversation that `options` describe; sets `options.weights` to their path, and `options.adaptation`.
+
+    Raises UserError.
+    """
     sampling = sampling_from(options)
     if options.length < 1:
         raise UserError(flag="length", given=options.length, expected="at least 1 token")
-    options.weights = find_weights(options.model) if options.model else latest_trained_weights(Path("out"))
-    model = load_model(options.weights, options.dtype, options.device)
-    tokenizer = find_tokenizer(options.weights, model.config.vocab_size, options.tokenizer)
-    template = find_template(options.chat_template, tokenizer, pretrained_only(options.weights))
+    weights, adaptation = find_model(options.model or latest_trained_weights(Path("out")), adaptation_from(options))
+    options.weights, options.adaptation = weights, adaptation
+    model = load_model(weights, options.dtype, options.device, adaptation)
+    tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer, adaptation)
+    template = find_template(options.chat_template, tokenizer, pretrained_only(weights, adaptation))
     if options.think:
         if template is None:
             raise UserError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from src.config import GROUPS, RunConfig, default_text
+from src.config import GROUPS, RunConfig, default_text, rwkv_peft
 from src.errors import UserError
 from src.version import __version__
 
@@ -57,9 +57,7 @@ REPLACED_FLAGS = {
     "tiny_att_dim": "leave it out: RWKV-7 has none",
     "tiny_att_layer": "leave it out: RWKV-7 has none",
     "dropout": "leave it out: RWKV-7 is trained without",
-    "quant": "leave it out: all weights are trained, in --precision",
-    "lora": "leave it out: all weights are trained, not adapters",
-    "peft": "leave it out: all weights are trained, not adapters",
+    "lora": "use --peft lora",
 }
 
 
@@ -172,8 +170,10 @@ def interpret(argv: list[str]) -> tuple[RunConfig, list[str], list[UserError]]:
     """Settings, notes and faults of a command line. The settings are usable only if there are no faults."""
     line = _read(argv)
     values, faults = _typed_values(line.values)
-    config, notes = _normalised(values)
-    faults = [*line.faults, *faults, *config.faults()]
+    translated, contradictions = rwkv_peft.translate(line.rwkv_peft, values)
+    config, notes = _normalised({**translated, **values})
+    config.given = frozenset(values)
+    faults = [*line.faults, *faults, *contradictions, *config.faults()]
     notes = [*line.notes, *notes]
     for name, text in line.compatibility.items():
         try:
@@ -189,6 +189,7 @@ class _Line:
 
     values: dict[str, str | None] = field(default_factory=dict)  # flag -> its last value, None without one
     compatibility: dict[str, str] = field(default_factory=dict)  # the same for COMPATIBILITY_FLAGS
+    rwkv_peft: dict[str, str] = field(default_factory=dict)  # the same for rwkv_peft.FLAGS
     notes: list[str] = field(default_factory=list)
     faults: list[UserError] = field(default_factory=list)
 
@@ -220,15 +221,17 @@ def _read(argv: list[str]) -> _Line:
 
 def _add_flag(line: _Line, argument: str, name: str, value: str | None) -> None:
     known = {setting.name for setting in dataclasses.fields(RunConfig)}
-    if (name in known or name in COMPATIBILITY_FLAGS) and not argument.startswith("--"):
+    if (name in known or name in COMPATIBILITY_FLAGS or name in rwkv_peft.FLAGS) and not argument.startswith("--"):
         line.faults.append(UserError("written with one dash", flag=name, expected="two"))
     elif name in known:
         line.values[name] = value  # the last one counts: scripts append the user's flags to their own
-    elif name in COMPATIBILITY_FLAGS:
+    elif name in COMPATIBILITY_FLAGS or name in rwkv_peft.FLAGS:
         if value is None:
             line.faults.append(UserError(MISSING_VALUE, flag=name))
-        else:
+        elif name in COMPATIBILITY_FLAGS:
             line.compatibility[name] = value
+        else:
+            line.rwkv_peft[name] = value
     elif name == "local_rank":
         pass  # launchers of several processes add it
     elif name in HARMLESS_TRAINER_FLAGS:
@@ -295,6 +298,9 @@ def _normalised(values: dict[str, Any]) -> tuple[RunConfig, list[str]]:
         values["kernel"] = "auto"
     if values.get("accelerator") == "cuda":
         values["accelerator"] = "gpu"
+    for name, aliases in rwkv_peft.ALIASES.items():
+        if values.get(name) in aliases:
+            values[name] = aliases[values[name]]
     if values.get("val_data_file") == "heldout":
         parts = re.fullmatch(r"(.*?)(\.bin|\.idx|\.jsonl(?:\.gz|\.zst)?)?", values.get("data_file", ""))
         assert parts is not None, "it matches everything"

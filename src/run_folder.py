@@ -1,6 +1,8 @@
 """A run's folder (--proj_dir): the names of its files, run.json, numbered weights, archiving of an earlier run.
 
     rwkv-init.pth  rwkv-N.pth  rwkv-final.pth  rwkv-best.pth    plain state dicts
+    adapter-N/  adapter/  adapter-best/                         an adapter, in place of the weights
+    state-N.pth  state.pth  state-best.pth                      tuned initial states, in place of the weights
     run.json                                                    what the run recorded about itself (`read_run`)
     train_log.txt  metrics.csv  val.csv  samples.json           logs
     loss.png  report.html  profile.json.gz                      figures
@@ -19,6 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +43,41 @@ BELONGS_TO_RUN = (
 FORMAT_VERSION = 2
 
 
-def weights_name(mini_epoch: int) -> str:
-    """The name of the weights after a mini-epoch: rwkv-N.pth."""
-    return f"rwkv-{mini_epoch}.pth"
+@dataclass(frozen=True)
+class ResultNames:
+    """Names of what a run trains, in its folder: after the last step, with the lowest held-out loss, and
+    {prefix}N{suffix} after mini-epoch N."""
+
+    final: str
+    best: str
+    prefix: str
+    suffix: str
+
+    def numbered(self, mini_epoch: int) -> str:
+        return f"{self.prefix}{mini_epoch}{self.suffix}"
+
+    def matches(self, name: str) -> bool:
+        """Whether a file of this name is one of these."""
+        number = rf"{re.escape(self.prefix)}\d+{re.escape(self.suffix)}"
+        return name in (self.final, self.best) or re.fullmatch(number, name) is not None
+
+
+WEIGHTS = ResultNames(FINAL, BEST, "rwkv-", ".pth")
+ADAPTER = ResultNames("adapter", "adapter-best", "adapter-", "")
+TUNED_STATE = ResultNames("state.pth", "state-best.pth", "state-", ".pth")
+ALL_RESULTS = (WEIGHTS, ADAPTER, TUNED_STATE)
+
+
+def numbered_results(folder: Path, names: ResultNames) -> dict[int, Path]:
+    """What was written after mini-epochs, by N, in ascending order."""
+    pattern = re.compile(rf"{re.escape(names.prefix)}(\d+){re.escape(names.suffix)}")
+    matches = ((pattern.fullmatch(path.name), path) for path in folder.glob(f"{names.prefix}*{names.suffix}"))
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
 def numbered_weights(folder: Path) -> dict[int, Path]:
     """The rwkv-N.pth files by N, in ascending order."""
-    matches = ((re.fullmatch(r"rwkv-(\d+)\.pth", path.name), path) for path in folder.glob("rwkv-*.pth"))
-    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+    return numbered_results(folder, WEIGHTS)
 
 
 def newest_weights(folder: Path) -> Path | None:
@@ -56,6 +85,12 @@ def newest_weights(folder: Path) -> Path | None:
     where there are none."""
     candidates = [folder / FINAL, *reversed(numbered_weights(folder).values()), folder / INIT]
     return next((path for path in candidates if path.is_file()), None)
+
+
+def newest_result(folder: Path, names: ResultNames) -> Path | None:
+    """What is trained furthest: the final result, else the one with the highest number; None where there are none."""
+    candidates = [folder / names.final, *reversed(numbered_results(folder, names).values())]
+    return next((path for path in candidates if path.exists()), None)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -157,13 +192,16 @@ def archive_run(folder: Path, new_origin: Path | None = None) -> Path | None:
 
     rwkv-init.pth moves along when the run wrote it itself, unless the new run starts from it (`new_origin`).
     """
-    members = [*numbered_weights(folder).values(), *_archived(folder / VALIDATION), *_archived(folder / BEST)]
+    members = [*_archived(folder / VALIDATION)]
+    for names in ALL_RESULTS:
+        members += [*numbered_results(folder, names).values(), *_archived(folder / names.best)]
+        members += [folder / name for name in (names.final, names.best) if (folder / name).exists()]
     members += folder.glob("damaged-rwkv-*")
     init = folder / INIT
     is_new_origin = new_origin is not None and init.exists() and new_origin.samefile(init)
     if not is_new_origin and has_drawn_init(folder):
         members.append(init)
-    members += [folder / name for name in (FINAL, BEST, *BELONGS_TO_RUN) if (folder / name).exists()]
+    members += [folder / name for name in BELONGS_TO_RUN if (folder / name).exists()]
     if not members:
         return None
     k = 1
@@ -199,9 +237,9 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
     for trace in folder.glob(f".{TRACE}.*"):
         shutil.rmtree(trace, ignore_errors=True)
-    for state in (folder / STATES).glob(".step-*.tmp"):
-        step, replaced = state.name[1:].split(".")[0], state.name.endswith(".replaced.tmp")
-        if replaced and not (state.parent / step).exists():  # killed before the new one took its place
-            state.rename(state.parent / step)
+    for part in [*(folder / STATES).glob(".step-*.tmp"), *folder.glob(f".{ADAPTER.final}*.tmp")]:  # folders
+        name, replaced = part.name[1:].split(".")[0], part.name.endswith(".replaced.tmp")
+        if replaced and not (part.parent / name).exists():  # killed before the new one took its place
+            part.rename(part.parent / name)
         else:
-            shutil.rmtree(state, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_adapter import random_adapter
 from random_model import random_model
 
+from src.adapt.adapter_files import write_adapter
+from src.adapt.config import AdapterConfig
+from src.inference import export
+from src.inference.adaptation import Adaptation
+from src.inference.formats.convert import unmerged_model
 from src.inference.load import find_weights, load_model
 from src.model import RWKV7
 
@@ -39,6 +45,22 @@ def model_logits(model: RWKV7) -> dict[str, torch.Tensor]:
     whole, state = model(torch.tensor([TOKENS]))
     one, _ = model(torch.tensor([TOKENS[:1]]), state)
     return {"whole": whole[0], "one": one[0, 0]}
+
+
+@pytest.mark.parametrize(
+    "config", [AdapterConfig("lora", r=4, lora_alpha=6.0), AdapterConfig("miss", r=20)], ids=lambda config: config.kind
+)
+def test_a_merged_adapter_runs_in_the_package(tmp_path: Path, config: AdapterConfig) -> None:
+    model = random_model(seed=1, n_layer=2, n_embd=128, vocab_size=97)
+    torch.save(model.state_dict(), tmp_path / "base.pth")
+    write_adapter(tmp_path / "adapter", random_adapter(model, config))
+    merged = tmp_path / "merged.pth"
+    assert export.main([str(tmp_path / "base.pth"), str(merged), "--adapter", str(tmp_path / "adapter")]) == 0
+    expected = package_logits(merged, tmp_path / "logits.pt")
+    actual = model_logits(unmerged_model(tmp_path / "base.pth", Adaptation(adapter=str(tmp_path / "adapter"))))
+    assert (model_logits(model)["whole"] - actual["whole"]).abs().max() > 0.1
+    for name in ("whole", "one"):
+        torch.testing.assert_close(actual[name], expected[name].view_as(actual[name]), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("layer_0_residual", [True, False], ids=["as-written", "without-layer-0-v0-v1-v2"])

@@ -307,8 +307,8 @@ OTHER_KINDS = {
 }
 
 
-@pytest.mark.parametrize("alone", [True, False])
-@pytest.mark.parametrize("kind", OTHER_KINDS)
+# states beside a whole model belong to it
+@pytest.mark.parametrize(("kind", "alone"), [(k, a) for k in OTHER_KINDS for a in (True, False) if a or k != "state"])
 def test_files_of_other_models_are_named_for_what_they_are(saved, kind, alone):
     """With and without the parameters of a whole model beside theirs, and without advice to use other sizes."""
     model, path = saved

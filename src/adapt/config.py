@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from src.config import TARGETS, WHOLE_PARTS, RunConfig, adapter_kind, split_list
+
+__all__ = ["KINDS", "TARGETS", "WHOLE_PARTS", "AdapterConfig", "adapter_of"]
+
 KINDS = ("lora", "pissa", "miss", "dora", "state")
-# the matrices of a block, by the last part of their module's name; "key" and "value" are in both halves
-TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
-# trained in full beside the adapter: LayerNorms (ln0, ln1, ln2, ln_x, ln_out); x_*, w0, a0, v0, k_k, k_a, r_k
-WHOLE_PARTS = ("ln", "vectors")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,28 @@ class AdapterConfig:
     train: tuple[str, ...] = ()
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """The entries of TARGETS that `target_modules` names, in their order."""
+        named = set(self.target_modules)
+        return tuple(target for target in TARGETS if target in named or target.partition(".")[2] in named)
+
+    @property
     def scale(self) -> float:
         """s of the formula above."""
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+def adapter_of(config: RunConfig) -> AdapterConfig | None:
+    """The adapter that a run trains; None where it trains all weights."""
+    kind = adapter_kind(config)
+    if not kind:
+        return None
+    return AdapterConfig(
+        kind,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        target_modules=split_list(config.lora_targets),
+        train=split_list(config.lora_train),
+    )

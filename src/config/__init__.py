@@ -9,11 +9,13 @@ in tests/test_cli.py.
 """
 
 # Others import from here only: which file of the package declares a name may change.
+from src.config.adapter import adapter_kind, split_list
 from src.config.checks import VAL_EVERY
 from src.config.flags import MINI_EPOCH_SAMPLES, PRECISIONS, STRATEGIES
 from src.config.model import KERNELS, ModelConfig, low_rank_size
 from src.config.run import RunConfig, settings_with
 from src.config.setting import GROUPS, default_text
+from src.config.support import TARGETS, WHOLE_PARTS, refusal
 
 __all__ = [
     "GROUPS",
@@ -21,10 +23,15 @@ __all__ = [
     "MINI_EPOCH_SAMPLES",
     "PRECISIONS",
     "STRATEGIES",
+    "TARGETS",
     "VAL_EVERY",
+    "WHOLE_PARTS",
     "ModelConfig",
     "RunConfig",
+    "adapter_kind",
     "default_text",
     "low_rank_size",
+    "refusal",
     "settings_with",
+    "split_list",
 ]

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from src.config.adapter import adapter_faults
 from src.config.flags import Flags
 from src.errors import UserError
 
@@ -62,6 +63,7 @@ def combination_faults(flags: Flags) -> Iterator[UserError]:
     yield from _data_faults(flags)
     yield from _sft_faults(flags)
     yield from _start_faults(flags)
+    yield from adapter_faults(flags)
     yield from _length_faults(flags)
 
 

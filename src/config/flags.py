@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from src.config.model import KERNELS
 from src.config.setting import flag
+from src.config.support import PEFT_KINDS, QUANTISATIONS, TARGETS, TRAIN_TYPES
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 # Lightning's names: existing scripts pass them.
@@ -133,8 +134,9 @@ class Flags:
     sft_loss: str = flag(
         "answers",
         "data",
-        "sft: tokens that contribute to the loss; all: prompts and padding too, as in some published runs",
-        choices=("answers", "all"),
+        "sft: tokens that contribute to the loss; text: prompts too; all: prompts and padding too, as in some "
+        "published runs",
+        choices=("answers", "text", "all"),
         within_run="fixed",
     )
     packing: bool = flag(
@@ -208,6 +210,53 @@ class Flags:
     )
     d_gate_lora: int = flag(
         0, "model", "low-rank size of the gate g; 0: computed from n_embd", at_least=0, within_run="fixed"
+    )
+
+    # fine-tuning a part: an adapter or tuned initial states, beside weights that stay as they are
+    peft: str = flag(
+        "none",
+        "adapt",
+        "train an adapter, and no other weights: LoRA, PiSSA, MiSS (earlier DiSHA, Bone) or DoRA",
+        choices=PEFT_KINDS,
+        within_run="fixed",
+    )
+    lora_r: int = flag(32, "adapt", "rank of the adapter", at_least=1, below=1 << 16, within_run="fixed")
+    lora_alpha: float = flag(
+        64.0,
+        "adapt",
+        "lora, dora: the adapter's product is multiplied by lora_alpha / lora_r",
+        at_least=0,
+        within_run="fixed",
+    )
+    lora_dropout: float = flag(
+        0.0, "adapt", "probability with which an input of the adapter is dropped in training", at_least=0, below=1.0
+    )
+    use_rslora: bool = flag(False, "adapt", "1: multiply by lora_alpha / sqrt(lora_r) instead", within_run="fixed")
+    lora_targets: str = flag(
+        ",".join(TARGETS),
+        "adapt",
+        "the matrices that get an adapter; key and value without their half mean those of both",
+        within_run="fixed",
+    )
+    lora_train: str = flag(
+        "",
+        "adapt",
+        "trained in full beside the adapter: ln (LayerNorms), vectors (x_*, w0, a0, v0, k_k, k_a, r_k), or both",
+        within_run="fixed",
+    )
+    train_type: str = flag(
+        "none",
+        "adapt",
+        "state: train the initial state of every block, and no weights",
+        choices=TRAIN_TYPES,
+        within_run="fixed",
+    )
+    quant: str = flag(
+        "none",
+        "adapt",
+        "keep the six large matrices of a block in 8 or 4 bits, frozen; for adapters and tuned states",
+        choices=QUANTISATIONS,
+        within_run="fixed",
     )
 
     # length, batch size and learning rate. A run counts samples, not steps: its batch size may change.

@@ -20,6 +20,10 @@ class RunConfig(Flags):
     those are read.
     """
 
+    def __post_init__(self) -> None:
+        # The flags of the command line. Not a field, as it is none; a copy by `replace` doesn't have it.
+        self.given: frozenset[str] = frozenset()
+
     def faults(self) -> list[UserError]:
         """What is wrong with these values, for all flags at once; empty if nothing is."""
         faults = [*value_faults(self), *form_faults(self), *combination_faults(self)]

@@ -14,6 +14,7 @@ GROUPS = {  # the topics of `train.py --help`, in this order
     "run": "run: folder, initial weights, saving",
     "data": "data",
     "model": "model",
+    "adapt": "fine-tuning a part: adapters, tuned states",
     "length": "length, batch size and learning rate",
     "optimizer": "optimizer",
     "speed": "memory and speed",

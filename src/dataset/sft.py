@@ -68,6 +68,7 @@ class SftRows:
                "drop" drops them, "error" raises a UserError
     count_all  every position has a loss, prompts and padding included (the target of a conversation's last token and of
                padding is 0); only for comparison with trainers that do so
+    count_text every token of a conversation has a loss, the prompts' too; padding has none
     seed       decides which conversations share a row, and the order of the rows
 
     n_cut, n_dropped   number of conversations truncated and dropped
@@ -82,12 +83,13 @@ class SftRows:
         packing: bool = True,
         truncate: str = "end",
         count_all: bool = False,
+        count_text: bool = False,
         seed: int = 0,
     ) -> None:
         self.conversations = conversations
         self.ctx_len = ctx_len
         self.packing = packing
-        self.count_all = count_all
+        self.count_all, self.count_text = count_all, count_text
         self.seed = seed
         # n tokens make n - 1 pairs of input and target; count_all adds a target 0 after the last token.
         positions = conversations.data.sizes.astype(np.int64) - (0 if count_all else 1)
@@ -101,10 +103,9 @@ class SftRows:
                 given=ctx_len,
                 advice="increase --ctx_len, or use --truncate end or drop",
             )
-        kept = np.ones_like(too_long) if count_all and truncate == "end" else ~too_long
-        if (
-            truncate == "end" and not count_all
-        ):  # with count_all every conversation has targets, however short it is cut
+        counts_any = count_all or count_text
+        kept = np.ones_like(too_long) if counts_any and truncate == "end" else ~too_long
+        if truncate == "end" and not counts_any:  # else every conversation has targets, however short it is cut
             # Only the cut ones: the cache holds no conversation without an answer.
             for index in np.flatnonzero(too_long).tolist():
                 kept[index] = (conversations.data[index][1 : ctx_len + 1] >= 0).any()
@@ -147,7 +148,7 @@ class SftRows:
             before = np.concatenate([[0], np.cumsum(data.tokens[bounds[first] : bounds[last]] >= 0, dtype=np.int32)])
             begins = bounds[first:last] - bounds[first] + 1  # + 1: the first token is never a target
             ends = np.minimum(begins + self.ctx_len, bounds[first + 1 : last + 1] - bounds[first])
-            counts[first:last] = before[ends] - before[begins]
+            counts[first:last] = ends - begins if self.count_text else before[ends] - before[begins]
             first = last
         return np.add.reduceat(counts[self._rows.members], self._rows.bounds[:-1])
 
@@ -169,7 +170,7 @@ class SftRows:
         ends = [0]
         for index in self._rows.row(number):
             ids, counts = self.conversations.read(int(index))
-            following = np.where(counts, ids, IGNORED)
+            following = ids if self.count_text else np.where(counts, ids, IGNORED)
             if self.count_all:
                 ids = following = np.append(ids, 0)
             length = min(len(ids) - 1, self.ctx_len)

@@ -1,13 +1,15 @@
-"""Command-line arguments that the programs in this package share: the model, and how tokens are sampled."""
+"""Command-line arguments that the programs in this package share: the model, adapters, how tokens are sampled."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import fields
 
+from src.adapt.adapter_files import STATE_LAYOUTS
 from src.config.flags import SPECIAL_TOKENS, THINK_MODES
 from src.dataset.control_tokens import parses_special_tokens
 from src.errors import UserError
+from src.inference.adaptation import Adaptation
 from src.inference.load import DTYPES
 from src.inference.sampling import SEED_LIMIT, Sampling
 
@@ -26,11 +28,37 @@ def add_model_arguments(parser: argparse.ArgumentParser, optional: bool = False)
         default="",
         help=MODEL_HELP + ("; default: the newest under out/" if optional else ""),
     )
+    add_adapter_arguments(parser)
     parser.add_argument("--tokenizer", default="", help='"world" or a Hugging Face folder; default: that of the run')
     parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument(
         "--device", default=None, help="cpu, cuda, cuda:1, ...; default: the first GPU, without one cpu"
     )
+
+
+def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --adapter, --state and what goes with them; `adaptation_from` has their values."""
+    parser.add_argument(
+        "--adapter", default="", help="LoRA, DoRA or MiSS: a PEFT folder, a .pth or .st, or the folder of a run"
+    )
+    parser.add_argument("--state", default="", help="tuned initial states: a .pth or .st, or the folder of a run")
+    parser.add_argument("--lora_alpha", type=float, default=None, help="for LoRA files that don't have it")
+    parser.add_argument(
+        "--state_layout",
+        choices=STATE_LAYOUTS,
+        default="",
+        help="axis order of --state [head, ., .]; default: value-key in a .pth, key-value in safetensors",
+    )
+    parser.add_argument(
+        "--other_base", action="store_true", help="accept an adapter that was trained on other weights of these sizes"
+    )
+
+
+def adaptation_from(options: argparse.Namespace) -> Adaptation:
+    """The values of the flags of `add_adapter_arguments`. Raises UserError for one without what it belongs to."""
+    if options.lora_alpha is not None and not options.adapter:
+        raise UserError("needs --adapter", flag="lora_alpha", given=f"{options.lora_alpha:g}")
+    return Adaptation(options.adapter, options.state, options.lora_alpha, options.state_layout, options.other_base)
 
 
 def add_chat_template_argument(parser: argparse.ArgumentParser, default: str) -> None:

@@ -102,6 +102,11 @@ class Conversation:
         self.decoder.reset()
         self.transcript, self._undo = Transcript(), None
 
+    def use(self, decoder: Decoder) -> None:
+        """Start a new conversation with another decoder, of a model with the same tokenizer."""
+        self.decoder = decoder
+        self.transcript, self._undo = Transcript(), None
+
     def _answer(self, text: str) -> Iterator[AnswerPiece]:
         try:
             if self.template is None:

@@ -23,6 +23,17 @@ PACK_TOKENS = 200
 PREFILL_TOKENS = 1024
 
 
+def initial_state(model: RWKV7, batch: int) -> State:
+    """What a call without a state begins from: zeros, and the tuned initial states where the model has some."""
+    weight = model.emb.weight
+    state = State.zeros(model.config, batch, weight.device, weight.dtype)
+    for layer, block in zip(state.layers, model.blocks, strict=True):
+        time_state = block.get_submodule("att").time_state
+        if isinstance(time_state, Tensor):
+            layer.wkv.copy_(time_state.detach())
+    return state
+
+
 class Decoder:
     """B sequences with their states: logits [B, V] = prefill(prompts), then logits = step(tokens) repeatedly.
 
@@ -35,7 +46,7 @@ class Decoder:
         self.model, self.config, self.pack = model, model.config, pack
         weight = model.emb.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self._allocate(State.zeros(model.config, batch, self.device, self.dtype))
+        self._allocate(initial_state(model, batch))
 
     def _allocate(self, state: State) -> None:
         """Copy `state` to memory that steps overwrite, and set the batch size to its."""
@@ -58,10 +69,8 @@ class Decoder:
         overwrite(self._state, state)
 
     def reset(self) -> None:
-        """Set all states to zero: the next prompt starts new texts."""
-        for layer in self._state.layers:
-            for tensor in layer:
-                tensor.zero_()
+        """Set all states to the initial one: the next prompt starts new texts."""
+        overwrite(self._state, initial_state(self.model, self.batch))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Continue with the sequences `rows` only, in this order; a row that is repeated is copied."""

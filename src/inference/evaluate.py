@@ -25,8 +25,9 @@ from src.dataset.corpus.documents import EMPTY_LINE, EMPTY_TEXT, read_documents
 from src.dataset.corpus.text_input import JSON_LINES, Piece, read_pieces
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
-from src.inference.arguments import add_model_arguments
-from src.inference.load import find_tokenizer, find_weights, load_model
+from src.inference.adaptation import model_name
+from src.inference.arguments import adaptation_from, add_model_arguments
+from src.inference.load import find_model, find_tokenizer, load_model
 from src.inference.scoring import LOGIT_ROWS, score_continuations
 from src.model import RWKV7
 
@@ -193,8 +194,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _loss_report(options: argparse.Namespace) -> str:
-    weights = find_weights(options.model)
-    model = load_model(weights, options.dtype, options.device)
+    weights, adaptation = find_model(options.model, adaptation_from(options))
+    model = load_model(weights, options.dtype, options.device, adaptation)
     # Any existing X.bin makes X binidx; another file is text, by its suffix lines of JSON or a single document.
     path, vocab_size = Path(options.data), model.config.vocab_size
     is_binidx = path.suffix in (".bin", ".idx") or with_ending(path, ".bin").is_file()
@@ -203,7 +204,7 @@ def _loss_report(options: argparse.Namespace) -> str:
         raise UserError("no such file", flag="data", given=path, expected=expected)
     tokenizer: Tokenizer | None = None
     try:
-        tokenizer = find_tokenizer(weights, vocab_size, options.tokenizer)
+        tokenizer = find_tokenizer(weights, vocab_size, options.tokenizer, adaptation)
     except UserError:
         if options.tokenizer or not is_binidx:  # binidx holds ids: without a tokenizer only bits per byte are unknown
             raise
@@ -232,20 +233,21 @@ def _loss_report(options: argparse.Namespace) -> str:
         n_bytes = sum(text_bytes(tokens[window][1:], tokenizer) for window in selected)  # of the predicted tokens
         bits = f"bits per byte {result.bits_per_byte(n_bytes):.4f}"
     measures = f"loss {result.loss:.4f}, perplexity {result.perplexity:.4f}, {bits}"
-    return f"{weights} on {options.data}: {measures}, {result.tokens:,} tokens"
+    return f"{model_name(weights, adaptation)} on {options.data}: {measures}, {result.tokens:,} tokens"
 
 
 def _last_word_report(options: argparse.Namespace) -> str:
-    weights, path = find_weights(options.model), Path(options.last_word)
+    weights, adaptation = find_model(options.model, adaptation_from(options))
+    path = Path(options.last_word)
     if not path.is_file() or not path.name.lower().endswith(JSON_LINES):
         problem = "not a .jsonl file" if path.is_file() else "no such file"
         expected = 'a .jsonl (.gz, .zst) of {"text": ...}'
         raise UserError(problem, flag="last_word", given=path, expected=expected)
-    model = load_model(weights, options.dtype, options.device)
-    tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer)
+    model = load_model(weights, options.dtype, options.device, adaptation)
+    tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer, adaptation)
     result = last_words(model, tokenizer, read_texts(path, "last_word"))
     measures = f"accuracy {result.accuracy:.4f}, perplexity {result.perplexity:.4f}"
-    return f"{weights} on {path}: {measures}, {result.texts:,} texts"
+    return f"{model_name(weights, adaptation)} on {path}: {measures}, {result.texts:,} texts"
 
 
 def text_bytes(ids: Tokens, tokenizer: Tokenizer) -> int:

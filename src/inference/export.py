@@ -1,9 +1,11 @@
 """A model in another format or precision, verified by reading it back.
 
     python -m src.inference.export MODEL OUT [--format pth | safetensors | fla] [--dtype bf16]
+    python -m src.inference.export BASE MERGED.pth --adapter ADAPTER [--state STATE]
 
 MODEL may itself be in any of these formats, so this converts in both directions: `--format pth` makes a .pth of a
-Hugging Face folder. An official .pth needs no conversion.
+Hugging Face folder. An official .pth needs no conversion. An adapter is merged into its base's weights, in fp32, and
+rounded to BASE's dtype or --dtype. Initial states are stored beside the weights, in formats that have a place.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from pathlib import Path
 
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
-from src.inference.arguments import MODEL_HELP
+from src.inference.adaptation import Adaptation, model_name
+from src.inference.arguments import MODEL_HELP, adaptation_from, add_adapter_arguments
 from src.inference.formats.convert import FORMATS, convert_model
-from src.inference.load import DTYPES, NO_SIZE_LIMIT, find_tokenizer, find_weights
+from src.inference.load import DTYPES, NO_SIZE_LIMIT, find_model, find_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,18 +31,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=FORMATS, default=None, help="default: by OUT's suffix; without one, fla")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: that of MODEL")
     parser.add_argument("--tokenizer", default="", help="to copy next to the weights (fla); default: that of the run")
+    add_adapter_arguments(parser)
     options = parser.parse_args(argv)
     try:
-        weights = find_weights(options.model)
+        weights, adaptation = find_model(options.model, adaptation_from(options))
         format = options.format or _format_of(options.out)
         _check_out(options.out, format, weights)  # before seconds are spent on loading the model
-        tokenizer = _tokenizer(weights, options.tokenizer) if FORMATS[format].is_folder else None
-        parity = convert_model(weights, options.out, format, DTYPES.get(options.dtype), tokenizer)
+        tokenizer = _tokenizer(weights, options.tokenizer, adaptation) if FORMATS[format].is_folder else None
+        parity = convert_model(weights, options.out, format, DTYPES.get(options.dtype), tokenizer, adaptation)
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except (OSError, RuntimeError) as error:  # VerificationError, and what torch.save raises when the disk is full
         parser.exit(1, f"{parser.prog}: {error}\n")
-    print(f"wrote {options.out} ({format}) from {weights}\n{parity}")
+    print(f"wrote {options.out} ({format}) from {model_name(weights, adaptation)}\n{parity}")
     return 0
 
 
@@ -72,12 +76,12 @@ def _check_out(out: Path, format: str, weights: Path) -> None:
         raise UserError(f"--format {format} writes a file that ends in {suffix}", given=out, expected=f"{out}{suffix}")
 
 
-def _tokenizer(weights: Path, given: str) -> Tokenizer | None:
+def _tokenizer(weights: Path, given: str, adaptation: Adaptation) -> Tokenizer | None:
     """The tokenizer to copy: the export is complete without one, unless it was asked for."""
     try:
         # Without the model its vocabulary size is unknown here, so World isn't inferred from it; it has no files to
         # copy.
-        return find_tokenizer(weights, NO_SIZE_LIMIT, given)
+        return find_tokenizer(weights, NO_SIZE_LIMIT, given, adaptation)
     except UserError as error:
         if given:
             raise

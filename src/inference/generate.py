@@ -18,6 +18,7 @@ from src.errors import UserError
 from src.inference.answer_stream import AnswerStream
 from src.inference.answer_text import AnswerText
 from src.inference.arguments import (
+    adaptation_from,
     add_chat_template_argument,
     add_model_arguments,
     add_sampling_arguments,
@@ -27,7 +28,7 @@ from src.inference.arguments import (
 from src.inference.characters import CharacterStream
 from src.inference.chat import find_template
 from src.inference.generation import generate
-from src.inference.load import find_tokenizer, find_weights, load_model
+from src.inference.load import find_model, find_tokenizer, load_model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(flag="length", given=options.length, expected="at least 0 tokens")
         if options.chat_template and not options.think:
             raise UserError("needs --think", flag="chat_template", given=options.chat_template, advice="leave it out")
-        weights = find_weights(options.model)
-        model = load_model(weights, options.dtype, options.device)
-        tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer)
+        weights, adaptation = find_model(options.model, adaptation_from(options))
+        model = load_model(weights, options.dtype, options.device, adaptation)
+        tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer, adaptation)
         if options.think:
             prompt, stream = _question(options, tokenizer)
         else:

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 
+from src.adapt.adapter_files import CONFIG as ADAPTER_CONFIG
 from src.dataset.tokenizer import WORLD_VOCAB_SIZE, Tokenizer, load_tokenizer
 from src.errors import UserError
+from src.inference.adaptation import NOTHING, Adaptation, adapted_base
 from src.inference.formats.fla import CONFIG, from_fla, is_fla, is_fla_folder, read_config, read_fla
 from src.inference.formats.shards import is_part, read_json
 from src.inference.formats.web_rwkv import from_web_rwkv, is_web_rwkv
 from src.model import RWKV7
-from src.model.weights import Weights, read_weights
-from src.run_folder import BEST, FINAL, INIT, TOKENIZER, newest_weights, numbered_weights, read_run
+from src.model.weights import Weights, config_from_weights, read_weights
+from src.run_folder import BEST, FINAL, INIT, TOKENIZER, TUNED_STATE, newest_weights, numbered_weights, read_run
 
-ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for it
 WEIGHTS_SUFFIXES = (".pth", ".safetensors", ".st")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NO_SIZE_LIMIT = sys.maxsize  # as vocab_size of `find_tokenizer`, where no model is at hand
@@ -40,11 +41,11 @@ def find_weights(model: str | Path) -> Path:
         raise UserError("no such file or folder", given=path, expected="a weights file or a run's folder (--proj_dir)")
     if (weights := newest_weights(path)) is not None:
         return weights
-    if (path / ADAPTER_CONFIG).is_file():
+    if adapted_base(path, Adaptation()) is not None:
         raise UserError(
             "the folder of an adapter (LoRA or similar), which changes a base model",
             given=path,
-            advice="merge it into its base model with the program that trained it, and name the result",
+            advice=f"merge it first: python -m src.inference.export {path} MERGED.pth",
         )
     if (path / CONFIG).is_file() and "model_type" in read_json(path / CONFIG):
         read_config(path)  # for its error, as it is another model's
@@ -56,13 +57,30 @@ def find_weights(model: str | Path) -> Path:
     )
 
 
+def find_model(model: str | Path, adaptation: Adaptation = NOTHING) -> tuple[Path, Adaptation]:
+    """As `find_weights`, and what is applied to the weights: `model` may also be the folder of a run that trained an
+    adapter or initial states, or such a result, and names its base with it."""
+    path = Path(model)
+    if holds_model(path) and not TUNED_STATE.matches(path.name):
+        return path, adaptation
+    if not (path.is_dir() and newest_weights(path)) and (found := adapted_base(path, adaptation)) is not None:
+        base, adaptation = found
+        return find_weights(base), adaptation
+    return find_weights(path), adaptation
+
+
 def latest_trained_weights(out: Path) -> Path:
-    """The newest weights of all runs under `out`, by time, except initial ones. Raises UserError if there are none."""
+    """The newest weights or adapter of all runs under `out`, by time, except initial weights.
+
+    Raises UserError if there are none.
+    """
     # By time and not by run: the run of interest is the one that was trained last. Archived runs are older.
     folders = {path.parent for path in out.glob("**/*.pth")}
     named = [folder / name for folder in folders for name in (FINAL, BEST)]
     candidates = [path for path in named if path.is_file()]
     candidates += [path for folder in folders for path in numbered_weights(folder).values()]
+    candidates += [path for path in out.glob("**/*.pth") if TUNED_STATE.matches(path.name)]
+    candidates += [path.parent for path in out.glob(f"**/{ADAPTER_CONFIG}")]
     if not candidates:
         raise UserError(
             f"MODEL is missing, and there are no trained weights under {out}/", advice="name a weights file"
@@ -70,12 +88,15 @@ def latest_trained_weights(out: Path) -> Path:
     return max(candidates, key=lambda path: path.stat().st_mtime)
 
 
-def find_tokenizer(weights: Path, vocab_size: int, given: str = "") -> Tokenizer:
-    """The tokenizer of `weights`: `given`, else the one of the folder or run, else World for a vocabulary of its size.
+def find_tokenizer(weights: Path, vocab_size: int, given: str = "", adaptation: Adaptation = NOTHING) -> Tokenizer:
+    """The tokenizer of `weights`: `given`, else that of the run that trained the adapter, else the one of the folder or
+    run of the weights, else World for a vocabulary of its size.
 
     Raises UserError when none of these exists, or when the tokenizer has an id that the model lacks.
     """
-    name = given or (_tokenizer_within(weights) if weights.is_dir() else _tokenizer_of_run(weights.parent))
+    of_adapters = next(filter(None, (_tokenizer_of_run(path.parent) for path in adaptation.paths)), "")
+    name = given or of_adapters
+    name = name or (_tokenizer_within(weights) if weights.is_dir() else _tokenizer_of_run(weights.parent))
     if not name:
         # A weights file has no other hint. Released World models have exactly this many rows.
         if vocab_size != WORLD_VOCAB_SIZE:
@@ -112,9 +133,12 @@ def _tokenizer_of_run(folder: Path) -> str:
     return str(copy) if copy.is_dir() else recorded
 
 
-def pretrained_only(weights: Path) -> bool:
-    """Whether `weights` lie in a pretraining run's folder: the model continues text and hasn't learned to chat."""
-    return not weights.is_dir() and read_run(weights.parent).get("settings", {}).get("data_type") == "binidx"
+def pretrained_only(weights: Path, adaptation: Adaptation = NOTHING) -> bool:
+    """Whether what was trained last, the adapter or the weights, lies in a pretraining run's folder: the model
+    continues text and hasn't learned to chat."""
+    runs = [path.parent for path in adaptation.paths] or [weights.parent] * (not weights.is_dir())
+    kinds = [read_run(folder).get("settings", {}).get("data_type") for folder in runs]
+    return "binidx" in kinds and "sft" not in kinds
 
 
 def load_weights(path: Path) -> Weights:
@@ -133,19 +157,26 @@ def load_weights(path: Path) -> Weights:
     return from_web_rwkv(weights) if is_web_rwkv(weights) else weights
 
 
-def load_model(weights: Path, dtype: str | None = None, device: str | None = None) -> RWKV7:
+def load_model(
+    weights: Path, dtype: str | None = None, device: str | None = None, adaptation: Adaptation = NOTHING
+) -> RWKV7:
     """The model in `weights` (a path from `find_weights`), in evaluation mode and without gradients.
 
-    dtype   a key of DTYPES, or "as is" for that of the file; None: fp32 on a CPU, bf16 on a GPU
-    device  None: the first GPU, without one the CPU
+    dtype       a key of DTYPES, or "as is" for that of the file; None: fp32 on a CPU, bf16 on a GPU
+    device      None: the first GPU, without one the CPU
+    adaptation  an adapter is merged, so that decoding is as fast as without; an initial state is where texts begin
 
-    Raises UserError when the weights or the device can't be used.
+    Raises UserError when the weights, the adapter or the device can't be used.
     """
     target = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # bf16 halves the memory and doubles the speed on a GPU. A CPU keeps fp32 arithmetic: decoding reads weights that
     # came from bf16 in compressed form all the same.
     torch_dtype = None if dtype == "as is" else DTYPES[dtype or ("fp32" if target.type == "cpu" else "bf16")]
-    model = RWKV7.from_weights(load_weights(weights), str(weights), torch_dtype, target)
+    tensors = load_weights(weights)
+    if adaptation:
+        config_from_weights(tensors, str(weights))  # for its error, where this is no model
+        tensors = adaptation.apply(tensors, torch_dtype)
+    model = RWKV7.from_weights(tensors, str(weights), torch_dtype, target)
     return model.eval().requires_grad_(False)
 
 

@@ -10,11 +10,13 @@ the format:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from src.dataset.chat_template import Message
 from src.errors import UserError
@@ -50,6 +52,7 @@ def write_chat(path: str | Path, chat: SavedChat, model: RWKV7) -> None:
         "version": FORMAT_VERSION,
         "model": model_sizes(model),
         "weights": weights_hash(model),
+        "blocks": blocks_hash(model),
         "messages": chat.messages,
         # Latin-1 maps bytes to characters one to one, which keeps the pickle to plain types.
         "fed": chat.processed.decode("latin-1"),
@@ -75,7 +78,7 @@ def read_chat(path: str | Path, model: RWKV7) -> SavedChat:
     record = _read_record(path)
     try:
         # Everything is converted before anything is compared, so that a damaged file is reported as one.
-        sizes, weights = dict(record["model"]), record.get("weights")
+        sizes, weights, blocks = dict(record["model"]), record.get("weights"), record.get("blocks")
         chat = SavedChat(
             messages=list(record["messages"]),
             processed=record["fed"].encode("latin-1"),
@@ -89,11 +92,13 @@ def read_chat(path: str | Path, model: RWKV7) -> SavedChat:
         raise UserError(
             f"saved with a model of other sizes ({_listed(sizes)})", given=path, expected=_listed(model_sizes(model))
         )
-    if weights not in (None, weights_hash(model)):  # None: a file from before they were recorded
+    # None: a file from before they were recorded
+    if weights not in (None, weights_hash(model)) or blocks not in (None, blocks_hash(model)):
         raise UserError(
-            "saved with other weights, or one of the two is in fp16: a state is valid for its own weights only",
+            "saved with other weights or another adapter, or one of the two is in fp16: a state is valid for its own "
+            "weights only",
             given=path,
-            advice="load it with its own model and --dtype",
+            advice="load it with its own model, --adapter and --dtype",
         )
     return chat
 
@@ -105,8 +110,17 @@ def model_sizes(model: RWKV7) -> dict[str, int]:
 
 def weights_hash(model: RWKV7) -> str:
     """A hash that differs between models of equal sizes, a fine-tuned one and its base included."""
-    # 64 rows of the two matrices that all training changes. In bf16, so that fp32 and bf16 give one hash.
-    rows = (model.emb.weight[:64], model.head.weight[:64])
+    # 64 rows of the two matrices that all training of whole weights changes.
+    return _hash([model.emb.weight[:64], model.head.weight[:64]])
+
+
+def blocks_hash(model: RWKV7) -> str:
+    """The same of the blocks: an adapter that is merged changes nothing else. Not of what an initial state is."""
+    return _hash([p.flatten()[:64] for name, p in model.blocks.named_parameters() if not name.endswith("time_state")])
+
+
+def _hash(rows: Sequence[Tensor]) -> str:
+    # In bf16, so that fp32 and bf16 give one hash.
     data = b"".join(tensor.bfloat16().view(torch.int16).cpu().numpy().tobytes() for tensor in rows)
     return hashlib.sha256(data).hexdigest()[:16]
 

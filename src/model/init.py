@@ -148,10 +148,27 @@ TABLE: tuple[Row, ...] = (
     Row(r"head\.weight", "orthogonal, gain 0.5 sqrt(V/C), 0.5 when V <= C", orthogonal(_head_gain), decay=True),
 )
 
+# Of parameters that src/adapt adds to a model; a model without adapters has none of them.
+ADAPTER_TABLE: tuple[Row, ...] = (
+    # Kaiming-uniform with a = sqrt(5), as LoRA's reference implementation and PEFT
+    Row(r".*\.lora_A", "uniform(-1/sqrt(in), 1/sqrt(in))", lambda s: _uniform(s.shape), decay=True),
+    # the product starts at 0: at step 0 the adapted model is the base
+    Row(r".*\.lora_B", "0", lambda s: 0.0, decay=True),
+    Row(r".*\.lora_[AB]_init", "PiSSA: A and B at the start, frozen", lambda s: 0.0),
+    Row(r".*\.lora_magnitude", "DoRA: the norms of W's rows", lambda s: 1.0),
+    Row(r".*\.miss_block", "0", lambda s: 0.0, decay=True),
+    Row(r".*\batt\.time_state", "0", lambda s: 0.0),
+)
+
+
+def _uniform(shape: torch.Size) -> Tensor:
+    bound = shape[-1] ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound)
+
 
 def row_of(name: str) -> Row:
     """The table's row for a parameter, by its state-dict name. Asserts that there is exactly one."""
-    rows = [row for row in TABLE if row.matches(name)]
+    rows = [row for row in (*TABLE, *ADAPTER_TABLE) if row.matches(name)]
     assert len(rows) == 1, f"{name} matches {len(rows)} rows of the init table, expected exactly one"
     return rows[0]
 

@@ -77,6 +77,7 @@ class TimeMix(nn.Module):
     g2: Tensor
     k_k: Tensor  # [1, 1, C]: scale of the key before it is normalised to kk
     k_a: Tensor  # [1, 1, C]: how much a scales the key that is written to the state
+    time_state: Tensor | None  # fp32 [H, N, N]: a tuned initial state (src/adapt/state_tuning.py); None: zeros
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
@@ -102,6 +103,7 @@ class TimeMix(nn.Module):
         self.value = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
         self.ln_x = HeadNorm(self.n_head, width, eps=GROUP_NORM_EPS)
+        self.register_parameter("time_state", None)
         if layer == 0:  # unused, and DDP would wait for their gradients
             for parameter in (self.v0, self.v1, self.v2):
                 parameter.requires_grad_(False)
@@ -117,8 +119,14 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x [B, T, C] -> out [B, T, C], v_first, new shift, new wkv.
 
-        The state is shift [B, C] and wkv fp32 [B, H, N, N]; None: zeros. v_first [B, T, C] are layer 0's values.
+        The state is shift [B, C] and wkv fp32 [B, H, N, N]; None: zeros, of wkv `time_state` where there is one.
+        v_first [B, T, C] are layer 0's values.
         """
+        if wkv is None and self.time_state is not None:
+            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            # fp32 whatever the parameter became under an engine; float64 is the reference's alone
+            start = self.time_state.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+            wkv = start.expand(sequences, -1, -1, -1).contiguous()
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         xr, xw, xk, xv, xa, xg = token_shift(x, shift, cu_seqlens, mixes, kernel=self.kernel)  # [B, T, C] each
 
@@ -184,13 +192,14 @@ class Block(nn.Module):
         self.att = TimeMix(config, layer)
         self.ffn = ChannelMix(config, layer)
         self.first, self.grad_cp = layer == 0, config.grad_cp
+        self.draws_random_numbers = False  # with dropout in an adapter: the recomputation has to draw them again
 
     def forward(
         self, x: Tensor, v_first: Tensor | None, state: LayerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, LayerState]:
         # Checkpointing is applied inside of the block and not around it, so that a compiled block includes it.
         if self.grad_cp and torch.is_grad_enabled():
-            return recomputed(self._halves, x, v_first, state, cu_seqlens)
+            return recomputed(self._halves, x, v_first, state, cu_seqlens, random=self.draws_random_numbers)
         return self._halves(x, v_first, state, cu_seqlens)
 
     def _halves(

@@ -13,20 +13,20 @@ from src.ops.recurrence_op import OutputCache
 Result = TypeVar("Result")
 
 
-def recomputed(function: Callable[..., Result], *args: Any) -> Result:
+def recomputed(function: Callable[..., Result], *args: Any, random: bool = False) -> Result:
     """function(*args), keeping for backward only `args` and the outputs of wkv7's native op.
 
     Everything else is computed again. The op's outputs are y, the final state, and the states and sums that its own
-    backward starts from. Kernel "reference" has no such op: nothing is kept. The function must draw no random numbers.
-    Gradients have the bits of function's own.
+    backward starts from. Kernel "reference" has no such op: nothing is kept. A function that draws random numbers needs
+    `random`: it is then recomputed with the same ones. Gradients have the bits of function's own.
 
     Under torch.compile PyTorch's selective checkpointing does this. In eager mode it would take every op through a
     Python dispatch mode, twice, which doubles the host's time for a block; there an OutputCache records and replays
     the op's outputs.
     """
     contexts = _selective_contexts if torch.compiler.is_compiling() else _cache_contexts
-    # The function draws no random numbers: saving the generators' states at every block would be for nothing.
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)  # type: ignore[no-any-return]
+    # Where none are drawn, saving the generators' states at every block would be for nothing.
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random, context_fn=contexts)  # type: ignore[no-any-return]
 
 
 def _cache_contexts() -> tuple[OutputCache, OutputCache]:

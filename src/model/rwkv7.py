@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from src.config import ModelConfig
+from src.errors import UserError
 from src.model.compiled import compile_with_fallback
 from src.model.init import initialise
-from src.model.layers import LAYER_NORM_EPS, Block
+from src.model.layers import LAYER_NORM_EPS, Block, TimeMix
 from src.model.state import State
-from src.model.weights import Weights, config_from_weights, fit_weights, read_weights
+from src.model.weights import Weights, config_from_weights, fit_weights, read_weights, split_states
 
 
 class Embedding(nn.Embedding):
@@ -45,6 +46,8 @@ class RWKV7(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        # names of the parameters that an adapter leaves as they are in the base's file (src/adapt); none without one
+        self.frozen_base: frozenset[str] = frozenset()
         self.emb = Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
@@ -75,6 +78,24 @@ class RWKV7(nn.Module):
         uncompiled."""
         compile_with_fallback(list(self.blocks), **options)
 
+    def set_initial_states(self, states: Weights, source: str = "the state") -> None:
+        """Begin from `states` (blocks.N.att.time_state [H, N value, N key]) instead of zeros; {}: from zeros.
+
+        Raises UserError unless there is one for each block, of its shape.
+        """
+        for i, block in enumerate(self.blocks):
+            att, name = block.get_submodule("att"), f"blocks.{i}.att.time_state"
+            assert isinstance(att, TimeMix)
+            if not states:
+                att.time_state = None
+                continue
+            expected = [att.n_head, att.head_size, att.head_size]
+            given = list(states[name].shape) if name in states else None
+            if given != expected:
+                problem = f"{name} is {given}" if given else f"{name} is missing"
+                raise UserError(problem, given=source, expected=f"{expected} for each of {len(self.blocks)} blocks")
+            att.time_state = nn.Parameter(states[name].to(att.r_k.device, torch.float32), requires_grad=False)
+
     @classmethod
     def from_checkpoint(
         cls,
@@ -99,11 +120,14 @@ class RWKV7(nn.Module):
         device: torch.device | str = "cpu",
         kernel: str = "auto",
     ) -> RWKV7:
-        """The model of a state dict; `source` names it in errors. Raises UserError when it isn't an RWKV-7 model's."""
+        """The model of a state dict, with tuned initial states if it has some (blocks.N.att.time_state beside the
+        weights, fp32 in any case); `source` names it in errors. Raises UserError when it isn't an RWKV-7 model's."""
+        weights, states = split_states(weights)
         config = config_from_weights(weights, source, kernel=kernel)
         # On the meta device nothing is allocated or drawn; the file's tensors become the parameters (assign).
         with torch.device("meta"):
             model = cls(config)
         fitted = fit_weights(weights, model, source)
         model.load_state_dict({n: t.to(device=device, dtype=dtype or t.dtype) for n, t in fitted.items()}, assign=True)
+        model.set_initial_states(states, source)
         return model

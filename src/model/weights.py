@@ -25,20 +25,25 @@ SIZE_PARAMETERS = (
     *("emb.weight", "head.weight"),
     *("blocks.0.att.r_k", "blocks.0.att.w1", "blocks.0.att.a1", "blocks.0.att.g1", "blocks.0.ffn.key.weight"),
 )
+ADAPTER_ADVICE = "merge them: python -m src.inference.export BASE MERGED.pth --adapter FILE; chat takes --adapter, too"
 # Parameters that an RWKV-7 state dict doesn't have: a pattern, what a file with them is, and what to do. The first
 # match counts, so what is specific comes first: RWKV-7b has the parameters of 7a as well.
 OTHER_FILES = (
     (
         r"lora_(A|B|magnitude)|\.(att|ffn)\.\w+\.lora\.[01]$",
         "LoRA weights, which change a base model",
-        "merge them into their base model with the program that trained them",
+        ADAPTER_ADVICE,
     ),
     (
         r"\.(disha|bone|miss_block)\b",
         "MiSS (DiSHA, Bone) weights, which change a base model",
-        "merge them into their base model with the program that trained them",
+        ADAPTER_ADVICE,
     ),
-    (r"\.att\.time_state$", "a tuned initial state", "name the weights of the model that it was tuned for"),
+    (
+        r"\.att\.time_state$",
+        "tuned initial states",
+        "name the weights that they belong to; programs that run them take --state",
+    ),
     (r"^blocks\.\d+\.qkv\.", "weights of an RWKV-7b model, with DeepEmbed and its attention", ""),
     (r"\.ffn\.s_emb", "weights of an RWKV-7a model, with DeepEmbed", ""),
     (r"\.time_(decay|first|faaaa|maa_\w+|mix_\w+)", "weights of an earlier version, RWKV-4, 5 or 6", ""),
@@ -165,6 +170,14 @@ def config_from_weights(weights: Weights, source: str, kernel: str = "auto") -> 
     except UserErrors as error:  # it names flags, and these sizes come from a file
         sizes = ", ".join(f"{fault.flag} {fault.given}, expected {fault.expected}" for fault in error.faults)
         raise UserError(f"no model has these sizes: {sizes}", given=source) from error
+
+
+def split_states(weights: Weights) -> tuple[Weights, Weights]:
+    """The weights of a model and the tuned initial states beside them; a file of states alone stays one."""
+    states = {name: tensor for name, tensor in weights.items() if name.endswith(".att.time_state")}
+    if "emb.weight" not in weights or not states:
+        return weights, {}
+    return {name: tensor for name, tensor in weights.items() if name not in states}, states
 
 
 def _check_kind(weights: Weights, source: str) -> None:

@@ -159,6 +159,7 @@ class SftSamples:
             packing=bool(config.packing),
             truncate=config.truncate,
             count_all=config.sft_loss == "all",
+            count_text=config.sft_loss == "text",
             seed=self.order_seed,
         )
         self.tokens_per_epoch = len(self.rows) * config.ctx_len

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from src import run_folder
+from src.adapt.adapter import adapter_parameter_count, add_adapter
+from src.adapt.adapter_files import base_sha256
+from src.adapt.config import AdapterConfig, adapter_of
 from src.config import ModelConfig, RunConfig, settings_with
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.errors import UserError
-from src.inference.load import load_weights
+from src.inference.load import holds_model, load_weights
 from src.model import RWKV7
+from src.model.cost import parameter_count
 from src.model.weights import IDLE_IN_LAYER_0, Weights, config_from_weights, fit_weights
 from src.training.checkpoint.resume import ResumePoint
 from src.training.console import is_rank_zero, log
@@ -21,6 +29,31 @@ from src.training.hardware.selection import Hardware
 
 # of the settings, those that make another model: the vocabulary size and all other sizes
 SIZES = tuple(name for name in settings_with("fixed") if name in ModelConfig.__dataclass_fields__)
+
+
+def with_known_sizes(config: RunConfig, given: frozenset[str]) -> RunConfig:
+    """`config` with the sizes of the weights that the run starts from, but for those of the flags that were `given`: on
+    the command line, or to `RunConfig` with another value than the default.
+
+    Of a run that continues, what it recorded comes first. Weights that can't be read change nothing: where they are
+    needed, reading them again raises the error.
+    """
+    defaults = RunConfig()
+    open_sizes = [name for name in SIZES if name not in given and getattr(config, name) == getattr(defaults, name)]
+    if not open_sizes:
+        return config
+    proj_dir = Path(config.proj_dir)
+    try:
+        origin = run_folder.origin_weights(proj_dir, config.train_stage, config.load_model)
+        is_new = config.restart or run_folder.is_swapped(proj_dir, origin)
+        settings = {} if is_new else run_folder.read_run(proj_dir).get("settings", {})
+        if not settings and origin is not None and holds_model(origin):
+            settings = dataclasses.asdict(config_from_weights(load_weights(origin), str(origin)))
+    except (UserError, OSError):
+        return config
+    # the vocabulary has its own rules (`find_vocab_size`)
+    known = {name: settings[name] for name in open_sizes if name in settings and name != "vocab_size"}
+    return replace(config, **known)
 
 
 def resolve_model_config(config: RunConfig, resume: ResumePoint, process_group: ProcessGroup) -> ModelConfig:
@@ -61,6 +94,8 @@ def build_model(
     """
     with torch.device("meta"):
         model = RWKV7(sizes)
+    if (adapter := adapter_of(config)) is not None:
+        return _build_adapted(model, config, adapter, hardware, resume), None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in IDLE_IN_LAYER_0)
     if hardware.is_partitioned:
@@ -75,6 +110,49 @@ def build_model(
         return model, None
     # memory without contents: pages that are overwritten anyway are not touched twice
     return model.to(hardware.dtype).to_empty(device="cpu"), None
+
+
+def _build_adapted(
+    model: RWKV7, config: RunConfig, adapter: AdapterConfig, hardware: Hardware, resume: ResumePoint
+) -> RWKV7:
+    """The base from its file on every rank, frozen, with the adapter's initial values (rank 0's, once the strategy is
+    set up), or with open ones where a full state is resumed."""
+    weights = fitted_weights(config, model.config, resume)
+    if missing := [name for name, tensor in weights.items() if tensor.is_meta]:
+        raise UserError(
+            f"{missing[0]} is missing",
+            given=resume.weights,
+            expected="the whole base of an adapter, without --load_partial",
+        )
+    model.load_state_dict({name: t.to(hardware.dtype, copy=True) for name, t in weights.items()}, assign=True)
+    add_adapter(model, adapter, draw=resume.state is None)
+    return model
+
+
+def resolve_base(config: RunConfig, resume: ResumePoint, process_group: ProcessGroup) -> str:
+    """A hash of the weights that an adapter changes; "" where all weights are trained. Raises UserError when the
+    adapter that is resumed was trained beside others."""
+    if adapter_of(config) is None:
+        return ""
+    weights = resume.weights
+    assert weights is not None, "checked with the flags"
+    sha256 = process_group.broadcast_from_rank_zero(lambda: base_sha256(load_weights(weights)))
+    before = resume.state.settings.get("base_sha256", sha256) if resume.state is not None else sha256
+    if before != sha256:
+        raise UserError(
+            "the run trains an adapter of other weights (their numbers differ)",
+            flag="load_model",
+            given=weights,
+            expected=f"those of SHA-256 {before[:12]}...",
+            advice="name the base that the run began with, or give another run a --proj_dir of its own",
+        )
+    return sha256
+
+
+def held_count(config: RunConfig, sizes: ModelConfig) -> int:
+    """The number of parameters that a full state holds: all, or the adapter's."""
+    adapter = adapter_of(config)
+    return parameter_count(sizes) if adapter is None else adapter_parameter_count(sizes, adapter)
 
 
 def _values(config: RunConfig, sizes: ModelConfig, resume: ResumePoint, model: RWKV7) -> NamedTensors:

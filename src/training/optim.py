@@ -19,10 +19,15 @@ LOSS_SCALE_GROWTH_STEPS = 1000
 MAX_FP32_GRAD_NUMEL = 1 << 26
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The three groups, from the init table: (lr x2, no decay), (lr x1, decay), (lr x1, no decay).
+# (lr_scale, decay) of the groups; reporting/sink.py has their names
+GROUPS = ((2.0, False), (1.0, True), (1.0, False))
 
-    Each has `lr_scale`, by which the schedule's learning rate is multiplied, and `names`. Frozen ones are in none.
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The groups, from the init table: (lr x2, no decay), (lr x1, decay), (lr x1, no decay).
+
+    Each has `lr_scale`, by which the schedule's learning rate is multiplied, `names`, and `number`, its place in
+    GROUPS. Frozen parameters are in none, and a group without parameters is left out.
     """
     groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
@@ -35,9 +40,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             "names": [name for name, _ in members],
             "lr_scale": lr_scale,
             "weight_decay": weight_decay if decay else 0.0,
+            "number": number,
         }
-        # reporting/sink.py names the groups in this order
-        for (lr_scale, decay), members in sorted(groups.items(), reverse=True)
+        for number, (lr_scale, decay) in enumerate(GROUPS)
+        if (members := groups.get((lr_scale, decay)))
     ]
 
 

@@ -29,8 +29,9 @@ from src.model.cost import parameter_count
 from src.model.weights import fit_weights, read_weights, save_weights
 from src.ops.build import BuildError
 from src.ops.recurrence import describe_kernel
-from src.run_folder import BEST, FIGURE, FINAL, INIT, LOG, METRICS, REPORT, VALIDATION
+from src.run_folder import FIGURE, INIT, LOG, METRICS, REPORT, VALIDATION, ResultNames
 from src.run_log import read_columns
+from src.training.checkpoint.results import result_names, results_of
 from src.training.checkpoint.resume import (
     ResumePoint,
     archive_damaged_state,
@@ -50,7 +51,13 @@ from src.training.figures.loss_figure import write_loss_figure
 from src.training.figures.report_page import write_report
 from src.training.hardware.allocator import set_up_malloc
 from src.training.hardware.selection import Hardware, choose_hardware
-from src.training.model_setup import check_tokenizer, find_vocab_size, resolve_model_config
+from src.training.model_setup import (
+    check_tokenizer,
+    find_vocab_size,
+    resolve_base,
+    resolve_model_config,
+    with_known_sizes,
+)
 from src.training.preflight import plan
 from src.training.preflight.check import check, warn_at_start
 from src.training.preflight.dry_run import dry_run
@@ -81,7 +88,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
         # every launcher's.
         info = rank_from_launcher(os.environ)
         rank_zero_only.rank = info.rank if info else 0  # type: ignore[attr-defined]
-        config = resolve_load_model(config)
+        config = with_known_sizes(resolve_load_model(config), config.given)
         if config.plan >= 0:
             return _plan(config)
         if config.accelerator == "cpu" or not torch.cuda.is_available():
@@ -199,7 +206,8 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group:
     on_rank_zero = process_group.broadcast_from_rank_zero
     samples, held_out = _open_data(config)
     length = length_of_run(config, samples.tokens_per_epoch, hardware.world_size)
-    if config.restart or not (proj_dir / FINAL).exists():
+    final = proj_dir / result_names(config).final
+    if config.restart or not final.exists():
         # for its errors: an unavailable kernel is reported before files are moved
         describe_kernel(hardware.device_type, hardware.dtype, config.head_size, config.kernel)
     if on_rank_zero(lambda: starts_new_run(config, proj_dir)):
@@ -207,9 +215,9 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group:
         new = on_rank_zero(lambda: peek_resume_point(config, proj_dir, length))
         _check_ids(samples, held_out, resolve_model_config(config, new, process_group))
         on_rank_zero(lambda: archive_other_run(config, proj_dir))
-    if on_rank_zero((proj_dir / FINAL).exists):
+    if on_rank_zero(final.exists):
         on_rank_zero(lambda: refuse_other_settings(config, hardware, proj_dir, length, samples))
-        log(complete_message(proj_dir))
+        log(complete_message(proj_dir, final))
         return 0
     seed = on_rank_zero(lambda: _draw_seed(config))  # once: it is among the settings that all ranks have
     recorded = run_folder.read_run(proj_dir)
@@ -217,12 +225,16 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group:
         resume = on_rank_zero(lambda: find_resume_point(config, proj_dir, length))
         sizes = resolve_model_config(config, resume, process_group)
         _check_ids(samples, held_out, sizes)
-        settings = resolve_settings(config, sizes, hardware, length, samples, seed)
+        base = resolve_base(config, resume, process_group)
+        settings = resolve_settings(config, sizes, hardware, length, samples, seed, base)
         log(summary(config, sizes, hardware, samples, resume))
         on_rank_zero(partial(_record_start, config, hardware, proj_dir, settings, resume))
         if is_rank_zero():
             warn_at_start(config, hardware, sizes, samples, resume, proj_dir)
-        context = RunContext(config, sizes, hardware, proj_dir, samples, held_out, settings, process_group, ends_at)
+        results = results_of(config, base)
+        context = RunContext(
+            config, sizes, hardware, proj_dir, samples, held_out, settings, process_group, ends_at, results
+        )
         try:
             with with_oom_advice(config, sizes, hardware, process_group):
                 result = fit_with_rollback(context, resume)
@@ -232,7 +244,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group:
             # with other settings, and numbered weights are placed by what run.json said before this start.
             on_rank_zero(partial(_archive_damaged, proj_dir, error, recorded))
     if is_rank_zero():
-        _report_end(config, proj_dir, result, resume.length.steps)
+        _report_end(config, proj_dir, results.names, result, resume.length.steps)
     return result.exit_code
 
 
@@ -283,7 +295,7 @@ def _open_data(config: RunConfig) -> tuple[Samples, HeldOut | None]:
     return samples, held_out
 
 
-def _report_end(config: RunConfig, proj_dir: Path, result: FitResult, last_step: int) -> None:
+def _report_end(config: RunConfig, proj_dir: Path, names: ResultNames, result: FitResult, last_step: int) -> None:
     figures = []
     if read_columns(proj_dir / METRICS):  # a run that was stopped in its first step has nothing to draw
         with warn_on_error(FIGURE):
@@ -293,12 +305,12 @@ def _report_end(config: RunConfig, proj_dir: Path, result: FitResult, last_step:
     if result.stopped:
         log(f"stopped: {result.stopped}; the state is saved, {_how_to_continue(config)} from there")
         return
-    log(f"done: {', '.join(map(str, (proj_dir / FINAL, proj_dir / LOG, *figures)))}")
+    log(f"done: {', '.join(map(str, (proj_dir / names.final, proj_dir / LOG, *figures)))}")
     if config.val_data_file and (rows := read_columns(proj_dir / VALIDATION)):
-        log(_describe_held_out(rows, proj_dir, config.val_data_file, last_step))
+        log(_describe_held_out(rows, proj_dir / names.best, config.val_data_file, last_step))
 
 
-def _describe_held_out(rows: dict[str, list[float]], proj_dir: Path, data: str, last_step: int) -> str:
+def _describe_held_out(rows: dict[str, list[float]], best_weights: Path, data: str, last_step: int) -> str:
     steps, losses, counted = rows["steps"], rows["loss"], rows["counted"][-1]
     parts = [f"held-out loss {losses[-1]:.4f}"]
     if steps[-1] != last_step:
@@ -308,7 +320,7 @@ def _describe_held_out(rows: dict[str, list[float]], proj_dir: Path, data: str, 
         parts.append(f"before the run {losses[0]:.4f}")
     best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
     if math.isfinite(losses[best]):
-        parts.append(f"lowest {losses[best]:.4f} after step {steps[best]:.0f}, kept as {proj_dir / BEST}")
+        parts.append(f"lowest {losses[best]:.4f} after step {steps[best]:.0f}, kept as {best_weights}")
     return "; ".join(parts)
 
 

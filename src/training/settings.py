@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from src import run_folder
-from src.config import ModelConfig, RunConfig, settings_with
+from src.adapt.adapter import adapter_parameter_count
+from src.adapt.config import adapter_of
+from src.config import ModelConfig, RunConfig, adapter_kind, settings_with
 from src.dataset.tokenizer import copy_tokenizer
 from src.errors import UserError
 from src.files import sha256_of
 from src.model.cost import parameter_count
 from src.ops.recurrence import describe_kernel
-from src.run_folder import BEST, FINAL, TOKENIZER, VALIDATION
+from src.run_folder import FINAL, TOKENIZER, VALIDATION
 from src.training.checkpoint.resume import ResumePoint
 from src.training.console import log
 from src.training.data import Samples
@@ -26,16 +28,22 @@ from src.training.schedule import RunLength
 
 # Flags declare in src/config/flags.py whether they may change within a run; these are derived settings, which no flag
 # sets directly.
-FIXED = {*settings_with("fixed"), "data"}
+FIXED = {*settings_with("fixed"), "data", "base_sha256"}
 FREE = {*settings_with("free"), "global_batch", "order_seed"}
 # the flags that derived settings come from, for messages
-FLAGS = {"data": "data_file"}
+FLAGS = {"data": "data_file", "base_sha256": "load_model"}
 
 
 def resolve_settings(
-    config: RunConfig, sizes: ModelConfig, hardware: Hardware, length: RunLength, samples: Samples, seed: int
+    config: RunConfig,
+    sizes: ModelConfig,
+    hardware: Hardware,
+    length: RunLength,
+    samples: Samples,
+    seed: int,
+    base_sha256: str = "",
 ) -> dict[str, Any]:
-    """Every setting with its resolved value."""
+    """Every setting with its resolved value. `base_sha256`: of the weights that an adapter changes."""
     return {
         **config.as_settings(),
         **dataclasses.asdict(sizes),
@@ -49,6 +57,7 @@ def resolve_settings(
         "global_batch": length.global_batch,
         "tokenizer": _tokenizer_identity(config.tokenizer),
         "data": samples.identity,
+        **({"base_sha256": base_sha256} if base_sha256 else {}),
     }
 
 
@@ -149,7 +158,7 @@ def _record_held_out(run: dict[str, Any], now: dict[str, Any], proj_dir: Path) -
     run["held_out"] = now
     if before != now and (archived := run_folder.archive_file(proj_dir / VALIDATION)):
         old = ", ".join(f"--{name} {before[name]}" for name in now if before[name] != now[name])
-        best = run_folder.archive_file(proj_dir / BEST)
+        best = next(filter(None, (run_folder.archive_file(proj_dir / n.best) for n in run_folder.ALL_RESULTS)), None)
         weights = f", the best weights by them {best}" if best else ""
         log(f"note: the held-out losses of {old} are archived as {archived}{weights}; a new {VALIDATION} begins")
 
@@ -174,6 +183,7 @@ def summary(config: RunConfig, sizes: ModelConfig, hardware: Hardware, samples: 
     steps = f"{length.steps:,} steps of {length.global_batch} x {config.ctx_len} tokens"
     rows = {
         "model": f"{sizes.title}, {parameter_count(sizes):,} parameters, vocabulary {sizes.vocab_size:,}",
+        **({"trains": describe_adapter(config, sizes)} if adapter_kind(config) else {}),
         "data": samples.summary,
         "run": f"{steps}, {length.exit_tokens:,} in all",
         "lr": f"{config.lr_init:g} to {config.lr_final:g}",
@@ -185,12 +195,26 @@ def summary(config: RunConfig, sizes: ModelConfig, hardware: Hardware, samples: 
     return "\n".join(f"{name:>12}  {text}" for name, text in rows.items())
 
 
-def complete_message(proj_dir: Path) -> str:
-    """What to do with a run that is complete."""
-    final = proj_dir / FINAL
+def describe_adapter(config: RunConfig, sizes: ModelConfig) -> str:
+    """What is trained beside a frozen base, in a line."""
+    adapter = adapter_of(config)
+    assert adapter is not None
+    count = f"{adapter_parameter_count(sizes, adapter):,} parameters"
+    base = "frozen weights" if config.quant == "none" else f"frozen weights in {config.quant}"
+    if adapter.kind == "state":
+        return f"the initial state of each block, {count}, beside {base}"
+    alpha = f", alpha {adapter.lora_alpha:g}" if adapter.kind in ("lora", "dora") else ""
+    parts = "".join(f", {part}" for part in adapter.train)
+    return f"{adapter.kind} of rank {adapter.r}{alpha} on {', '.join(adapter.targets)}{parts}: {count}, beside {base}"
+
+
+def complete_message(proj_dir: Path, final: Path) -> str:
+    """What to do with a run that is complete, whose last result is `final`."""
+    merged = "" if final.name == FINAL else f"  merge:        python -m src.inference.export {proj_dir} MERGED.pth\n"
+    more = final if not merged else "MERGED.pth"
     return (
         f"the run in {proj_dir} is complete: {final}\n"
-        f'  generate:     python -m src.inference.generate {proj_dir} --prompt "..."\n'
-        f"  train more:   a new folder that starts from it: --proj_dir NEW --train_stage 0 --load_model {final}\n"
+        f'  generate:     python -m src.inference.generate {proj_dir} --prompt "..."\n{merged}'
+        f"  train more:   a new folder that starts from it: --proj_dir NEW --train_stage 0 --load_model {more}\n"
         f"  start over:   --restart 1; the files of this run move to {proj_dir}/previous-1/"
     )

@@ -8,6 +8,7 @@ The callbacks of a fit, in the order in which Lightning calls them:
                           state takes a while, and Lightning's own handler of SIGTERM would end it
     RestoreState          loads the full state, when one is resumed, before anything looks at the weights
     SetLearningRate       the schedule, before each step
+    SeedDropout           with dropout: random numbers of a micro step follow from its number, not from those before
     Reporter              reads the results of the step before, and passes them to sinks: logs, progress bar,
                           NonFiniteMonitor
     SaveInitialWeights    rwkv-init.pth, where this start draws the initial weights
@@ -22,6 +23,7 @@ The callbacks of a fit, in the order in which Lightning calls them:
 
 from __future__ import annotations
 
+import hashlib
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,16 +31,17 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch.utils.data import DataLoader
 
 from src.config import ModelConfig, RunConfig
 from src.model import RWKV7
-from src.model.cost import parameter_count
 from src.model.weights import save_weights
-from src.run_folder import FINAL, LOG, METRICS, TRACE, VALIDATION
+from src.run_folder import LOG, METRICS, TRACE, VALIDATION
 from src.training.checkpoint.callbacks import CheckpointCallback, RestoreState, SaveInitialWeights, SaveWeights
+from src.training.checkpoint.results import Results
 from src.training.checkpoint.resume import ResumePoint
-from src.training.checkpoint.state import weights_of_state
+from src.training.checkpoint.state import adapter_of_state, weights_of_state
 from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, DamagedStateError, StateWriter
 from src.training.console import is_rank_zero, log
 from src.training.control import STOP, TIME_LIMIT_EXIT_CODE, GracefulStop, RunControl
@@ -48,7 +51,7 @@ from src.training.distributed.sharded_init import NamedTensors
 from src.training.figures.background import LossFigureCallback
 from src.training.hardware.peak_flops import peak_tokens_per_second
 from src.training.hardware.selection import Hardware, lightning_strategy
-from src.training.model_setup import build_model, fitted_weights
+from src.training.model_setup import build_model, fitted_weights, held_count
 from src.training.module import TrainingModule
 from src.training.reporting.generations import GenerateSamples
 from src.training.reporting.health import NumbersMonitor, OnceWarnings, PaceMonitor
@@ -81,6 +84,7 @@ class RunContext:
     settings: dict[str, Any]
     process_group: ProcessGroup
     ends_at: float
+    results: Results
 
 
 @dataclass(frozen=True)
@@ -113,13 +117,19 @@ def fit(context: RunContext, resume: ResumePoint) -> FitResult:
 
 
 def _write_final_weights(context: RunContext, resume: ResumePoint) -> None:
+    final = context.proj_dir / context.results.names.final
+
     def write() -> None:
+        if context.results.adapter is not None:
+            assert resume.reader is not None, "an adapter is resumed from a full state only"
+            context.results.write_tensors(adapter_of_state(resume.reader.shards()), final)
+            return
         if resume.reader is not None:
             weights = weights_of_state(resume.reader.shards(), context.sizes, context.hardware.dtype)
         else:
             stored = fitted_weights(context.config, context.sizes, resume)
             weights = {name: tensor.to(context.hardware.dtype) for name, tensor in stored.items()}
-        save_weights(weights, context.proj_dir / FINAL)
+        save_weights(weights, final)
 
     context.process_group.broadcast_from_rank_zero(write)
 
@@ -149,10 +159,11 @@ def build_callbacks(context: RunContext, resume: ResumePoint) -> Callbacks:
     )
     peak = peak_tokens_per_second(context.sizes, context.hardware)
     reporter = Reporter(control, length, [*sinks, non_finite], position.mini_epoch_losses, peak)
-    weights = SaveWeights(control, length, config.epoch_save, proj_dir, context.samples.prime)
+    weights = SaveWeights(control, length, config.epoch_save, proj_dir, context.samples.prime, context.results)
+    expected_seconds = expected_save_seconds(held_count(config, context.sizes), config.time_limit)
     checkpoint = CheckpointCallback(
         control,
-        writer=StateWriter(proj_dir, config.keep_resume, expected_save_seconds(context.sizes, config.time_limit)),
+        writer=StateWriter(proj_dir, config.keep_resume, expected_seconds),
         position=position,
         length=length,
         reporter=reporter,
@@ -166,6 +177,7 @@ def build_callbacks(context: RunContext, resume: ResumePoint) -> Callbacks:
         graceful_stop,
         *restore_callbacks(resume),
         SetLearningRate(control, learning_rate_schedule(config, resume)),
+        *dropout_callbacks(config, context.process_group, control),
         reporter,
         *_initial_weights_callbacks(context, resume),
         weights,
@@ -219,14 +231,16 @@ def _validation_callbacks(
             proj_dir=context.proj_dir,
             best_loss=best_loss,
             at_start=is_fine_tuning or omitted,
+            results=context.results,
         )
     ]
 
 
-def expected_save_seconds(sizes: ModelConfig, time_limit: float) -> float:
-    """What a save of the full state is expected to take before one was measured, on a disk of ASSUMED_DISK_SPEED; but
-    not so long that keeping twice that of --time_limit (minutes) leaves too little for training."""
-    expected = STATE_BYTES_PER_PARAMETER * parameter_count(sizes) / ASSUMED_DISK_SPEED
+def expected_save_seconds(held: int, time_limit: float) -> float:
+    """What a save of the full state, of `held` parameters, is expected to take before one was measured, on a disk of
+    ASSUMED_DISK_SPEED; but not so long that keeping twice that of --time_limit (minutes) leaves too little for
+    training."""
+    expected = STATE_BYTES_PER_PARAMETER * held / ASSUMED_DISK_SPEED
     return min(expected, time_limit * 60 / 8) if time_limit else expected
 
 
@@ -322,6 +336,29 @@ class SetLearningRate(pl.Callback):
         lr = self.learning_rate_at(self.control.step)
         for group in trainer.optimizers[0].param_groups:
             group["lr"] = lr * group["lr_scale"]
+
+
+class SeedDropout(pl.Callback):
+    """Before each micro step, seeds the generators from the run's seed, the step, the micro step and the rank: a
+    resumed run draws what it would have drawn."""
+
+    def __init__(self, control: RunControl, seed: int, rank: int, micro_steps: int) -> None:
+        self.control, self.seed, self.rank, self.micro_steps = control, seed, rank, micro_steps
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        key = f"{self.seed} {self.control.step} {batch_idx % self.micro_steps} {self.rank}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
+
+
+def dropout_callbacks(config: RunConfig, process_group: ProcessGroup, control: RunControl) -> list[pl.Callback]:
+    """The callback that makes dropout a function of the step, where there is any."""
+    if not config.lora_dropout:
+        return []
+    # Without --random_seed each start draws another one; a resumed run must not.
+    seed = max(0, config.random_seed)
+    return [SeedDropout(control, seed, process_group.rank, config.accumulate_grad_batches)]
 
 
 def learning_rate_schedule(config: RunConfig, resume: ResumePoint) -> Callable[[int], float]:

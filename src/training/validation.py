@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.config import VAL_EVERY
-from src.run_folder import BEST, VALIDATION
+from src.run_folder import VALIDATION
 from src.run_log import read_columns
-from src.training.checkpoint.callbacks import write_weights
+from src.training.checkpoint.results import Results
 from src.training.control import ROLL_BACK, STOP, GracefulStop, RunControl, StepCallback
 from src.training.data import HeldOut
 from src.training.distributed.process_group import PendingFlags, ProcessGroup
@@ -65,7 +65,8 @@ def mean_loss(
 
 
 class Validation(StepCallback):
-    """Measures the held-out loss as --val_every says, and keeps the weights of the lowest one as rwkv-best.pth.
+    """Measures the held-out loss as --val_every says, and keeps the weights of the lowest one as rwkv-best.pth (of
+    an adapter, adapter-best).
 
     `at_start` measures before the first step too. A stop that is requested meanwhile cuts a measurement off, and
     nothing of it is kept; the start that resumes from there makes up for it.
@@ -84,12 +85,13 @@ class Validation(StepCallback):
         proj_dir: Path,
         best_loss: float,
         at_start: bool,
+        results: Results,
     ) -> None:
         super().__init__(control)
         self.held_out, self.reporter, self.length, self.proj_dir = held_out, reporter, length, proj_dir
         self.graceful_stop, self.process_group = graceful_stop, process_group
         self.is_due = _schedule(val_every, length)
-        self.best_loss, self.at_start = best_loss, at_start
+        self.best_loss, self.at_start, self.results = best_loss, at_start, results
         self._last_seconds = 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -121,7 +123,7 @@ class Validation(StepCallback):
             is_best = loss < self.best_loss  # false for NaN
             if is_best:
                 self.best_loss = loss
-                write_weights(pl_module, self.proj_dir / BEST)
+                self.results.write(pl_module, self.proj_dir / self.results.names.best)
         tokens = self.length.tokens(steps)
         report = ValidationReport(steps, tokens, loss, counted, self._last_seconds, is_best)
         self.reporter.report_validation(report)

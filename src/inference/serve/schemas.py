@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from src.dataset.chat_template import THINK_MODES
+from src.config.flags import THINK_MODES
 from src.inference.sampling import SEED_LIMIT
 
 MOST_CHOICES = 16

@@ -9,7 +9,8 @@ from typing import Any
 import pytorch_lightning as pl
 
 from src.model.weights import save_weights
-from src.run_folder import FINAL, numbered_weights, replace_drawn_init, weights_name
+from src.run_folder import numbered_results, replace_drawn_init
+from src.training.checkpoint.results import Results
 from src.training.checkpoint.state import (
     Position,
     SavedState,
@@ -27,12 +28,22 @@ from src.training.schedule import RunLength
 
 
 class SaveWeights(StepCallback):
-    """rwkv-N.pth after mini-epochs with N mod epoch_save = 0, after the last whole mini-epoch of a pass over the data
-    (N = prime // mini_epoch_samples - 1), and after the last step."""
+    """rwkv-N.pth (of an adapter, adapter-N) after mini-epochs with N mod epoch_save = 0, after the last whole
+    mini-epoch of a pass over the data (N = prime // mini_epoch_samples - 1), and after the last step."""
 
-    def __init__(self, control: RunControl, length: RunLength, epoch_save: int, proj_dir: Path, prime: int = 0) -> None:
-        """`prime` is the number of samples of a pass; 0 where the order has no magic prime (conversations)."""
+    def __init__(
+        self,
+        control: RunControl,
+        length: RunLength,
+        epoch_save: int,
+        proj_dir: Path,
+        prime: int = 0,
+        results: Results | None = None,
+    ) -> None:
+        """`prime` is the number of samples of a pass; 0 where the order has no magic prime (conversations). `results`:
+        None for plain weights."""
         super().__init__(control)
+        self.results = results or Results()
         self.length, self.epoch_save, self.proj_dir = length, epoch_save, proj_dir
         # The official trainer counts magic_prime // 40320 mini-epochs and saves the last of them. -1 is no mini-epoch.
         self.last_whole = prime // length.mini_epoch_samples - 1
@@ -47,15 +58,12 @@ class SaveWeights(StepCallback):
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         if self.saves_at(step):
-            write_weights(pl_module, self.proj_dir / weights_name(self.length.mini_epoch(step)))
+            self.write(pl_module, self.results.names.numbered(self.length.mini_epoch(step)))
 
-
-def write_weights(module: pl.LightningModule, path: Path) -> None:
-    """The model's plain weights. Every rank takes part: under ZeRO's stage 3 each holds a partition of them."""
-    assert isinstance(module, TrainingModule)
-    weights = gather_weights(module.model)
-    if weights is not None:
-        save_weights(weights, path)
+    def write(self, pl_module: pl.LightningModule, name: str) -> None:
+        """What the run trains, under a name in its folder. Every rank takes part."""
+        assert isinstance(pl_module, TrainingModule)
+        self.results.write(pl_module, self.proj_dir / name)
 
 
 class SaveInitialWeights(pl.Callback):
@@ -98,7 +106,8 @@ class RestoreState(pl.Callback):
 class CheckpointCallback(StepCallback):
     """Saves the full state when the clock, a mini-epoch's weights or a stop asks for it.
 
-    rwkv-final.pth is written after the last state is on the disk: a folder that has it is complete in every part.
+    rwkv-final.pth (adapter, state.pth) is written after the last state is on the disk: a folder that has it is complete
+    in every part.
     """
 
     def __init__(
@@ -136,7 +145,7 @@ class CheckpointCallback(StepCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.writer.wait()  # raises the error of the last save: no rwkv-final.pth then
         if self.control.step >= self.length.steps and self.non_finite.failed_steps is None:
-            write_weights(pl_module, self.weights.proj_dir / FINAL)
+            self.weights.write(pl_module, self.weights.results.names.final)
 
     def _save(self, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)
@@ -148,7 +157,9 @@ class CheckpointCallback(StepCallback):
             restarted_at_sample=self.position.restarted_at_sample,
             mini_epoch_losses=list(self.reporter.mini_epoch_losses),
             skipped_samples=self.position.skipped_samples,
-            weights_written=bool(numbered_weights(self.weights.proj_dir)),  # see find_resume_point
+            weights_written=bool(
+                numbered_results(self.weights.proj_dir, self.weights.results.names)
+            ),  # see find_resume_point
         )
         state = SavedState(position, self.settings, module.optimizer.counters(), time.time())
         tensors = gather_full_state(module)

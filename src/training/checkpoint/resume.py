@@ -6,22 +6,25 @@ import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from src.config import RunConfig
+from src.config import RunConfig, adapter_kind
 from src.dataset.tokenizer import copy_tokenizer
 from src.errors import UserError
 from src.inference.load import find_weights, holds_model
 from src.model.file_kind import file_kind
 from src.model.weights import read_weights
 from src.run_folder import (
+    ALL_RESULTS,
     BEST,
     FINAL,
     TOKENIZER,
     archive_run,
     is_swapped,
+    numbered_results,
     numbered_weights,
     origin_weights,
     read_run,
 )
+from src.training.checkpoint.results import result_names
 from src.training.checkpoint.state import Position, SavedState
 from src.training.checkpoint.storage import DamagedStateError, StateReader, rename_damaged, state_folders
 from src.training.console import log
@@ -30,7 +33,8 @@ from src.training.schedule import RunLength
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run continues: at `position`, from the full `state`, else from `weights` (None: new ones).
+    """Where a run continues: at `position`, from the full `state`, else from `weights` (None: new ones). A run that
+    trains an adapter has both: the weights are its base.
 
     `reader` gives the tensors of the full state. Its manifest and state.json are read already: no byte of a state is
     read twice.
@@ -98,9 +102,14 @@ def _origin_and_reason(config: RunConfig, proj_dir: Path) -> tuple[Path | None, 
     Raises UserError when the weights are not there, or belong to the run itself.
     """
     origin = origin_weights(proj_dir, config.train_stage, config.load_model)
-    has_run = bool(numbered_weights(proj_dir) or state_folders(proj_dir) or (proj_dir / FINAL).exists())
+    names = result_names(config)
+    has_run = bool(
+        numbered_results(proj_dir, names) or state_folders(proj_dir) or any(map(Path.exists, _finals(proj_dir)))
+    )
+    if has_run and not config.restart:
+        _refuse_other_kind(config, proj_dir)
     if origin is not None and not holds_model(origin):
-        if has_run and not config.restart:
+        if has_run and not config.restart and not adapter_kind(config):
             return None, ""  # the run continues from its own files
         if origin.is_dir():
             try:
@@ -118,9 +127,27 @@ def _origin_and_reason(config: RunConfig, proj_dir: Path) -> tuple[Path | None, 
         )
     if config.restart:  # before the comparison of hashes, which reads the whole file
         return origin, "--restart: a new run begins (leave the flag out to continue it later)"
-    if not is_swapped(proj_dir, origin):
+    # of an adapter's run, the base is compared by its numbers (`resolve_base`), and another one is refused
+    if (has_run and adapter_kind(config)) or not is_swapped(proj_dir, origin):
         return origin, ""
     return origin, f"{origin} is not what the run in {proj_dir} started from: a new run begins"
+
+
+def _finals(proj_dir: Path) -> list[Path]:
+    return [proj_dir / names.final for names in ALL_RESULTS]
+
+
+def _refuse_other_kind(config: RunConfig, proj_dir: Path) -> None:
+    """Raises UserError when the run in the folder trains something else than this command does."""
+    before = {"peft": "none", "train_type": "none", **read_run(proj_dir).get("settings", {})}
+    for flag in ("peft", "train_type"):
+        if before[flag] != getattr(config, flag):
+            raise UserError(
+                f"was {before[flag]} in the run of {proj_dir}",
+                flag=flag,
+                given=getattr(config, flag),
+                advice="give another run a --proj_dir of its own, or add --restart 1 (the earlier one is archived)",
+            )
 
 
 def _belongs_to_run(weights: Path, proj_dir: Path) -> bool:
@@ -146,21 +173,32 @@ def find_resume_point(config: RunConfig, proj_dir: Path, length: RunLength, peek
     there: what is meant can't be known.
     """
     saved = _newest_state(proj_dir, peek)
-    numbered = numbered_weights(proj_dir)
+    names = result_names(config)
+    numbered = numbered_results(proj_dir, names)
+    base = origin_weights(proj_dir, config.train_stage, config.load_model) if adapter_kind(config) else None
     if saved is not None:
         reader, state = saved
         position = state.position
         # People start over by deleting *.pth. The state alone would continue, silently, the run that they meant to
         # delete.
         if position.weights_written and not numbered:
+            removed = f"{names.prefix}N{names.suffix}"
             raise UserError(
-                f"the run's rwkv-N.pth were removed, but its full state at step {position.step} is there",
+                f"the run's {removed} were removed, but its full state at step {position.step} is there",
                 flag="proj_dir",
                 given=proj_dir,
-                advice="put the newest rwkv-N.pth back to continue, or add --restart 1 to start again from the initial "
+                advice="put the newest back to continue, or add --restart 1 to start again from the initial "
                 "weights (the state is archived)",
             )
-        return ResumePoint(position, _rest_of_run(length, position), state=state, reader=reader)
+        return ResumePoint(position, _rest_of_run(length, position), base, state, reader)
+    if numbered and adapter_kind(config):
+        raise UserError(
+            f"the run's full states are gone: {next(reversed(numbered.values()))} alone can't be continued",
+            flag="proj_dir",
+            given=proj_dir,
+            advice="merge it into its base (python -m src.inference.export --adapter) and start from that, or add "
+            "--restart 1 to start again",
+        )
     if (newest := _newest_readable(numbered, peek)) is not None:
         return _after_numbered_weights(proj_dir, length, newest, numbered[newest])
     origin = origin_weights(proj_dir, config.train_stage, config.load_model)

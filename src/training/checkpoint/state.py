@@ -1,8 +1,8 @@
 """What a full state holds, by parameter name: one format for every strategy and any number of processes.
 
 Per trained parameter: `master` (fp32 weights), `exp_avg` and `exp_avg_sq` (Adam's moments, fp32); per idle one (layer
-0's value residual, never trained): `idle`. Under ZeRO each process holds partitions; they pass through rank 0 tensor by
-tensor, bit by bit.
+0's value residual, never trained): `idle`. Of an adapted model's frozen base nothing: its file is there. Under ZeRO
+each process holds partitions; they pass through rank 0 tensor by tensor, bit by bit.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from src.training.console import is_rank_zero
 from src.training.distributed.engine_adamw import EngineAdamW
 from src.training.distributed.sharded_init import gathered
 from src.training.module import TrainingModule
+from src.training.optim import MasterAdamW
 
 Shard = dict[str, Tensor]
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -79,17 +80,23 @@ def gather_full_state(module: pl.LightningModule) -> Iterator[tuple[str, Tensor]
     of it too; what they get is of no use."""
     assert isinstance(module, TrainingModule)
     optimizer = module.optimizer
-    for name, parameter in module.model.named_parameters():
+    for name, parameter in held_parameters(module.model).items():
         if not parameter.requires_grad:
             yield f"{name}/idle", whole(parameter)
             continue
         for kind in KINDS:
-            if isinstance(optimizer, EngineAdamW):
-                yield f"{name}/{kind}", _collect(optimizer, parameter, kind)
-            elif kind == "master":
-                yield f"{name}/{kind}", optimizer.master_of(parameter).detach()
-            else:
-                yield f"{name}/{kind}", optimizer.moments(parameter)[kind]
+            yield f"{name}/{kind}", _gathered(optimizer, parameter, kind)
+
+
+def held_parameters(model: RWKV7) -> dict[str, nn.Parameter]:
+    """The parameters that a state holds, by name: all but an adapted model's frozen base."""
+    return {name: p for name, p in model.named_parameters() if name not in model.frozen_base}
+
+
+def _gathered(optimizer: MasterAdamW | EngineAdamW, parameter: nn.Parameter, kind: str) -> Tensor:
+    if isinstance(optimizer, EngineAdamW):
+        return _collect(optimizer, parameter, kind)
+    return optimizer.master_of(parameter).detach() if kind == "master" else optimizer.moments(parameter)[kind]
 
 
 @torch.no_grad()
@@ -106,7 +113,7 @@ def scatter_full_state(
     """
     assert isinstance(module, TrainingModule)
     optimizer = module.optimizer
-    parameters = dict(module.model.named_parameters())
+    parameters = held_parameters(module.model)
     missing = {
         f"{name}/{kind}"
         for name, parameter in parameters.items()
@@ -147,6 +154,24 @@ def weights_of_state(shards: Iterable[Shard], sizes: ModelConfig, dtype: torch.d
     if missing := [name for name in names if name not in weights]:
         raise DamagedStateError(f"{missing[0]} is missing")
     return {name: weights[name] for name in names}
+
+
+def gather_adapter(module: TrainingModule) -> dict[str, Tensor] | None:
+    """What an adapted model has beside its frozen base, fp32 on the CPU, on rank 0; None on the others, which take
+    part."""
+    tensors = {}
+    for name, parameter in held_parameters(module.model).items():
+        trained = parameter.requires_grad
+        tensor = _gathered(module.optimizer, parameter, "master") if trained else whole(parameter)
+        if is_rank_zero():
+            tensors[name] = tensor.to("cpu", torch.float32, copy=True)
+    return tensors if is_rank_zero() else None
+
+
+def adapter_of_state(shards: Iterable[Shard]) -> dict[str, Tensor]:
+    """What `gather_adapter` gives, from a full state's shards."""
+    entries = [(key.rsplit("/", 1), tensor) for shard in shards for key, tensor in shard.items()]
+    return {name: tensor.float() for (name, kind), tensor in entries if kind in ("master", "idle")}
 
 
 def gather_weights(model: nn.Module) -> dict[str, Tensor] | None:

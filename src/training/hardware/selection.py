@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from src.config import RunConfig
+from src.config import RunConfig, adapter_kind, refusal
 from src.dataset.workers import usable_cores
 from src.errors import UserError
 from src.training.distributed import zero
@@ -83,6 +83,10 @@ def choose_hardware(config: RunConfig) -> Hardware:
         )
     strategy, stage, offload = _choose_strategy(config, devices * num_nodes, accelerator, notes)
     precision = _choose_precision(config, devices * num_nodes, accelerator, strategy, notes)
+    base = precision if config.quant == "none" else config.quant
+    shared = {"plain": "one process", "ddp": "DDP"}.get(strategy, f"ZeRO {stage}")
+    if row := refusal(adapter_kind(config) or "full", base, shared):
+        raise row.error(getattr(config, row.flag))
     return Hardware(accelerator, devices, num_nodes, precision, strategy, stage, offload, tuple(notes))
 
 

@@ -9,6 +9,7 @@ from src.model.cost import parameter_count
 from src.training.checkpoint.resume import ResumePoint
 from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, state_folders
 from src.training.hardware.selection import Hardware
+from src.training.model_setup import held_count
 from src.training.preflight import machine, plan
 from src.training.preflight.checklist import Checklist, Finding
 from src.training.preflight.out_of_memory import SAFE_SHARE, describe_memory, estimate, list_settings, suggest_settings
@@ -39,8 +40,9 @@ def check_disk(
     config: RunConfig, hardware: Hardware, model: ModelConfig, resume: ResumePoint, proj_dir: Path, prime: int
 ) -> Finding:
     """Compare the files that the rest of the run writes with the free space. `prime`: as in `SaveWeights`."""
-    weights_bytes = plan.BYTES[hardware.precision] * parameter_count(model)
-    state_bytes = STATE_BYTES_PER_PARAMETER * parameter_count(model)
+    held = held_count(config, model)
+    weights_bytes = (plan.BYTES[hardware.precision] if held == parameter_count(model) else 4) * held
+    state_bytes = STATE_BYTES_PER_PARAMETER * held
     # A resumed run writes only the rest of its files; those that it has are not free space any more.
     first = resume.first_mini_epoch
     last = resume.length.mini_epoch(max(0, resume.length.steps - 1))

@@ -13,7 +13,7 @@ from src.config import ModelConfig, RunConfig
 from src.inference.load import holds_model, load_weights
 from src.model import RWKV7
 from src.model.weights import Weights, fit_weights
-from src.run_folder import FINAL
+from src.training.checkpoint.results import result_names
 from src.training.checkpoint.resume import ResumePoint, length_of_run, peek_resume_point
 from src.training.console import log
 from src.training.data import Samples, peek_samples
@@ -113,7 +113,7 @@ def _check_run(
     length, step = resume.length, resume.position.step
     origin = resume.reader.folder if resume.reader else resume.weights or "new weights"
     checks.report("folder", f"{proj_dir}, starts from {origin}" + f" at step {step:,}" * (step > 0))
-    if (proj_dir / FINAL).exists() and step >= length.steps:
+    if (proj_dir / result_names(config).final).exists() and step >= length.steps:
         checks.report("", "the run in it is complete; --restart 1 begins a new one")
     # None where a full state is resumed: its checksums are verified when it is loaded
     if (file := resume.weights) is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from src.config import RunConfig
+from src.training.checkpoint.results import Results, result_names
 from src.training.checkpoint.resume import length_of_run, peek_resume_point
 from src.training.checkpoint.storage import DamagedStateError
 from src.training.console import log
@@ -27,6 +28,7 @@ from src.training.trainer import (
     RunContext,
     SetLearningRate,
     build_module,
+    dropout_callbacks,
     learning_rate_schedule,
     restore_callbacks,
     run_trainer,
@@ -58,7 +60,7 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group
     resume = process_group.broadcast_from_rank_zero(lambda: peek_resume_point(config, proj_dir, length))
     length, position = resume.length, resume.position
     if position.step >= length.steps:
-        log(complete_message(proj_dir))
+        log(complete_message(proj_dir, proj_dir / result_names(config).final))
         return 0
     if config.random_seed >= 0:
         pl.seed_everything(config.random_seed, verbose=False)
@@ -77,11 +79,14 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group
         control,
         *restore_callbacks(resume),
         SetLearningRate(control, learning_rate_schedule(config, resume)),
+        *dropout_callbacks(config, process_group, control),
         Reporter(control, length, [collected, non_finite], []),
     ]
     # A temporary folder, since Lightning may write into its root folder.
     with with_oom_advice(config, sizes, hardware, process_group), tempfile.TemporaryDirectory() as folder:
-        context = RunContext(config, sizes, hardware, Path(folder), samples, None, {}, process_group, math.inf)
+        context = RunContext(
+            config, sizes, hardware, Path(folder), samples, None, {}, process_group, math.inf, Results()
+        )
         model, values = build_model(config, sizes, hardware, resume)
         try:
             run_trainer(context, resume, steps, callbacks, build_module(context, model, values))

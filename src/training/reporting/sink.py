@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-UPDATE_GROUPS = ("w0", "matrices", "others")  # of the optimizer, in the order of `optim.parameter_groups`
+UPDATE_GROUPS = ("w0", "matrices", "others")  # of the optimizer, in the order of `optim.GROUPS`
 
 
 @dataclass(frozen=True)

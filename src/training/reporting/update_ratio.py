@@ -52,13 +52,15 @@ def _groups(
 ) -> Iterator[tuple[int, dict[str, Any], list[Tensor], list[dict[str, Tensor]]]]:
     """(number, group, fp32 weights, their Adam states) of each group; under ZeRO the shards that this process holds."""
     if isinstance(optimizer, EngineAdamW):
-        for number, flat in optimizer.flats_by_group():
-            yield number, optimizer.param_groups[number], [flat.detach()], [adam_state(optimizer, flat)]
+        for i, flat in optimizer.flats_by_group():
+            group = optimizer.param_groups[i]
+            yield group["number"], group, [flat.detach()], [adam_state(optimizer, flat)]
         return
-    for number, group in enumerate(optimizer.param_groups):
+    for group in optimizer.param_groups:
         weights = [optimizer.master_of(parameter).detach() for parameter in group["params"]]
+        moments = [optimizer.moments(parameter) for parameter in group["params"]]
         defaults = optimizer.defaults  # betas and eps are set once for all groups
-        yield number, {**defaults, **group}, weights, [optimizer.moments(parameter) for parameter in group["params"]]
+        yield group["number"], {**defaults, **group}, weights, moments
 
 
 def _chunks(tensors: list[Tensor]) -> Iterator[list[int]]:
