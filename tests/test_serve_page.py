@@ -26,6 +26,8 @@ from src.inference.serve.request import Start
 from src.inference.serve.served_model import ServedModel
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install -r tests/requirements-clients.txt")
+expect = playwright.expect
+expect.set_options(timeout=60_000)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.slow,
@@ -89,6 +91,7 @@ def browser() -> Iterator[Any]:
 def page(browser: Any) -> Iterator[Any]:
     """A page whose errors, and whatever it asks of other servers, fail the test."""
     context = browser.new_context(viewport={"width": 1100, "height": 760}, locale="en-GB")
+    context.set_default_timeout(60_000)
     page = context.new_page()
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -102,7 +105,7 @@ def send(page: Any, text: str) -> None:
     answers = page.locator(".message.model .stats").count()
     page.fill("#input", text)
     page.keyboard.press("Enter")
-    page.wait_for_function(f"document.querySelectorAll('.message.model .stats').length > {answers}")
+    expect(page.locator(".message.model .stats")).to_have_count(answers + 1)
 
 
 def test_a_conversation(served: ServedModel, written: None, page: Any) -> None:
@@ -111,7 +114,7 @@ def test_a_conversation(served: ServedModel, written: None, page: Any) -> None:
         page.wait_for_selector("#model option", state="attached")
         page.fill("#input", "What is **it**?\n<b>tell</b>")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelector('.message.model .body')?.textContent.includes('heading')")
+        expect(page.locator(".message.model .body")).to_contain_text("heading")
         assert page.locator(".stats").count() == 0  # still written
         page.wait_for_selector(".stats")
         assert re.match(r"\d+ tokens, [\d.]+ tokens/s; prompt \d+, \d+ known", page.inner_text(".stats"))
@@ -139,10 +142,12 @@ def test_a_conversation(served: ServedModel, written: None, page: Any) -> None:
         page.locator(".message.user").first.get_by_text("Edit").click()
         page.fill("textarea.edit", "Something else?")
         page.keyboard.press("Control+Enter")
-        page.wait_for_function("document.querySelectorAll('.message').length === 2 && document.querySelector('.stats')")
+        expect(page.locator(".message")).to_have_count(2)
+        expect(page.locator(".stats")).to_have_count(1)
         assert page.locator(".message.user .body").inner_text() == "Something else?"
         page.get_by_text("Retry").click()
-        page.wait_for_function("document.querySelectorAll('.stats').length === 1")
+        expect(page.locator("#send")).to_have_text("Stop")
+        expect(page.locator(".stats")).to_have_count(1)
         assert page.locator(".message").count() == 2
 
         page.click("#new")
@@ -150,7 +155,7 @@ def test_a_conversation(served: ServedModel, written: None, page: Any) -> None:
         assert page.locator("#chats li").count() == 2
         page.on("dialog", lambda dialog: dialog.accept())
         page.locator("#chats li").first.get_by_label("Delete").click()
-        page.wait_for_function("document.querySelectorAll('#chats li').length === 1")
+        expect(page.locator("#chats li")).to_have_count(1)
 
 
 def test_stop_leaves_what_was_written(served: ServedModel, written: None, page: Any) -> None:
@@ -159,7 +164,7 @@ def test_stop_leaves_what_was_written(served: ServedModel, written: None, page: 
         page.wait_for_selector("#model option", state="attached")
         page.fill("#input", "Go on")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelector('.message.model .body')?.textContent.includes('Some')")
+        expect(page.locator(".message.model .body")).to_contain_text("Some")
         page.keyboard.press("Escape")
         page.wait_for_selector("text=Retry")
         text = page.inner_text(".message.model .body")
@@ -241,13 +246,10 @@ def test_a_run_while_it_trains(served: ServedModel, page: Any, tmp_path: Path) -
         assert "<b>x</b>" in page.inner_text("#run")
         train(200)
         (tmp_path / "rwkv-0.pth").write_bytes(b"")
-        page.wait_for_function(  # drawn again by itself
-            "before => document.querySelector('svg polyline').getAttribute('points') !== before",
-            arg=before,
-            timeout=20_000,
-        )
+        curve = page.locator("svg polyline").nth(0)
+        expect(curve).not_to_have_attribute("points", before, timeout=20_000)  # drawn again by itself
         page.get_by_text("Load them").click()
-        page.wait_for_function("!document.querySelector('#run button')")
+        expect(page.locator("#run button")).to_have_count(0)
         assert loaded == [tmp_path / "rwkv-0.pth"]
         page.click("#tab-chat")
         page.wait_for_selector("text=no chat template")

@@ -45,7 +45,7 @@ class AnswerStream:
         if self.reached or not text:
             return []
         self._held, self._begun = self._held + self._begun + text, ""
-        return _joined(self._advance())
+        return joined(self._advance())
 
     def finish(self) -> list[AnswerPiece]:
         """The text held back; there is no more of it."""
@@ -55,7 +55,7 @@ class AnswerStream:
             self._take(0 if self.reached else len(self._held))
             return []
         rest = len(self._held)
-        return _joined([self._thought(rest) if self._part == REASONING else AnswerPiece(CONTENT, self._take(rest))])
+        return joined([self._thought(rest) if self._part == REASONING else AnswerPiece(CONTENT, self._take(rest))])
 
     def _advance(self) -> Iterator[AnswerPiece]:
         parts = {_BEGIN: self._begin, REASONING: self._reasoning, _BETWEEN: self._between, CONTENT: self._content}
@@ -137,7 +137,7 @@ class AnswerStream:
         return len(text) - next(ends, 0)
 
 
-def _joined(pieces: Iterator[AnswerPiece] | list[AnswerPiece]) -> list[AnswerPiece]:
+def joined(pieces: Iterator[AnswerPiece] | list[AnswerPiece]) -> list[AnswerPiece]:
     """The pieces that are not empty, those of a kind joined."""
     result: list[AnswerPiece] = []
     for piece in pieces:

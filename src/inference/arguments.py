@@ -42,6 +42,11 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter", default="", help="LoRA, DoRA or MiSS: a PEFT folder, a .pth or .st, or the folder of a run"
     )
     parser.add_argument("--state", default="", help="tuned initial states: a .pth or .st, or the folder of a run")
+    add_adapter_details(parser)
+
+
+def add_adapter_details(parser: argparse.ArgumentParser) -> None:
+    """Add what goes with --adapter and --state."""
     parser.add_argument("--lora_alpha", type=float, default=None, help="for LoRA files that don't have it")
     parser.add_argument(
         "--state_layout",

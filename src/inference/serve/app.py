@@ -23,6 +23,7 @@ from src.errors import UserError
 from src.inference.serve.chat_completions import chat_completion
 from src.inference.serve.completions import text_completion
 from src.inference.serve.errors import ApiError, as_api_error, json_response
+from src.inference.serve.http import EventStream
 from src.inference.serve.limits import Limits
 from src.inference.serve.live_run import LiveRun
 from src.inference.serve.metrics import metrics_text
@@ -61,9 +62,15 @@ def make_app(registry: Registry, settings: AppSettings, run: LiveRun | None = No
 
     async def with_model(request: Request, kind: type[BodyType], act: Callable[..., Awaitable[Response]]) -> Response:
         _authorize(request, settings)
-        body = await _read(request, kind)
+        try:
+            body = await asyncio.wait_for(_read(request, kind), settings.request_seconds)
+        except asyncio.TimeoutError:
+            raise ApiError(408, "the body did not arrive in time", code="timeout") from None
         model = registry.find(getattr(body, "model", ""), getattr(body, "adapter", None))
-        return await _within(settings.request_seconds, request, act(model, body))
+        response = await _within(settings.request_seconds, request, act(model, body))
+        if isinstance(response, EventStream):
+            response.seconds = settings.request_seconds
+        return response
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -234,10 +241,10 @@ async def _embed(model: ServedModel, body: Embeddings) -> Response:
     """The final hidden vectors (after the last norm): their mean over the tokens, or the last one; not normalised."""
     data, count = [], 0
     for i, text in enumerate(body.inputs):
-        tokens = model.text_prompt(text)
+        tokens = await asyncio.to_thread(model.text_prompt, text)
         count += len(tokens)
-        mean, last, _ = await asyncio.to_thread(model.engine.process, tokens)
-        values = (mean if body.pooling == "mean" else last).tolist()
+        processed = await model.process(tokens, use_cache=False)
+        values = (processed.mean if body.pooling == "mean" else processed.last).tolist()
         vector: Any = values
         if body.encoding_format == "base64":
             vector = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
@@ -248,11 +255,10 @@ async def _embed(model: ServedModel, body: Embeddings) -> Response:
 
 async def _save_state(model: ServedModel, body: SavedState) -> Response:
     if body.prompt is not None:
-        tokens = model.text_prompt(body.prompt)
+        tokens = await asyncio.to_thread(model.text_prompt, body.prompt)
     else:
         tokens = await asyncio.to_thread(model.conversation_tokens, as_messages(body.messages or []))
-    _, _, state = await asyncio.to_thread(model.engine.process, tokens)
-    model.save_state(body.name, state)
+    model.save_state(body.name, (await model.process(tokens)).state)
     return json_response({"object": "state", "name": body.name, "model": model.name, "tokens": len(tokens)})
 
 

@@ -17,7 +17,7 @@ from src.inference.answer_stream import CONTENT, REASONING, AnswerStream
 from src.inference.serve.answer import Answer, Delta, Usage
 from src.inference.serve.constraints import JsonConstraint
 from src.inference.serve.errors import json_response
-from src.inference.serve.http import event_stream, gather, merged
+from src.inference.serve.http import EventStream, gather, merged
 from src.inference.serve.request import Constraint, Request, TokenLogprobs
 from src.inference.serve.schemas import ChatCompletion
 from src.inference.serve.served_model import ServedModel, seed_of
@@ -34,7 +34,7 @@ async def chat_completion(model: ServedModel, body: ChatCompletion) -> Response:
     headers = {"x-ignored-fields": ", ".join(body.ignored)} if body.ignored else {}
     if body.stream:
         choices = [_Choice(i, model.tokenizer, tools, body.logprobs) for i in range(len(answers))]
-        return event_stream(_chunks(answers, choices, head, body.includes_usage), answers, headers)
+        return EventStream(_chunks(answers, choices, head, body.includes_usage), answers, headers)
     collected = await gather([_collect(answer, i, model, body, tools) for i, answer in enumerate(answers)], answers)
     usage = sum((answer.usage for answer in answers), Usage()).payload()
     payload = {**head, "object": "chat.completion", "choices": collected, "usage": usage}
@@ -70,11 +70,12 @@ async def _submit(model: ServedModel, body: ChatCompletion) -> list[Answer]:
             constraint=constraint,
         )
         stops = () if is_json else (*prompt.stops, *body.stop_strings)
-        answer = Answer(model.tokenizer, AnswerStream(stops, prompt.begun), len(prompt.tokens))
+        answer = Answer(model.mailbox, model.tokenizer, AnswerStream(stops, prompt.begun), len(prompt.tokens))
         try:
-            answers.append(answer.submit(model.engine, request))
-        except Exception:
-            for other in answers:
+            await asyncio.to_thread(answer.submit, model.engine, request)
+            answers.append(answer)
+        except BaseException:  # also when the client goes away
+            for other in [*answers, answer]:
                 other.cancel()
             raise
     return answers

@@ -10,14 +10,17 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import math
 import os
-import threading
 from pathlib import Path
 
 import uvicorn
 
+from src.adapt.adapter_files import CONFIG as ADAPTER_CONFIG
 from src.errors import UserError
+from src.inference.adaptation import Adaptation
 from src.inference.arguments import (
+    add_adapter_details,
     add_chat_template_argument,
     add_sampling_arguments,
     add_think_argument,
@@ -27,19 +30,24 @@ from src.inference.chat import find_template
 from src.inference.decoder import Decoder
 from src.inference.load import (
     DTYPES,
+    find_model,
     find_tokenizer,
-    find_weights,
     latest_trained_weights,
     load_model,
+    load_weights,
     pretrained_only,
 )
 from src.inference.serve.app import AppSettings, make_app
 from src.inference.serve.engine import Engine
+from src.inference.serve.fair_lock import FairLock
 from src.inference.serve.listening import bind, serve
 from src.inference.serve.live_run import LiveRun
 from src.inference.serve.registry import Registry
+from src.inference.serve.request import Start
 from src.inference.serve.served_model import ServedModel
-from src.run_folder import LOG, METRICS
+from src.inference.serve.tuned_states import read_start
+from src.model import RWKV7
+from src.run_folder import ALL_RESULTS, LOG, METRICS
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
@@ -52,6 +60,23 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     parser.add_argument(
         "--model", dest="models", metavar="NAME=PATH", action="append", default=[], help="a further model; repeatable"
     )
+    parser.add_argument(
+        "--adapter",
+        dest="adapters",
+        metavar="NAME=PATH",
+        action="append",
+        default=[],
+        help='of the first model, which is also served with it merged, as MODEL:NAME or "adapter": NAME; repeatable',
+    )
+    parser.add_argument(
+        "--state",
+        dest="states",
+        metavar="NAME=PATH",
+        action="append",
+        default=[],
+        help='tuned initial states for the first model, for requests with "state": NAME; repeatable',
+    )
+    add_adapter_details(parser)
     parser.add_argument("--tokenizer", default="", help='"world" or a Hugging Face folder; default: that of the run')
     parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--device", default=None, help="default: the first GPU, without one cpu")
@@ -68,7 +93,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     parser.add_argument("--max_waiting", type=int, default=256, help="requests that may wait [%(default)s]")
     parser.add_argument("--max_tokens", type=int, default=16384, help="most tokens of an answer [%(default)s]")
     parser.add_argument("--length", type=int, default=1024, help="tokens of an answer, unless asked for [%(default)s]")
-    parser.add_argument("--state_cache_mb", type=int, default=1024, help="memory of kept states [%(default)s]")
+    parser.add_argument("--state_cache_mb", type=int, default=1024, help="kept states, of each model [%(default)s]")
     parser.add_argument("--body_limit_mb", type=int, default=8, help="largest request [%(default)s]")
     parser.add_argument("--request_seconds", type=float, default=600, help="time limit of a request [%(default)s]")
     parser.add_argument("--drain_seconds", type=float, default=30, help="to finish answers at the end [%(default)s]")
@@ -78,27 +103,50 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
 
 
 def load(options: argparse.Namespace) -> list[ServedModel]:
-    """The models that `options` name. Raises UserError."""
-    named = [_named(text) for text in options.models]
+    """The models that `options` name: the first one, it with each adapter, the others. Raises UserError."""
+    named = [_named("model", text) for text in options.models]
     model = options.model or (str(options.run) if options.run is not None else "")
     if model or not named:
-        weights = find_weights(model) if model else latest_trained_weights(Path("out"))
-        named.insert(0, (_name_of(weights), model or str(weights)))
-    names = [name for name, _ in named]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError("used for two models", flag="model", given=twice, expected="another NAME=PATH")
-    lock = threading.Lock()
-    return [load_one(name, path, options, lock) for name, path in named]
+        unnamed = Path(model) if model else latest_trained_weights(Path("out"))
+        named.insert(0, (_name_of(unnamed), str(unnamed)))
+    (first, path), *others = named
+    adapters = [(f"{first}:{name}", path, adapter) for name, adapter in _all_named("adapter", options.adapters)]
+    served = [(first, path, ""), *adapters, *((name, path, "") for name, path in others)]
+    _refuse_twice("model", [name for name, _, _ in served])
+    lock = FairLock()
+    models = [load_one(name, path, options, lock, adapter) for name, path, adapter in served]
+    states = read_states(options, path, models[0].engine.model)
+    for each in models[: 1 + len(adapters)]:
+        each.tuned_states.update(states)
+    return models
 
 
-def load_one(name: str, path: str, options: argparse.Namespace, lock: threading.Lock) -> ServedModel:
-    """A model with its engine. Raises UserError."""
-    weights = find_weights(path)
-    model = load_model(weights, options.dtype, options.device)
+def read_states(options: argparse.Namespace, path: str, model: RWKV7) -> dict[str, Start]:
+    """The values of --state, for `model`, which lies at `path`. Raises UserError."""
+    named = _all_named("state", options.states)
+    if not named:
+        return {}
+    weights = load_weights(find_model(path)[0])
+    found = {}
+    for name, state in named:
+        adaptation = Adaptation(state=state, state_layout=options.state_layout, other_base=options.other_base)
+        found[name] = read_start(name, adaptation, weights, model)
+    return found
+
+
+def load_one(name: str, path: str, options: argparse.Namespace, lock: FairLock, adapter: str = "") -> ServedModel:
+    """A model with its engine; `adapter` is merged into it. Raises UserError."""
+    given = Adaptation(adapter, lora_alpha=options.lora_alpha if adapter else None, other_base=options.other_base)
+    weights, adaptation = find_model(path, given)
+    model = load_model(weights, options.dtype, options.device, adaptation)
     Decoder(model, pack=False).step([0])  # compiles the kernels where they aren't yet
-    tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer)
-    template = find_template(options.chat_template, tokenizer, pretrained_only(weights))
-    if options.think and template is not None:
+    tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer, adaptation)
+    template = find_template(options.chat_template, tokenizer, pretrained_only(weights, adaptation))
+    if options.think:
+        if template is None:
+            raise UserError(
+                f"{name} has no chat template", flag="think", given=options.think, advice="give --chat_template rwkv"
+            )
         template = template.thinking(options.think)
     engine = Engine(
         model,
@@ -116,29 +164,47 @@ def live_run(options: argparse.Namespace, registry: Registry) -> LiveRun | None:
     first = registry.models[0]
     folder = options.run
     if folder is None:
-        path = options.model or (options.models[0].partition("=")[2] if options.models else "")
-        weights = find_weights(path) if path else latest_trained_weights(Path("out"))
-        folder = weights if weights.is_dir() else weights.parent
+        path = Path(options.model or (options.models[0].partition("=")[2] if options.models else ""))
+        if not (options.model or options.models):
+            path = latest_trained_weights(Path("out"))
+        folder = path if path.is_dir() and not (path / ADAPTER_CONFIG).is_file() else path.parent
     if not ((folder / METRICS).is_file() or (folder / LOG).is_file()):
         return None
-    return LiveRun(
-        folder,
-        registry,
-        first.name,
-        lambda name, weights: load_one(name, str(weights), options, first.engine.device_lock),
-    )
+
+    def load_newer(name: str, weights: Path) -> ServedModel:
+        model = load_one(name, str(weights), options, first.engine.device_lock)
+        model.tuned_states.update(first.tuned_states)
+        return model
+
+    return LiveRun(folder, registry, first.name, load_newer)
 
 
-def _named(text: str) -> tuple[str, str]:
+def _named(flag: str, text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
-        raise UserError(flag="model", given=text, expected="NAME=PATH, for example small=out/L12-D768-x070")
+        raise UserError(flag=flag, given=text, expected="NAME=PATH, for example small=out/L12-D768-x070")
     return name, path
 
 
-def _name_of(weights: Path) -> str:
-    """Of a run the folder's name, else the file's."""
-    return weights.parent.name if weights.stem.startswith("rwkv-") and weights.parent.name else weights.stem
+def _all_named(flag: str, texts: list[str]) -> list[tuple[str, str]]:
+    """Pairs of NAME=PATH; a PATH alone is named by itself."""
+    named = [_named(flag, text) if "=" in text else (_name_of(Path(text)), text) for text in texts]
+    _refuse_twice(flag, [name for name, _ in named])
+    return named
+
+
+def _refuse_twice(flag: str, names: list[str]) -> None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError("used twice", flag=flag, given=twice, expected="another NAME=PATH")
+
+
+def _name_of(path: Path) -> str:
+    """Of a run, or of what lies in one under the run's own names, the folder's name; else the file's."""
+    if not path.is_dir() and not path.is_file():
+        return path.name
+    of_run = any(result.matches(path.name) for result in ALL_RESULTS)
+    folder = path.resolve().parent if of_run else path.resolve()
+    return folder.name if of_run or path.is_dir() else path.stem
 
 
 def check(options: argparse.Namespace) -> None:
@@ -193,7 +259,6 @@ def main(argv: list[str] | None = None) -> int:
     app = make_app(registry, settings, live_run(options, registry))
     # uvicorn's own messages would repeat every request
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=max(1, round(options.drain_seconds))
+        app, log_level="error", access_log=False, timeout_graceful_shutdown=math.ceil(options.drain_seconds)
     )
-    serve(config, listener, [model.name for model in registry.models])
-    return 0
+    return serve(config, listener, [model.name for model in registry.models])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -13,7 +14,7 @@ from src.dataset.tokenizer import Tokenizer
 from src.inference.answer_stream import AnswerStream
 from src.inference.serve.answer import Answer, Delta, Usage
 from src.inference.serve.errors import json_response
-from src.inference.serve.http import event_stream, gather, merged
+from src.inference.serve.http import EventStream, gather, merged
 from src.inference.serve.request import Request, TokenLogprobs
 from src.inference.serve.schemas import TextCompletion
 from src.inference.serve.served_model import ServedModel, seed_of
@@ -28,7 +29,7 @@ async def text_completion(model: ServedModel, body: TextCompletion) -> Response:
     prompt_tokens = 0
     try:
         for prompt in body.prompts:
-            tokens = model.text_prompt(prompt)
+            tokens = await asyncio.to_thread(model.text_prompt, prompt)
             prompt_tokens += len(tokens)
             for choice in range(body.n):
                 request = Request(
@@ -42,11 +43,13 @@ async def text_completion(model: ServedModel, body: TextCompletion) -> Response:
                     logit_bias=bias,
                     top_logprobs=body.logprobs,
                 )
-                answer = Answer(model.tokenizer, AnswerStream(body.stop_strings, thoughts=False), len(tokens))
-                answers.append(answer.submit(model.engine, request))
+                stream = AnswerStream(body.stop_strings, thoughts=False)
+                answer = Answer(model.mailbox, model.tokenizer, stream, len(tokens))
+                answers.append(answer)
+                await asyncio.to_thread(answer.submit, model.engine, request)
                 echo = prompt if isinstance(prompt, str) else model.tokenizer.decode(tokens)
                 echoes.append(echo if body.echo else "")
-    except Exception:
+    except BaseException:  # also when the client goes away
         for answer in answers:
             answer.cancel()
         raise
@@ -55,7 +58,7 @@ async def text_completion(model: ServedModel, body: TextCompletion) -> Response:
     headers = {"x-ignored-fields": ", ".join(body.ignored)} if body.ignored else {}
     if body.stream:
         chunks = _chunks(answers, echoes, head, body, model.tokenizer, prompt_tokens)
-        return event_stream(chunks, answers, headers)
+        return EventStream(chunks, answers, headers)
     collected = await gather([_collect(a, i, echoes[i], body, model.tokenizer) for i, a in enumerate(answers)], answers)
     payload = {**head, "choices": collected, "usage": _usage(answers, prompt_tokens)}
     return json_response(payload, headers=headers)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from src.dataset.tokenizer import Tokenizer
-from src.inference.decoder import check_tokens
+from src.inference.decoder import check_tokens, initial_state
 from src.inference.sampling import Sampler
+from src.inference.serve.fair_lock import FairLock
 from src.inference.serve.prefix_cache import KnownText, PrefixCache, TextDigest
 from src.inference.serve.request import (
     CANCELLED,
@@ -25,17 +26,18 @@ from src.inference.serve.request import (
     LENGTH,
     STOP,
     Consumer,
+    Processed,
     QueueFullError,
     Request,
-    Start,
     TokenLogprobs,
 )
 from src.inference.serve.slots import Slots
 from src.model import RWKV7, LayerState, State
 
 PIECE_TOKENS = 128  # of prompts between two decoding steps
-# Tokens of a prompt between two states that are kept within it, besides those at boundaries.
-KEEP_EVERY = 512
+# Tokens of a prompt between two states that are kept within it, besides those at boundaries; more where these would be
+# more than so many: a single long text should not displace all others.
+KEEP_EVERY, MOST_KEPT = 512, 8
 
 
 @dataclass
@@ -58,8 +60,11 @@ class Statistics:
 class Ticket:
     """A request that was accepted; `cancel()` from any thread ends it before its next token."""
 
-    def __init__(self, request: Request, consumer: Consumer) -> None:
+    def __init__(self, request: Request, consumer: Consumer, tokenizer: Tokenizer) -> None:
         self.request, self.consumer = request, consumer
+        # Here, in the client's thread: of a long text it takes a moment, in which the engine can go on.
+        self.digest = TextDigest(tokenizer, request.start.name if request.start is not None else "")
+        self.prompt_digests = self.digest.add_all(request.prompt)
         self.cancelled = False
 
     def cancel(self) -> None:
@@ -67,14 +72,14 @@ class Ticket:
 
 
 class _Sequence:
-    """A request on its way: its text's digest, what of its prompt is left, how its tokens are drawn."""
+    """A request on its way: what of its prompt is left, how its tokens are drawn."""
 
-    def __init__(self, ticket: Ticket, tokenizer: Tokenizer, state: State) -> None:
+    def __init__(self, ticket: Ticket, state: State) -> None:
         request = self.request = ticket.request
         self.ticket, self.state = ticket, state
-        self.digest = TextDigest(tokenizer, request.start.name if request.start is not None else "")
-        self.prompt_digests = self.digest.add_all(request.prompt)
-        self.processed = 0  # tokens of the prompt
+        self.digest, self.prompt_digests = ticket.digest, ticket.prompt_digests
+        self.processed = self.known = 0  # tokens of the prompt
+        self.hidden_sum = torch.zeros(()) if request.on_processed is not None else None  # [C] with the first piece
         self.sampler = Sampler(request.sampling, request.seed, request.uncounted_ids)
         self.bias: tuple[Tensor, Tensor] | None = None  # ids, and what is added to their logits
         if request.logit_bias:
@@ -85,8 +90,9 @@ class _Sequence:
         # the digest of the text that the state in the slot has processed
         self.text_digest = self.prompt_digests[-1]
         length = len(request.prompt)
-        kept = {*request.boundaries, *range(KEEP_EVERY, length, KEEP_EVERY), length}
-        self.keep_after = sorted(n for n in kept if 0 < n <= length)
+        every = max(KEEP_EVERY, -(-length // MOST_KEPT))
+        kept = {*request.boundaries, *range(every, length, every)} if request.use_cache else set()
+        self.keep_after = sorted(n for n in {*kept, length} if 0 < n <= length)
 
     def next_piece(self, budget: int) -> int:
         """The number of tokens of the prompt to process next: up to where a state is kept, or as many as there may
@@ -112,7 +118,7 @@ class Engine:
         max_waiting: int = 256,
         cache_bytes: int = 1 << 30,
         piece_tokens: int = PIECE_TOKENS,
-        device_lock: threading.Lock | None = None,
+        device_lock: FairLock | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.max_waiting, self.piece_tokens = max_batch, max_waiting, piece_tokens
@@ -123,8 +129,8 @@ class Engine:
         self._decoding: list[_Sequence] = []  # by row of the slots
         self._statistics = Statistics()
         self._wake = threading.Condition()  # guards _waiting, _closing
-        self._closing = False
-        self.device_lock = device_lock or threading.Lock()
+        self._closing = self._aborting = False
+        self.device_lock = device_lock or FairLock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -136,7 +142,7 @@ class Engine:
         Raises UserError for an unfit prompt, QueueFullError when too many requests wait.
         """
         check_tokens(request.prompt, self.model.config.vocab_size, "the prompt")
-        ticket = Ticket(request, consumer)
+        ticket = Ticket(request, consumer, self.tokenizer)
         with self._wake:
             if self._closing:
                 raise QueueFullError("the server is shutting down")
@@ -145,27 +151,6 @@ class Engine:
             self._waiting.append(ticket)
             self._wake.notify()
         return ticket
-
-    @torch.no_grad()
-    def process(self, tokens: list[int], start: Start | None = None) -> tuple[Tensor, Tensor, State]:
-        """The mean and the last of the final hidden vectors, fp32 [C] each, and the state after `tokens`.
-
-        In the caller's thread, a piece at a time between the engine's turns. Raises UserError for unfit tokens.
-        """
-        check_tokens(tokens, self.model.config.vocab_size, "the input")
-        state, device = self._first_state(start), self.model.emb.weight.device
-        total = last = torch.zeros(self.model.config.n_embd)
-        for begin in range(0, len(tokens), self.piece_tokens):
-            piece = torch.tensor([tokens[begin : begin + self.piece_tokens]], device=device)
-            with self.device_lock:
-                hidden, state = self.model.hidden(piece, state)
-            total = total + hidden[0].float().sum(0).cpu()
-            last = hidden[0, -1].float().cpu()
-        return total / len(tokens), last, state
-
-    def _first_state(self, start: Start | None) -> State:
-        weight = self.model.emb.weight
-        return start.state if start is not None else State.zeros(self.model.config, 1, weight.device, weight.dtype)
 
     @property
     def is_alive(self) -> bool:
@@ -187,11 +172,7 @@ class Engine:
             self._wake.notify()
         remaining = max(0.0, deadline - time.monotonic())
         self._thread.join(None if math.isinf(remaining) else remaining)
-        with self._wake:
-            for ticket in self._waiting:
-                ticket.cancel()
-        for sequence in [*self._prefilling, *self._decoding]:
-            sequence.ticket.cancel()
+        self._aborting = True
         self._thread.join()
 
     # ---- in the engine's thread ------------------------------------------------------------------------------
@@ -207,9 +188,9 @@ class Engine:
                 self._turn()
 
     def _turn(self) -> None:
-        self._leave_cancelled()
-        self._admit()
         try:
+            self._leave_cancelled()
+            self._admit()
             if self._prefilling:
                 self._prefill()
             if self._decoding:
@@ -218,6 +199,9 @@ class Engine:
             self._fail_all(error)
 
     def _leave_cancelled(self) -> None:
+        if self._aborting:
+            for ticket in [*self._waiting, *(s.ticket for s in [*self._prefilling, *self._decoding])]:
+                ticket.cancel()
         for sequence in [s for s in self._prefilling if s.ticket.cancelled]:
             self._prefilling.remove(sequence)
             self._report_end(sequence, CANCELLED)
@@ -242,7 +226,8 @@ class Engine:
     def _begin(self, ticket: Ticket) -> None:
         request = ticket.request
         try:
-            sequence = _Sequence(ticket, self.tokenizer, self._first_state(request.start))
+            state = request.start.state if request.start is not None else initial_state(self.model, 1)
+            sequence = _Sequence(ticket, state)
         except Exception as error:
             self._statistics.failures += 1
             ticket.consumer.ended(FAILED, error)
@@ -267,7 +252,7 @@ class Engine:
         hidden = self._advance(pieces)
         for (sequence, count), last in zip(pieces, hidden, strict=True):
             sequence.processed += count
-            if sequence.processed in sequence.keep_after:
+            if sequence.processed in sequence.keep_after and sequence.request.use_cache:
                 digest = sequence.prompt_digests[sequence.processed - 1]
                 self._cache.store(digest, KnownText(sequence.state, last))
             if sequence.processed == len(sequence.request.prompt):
@@ -276,11 +261,12 @@ class Engine:
 
     def _look_up(self, sequence: _Sequence) -> bool:
         """Begin at the longest known prefix; False where that is the whole prompt, and nothing is left to process."""
-        length, known = self._cache.longest(sequence.prompt_digests)
+        length, known = self._cache.longest(sequence.prompt_digests) if sequence.request.use_cache else (0, None)
         self._statistics.prompt_tokens += len(sequence.request.prompt)
         self._statistics.cached_tokens += length
         if known is not None:
             sequence.processed, sequence.state = length, known.state
+            sequence.known = length
         sequence.ticket.consumer.started(length)
         if known is None or length < len(sequence.request.prompt):
             return True
@@ -299,7 +285,12 @@ class Engine:
         layers = zip(*(sequence.state.layers for sequence, _ in pieces), strict=True)
         state = State([LayerState(*(torch.cat(kind) for kind in zip(*layer, strict=True))) for layer in layers])
         hidden, state = self.model.hidden(packed, state, bounds.int() if len(pieces) > 1 else None)
+        begins = bounds.tolist()
         for row, (sequence, _) in enumerate(pieces):
+            if sequence.hidden_sum is not None:
+                sequence.hidden_sum = (
+                    sequence.hidden_sum + hidden[0, begins[row] : begins[row + 1]].float().sum(0).cpu()
+                )
             # copies, since a slice would keep the states of all of them in memory
             sequence.state = State([LayerState(*(t[row : row + 1].clone() for t in layer)) for layer in state.layers])
         return hidden[0, bounds[1:] - 1]
@@ -307,6 +298,12 @@ class Engine:
     @torch.no_grad()
     def _join(self, sequence: _Sequence, hidden: Tensor) -> None:
         """Draw the first token of an answer, and take a slot for the others."""
+        if (report := sequence.request.on_processed) is not None:
+            assert sequence.hidden_sum is not None
+            mean = sequence.hidden_sum / max(1, len(sequence.request.prompt) - sequence.known)
+            report(Processed(mean, hidden.float().cpu(), sequence.state))
+            self._report_end(sequence, STOP)
+            return
         if (ending := self._next_token(sequence, self.model.head(hidden).float())) is not None:
             self._report_end(sequence, *ending)
             return

@@ -15,7 +15,7 @@ from src.errors import UserError
 from src.inference.serve.errors import ApiError
 from src.inference.serve.registry import Registry
 from src.inference.serve.served_model import ServedModel
-from src.run_folder import SAMPLES, newest_weights
+from src.run_folder import ADAPTER, SAMPLES, TUNED_STATE, newest_result, newest_weights
 from src.run_log import Curves, Numbers, read_curves
 
 MOST_POINTS = 1000  # of a curve; more than a screen has columns
@@ -34,11 +34,11 @@ class LiveRun:
     def __init__(self, folder: Path, registry: Registry, name: str, load: Callable[[str, Path], ServedModel]) -> None:
         self.folder, self.registry, self.name, self._load = folder, registry, name, load
         self._loading = threading.Lock()
-        self._served = self._version(newest_weights(folder))
+        self._served = self._version(self._newest())
 
     def snapshot(self) -> dict[str, Any]:
         """Curves and samples for JSON: unknown values are null. What can't be read yet is empty, with the reason."""
-        newest = newest_weights(self.folder)
+        newest = self._newest()
         result: dict[str, Any] = {
             "name": self.folder.name,
             "model": self.name,
@@ -55,7 +55,7 @@ class LiveRun:
 
     def load_newest(self) -> ServedModel:
         """Raises ApiError when there are none, or while others are being loaded; UserError when they can't be read."""
-        newest = newest_weights(self.folder)
+        newest = self._newest()
         if newest is None:
             raise ApiError(409, f"{self.folder} has no weights yet")
         if not self._loading.acquire(blocking=False):
@@ -68,6 +68,11 @@ class LiveRun:
             return model
         finally:
             self._loading.release()
+
+    def _newest(self) -> Path | None:
+        """Of weights, else of what the run trains instead."""
+        others = (newest_result(self.folder, names) for names in (ADAPTER, TUNED_STATE))
+        return newest_weights(self.folder) or next((path for path in others if path is not None), None)
 
     def _samples(self) -> list[dict[str, str]]:
         try:

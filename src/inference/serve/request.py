@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -60,14 +60,25 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Processed:
+    """What a prompt leaves: its final hidden vectors' mean and the last one, fp32 [C], and the state."""
+
+    mean: Tensor
+    last: Tensor
+    state: State
+
+
+@dataclass(frozen=True)
 class Request:
-    """One answer to generate.
+    """One answer to generate, or a prompt to process.
 
     prompt          at least one token
     boundaries      numbers of the prompt's first tokens after which others may go on differently: the ends of turns
     start           None: the zero state
     logit_bias      added to the logits of these tokens
     top_logprobs    number of most likely tokens to report with each token; None: report no probabilities
+    on_processed    called instead of generating; the mean is of the tokens that were not known
+    use_cache       whether it begins at a known prefix, and its own states are kept
     """
 
     prompt: list[int]
@@ -81,6 +92,8 @@ class Request:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_logprobs: int | None = None
     constraint: Constraint | None = None
+    on_processed: Callable[[Processed], None] | None = None
+    use_cache: bool = True
 
 
 class QueueFullError(UserError):

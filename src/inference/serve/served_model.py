@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -15,10 +17,11 @@ from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.inference.chat import uncounted_ids
 from src.inference.sampling import SEED_LIMIT, Sampling
+from src.inference.serve.answer import Mailbox
 from src.inference.serve.constraints import Vocabulary
 from src.inference.serve.engine import Engine
 from src.inference.serve.errors import ApiError
-from src.inference.serve.request import Start
+from src.inference.serve.request import CANCELLED, Processed, Request, Start, TokenLogprobs
 from src.inference.serve.schemas import ChatMessage, Generation
 from src.model import State
 
@@ -58,6 +61,25 @@ class ServedModel:
         self._saved_states: dict[str, Start] = {}
         self._lock = threading.Lock()  # guards _saved_states
         self._saves = 0
+        self._mailbox: Mailbox | None = None
+
+    @property
+    def mailbox(self) -> Mailbox:
+        """Of the running event loop."""
+        loop = asyncio.get_running_loop()
+        if self._mailbox is None or self._mailbox.loop is not loop:
+            self._mailbox = Mailbox(loop)
+        return self._mailbox
+
+    async def process(self, tokens: list[int], use_cache: bool = True) -> Processed:
+        """Process a text without generating. Raises as `Engine.submit`."""
+        result = _Result()
+        request = Request(tokens, self.sampling, 1, on_processed=result.processed, use_cache=use_cache)
+        ticket = await asyncio.to_thread(self.engine.submit, request, result)
+        try:
+            return await result.future
+        finally:
+            ticket.cancel()  # the client may have gone
 
     # ---- states ----------------------------------------------------------------------------------------------
 
@@ -180,6 +202,39 @@ class ServedModel:
                 raise ApiError(400, f"logit_bias: {key!r} is no token id below {size}", "logit_bias")
             bias[int(key)] = value
         return bias
+
+
+class _Result:
+    """A `Consumer` for a text that is processed only."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[Processed] = self._loop.create_future()
+        self._value: Processed | None = None
+
+    def processed(self, value: Processed) -> None:
+        self._value = value
+
+    def started(self, cached_tokens: int) -> None:
+        pass
+
+    def token(self, token: int, logprobs: TokenLogprobs | None) -> bool:
+        return True
+
+    def ended(self, reason: str, error: Exception | None = None) -> None:
+        if reason == CANCELLED and error is None:
+            error = ApiError(503, "the server is shutting down")
+
+        def finish() -> None:
+            if self.future.done():  # cancelled: the client has gone
+                return
+            if self._value is not None:
+                self.future.set_result(self._value)
+            else:
+                self.future.set_exception(error or RuntimeError("the engine reported nothing"))
+
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(finish)
 
 
 def seed_of(body: Generation, choice: int) -> int | None:
