@@ -248,6 +248,8 @@ def main(argv: list[str] | None = None) -> int:
         registry = Registry(load(options))
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:  # while a model is loaded
+        return 130
     settings = AppSettings(
         api_keys=tuple(options.api_key),
         body_limit=options.body_limit_mb << 20,
