@@ -146,7 +146,7 @@ class Soak:
 
     async def hang_up(self) -> int:
         """Closes the connection after the body, or within it."""
-        reader, writer = await asyncio.open_connection(self.host, int(self.port))
+        _, writer = await asyncio.open_connection(self.host, int(self.port))
         data = json.dumps(self.body() | {"max_tokens": 400}).encode()
         head = f"POST {PATHS[1]} HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
         sent = data[: self.draw.choice([len(data), len(data) // 2])]
@@ -192,7 +192,8 @@ def start(options: argparse.Namespace, folder: Path) -> tuple[subprocess.Popen[s
     # a small cache, which is full before the first measurement
     flags += ["--state_cache_mb", "4", "--max_batch", "16", "--max_waiting", "100", "--drain_seconds", "1"]
     command = [sys.executable, "-m", "src.inference.serve", str(folder / "model.pth"), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    log = (folder / "errors").open("w")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=Path(__file__).parents[1])
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("base URL"):
@@ -230,6 +231,8 @@ def main() -> int:
         finally:
             process.terminate()
             code = process.wait(60)
+        logged = (Path(folder) / "errors").read_text().splitlines()
+    soak.errors += [f"logged: {line}" for line in logged if not line.startswith("finishing what")]
     for name, count in sorted(soak.counts.items()):
         print(f"{count:7}  {name}")
     print(f"{options.requests} requests in {seconds:.0f} s, {len(soak.errors)} errors that are not the client's")

@@ -92,7 +92,7 @@ def test_a_run_that_trained_an_adapter_is_a_model(out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags, flag",
+    ("flags", "flag"),
     [
         (["--host", "0.0.0.0"], "host"),
         (["--port", "70000"], "port"),
@@ -159,11 +159,13 @@ def test_a_signal_lets_answers_end(out: Path, number: signal.Signals) -> None:
 def test_what_takes_too_long_is_cut_and_a_second_signal_ends_at_once(out: Path) -> None:
     body = {"prompt": "x", "max_tokens": 10**7, "stream": True, "logit_bias": {"0": -100, "2": -100}}
     for drain, signals, code in (("0.5", [signal.SIGTERM], 0), ("600", [signal.SIGINT, signal.SIGINT], 130)):
-        with process(out, "--drain_seconds", drain, "--max_tokens", "10000000") as (server, address):
-            with httpx.Client(timeout=300) as client, client.stream("POST", f"{address}/completions", json=body) as s:
-                lines = s.iter_lines()
+        with (
+            process(out, "--drain_seconds", drain, "--max_tokens", "10000000") as (server, address),
+            httpx.stream("POST", f"{address}/completions", json=body, timeout=300) as stream,
+        ):
+            lines = stream.iter_lines()
+            next(lines)
+            for each in signals:
+                server.send_signal(each)
                 next(lines)
-                for each in signals:
-                    server.send_signal(each)
-                    next(lines)
-                assert server.wait(60) == code
+            assert server.wait(60) == code

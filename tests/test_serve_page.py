@@ -52,7 +52,7 @@ print("<b>" + "</code></pre><script>window.evil = 5</script>")
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture  # of each test, since a server closes its engines
 def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     model = random_model(n_layer=2, n_embd=64, vocab_size=400)
     decoder = Decoder(model)

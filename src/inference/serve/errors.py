@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from src.errors import UserError
@@ -55,6 +56,8 @@ def as_api_error(error: Exception) -> ApiError:
     """What a client is told about an error. A mistake of ours is a 500 without details."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ClientDisconnect):  # nobody reads this
+        return ApiError(499, "the client has gone")
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), code="queue_full")
     if isinstance(error, UserError):
