@@ -14,6 +14,7 @@ all=0
 if [ "${1:-}" = --all ]; then
     all=1
     shift
+    "$python" -m pip install --quiet -r tests/requirements-clients.txt
 else
     set -- -m "not slow" "$@"
 fi
