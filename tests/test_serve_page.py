@@ -212,8 +212,13 @@ def test_a_phone_and_two_languages(served: ServedModel, written: None, page: Any
         assert not page.is_visible("#list")
         page.click("#menu")
         assert page.is_visible("#list")
+        page.keyboard.press("Escape")
+        assert not page.is_visible("#list")
+        expect(page.locator("#menu")).to_be_focused()
+        page.click("#menu")
         page.click("#chats button.open")
         assert not page.is_visible("#list")
+        assert page.locator("header").bounding_box()["height"] < 60  # one row
         page.click("#language")
         assert page.inner_text("#send") == "发送"
         assert page.get_attribute("html", "lang") == "zh-CN"
@@ -240,7 +245,10 @@ def test_a_run_while_it_trains(served: ServedModel, page: Any, tmp_path: Path) -
     registry = Registry([served])
     with running(registry, run=LiveRun(tmp_path, registry, "tiny", load)) as address:
         page.goto(address)
-        page.click("#tab-run")
+        page.locator("#tab-run").wait_for()
+        page.focus("#tab-chat")
+        page.keyboard.press("ArrowRight")
+        expect(page.locator("#tab-run")).to_be_focused()
         page.wait_for_selector("svg polyline")
         before = page.locator("svg polyline").nth(0).get_attribute("points")
         assert "<b>x</b>" in page.inner_text("#run")
