@@ -61,3 +61,5 @@ fi
 say "
 What it writes after \"$PROMPT\":"
 "$python" -m src.inference.generate "$PROJ_DIR" --prompt "$PROMPT" --seed 1
+say "
+To talk to it in a browser or through an API: $python -m src.inference.serve $PROJ_DIR"

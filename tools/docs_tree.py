@@ -60,6 +60,7 @@ TREE = {
     "src/training/preflight/": ("before a run: --plan, --check, --dry_run", "训练之前：--plan、--check、--dry_run"),
     "src/training/reporting/": ("during a run: metrics, logs, warnings", "训练途中：指标、日志、警告"),
     "src/inference/": ("decoding, chat, evaluation, export", "解码、聊天、评测、导出"),
+    "src/inference/serve/": ("the HTTP server and its page", "HTTP 服务器及其页面"),
     "src/inference/formats/": ("reading and writing other programs' files", "读写其他程序的文件"),
     "src/inference/formats/hf_model/": ("code of exported Hugging Face folders", "导出的 Hugging Face 目录所带的代码"),
     "cuda/": ("CUDA kernels, and the C++ that binds them", "CUDA 内核，以及绑定它们的 C++"),

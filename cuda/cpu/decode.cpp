@@ -376,6 +376,19 @@ void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_
   }
 }
 
+// As check, for a state: its layers may lie further apart than B rows take, as where there is memory for more sequences than B.
+void check_state(const Tensor& x, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype, "decode_step: ", name, " has another dtype than expected");
+  STD_TORCH_CHECK(x.dim() == static_cast<int64_t>(shape.size()), "decode_step: ", name, " has another number of dimensions than expected");
+  int64_t dense = 1;
+  for (int64_t d = x.dim() - 1; d >= 0; dense *= x.size(d), --d) {
+    const int64_t size = shape.begin()[d];
+    STD_TORCH_CHECK(x.size(d) == size, "decode_step: ", name, " must have size ", size, " in dimension ", d, ", got ", x.size(d));
+    const bool in_place = d == 0 ? x.stride(0) >= dense : x.stride(d) == dense;
+    STD_TORCH_CHECK(in_place || x.size(d) == 1, "decode_step: ", name, " has another layout than expected");
+  }
+}
+
 void check(const Tensor& x, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(x.scalar_type() == dtype, "decode_step: ", name, " has another dtype than expected");
   check_shape(x, name, shape);
@@ -416,7 +429,7 @@ Tensor run(const Sizes& s, const Tensor& tokens, const Tensor& embedding, const 
   auto* ffn = static_cast<T*>(ffn_shift.mutable_data_ptr());
   auto* states = static_cast<float*>(wkv.mutable_data_ptr());
   const int64_t count = static_cast<int64_t>(layers.size()) / MATRICES;
-  for (int64_t i = 0; i < count; ++i, att += s.B * s.C, ffn += s.B * s.C, states += s.B * s.H * s.N * s.N)
+  for (int64_t i = 0; i < count; ++i, att += att_shift.stride(0), ffn += ffn_shift.stride(0), states += wkv.stride(0))
     step.layer(i, layers.data() + i * MATRICES, att, states, ffn);
   step.logits(head, both_ends, static_cast<float*>(logits.mutable_data_ptr()));
   return logits;
@@ -435,9 +448,9 @@ Tensor decode_step(Tensor tokens, Tensor embedding, Tensor head, Tensor ends, st
   check_plain(embedding, "embedding", {s.V, s.C});
   check_matrix(head, "head", s.V, s.C);
   check(ends, "ends", f32, {ENDS, s.C});
-  check(att_shift, "att_shift", dtype, {L, s.B, s.C});
-  check(ffn_shift, "ffn_shift", dtype, {L, s.B, s.C});
-  check(wkv, "wkv", f32, {L, s.B, s.H, s.N, s.N});
+  check_state(att_shift, "att_shift", dtype, {L, s.B, s.C});
+  check_state(ffn_shift, "ffn_shift", dtype, {L, s.B, s.C});
+  check_state(wkv, "wkv", f32, {L, s.B, s.H, s.N, s.N});
   for (int64_t i = 0; i < L; ++i) {
     const Tensor* layer = layers.data() + i * MATRICES;
     check(layer[VECTOR_ROWS], "vectors", f32, {VECTORS, s.C});

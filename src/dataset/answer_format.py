@@ -45,8 +45,11 @@ def render_prompt(
     messages: Sequence[Message],
     tools: list[Any] | None = None,
     parse_special: bool = False,
+    add_generation_prompt: bool = True,
 ) -> Prompt:
-    """The prompt for the next answer. Special tokens in messages and tools are text; parse_special: they are tokens.
+    """The prompt for the next answer; without `add_generation_prompt` the conversation so far.
+
+    Special tokens in messages and tools are text; parse_special: they are tokens.
 
     UserError when the template rejects the conversation.
     """
@@ -55,7 +58,7 @@ def render_prompt(
     )
     if not parse_special:
         messages, tools = [marks.add_to_message(message) for message in messages], marks.add_to_strings(tools)
-    text, literals = marks.remove(template.render(list(messages), add_generation_prompt=True, tools=tools))
+    text, literals = marks.remove(template.render(list(messages), add_generation_prompt, tools=tools))
     begun = _BEGUN.search(text)
     return Prompt(text, literals, begun.group() if begun else "")
 

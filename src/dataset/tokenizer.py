@@ -109,6 +109,19 @@ class Tokenizer:
         return ids, marked
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens."""
+        raise NotImplementedError
+
+    def fixed_bytes(self, token: int) -> bytes | None:
+        """The bytes that `token` always stands for; None for special tokens, unknown ids, and where the neighbours
+        decide."""
+        entries = self._entries
+        if entries is None or token in self.special_ids or not 0 <= token < len(entries):
+            return None
+        return entries[token]
+
+    @property
     def _entries(self) -> list[bytes] | None:
         """Bytes of each id, or None for a tokenizer whose tokens don't have fixed bytes."""
         raise NotImplementedError
@@ -145,6 +158,7 @@ class WorldTokenizer(Tokenizer):
     name = "world"
     vocab_size = WORLD_VOCAB_SIZE
     largest_id = WORLD_LARGEST_ID
+    special_ids = frozenset((0,))
 
     def __init__(self) -> None:
         try:
@@ -301,13 +315,13 @@ class FolderTokenizer(Tokenizer):
     def _without_control_tokens(self, text: str, ids: list[int]) -> list[int]:
         """`ids` of `text`, or, where special ones are among them, the ids that `text` has without special tokens."""
         # By the ids and not by a search in the text, because a tokenizer that normalizes finds other spellings too.
-        if self._special_ids.isdisjoint(ids):
+        if self.special_ids.isdisjoint(ids):
             return ids
         with self._errors(_FAILED):
             return self._text_only.encode(text, add_special_tokens=False).ids
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:  # type: ignore[override]
         added = self._rust.get_added_tokens_decoder()
         return frozenset(number for number, token in added.items() if token.special)
 

@@ -24,6 +24,7 @@ class AnswerStream:
     stop_strings   texts that end the answer. One of white space, such as RWKV's blank line, doesn't end it within a
                    thought or directly after it. The one that is complete first counts.
     begun          the beginning of the answer, where the prompt holds it: "<think"
+    thoughts       False: all text is content, tags too
 
     An answer has one thought, with which it begins. The pieces don't depend on how the text is divided.
 
@@ -31,10 +32,10 @@ class AnswerStream:
     reached        whether a stop string ended it
     """
 
-    def __init__(self, stop_strings: Collection[str] = (), begun: str = "") -> None:
+    def __init__(self, stop_strings: Collection[str] = (), begun: str = "", thoughts: bool = True) -> None:
         self._stops = tuple(stop for stop in stop_strings if stop)
         self._stops_in_thought = tuple(stop for stop in self._stops if stop.strip())
-        self._part, self._has_thought = _BEGIN, False
+        self._part, self._has_thought = _BEGIN if thoughts else CONTENT, False
         self._begun, self._held = begun, ""  # text that may be the beginning of a tag or a stop string
         self.text = ""
         self.reached = False
@@ -44,7 +45,7 @@ class AnswerStream:
         if self.reached or not text:
             return []
         self._held, self._begun = self._held + self._begun + text, ""
-        return _joined(self._advance())
+        return joined(self._advance())
 
     def finish(self) -> list[AnswerPiece]:
         """The text held back; there is no more of it."""
@@ -54,7 +55,7 @@ class AnswerStream:
             self._take(0 if self.reached else len(self._held))
             return []
         rest = len(self._held)
-        return _joined([self._thought(rest) if self._part == REASONING else AnswerPiece(CONTENT, self._take(rest))])
+        return joined([self._thought(rest) if self._part == REASONING else AnswerPiece(CONTENT, self._take(rest))])
 
     def _advance(self) -> Iterator[AnswerPiece]:
         parts = {_BEGIN: self._begin, REASONING: self._reasoning, _BETWEEN: self._between, CONTENT: self._content}
@@ -136,7 +137,7 @@ class AnswerStream:
         return len(text) - next(ends, 0)
 
 
-def _joined(pieces: Iterator[AnswerPiece] | list[AnswerPiece]) -> list[AnswerPiece]:
+def joined(pieces: Iterator[AnswerPiece] | list[AnswerPiece]) -> list[AnswerPiece]:
     """The pieces that are not empty, those of a kind joined."""
     result: list[AnswerPiece] = []
     for piece in pieces:

@@ -37,6 +37,36 @@ def add_model_arguments(parser: argparse.ArgumentParser, optional: bool = False)
     )
 
 
+def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --adapter, --state and what goes with them; `adaptation_from` has their values."""
+    parser.add_argument(
+        "--adapter", default="", help="LoRA, DoRA or MiSS: a PEFT folder, a .pth or .st, or the folder of a run"
+    )
+    parser.add_argument("--state", default="", help="tuned initial states: a .pth or .st, or the folder of a run")
+    add_adapter_details(parser)
+
+
+def add_adapter_details(parser: argparse.ArgumentParser) -> None:
+    """Add what goes with --adapter and --state."""
+    parser.add_argument("--lora_alpha", type=float, default=None, help="for LoRA files that don't have it")
+    parser.add_argument(
+        "--state_layout",
+        choices=STATE_LAYOUTS,
+        default="",
+        help="axis order of --state [head, ., .]; default: value-key in a .pth, key-value in safetensors",
+    )
+    parser.add_argument(
+        "--other_base", action="store_true", help="accept an adapter that was trained on other weights of these sizes"
+    )
+
+
+def adaptation_from(options: argparse.Namespace) -> Adaptation:
+    """The values of the flags of `add_adapter_arguments`. Raises UserError for one without what it belongs to."""
+    if options.lora_alpha is not None and not options.adapter:
+        raise UserError("needs --adapter", flag="lora_alpha", given=f"{options.lora_alpha:g}")
+    return Adaptation(options.adapter, options.state, options.lora_alpha, options.state_layout, options.other_base)
+
+
 def add_chat_template_argument(parser: argparse.ArgumentParser, default: str) -> None:
     """Add --chat_template, for `find_template`; `default` is described in its help."""
     parser.add_argument(
@@ -70,31 +100,6 @@ def add_think_argument(parser: argparse.ArgumentParser, note: str = "") -> None:
         help="whether the model is asked to think before it answers; short and long with the format of RWKV only"
         + (f"; {note}" if note else ""),
     )
-
-
-def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --adapter, --state and what goes with them; `adaptation_from` has their values."""
-    parser.add_argument(
-        "--adapter", default="", help="LoRA, DoRA or MiSS: a PEFT folder, a .pth or .st, or the folder of a run"
-    )
-    parser.add_argument("--state", default="", help="tuned initial states: a .pth or .st, or the folder of a run")
-    parser.add_argument("--lora_alpha", type=float, default=None, help="for LoRA files that don't have it")
-    parser.add_argument(
-        "--state_layout",
-        choices=STATE_LAYOUTS,
-        default="",
-        help="axis order of --state [head, ., .]; default: value-key in a .pth, key-value in safetensors",
-    )
-    parser.add_argument(
-        "--other_base", action="store_true", help="accept an adapter that was trained on other weights of these sizes"
-    )
-
-
-def adaptation_from(options: argparse.Namespace) -> Adaptation:
-    """The values of the flags of `add_adapter_arguments`. Raises UserError for one without what it belongs to."""
-    if options.lora_alpha is not None and not options.adapter:
-        raise UserError("needs --adapter", flag="lora_alpha", given=f"{options.lora_alpha:g}")
-    return Adaptation(options.adapter, options.state, options.lora_alpha, options.state_layout, options.other_base)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -67,7 +67,7 @@ class Conversation:
         self.answer_count = 0  # added to the seed, so that /retry gives another answer
         self.parse_special = parse_special
         self._stop_strings = () if template is None else stop_strings(template, tokenizer, parse_special)
-        self._uncounted_ids = _uncounted_ids(tokenizer)
+        self._uncounted_ids = uncounted_ids(tokenizer)
         self.transcript = Transcript()
         # The last question, with the transcript and the state before it.
         self._undo: tuple[str, Transcript, State] | None = None
@@ -313,7 +313,7 @@ def _pieces(stream: AnswerStream | None, text: str) -> list[AnswerPiece]:
     return [AnswerPiece(CONTENT, text)] if text else []
 
 
-def _uncounted_ids(tokenizer: Tokenizer) -> frozenset[int]:
+def uncounted_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """The ids of tokens that consist of UNCOUNTED_CHARACTERS, as far as they are substrings of it."""
     # By encoding and not by searching the vocabulary, which not every tokenizer can list. It takes a millisecond.
     n = len(UNCOUNTED_CHARACTERS)

@@ -123,9 +123,9 @@ class Decoder:
         if self.batch <= MOST_SEQUENCES and self.native:
             return decode_step(torch.tensor(tokens), self.native_weights, *self._stacked)
         if self.device.type != "cuda":
-            return self._torch_step(torch.tensor(tokens, device=self.device), self._state)
+            return self.torch_step(torch.tensor(tokens, device=self.device), self._state)
         if self._graph is None:  # captured at the first step and not before: a decoder may only prefill
-            self._graph = CudaGraphStep(self._torch_step, self._state)
+            self._graph = CudaGraphStep(self.torch_step, self._state)
         return self._graph(tokens)
 
     @cached_property
@@ -136,7 +136,7 @@ class Decoder:
         return config.kernel != "reference" and can_decode(self.device, self.dtype, config.head_size, config.dim_ffn)
 
     @cached_property
-    def _torch_step(self) -> TorchStep:
+    def torch_step(self) -> TorchStep:
         return TorchStep(self.model)
 
     @cached_property

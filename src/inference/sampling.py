@@ -14,6 +14,8 @@ from src.errors import UserError
 # fp32 rounds temperatures below about 1e-45 to 0, and 0 would be divided by 0. Long before, one token has all
 # probability.
 GREEDY_BELOW = 1e-6
+FEW = 512  # tokens that top_p is tried with
+SUM_ERROR = 1e-4  # of a sum of probabilities in fp32, at most
 SEED_LIMIT = 2**63  # torch.Generator takes int64
 
 
@@ -56,16 +58,22 @@ def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     top_p and then top_k select from softmax(logits), and the temperature is applied to what they leave: the order of
     the `rwkv` package, so that settings carry over.
     """
-    p = torch.softmax(logits.float(), dim=-1)
+    logits = logits.float()
     if sampling.temperature < GREEDY_BELOW:
-        best = p.argmax()
-        return best.unsqueeze(0), p.new_ones(1)
+        return logits.argmax().unsqueeze(0), logits.new_ones(1)
+    p = torch.softmax(logits, dim=-1)
     ids = None
     if sampling.top_p < 1:
         # Sorting the whole vocabulary is slow. Tokens below (1 - top_p) / V add up to less than 1 - top_p: none is
         # needed.
         ids = (p >= (1 - sampling.top_p) / p.numel()).nonzero().squeeze(1)
-        p, order = p[ids].sort(descending=True, stable=True)
+        p = p[ids]
+        # Of these a few usually suffice; equally likely ones stay together, so that the order is that of all.
+        if p.numel() > FEW:
+            chosen = p >= p.topk(FEW).values[-1]
+            if float(p[chosen].sum(dtype=torch.float64)) > sampling.top_p + SUM_ERROR:
+                p, ids = p[chosen], ids[chosen]
+        p, order = p.sort(descending=True, stable=True)
         keep = int((p.cumsum(0) < sampling.top_p).sum()) + 1  # including the token whose sum reaches top_p
         p, ids = p[:keep], ids[order[:keep]]
     if 0 < sampling.top_k < p.numel():
@@ -99,7 +107,8 @@ class Sampler:
     def __call__(self, logits: Tensor) -> int:
         """The next token for logits [V] of any device and dtype. Raises UserError when they are not finite."""
         logits = logits.detach().to("cpu", torch.float32)  # a seed gives the same draws on every device
-        if not bool(logits.isfinite().all()):
+        # the sum first, as it is quicker: it is not finite where one of them isn't
+        if not math.isfinite(float(logits.sum())) and not bool(logits.isfinite().all()):
             raise UserError(
                 "the model's logits are not finite",
                 advice="the weights are damaged, or too large for --dtype: try fp32",
