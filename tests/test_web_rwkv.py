@@ -151,7 +151,13 @@ def test_adapters_are_exported_beside_their_base(tmp_path, capsys, kind):
     adapter = tmp_path / ("tuned.pth" if kind == "state" else "tuned")
     write_adapter(adapter, Adapter(config, tensors, base_sha256(model.state_dict())))
     out = tmp_path / "out.st"
-    arguments = [str(tmp_path / "base.pth"), str(out), "--adapter", str(adapter), "--format"]
+    arguments = [
+        str(tmp_path / "base.pth"),
+        str(out),
+        f"--{'state' if kind == 'state' else 'adapter'}",
+        str(adapter),
+        "--format",
+    ]
     assert main([*arguments, f"st-{kind}"]) == 0
     assert "logits differ by 0.0e+00 from the weights that were written" in capsys.readouterr().out
     read = read_adapter(out, None if kind == "state" else 8.0)

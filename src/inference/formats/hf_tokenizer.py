@@ -42,6 +42,7 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "added_tokens_decoder": {"0": {"content": END_OF_TEXT, "special": True, **flags}},
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
         "clean_up_tokenization_spaces": False,
+        "padding_side": "left",  # `generate` continues after the last position
     }
     write_json(folder / "tokenizer_config.json", content)
 
