@@ -7,7 +7,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_export import RELEASED
 
-from src.adapt.adapter_files import Adapter, base_sha256, read_adapter, write_adapter
+from src.adapt.adapter_files import Adapter, read_adapter, write_adapter
+from src.adapt.base_hash import base_sha256
 from src.adapt.config import AdapterConfig
 from src.errors import UserError
 from src.inference.export import main
@@ -151,13 +152,8 @@ def test_adapters_are_exported_beside_their_base(tmp_path, capsys, kind):
     adapter = tmp_path / ("tuned.pth" if kind == "state" else "tuned")
     write_adapter(adapter, Adapter(config, tensors, base_sha256(model.state_dict())))
     out = tmp_path / "out.st"
-    arguments = [
-        str(tmp_path / "base.pth"),
-        str(out),
-        f"--{'state' if kind == 'state' else 'adapter'}",
-        str(adapter),
-        "--format",
-    ]
+    flag = "--state" if kind == "state" else "--adapter"
+    arguments = [str(tmp_path / "base.pth"), str(out), flag, str(adapter), "--format"]
     assert main([*arguments, f"st-{kind}"]) == 0
     assert "logits differ by 0.0e+00 from the weights that were written" in capsys.readouterr().out
     read = read_adapter(out, None if kind == "state" else 8.0)
