@@ -26,6 +26,17 @@ HEADINGS = {
     "low-rank sizes w a v g": "低秩维度 w a v g",
     "GPUs": "GPU 数",
     "GiB per GPU": "每个 GPU 的 GiB",
+    "model": "模型",
+    "trained": "训练什么",
+    "all weights": "全部权重",
+    "initial states": "初始状态",
+    "one process": "单进程",
+    "state, bf16": "状态，bf16",
+    "state, int8": "状态，int8",
+    "state, nf4": "状态，nf4",
+    "LoRA, bf16": "LoRA，bf16",
+    "LoRA, int8": "LoRA，int8",
+    "LoRA, nf4": "LoRA，nf4",
 }
 
 # Topics of the flags, by their key in src.config.GROUPS.
