@@ -37,8 +37,8 @@ def with_known_sizes(config: RunConfig, given: frozenset[str]) -> RunConfig:
     """`config` with the sizes of the weights that the run starts from, but for those of the flags that were `given`: on
     the command line, or to `RunConfig` with another value than the default.
 
-    Of a run that continues, what it recorded comes first. Weights that can't be read change nothing: where they are
-    needed, reading them again raises the error.
+    Where those are gone or partial, they are what the run in the folder recorded. Weights that can't be read change
+    nothing: where they are needed, reading them again raises the error.
     """
     defaults = RunConfig()
     open_sizes = [name for name in SIZES if name not in given and getattr(config, name) == getattr(defaults, name)]
@@ -47,10 +47,10 @@ def with_known_sizes(config: RunConfig, given: frozenset[str]) -> RunConfig:
     proj_dir = Path(config.proj_dir)
     try:
         origin = run_folder.origin_weights(proj_dir, config.train_stage, config.load_model)
-        is_new = config.restart or run_folder.is_swapped(proj_dir, origin)
-        settings = {} if is_new else run_folder.read_run(proj_dir).get("settings", {})
-        if not settings and origin is not None and holds_model(origin):
+        if origin is not None and holds_model(origin) and not config.load_partial:
             settings = dataclasses.asdict(config_from_weights(load_weights(origin), str(origin)))
+        else:
+            settings = {} if config.restart else run_folder.read_run(proj_dir).get("settings", {})
     except (UserError, OSError):
         return config
     # the vocabulary has its own rules (`find_vocab_size`)
