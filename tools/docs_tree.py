@@ -30,17 +30,17 @@ TREE = {
     "requirements.txt": ("the required packages", "所需的包"),
     "constraints.txt": ("the versions of them that were tested together", "一起测试过的版本"),
     "src/": (
-        "the library: config has every setting, cli.py the command line",
-        "程序库：config 有全部设置，cli.py 是命令行",
+        "the library; config has every setting",
+        "程序库；config 有全部设置",
     ),
     "src/config/": ("every setting: type, default, meaning, check", "全部设置：类型、默认值、含义、检查"),
     "src/ops/": (
-        "wkv7, loss and elementwise operations, each with a plain PyTorch reference",
+        "wkv7, loss, elementwise operations, each with a PyTorch reference",
         "wkv7、损失、逐元素运算，各有一份纯 PyTorch 参考实现",
     ),
     "src/model/": ("RWKV-7 and its parts", "RWKV-7 模型及其模块"),
     "src/adapt/": (
-        "fine-tuning a part: adapters, initial states, quantised base",
+        "adapters, initial states, a quantised base",
         "只微调一部分：适配器、初始状态、量化底模",
     ),
     "src/dataset/": (
@@ -48,8 +48,8 @@ TREE = {
         "从文件到样本：binidx、采样顺序、对话、分词器",
     ),
     "src/dataset/corpus/": (
-        "text files to documents and tokens, for the tools of data/",
-        "data/ 里的工具所用：从文本文件到文档和 token",
+        "text files to documents and tokens",
+        "从文本文件到文档和 token",
     ),
     "src/training/": ("the training run: trainer, optimizer, schedule, data", "训练：trainer、优化器、学习率、数据"),
     "src/training/checkpoint/": ("saving the full state, resuming from it", "保存完整状态，从中恢复"),
