@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from training_runs import CTX, VOCAB, train, train_until, verified
 
 from src.adapt.adapter import add_adapter, load_adapter_tensors
-from src.adapt.adapter_files import base_sha256, read_adapter
+from src.adapt.adapter_files import read_adapter
+from src.adapt.base_hash import base_sha256
 from src.adapt.quantize import quantize_base
 from src.cli import interpret, parse
 from src.config import refusal

@@ -11,7 +11,7 @@ import torch
 
 from src import run_folder
 from src.adapt.adapter import adapter_parameter_count, add_adapter
-from src.adapt.adapter_files import base_sha256
+from src.adapt.base_hash import base_sha256
 from src.adapt.config import AdapterConfig, adapter_of
 from src.adapt.quantize import quantize_base
 from src.config import ModelConfig, RunConfig, settings_with
