@@ -53,7 +53,7 @@ if [ -n "${N_EMBD:-}" ]; then SIZES="$SIZES --n_embd $N_EMBD"; fi
 if [ -n "${VOCAB_SIZE:-}" ]; then SIZES="$SIZES --vocab_size $VOCAB_SIZE"; fi
 case $ADAPTER in
 '') ;;
-state) LR_INIT=${LR_INIT:-1e-1} LR_FINAL=${LR_FINAL:-1e-3} WEIGHT_DECAY=${WEIGHT_DECAY:-0} ;; # far more than weights take
+state) LR_INIT=${LR_INIT:-1} LR_FINAL=${LR_FINAL:-1e-2} WEIGHT_DECAY=${WEIGHT_DECAY:-0} ;; # far more than weights take
 *)
     if [ "$MODEL_SETTING" = demo ]; then LR_INIT=${LR_INIT:-2e-3} LR_FINAL=${LR_FINAL:-2e-4}; fi
     LR_INIT=${LR_INIT:-1e-4} LR_FINAL=${LR_FINAL:-1e-5} WEIGHT_DECAY=${WEIGHT_DECAY:-0}

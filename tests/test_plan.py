@@ -8,6 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
+from src.adapt.adapter import add_adapter
+from src.adapt.config import AdapterConfig
+from src.adapt.quantize import quantize_base
 from src.cli import parse
 from src.model import RWKV7, ModelConfig
 from src.model.cost import parameter_count
@@ -40,8 +43,10 @@ def _plain_elementwise(monkeypatch):
     monkeypatch.setattr(importlib.import_module("src.ops.elementwise"), "NATIVE_DTYPES", ())
 
 
-def saved_for_backward(config, tokens, dtype):
+def saved_for_backward(config, tokens, dtype, adapter=None):
     model = RWKV7(config).to(dtype)
+    if adapter is not None:
+        add_adapter(model, adapter)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved = {}
 
@@ -75,6 +80,50 @@ def test_what_a_block_keeps_is_what_one_more_block_saves(precision):
     two, three = (saved_for_backward(ModelConfig(n, 128, 100), 512, PRECISIONS[precision]) for n in (2, 3))
     expected = 512 * plan.kept_by_block(ModelConfig(3, 128, 100), precision)
     assert expected == pytest.approx(three - two, rel=0.01)
+
+
+ADAPTERS = {
+    "lora": AdapterConfig("lora", r=8),
+    "two matrices": AdapterConfig("lora", r=8, target_modules=("att.key", "att.value")),
+    "vectors": AdapterConfig("lora", r=8, train=("ln", "vectors")),
+    "pissa": AdapterConfig("pissa", r=8),
+    "dora": AdapterConfig("dora", r=8),
+    "miss": AdapterConfig("miss", r=8),
+    "state": AdapterConfig("state"),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_activation_bytes_of_adapters_equal_the_saved_tensors(kind, precision):
+    for layers, width, dim_ffn in ((2, 128, 0), (4, 192, 300)):
+        config = ModelConfig(layers, width, 100, dim_ffn=dim_ffn)
+        measured = saved_for_backward(config, 256, PRECISIONS[precision], ADAPTERS[kind])
+        expected = plan.activation_bytes(config, 256, precision, adapter=ADAPTERS[kind])
+        assert expected == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("kind", ["lora", "pissa", "vectors", "state"])
+def test_an_adapted_model_holds_what_the_plan_says(kind, quant):
+    """Weights, gradients and moments, counted tensor by tensor: nothing is there for what is frozen."""
+    config, adapter = ModelConfig(2, 128, 300), ADAPTERS[kind]
+    model = RWKV7(config).bfloat16()
+    if quant != "none":
+        quantize_base(model, quant)
+    add_adapter(model, adapter)
+    optimizer = MasterAdamW(parameter_groups(model, 0.0), lr=1e-3, betas=(0.9, 0.99), eps=1e-18, grad_clip=1.0)
+    model(torch.zeros(1, 4, dtype=torch.long))[0].float().sum().backward()
+    expected = plan.memory(config, "auto", 1, "bf16", 4, adapter=adapter, quant=quant)
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    assert gradients == expected.gradients
+    optimizer.step()
+    moments = sum(optimizer.moments(p)[kind].nbytes for p in optimizer.parameters for kind in ("exp_avg", "exp_avg_sq"))
+    masters = sum(m.nbytes for p, m in zip(optimizer.parameters, optimizer.masters, strict=True) if m is not p)
+    assert moments + masters == expected.optimizer
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    largest = 6 * 128 * 512 if quant != "none" else 0  # dequantised while it is multiplied
+    assert held + largest == pytest.approx(expected.weights, rel=0.02)
 
 
 def memory_events(work):
