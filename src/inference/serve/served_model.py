@@ -135,13 +135,20 @@ class ServedModel:
         if closed_thought and begun.endswith(_OPEN_EMPTY_THOUGHT):
             text, begun = text + _ITS_END, begun + _ITS_END
         tokens = self.tokenizer.encode_rendered(text, literals)
-        boundaries = self._boundaries(template, turns, tools, text, tokens)
+        boundaries = self._boundaries(template, turns, tools, text, tokens, begun)
         return ChatPrompt(tokens, begun, boundaries, stop_strings(template, self.tokenizer))
 
     def _boundaries(
-        self, template: ChatTemplate, turns: list[Message], tools: list[Any] | None, text: str, tokens: list[int]
+        self,
+        template: ChatTemplate,
+        turns: list[Message],
+        tools: list[Any] | None,
+        text: str,
+        tokens: list[int],
+        begun: str,
     ) -> tuple[int, ...]:
-        """The numbers of tokens up to the first turn after the system's, up to the last turn, and up to its end."""
+        """The numbers of tokens up to the first turn after the system's, up to the last turn, and, where the prompt
+        holds the beginning of a thought, which later prompts leave out, up to its end."""
         question = {"role": "user", "content": MARK}
         first = next((i for i, turn in enumerate(turns) if turn["role"] not in ("system", "developer")), 0)
         ends = []
@@ -151,7 +158,8 @@ class ServedModel:
             except UserError:  # a template that wants the turns to alternate, say
                 continue
             ends.append(before.partition(MARK)[0].rstrip() if MARK in before else "")
-        ends.append(template.render(turns, add_generation_prompt=False, tools=tools).rstrip())
+        if begun:
+            ends.append(template.render(turns, add_generation_prompt=False, tools=tools).rstrip())
         lengths = [len(self.tokenizer.decode_bytes([token])) for token in tokens]
         positions = list(accumulate(lengths))
         bounds = {sum(p <= len(end.encode()) for p in positions) for end in ends if end and text.startswith(end)}
