@@ -32,6 +32,7 @@ from src.inference.serve.request import Start
 from src.inference.serve.served_model import ServedModel
 from src.model import RWKV7
 
+HTTP = httpx.Client(timeout=60)  # one for all: each loads the certificates
 QUESTION = [{"role": "user", "content": "what is it?"}]
 SCHEMA = {
     "type": "object",
@@ -71,7 +72,7 @@ def client(address: str) -> openai.OpenAI:
 
 def post(address: str, path: str, body: Any, **headers: str) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(address + path, content=content, headers={"content-type": "application/json", **headers})
+    return HTTP.post(address + path, content=content, headers={"content-type": "application/json", **headers})
 
 
 def prompt_tokens(served: ServedModel, messages: list[dict[str, str]]) -> list[int]:
@@ -216,10 +217,10 @@ def test_states(address: str, served: ServedModel) -> None:
         tokens = greedy(served, before + served.tokenizer.encode(" what"), 5)
         assert answer["choices"][0]["text"] == served.tokenizer.decode(tokens)
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-    assert {entry["name"] for entry in httpx.get(f"{address}/v1/states").json()["data"]} >= {"list", "tuned"}
+    assert {entry["name"] for entry in HTTP.get(f"{address}/v1/states").json()["data"]} >= {"list", "tuned"}
     assert post(address, "/v1/states", {"name": "tuned", "prompt": "x"}).status_code == 409
-    assert httpx.delete(f"{address}/v1/states/list").status_code == 200
-    assert httpx.delete(f"{address}/v1/states/list").status_code == 404
+    assert HTTP.delete(f"{address}/v1/states/list").status_code == 200
+    assert HTTP.delete(f"{address}/v1/states/list").status_code == 404
     assert post(address, "/v1/completions", {"prompt": "x", "state": "list"}).status_code == 404
 
 
@@ -288,9 +289,14 @@ def test_errors_have_openais_form(client: openai.OpenAI, address: str) -> None:
         answer = post(address, chat, body)
         assert answer.status_code == 400, body
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    large = {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 70_000]}}}
+    assert "larger" in post(address, chat, {"messages": QUESTION, "response_format": large}).json()["error"]["message"]
+    for path, field in (("/v1/embeddings", "input"), ("/v1/completions", "prompt")):
+        for value in ([], [[]], [[], "x"], ["x"] * 300, [-1], [400], [5, "x"]):
+            assert post(address, path, {field: value}).status_code == 400, value
     assert post(address, chat, {"messages": QUESTION}, **{"content-type": "text/plain"}).status_code == 415
-    assert httpx.get(address + chat).json()["error"]["message"].endswith("Method Not Allowed")
-    assert httpx.get(f"{address}/etc/passwd").status_code == 404
+    assert HTTP.get(address + chat).json()["error"]["message"].endswith("Method Not Allowed")
+    assert HTTP.get(f"{address}/etc/passwd").status_code == 404
     ignored = post(address, chat, {"messages": QUESTION, "max_tokens": 1, "cat": 1})
     assert ignored.headers["x-ignored-fields"] == "cat"
 
@@ -304,30 +310,30 @@ def test_keys_sizes_and_names(served: ServedModel, model: RWKV7) -> None:
         assert post(address, chat, body).status_code == 401
         assert post(address, chat, body, authorization="Bearer wrong").status_code == 401
         assert post(address, chat, body, authorization="Bearer secret").status_code == 200
-        assert httpx.get(f"{address}/v1/models").status_code == 401
-        assert httpx.get(f"{address}/metrics").status_code == 401
+        assert HTTP.get(f"{address}/v1/models").status_code == 401
+        assert HTTP.get(f"{address}/metrics").status_code == 401
         large = b'{"messages": "' + b"x" * 1000
         assert post(address, chat, large).status_code == 413
         chunks = (b"x" * 100 for _ in range(20))  # no Content-Length
-        streamed = httpx.post(
+        streamed = HTTP.post(
             address + chat,
             content=chunks,
             headers={"authorization": "Bearer secret", "content-type": "application/json"},
         )
         assert streamed.status_code == 413
-        assert httpx.get(f"{address}/health", headers={"host": "evil.example"}).status_code == 403
+        assert HTTP.get(f"{address}/health", headers={"host": "evil.example"}).status_code == 403
         assert (
-            "access-control-allow-origin" not in httpx.get(f"{address}/health", headers={"origin": "http://a"}).headers
+            "access-control-allow-origin" not in HTTP.get(f"{address}/health", headers={"origin": "http://a"}).headers
         )
 
 
 def test_a_client_that_goes_away_frees_its_place(address: str, served: ServedModel) -> None:
     before = served.engine.statistics.cancellations
     body = {"prompt": "the", "max_tokens": 64, "logit_bias": {"0": -100, "2": -100}, "n": 4}
-    with httpx.stream("POST", f"{address}/v1/completions", json=body | {"stream": True}) as stream:
+    with HTTP.stream("POST", f"{address}/v1/completions", json=body | {"stream": True}) as stream:
         next(stream.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{address}/v1/completions", json=body | {"prompt": "the" * 3000}, timeout=0.05)
+        HTTP.post(f"{address}/v1/completions", json=body | {"prompt": "the" * 3000}, timeout=0.05)
     while served.engine.statistics.running:
         time.sleep(0.01)
     assert served.engine.statistics.cancellations > before
@@ -347,10 +353,10 @@ def test_a_full_queue_is_told(served: ServedModel, model: RWKV7) -> None:
 
 
 def test_health_and_metrics(address: str, client: openai.OpenAI) -> None:
-    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+    assert HTTP.get(f"{address}/health").json() == {"status": "ok"}
 
     def generated() -> float:
-        text = httpx.get(f"{address}/metrics").text
+        text = HTTP.get(f"{address}/metrics").text
         found = re.search(r'^rwkv_generated_tokens_total{model="tiny"} (\d+)$', text, re.M)
         assert found
         return float(found[1])

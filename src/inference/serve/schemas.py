@@ -19,6 +19,8 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
 StopStrings = str | Annotated[list[str], Field(max_length=MOST_STOP_STRINGS)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)]
+Inputs = Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_INPUTS)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -112,7 +114,7 @@ class ChatCompletion(Generation):
 
 
 class TextCompletion(Generation):
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)] | list[TokenIds]
+    prompt: str | TokenIds | Texts | Inputs
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     suffix: None = None  # text can't be inserted
@@ -130,7 +132,7 @@ class TextCompletion(Generation):
 class Embeddings(Body):
     model: str = ""
     adapter: Name | None = None
-    input: str | TokenIds | Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)] | list[TokenIds]
+    input: str | TokenIds | Texts | Inputs
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "last"] = "mean"
     dimensions: None = None
