@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 
 from src.errors import UserError
@@ -180,7 +180,8 @@ def _add_errors(app: FastAPI) -> None:
         return ApiError(error.status_code, message).response()
 
     app.add_exception_handler(HTTPException, http_error)
-    for kind in (ApiError, UserError, ValueError, Exception):
+    # ClientDisconnect by name, as what only Exception covers is raised again after the answer.
+    for kind in (ApiError, UserError, ValueError, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer)
 
 
