@@ -299,6 +299,13 @@ def test_errors_have_openais_form(client: openai.OpenAI, address: str) -> None:
     assert HTTP.get(f"{address}/etc/passwd").status_code == 404
     ignored = post(address, chat, {"messages": QUESTION, "max_tokens": 1, "cat": 1})
     assert ignored.headers["x-ignored-fields"] == "cat"
+    odd = {"\u4e2d\r\nx-evil: 1": 1, "input": "x"}
+    answer = post(address, "/v1/embeddings", odd)
+    assert answer.status_code == 200
+    assert answer.headers["x-ignored-fields"].startswith("%E4%B8%AD%0D%0A")
+    assert "x-evil" not in answer.headers
+    broken = {"messages": QUESTION, "tools": [{"type": "function", "function": {"name": "\ud800"}}]}
+    assert post(address, chat, broken).status_code == 400
 
 
 def test_keys_sizes_and_names(served: ServedModel, model: RWKV7) -> None:

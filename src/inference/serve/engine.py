@@ -29,6 +29,7 @@ from src.inference.serve.request import (
     Processed,
     QueueFullError,
     Request,
+    ShuttingDownError,
     TokenLogprobs,
 )
 from src.inference.serve.slots import Slots
@@ -145,7 +146,7 @@ class Engine:
         ticket = Ticket(request, consumer, self.tokenizer)
         with self._wake:
             if self._closing:
-                raise QueueFullError("the server is shutting down")
+                raise ShuttingDownError("the server is shutting down")
             if len(self._waiting) >= self.max_waiting:
                 raise QueueFullError(f"{len(self._waiting)} requests are waiting already", advice="try again later")
             self._waiting.append(ticket)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,6 +15,7 @@ MOST_STOP_STRINGS = 16
 MOST_TOP_LOGPROBS = 20  # OpenAI's limit
 MOST_TOOLS = 128
 MOST_INPUTS = 256
+MOST_IGNORED = 50  # fields that are named, and characters of a name
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
@@ -30,8 +32,10 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     @property
-    def ignored(self) -> list[str]:
-        return sorted(self.model_extra or ())
+    def ignored(self) -> str:
+        """Their names, as a header may have them."""
+        names = sorted(self.model_extra or ())[:MOST_IGNORED]
+        return ", ".join(quote(name[:MOST_IGNORED]) for name in names)
 
 
 class StreamOptions(BaseModel):

@@ -19,7 +19,7 @@ from src.inference.chat import uncounted_ids
 from src.inference.sampling import SEED_LIMIT, Sampling
 from src.inference.serve.answer import Mailbox
 from src.inference.serve.constraints import Vocabulary
-from src.inference.serve.engine import Engine
+from src.inference.serve.engine import Engine, Ticket
 from src.inference.serve.errors import ApiError
 from src.inference.serve.request import CANCELLED, Processed, Request, Start, TokenLogprobs
 from src.inference.serve.schemas import ChatMessage, Generation
@@ -75,11 +75,11 @@ class ServedModel:
         """Process a text without generating. Raises as `Engine.submit`."""
         result = _Result()
         request = Request(tokens, self.sampling, 1, on_processed=result.processed, use_cache=use_cache)
-        ticket = await asyncio.to_thread(self.engine.submit, request, result)
         try:
+            await asyncio.to_thread(result.submit, self.engine, request)
             return await result.future
         finally:
-            ticket.cancel()  # the client may have gone
+            result.cancel()  # the client may have gone
 
     # ---- states ----------------------------------------------------------------------------------------------
 
@@ -219,6 +219,18 @@ class _Result:
         self._loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Processed] = self._loop.create_future()
         self._value: Processed | None = None
+        self._ticket: Ticket | None = None
+        self._is_cancelled = False
+
+    def submit(self, engine: Engine, request: Request) -> None:
+        self._ticket = engine.submit(request, self)
+        if self._is_cancelled:  # while it was submitted, in another thread
+            self._ticket.cancel()
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+        if self._ticket is not None:
+            self._ticket.cancel()
 
     def processed(self, value: Processed) -> None:
         self._value = value
