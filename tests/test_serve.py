@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -344,6 +345,24 @@ def test_a_client_that_goes_away_frees_its_place(address: str, served: ServedMod
     while served.engine.statistics.running:
         time.sleep(0.01)
     assert served.engine.statistics.cancellations > before
+
+
+def test_requests_have_a_time_limit(served: ServedModel, model: RWKV7) -> None:
+    engine = Engine(model, served.tokenizer)
+    other = ServedModel("tiny", engine, served.tokenizer, served.template, Sampling(), 16, 10**7)
+    with running(Registry([other]), AppSettings(request_seconds=0.3, drain_seconds=1)) as address:
+        body = {"prompt": "the", "max_tokens": 10**7, "logit_bias": {"0": -100, "2": -100}}
+        assert post(address, "/v1/completions", body).status_code == 504
+        with HTTP.stream("POST", f"{address}/v1/completions", json=body | {"stream": True}) as stream:
+            *_, last, done = (line for line in stream.iter_lines() if line)
+        assert json.loads(last[6:])["error"]["type"] == "timeout_error"
+        assert done == "data: [DONE]"
+        while engine.statistics.running:
+            time.sleep(0.01)
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9"
+            connection.sendall(head + b"\r\n\r\n{")
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
 
 def test_a_full_queue_is_told(served: ServedModel, model: RWKV7) -> None:
