@@ -4,8 +4,8 @@
 
 Each request is drawn from: answers with and without a stream, streams that are left in the middle, connections that are
 closed while the answer is awaited, readers that take their time, embeddings, saved states, and bodies that are wrong in
-many ways. Printed are the counts of what happened, errors that are not the client's, memory (resident) after a tenth
-of the requests and at the end, and places that are still taken when all clients have gone. Exit code 1 for errors, for
+many ways. Printed are the counts of what happened, errors that are not the client's, memory (resident) after each tenth
+of the requests, and places that are still taken when all clients have gone. Exit code 1 for errors, for
 taken places, and for memory that has grown by more than a tenth.
 """
 
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,15 @@ class Soak:
         self.errors: list[str] = []
         self.left = options.requests
 
-    async def run(self, tenth: Any) -> None:
-        """`tenth` is called after a tenth of the requests."""
+    async def run(self, tenth: Callable[[], None]) -> None:
+        """`tenth` is called after each tenth of the requests."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.options.connections)
         async with httpx.AsyncClient(timeout=120, limits=limits) as self.http:
             workers = [asyncio.create_task(self.worker()) for _ in range(self.options.connections)]
-            while self.left > 0.9 * self.options.requests:
-                await asyncio.sleep(0.2)
-            tenth()
+            for done in range(1, 10):
+                while self.left > (1 - done / 10) * self.options.requests:
+                    await asyncio.sleep(0.1)
+                tenth()
             await asyncio.gather(*workers)
 
     async def worker(self) -> None:
@@ -217,7 +219,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         process, address = start(options, Path(folder))
         try:
-            memory = []
+            memory: list[float] = []
             soak, begun = Soak(address, options), time.monotonic()
             asyncio.run(soak.run(lambda: memory.append(resident_mb(process.pid))))
             seconds = time.monotonic() - begun
@@ -232,15 +234,16 @@ def main() -> int:
             process.terminate()
             code = process.wait(60)
         logged = (Path(folder) / "errors").read_text().splitlines()
-    soak.errors += [f"logged: {line}" for line in logged if not line.startswith("finishing what")]
+    soak.errors += [f"logged: {line}" for line in logged if not line.startswith((" ", "finishing what"))]
     for name, count in sorted(soak.counts.items()):
         print(f"{count:7}  {name}")
     print(f"{options.requests} requests in {seconds:.0f} s, {len(soak.errors)} errors that are not the client's")
     for error, count in Counter(soak.errors).most_common(10):
         print(f"{count:7}  {error}")
-    print(f"memory {memory[0]:.0f} -> {memory[1]:.0f} MB; places at the end {places}; healthy {healthy}; exit {code}")
+    print(f"resident memory in MB after each tenth: {' '.join(f'{size:.0f}' for size in memory)}")
+    print(f"places at the end {places}; healthy {healthy}; exit code {code}")
     stuck = places["running"] or places["waiting"] or places["failures_total"]
-    return int(bool(soak.errors or stuck or code or not healthy or memory[1] > 1.1 * memory[0]))
+    return int(bool(soak.errors or stuck or code or not healthy or memory[-1] > 1.1 * memory[0]))
 
 
 if __name__ == "__main__":

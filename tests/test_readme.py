@@ -274,5 +274,6 @@ def test_every_python_example_is_executed_here():
     assert {page.name: len(python_blocks(name_of(page))) for page in PAGES if python_blocks(name_of(page))} == {
         "README.md": 1,
         "model.md": 1,
+        "serving.md": 1,  # by test_serve_clients.py
         "using.md": 1,
     }

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from src.inference.serve.request import Start
 from src.inference.serve.served_model import ServedModel
 from src.model import RWKV7
 
+HTTP = httpx.Client(timeout=60)  # one for all: each loads the certificates
 QUESTION = [{"role": "user", "content": "what is it?"}]
 SCHEMA = {
     "type": "object",
@@ -71,7 +73,7 @@ def client(address: str) -> openai.OpenAI:
 
 def post(address: str, path: str, body: Any, **headers: str) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(address + path, content=content, headers={"content-type": "application/json", **headers})
+    return HTTP.post(address + path, content=content, headers={"content-type": "application/json", **headers})
 
 
 def prompt_tokens(served: ServedModel, messages: list[dict[str, str]]) -> list[int]:
@@ -216,10 +218,10 @@ def test_states(address: str, served: ServedModel) -> None:
         tokens = greedy(served, before + served.tokenizer.encode(" what"), 5)
         assert answer["choices"][0]["text"] == served.tokenizer.decode(tokens)
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-    assert {entry["name"] for entry in httpx.get(f"{address}/v1/states").json()["data"]} >= {"list", "tuned"}
+    assert {entry["name"] for entry in HTTP.get(f"{address}/v1/states").json()["data"]} >= {"list", "tuned"}
     assert post(address, "/v1/states", {"name": "tuned", "prompt": "x"}).status_code == 409
-    assert httpx.delete(f"{address}/v1/states/list").status_code == 200
-    assert httpx.delete(f"{address}/v1/states/list").status_code == 404
+    assert HTTP.delete(f"{address}/v1/states/list").status_code == 200
+    assert HTTP.delete(f"{address}/v1/states/list").status_code == 404
     assert post(address, "/v1/completions", {"prompt": "x", "state": "list"}).status_code == 404
 
 
@@ -288,11 +290,23 @@ def test_errors_have_openais_form(client: openai.OpenAI, address: str) -> None:
         answer = post(address, chat, body)
         assert answer.status_code == 400, body
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    large = {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 70_000]}}}
+    assert "larger" in post(address, chat, {"messages": QUESTION, "response_format": large}).json()["error"]["message"]
+    for path, field in (("/v1/embeddings", "input"), ("/v1/completions", "prompt")):
+        for value in ([], [[]], [[], "x"], ["x"] * 300, [-1], [400], [5, "x"]):
+            assert post(address, path, {field: value}).status_code == 400, value
     assert post(address, chat, {"messages": QUESTION}, **{"content-type": "text/plain"}).status_code == 415
-    assert httpx.get(address + chat).json()["error"]["message"].endswith("Method Not Allowed")
-    assert httpx.get(f"{address}/etc/passwd").status_code == 404
+    assert HTTP.get(address + chat).json()["error"]["message"].endswith("Method Not Allowed")
+    assert HTTP.get(f"{address}/etc/passwd").status_code == 404
     ignored = post(address, chat, {"messages": QUESTION, "max_tokens": 1, "cat": 1})
     assert ignored.headers["x-ignored-fields"] == "cat"
+    odd = {"\u4e2d\r\nx-evil: 1": 1, "input": "x"}
+    answer = post(address, "/v1/embeddings", odd)
+    assert answer.status_code == 200
+    assert answer.headers["x-ignored-fields"].startswith("%E4%B8%AD%0D%0A")
+    assert "x-evil" not in answer.headers
+    broken = {"messages": QUESTION, "tools": [{"type": "function", "function": {"name": "\ud800"}}]}
+    assert post(address, chat, broken).status_code == 400
 
 
 def test_keys_sizes_and_names(served: ServedModel, model: RWKV7) -> None:
@@ -304,33 +318,51 @@ def test_keys_sizes_and_names(served: ServedModel, model: RWKV7) -> None:
         assert post(address, chat, body).status_code == 401
         assert post(address, chat, body, authorization="Bearer wrong").status_code == 401
         assert post(address, chat, body, authorization="Bearer secret").status_code == 200
-        assert httpx.get(f"{address}/v1/models").status_code == 401
-        assert httpx.get(f"{address}/metrics").status_code == 401
+        assert HTTP.get(f"{address}/v1/models").status_code == 401
+        assert HTTP.get(f"{address}/metrics").status_code == 401
         large = b'{"messages": "' + b"x" * 1000
         assert post(address, chat, large).status_code == 413
         chunks = (b"x" * 100 for _ in range(20))  # no Content-Length
-        streamed = httpx.post(
+        streamed = HTTP.post(
             address + chat,
             content=chunks,
             headers={"authorization": "Bearer secret", "content-type": "application/json"},
         )
         assert streamed.status_code == 413
-        assert httpx.get(f"{address}/health", headers={"host": "evil.example"}).status_code == 403
+        assert HTTP.get(f"{address}/health", headers={"host": "evil.example"}).status_code == 403
         assert (
-            "access-control-allow-origin" not in httpx.get(f"{address}/health", headers={"origin": "http://a"}).headers
+            "access-control-allow-origin" not in HTTP.get(f"{address}/health", headers={"origin": "http://a"}).headers
         )
 
 
 def test_a_client_that_goes_away_frees_its_place(address: str, served: ServedModel) -> None:
     before = served.engine.statistics.cancellations
     body = {"prompt": "the", "max_tokens": 64, "logit_bias": {"0": -100, "2": -100}, "n": 4}
-    with httpx.stream("POST", f"{address}/v1/completions", json=body | {"stream": True}) as stream:
+    with HTTP.stream("POST", f"{address}/v1/completions", json=body | {"stream": True}) as stream:
         next(stream.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{address}/v1/completions", json=body | {"prompt": "the" * 3000}, timeout=0.05)
+        HTTP.post(f"{address}/v1/completions", json=body | {"prompt": "the" * 3000}, timeout=0.05)
     while served.engine.statistics.running:
         time.sleep(0.01)
     assert served.engine.statistics.cancellations > before
+
+
+def test_requests_have_a_time_limit(served: ServedModel, model: RWKV7) -> None:
+    engine = Engine(model, served.tokenizer)
+    other = ServedModel("tiny", engine, served.tokenizer, served.template, Sampling(), 16, 10**7)
+    with running(Registry([other]), AppSettings(request_seconds=0.3, drain_seconds=1)) as address:
+        body = {"prompt": "the", "max_tokens": 10**7, "logit_bias": {"0": -100, "2": -100}}
+        assert post(address, "/v1/completions", body).status_code == 504
+        with HTTP.stream("POST", f"{address}/v1/completions", json=body | {"stream": True}) as stream:
+            *_, last, done = (line for line in stream.iter_lines() if line)
+        assert json.loads(last[6:])["error"]["type"] == "timeout_error"
+        assert done == "data: [DONE]"
+        while engine.statistics.running:
+            time.sleep(0.01)
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9"
+            connection.sendall(head + b"\r\n\r\n{")
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
 
 def test_a_full_queue_is_told(served: ServedModel, model: RWKV7) -> None:
@@ -347,10 +379,10 @@ def test_a_full_queue_is_told(served: ServedModel, model: RWKV7) -> None:
 
 
 def test_health_and_metrics(address: str, client: openai.OpenAI) -> None:
-    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+    assert HTTP.get(f"{address}/health").json() == {"status": "ok"}
 
     def generated() -> float:
-        text = httpx.get(f"{address}/metrics").text
+        text = HTTP.get(f"{address}/metrics").text
         found = re.search(r'^rwkv_generated_tokens_total{model="tiny"} (\d+)$', text, re.M)
         assert found
         return float(found[1])

@@ -1,6 +1,7 @@
 """Requests as programs send them that are too large to install here: their order, headers, and fields."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,16 @@ def test_open_webui(client: httpx.Client) -> None:
     turns += [{"role": "assistant", "content": "it is"}, {"role": "user", "content": content}]  # type: ignore[dict-item]
     more = events(client, body | {"messages": turns, "temperature": 0.8, "top_k": 40, "seed": 1}, **user)
     assert more[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_the_example_of_the_documentation(client: httpx.Client, capsys: Any) -> None:
+    page = (Path(__file__).parents[1] / "docs/serving.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for written, here in (("http://127.0.0.1:8000/v1", str(client.base_url)), ("L12-D768-x070", "tiny")):
+        assert written in example
+        example = example.replace(written, here)
+    exec(example.replace('"unused"', '"sk-1"'), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_langchain(client: httpx.Client) -> None:

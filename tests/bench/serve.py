@@ -2,7 +2,9 @@
 
     python tests/bench/serve.py [--n_layer 12 --n_embd 768 --vocab_size 65536] [--streams 16] [--tokens 64]
 
-A model with random values (bf16 numbers in an fp32 file, as a released model has) is served by a process of its own.
+A model with random values (bf16 numbers, as a released model has) is served by a process of its own. Its head is scaled
+so that the next token is about as uncertain as in a trained model (LOGIT_DEVIATION): of a flat distribution top_p would
+sort the whole vocabulary.
 Every line is a ratio of two figures that were measured one directly after the other, a median over --rounds.
 
 - together: tokens per second of --streams answers at once, against the same answers one after another.
@@ -31,11 +33,15 @@ import torch
 from random_model import random_model
 
 # plain words of the World vocabulary, so that prompts have the length that is asked for
+# normally distributed logits have an entropy of ln V - deviation^2 / 2: 3 nats for V = 65536
+LOGIT_DEVIATION = 4.0
 WORDS = ["time", "water", "people", "world", "house", "work", "light", "story", "river", "letter"]
 
 
 def write_model(options: argparse.Namespace, path: Path) -> None:
     model = random_model(n_layer=options.n_layer, n_embd=options.n_embd, vocab_size=options.vocab_size)
+    hidden, _ = model.hidden(torch.arange(1, 65).unsqueeze(0))
+    model.head.weight.mul_(LOGIT_DEVIATION / model.head(hidden).std())
     torch.save({name: tensor.bfloat16() for name, tensor in model.state_dict().items()}, path)
 
 
@@ -59,8 +65,10 @@ class Client:
     def __init__(self, address: str, http: httpx.AsyncClient) -> None:
         self.address, self.http = address, http
 
-    async def answer(self, messages: list[dict[str, str]], tokens: int) -> tuple[float, int, str]:
-        """Seconds to the first token, tokens, and the text."""
+    async def answer(
+        self, messages: list[dict[str, str]], tokens: int, started: asyncio.Event | None = None
+    ) -> tuple[float, int, str]:
+        """Seconds to the first token, tokens, and the text. `started` is set with the first token."""
         body = {
             "messages": messages,
             "max_tokens": tokens,
@@ -84,6 +92,8 @@ class Client:
                     piece = choice["delta"].get("content") or ""
                     first = first or (time.perf_counter() - begun if piece else 0.0)
                     text += piece
+                    if piece and started is not None:
+                        started.set()
         return first, count, text
 
 
@@ -114,13 +124,14 @@ async def continued(client: Client, options: argparse.Namespace, seed: int) -> t
 async def busy(client: Client, options: argparse.Namespace, seed: int) -> tuple[float, float]:
     """Seconds to the first token on an idle server, and while others are answered."""
     idle, _, _ = await client.answer(asked(text_of(options.new_prompt, seed)), 1)
+    started = [asyncio.Event() for _ in range(options.streams)]
     others = [
-        asyncio.create_task(client.answer(asked(text_of(8, seed + 100 + i)), 10 * options.tokens))
-        for i in range(options.streams)
+        asyncio.create_task(client.answer(asked(text_of(8, seed + 100 + i)), 16_000, event))
+        for i, event in enumerate(started)
     ]
-    await asyncio.sleep(2)
-    assert not any(task.done() for task in others)
+    await asyncio.gather(*(event.wait() for event in started))
     waited, _, _ = await client.answer(asked(text_of(options.new_prompt, seed + 1)), 1)
+    assert not any(task.done() for task in others)
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)

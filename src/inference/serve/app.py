@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 
 from src.errors import UserError
@@ -70,6 +70,8 @@ def make_app(registry: Registry, settings: AppSettings, run: LiveRun | None = No
         response = await _within(settings.request_seconds, request, act(model, body))
         if isinstance(response, EventStream):
             response.seconds = settings.request_seconds
+        if body.ignored:
+            response.headers["x-ignored-fields"] = body.ignored
         return response
 
     @app.post("/v1/chat/completions")
@@ -180,7 +182,8 @@ def _add_errors(app: FastAPI) -> None:
         return ApiError(error.status_code, message).response()
 
     app.add_exception_handler(HTTPException, http_error)
-    for kind in (ApiError, UserError, ValueError, Exception):
+    # ClientDisconnect by name, as what only Exception covers is raised again after the answer.
+    for kind in (ApiError, UserError, ValueError, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer)
 
 
@@ -204,6 +207,8 @@ async def _read(request: Request, kind: type[BodyType]) -> BodyType:
     data = await request.body()
     try:
         value = json.loads(data, parse_constant=_refuse_constant)
+        if b"\\u" in data:  # half of a surrogate pair, which no text has
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON ({error})") from None
     if not isinstance(value, dict):

@@ -31,14 +31,13 @@ async def chat_completion(model: ServedModel, body: ChatCompletion) -> Response:
     answers = await _submit(model, body)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
     tools = bool(body.tools) and body.tool_choice != "none"
-    headers = {"x-ignored-fields": ", ".join(body.ignored)} if body.ignored else {}
     if body.stream:
         choices = [_Choice(i, model.tokenizer, tools, body.logprobs) for i in range(len(answers))]
-        return EventStream(_chunks(answers, choices, head, body.includes_usage), answers, headers)
+        return EventStream(_chunks(answers, choices, head, body.includes_usage), answers)
     collected = await gather([_collect(answer, i, model, body, tools) for i, answer in enumerate(answers)], answers)
     usage = sum((answer.usage for answer in answers), Usage()).payload()
     payload = {**head, "object": "chat.completion", "choices": collected, "usage": usage}
-    return json_response(payload, headers=headers)
+    return json_response(payload)
 
 
 async def _submit(model: ServedModel, body: ChatCompletion) -> list[Answer]:

@@ -49,6 +49,8 @@ from src.inference.serve.tuned_states import read_start
 from src.model import RWKV7
 from src.run_folder import ALL_RESULTS, LOG, METRICS
 
+# Of connections that are idle. Short ones are closed while a client begins its next request, which then fails.
+KEEP_ALIVE_SECONDS = 75
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -242,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     parser, options = parse(argv)
     options.api_key += [key] if (key := os.environ.get("RWKV_API_KEY")) else []
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that have gone
     try:
         check(options)
         listener = bind(options.host, options.port)  # before seconds are spent on loading
@@ -259,8 +262,11 @@ def main(argv: list[str] | None = None) -> int:
         cors_origins=tuple(options.cors_origin),
     )
     app = make_app(registry, settings, live_run(options, registry))
-    # uvicorn's own messages would repeat every request
     config = uvicorn.Config(
-        app, log_level="error", access_log=False, timeout_graceful_shutdown=math.ceil(options.drain_seconds)
+        app,
+        log_level="error",  # its own messages would repeat every request
+        access_log=False,
+        timeout_graceful_shutdown=math.ceil(options.drain_seconds),
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
     return serve(config, listener, [model.name for model in registry.models])

@@ -55,13 +55,12 @@ async def text_completion(model: ServedModel, body: TextCompletion) -> Response:
         raise
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
     head["model"] = model.name
-    headers = {"x-ignored-fields": ", ".join(body.ignored)} if body.ignored else {}
     if body.stream:
         chunks = _chunks(answers, echoes, head, body, model.tokenizer, prompt_tokens)
-        return EventStream(chunks, answers, headers)
+        return EventStream(chunks, answers)
     collected = await gather([_collect(a, i, echoes[i], body, model.tokenizer) for i, a in enumerate(answers)], answers)
     payload = {**head, "choices": collected, "usage": _usage(answers, prompt_tokens)}
-    return json_response(payload, headers=headers)
+    return json_response(payload)
 
 
 async def _collect(answer: Answer, index: int, echo: str, body: TextCompletion, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from functools import cached_property
 from typing import Any
@@ -63,6 +64,8 @@ class JsonConstraint:
         import llguidance
 
         schema = {"type": "object"} if format.type == "json_object" else (format.json_schema or {})["schema"]
+        if len(json.dumps(schema)) > MOST_SCHEMA_BYTES:
+            raise ApiError(400, f"the schema is larger than {MOST_SCHEMA_BYTES} bytes", "response_format.json_schema")
         try:
             # Without limits on white space a model may write it for ever.
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, {"whitespace_flexible": False})

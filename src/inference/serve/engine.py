@@ -29,6 +29,7 @@ from src.inference.serve.request import (
     Processed,
     QueueFullError,
     Request,
+    ShuttingDownError,
     TokenLogprobs,
 )
 from src.inference.serve.slots import Slots
@@ -145,7 +146,7 @@ class Engine:
         ticket = Ticket(request, consumer, self.tokenizer)
         with self._wake:
             if self._closing:
-                raise QueueFullError("the server is shutting down")
+                raise ShuttingDownError("the server is shutting down")
             if len(self._waiting) >= self.max_waiting:
                 raise QueueFullError(f"{len(self._waiting)} requests are waiting already", advice="try again later")
             self._waiting.append(ticket)
@@ -237,6 +238,21 @@ class Engine:
     def _prefill(self) -> None:
         """Process a piece of the prompts, in the order in which they came."""
         budget = self.piece_tokens
+        # Several times where a state is kept within a prompt.
+        while budget > 0 and (pieces := self._next_pieces(budget)):
+            budget -= sum(count for _, count in pieces)
+            hidden = self._advance(pieces)
+            for (sequence, count), last in zip(pieces, hidden, strict=True):
+                sequence.processed += count
+                if sequence.processed in sequence.keep_after and sequence.request.use_cache:
+                    digest = sequence.prompt_digests[sequence.processed - 1]
+                    self._cache.store(digest, KnownText(sequence.state, last))
+                if sequence.processed == len(sequence.request.prompt):
+                    self._prefilling.remove(sequence)
+                    self._join(sequence, last)
+
+    def _next_pieces(self, budget: int) -> list[tuple[_Sequence, int]]:
+        """Prompts that are processed next, together, and how many tokens of each; at most `budget` of all."""
         pieces: list[tuple[_Sequence, int]] = []
         for sequence in list(self._prefilling):
             if budget <= 0:
@@ -247,17 +263,7 @@ class Engine:
             count = sequence.next_piece(budget)
             pieces.append((sequence, count))
             budget -= count
-        if not pieces:
-            return
-        hidden = self._advance(pieces)
-        for (sequence, count), last in zip(pieces, hidden, strict=True):
-            sequence.processed += count
-            if sequence.processed in sequence.keep_after and sequence.request.use_cache:
-                digest = sequence.prompt_digests[sequence.processed - 1]
-                self._cache.store(digest, KnownText(sequence.state, last))
-            if sequence.processed == len(sequence.request.prompt):
-                self._prefilling.remove(sequence)
-                self._join(sequence, last)
+        return pieces
 
     def _look_up(self, sequence: _Sequence) -> bool:
         """Begin at the longest known prefix; False where that is the whole prompt, and nothing is left to process."""

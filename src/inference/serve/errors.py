@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from src.errors import UserError
-from src.inference.serve.request import QueueFullError
+from src.inference.serve.request import QueueFullError, ShuttingDownError
 
 RETRY_SECONDS = 5  # what a client that was refused is told to wait
 
@@ -58,6 +58,8 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, ClientDisconnect):  # nobody reads this
         return ApiError(499, "the client has gone")
+    if isinstance(error, ShuttingDownError):
+        return ApiError(503, str(error), code="shutting_down")
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), code="queue_full")
     if isinstance(error, UserError):

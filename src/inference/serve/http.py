@@ -67,9 +67,9 @@ class EventStream(StreamingResponse):
     seconds   time limit, also for a client that doesn't read
     """
 
-    def __init__(self, chunks: AsyncIterator[dict[str, Any]], answers: list[Answer], headers: dict[str, str]) -> None:
+    def __init__(self, chunks: AsyncIterator[dict[str, Any]], answers: list[Answer]) -> None:
         # Proxies such as nginx would collect the events otherwise.
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._events(chunks), headers=headers, media_type="text/event-stream")
         self.seconds: float | None = None
         self._answers = answers

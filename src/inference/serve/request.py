@@ -98,3 +98,7 @@ class Request:
 
 class QueueFullError(UserError):
     """More requests wait than the server allows."""
+
+
+class ShuttingDownError(QueueFullError):
+    """The engine accepts nothing more."""

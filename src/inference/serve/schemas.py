@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,11 +15,14 @@ MOST_STOP_STRINGS = 16
 MOST_TOP_LOGPROBS = 20  # OpenAI's limit
 MOST_TOOLS = 128
 MOST_INPUTS = 256
+MOST_IGNORED = 50  # fields that are named, and characters of a name
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
 StopStrings = str | Annotated[list[str], Field(max_length=MOST_STOP_STRINGS)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)]
+Inputs = Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_INPUTS)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -28,8 +32,10 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     @property
-    def ignored(self) -> list[str]:
-        return sorted(self.model_extra or ())
+    def ignored(self) -> str:
+        """Their names, as a header may have them."""
+        names = sorted(self.model_extra or ())[:MOST_IGNORED]
+        return ", ".join(quote(name[:MOST_IGNORED]) for name in names)
 
 
 class StreamOptions(BaseModel):
@@ -112,7 +118,7 @@ class ChatCompletion(Generation):
 
 
 class TextCompletion(Generation):
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)] | list[TokenIds]
+    prompt: str | TokenIds | Texts | Inputs
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     suffix: None = None  # text can't be inserted
@@ -130,7 +136,7 @@ class TextCompletion(Generation):
 class Embeddings(Body):
     model: str = ""
     adapter: Name | None = None
-    input: str | TokenIds | Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)] | list[TokenIds]
+    input: str | TokenIds | Texts | Inputs
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "last"] = "mean"
     dimensions: None = None

@@ -19,7 +19,7 @@ from src.inference.chat import uncounted_ids
 from src.inference.sampling import SEED_LIMIT, Sampling
 from src.inference.serve.answer import Mailbox
 from src.inference.serve.constraints import Vocabulary
-from src.inference.serve.engine import Engine
+from src.inference.serve.engine import Engine, Ticket
 from src.inference.serve.errors import ApiError
 from src.inference.serve.request import CANCELLED, Processed, Request, Start, TokenLogprobs
 from src.inference.serve.schemas import ChatMessage, Generation
@@ -75,11 +75,11 @@ class ServedModel:
         """Process a text without generating. Raises as `Engine.submit`."""
         result = _Result()
         request = Request(tokens, self.sampling, 1, on_processed=result.processed, use_cache=use_cache)
-        ticket = await asyncio.to_thread(self.engine.submit, request, result)
         try:
+            await asyncio.to_thread(result.submit, self.engine, request)
             return await result.future
         finally:
-            ticket.cancel()  # the client may have gone
+            result.cancel()  # the client may have gone
 
     # ---- states ----------------------------------------------------------------------------------------------
 
@@ -135,13 +135,20 @@ class ServedModel:
         if closed_thought and begun.endswith(_OPEN_EMPTY_THOUGHT):
             text, begun = text + _ITS_END, begun + _ITS_END
         tokens = self.tokenizer.encode_rendered(text, literals)
-        boundaries = self._boundaries(template, turns, tools, text, tokens)
+        boundaries = self._boundaries(template, turns, tools, text, tokens, begun)
         return ChatPrompt(tokens, begun, boundaries, stop_strings(template, self.tokenizer))
 
     def _boundaries(
-        self, template: ChatTemplate, turns: list[Message], tools: list[Any] | None, text: str, tokens: list[int]
+        self,
+        template: ChatTemplate,
+        turns: list[Message],
+        tools: list[Any] | None,
+        text: str,
+        tokens: list[int],
+        begun: str,
     ) -> tuple[int, ...]:
-        """The numbers of tokens up to the first turn after the system's, up to the last turn, and up to its end."""
+        """The numbers of tokens up to the first turn after the system's, up to the last turn, and, where the prompt
+        holds the beginning of a thought, which later prompts leave out, up to its end."""
         question = {"role": "user", "content": MARK}
         first = next((i for i, turn in enumerate(turns) if turn["role"] not in ("system", "developer")), 0)
         ends = []
@@ -151,7 +158,8 @@ class ServedModel:
             except UserError:  # a template that wants the turns to alternate, say
                 continue
             ends.append(before.partition(MARK)[0].rstrip() if MARK in before else "")
-        ends.append(template.render(turns, add_generation_prompt=False, tools=tools).rstrip())
+        if begun:
+            ends.append(template.render(turns, add_generation_prompt=False, tools=tools).rstrip())
         lengths = [len(self.tokenizer.decode_bytes([token])) for token in tokens]
         positions = list(accumulate(lengths))
         bounds = {sum(p <= len(end.encode()) for p in positions) for end in ends if end and text.startswith(end)}
@@ -211,6 +219,18 @@ class _Result:
         self._loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Processed] = self._loop.create_future()
         self._value: Processed | None = None
+        self._ticket: Ticket | None = None
+        self._is_cancelled = False
+
+    def submit(self, engine: Engine, request: Request) -> None:
+        self._ticket = engine.submit(request, self)
+        if self._is_cancelled:  # while it was submitted, in another thread
+            self._ticket.cancel()
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+        if self._ticket is not None:
+            self._ticket.cancel()
 
     def processed(self, value: Processed) -> None:
         self._value = value
