@@ -32,9 +32,9 @@
 
 PEFT=${PEFT:-none} TRAIN_TYPE=${TRAIN_TYPE:-none} QUANT=${QUANT:-none}
 case $PEFT-$TRAIN_TYPE in
-none-none) ADAPTER= ;;
-*-none) ADAPTER=$PEFT ;;
-*) ADAPTER=$TRAIN_TYPE ;;
+none-none) adapter= ;;
+*-none) adapter=$PEFT ;;
+*) adapter=$TRAIN_TYPE ;;
 esac
 SETTING=demo
 case ${1:-} in
@@ -51,7 +51,7 @@ SIZES=
 if [ -n "${N_LAYER:-}" ]; then SIZES="$SIZES --n_layer $N_LAYER"; fi
 if [ -n "${N_EMBD:-}" ]; then SIZES="$SIZES --n_embd $N_EMBD"; fi
 if [ -n "${VOCAB_SIZE:-}" ]; then SIZES="$SIZES --vocab_size $VOCAB_SIZE"; fi
-case $ADAPTER in
+case $adapter in
 '') ;;
 state) LR_INIT=${LR_INIT:-1} LR_FINAL=${LR_FINAL:-1e-2} WEIGHT_DECAY=${WEIGHT_DECAY:-0} ;; # far more than weights take
 *)
@@ -89,7 +89,7 @@ if [ "$SETTING" = mini ]; then
     *) fail "mini $1: no such stage; expected t2t, 512, 1024 or 2048" ;;
     esac
 fi
-if [ -n "$ADAPTER" ] && [ "${STAGES#* }" != "$STAGES" ]; then
+if [ -n "$adapter" ] && [ "${STAGES#* }" != "$STAGES" ]; then
     fail "an adapter is trained in one stage: mini t2t, or mini 512 with a DATA_FILE"
 fi
 proj_dir_flag "$@"
@@ -97,7 +97,7 @@ MODEL=out/L$N_LAYER-D$N_EMBD-x070
 NAMED_BASE=${BASE:-}
 if [ -z "$NAMED_BASE" ]; then SIZES="--n_layer $N_LAYER --n_embd $N_EMBD --vocab_size $VOCAB_SIZE"; fi
 BASE=${BASE:-$MODEL} # the weights to start from
-SUFFIX=${ADAPTER:-sft} # of the names of folders
+SUFFIX=${adapter:-sft} # of the names of folders
 
 find_python
 
@@ -109,7 +109,7 @@ stage() {
     shift 5
     if [ ! -f "$data" ]; then missing "$data"; fi
     if [ "$TOKENIZER" != world ] && [ ! -f "$TOKENIZER/tokenizer.json" ]; then missing "$TOKENIZER"; fi
-    if [ -n "$ADAPTER" ]; then
+    if [ -n "$adapter" ]; then
         copied=
         [ -e "$base" ] || fail "$base does not exist; these are the weights to adapt. Pretrain first (demo-training-run.sh), or name
 others: BASE=model.pth sh $0"
@@ -239,7 +239,7 @@ own)
     name=${DATA_FILE##*/}
     # Only the ending: pets.cats.jsonl and pets.dogs.jsonl are two runs.
     for ending in .gz .zst .jsonl .json .parquet; do name=${name%"$ending"}; done
-    if [ -n "$ADAPTER" ] && [ -n "$NAMED_BASE" ]; then
+    if [ -n "$adapter" ] && [ -n "$NAMED_BASE" ]; then
         MODEL=out/${NAMED_BASE##*/}
         MODEL=${MODEL%.pth}
     fi

@@ -13,6 +13,7 @@ import torch
 from documentation import ALL, FENCED, LINK, PAGES, ROOT, TWINS, name_of, read
 
 from src.cli import COMPATIBILITY_FLAGS
+from src.config.rwkv_peft import FLAGS as RWKV_PEFT_FLAGS
 from src.config import GROUPS, ModelConfig, RunConfig
 from src.model import RWKV7
 from src.ops.recurrence import wkv7
@@ -137,6 +138,7 @@ FOREIGN_FLAGS = {
     *("nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "nodes", "ntasks-per-node", "gpus-per-node"),
     *("time", "requeue", "kill-on-bad-exit"),  # sbatch, srun
     *("hostfile", "tool", "help", "version"),
+    "include",  # huggingface-cli
     *("lora", "no-repack"),  # llama.cpp
     "all",  # tests/run.sh
     "add-host",  # docker
@@ -149,7 +151,9 @@ MISSING_FLAGS = {"my_pile_stage", "head_size_a", "layerwise_lr", "pre_ffn"}
 @pytest.mark.parametrize("page", ALL, ids=name_of)
 def test_flags_that_a_page_names_exist(page):
     """In commands of train.py and of the scripts that call it: its flags; in other code: those of any program here."""
-    train_flags = {field.name for field in dataclasses.fields(RunConfig)} | set(COMPATIBILITY_FLAGS)
+    train_flags = (
+        {field.name for field in dataclasses.fields(RunConfig)} | set(COMPATIBILITY_FLAGS) | set(RWKV_PEFT_FLAGS)
+    )
     programs = [
         *(ROOT / "src").rglob("*.py"),
         *ROOT.glob("*/*.py"),
