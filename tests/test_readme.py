@@ -13,8 +13,8 @@ import torch
 from documentation import ALL, FENCED, LINK, PAGES, ROOT, TWINS, name_of, read
 
 from src.cli import COMPATIBILITY_FLAGS
-from src.config.rwkv_peft import FLAGS as RWKV_PEFT_FLAGS
 from src.config import GROUPS, ModelConfig, RunConfig
+from src.config.rwkv_peft import FLAGS as RWKV_PEFT_FLAGS
 from src.model import RWKV7
 from src.ops.recurrence import wkv7
 from src.training.schedule import learning_rate
