@@ -1,6 +1,7 @@
 """From a toy language to answers: what pretraining taught is asked for after fine-tuning, about subjects that were not
 in it."""
 
+import copy
 import json
 import random
 from itertools import product
@@ -11,6 +12,8 @@ import torch
 from chat_models import CHATML, chat_ids
 from torch.utils.data import DataLoader
 
+from src.adapt.adapter import add_adapter
+from src.adapt.config import AdapterConfig
 from src.dataset import BinIdxWriter, magic_prime
 from src.dataset.pretrain import PretrainDataset
 from src.dataset.sft import SftDataset, SftRows, collate_shares
@@ -42,12 +45,13 @@ def word_tokenizer(folder: Path) -> FolderTokenizer:
 
 
 def train(model: RWKV7, batches: DataLoader, lr: float) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.99), weight_decay=0.0)
     for inputs, targets, *bounds in batches:
         loss = cross_entropy_l2wrap(model(inputs, cu_seqlens=bounds[0] if bounds else None)[0], targets)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
 
@@ -63,31 +67,82 @@ def right_answers(model: RWKV7, tokenizer: FolderTokenizer, names: list[str]) ->
     return right / len(names)
 
 
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> FolderTokenizer:
-    return word_tokenizer(tmp_path / "tokenizer")
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> FolderTokenizer:
+    return word_tokenizer(tmp_path_factory.mktemp("toy") / "tokenizer")
 
 
-def test_fine_tuning_asks_for_what_pretraining_taught(tmp_path: Path, tokenizer: FolderTokenizer) -> None:
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, tokenizer: FolderTokenizer) -> RWKV7:
+    """Knows that "zan is red", and no questions."""
+    facts = tmp_path_factory.mktemp("toy") / "facts"
     torch.manual_seed(0)
     draw = random.Random(0)
-    with BinIdxWriter(tmp_path / "facts", "uint16") as out:
+    with BinIdxWriter(facts, "uint16") as out:
         for _ in range(2000):
             name = draw.choice(NAMES)
             out.add_document([*tokenizer.encode(f"{name} is {COLOR_OF[name]}"), 0])
-    prime = magic_prime(8000, 32)
-    windows = PretrainDataset(tmp_path / "facts", 32, prime, 0, 150 * 16, 16, 0, 1, tokenizer.vocab_size)
+    windows = PretrainDataset(facts, 32, magic_prime(8000, 32), 0, 150 * 16, 16, 0, 1, tokenizer.vocab_size)
     model = RWKV7(ModelConfig(n_layer=2, n_embd=64, vocab_size=tokenizer.vocab_size))
     train(model, DataLoader(windows, batch_size=16), 4e-3)
-    before = right_answers(model, tokenizer, HELD_OUT)
+    return model
 
-    lines = []
-    for name in ASKED:
-        turns = [{"content": f"{name} ?"}, {"content": COLOR_OF[name]}]
-        lines.append(json.dumps({"conversations": turns}))
-    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
-    rows = SftRows(open_conversations(str(tmp_path / "questions.jsonl"), tokenizer.name, workers=1), 64)
-    train(model, DataLoader(SftDataset(rows, 0, 120, 0, 1), batch_size=2, collate_fn=collate_shares), 1e-3)
+
+def conversations(folder: Path, tokenizer: FolderTokenizer, answers: dict[str, str], steps: int) -> DataLoader:
+    """Batches of questions about names with their answers."""
+    lines = [
+        json.dumps({"conversations": [{"content": f"{name} ?"}, {"content": answer}]})
+        for name, answer in answers.items()
+    ]
+    (folder / "questions.jsonl").write_text("\n".join(lines))
+    rows = SftRows(open_conversations(str(folder / "questions.jsonl"), tokenizer.name, workers=1), 64)
+    return DataLoader(SftDataset(rows, 0, steps, 0, 1), batch_size=2, collate_fn=collate_shares)
+
+
+def test_fine_tuning_asks_for_what_pretraining_taught(
+    tmp_path: Path, tokenizer: FolderTokenizer, pretrained: RWKV7
+) -> None:
+    model = copy.deepcopy(pretrained)
+    before = right_answers(model, tokenizer, HELD_OUT)
+    train(model, conversations(tmp_path, tokenizer, {name: COLOR_OF[name] for name in ASKED}, 120), 1e-3)
     assert before < 0.4
     assert right_answers(model, tokenizer, ASKED) > 0.9
     assert right_answers(model, tokenizer, HELD_OUT) > 0.6
+
+
+def test_lora_asks_for_what_pretraining_taught_and_learns_a_fact(
+    tmp_path: Path, tokenizer: FolderTokenizer, pretrained: RWKV7
+) -> None:
+    """Held-out names are answered too, though their facts are in frozen weights; one name gets another color."""
+    model = copy.deepcopy(pretrained)
+    frozen = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    add_adapter(model, AdapterConfig("lora", r=8, lora_alpha=16))
+    changed = next(color for color in COLORS if color != COLOR_OF[ASKED[0]])
+    answers = {name: COLOR_OF[name] for name in ASKED} | {ASKED[0]: changed}
+    train(model, conversations(tmp_path, tokenizer, answers, 160), 1e-2)
+    assert right_answers(model, tokenizer, ASKED[1:]) > 0.9
+    assert right_answers(model, tokenizer, HELD_OUT) > 0.6
+    assert answer_words(model, tokenizer, ASKED[0], 1) == [changed]
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in frozen.items())
+
+
+def test_state_tuning_learns_a_style(tmp_path: Path, tokenizer: FolderTokenizer, pretrained: RWKV7) -> None:
+    """Answers of one word become sentences, about names that were not asked for in this style too."""
+    model = copy.deepcopy(pretrained)
+    train(model, conversations(tmp_path, tokenizer, {name: COLOR_OF[name] for name in ASKED}, 120), 1e-3)
+    frozen = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert answer_words(model, tokenizer, HELD_OUT[0], 1)[0] in COLORS
+    add_adapter(model, AdapterConfig("state"))
+    train(model, conversations(tmp_path, tokenizer, {name: f"{name} is {COLOR_OF[name]}" for name in ASKED}, 160), 0.1)
+    answers = [answer_words(model, tokenizer, name, 3) for name in HELD_OUT]
+    assert sum(words[:2] == [name, "is"] for words, name in zip(answers, HELD_OUT, strict=True)) > 0.6 * len(HELD_OUT)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in frozen.items())
+
+
+@torch.no_grad()
+def answer_words(model: RWKV7, tokenizer: FolderTokenizer, name: str, count: int) -> list[str]:
+    """The first words of the most likely answer."""
+    ids = chat_ids(tokenizer, [{"role": "user", "content": f"{name} ?"}], add_generation_prompt=True)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
+    return [tokenizer.decode([i]).strip() for i in ids[-count:]]
