@@ -9,6 +9,12 @@
 #                                                    on MiniMind's earlier sets, one after another: ctx 512, 1024, 2048
 #   sh demo-training-run-sft.sh mini 1024            one of them
 #
+#   PEFT=lora sh demo-training-run-sft.sh            trains a LoRA adapter beside the model instead (or pissa, miss, dora),
+#   TRAIN_TYPE=state sh demo-training-run-sft.sh     or its initial states; both after demo-training-run.sh
+#   BASE=RWKV-x070-World-0.4B.pth TOKENIZER=world DATA_FILE=X.jsonl PEFT=lora sh demo-training-run-sft.sh
+#                                                    the same with a released model, whose file has its sizes; QUANT=nf4
+#                                                    keeps it in 4 bits
+#
 # With a DATA_FILE of your own the model is the demo's, with the demo's settings. If you name another one by N_LAYER,
 # N_EMBD, VOCAB_SIZE or TOKENIZER (a folder, or world), everything you don't set is as for mini. BASE names its weights:
 # a run's folder, a weights file or a Hugging Face folder; by default it is the folder of the pretraining. VAL_DATA_FILE
@@ -16,7 +22,7 @@
 #
 # Each stage has its own folder and starts from the final weights of the stage before (BASE for the first). They are
 # copied to the stage's rwkv-init.pth, or converted where they have another format, unless there is one already (yours,
-# say). Nothing is overwritten, and nothing is deleted but that copy, if the training can't begin with it. Every setting
+# say). An adapter's run reads BASE itself, which stays where it is. Nothing is overwritten, and nothing is deleted but that copy, if the training can't begin with it. Every setting
 # is a default that the environment overrides; further flags are passed on to train.py.
 
 # shellcheck source=demo-training-shared.sh
@@ -24,6 +30,12 @@
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
+PEFT=${PEFT:-none} TRAIN_TYPE=${TRAIN_TYPE:-none} QUANT=${QUANT:-none}
+case $PEFT-$TRAIN_TYPE in
+none-none) ADAPTER= ;;
+*-none) ADAPTER=$PEFT ;;
+*) ADAPTER=$TRAIN_TYPE ;;
+esac
 SETTING=demo
 case ${1:-} in
 '' | -*) if [ -n "${DATA_FILE:-}" ]; then SETTING=own; fi ;;
@@ -34,6 +46,19 @@ if [ "$SETTING" = own ]; then
     MODEL_SETTING=demo
     if [ -n "${N_LAYER:-}${N_EMBD:-}${VOCAB_SIZE:-}${TOKENIZER:-}" ]; then MODEL_SETTING=mini; fi
 fi
+# the sizes that are set; a BASE has those of its file
+SIZES=
+if [ -n "${N_LAYER:-}" ]; then SIZES="$SIZES --n_layer $N_LAYER"; fi
+if [ -n "${N_EMBD:-}" ]; then SIZES="$SIZES --n_embd $N_EMBD"; fi
+if [ -n "${VOCAB_SIZE:-}" ]; then SIZES="$SIZES --vocab_size $VOCAB_SIZE"; fi
+case $ADAPTER in
+'') ;;
+state) LR_INIT=${LR_INIT:-1e-1} LR_FINAL=${LR_FINAL:-1e-3} WEIGHT_DECAY=${WEIGHT_DECAY:-0} ;; # far more than weights take
+*)
+    if [ "$MODEL_SETTING" = demo ]; then LR_INIT=${LR_INIT:-2e-3} LR_FINAL=${LR_FINAL:-2e-4}; fi
+    LR_INIT=${LR_INIT:-1e-4} LR_FINAL=${LR_FINAL:-1e-5} WEIGHT_DECAY=${WEIGHT_DECAY:-0}
+    ;;
+esac
 case $MODEL_SETTING in
 demo)
     CTX_LEN=${CTX_LEN:-256} M_BSZ=${M_BSZ:-8} LR_INIT=${LR_INIT:-1e-3} LR_FINAL=${LR_FINAL:-1e-4}
@@ -64,10 +89,15 @@ if [ "$SETTING" = mini ]; then
     *) fail "mini $1: no such stage; expected t2t, 512, 1024 or 2048" ;;
     esac
 fi
+if [ -n "$ADAPTER" ] && [ "${STAGES#* }" != "$STAGES" ]; then
+    fail "an adapter is trained in one stage: mini t2t, or mini 512 with a DATA_FILE"
+fi
 proj_dir_flag "$@"
 MODEL=out/L$N_LAYER-D$N_EMBD-x070
 NAMED_BASE=${BASE:-}
+if [ -z "$NAMED_BASE" ]; then SIZES="--n_layer $N_LAYER --n_embd $N_EMBD --vocab_size $VOCAB_SIZE"; fi
 BASE=${BASE:-$MODEL} # the weights to start from
+SUFFIX=${ADAPTER:-sft} # of the names of folders
 
 find_python
 
@@ -79,11 +109,19 @@ stage() {
     shift 5
     if [ ! -f "$data" ]; then missing "$data"; fi
     if [ "$TOKENIZER" != world ] && [ ! -f "$TOKENIZER/tokenizer.json" ]; then missing "$TOKENIZER"; fi
-    initial_weights "$folder" "$base"
+    if [ -n "$ADAPTER" ]; then
+        copied=
+        [ -e "$base" ] || fail "$base does not exist; these are the weights to adapt. Pretrain first (demo-training-run.sh), or name
+others: BASE=model.pth sh $0"
+        set -- --train_stage 0 --load_model "$base" --peft "$PEFT" --train_type "$TRAIN_TYPE" --quant "$QUANT" "$@"
+    else
+        initial_weights "$folder" "$base"
+        set -- --train_stage 3 --load_model 0 "$@"
+    fi
     status=0
-    "$python" train.py --proj_dir "$folder" --train_stage 3 --load_model 0 --data_type sft --data_file "$data" \
-        --tokenizer "$TOKENIZER" --n_layer "$N_LAYER" --n_embd "$N_EMBD" --vocab_size "$VOCAB_SIZE" \
-        --ctx_len "$ctx" --micro_bsz "$M_BSZ" --my_exit_tokens "$positions" --magic_prime "${MAGIC_PRIME:-0}" \
+    # shellcheck disable=SC2086 # several flags
+    "$python" train.py --proj_dir "$folder" --data_type sft --data_file "$data" \
+        --tokenizer "$TOKENIZER" $SIZES --ctx_len "$ctx" --micro_bsz "$M_BSZ" --my_exit_tokens "$positions" --magic_prime "${MAGIC_PRIME:-0}" \
         --lr_init "$LR_INIT" --lr_final "$LR_FINAL" --warmup_steps "$WARMUP_STEPS" --weight_decay "$WEIGHT_DECAY" \
         --epoch_steps "$EPOCH_STEPS" --epoch_save "$EPOCH_SAVE" --grad_cp "$GRAD_CP" --wandb "$WANDB" \
         --val_data_file "$VAL_DATA_FILE" \
@@ -150,6 +188,9 @@ discard_copy() {
     say "$copied is deleted again, so that it is copied from the BASE of the next start" >&2
 }
 
+# is_complete FOLDER: whether a training there has ended
+is_complete() { [ -f "$1/rwkv-final.pth" ] || [ -d "$1/adapter" ] || [ -f "$1/state.pth" ]; }
+
 missing() {
     case $SETTING in
     mini)
@@ -181,12 +222,12 @@ case $SETTING in
 demo)
     if [ ! -f "$TOKENIZER/tokenizer.json" ]; then "$python" data/demo_corpus.py; fi
     "$python" data/demo_conversations.py
-    PROJ_DIR=${PROJ_DIR:-$MODEL-sft}
+    PROJ_DIR=${PROJ_DIR:-$MODEL-$SUFFIX}
     was_complete=0
-    if [ -f "$PROJ_DIR/rwkv-final.pth" ]; then was_complete=1; fi
+    if is_complete "$PROJ_DIR"; then was_complete=1; fi
     stage "$PROJ_DIR" "$BASE" data/demo-sft.jsonl "$CTX_LEN" "${MY_EXIT_TOKENS:-0}" "$@"
     # Nothing to show if it was complete before, or if it took no steps (--check).
-    if [ $was_complete = 1 ] || [ ! -f "$PROJ_DIR/rwkv-final.pth" ]; then exit; fi
+    if [ $was_complete = 1 ] || ! is_complete "$PROJ_DIR"; then exit; fi
     # shellcheck disable=SC2016 # the backquotes are Markdown in the questions, not commands
     for question in 'What does `textwrap.dedent` do?' 'What is the signature of `json.dumps`?'; do
         say "" "$question"
@@ -198,7 +239,11 @@ own)
     name=${DATA_FILE##*/}
     # Only the ending: pets.cats.jsonl and pets.dogs.jsonl are two runs.
     for ending in .gz .zst .jsonl .json .parquet; do name=${name%"$ending"}; done
-    stage "${PROJ_DIR:-$MODEL-sft-$name}" "$BASE" "$DATA_FILE" "$CTX_LEN" "${MY_EXIT_TOKENS:-0}" "$@"
+    if [ -n "$ADAPTER" ] && [ -n "$NAMED_BASE" ]; then
+        MODEL=out/${NAMED_BASE##*/}
+        MODEL=${MODEL%.pth}
+    fi
+    stage "${PROJ_DIR:-$MODEL-$SUFFIX-$name}" "$BASE" "$DATA_FILE" "$CTX_LEN" "${MY_EXIT_TOKENS:-0}" "$@"
     ;;
 mini)
     for ctx in $STAGES; do
@@ -206,14 +251,14 @@ mini)
         t2t)
             data=data/sft_t2t_mini.jsonl
             if [ -f data/sft_t2t.jsonl ]; then data=data/sft_t2t.jsonl; fi
-            stage "${PROJ_DIR:-$MODEL-sft-t2t}" "$BASE" "${DATA_FILE:-$data}" "$T2T_CTX_LEN" "${MY_EXIT_TOKENS:-0}" "$@"
+            stage "${PROJ_DIR:-$MODEL-$SUFFIX-t2t}" "$BASE" "${DATA_FILE:-$data}" "$T2T_CTX_LEN" "${MY_EXIT_TOKENS:-0}" "$@"
             continue
             ;;
         512) base=$BASE positions=1843253579 ;;
         1024) base=$MODEL-sft512 positions=1430197426 ;;
         2048) base=$MODEL-sft1024 positions=2398644915 ;;
         esac
-        stage "$MODEL-sft$ctx" "$base" "${DATA_FILE:-data/sft_$ctx.jsonl}" "$ctx" "${MY_EXIT_TOKENS:-$positions}" "$@"
+        stage "$MODEL-$SUFFIX$ctx" "$base" "${DATA_FILE:-data/sft_$ctx.jsonl}" "$ctx" "${MY_EXIT_TOKENS:-$positions}" "$@"
     done
     ;;
 esac

@@ -18,6 +18,9 @@ import torch.distributed as dist
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from torch.utils.data import Dataset
 
+from src.adapt.adapter import add_adapter
+from src.adapt.config import adapter_of
+from src.adapt.quantize import quantize_base
 from src.config import RunConfig
 from src.model import RWKV7
 from src.training.checkpoint.state import gather_full_state, gather_weights, scatter_full_state
@@ -113,6 +116,14 @@ def fit(process_group, name, scenario, out):
             return initial_values(config.model_config(VOCAB))
     else:
         model = RWKV7(config.model_config(VOCAB)).to(hardware.dtype)
+    if (adapter := adapter_of(config)) is not None:  # as src/training/model_setup.py does, beside a drawn base
+        torch.manual_seed(init_seed + 1)
+        with torch.no_grad():  # output and value of a new model are zero: no gradient would reach the adapter
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape)
+        if config.quant != "none":
+            quantize_base(model, config.quant)
+        add_adapter(model, adapter)
     if config.compiles("cpu"):  # as src/training/trainer.py does
         model.compile_blocks()
     module = Fit(model, config, hardware, values=values, optimizer=optimizer, poison=poison)
@@ -155,6 +166,8 @@ def fit(process_group, name, scenario, out):
     if config.compiles("cpu"):
         result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     result["weights"] = gather_weights(module.model)
+    if adapter is not None:
+        result["frozen"] = sorted(model.frozen_base)
     result["held"] = sum(p.numel() for p in module.model.parameters())
     if optimizer == "adam":
         result["state"] = {key: tensor.clone().cpu() for key, tensor in gather_full_state(module)}

@@ -2,7 +2,8 @@
 
 import torch
 
-from src.adapt.adapter_files import Adapter, base_sha256
+from src.adapt.adapter_files import Adapter
+from src.adapt.base_hash import base_sha256
 
 
 def random_adapter(model, config, seed=1, whole=()):

@@ -10,8 +10,9 @@ from random_adapter import random_adapter
 from random_model import random_model
 from safetensors.torch import save_file
 
-from src.adapt.adapter_files import base_sha256, read_adapter, write_adapter
+from src.adapt.adapter_files import read_adapter, write_adapter
 from src.adapt.adapter_names import OTHER_MODULES, adapter_name, peft_name
+from src.adapt.base_hash import base_sha256
 from src.adapt.config import TARGETS, AdapterConfig
 from src.adapt.merge import check_adapter, merge_adapter
 from src.errors import UserError
@@ -269,6 +270,9 @@ def test_the_hash_of_a_base_is_that_of_its_numbers():
     assert base_sha256(weights) == base_sha256(
         squeezed | {"blocks.0.att.value.weight": weights["blocks.0.att.value.weight"]}
     )
+    full = random_model(**SIZES).state_dict()
+    assert base_sha256(full) == base_sha256({name: t.double() for name, t in full.items()})
+    assert base_sha256(full) not in (base_sha256(weights), base_sha256(random_model(**SIZES).half().state_dict()))
     changed = weights | {"blocks.1.ffn.value.weight": weights["blocks.1.ffn.value.weight"] + 1}
     assert base_sha256(weights) != base_sha256(changed)
 

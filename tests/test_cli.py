@@ -29,6 +29,9 @@ FLAGS = {
     "val_every": "1", "val_windows": 512,
     "n_layer": 6, "n_embd": 512, "head_size": 64, "dim_ffn": 0, "d_decay_lora": 0, "d_aaa_lora": 0, "d_mv_lora": 0,
     "d_gate_lora": 0,
+    "peft": "none", "lora_r": 32, "lora_alpha": 64.0, "lora_dropout": 0.0, "use_rslora": False,
+    "lora_targets": "att.receptance,att.key,att.value,att.output,ffn.key,ffn.value", "lora_train": "",
+    "train_type": "none", "quant": "none",
     "micro_bsz": 12, "accumulate_grad_batches": 1, "my_exit_tokens": 0, "epochs": 1.0, "epoch_steps": 0,
     "epoch_save": 5, "epoch_begin": 0, "lr_init": 6e-4, "lr_final": 1e-5, "warmup_steps": -1,
     "beta1": 0.9, "beta2": 0.99, "adam_eps": 1e-18, "weight_decay": 0.0, "grad_clip": 1.0,
@@ -51,12 +54,13 @@ FIXED = {
     ),
     *("data_type", "tokenizer", "ctx_len", "magic_prime", "sft_loss", "packing", "truncate", "special_tokens"),
     "think",
+    *("peft", "lora_r", "lora_alpha", "use_rslora", "lora_targets", "lora_train", "train_type", "quant"),
 }
 # These change how training goes on: a resumed run logs their change.
 NOTED = {
     *("micro_bsz", "accumulate_grad_batches", "my_exit_tokens", "epoch_steps", "epoch_save", "precision"),
     *("lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip"),
-    *("max_bad_steps", "val_data_file", "val_windows"),
+    *("max_bad_steps", "val_data_file", "val_windows", "lora_dropout"),
 }
 EXISTING_SCRIPT = """
 --load_model 0 --wandb "" --proj_dir out/L12-D768-x070 --my_testing x070 --ctx_len 512 --train_stage 3
@@ -185,6 +189,69 @@ def test_flags_without_effect_are_not_settings():
     assert not set(COMPATIBILITY_FLAGS) & set(FLAGS)
     for argv in (["--dim_att", "0"], ["--dim_att", "512"], ["--my_testing", "x070"], ["--epoch_count", "0"]):
         assert interpret([*DATA, *argv])[1:] == ([], [])
+
+
+def faults_by_flag(*argv):
+    return {fault.flag: str(fault) for fault in interpret([*DATA, "--load_model", "B.pth", *argv])[2]}
+
+
+def settings_of(*argv):
+    config, notes, faults = interpret([*DATA, "--load_model", "B.pth", *argv])
+    assert not faults, list(map(str, faults))
+    assert not notes
+    return config
+
+
+def test_adapters_in_the_notations_of_rwkv_peft():
+    """Each flag means there what these say; the settings of a run are the plain ones."""
+    peft_config = '{"r":8,"lora_alpha":32,"lora_dropout":0.05,"target_modules":["key","att.value"],"use_rslora":true}'
+    config = settings_of("--peft", "lora", "--peft_config", peft_config, "--dataload", "get", "--merge", "0")
+    assert (config.lora_r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (8, 32.0, 0.05, True)
+    assert (config.lora_targets, config.data_type) == ("key,att.value", "binidx")
+    old = '{"lora_load":"","lora_r":16,"lora_alpha":32,"lora_dropout":0.0}'
+    assert settings_of("--peft", "lora", "--lora_config", old).lora_r == 16
+    disha = settings_of("--peft", "disha", "--disha_config", '{"mode":"bone","load":"","r":64}', "--quant", "4bit")
+    assert (disha.peft, disha.lora_r, disha.quant) == ("miss", 64, "nf4")
+    pissa = '{"pissa_load":"","pissa_init":"","pissa_r":32,"svd_niter":4}'
+    assert settings_of("--peft", "pissa", "--pissa_config", pissa).peft == "pissa"
+    rows = settings_of("--train_type", "states", "--dataload", "pad", "--loss_mask", "pad", "--tokenizer", "world")
+    assert (rows.train_type, rows.packing, rows.sft_loss, rows.data_type) == ("state", False, "text", "sft")
+    assert settings_of("--train_type", "none", "--peft", "none").peft == "none"
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag", "message"),
+    [
+        ("--quant fp4 --peft lora", "quant", "there is nf4"),
+        ("--quant fp8 --peft lora", "quant", "there is int8"),
+        ("--quant nf4", "quant", "all weights are trained"),
+        ("--train_type infctx", "train_type", "longer context"),
+        ("--peft adalora", "peft", "expected one of none, lora, pissa, miss, dora"),
+        ("--peft lora --train_type state", "peft", "leave one of them out"),
+        ("--peft lora --lora_targets key,gate", "lora_targets", "gate matches nothing"),
+        ("--peft lora --lora_targets ,", "lora_targets", "expected a list"),
+        ("--peft lora --lora_train emb", "lora_train", "emb matches nothing"),
+        ("--peft lora --lora_r 0", "lora_r", "at least 1"),
+        ("--lora_r 8", "lora_r", "needs --peft"),
+        ("--peft lora --train_stage 1", "train_stage", "whole weights"),
+        ("--peft lora --loss_mask se", "loss_mask", "there are qa"),
+        ("--peft lora --merge 1", "merge", "src.inference.export"),
+        ("--peft lora --dataload get --data_type sft --tokenizer world", "dataload", "contradicts --data_type sft"),
+        ("--peft lora --peft_config {", "peft_config", "a JSON object"),
+        ('--peft lora --peft_config {"rank":8}', "peft_config", "has no 'rank'"),
+        ('--peft lora --peft_config {"r":8.5}', "peft_config", "a whole number"),
+        ('--peft lora --lora_r 4 --peft_config {"r":8}', "peft_config", "contradicts --lora_r 4"),
+        ('--peft lora --lora_config {"lora_load":"x.pth"}', "lora_config", "lora_load isn't offered"),
+        ('--peft miss --disha_config {"mode":"bat"}', "disha_config", "which is MiSS"),
+    ],
+)
+def test_mistakes_of_adapters_name_what_is_there(argv, flag, message):
+    assert message in faults_by_flag(*argv.split())[flag]
+
+
+def test_an_adapter_needs_weights():
+    assert "missing" in {f.flag: str(f) for f in interpret([*DATA, "--peft", "lora"])[2]}["load_model"]
+    assert not interpret([*DATA, "--peft", "lora", "--plan"])[2]
 
 
 @pytest.mark.parametrize(

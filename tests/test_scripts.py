@@ -441,8 +441,9 @@ def test_a_base_that_fails_is_not_kept(pretrained):
     (pretrained / "page.pth").write_text("<html>not found</html>")
     (pretrained / "page.st").write_text("<html>not found</html>")
     torch.save(RWKV7(ModelConfig(n_layer=3, n_embd=256, vocab_size=6400)).state_dict(), pretrained / "three.pth")
+    sizes = {"N_LAYER": "4", "N_EMBD": "256", "VOCAB_SIZE": "6400", "TOKENIZER": "data/demo_tokenizer"}
     for base, message in (("page.pth", "a web page"), ("page.st", "a web page"), ("three.pth", "--n_layer 3")):
-        done = fine_tune(CTX_LEN="32", BASE=base)
+        done = fine_tune(CTX_LEN="32", BASE=base, **sizes)
         assert done.returncode == 2 or (base == "page.st" and done.returncode == 1), done.stdout + done.stderr
         assert message in done.stderr
         assert not list(pretrained.glob("out/*-sft-mine/rwkv-init.pth*"))
@@ -588,11 +589,26 @@ def test_a_base_of_another_size_is_refused_and_can_be_replaced(pretrained):
     fine_tune = partial(
         run_script, pretrained, *DRY_RUN, script="demo-training-run-sft.sh", DATA_FILE="mine.jsonl", CTX_LEN="32"
     )
-    done = fine_tune(BASE="small.pth")
+    done = fine_tune(BASE="small.pth", N_LAYER="4", N_EMBD="256", TOKENIZER="data/demo_tokenizer")
     assert done.returncode in (1, 2)
     assert not (pretrained / "out" / "L4-D256-x070-sft-mine" / "rwkv-init.pth").exists()
     done = fine_tune()
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_adapters_read_the_base_where_it_is(recorded):
+    """Its sizes are in its file; nothing is copied."""
+    settings = {"PEFT": "lora", "QUANT": "nf4", "LR_INIT": "1e-4"}
+    assert recorded.fine_tune("mine.jsonl", **settings).returncode == 0
+    flags = recorded.flags()
+    assert (flags["--load_model"], flags["--train_stage"], flags["--peft"]) == ("base.pth", "0", "lora")
+    assert (flags["--quant"], flags["--proj_dir"]) == ("nf4", "out/base-lora-mine")
+    assert not {"--n_layer", "--n_embd", "--vocab_size"} & flags.keys()
+    assert not list(recorded.tree.glob("out/**/rwkv-init.pth"))
+    assert recorded.fine_tune("mine.jsonl", TRAIN_TYPE="state", N_LAYER="12").returncode == 0
+    flags = recorded.flags()
+    assert (flags["--train_type"], flags["--peft"], flags["--n_layer"]) == ("state", "none", "12")
+    assert flags["--proj_dir"] == "out/base-state-mine"
 
 
 def test_a_base_in_another_format_is_converted(recorded):

@@ -26,6 +26,17 @@ HEADINGS = {
     "low-rank sizes w a v g": "低秩维度 w a v g",
     "GPUs": "GPU 数",
     "GiB per GPU": "每个 GPU 的 GiB",
+    "model": "模型",
+    "trained": "训练什么",
+    "all weights": "全部权重",
+    "initial states": "初始状态",
+    "one process": "单进程",
+    "state, bf16": "状态，bf16",
+    "state, int8": "状态，int8",
+    "state, nf4": "状态，nf4",
+    "LoRA, bf16": "LoRA，bf16",
+    "LoRA, int8": "LoRA，int8",
+    "LoRA, nf4": "LoRA，nf4",
 }
 
 # Topics of the flags, by their key in src.config.GROUPS.
@@ -33,6 +44,7 @@ GROUPS = {
     "run": "训练本身：放在哪里，从什么开始",
     "data": "数据",
     "model": "模型",
+    "adapt": "只微调一部分：适配器、状态",
     "length": "长度、batch 和学习率",
     "optimizer": "优化器",
     "speed": "内存与速度",

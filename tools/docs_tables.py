@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from src.config import GROUPS, ModelConfig, RunConfig, default_text
+from src.adapt.config import AdapterConfig
+from src.config import GROUPS, ModelConfig, RunConfig, default_text, refusal
+from src.config.support import BASES, KINDS, STRATEGIES
 from src.model import RWKV7
 from src.model.init import row_of
 from src.training.figures import published
@@ -50,6 +52,23 @@ CLUSTER = [
     (64, 6144, (192, 192, 128, 512), "1e-4", 3, 64, 2),
     (80, 8192, (256, 256, 160, 576), "8e-5", 3, 128, 1),
 ]
+
+# Released models: layers, width, low-rank sizes w a v g. Their vocabulary is 65536.
+RELEASED = {
+    "0.1B": (12, 768, (64, 64, 32, 128)),
+    "0.4B": (24, 1024, (64, 64, 32, 128)),
+    "1.5B": (24, 2048, (96, 96, 64, 256)),
+    "2.9B": (32, 2560, (96, 96, 64, 320)),
+    "7.2B": (32, 4096, (128, 128, 96, 480)),
+}
+KIND_TITLES = {
+    "full": "all weights",
+    "lora": "LoRA",
+    "pissa": "PiSSA",
+    "miss": "MiSS",
+    "dora": "DoRA",
+    "state": "initial states",
+}
 
 
 def twin(page: Path) -> Path:
@@ -142,6 +161,39 @@ def cluster(chinese: bool) -> str:
     return table([*sizes, "`--lr_init`", "ZeRO stage", "GPUs", "`--micro_bsz`", "GiB per GPU"], rows, chinese)
 
 
+def adapted_memory(chinese: bool) -> str:
+    """GiB of one device by model and kind of training: what `train.py --plan` prints as total."""
+    adapters: dict[str, tuple[AdapterConfig | None, str]] = {"all weights": (None, "none")}
+    for base in ("none", "int8", "nf4"):
+        name = "bf16" if base == "none" else base
+        adapters[f"LoRA, {name}"] = AdapterConfig("lora"), base
+        adapters[f"state, {name}"] = AdapterConfig("state"), base
+    rows = []
+    for name, (layers, width, (w, a, v, g)) in RELEASED.items():
+        config = ModelConfig(
+            layers, width, 65536, d_decay_lora=w, d_aaa_lora=a, d_mv_lora=v, d_gate_lora=g, grad_cp=True
+        )
+        totals = [
+            plan.memory(config, "auto", 1, "bf16", 1024, on_gpu=True, adapter=adapter, quant=quant).total / GIB
+            for adapter, quant in adapters.values()
+        ]
+        rows.append([name, f"{layers}, {width}", f"{w} {a} {v} {g}", *(f"{total:.1f}" for total in totals)])
+    sizes = ["model", "`--n_layer`, `--n_embd`", "low-rank sizes w a v g"]
+    return table([*sizes, *adapters], rows, chinese)
+
+
+def supported(chinese: bool) -> str:
+    """The bases that each kind of training takes under each strategy, by the table in src/config/support.py."""
+    rows = []
+    for kind in KINDS:
+        cells = [[base for base in BASES if refusal(kind, base, strategy) is None] for strategy in STRATEGIES]
+        title = KIND_TITLES[kind]
+        rows.append(
+            [docs_chinese.HEADINGS.get(title, title) if chinese else title, *(", ".join(bases) for bases in cells)]
+        )
+    return table(["trained", *STRATEGIES], rows, chinese)
+
+
 def _meta_model(config: ModelConfig) -> RWKV7:
     # Names and shapes only: the largest model here has more parameters than most machines have memory for.
     with torch.device("meta"):
@@ -161,6 +213,8 @@ TABLES: dict[str, tuple[str, Callable[[bool], str]]] = {
     "first_flags": ("README.md", first_flags),
     "flags": ("docs/flags.md", flags),
     "cluster": ("docs/cluster.md", cluster),
+    "adapted_memory": ("docs/adapting.md", adapted_memory),
+    "supported": ("docs/adapting.md", supported),
     "weights": ("docs/model.md", weights),
     "source": ("docs/source.md", docs_tree.source),
 }

@@ -55,6 +55,7 @@ TREE = {
     "src/training/objectives/": ("from a batch to a loss", "从 batch 到损失"),
     "src/training/preflight/": ("before a run: --plan, --check, --dry_run", "训练之前：--plan、--check、--dry_run"),
     "src/training/reporting/": ("during a run: metrics, logs, warnings", "训练途中：指标、日志、警告"),
+    "src/adapt/": ("adapters, tuned states, a quantised base", "适配器、初始状态、量化的底模"),
     "src/inference/": ("decoding, chat, evaluation, export", "解码、聊天、评测、导出"),
     "src/inference/serve/": ("the HTTP server and its page", "HTTP 服务器及其页面"),
     "src/inference/formats/": ("reading and writing other programs' files", "读写其他程序的文件"),

@@ -7,7 +7,6 @@ flash-linear-attention and rwkv7-hf. src/adapt/adapter_names.py has the names.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from src.adapt.config import TARGETS, AdapterConfig
 from src.errors import UserError
 from src.files import atomic_write, sync_folder
 from src.model.file_kind import file_kind
-from src.model.weights import IDLE_IN_LAYER_0, Weights, read_weights, save_weights
+from src.model.weights import Weights, read_weights, save_weights
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -46,25 +45,12 @@ PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 @dataclass(frozen=True)
 class Adapter:
     """`tensors` by the names of `adapter_names`, fp32 where they come from a file; `base_sha256`: of the base's weights
-    (`base_sha256`), "" where it isn't known; `base_path`: where they were, for people and as a default."""
+    (base_hash.py), "" where it isn't known; `base_path`: where they were, for people and as a default."""
 
     config: AdapterConfig
     tensors: Weights
     base_sha256: str = ""
     base_path: str = ""
-
-
-def base_sha256(weights: Weights) -> str:
-    """A hash of a model's weights: the same in every format and in every dtype that holds the numbers exactly."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        # not in every format, and no result depends on them; the initial state is no part of what an adapter changes
-        if name in IDLE_IN_LAYER_0 or name.endswith(TIME_STATE):
-            continue
-        digest.update(name.encode())
-        for piece in weights[name].detach().flatten().split(1 << 22):  # in fp32 by pieces: the base may be large
-            digest.update(piece.cpu().float().contiguous().numpy())
-    return digest.hexdigest()
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

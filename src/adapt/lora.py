@@ -7,11 +7,15 @@ fp32. s is `AdapterConfig.scale`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from src.adapt.config import AdapterConfig
+from src.adapt.quantize import QuantizedLinear
 
 # Singular vectors of larger matrices are approximated: exact ones of a 1.5 B model would take half an hour.
 EXACT_SVD_UP_TO = 512
@@ -19,13 +23,17 @@ SVD_OVERSAMPLING, SVD_ITERATIONS = 16, 8
 
 
 class Adapted(nn.Module):
-    """Base of the mix-ins: `base_product(x)` is x W^T, x [rows, in]."""
+    """Base of the mix-ins. `base_product(x)` is x W^T, x [rows, in]; `base_gradient(grad)` is grad W, [rows, in]."""
 
     in_features: int
     out_features: int
 
     def base_product(self, x: Tensor) -> Tensor:
         return super().forward(x)  # type: ignore[misc,no-any-return]
+
+    def base_gradient(self, grad: Tensor) -> Tensor:
+        weight = self.dequantize(grad.dtype) if isinstance(self, QuantizedLinear) else self.weight
+        return grad @ weight  # type: ignore[operator]
 
     def adapt(self, config: AdapterConfig) -> None:
         """Add the parameters, with values where W has some."""
@@ -41,11 +49,33 @@ class Adapted(nn.Module):
 
 
 def add_low_rank(module: Adapted, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
-    """x [rows, in] -> [rows, out], with the module's own x W^T, A [r, in], B [out, r]."""
-    dropped = F.dropout(x, dropout, module.training) if dropout else x
-    low = F.linear(dropped, a.to(x.dtype))
-    # In place of the base's product, which nothing else needs: a sum would take two more passes over [rows, out].
-    return module.base_product(x).addmm_(low, b.to(x.dtype).t(), alpha=scale)
+    """x W^T + s dropout(x) A^T B^T: x [rows, in] -> [rows, out], with the module's W, A [r, in], B [out, r]."""
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    if (dropout and module.training) or torch.compiler.is_compiling():
+        low = F.linear(F.dropout(x, dropout, module.training), a)
+        return torch.addmm(module.base_product(x), low, b.t(), alpha=scale)
+    return _LowRankSum.apply(x, a, b, module, scale)  # type: ignore[no-any-return]
+
+
+class _LowRankSum(torch.autograd.Function):
+    """`add_low_rank` without dropout, in place: the low-rank part is added into the product with W, and in backward
+    into the gradient from there. A sum would take two more passes over [rows, out] and [rows, in].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, module: Adapted, scale: float) -> Tensor:
+        low = F.linear(x, a)
+        ctx.save_for_backward(x, a, b, low)
+        ctx.module, ctx.scale = module, scale
+        return module.base_product(x).addmm_(low, b.t(), alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, a, b, low = ctx.saved_tensors
+        grad_low = (grad @ b).mul_(ctx.scale)
+        grad_x = ctx.module.base_gradient(grad).addmm_(grad_low, a) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_low.t() @ x, (grad.t() @ low).mul_(ctx.scale), None, None
 
 
 class Lora(Adapted):
@@ -156,7 +186,7 @@ class Miss(Adapted):
         if remainder := -self.in_features % block.shape[0]:
             pieces = F.pad(pieces, (0, remainder))
         summed = pieces.unflatten(1, (-1, block.shape[0])).sum(1)
-        return self.base_product(x).addmm_(summed, block)
+        return torch.addmm(self.base_product(x), summed, block)
 
 
 MIXINS: dict[str, type[Adapted]] = {"lora": Lora, "pissa": Pissa, "dora": Dora, "miss": Miss}

@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from src.adapt.adapter_files import TIME_STATE, Adapter, base_sha256
+from src.adapt.adapter_files import TIME_STATE, Adapter
 from src.adapt.adapter_names import adapter_name
+from src.adapt.base_hash import base_sha256
 from src.errors import UserError
 from src.model.weights import Weights
 

@@ -119,7 +119,7 @@ class Flags:
     vocab_size: int = flag(
         0,
         "data",
-        "rows of the embedding; 0: from the tokenizer, the weights or the data",
+        "rows of the embedding; 0: from the weights, the tokenizer or the data",
         at_least=0,
         within_run="fixed",
     )

@@ -129,6 +129,5 @@ def _typed(flag: str, text: str, key: str, name: str, value: Any) -> Any:
             return float(value)
         if value == int(value):
             return int(value)
-    raise UserError(
-        f"{key} {value!r}", flag=flag, given=text, expected="true or false" if name == "use_rslora" else "a number"
-    )
+    expected = {"use_rslora": "true or false", "lora_r": "a whole number"}.get(name, "a number")
+    raise UserError(f"{key} {value!r}", flag=flag, given=text, expected=expected)

@@ -90,7 +90,9 @@ def adapted_base(path: Path, adaptation: Adaptation) -> tuple[str, Adaptation] |
     if found is None:
         return None
     result, flag = found
-    recorded = read_run(result.parent).get("settings", {}).get("load_model", "")
+    run = read_run(result.parent)
+    # what the run read: rwkv-init.pth where the flag names none
+    recorded = run.get("origin", {}).get("path", "") or run.get("settings", {}).get("load_model", "")
     in_file = read_adapter(result, adaptation.lora_alpha).base_path if flag == "adapter" else ""
     base = next((base for base in (recorded, in_file) if base and Path(base).exists()), "")
     if not base:

@@ -11,8 +11,9 @@ import torch
 
 from src import run_folder
 from src.adapt.adapter import adapter_parameter_count, add_adapter
-from src.adapt.adapter_files import base_sha256
+from src.adapt.base_hash import base_sha256
 from src.adapt.config import AdapterConfig, adapter_of
+from src.adapt.quantize import quantize_base
 from src.config import ModelConfig, RunConfig, settings_with
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.errors import UserError
@@ -125,6 +126,8 @@ def _build_adapted(
             expected="the whole base of an adapter, without --load_partial",
         )
     model.load_state_dict({name: t.to(hardware.dtype, copy=True) for name, t in weights.items()}, assign=True)
+    if config.quant != "none":
+        quantize_base(model, config.quant)
     add_adapter(model, adapter, draw=resume.state is None)
     return model
 
@@ -183,17 +186,20 @@ def _fit(weights: Weights, config: RunConfig, sizes: ModelConfig, source: str) -
 
 
 def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:
-    """--vocab_size, else the tokenizer's, else that of the weights, else what the data needs."""
+    """--vocab_size, else that of the weights, else the tokenizer's, else what the data needs."""
     # loaded even where --vocab_size is given: a mistake in it is found now, not when samples are generated at the end
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if config.vocab_size:
         if tokenizer:
             check_tokenizer(tokenizer, config.vocab_size)
         return config.vocab_size
+    if weights is not None and not (tokenizer and config.load_partial):
+        size = config_from_weights(weights, source="the weights").vocab_size
+        if tokenizer:
+            check_tokenizer(tokenizer, size)
+        return size
     if tokenizer:
         return tokenizer.vocab_size
-    if weights is not None:
-        return config_from_weights(weights, source="the weights").vocab_size
     if not config.data_file:
         raise UserError("not known", flag="vocab_size", given=0, advice="give it, or --tokenizer, or --data_file")
     largest = open_samples(config).largest_id()

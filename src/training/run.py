@@ -231,7 +231,7 @@ def _train(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group:
         on_rank_zero(partial(_record_start, config, hardware, proj_dir, settings, resume))
         if is_rank_zero():
             warn_at_start(config, hardware, sizes, samples, resume, proj_dir)
-        results = results_of(config, base)
+        results = results_of(config, resume.weights, base)
         context = RunContext(
             config, sizes, hardware, proj_dir, samples, held_out, settings, process_group, ends_at, results
         )

@@ -50,9 +50,10 @@ def result_names(config: RunConfig) -> ResultNames:
     return TUNED_STATE if adapter.kind == "state" else ADAPTER
 
 
-def results_of(config: RunConfig, base_sha256: str) -> Results:
-    """The results of a run, whose base has this hash ("" where all weights are trained)."""
+def results_of(config: RunConfig, base: Path | None, base_sha256: str) -> Results:
+    """The results of a run. `base`: the weights that an adapter changes, with their hash."""
     adapter = adapter_of(config)
     if adapter is None:
         return Results()
-    return Results(result_names(config), Adapter(adapter, {}, base_sha256, str(Path(config.load_model).absolute())))
+    assert base is not None, "an adapter's run has a base"
+    return Results(result_names(config), Adapter(adapter, {}, base_sha256, str(base.absolute())))

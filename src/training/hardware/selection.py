@@ -187,4 +187,5 @@ def lightning_strategy(config: RunConfig, hardware: Hardware) -> Any:
     return DDPStrategy(
         process_group_backend="nccl" if hardware.accelerator == "gpu" else "gloo",
         gradient_as_bucket_view=True,  # without it every gradient exists twice
+        broadcast_buffers=False,  # those of a quantised base, which every process makes itself and which never change
     )

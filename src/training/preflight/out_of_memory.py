@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from src.adapt.config import adapter_of
 from src.config import ModelConfig, RunConfig
 from src.training.distributed.process_group import ProcessGroup
 from src.training.hardware.selection import Hardware
@@ -67,6 +68,8 @@ def estimate(config: RunConfig, model: ModelConfig, hardware: Hardware) -> Memor
         # on a CPU the native loss has no fp16
         native_loss=hardware.accelerator == "gpu" or hardware.precision != "fp16",
         on_gpu=hardware.accelerator == "gpu",
+        adapter=adapter_of(config),
+        quant=config.quant,
     )
     is_fragmented = hardware.accelerator == "cpu" and not config.grad_cp
     return replace(memory, fragmentation=FRAGMENTATION_SHARE * memory.total) if is_fragmented else memory

@@ -11,6 +11,8 @@ Bytes per device, with P parameters, b bytes of the run's dtype and W processes 
     activations  tokens of a micro batch * (what a block keeps for backward): of every layer or, with --grad_cp, of one,
                  while every other layer keeps its input and the results of the recurrence. That one block is recomputed
                  after the logits are freed: the larger of the two counts
+                 An adapter beside a frozen base: b P of weights, gradients and optimizer of what is trained, and fewer
+                 activations (adapter_memory.py)
     logits       tokens * V * b; their gradient takes their place. With --head_chunk those of one chunk, and the head's
                  gradient in fp32, twice while it is scaled. Where the loss is plain PyTorch (no native library, fp16 on
                  a CPU), in addition the fp32 rows being computed
@@ -22,11 +24,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from src.adapt.config import AdapterConfig, adapter_of
 from src.config import STRATEGIES, ModelConfig, RunConfig
 from src.model.cost import parameter_count, training_flops_per_token
 from src.ops.loss import ROWS
 from src.ops.recurrence import CHUNKED_SEGMENT, CHUNKED_SLOT, CPU_SEGMENT, CUDA_WINDOW
 from src.training import optim
+from src.training.preflight.adapter_memory import (
+    base_bytes,
+    cast_bytes,
+    free_in_first_block,
+    kept_by_frozen_block,
+    trained_part,
+)
 
 BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
 # Tensors [tokens, C] that a block keeps for backward in the run's dtype, in addition to the hidden layer of the channel
@@ -49,14 +59,18 @@ def kept_by_recurrence(c: ModelConfig, precision: str, on_gpu: bool = False) -> 
     return 4 * c.n_embd * (1 + c.head_size / interval)
 
 
-def kept_by_block(c: ModelConfig, precision: str, on_gpu: bool = False) -> float:
+def kept_by_block(c: ModelConfig, precision: str, on_gpu: bool = False, adapter: AdapterConfig | None = None) -> float:
     """Bytes per token that one block keeps for backward."""
+    if adapter is not None:
+        return BYTES[precision] * kept_by_frozen_block(c, adapter) + kept_by_recurrence(c, precision, on_gpu)
     low_rank = c.d_decay_lora + c.d_aaa_lora + c.d_mv_lora + c.d_gate_lora
     in_dtype = KEPT_BY_BLOCK * c.n_embd + 2 * c.dim_ffn + low_rank
     return BYTES[precision] * in_dtype + kept_by_recurrence(c, precision, on_gpu)
 
 
-def activation_bytes(c: ModelConfig, tokens: int, precision: str, on_gpu: bool = False) -> float:
+def activation_bytes(
+    c: ModelConfig, tokens: int, precision: str, on_gpu: bool = False, adapter: AdapterConfig | None = None
+) -> float:
     """Bytes that a forward pass over `tokens` keeps for backward, without the head; with grad_cp the block being
     recomputed is included."""
     vector = BYTES[precision] * c.n_embd
@@ -64,18 +78,31 @@ def activation_bytes(c: ModelConfig, tokens: int, precision: str, on_gpu: bool =
         # Checkpointing doesn't run the recurrence again: its output and what its backward needs are kept.
         recurrence = vector + kept_by_recurrence(c, precision, on_gpu)
         kept = tokens * (2 * vector + c.n_layer * (vector + recurrence))
-        return kept + recomputed_bytes(c, tokens, precision, on_gpu)
+        return kept + recomputed_bytes(c, tokens, precision, on_gpu, adapter)
+    kept = tokens * c.n_layer * kept_by_block(c, precision, on_gpu, adapter)
+    if adapter is not None:
+        free = tokens * free_in_first_block(c, adapter) * BYTES[precision]
+        kept += cast_bytes(c, adapter, BYTES[precision]) - free
     # 2 vectors outside of the blocks: before the first and after the last one
-    return tokens * (2 * vector + c.n_layer * kept_by_block(c, precision, on_gpu))
+    return tokens * 2 * vector + kept
 
 
-def recomputed_bytes(c: ModelConfig, tokens: int, precision: str, on_gpu: bool = False) -> float:
+def recomputed_bytes(
+    c: ModelConfig, tokens: int, precision: str, on_gpu: bool = False, adapter: AdapterConfig | None = None
+) -> float:
     """The part of `activation_bytes` that the block being recomputed takes, after the logits are freed."""
     recurrence = BYTES[precision] * c.n_embd + kept_by_recurrence(c, precision, on_gpu)
-    return tokens * (kept_by_block(c, precision, on_gpu) - recurrence) if c.grad_cp else 0.0
+    return tokens * (kept_by_block(c, precision, on_gpu, adapter) - recurrence) if c.grad_cp else 0.0
 
 
-def logit_bytes(c: ModelConfig, tokens: int, dtype_bytes: int, head_chunk: int, native_loss: bool = True) -> float:
+def logit_bytes(
+    c: ModelConfig,
+    tokens: int,
+    dtype_bytes: int,
+    head_chunk: int,
+    native_loss: bool = True,
+    frozen_head: bool = False,
+) -> float:
     """Bytes of the logits, or of one chunk of them and the accumulated head gradient; without the native loss also what
     plain PyTorch adds."""
     rows = min(head_chunk or tokens, tokens)
@@ -84,6 +111,8 @@ def logit_bytes(c: ModelConfig, tokens: int, dtype_bytes: int, head_chunk: int, 
     in_fp32 = 0 if native_loss else c.vocab_size * (4 * rows if dtype_bytes == 4 else 8 * min(rows, ROWS))
     if not head_chunk:
         return rows * per_row + in_fp32
+    if frozen_head:
+        return rows * per_row + in_fp32 + dtype_bytes * tokens * c.n_embd
     # The head's gradient is summed over the chunks in fp32, and scaled into a second copy at the end.
     head = 4 * c.vocab_size * c.n_embd
     return head + max(rows * per_row + in_fp32, head) + dtype_bytes * tokens * c.n_embd
@@ -121,9 +150,16 @@ def memory(
     bucket_mb: int = 200,
     native_loss: bool = True,
     on_gpu: bool = False,
+    adapter: AdapterConfig | None = None,
+    quant: str = "none",
 ) -> Memory:
     """Memory of one of `processes` devices, for micro batches of `tokens` tokens. `strategy` is a value of --strategy;
-    "auto" stands for one process or DDP. `bucket_mb` is DeepSpeed's bucket size in million elements."""
+    "auto" stands for one process or DDP. `bucket_mb` is DeepSpeed's bucket size in million elements. `adapter`: what is
+    trained beside a frozen base; None: all weights. `quant`: how the base is stored."""
+    if adapter is not None:
+        return _adapter_memory(
+            c, strategy, processes, precision, tokens, head_chunk, native_loss, on_gpu, adapter, quant
+        )
     count, dtype_bytes = parameter_count(c), BYTES[precision]
     engine = strategy.startswith("deepspeed")
     stage = int(strategy.split("_")[2]) if engine else 0
@@ -157,6 +193,44 @@ def memory(
     )
 
 
+def _adapter_memory(
+    c: ModelConfig,
+    strategy: str,
+    processes: int,
+    precision: str,
+    tokens: int,
+    head_chunk: int,
+    native_loss: bool,
+    on_gpu: bool,
+    adapter: AdapterConfig,
+    quant: str,
+) -> Memory:
+    """`memory` of an adapter: nothing but weights exists of what is frozen. Strategies up to ZeRO 2."""
+    part, dtype_bytes = trained_part(c, adapter), BYTES[precision]
+    engine = strategy.startswith("deepspeed")
+    share = 1 / processes if engine else 1.0
+    # An engine has parameters of one dtype and keeps fp32 masters; without one the adapter is its own master.
+    own_bytes = dtype_bytes if engine else 4
+    weights = base_bytes(c, parameter_count(c), dtype_bytes, quant) + own_bytes * (part.adapter + part.kept)
+    gradients = own_bytes * part.adapter + dtype_bytes * part.whole
+    masters = part.adapter + part.whole if engine else part.whole if dtype_bytes < 4 else 0
+    optimizer = share * (8 * (part.adapter + part.whole) + 4 * masters)
+    step = 4.0 * share * masters
+    on_cpu = 0.0
+    if strategy.endswith("_offload"):
+        on_cpu, optimizer, step = optimizer + step, 0.0, 0.0
+    return Memory(
+        weights,
+        gradients,
+        optimizer,
+        step,
+        activation_bytes(c, tokens, precision, on_gpu, adapter),
+        logit_bytes(c, tokens, dtype_bytes, head_chunk, native_loss, frozen_head=True),
+        on_cpu,
+        recomputed_bytes(c, tokens, precision, on_gpu, adapter),
+    )
+
+
 def _largest_chunk(c: ModelConfig, count: int) -> int:
     """The largest number of gradients that MasterAdamW has in fp32 at a time."""
     # a tensor is never split, so the largest one is a lower bound
@@ -176,6 +250,7 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
         f"{exit_tokens / count:.1f} tokens per parameter",
         f"   processes  {processes}, {precision}, micro batch {config.micro_bsz} x {config.ctx_len}, "
         f"grad_cp {config.grad_cp}, head_chunk {config.head_chunk}",
+        *([f"      trains  {_describe_trained(config, model)}"] if adapter_of(config) is not None else []),
         f"     compute  {training_flops_per_token(model) * exit_tokens:.3g} floating-point operations",
     ]
     if config.plan > 0:
@@ -194,6 +269,14 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
     return "\n".join([*lines, *_memory_table(config, model, processes, precision)])
 
 
+def _describe_trained(config: RunConfig, model: ModelConfig) -> str:
+    adapter = adapter_of(config)
+    assert adapter is not None
+    part = trained_part(model, adapter)
+    base = "as it is" if config.quant == "none" else f"in {config.quant}"
+    return f"{adapter.kind}, {part.adapter + part.whole:,} parameters; the frozen base is stored {base}"
+
+
 def _memory_table(config: RunConfig, model: ModelConfig, processes: int, precision: str) -> Iterator[str]:
     """One line for each strategy that differs from the others with so many processes; ">" marks the run's."""
     yield f"{'--strategy':>28}  weights  gradients  optimizer    step  activations  logits    total  on the CPU"
@@ -201,6 +284,8 @@ def _memory_table(config: RunConfig, model: ModelConfig, processes: int, precisi
     for name in STRATEGIES:
         if name == ("ddp" if processes == 1 else "auto"):
             continue  # with several processes auto is DDP; with one there is nothing to communicate
+        if name.startswith("deepspeed_stage_3") and adapter_of(config) is not None:
+            continue  # refused
         if processes == 1 and name.startswith("deepspeed") and not name.endswith("_offload"):
             continue  # one process has nothing to partition: the same as auto
         m = memory(
@@ -212,6 +297,8 @@ def _memory_table(config: RunConfig, model: ModelConfig, processes: int, precisi
             config.head_chunk,
             config.ds_bucket_mb,
             on_gpu=config.accelerator != "cpu",
+            adapter=adapter_of(config),
+            quant=config.quant,
         )
         mark = ">" if name == config.strategy or (name == "ddp" and config.strategy == "auto") else " "
         parts = (m.weights, m.gradients, m.optimizer, m.step, m.activations, m.logits, m.total, m.on_cpu)

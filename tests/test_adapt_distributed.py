@@ -1,0 +1,63 @@
+"""Adapters in two processes under DDP, ZeRO 1 and 2, compiled, over quantised bases: the steps of one process."""
+
+import pytest
+import torch
+from test_distributed import launch, needs_deepspeed, tensors_of_kind, with_one_process
+
+KINDS = {
+    "lora": {"peft": "lora", "lora_r": 4, "lora_train": "ln,vectors"},
+    "pissa": {"peft": "pissa", "lora_r": 4},
+    "miss": {"peft": "miss", "lora_r": 4},
+    "dora": {"peft": "dora", "lora_r": 4},
+    "state": {"train_type": "state"},
+}
+STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2")
+# the largest difference between the adapters after four steps of Adam with lr 0.01: rounding only
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
+pytestmark = [pytest.mark.slow, needs_deepspeed]
+
+
+def assert_alike(one, other, tolerance):
+    one, other = tensors_of_kind(one["state"], "master"), tensors_of_kind(other["state"], "master")
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
+def test_two_processes_take_the_steps_of_one(quant, tmp_path):
+    fits = {}
+    for kind, flags in KINDS.items():
+        # the recurrence of kernel auto takes an fp32 state beside bf16 inputs, the engine's case
+        flags = {**flags, "quant": quant, "adam_eps": 1e-8, "kernel": "auto", "grad_cp": quant == "int8"}
+        fits |= {f"{kind} {strategy}": {**flags, "strategy": strategy} for strategy in STRATEGIES}
+    several = launch(tmp_path, 2, fits, timeout=1200)
+    alone = launch(tmp_path, 1, {kind: with_one_process(fits[f"{kind} ddp"]) for kind in KINDS}, timeout=1200)
+    for name, result in several.items():
+        assert ("DeepSpeed" in result["engine"]) == ("deepspeed" in name)
+        assert not any(key.rsplit("/", 1)[0] in result["frozen"] for key in result["state"])
+        assert_alike(alone[name.split()[0]], result, TOLERANCE["fp32"])
+
+
+def test_engines_train_adapters_of_bfloat16_bases_with_fp32_masters(tmp_path):
+    fits = {}
+    for kind, flags in KINDS.items():
+        flags = {**flags, "precision": "bf16", "adam_eps": 1e-8, "kernel": "auto"}
+        fits |= {f"{kind} {strategy}": {**flags, "strategy": strategy} for strategy in ("ddp", "deepspeed_stage_2")}
+    several = launch(tmp_path, 2, fits, timeout=1200)
+    for kind in KINDS:
+        assert_alike(several[f"{kind} ddp"], several[f"{kind} deepspeed_stage_2"], TOLERANCE["bf16"])
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_compiled_blocks_take_the_same_steps(quant, tmp_path):
+    fits = {}
+    for kind, flags in KINDS.items():
+        for grad_cp in (0, 1):
+            own = {**flags, "quant": quant, "adam_eps": 1e-8, "grad_cp": grad_cp}
+            fits |= {f"{kind} {grad_cp} {compiled}": {**own, "compile": str(compiled)} for compiled in (0, 1)}
+    results = launch(tmp_path, 1, fits, timeout=2400)
+    for kind in KINDS:
+        for grad_cp in (0, 1):
+            assert results[f"{kind} {grad_cp} 1"]["graphs"] > 0
+            assert_alike(results[f"{kind} {grad_cp} 0"], results[f"{kind} {grad_cp} 1"], 1e-4)
