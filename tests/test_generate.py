@@ -476,3 +476,15 @@ def test_an_unusable_run_json_is_reported(tmp_path, content):
     with pytest.raises(UserError) as caught:
         find_tokenizer(tmp_path / "rwkv-final.pth", 65536)
     assert caught.value.given == tmp_path / "run.json"
+
+
+@pytest.mark.parametrize("deviation", [0.3, 2.0, 4.0])
+def test_top_p_of_a_large_vocabulary_does_not_depend_on_the_way_it_is_found(monkeypatch, deviation):
+    logits = (deviation * torch.randn(5000, generator=torch.Generator().manual_seed(0))).mul(8).round() / 8  # with ties
+    choices = [Sampling(top_p=top_p, top_k=top_k) for top_p in (0.1, 0.85, 0.999) for top_k in (0, 9)]
+    quick = [probabilities(logits, sampling) for sampling in choices]
+    monkeypatch.setattr("src.inference.sampling.FEW", 10**9)
+    whole = [probabilities(logits, sampling) for sampling in choices]
+    for (ids, p), (same_ids, same_p) in zip(quick, whole, strict=True):
+        assert torch.equal(ids, same_ids)
+        assert torch.equal(p, same_p)

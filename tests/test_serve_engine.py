@@ -1,6 +1,7 @@
 """The server's engine: whatever else is in the batch, an answer is that of `generate`."""
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +17,15 @@ from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.inference.decoder import Decoder
 from src.inference.generation import generate
 from src.inference.sampling import Sampling
-from src.inference.serve.engine import Engine
+from src.inference.serve.engine import KEEP_EVERY, MOST_KEPT, Engine
+from src.inference.serve.fair_lock import FairLock
 from src.inference.serve.prefix_cache import KnownText, PrefixCache, TextDigest
 from src.inference.serve.request import (
     CANCELLED,
     FAILED,
     LENGTH,
     STOP,
+    Processed,
     QueueFullError,
     Request,
     Start,
@@ -289,3 +292,45 @@ def test_the_cache_keeps_what_was_used_last_within_its_limit() -> None:
     cache.store(b"a", KnownText(state, torch.zeros(64)))
     cache.store(b"a", KnownText(state))  # generated, without one
     assert cache.longest([b"x", b"a"])[0] == 2
+
+
+def test_a_text_is_processed_without_an_answer(model: RWKV7, engine: Engine) -> None:
+    prompt = prompt_of(13, 14)
+    hidden, state = model.hidden(torch.tensor([prompt]))
+    ask(engine, prompt[:9], boundaries=(4,)).wait()
+    for use_cache, tokens in ((False, hidden[0]), (True, hidden[0, 9:])):
+        found: list[Processed] = []
+        recorder = ask(engine, prompt, on_processed=found.append, use_cache=use_cache).wait()
+        assert (recorder.reason, recorder.tokens, recorder.cached) == (STOP, [], 9 if use_cache else 0)
+        torch.testing.assert_close(found[0].mean, tokens.mean(0), rtol=0, atol=1e-4)
+        torch.testing.assert_close(found[0].last, hidden[0, -1], rtol=0, atol=1e-4)
+        for layer, same in zip(found[0].state.layers, state.layers, strict=True):
+            for tensor, other in zip(layer, same, strict=True):
+                torch.testing.assert_close(tensor, other, rtol=0, atol=1e-4)
+
+
+def test_a_long_text_leaves_few_states(model: RWKV7, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, piece_tokens=1 << 20)
+    try:
+        ask(engine, prompt_of(40 * KEEP_EVERY, 15), 1).wait()
+        assert engine.statistics.cached_states <= MOST_KEPT + 1
+    finally:
+        engine.close()
+
+
+def test_a_fair_lock_is_given_in_order() -> None:
+    lock, order, threads = FairLock(), [], []
+
+    def take(number: int) -> None:
+        with lock:
+            order.append(number)
+
+    with lock:
+        for number in range(5):
+            threads.append(threading.Thread(target=take, args=(number,)))
+            threads[-1].start()
+            while lock.asked < number + 2:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == list(range(5))

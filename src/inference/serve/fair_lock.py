@@ -10,15 +10,15 @@ class FairLock:
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._next = self._serving = 0  # numbers, as at a counter
+        self.asked = self._served = 0  # how often it was asked for, and given back
 
     def __enter__(self) -> None:
         with self._condition:
-            number = self._next
-            self._next += 1
-            self._condition.wait_for(lambda: self._serving == number)
+            number = self.asked
+            self.asked += 1
+            self._condition.wait_for(lambda: self._served == number)
 
     def __exit__(self, *_: object) -> None:
         with self._condition:
-            self._serving += 1
+            self._served += 1
             self._condition.notify_all()
