@@ -146,8 +146,8 @@ def test_a_damaged_library_is_built_again(tmp_path, monkeypatch, recipe):
     monkeypatch.setattr(build.torch.ops, "load_library", load)
     built(recipe, tmp_path / "cache").write_bytes(b"")
     build.load_native()
-    assert loads[0] == 0
-    assert loads[1] > 0
+    assert len(loads) == 1  # its checksum tells it before it is loaded
+    assert loads[0] > 0
 
 
 def test_a_library_with_pages_of_zeros_is_built_again(recipe, tmp_path):

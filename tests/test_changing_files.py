@@ -4,6 +4,7 @@ with a sentence, what is saved is whole, and nothing of others is overwritten.""
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,8 @@ def test_a_run_whose_folder_is_no_longer_its_own_stops(tmp_path, data, monkeypat
     before = {}
 
     def act():
+        while list(out.rglob("*.tmp")):  # a state that is being published was checked before
+            time.sleep(0.01)
         FOLDERS[change](out)
         before.update(contents(out))
 
