@@ -118,6 +118,14 @@ def test_weights_are_fitted_to_a_larger_vocabulary_if_asked_for(model):
         fit_to_run(weights, RunConfig(resize_vocab=True), dataclasses.replace(sizes, vocab_size=90), "base.pth")
 
 
+@pytest.mark.parametrize("flags", [{"peft": "lora"}, {"train_type": "state"}])
+def test_an_adapter_has_no_place_for_new_rows(model, flags):
+    sizes = dataclasses.replace(model.config, vocab_size=120)
+    with pytest.raises(UserError, match=r"convert_vocabulary .*--vocab_size 120"):
+        fit_to_run(model.state_dict(), RunConfig(resize_vocab=True, **flags), sizes, "base.pth")
+    fit_to_run(model.state_dict(), RunConfig(resize_vocab=True, **flags), model.config, "base.pth")
+
+
 def test_rows_beyond_the_tokenizer_stay(tmp_path):
     folder = make_tokenizer(tmp_path / "tokenizer")
     small, large = (random_model(n_layer=1, vocab_size=rows).state_dict() for rows in (64, 448))

@@ -6,9 +6,10 @@
     python -m src.inference.export BASE OUT --state STATE --format st-state
     python -m src.inference.export --list        the formats, and the programs that read them
 
-MODEL may itself be in any of these formats, so this converts in both directions: `--format pth` makes a .pth of a
-Hugging Face folder. An official .pth needs no conversion. An adapter is merged into its base's weights, in fp32, and
-rounded to BASE's dtype or --dtype. Initial states are stored beside the weights, in formats that have a place.
+MODEL may itself be in any of these formats (of an ollama folder its model.gguf), so this converts in both directions:
+`--format pth` makes a .pth of a Hugging Face folder. An official .pth needs no conversion. An adapter is merged into
+its base's weights, in fp32, and rounded to BASE's dtype or --dtype. Initial states are stored beside the weights, in
+formats that have a place.
 """
 
 from __future__ import annotations

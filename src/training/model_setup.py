@@ -183,6 +183,14 @@ def fitted_weights(config: RunConfig, sizes: ModelConfig, resume: ResumePoint) -
 def fit_to_run(weights: Weights, config: RunConfig, sizes: ModelConfig, source: str) -> Weights:
     """`weights` as a model of `sizes` needs them, by --load_partial and --resize_vocab. Raises UserError."""
     if config.resize_vocab and len(weights.get("emb.weight", ())) < sizes.vocab_size:
+        if adapter_of(config) is not None:  # nothing could be applied to the base as it is recorded
+            raise UserError(
+                "adds rows to the base, which the file of an adapter or of initial states doesn't hold",
+                flag="resize_vocab",
+                given=1,
+                advice="make a base with them first (python -m src.inference.convert_vocabulary MODEL OUT.pth "
+                f"--vocab_size {sizes.vocab_size}), and name it as --load_model",
+            )
         weights = resize_vocabulary(weights, sizes.vocab_size)
     with torch.device("meta"):
         model = RWKV7(sizes)
