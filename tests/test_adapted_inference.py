@@ -16,10 +16,11 @@ from src.inference import evaluate, export, generate
 from src.inference.adaptation import Adaptation
 from src.inference.decoder import Decoder
 from src.inference.formats.convert import unmerged_model
-from src.inference.load import find_model, find_tokenizer, load_model, pretrained_only
+from src.inference.load import find_model, find_tokenizer, find_weights, load_model, load_weights, pretrained_only
 from src.inference.scoring import score_continuations
 from src.inference.switching import ModelSwitch
 from src.model import State
+from src.model.weights import config_from_weights
 from src.run_folder import write_run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -133,6 +134,42 @@ def test_states_are_exported_where_the_format_has_a_place(files, tmp_path, capsy
     assert "no place" in message
 
 
+def test_states_beside_the_weights_are_never_dropped_or_written_where_no_program_finds_them(files, tmp_path, capsys):
+    both, tokenizer = tmp_path / "both.pth", ["--tokenizer", str(files / "lora" / "tokenizer")]
+    assert export.main([str(files / "tuned"), str(both)]) == 0
+    for out in ("out.st", "out.gguf", "fla"):
+        with pytest.raises(SystemExit):
+            export.main([str(both), str(tmp_path / out), *tokenizer])
+        assert "time_state: --format" in (message := capsys.readouterr().err)
+        assert "no place for tuned initial states" in message
+        assert not (tmp_path / out).exists()
+    # an adapter of the base is applied to the file with the states as well
+    read = load_model(both, "fp32", "cpu", Adaptation(adapter=str(files / "lora")))
+    expected = load_model(
+        files / "base.pth", "fp32", "cpu", Adaptation(adapter=str(files / "lora"), state=str(files / "tuned"))
+    )
+    assert torch.equal(forward(read), forward(expected))
+    # training begins texts from zeros
+    with pytest.raises(UserError, match="with tuned initial states beside its weights"):
+        config_from_weights(load_weights(both), "both.pth")
+    with pytest.raises(UserError, match=r"base\.pth"):
+        find_weights(files / "tuned")
+
+
+def test_an_export_does_not_replace_what_it_is_made_of(files, tmp_path, capsys):
+    state = tmp_path / "state.pth"
+    state.write_bytes((files / "tuned" / "state.pth").read_bytes())
+    with pytest.raises(SystemExit):
+        export.main([str(files / "base.pth"), str(state), "--state", str(state)])
+    assert "name another file" in capsys.readouterr().err
+    assert state.read_bytes() == (files / "tuned" / "state.pth").read_bytes()
+    # a run's folder as OUT would be another model afterwards, and its figure another run's
+    with pytest.raises(SystemExit):
+        export.main([str(files / "lora"), str(files / "lora"), "--format", "hf"])
+    assert "the folder of a run" in capsys.readouterr().err
+    assert not (files / "lora" / "config.json").exists()
+
+
 # ---- what is found ---------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +209,10 @@ BAD = {
     "adapter as state": (lambda f: ["--state", f / "lora" / "adapter"], "name it as --adapter"),
     "alpha alone": (lambda f: ["--lora_alpha", "3"], "needs --adapter"),
     "alpha twice": (lambda f: ["--adapter", f / "lora", "--lora_alpha", "3"], "the file says 6"),
-    "no file": (lambda f: ["--adapter", f / "missing"], "no such"),
+    "no file": (lambda f: ["--adapter", f / "missing"], "--adapter {f}/missing: no such file or folder"),
+    "state's run as adapter": (lambda f: ["--adapter", f / "tuned"], "name it as --state"),
+    "adapter's run as state": (lambda f: ["--state", f / "lora"], "name it as --adapter"),
+    "layout alone": (lambda f: ["--state_layout", "key-value"], "needs --state"),
 }
 
 
@@ -182,7 +222,7 @@ def test_flags_that_do_not_fit_are_named(files, capsys, case):
     with pytest.raises(SystemExit) as stopped:
         generate.main([str(files / "base.pth"), "--device", "cpu", *map(str, flags(files))])
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message.format(f=files) in capsys.readouterr().err
 
 
 def test_an_adapter_file_as_model_is_answered_with_the_command(files):
@@ -226,6 +266,11 @@ def test_a_chat_lists_and_switches_adapters_and_states(files, capsys):
     with pytest.raises(UserError):
         turn(f"/adapter {files / 'base.pth'}")
     assert models.adaptation == Adaptation(state=str(files / "tuned" / "state.pth"))
+    turn("/state none")
+    # the layout that was given is that of the state that was named with it
+    models.adaptation = Adaptation(state=str(files / "other.pth"), state_layout="key-value")
+    turn(f"/state {files / 'tuned' / 'state.pth'}")
+    assert torch.equal(talk.decoder.state.layers[1].wkv[0], tuned)
     turn("/state none")
     turn(f"/adapter {files / 'lora' / 'adapter'}")
     turn("what?")

@@ -96,7 +96,7 @@ def test_a_run_adds_the_rows_that_its_tokenizer_needs(tmp_path, data, capfd):
     folder = make_tokenizer(tmp_path / "tokenizer")
     changed = {"load_model": tmp_path / "base.pth", "tokenizer": folder, "vocab_size": 0, "my_exit_tokens": CTX * 4 * 2}
     assert train(tmp_path / "run", data, **changed) == 2
-    assert f"emb.weight is [64, 32], expected [{IDS}, 32]" in capfd.readouterr().err
+    assert "the weights have 64 rows; add rows with --resize_vocab 1" in capfd.readouterr().err
     assert train(tmp_path / "run", data, resize_vocab=1, check=1, **changed) == 0
     assert train(tmp_path / "run", data, resize_vocab=1, lr_init=1e-9, lr_final=1e-9, **changed) == 0
     tuned = read_weights(tmp_path / "run" / "rwkv-final.pth")
@@ -118,9 +118,20 @@ def test_weights_are_fitted_to_a_larger_vocabulary_if_asked_for(model):
         fit_to_run(weights, RunConfig(resize_vocab=True), dataclasses.replace(sizes, vocab_size=90), "base.pth")
 
 
+@pytest.mark.parametrize("flags", [{"peft": "lora"}, {"train_type": "state"}])
+def test_an_adapter_has_no_place_for_new_rows(model, flags):
+    sizes = dataclasses.replace(model.config, vocab_size=120)
+    with pytest.raises(UserError, match=r"convert_vocabulary .*--vocab_size 120"):
+        fit_to_run(model.state_dict(), RunConfig(resize_vocab=True, **flags), sizes, "base.pth")
+    fit_to_run(model.state_dict(), RunConfig(resize_vocab=True, **flags), model.config, "base.pth")
+
+
 def test_rows_beyond_the_tokenizer_stay(tmp_path):
-    weights = random_model(n_layer=1, vocab_size=448).state_dict()
     folder = make_tokenizer(tmp_path / "tokenizer")
-    for resize, expected in ((True, 448), (False, IDS)):
+    small, large = (random_model(n_layer=1, vocab_size=rows).state_dict() for rows in (64, 448))
+    for resize in (True, False):
         config = RunConfig(tokenizer=str(folder), resize_vocab=resize)
-        assert find_vocab_size(config, weights) == expected
+        assert find_vocab_size(config, large) == 448
+    assert find_vocab_size(RunConfig(tokenizer=str(folder), resize_vocab=True), small) == IDS
+    with pytest.raises(UserError, match="the weights have 64 rows; add rows with --resize_vocab 1"):
+        find_vocab_size(RunConfig(tokenizer=str(folder)), small)

@@ -206,6 +206,7 @@ def test_the_card_describes_the_run(tmp_path):
     run.mkdir()
     torch.save(random_model(n_layer=1, vocab_size=97).state_dict(), run / "rwkv-final.pth")
     settings = {"data_file": "/home/somebody/books", "data_type": "binidx", "ctx_len": 512, "lr_init": 0.0006}
+    settings |= {"peft": "none", "lora_r": 8}
     (run / "run.json").write_text(json.dumps({"settings": settings}))
     steps = "".join(f"{i},{i * 100},{5 - i / 10},0.0006\n" for i in range(1, 31))
     (run / "metrics.csv").write_text("step,tokens,loss,lr\n" + steps)
@@ -222,6 +223,10 @@ def test_the_card_describes_the_run(tmp_path):
     assert "| lr_init | 0.0006 |" in card
     assert "![The loss of the run](loss.png)" in card
     assert (tmp_path / "hf" / "loss.png").read_bytes() == b"\x89PNG picture"
+    assert "lora" not in card
+    (run / "run.json").write_text(json.dumps({"settings": settings | {"peft": "lora"}}))
+    assert main([str(run), str(tmp_path / "hf"), "--format", "hf"]) == 0
+    assert "| peft | lora |\n| lora_r | 8 |" in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_a_page_of_ones_own_is_kept(tmp_path):

@@ -6,10 +6,9 @@ import dataclasses
 import pytest
 import torch
 
-from src.adapt.adapter import adapter_tensors, add_adapter, load_adapter_tensors, portable
+from src.adapt.adapter import adapter_tensors, add_adapter, portable
 from src.adapt.config import AdapterConfig
 from src.config import ModelConfig
-from src.errors import UserError
 from src.ops.loss import cross_entropy_l2wrap
 from tests.random_model import random_model
 
@@ -149,18 +148,12 @@ def test_names_are_those_of_the_file_formats_and_the_base_is_untouched():
     assert "blocks.0.att.time_state" not in base().state_dict()
 
 
-def test_tensors_return_into_another_model_or_are_refused():
+def test_tensors_return_into_another_model():
     model, _ = adapted("dora")
     shake(model)
-    tensors = {name: t.clone() for name, t in adapter_tensors(model).items()}
     other, _ = adapted("dora")
-    load_adapter_tensors(other, tensors)
+    other.load_state_dict(adapter_tensors(model), strict=False)
     assert torch.equal(other(tokens())[0], model(tokens())[0])
-    with pytest.raises(UserError, match="lora_A is \\[5, 32\\], expected \\[4, 32\\]"):
-        load_adapter_tensors(adapted("dora", r=4)[0], tensors)
-    del tensors["blocks.0.att.key.lora_B"]
-    with pytest.raises(UserError, match="lora_B is missing"):
-        load_adapter_tensors(other, tensors)
 
 
 def test_pissa_is_the_largest_singular_vectors_and_leaves_as_lora_of_twice_the_rank():
@@ -174,7 +167,7 @@ def test_pissa_is_the_largest_singular_vectors_and_leaves_as_lora_of_twice_the_r
     assert (as_lora.kind, as_lora.r, as_lora.scale) == ("lora", 10, 1.0)
     other = base()
     add_adapter(other, as_lora)
-    load_adapter_tensors(other, tensors)
+    other.load_state_dict(tensors, strict=False)
     torch.testing.assert_close(other(tokens())[0], model(tokens())[0], rtol=1e-4, atol=1e-4)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from random_model import random_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_export import RELEASED
 
 from src.adapt.adapter_files import Adapter, read_adapter, write_adapter
@@ -125,6 +125,11 @@ def test_lora_weights_are_stored_as_two_factors(tmp_path):
     assert scale == 2.0
     assert read.keys() == original.keys()
     assert all(torch.equal(tensor, original[name].half()) for name, tensor in read.items())
+    # --adapter needs no --lora_alpha for it
+    assert read_adapter(tmp_path / "lora.st").config.lora_alpha == 8.0
+    save_file(stored, tmp_path / "foreign.st", {"lora_alpha": "?"})
+    with pytest.raises(UserError, match="its lora_alpha is"):
+        read_adapter(tmp_path / "foreign.st")
     with pytest.raises(UserError):  # alone it is no model
         load_model(tmp_path / "lora.st", "fp32", "cpu")
 
@@ -156,7 +161,7 @@ def test_adapters_are_exported_beside_their_base(tmp_path, capsys, kind):
     arguments = [str(tmp_path / "base.pth"), str(out), flag, str(adapter), "--format"]
     assert main([*arguments, f"st-{kind}"]) == 0
     assert "logits differ by 0.0e+00 from the weights that were written" in capsys.readouterr().out
-    read = read_adapter(out, None if kind == "state" else 8.0)
+    read = read_adapter(out)
     assert all(torch.equal(tensor, tensors[name].half().float()) for name, tensor in read.tensors.items())
     other = "lora" if kind == "state" else "state"
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Adapters in a model: added beside frozen weights, read out, put back."""
+"""Adapters in a model: added beside frozen weights, and read out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from src.adapt.config import AdapterConfig
 from src.adapt.lora import MIXINS, Adapted, Dora, Pissa
 from src.adapt.state_tuning import add_time_state
 from src.config import ModelConfig
-from src.errors import UserError
 from src.model import RWKV7
 from src.model.init import ParameterInfo, row_of
 from src.model.weights import IDLE_IN_LAYER_0
@@ -89,24 +88,6 @@ def adapter_parameter_count(sizes: ModelConfig, config: AdapterConfig) -> int:
         model = RWKV7(sizes)
         add_adapter(model, config)
     return sum(tensor.numel() for tensor in adapter_tensors(model).values())
-
-
-@torch.no_grad()
-def load_adapter_tensors(model: RWKV7, tensors: Mapping[str, Tensor], source: str = "the adapter") -> None:
-    """Set what `adapter_tensors` gave, in an adapted model. Raises UserError where names or shapes differ."""
-    own = {name: p for name, p in model.named_parameters() if name not in model.frozen_base}
-    faults = [f"{name} is missing" for name in own if name not in tensors]
-    faults += [f"{name} is unknown" for name in tensors if name not in own]
-    faults += [
-        f"{name} is {list(tensors[name].shape)}, expected {list(p.shape)}"
-        for name, p in own.items()
-        if name in tensors and tensors[name].shape != p.shape
-    ]
-    if faults:
-        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-        raise UserError(f"doesn't fit the model: {faults[0]}{more}", given=source)
-    for name, parameter in own.items():
-        parameter.copy_(tensors[name])
 
 
 def portable(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[AdapterConfig, dict[str, Tensor]]:

@@ -22,11 +22,13 @@ from src.adapt.config import TARGETS, AdapterConfig
 from src.errors import UserError
 from src.files import atomic_write, sync_folder
 from src.model.file_kind import file_kind
+from src.model.safetensors_file import write_safetensors
 from src.model.weights import Weights, read_weights, save_weights
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 TENSORS_FILES = (TENSORS, "adapter_model.bin")  # PEFT's names, in its order
+ALPHA = "lora_alpha"  # in adapter_config.json, and in the metadata of a .st file
 TIME_STATE = "att.time_state"
 # The two axis orders of an initial state [H, N, N]: that of this project, RWKV-LM and RWKV-PEFT, and that of web-rwkv,
 # flash-linear-attention and rwkv7-hf.
@@ -69,12 +71,8 @@ def write_adapter(path: Path, adapter: Adapter) -> None:
     new, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}tmp") for kind in ("", "replaced."))
     try:
         new.mkdir(parents=True)
-        from safetensors.torch import save
-
         metadata = {"format": "pt", "base_sha256": adapter.base_sha256}
-        tensors = {peft_name(name): t.detach().cpu().contiguous() for name, t in adapter.tensors.items()}
-        with atomic_write(new / TENSORS) as file:
-            file.write(save(tensors, metadata=metadata))
+        write_safetensors({peft_name(name): t for name, t in adapter.tensors.items()}, new / TENSORS, metadata)
         with atomic_write(new / CONFIG, "w") as file:
             json.dump(_peft_config(adapter), file, indent=2)
             file.write("\n")
@@ -144,10 +142,19 @@ def read_adapter(path: str | Path, alpha: float | None = None, state_layout: str
         tensors[str(names[name])] = tensor.float().contiguous()
     if len(tensors) < len(stored):
         raise UserError("holds two tensors for one parameter", given=path, expected="one adapter")
-    config = _config(tensors, folder_config, alpha, path)
+    # web-rwkv's LoRA files as this project writes them have their factor
+    settings = {ALPHA: _number(metadata[ALPHA], file), **folder_config} if ALPHA in metadata else folder_config
+    config = _config(tensors, settings, alpha, path)
     return Adapter(
         config, tensors, metadata.get("base_sha256", ""), str(folder_config.get("base_model_name_or_path") or "")
     )
+
+
+def _number(text: str, file: Path) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"its {ALPHA} is {text[:40]!r}", given=file, expected="a number") from error
 
 
 def _tensors_file(folder: Path) -> Path:

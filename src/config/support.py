@@ -20,7 +20,6 @@ WHOLE_PARTS = ("ln", "vectors")
 KINDS = ("full", *PEFT_KINDS[1:], "state")
 BASES = ("fp32", "bf16", *QUANTISATIONS[1:])
 STRATEGIES = ("one process", "DDP", "ZeRO 1", "ZeRO 2", "ZeRO 3")
-OPTIONS = ("grad_cp", "compile", "packing", "head_chunk")
 ADAPTERS = KINDS[1:]
 QUANTISED = BASES[2:]
 

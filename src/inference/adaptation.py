@@ -37,11 +37,19 @@ class Adaptation:
     @property
     def paths(self) -> list[Path]:
         """What is read: of a run's folder its newest result."""
-        named = ((self.adapter, ADAPTER), (self.state, TUNED_STATE))
-        return [newest_result(Path(path), names) or Path(path) for path, names in named if path]
+        # The other kind as well, for the message that says so.
+        named = ((self.adapter, ADAPTER, TUNED_STATE), (self.state, TUNED_STATE, ADAPTER))
+        return [
+            newest_result(Path(path), names) or newest_result(Path(path), others) or Path(path)
+            for path, names, others in named
+            if path
+        ]
 
     def read(self) -> list[tuple[Path, Adapter]]:
         """The adapter and the state, with where they were read. Raises UserError, also when one is the other."""
+        for path, flag in zip(self.paths, self._flags, strict=True):
+            if not path.exists():
+                raise UserError("no such file or folder", flag=flag, given=path)
         adapters = [
             (path, read_adapter(path, self.lora_alpha if flag == "adapter" else None, self.state_layout))
             for path, flag in zip(self.paths, self._flags, strict=True)

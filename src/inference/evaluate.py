@@ -96,7 +96,7 @@ def heldout_loss(
 ) -> HeldOutLoss:
     """Mean cross entropy over independent windows of `data` (binidx, or a flat array of ids), without gradients.
 
-    The windows depend on the length of `data` only, and each starts from a zero state, as in training.
+    The windows depend on the length of `data` only, and each starts from the model's initial state, as in training.
     Raises UserError for ids outside the model's vocabulary.
     """
     tokens = data.tokens if isinstance(data, MMapIndexedDataset) else data

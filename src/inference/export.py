@@ -6,9 +6,10 @@
     python -m src.inference.export BASE OUT --state STATE --format st-state
     python -m src.inference.export --list        the formats, and the programs that read them
 
-MODEL may itself be in any of these formats, so this converts in both directions: `--format pth` makes a .pth of a
-Hugging Face folder. An official .pth needs no conversion. An adapter is merged into its base's weights, in fp32, and
-rounded to BASE's dtype or --dtype. Initial states are stored beside the weights, in formats that have a place.
+MODEL may itself be in any of these formats (of an ollama folder its model.gguf), so this converts in both directions:
+`--format pth` makes a .pth of a Hugging Face folder. An official .pth needs no conversion. An adapter is merged into
+its base's weights, in fp32, and rounded to BASE's dtype or --dtype. Initial states are stored beside the weights, in
+formats that have a place.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from src.inference.adaptation import Adaptation, model_name
 from src.inference.arguments import MODEL_HELP, adaptation_from, add_adapter_arguments
 from src.inference.evaluate import read_tokens, stack_windows, windows
 from src.inference.formats.adapters import ADAPTER_FORMATS, AdapterFormat, convert_adapter
-from src.inference.formats.convert import FORMATS, convert_model, unmerged_model
+from src.inference.formats.convert import FORMATS, check_states, convert_model, unmerged_model
 from src.inference.formats.format import Format
 from src.inference.load import DTYPES, find_model, find_tokenizer, load_model
 from src.model import RWKV7
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         weights, adaptation = find_model(options.model, adaptation_from(options))
         format = options.format or _format_of(options.out)
         # before seconds are spent on loading the model
-        _check_out(options.out, format, weights)
+        _check_out(options.out, format, [weights, *adaptation.paths])
         _check_options(format, options, adaptation)
         if format in ADAPTER_FORMATS:
             model = load_model(weights, "as is", "cpu")
@@ -143,11 +144,14 @@ def _format_of(out: Path) -> str:
     return by_suffix[out.suffix]
 
 
-def _check_out(out: Path, format: str, weights: Path) -> None:
-    """Raises UserError when OUT can't be written in `format`, before the model is loaded."""
+def _check_out(out: Path, format: str, inputs: list[Path]) -> None:
+    """Raises UserError when OUT can't be written in `format`, or is one of `inputs`, before the model is loaded."""
     suffix = ALL_FORMATS[format].suffix
-    if out.exists() and out.resolve() == weights.resolve():
-        raise UserError("is MODEL itself", given=out, advice="name another file")
+    if out.exists() and any(path.exists() and out.samefile(path) for path in inputs):
+        is_model = out.samefile(inputs[0])
+        raise UserError(
+            "is MODEL itself" if is_model else "is what is applied to MODEL", given=out, advice="name another file"
+        )
     if not suffix:  # an existing folder is fine: `convert_model` looks at what it contains
         return
     if out.is_dir():
@@ -168,13 +172,8 @@ def _check_options(format: str, options: argparse.Namespace, adaptation: Adaptat
                 given=" and ".join(map(str, adaptation.paths)) or "nothing",
                 expected="--adapter or --state of MODEL",
             )
-    elif adaptation.state and not FORMATS[format].holds_states:
-        raise UserError(
-            f"--format {format} has no place for initial states",
-            flag="state",
-            given=adaptation.state,
-            expected="--format " + " or ".join(name for name, other in FORMATS.items() if other.holds_states),
-        )
+    elif adaptation.state:
+        check_states(format, adaptation.state, "state")
     types = ALL_FORMATS[format].types
     if types and options.dtype:
         raise UserError(

@@ -18,7 +18,7 @@ from src.inference.formats.hf_tokenizer import is_world_folder
 from src.inference.formats.shards import is_part, read_json
 from src.inference.formats.web_rwkv import from_web_rwkv, is_web_rwkv
 from src.model import RWKV7
-from src.model.weights import Weights, config_from_weights, read_weights
+from src.model.weights import Weights, config_from_weights, read_weights, split_states
 from src.run_folder import BEST, FINAL, INIT, TOKENIZER, TUNED_STATE, newest_weights, numbered_weights, read_run
 
 WEIGHTS_SUFFIXES = (".pth", ".safetensors", ".st", ".gguf")
@@ -43,7 +43,10 @@ def find_weights(model: str | Path) -> Path:
         raise UserError("no such file or folder", given=path, expected="a weights file or a run's folder (--proj_dir)")
     if (weights := newest_weights(path)) is not None:
         return weights
-    if adapted_base(path, Adaptation()) is not None:
+    if (found := adapted_base(path, Adaptation())) is not None:
+        base, adaptation = found
+        if adaptation.state:  # a file with states beside the weights couldn't be trained either
+            raise UserError("the folder of tuned initial states", given=path, advice=f"name their base, {base}")
         raise UserError(
             "the folder of an adapter (LoRA or similar), which changes a base model",
             given=path,
@@ -63,12 +66,14 @@ def find_model(model: str | Path, adaptation: Adaptation = NOTHING) -> tuple[Pat
     """As `find_weights`, and what is applied to the weights: `model` may also be the folder of a run that trained an
     adapter or initial states, or such a result, and names its base with it."""
     path = Path(model)
-    if holds_model(path) and not TUNED_STATE.matches(path.name):
-        return path, adaptation
-    if not (path.is_dir() and newest_weights(path)) and (found := adapted_base(path, adaptation)) is not None:
-        base, adaptation = found
-        return find_weights(base), adaptation
-    return find_weights(path), adaptation
+    base: str | Path = path
+    if not holds_model(path) or TUNED_STATE.matches(path.name):
+        is_run_of_weights = path.is_dir() and newest_weights(path) is not None
+        if not is_run_of_weights and (found := adapted_base(path, adaptation)) is not None:
+            base, adaptation = found
+    if adaptation.state_layout and not adaptation.state:
+        raise UserError("needs --state", flag="state_layout", given=adaptation.state_layout)
+    return find_weights(base), adaptation
 
 
 def latest_trained_weights(out: Path) -> Path:
@@ -181,7 +186,7 @@ def load_model(
     torch_dtype = None if dtype == "as is" else DTYPES[dtype or ("fp32" if target.type == "cpu" else "bf16")]
     tensors = load_weights(weights)
     if adaptation:
-        config_from_weights(tensors, str(weights))  # for its error, where this is no model
+        config_from_weights(split_states(tensors)[0], str(weights))  # for its error, where this is no model
         tensors = adaptation.apply(tensors, torch_dtype)
     model = RWKV7.from_weights(tensors, str(weights), torch_dtype, target)
     return model.eval().requires_grad_(False)

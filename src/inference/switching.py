@@ -38,12 +38,13 @@ class ModelSwitch:
         if not argument:
             return self._listed(flag)
         path = "" if argument == NONE else str(Path(argument).expanduser())
-        adaptation = (
-            # of the one before: a file that has its own alpha would refuse it
-            replace(self.adaptation, adapter=path, lora_alpha=None)
-            if flag == "adapter" and path != self.adaptation.adapter
-            else replace(self.adaptation, **{flag: path})  # type: ignore[arg-type]
-        )
+        adaptation = self.adaptation
+        # With another one goes what was said of the one before: a file that has its own alpha would refuse it, and
+        # another state may have the other layout.
+        if flag == "adapter" and path != adaptation.adapter:
+            adaptation = replace(adaptation, adapter=path, lora_alpha=None)
+        elif flag == "state" and path != adaptation.state:
+            adaptation = replace(adaptation, state=path, state_layout="")
         model = load_model(self.weights, self.dtype, self.device, adaptation)
         self.adaptation = adaptation
         self.conversation.use(Decoder(model))

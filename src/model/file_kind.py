@@ -17,7 +17,10 @@ MAX_SAFETENSORS_HEADER = 16_000_000
 DOWNLOAD_AGAIN = "download the file itself, not the page or pointer that stands for it"
 # Beginnings of files that people give as weights, lower case; what such a file is, and what to do.
 FOREIGN = {
-    b"gguf": ("a GGUF file (llama.cpp)", "convert it: python -m src.inference.export FILE OUT.pth"),
+    b"gguf": (
+        "a GGUF file (llama.cpp)",
+        "a model is converted by: python -m src.inference.export FILE OUT.pth; adapters are not read from GGUF",
+    ),
     # GGML's magic numbers ggml, ggmf (rwkv.cpp) and ggjt are stored as little-endian integers.
     **dict.fromkeys(
         (b"lmgg", b"fmgg", b"tjgg"),

@@ -181,6 +181,13 @@ def split_states(weights: Weights) -> tuple[Weights, Weights]:
 
 def _check_kind(weights: Weights, source: str) -> None:
     """Raises UserError, saying what the file is, when its names show something else than an RWKV-7 model."""
+    if states := split_states(weights)[1]:
+        raise UserError(
+            f"a model with tuned initial states beside its weights ({next(iter(states))})",
+            given=source,
+            expected="weights alone: a model that is trained, or resized, begins every text from zeros",
+            advice="name the base that the states were tuned for",
+        )
     for pattern, kind, advice in OTHER_FILES:
         if name := next((name for name in weights if re.search(pattern, name)), ""):
             raise UserError(

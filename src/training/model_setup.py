@@ -183,6 +183,14 @@ def fitted_weights(config: RunConfig, sizes: ModelConfig, resume: ResumePoint) -
 def fit_to_run(weights: Weights, config: RunConfig, sizes: ModelConfig, source: str) -> Weights:
     """`weights` as a model of `sizes` needs them, by --load_partial and --resize_vocab. Raises UserError."""
     if config.resize_vocab and len(weights.get("emb.weight", ())) < sizes.vocab_size:
+        if adapter_of(config) is not None:  # nothing could be applied to the base as it is recorded
+            raise UserError(
+                "adds rows to the base, which the file of an adapter or of initial states doesn't hold",
+                flag="resize_vocab",
+                given=1,
+                advice="make a base with them first (python -m src.inference.convert_vocabulary MODEL OUT.pth "
+                f"--vocab_size {sizes.vocab_size}), and name it as --load_model",
+            )
         weights = resize_vocabulary(weights, sizes.vocab_size)
     with torch.device("meta"):
         model = RWKV7(sizes)
@@ -200,7 +208,7 @@ def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:
     if weights is not None and not (tokenizer and (config.load_partial or config.resize_vocab)):
         size = config_from_weights(weights, source="the weights").vocab_size
         if tokenizer:
-            check_tokenizer(tokenizer, size)
+            check_tokenizer(tokenizer, size, is_size_of_weights=True)
         return size
     if tokenizer:
         # rows beyond the tokenizer's ids stay: many vocabularies are padded
@@ -213,14 +221,22 @@ def find_vocab_size(config: RunConfig, weights: Weights | None) -> int:
     return largest + 1
 
 
-def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, is_size_of_weights: bool = False) -> None:
     """Raises UserError when a model with this vocabulary lacks ids of the tokenizer, whether the data has them or
-    not."""
+    not. `is_size_of_weights`: no flag says it."""
     # A chat with the trained model would use any of them, and the rows can't be added then.
-    if tokenizer.largest_id >= vocab_size:
+    if tokenizer.largest_id < vocab_size:
+        return
+    if is_size_of_weights:
         raise UserError(
-            f"its largest id is {tokenizer.largest_id}, which --vocab_size {vocab_size} lacks",
+            f"its largest id is {tokenizer.largest_id}, and the weights have {vocab_size} rows",
             flag="tokenizer",
             given=tokenizer.name,
-            advice=f"use --vocab_size {tokenizer.vocab_size}, or the tokenizer that the data was made with",
+            advice="add rows with --resize_vocab 1, or name the tokenizer that the weights were trained with",
         )
+    raise UserError(
+        f"its largest id is {tokenizer.largest_id}, which --vocab_size {vocab_size} lacks",
+        flag="tokenizer",
+        given=tokenizer.name,
+        advice=f"use --vocab_size {tokenizer.vocab_size}, or the tokenizer that the data was made with",
+    )

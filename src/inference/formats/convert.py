@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from src.adapt.adapter import add_adapter
+from src.adapt.adapter_files import TIME_STATE
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.files import atomic_write, sync_folder
@@ -29,6 +30,7 @@ from src.inference.formats.web_rwkv import in_fp16, write_web_rwkv
 from src.inference.load import load_model, load_weights
 from src.model import RWKV7
 from src.model.safetensors_file import write_safetensors
+from src.run_folder import RUN
 
 
 def _write_pth(export: Export, path: Path) -> None:
@@ -152,6 +154,8 @@ def convert_model(
     if target.is_folder:
         _check_folder(out, target)
     original: Mapping[str, Tensor] = model.state_dict()
+    if states := [name for name in original if name.endswith(TIME_STATE)]:
+        check_states(format, states[0])
     # Lazily, so that memory holds one changed tensor at a time where the writer stores one after the other.
     weights = mapped(original, lambda name, t: rounded(name, t, dtype or t.dtype).contiguous())
     chosen = type or (target.types[0] if target.types else "")
@@ -177,6 +181,17 @@ def convert_model(
             new.replace(out)
     sync_folder(out if target.is_folder else out.parent)
     return parity
+
+
+def check_states(format: str, given: str, flag: str = "") -> None:
+    """Raises UserError when `format` has no place for tuned initial states: `given`, by `flag` or in the model."""
+    if not FORMATS[format].holds_states:
+        raise UserError(
+            f"--format {format} has no place for tuned initial states",
+            flag=flag,
+            given=given,
+            expected="--format " + " or ".join(name for name, other in FORMATS.items() if other.holds_states),
+        )
 
 
 def unmerged_model(base: Path, adaptation: Adaptation) -> RWKV7:
@@ -215,7 +230,10 @@ def _move_files(new: Path, out: Path, replaces_tokenizer: bool) -> None:
 
 
 def _check_folder(out: Path, target: Format) -> None:
-    """Raises UserError when `out` contains weights of other names, as readers would merge the two."""
+    """Raises UserError when `out` contains weights of other names, as readers would merge the two, or is the folder of
+    a run, whose name would then mean the export."""
+    if (out / RUN).is_file():
+        raise UserError("the folder of a run", given=out, advice="name another folder")
     # the index of an earlier download, too, which names other files
     others = sorted(file.name for file in out.glob("*.safetensors*") if file.name not in target.files)
     if others:

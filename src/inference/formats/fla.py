@@ -72,13 +72,14 @@ def to_fla(weights: Weights) -> Weights:
     return {fla_name(name): _to_fla_shape(name, t) for name, t in weights.items() if name not in IDLE_IN_LAYER_0}
 
 
-def _is_low_rank(name: str) -> bool:
+def is_low_rank(name: str) -> bool:
+    """Whether a parameter of `RWKV7` is one of w1 ... g2, which all other formats transpose."""
     # w1 ... g2 multiply from the right (x @ w1, [C, D]), where a linear layer's weight is [out, in].
     return re.search(r"\.att\.[wavg][12]$", name) is not None
 
 
 def _to_fla_shape(name: str, tensor: Tensor) -> Tensor:
-    if _is_low_rank(name):
+    if is_low_rank(name):
         return tensor.t().contiguous()
     if tensor.dim() != 3 or re.search(r"\.att\.x_.$", name):  # the six mixes are [1, 1, C] in both layouts
         return tensor
@@ -94,7 +95,7 @@ def from_fla(tensors: Weights) -> Weights:
                 weights[rwkv_name(name.removesuffix("x_x") + mix)] = values
         else:
             renamed = rwkv_name(name)
-            weights[renamed] = tensor.t().contiguous() if _is_low_rank(renamed) else tensor
+            weights[renamed] = tensor.t().contiguous() if is_low_rank(renamed) else tensor
     return weights
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from src.config import ModelConfig
 from src.errors import UserError
 from src.files import atomic_write
-from src.inference.formats.format import Export
+from src.inference.formats.format import FP16_MAX, Export
 from src.inference.formats.gguf_file import BF16, F16, F32, Q8_0, Q8_0_BLOCK, GGUFFile, read_gguf_file
 from src.inference.formats.gguf_tensors import Stored, from_gguf, is_large, to_gguf
 from src.inference.formats.gguf_tokenizer import tokenizer_metadata
@@ -34,7 +34,6 @@ ARCHITECTURE = "rwkv7"
 TYPES = {"f16": (F16, 1), "f32": (F32, 0), "bf16": (BF16, 32), "q8_0": (Q8_0, 7)}
 CONTEXT_LENGTH = 1048576  # what converters write for a model without a limit
 HEAD_SIZE_MULTIPLE = 64  # with others llama.cpp's CPU kernel computes wrong sums
-FP16_MAX = 65504.0
 QUANTISED_ROWS = 4096
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from src.config import ModelConfig
 from src.errors import UserError
+from src.inference.formats.fla import is_low_rank
 from src.inference.formats.gguf_file import F32, GGUFFile
 from src.inference.formats.lazy import LazyWeights
 from src.model import RWKV7
@@ -85,10 +86,6 @@ class Stored:
     make: Callable[[], Tensor]
 
 
-def _is_low_rank(name: str) -> bool:
-    return re.search(r"\.att\.[wavg][12]$", name) is not None
-
-
 def to_gguf(weights: Mapping[str, Tensor], config: ModelConfig, kind: int) -> Iterator[Stored]:
     """The tensors of a model (a state dict of `RWKV7`), in the order of its layers; the large matrices as `kind`."""
     with torch.device("meta"):  # for the shapes, without a look at the weights
@@ -102,7 +99,7 @@ def to_gguf(weights: Mapping[str, Tensor], config: ModelConfig, kind: int) -> It
         if re.search(r"\.att\.x_.$", name) or name in IDLE_IN_LAYER_0:
             continue
         source = partial(_plain, weights, name)
-        stored = shape[::-1] if _is_low_rank(name) else _stored_shape(shape, name)
+        stored = shape[::-1] if is_low_rank(name) else _stored_shape(shape, name)
         yield Stored(gguf_name(name), stored, kind if is_large(name) else F32, name, source)
         if re.fullmatch(r"blocks\.0\.att\.a[012]", name):
             yield Stored(gguf_name(name.replace("att.a", "att.v")), stored, F32, name, source)
@@ -115,7 +112,7 @@ def _stored_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
 
 def _plain(weights: Mapping[str, Tensor], name: str) -> Tensor:
     tensor = weights[name]
-    if _is_low_rank(name):
+    if is_low_rank(name):
         return tensor.t().contiguous()
     return tensor.reshape(_stored_shape(tuple(tensor.shape), name))
 
@@ -134,7 +131,7 @@ def from_gguf(file: GGUFFile, n_layer: int, head_size: int) -> LazyWeights:
     for name in _parameters(n_layer):
         theirs = gguf_name(name)
         shape = _shape(file, theirs)
-        if (_is_low_rank(name) and len(shape) != 2) or (name.endswith("r_k") and math.prod(shape) % head_size):
+        if (is_low_rank(name) and len(shape) != 2) or (name.endswith("r_k") and math.prod(shape) % head_size):
             raise UserError(f"the tensor {theirs} is {list(shape)}")
         used.add(theirs)
         makers[name] = partial(_ours, file.tensors, theirs, name, head_size)
@@ -166,7 +163,7 @@ def _shape(file: GGUFFile, name: str) -> tuple[int, ...]:
 
 def _ours(tensors: Mapping[str, Tensor], theirs: str, name: str, head_size: int) -> Tensor:
     tensor = tensors[theirs]
-    if _is_low_rank(name):
+    if is_low_rank(name):
         return tensor.t().contiguous()
     if name.endswith("r_k"):
         return tensor.reshape(-1, head_size)

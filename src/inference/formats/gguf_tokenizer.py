@@ -16,11 +16,10 @@ from typing import Any
 from src.dataset.tokenizer import FolderTokenizer, Tokenizer, WorldTokenizer
 from src.errors import UserError
 from src.inference.formats.gguf_file import read_gguf_file
+from src.inference.formats.hf_tokenizer import END_OF_TEXT
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.h: LLAMA_TOKEN_TYPE_...
 PREFIX = "tokenizer.ggml."
-# Of World's id 0, which ends documents and is no text. Converters write "<s>", which llama.cpp then finds in text.
-WORLD_END = "<|rwkv_tokenizer_end_of_text|>"
 WORLD_END_OF_TURN = 261  # "\n\n"
 # GPT-2's rule without cleaning of spaces in decoded text, which its own name "gpt-2" has: "a . b" would become "a. b".
 PRE_TOKENIZER = "trillion"
@@ -52,7 +51,8 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 
 
 def _world(tokenizer: Tokenizer) -> dict[str, Any]:
-    tokens = [WORLD_END, *(_world_text(tokenizer, i) for i in range(1, tokenizer.largest_id + 1))]
+    # END_OF_TEXT is no text that anybody writes. Converters name id 0 "<s>", which llama.cpp then finds in text.
+    tokens = [END_OF_TEXT, *(_world_text(tokenizer, i) for i in range(1, tokenizer.largest_id + 1))]
     assert tokenizer.decode_bytes([WORLD_END_OF_TURN]) == b"\n\n"
     return {
         f"{PREFIX}model": "rwkv",

@@ -21,6 +21,8 @@ SETTINGS = (
     *("ctx_len", "global_batch", "my_exit_tokens", "lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps"),
     *("weight_decay", "grad_clip", "precision", "strategy", "random_seed"),
 )
+# Of runs that trained an adapter, which is merged into the model.
+PART = ("peft", "lora_r", "lora_alpha", "use_rslora", "lora_targets", "lora_train", "quant")
 
 
 def write_card(export: Export, folder: Path) -> None:
@@ -137,7 +139,8 @@ def _losses(curves: Curves) -> Iterator[str]:
 def _rows(settings: dict[str, Any]) -> Iterator[str]:
     # the name alone: the folders of the machine that trained it say nothing to others
     yield from (f"| data_file | {Path(name).name} |" for name in [str(settings.get("data_file") or "")] if name)
-    for name in (*DATA, *SETTINGS):
+    part = PART if settings.get("peft", "none") != "none" else ()
+    for name in (*DATA, *part, *SETTINGS):
         value = settings.get(name, "")
         if value not in ("", None):
             yield f"| {name} | {Path(value).name if name in ('load_model', 'val_data_file') else value} |"

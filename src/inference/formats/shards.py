@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from src.dataset.tokenizer import check_size
 from src.errors import UserError
 from src.files import atomic_write
 from src.model.weights import Weights, plain_name, read_weights
@@ -27,8 +28,7 @@ def is_part(path: Path) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} for other content. Raises UserError when it can't be read or is huge."""
     try:
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise UserError(f"has {size} bytes", given=path, expected=f"at most {MAX_JSON_BYTES}")
+        check_size(path, MAX_JSON_BYTES)
         content = json.loads(path.read_text(encoding="utf-8"))
     except UserError:
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,12 +9,10 @@ import torch
 from torch import Tensor
 
 from src.errors import UserError
+from src.inference.formats.fla import is_low_rank
 from src.inference.formats.format import Export, rounded
 from src.model.safetensors_file import write_safetensors
 from src.model.weights import Weights
-
-# w1 ... g2, which their converter transposes.
-LOW_RANK = re.compile(r"\.att\.[wavg][12]$")
 
 
 def is_web_rwkv(weights: Weights) -> bool:
@@ -37,7 +34,7 @@ def from_web_rwkv(weights: Weights) -> Weights:
     """`weights` in the shapes of `RWKV7`."""
     return {
         # contiguous, as torch.save would store the transposition as such, and other programs may not expect one
-        name: tensor.t().contiguous() if LOW_RANK.search(name) and tensor.dim() == 2 else tensor
+        name: tensor.t().contiguous() if is_low_rank(name) and tensor.dim() == 2 else tensor
         for name, tensor in weights.items()
     }
 

@@ -5,7 +5,7 @@
     blocks.N.att.time_state [H, key, value]
 
 Everything is fp16. They don't read a factor from the file: Ai00 takes alpha from its Config.toml, and multiplies B A by
-alpha / r. It is stored in the metadata all the same. `src.adapt.adapter_files` reads these files.
+alpha / r. It is stored in the metadata all the same, for `--adapter` here. `src.adapt.adapter_files` reads these files.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from src.adapt.adapter_files import TIME_STATE, read_adapter
+from src.adapt.adapter_files import ALPHA, TIME_STATE, read_adapter
 from src.errors import UserError
 from src.inference.formats.web_rwkv import to_fp16
 from src.model.safetensors_file import write_safetensors
 from src.model.weights import Weights
 
-ALPHA = "lora_alpha"  # in the metadata
 PARTS = {"lora_A": "lora.0", "lora_B": "lora.1"}
 
 
@@ -47,11 +46,7 @@ def write_st_lora(tensors: Mapping[str, Tensor], scale: float, title: str, path:
 
 def read_st_lora(path: Path) -> tuple[Weights, float]:
     """The pairs in such a file under the names of `write_st_lora`, in fp16, and their scale. Raises UserError."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        alpha = (file.metadata() or {}).get(ALPHA)
-    adapter = read_adapter(path, float(alpha) if alpha else None)
+    adapter = read_adapter(path)
     return {name: tensor.half() for name, tensor in adapter.tensors.items()}, adapter.config.scale
 
 
