@@ -138,15 +138,16 @@ def _write_final_weights(context: RunContext, resume: ResumePoint) -> None:
     final = context.proj_dir / context.results.names.final
 
     def write() -> None:
-        if context.results.adapter is not None:
-            assert resume.reader is not None, "an adapter is resumed from a full state only"
-            context.results.write_tensors(adapter_of_state(resume.reader.shards()), final)
-            return
         if resume.reader is not None:
-            weights = weights_of_state(resume.reader.shards(), context.sizes, context.hardware.dtype)
+            shards = resume.reader.shards()
+            if context.results.adapter is not None:
+                weights = adapter_of_state(shards)
+            else:
+                weights = weights_of_state(shards, context.sizes, context.hardware.dtype)
             assert resume.state is not None
-            refuse_unusable(weights, resume.state.counters, resume.position.restarted_at_sample)
+            refuse_unusable(weights, resume.state.counters, resume.position.restarted_at_sample, final.name)
         else:
+            assert context.results.adapter is None, "an adapter is resumed from a full state only"
             stored = fitted_weights(context.config, context.sizes, resume)
             weights = {name: tensor.to(context.hardware.dtype) for name, tensor in stored.items()}
         context.results.write_tensors(weights, final)

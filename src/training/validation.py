@@ -128,9 +128,6 @@ class Validation(StepCallback):
             if is_best:
                 self.best_loss = loss
                 self.results.write(pl_module, self.proj_dir / self.results.names.best)
-        tokens = self.length.tokens(steps)
-        report = ValidationReport(steps, tokens, loss, counted, self._last_seconds, is_best)
-        self.reporter.report_validation(report)
 
     def _must_stop(self) -> bool:
         return self.graceful_stop.must_stop(excluding=PURPOSE)
