@@ -7,7 +7,7 @@ import pytest
 import torch
 from random_model import random_model
 from safetensors.torch import save_file
-from training_runs import CTX, VOCAB, train, train_until, verified
+from training_runs import CTX, VOCAB, losses, train, train_until, verified
 
 from src.adapt.adapter import add_adapter, load_adapter_tensors
 from src.adapt.adapter_files import read_adapter
@@ -107,6 +107,15 @@ def test_the_adapter_has_the_held_out_loss_that_the_run_reports(tmp_path, data, 
             total += torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum").item()
             count += int((targets >= 0).sum())
     assert total / count == pytest.approx(losses[-1], abs=1e-4)
+
+
+def test_fp16_takes_the_steps_of_fp32(tmp_path, data, base):
+    short = {"peft": "dora", "lora_r": 4, "my_exit_tokens": CTX * 4 * 4}
+    for precision in ("fp32", "fp16"):
+        assert adapt(tmp_path / precision, data, base, precision=precision, **short) == 0
+    expected, half = losses(tmp_path / "fp32"), losses(tmp_path / "fp16")
+    assert half == pytest.approx(expected, abs=0.02)
+    assert abs(expected[0] - expected[-1]) > 0.05
 
 
 def test_another_base_and_another_kind_are_refused(tmp_path, data, base, capfd):
