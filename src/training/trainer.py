@@ -48,7 +48,7 @@ from src.training.checkpoint.callbacks import (
 )
 from src.training.checkpoint.results import Results
 from src.training.checkpoint.resume import ResumePoint
-from src.training.checkpoint.state import adapter_of_state, weights_of_state
+from src.training.checkpoint.state import SavedState, adapter_of_state, weights_of_state
 from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, DamagedStateError, StateWriter
 from src.training.checkpoint.watch_files import WatchFiles
 from src.training.console import is_rank_zero, log
@@ -413,6 +413,13 @@ def learning_rate_schedule(config: RunConfig, resume: ResumePoint) -> Callable[[
     return learning_rate_at
 
 
+def _lines_of_state(settings: dict[str, Any], state: SavedState) -> dict[str, list[str]]:
+    """The lines of logs that a state keeps; not those of val.csv where they are losses on other held-out data, whose
+    file was archived at this start."""
+    is_same = all(settings.get(name) == state.settings.get(name) for name in ("val_data_file", "val_windows"))
+    return {name: lines for name, lines in state.logs.items() if is_same or name != VALIDATION}
+
+
 def _sinks(context: RunContext, resume: ResumePoint) -> list[Sink]:
     config, proj_dir, settings = context.config, context.proj_dir, context.settings
     live = config.enable_progress_bar.lower() in ("true", "1") and has_live_line()
@@ -423,7 +430,7 @@ def _sinks(context: RunContext, resume: ResumePoint) -> list[Sink]:
         log(f"{'repeated':>12}  {metrics.lost_seconds:.0f} s of training since that state")
     if metrics.missing_steps and resume.state is not None:
         log(f"note: {METRICS} has no rows of {metrics.missing_steps:,} of the {first_step:,} steps before this start")
-    lines = resume.state.logs if resume.state is not None else {}
+    lines = _lines_of_state(settings, resume.state) if resume.state is not None else {}
     return [
         TrainLog(proj_dir / LOG, resume.first_mini_epoch, last_validation, settings, lines, context.check_folder),
         metrics,
