@@ -17,6 +17,7 @@ from src.cli import interpret, parse
 from src.config import refusal
 from src.model import RWKV7, ModelConfig
 from src.model.weights import read_weights
+from src.training import trainer
 from src.training.checkpoint.storage import state_folders
 from src.training.data import HeldOut
 from src.training.model_setup import with_known_sizes
@@ -118,7 +119,7 @@ def test_fp16_takes_the_steps_of_fp32(tmp_path, data, base):
     assert abs(expected[0] - expected[-1]) > 0.05
 
 
-def test_another_base_and_another_kind_are_refused(tmp_path, data, base, capfd):
+def test_another_base_and_another_kind_are_refused(tmp_path, data, base, capfd, monkeypatch):
     out = tmp_path / "run"
     assert adapt(out, data, base, **STATE) == 0
     other = tmp_path / "other.pth"
@@ -134,7 +135,10 @@ def test_another_base_and_another_kind_are_refused(tmp_path, data, base, capfd):
     # the same numbers in another file are the same base
     converted = tmp_path / "converted.safetensors"
     save_file(read_weights(base), converted)
+    checked = []
+    monkeypatch.setattr(trainer, "refuse_unusable", lambda *args: checked.append(args[-1]))
     assert adapt(out, data, converted, **STATE) == 0
+    assert checked == ["state.pth"]  # here, too, where no step is left
     assert (out / "state.pth").exists()
 
 
