@@ -7,7 +7,7 @@ import pytest
 import torch
 from random_model import random_model
 from safetensors.torch import save_file
-from training_runs import CTX, VOCAB, train, train_until, verified
+from training_runs import CTX, VOCAB, losses, train, train_until, verified
 
 from src.adapt.adapter import add_adapter
 from src.adapt.adapter_files import read_adapter
@@ -17,6 +17,7 @@ from src.cli import interpret, parse
 from src.config import refusal
 from src.model import RWKV7, ModelConfig
 from src.model.weights import read_weights
+from src.training import trainer
 from src.training.checkpoint.storage import state_folders
 from src.training.data import HeldOut
 from src.training.model_setup import with_known_sizes
@@ -109,14 +110,24 @@ def test_the_adapter_has_the_held_out_loss_that_the_run_reports(tmp_path, data, 
     assert total / count == pytest.approx(losses[-1], abs=1e-4)
 
 
-def test_another_base_and_another_kind_are_refused(tmp_path, data, base, capfd):
+def test_fp16_takes_the_steps_of_fp32(tmp_path, data, base):
+    short = {"peft": "dora", "lora_r": 4, "my_exit_tokens": CTX * 4 * 4}
+    for precision in ("fp32", "fp16"):
+        assert adapt(tmp_path / precision, data, base, precision=precision, **short) == 0
+    expected, half = losses(tmp_path / "fp32"), losses(tmp_path / "fp16")
+    assert half == pytest.approx(expected, abs=0.02)
+    assert abs(expected[0] - expected[-1]) > 0.05
+
+
+def test_another_base_and_another_kind_are_refused(tmp_path, data, base, capfd, monkeypatch):
     out = tmp_path / "run"
     assert adapt(out, data, base, **STATE) == 0
-    (out / "state.pth").unlink()  # as stopped in its last step
     other = tmp_path / "other.pth"
     torch.save(random_model(seed=1, **SIZES).state_dict(), other)
-    assert adapt(out, data, other, **STATE) == 2
-    assert "an adapter of other weights" in capfd.readouterr().err
+    for _ in ("complete", "as stopped in its last step"):
+        assert adapt(out, data, other, **STATE) == 2
+        assert "an adapter of other weights" in capfd.readouterr().err
+        (out / "state.pth").unlink(missing_ok=True)
     assert adapt(out, data, base, peft="lora") == 2
     assert "--peft lora: was none in the run of" in capfd.readouterr().err
     assert train(out, data, load_model=base, **SHORT) == 2
@@ -124,7 +135,10 @@ def test_another_base_and_another_kind_are_refused(tmp_path, data, base, capfd):
     # the same numbers in another file are the same base
     converted = tmp_path / "converted.safetensors"
     save_file(read_weights(base), converted)
+    checked = []
+    monkeypatch.setattr(trainer, "refuse_unusable", lambda *args: checked.append(args[-1]))
     assert adapt(out, data, converted, **STATE) == 0
+    assert checked == ["state.pth"]  # here, too, where no step is left
     assert (out / "state.pth").exists()
 
 

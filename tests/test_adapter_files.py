@@ -210,6 +210,7 @@ BAD_FILES = {
     "damaged config": (lambda p: (p.mkdir(), (p / "adapter_config.json").write_text("{")), "can't be read"),
     "another method": (lambda p: folder(p, lora_tensors(), peft_type="IA3"), "IA3"),
     "rank": (lambda p: folder(p, lora_tensors(), r=8), "rank 8"),
+    "no number": (lambda p: folder(p, lora_tensors(), lora_alpha="large"), 'lora_alpha is "large"'),
     "ranks": (
         lambda p: folder(
             p,

@@ -197,6 +197,8 @@ def test_unusable_tokenizer_folders_raise(tmp_path: Path) -> None:
     damaged = error()
     assert (damaged.flag, damaged.given) == ("tokenizer", tmp_path)
     assert "not readable" in damaged.problem
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff")
+    assert "UTF-8" in error().problem
     make_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     unknown_token = error()

@@ -131,6 +131,7 @@ def test_the_best_weights_are_kept(tmp_path, data, held, monkeypatch, capfd):
     monkeypatch.setattr(validation, "mean_loss", lambda *_: next(measured_losses))
     assert train(out, data, val_data_file=held, val_every="5steps", **{**RUN, "epoch_steps": 5}) == 0
     rows = validations(out)
+    assert rows["steps"] == [5.0 * n for n in range(1, 13)]  # one row each
     best = int(np.argmin(rows["loss"]))
     assert rows["steps"][best] == 20
     expected = torch.load(out / f"rwkv-{int(rows['steps'][best]) // 5 - 1}.pth")

@@ -40,7 +40,11 @@ def add_adapter(model: RWKV7, config: AdapterConfig, draw: bool = True) -> None:
         return
     for name, module in target_modules(model, config):
         _adapt(module, config)
-        if draw and not next(module.parameters()).is_meta:
+        if next(module.parameters()).is_meta:
+            continue
+        if isinstance(module, Dora):  # with `draw` or without: no file and no state has it
+            module.measure(module.weight)  # type: ignore[arg-type]
+        if draw:
             _set_values(model, module, name)
     if config.lora_dropout:
         for block in model.blocks:
@@ -74,7 +78,8 @@ def _set_values(model: RWKV7, module: nn.Module, prefix: str) -> None:
     if isinstance(module, Pissa):
         module.decompose(module.weight)  # type: ignore[arg-type]
     if isinstance(module, Dora):
-        module.measure(module.weight)  # type: ignore[arg-type]
+        with torch.no_grad():
+            module.lora_magnitude.copy_(module.squared_norms.sqrt())
 
 
 def adapter_tensors(model: RWKV7) -> dict[str, Tensor]:

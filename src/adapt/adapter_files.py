@@ -39,6 +39,7 @@ UNSUPPORTED = (
     *("layer_replication", "alora_invocation_tokens", "monteclora_config", "velora_config", "target_parameters"),
     *("trainable_token_indices",),
 )
+NUMBERS = ("r", "lora_alpha", "alpha", "lora_dropout", "miss_dropout")  # of those that are read
 # The values of init_lora_weights after which A and B belong to the base as it is. The others, such as pissa and olora,
 # take something from the base's weights, and the file doesn't hold what.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -175,6 +176,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"can't be read ({error})", given=path) from error
     if not isinstance(config, dict):
         raise UserError("not the settings of an adapter", given=path, expected="a JSON object")
+    for name in NUMBERS:
+        if type(value := config.get(name, 0)) not in (int, float, type(None)):
+            raise UserError(f"{name} is {json.dumps(value)[:40]}", given=path, expected="a number")
     if (kind := config.get("peft_type", "LORA")) not in ("LORA", "MISS"):
         raise UserError(f"an adapter of type {kind}", given=folder, expected="LORA (DoRA too) or MISS")
     used = [name for name in UNSUPPORTED if config.get(name)]

@@ -151,9 +151,8 @@ class Dora(Lora):
 
     @torch.no_grad()
     def measure(self, weight: Tensor) -> None:
-        """||W|| of the rows, where m begins: the adapted model is then the base."""
+        """Set ||W||^2 of the rows; m begins as its root, so that the adapted model is the base."""
         self.squared_norms.copy_(weight.to(self.squared_norms.dtype).square().sum(1))
-        self.lora_magnitude.copy_(self.squared_norms.sqrt())
 
     def adapted_product(self, x: Tensor) -> Tensor:
         y = add_low_rank(self, x, self.lora_A, self.lora_B, self.scale, self.dropout)

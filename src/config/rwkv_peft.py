@@ -43,6 +43,7 @@ REFUSED = {
     ("loss_mask", "se"): "there are qa (answers count) and pad (everything but padding)",
 }
 FLAGS = (*JSON_FLAGS, *NOTATIONS, "merge")
+EPOCH_STEPS = 1000  # the default of its --epoch_steps
 
 
 def translate(texts: dict[str, str], values: dict[str, Any]) -> tuple[dict[str, Any], list[UserError]]:

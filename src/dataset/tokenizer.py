@@ -233,8 +233,9 @@ class FolderTokenizer(Tokenizer):
                 expected="world or a Hugging Face tokenizer folder",
                 advice="convert a folder of a slow tokenizer with AutoTokenizer.save_pretrained of transformers",
             )
+        model = _decoded(self.files["tokenizer.json"], folder / "tokenizer.json")
         with self._errors("tokenizer.json is not readable"):
-            self._rust = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
+            self._rust = tokenizers.Tokenizer.from_str(model)
             # Settings of training with `transformers` that some files carry; they would cut or pad long texts.
             self._rust.no_truncation()
             self._rust.no_padding()

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -140,8 +141,15 @@ def resolve_base(config: RunConfig, resume: ResumePoint, process_group: ProcessG
         return ""
     weights = resume.weights
     assert weights is not None, "checked with the flags"
-    sha256 = process_group.broadcast_from_rank_zero(lambda: base_sha256(load_weights(weights)))
-    before = resume.state.settings.get("base_sha256", sha256) if resume.state is not None else sha256
+    before = resume.state.settings if resume.state is not None else {}
+    return process_group.broadcast_from_rank_zero(lambda: check_base(weights, before))
+
+
+def check_base(weights: Path, settings: dict[str, Any]) -> str:
+    """The hash of a base. Raises UserError when the adapter of a run with these `settings` was trained beside
+    another."""
+    sha256 = base_sha256(load_weights(weights))
+    before = settings.get("base_sha256", sha256)
     if before != sha256:
         raise UserError(
             "the run trains an adapter of other weights (their numbers differ)",

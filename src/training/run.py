@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 
 from src import run_folder
-from src.config import ModelConfig, RunConfig
+from src.config import ModelConfig, RunConfig, adapter_kind
 from src.dataset.binidx import file_prefix
 from src.dataset.tokenizer import load_tokenizer
 from src.errors import UserError
@@ -51,6 +51,7 @@ from src.training.figures.report_page import write_report
 from src.training.hardware.allocator import set_up_malloc
 from src.training.hardware.selection import Hardware, choose_hardware
 from src.training.model_setup import (
+    check_base,
     check_tokenizer,
     find_vocab_size,
     resolve_base,
@@ -227,6 +228,7 @@ def _train(
         on_rank_zero(lambda: archive_other_run(config, proj_dir))
     if on_rank_zero(final.exists):
         on_rank_zero(lambda: refuse_other_settings(config, hardware, proj_dir, length, samples))
+        on_rank_zero(lambda: _refuse_other_base(config, proj_dir))
         log(complete_message(proj_dir, final))
         return 0
     seed = on_rank_zero(lambda: _draw_seed(config))  # once: it is among the settings that all ranks have
@@ -258,6 +260,13 @@ def _train(
         lock.check()
         _report_end(config, proj_dir, results.names, result, resume.length.steps)
     return result.exit_code
+
+
+def _refuse_other_base(config: RunConfig, proj_dir: Path) -> None:
+    """Of a complete run: its adapter is of no use beside other weights."""
+    base = run_folder.origin_weights(proj_dir, config.train_stage, config.load_model)
+    if adapter_kind(config) and base is not None:
+        check_base(base, run_folder.read_run(proj_dir).get("settings", {}))
 
 
 def _check_ids(samples: Samples, held_out: HeldOut | None, sizes: ModelConfig) -> None:

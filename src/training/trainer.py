@@ -48,7 +48,7 @@ from src.training.checkpoint.callbacks import (
 )
 from src.training.checkpoint.results import Results
 from src.training.checkpoint.resume import ResumePoint
-from src.training.checkpoint.state import adapter_of_state, weights_of_state
+from src.training.checkpoint.state import SavedState, adapter_of_state, weights_of_state
 from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, DamagedStateError, StateWriter
 from src.training.checkpoint.watch_files import WatchFiles
 from src.training.console import is_rank_zero, log
@@ -138,15 +138,16 @@ def _write_final_weights(context: RunContext, resume: ResumePoint) -> None:
     final = context.proj_dir / context.results.names.final
 
     def write() -> None:
-        if context.results.adapter is not None:
-            assert resume.reader is not None, "an adapter is resumed from a full state only"
-            context.results.write_tensors(adapter_of_state(resume.reader.shards()), final)
-            return
         if resume.reader is not None:
-            weights = weights_of_state(resume.reader.shards(), context.sizes, context.hardware.dtype)
+            shards = resume.reader.shards()
+            if context.results.adapter is not None:
+                weights = adapter_of_state(shards)
+            else:
+                weights = weights_of_state(shards, context.sizes, context.hardware.dtype)
             assert resume.state is not None
-            refuse_unusable(weights, resume.state.counters, resume.position.restarted_at_sample)
+            refuse_unusable(weights, resume.state.counters, resume.position.restarted_at_sample, final.name)
         else:
+            assert context.results.adapter is None, "an adapter is resumed from a full state only"
             stored = fitted_weights(context.config, context.sizes, resume)
             weights = {name: tensor.to(context.hardware.dtype) for name, tensor in stored.items()}
         context.results.write_tensors(weights, final)
@@ -412,6 +413,13 @@ def learning_rate_schedule(config: RunConfig, resume: ResumePoint) -> Callable[[
     return learning_rate_at
 
 
+def _lines_of_state(settings: dict[str, Any], state: SavedState) -> dict[str, list[str]]:
+    """The lines of logs that a state keeps; not those of val.csv where they are losses on other held-out data, whose
+    file was archived at this start."""
+    is_same = all(settings.get(name) == state.settings.get(name) for name in ("val_data_file", "val_windows"))
+    return {name: lines for name, lines in state.logs.items() if is_same or name != VALIDATION}
+
+
 def _sinks(context: RunContext, resume: ResumePoint) -> list[Sink]:
     config, proj_dir, settings = context.config, context.proj_dir, context.settings
     live = config.enable_progress_bar.lower() in ("true", "1") and has_live_line()
@@ -422,7 +430,7 @@ def _sinks(context: RunContext, resume: ResumePoint) -> list[Sink]:
         log(f"{'repeated':>12}  {metrics.lost_seconds:.0f} s of training since that state")
     if metrics.missing_steps and resume.state is not None:
         log(f"note: {METRICS} has no rows of {metrics.missing_steps:,} of the {first_step:,} steps before this start")
-    lines = resume.state.logs if resume.state is not None else {}
+    lines = _lines_of_state(settings, resume.state) if resume.state is not None else {}
     return [
         TrainLog(proj_dir / LOG, resume.first_mini_epoch, last_validation, settings, lines, context.check_folder),
         metrics,
