@@ -166,7 +166,7 @@ def test_tensors_are_all_that_an_adapter_needs_beside_its_base(kind):
         add_adapter(other, config, draw=False)
     finally:
         torch.use_deterministic_algorithms(False)
-    load_adapter_tensors(other, adapter_tensors(model))
+    other.load_state_dict(adapter_tensors(model), strict=False)
     assert torch.equal(other(tokens())[0], model(tokens())[0])
 
 

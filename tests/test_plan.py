@@ -174,8 +174,10 @@ def test_logit_bytes_equal_the_peak_of_the_loss(dtype, head_chunk, native, monke
     measured = peak_bytes(lambda: HeadLoss(head, head_chunk)(hidden, targets).backward())
     expected = plan.logit_bytes(config, tokens, dtype.itemsize, head_chunk, native)
     new = head.weight.nbytes  # the new gradient before it is added to the old one, which counts as a gradient
+    # A processor without bf16 products computes them in fp32, and holds the result in both.
+    buffer = 4 * tokens * config.vocab_size if dtype == torch.bfloat16 else 0
     assert expected < measured * 1.25
-    assert expected + new > measured * 0.7  # a bf16 product on a CPU allocates buffers
+    assert expected + new + buffer > measured * 0.7
 
 
 @pytest.mark.parametrize("changed", [{}, {"grad_cp": True}], ids=["plain", "grad_cp"])

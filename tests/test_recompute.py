@@ -73,7 +73,7 @@ def test_the_recurrence_runs_once_a_layer_and_gradients_keep_their_bits(bounds, 
 
 
 def test_whole_blocks_recomputed_would_be_noticed(monkeypatch):
-    monkeypatch.setattr(layers, "recomputed", lambda f, *args: checkpoint(f, *args, use_reentrant=False))
+    monkeypatch.setattr(layers, "recomputed", lambda f, *args, **_: checkpoint(f, *args, use_reentrant=False))
     with Calls() as calls:
         gradients(busy_model(True), None)
     assert calls.forward == 6
