@@ -34,6 +34,7 @@ from src.config import RunConfig
 from src.dataset.binidx import BinIdxWriter
 from src.files import sha256_of
 from src.model import RWKV7, ModelConfig
+from src.model.cost import parameter_count
 from src.training import trainer
 from src.training.checkpoint import storage
 from src.training.checkpoint.resume import find_resume_point, peek_resume_point
@@ -414,7 +415,7 @@ def test_the_time_limit_knows_how_long_the_disk_takes(tmp_path, monkeypatch):
 def test_the_time_limit_expects_a_first_save_to_take_long(tmp_path):
     """Of a large model, whose state is minutes of a disk's time, before one was seen; then what was seen counts. Never
     half of a short limit."""
-    large = ModelConfig(24, 2048, 65536)
+    large = parameter_count(ModelConfig(24, 2048, 65536))
     assert (
         60
         < trainer.expected_save_seconds(large, time_limit=0)

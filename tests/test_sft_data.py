@@ -408,6 +408,9 @@ def test_the_only_counted_token_at_the_end_of_the_context(answer_at: int) -> Non
         sizes = np.array([n_tokens])
         tokens = np.where(counts, np.arange(n_tokens), -1 - np.arange(n_tokens))
 
+        def read(self, begin: int, end: int) -> Any:
+            return self.tokens[begin:end]
+
     class OneConversation:
         data = Data([Data.tokens])
 
