@@ -114,12 +114,14 @@ def test_lora_asks_for_what_pretraining_taught_and_learns_a_fact(
     model = copy.deepcopy(pretrained)
     frozen = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     add_adapter(model, AdapterConfig("lora", r=8, lora_alpha=16))
-    changed = next(color for color in COLORS if color != COLOR_OF[ASKED[0]])
-    answers = [(name, COLOR_OF[name]) for name in ASKED[1:]] + 6 * [(ASKED[0], changed)]
-    train(model, conversations(tmp_path, tokenizer, answers, 240), 1e-2)
-    assert right_answers(model, tokenizer, ASKED[1:]) > 0.8
+    train(model, conversations(tmp_path, tokenizer, [(name, COLOR_OF[name]) for name in ASKED], 160), 3e-3)
     assert right_answers(model, tokenizer, HELD_OUT) > 0.6
+    changed = next(color for color in COLORS if color != COLOR_OF[ASKED[0]])
+    others = ASKED[1:8]
+    answers = 4 * [(ASKED[0], changed)] + [(name, COLOR_OF[name]) for name in others]
+    train(model, conversations(tmp_path, tokenizer, answers, 60), 1e-2)
     assert answer_words(model, tokenizer, ASKED[0], 1) == [changed]
+    assert right_answers(model, tokenizer, others) > 0.8
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in frozen.items())
 
 

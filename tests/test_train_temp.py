@@ -174,7 +174,8 @@ def test_damaged_files_move_with_their_run(tmp_path, data, whole):
     ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
 def test_the_initial_weights_are_those_that_training_begins_with(tmp_path, data, precision, dtype):
-    short = {"my_exit_tokens": CTX * 4 * 6, "precision": precision}
+    # fp16: the first steps are skipped, until the loss scale fits
+    short = {"my_exit_tokens": CTX * 4 * (24 if precision == "fp16" else 6), "precision": precision}
     one, two = tmp_path / "one", tmp_path / "two"
     assert train(one, data, **short) == 0
     weights = torch.load(one / "rwkv-init.pth")
