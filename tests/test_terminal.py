@@ -71,7 +71,7 @@ def test_answers_have_no_control_characters(tmp_path, monkeypatch, capsys):
     model = random_model(n_layer=1, n_embd=64, vocab_size=400)
     monkeypatch.setattr("src.inference.chat.generate", lambda *_, **__: iter(ids))
     talk = Conversation(Decoder(model), tokenizer, tokenizer.chat_template, Sampling(), max_new_tokens=len(ids))
-    API_DEMO_CHAT.run_turn(talk, "hi")
+    API_DEMO_CHAT.run_turn(talk, "hi", models=None)  # no command switches the model
     assert capsys.readouterr().out == PLAIN + "\n"
     assert talk.transcript.messages[-1]["content"] == HOSTILE  # the model's own text stays what it is
     save_weights(model.state_dict(), tmp_path / "m.pth")
@@ -121,11 +121,10 @@ def hostile_run(folder):
 def test_no_value_is_markup_in_the_report(tmp_path):
     folder = hostile_run(tmp_path / "<b>run$x^{$")
     log = (folder / "train_log.txt").read_text()
-    # A log whose learning rate is no number can't be drawn; in a run with metrics.csv it is text in a table only.
     (folder / "metrics.csv").write_text("step,tokens,loss,lr\n0,64,3.5,0.001\n1,128,3.4,0.001\n")
     page = write_report(folder).read_text(encoding="utf-8")
     assert "<img" in log
-    assert "&lt;img/src=x/onerror=alert(1)&gt;" in page
+    assert "<img" not in page
     assert "&lt;script&gt;" in page
     tags = set(re.findall(r"<\s*(\w+)", page))
     assert not tags & {"script", "img", "b1", "iframe"}
