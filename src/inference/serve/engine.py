@@ -39,6 +39,7 @@ PIECE_TOKENS = 128  # of prompts between two decoding steps
 # Tokens of a prompt between two states that are kept within it, besides those at boundaries; more where these would be
 # more than so many: a single long text should not displace all others.
 KEEP_EVERY, MOST_KEPT = 512, 8
+LEAST_APART = 16  # tokens between two states that are kept within a prompt
 
 
 @dataclass
@@ -93,7 +94,11 @@ class _Sequence:
         length = len(request.prompt)
         every = max(KEEP_EVERY, -(-length // MOST_KEPT))
         kept = {*request.boundaries, *range(every, length, every)} if request.use_cache else set()
-        self.keep_after = sorted(n for n in {*kept, length} if 0 < n <= length)
+        self.keep_after = [length]
+        # Each ends a pass over all weights, so those close before another one aren't worth theirs.
+        for n in sorted((n for n in kept if 0 < n < length), reverse=True):
+            if self.keep_after[0] - n >= LEAST_APART:
+                self.keep_after.insert(0, n)
 
     def next_piece(self, budget: int) -> int:
         """The number of tokens of the prompt to process next: up to where a state is kept, or as many as there may
