@@ -1,4 +1,4 @@
-"""An answer as text for a terminal or a file, in which its thought is told from its content."""
+"""An answer as text for a terminal or a file, with its thought marked."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from src.model.weights import IDLE_IN_LAYER_0, Weights
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
 MODEL_TYPES = ("rwkv7", "rwkv7_fla")
-# In this order older files store the six token-shift mixes as one tensor, attn.x_x.
-_MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
+# The order in which fla's older files (attn.x_x) and GGUF stack the six token-shift mixes.
+MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 # Prefix of our name -> prefix of fla's; {} is the layer, and the rest of the name is the same in both.
 _NAMES = {
     "emb.weight": "model.embeddings.weight",
@@ -45,7 +45,7 @@ _NAMES = {
         for kind in "wavg"
         for part, suffix in (("0", "2.bias"), ("1", "0.weight"), ("2", "2.weight"))
     },
-    **{f"blocks.{{}}.att.{name}": f"model.layers.{{}}.attn.{name}" for name in (*_MIXES, "k_k", "k_a", "r_k")},
+    **{f"blocks.{{}}.att.{name}": f"model.layers.{{}}.attn.{name}" for name in (*MIXES, "k_k", "k_a", "r_k")},
 }
 
 
@@ -91,7 +91,7 @@ def from_fla(tensors: Weights) -> Weights:
     weights = {}
     for name, tensor in tensors.items():
         if name.endswith(".attn.x_x"):
-            for mix, values in zip(_MIXES, tensor, strict=True):
+            for mix, values in zip(MIXES, tensor, strict=True):
                 weights[rwkv_name(name.removesuffix("x_x") + mix)] = values
         else:
             renamed = rwkv_name(name)

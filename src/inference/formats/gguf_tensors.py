@@ -17,14 +17,12 @@ from torch import Tensor
 
 from src.config import ModelConfig
 from src.errors import UserError
-from src.inference.formats.fla import is_low_rank
+from src.inference.formats.fla import MIXES, is_low_rank
 from src.inference.formats.gguf_file import F32, GGUFFile
 from src.inference.formats.lazy import LazyWeights
 from src.model import RWKV7
 from src.model.weights import IDLE_IN_LAYER_0
 
-# The order in which time_mix_lerp_fused [6, 1, 1, C] stacks them.
-_MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 # Our name -> GGUF's; {} is the layer. A name that ends in "." is a prefix of .weight and .bias.
 _NAMES = {
     "emb.weight": "token_embd.weight",
@@ -93,8 +91,8 @@ def to_gguf(weights: Mapping[str, Tensor], config: ModelConfig, kind: int) -> It
     for name, shape in shapes.items():
         if name.endswith(".att.x_r"):
             layer = name.split(".")[1]
-            mixes = [name.removesuffix("x_r") + mix for mix in _MIXES]
-            fused = (len(_MIXES), 1, 1, config.n_embd)
+            mixes = [name.removesuffix("x_r") + mix for mix in MIXES]
+            fused = (len(MIXES), 1, 1, config.n_embd)
             yield Stored(_FUSED.format(layer), fused, F32, name, partial(_stack, weights, mixes))
         if re.search(r"\.att\.x_.$", name) or name in IDLE_IN_LAYER_0:
             continue
@@ -137,10 +135,10 @@ def from_gguf(file: GGUFFile, n_layer: int, head_size: int) -> LazyWeights:
         makers[name] = partial(_ours, file.tensors, theirs, name, head_size)
     for layer in range(n_layer):
         fused = _FUSED.format(layer)
-        if _shape(file, fused)[0] != len(_MIXES):
-            raise UserError(f"the tensor {fused} is {list(file.shapes[fused])}, expected {len(_MIXES)} mixes")
+        if _shape(file, fused)[0] != len(MIXES):
+            raise UserError(f"the tensor {fused} is {list(file.shapes[fused])}, expected {len(MIXES)} mixes")
         used.add(fused)
-        for i, mix in enumerate(_MIXES):
+        for i, mix in enumerate(MIXES):
             makers[f"blocks.{layer}.att.{mix}"] = partial(_mix, file.tensors, fused, i)
     if unknown := [name for name in file.tensors if name not in used]:
         raise UserError(f"its tensor {unknown[0]!r} is unknown")

@@ -38,7 +38,7 @@ logger = logging.getLogger("serve")
 
 @dataclass(frozen=True)
 class AppSettings:
-    """What the server was told, besides its models. `hosts`: names by which it may be addressed; empty: any."""
+    """Settings of the server, besides its models. `hosts`: names by which it may be addressed; empty: any."""
 
     api_keys: tuple[str, ...] = ()
     body_limit: int = 8 << 20
@@ -171,10 +171,10 @@ PAGE_HEADERS = {
 
 def _add_errors(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
-        told = as_api_error(error)
-        if told.status == 500:
+        api_error = as_api_error(error)
+        if api_error.status == 500:
             logger.exception("%s %s failed", request.method, request.url.path, exc_info=error)
-        return told.response()
+        return api_error.response()
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from src.errors import UserError
 from src.inference.serve.request import QueueFullError, ShuttingDownError
 
-RETRY_SECONDS = 5  # what a client that was refused is told to wait
+RETRY_SECONDS = 5  # sent as Retry-After to a client that is refused
 
 TYPES = {
     401: "authentication_error",
@@ -53,7 +53,7 @@ def to_json(payload: Any) -> str:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told about an error. A mistake of ours is a 500 without details."""
+    """What a client gets to know of an error. A mistake of ours is a 500 without details."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ClientDisconnect):  # nobody reads this

@@ -96,8 +96,8 @@ class EventStream(StreamingResponse):
             async for chunk in chunks:
                 yield f"data: {to_json(chunk)}\n\n"
         except Exception as error:
-            told = as_api_error(error)
-            if told.status == 500:
+            api_error = as_api_error(error)
+            if api_error.status == 500:
                 logger.exception("a stream failed", exc_info=error)
-            yield f"data: {to_json(told.payload())}\n\n"
+            yield f"data: {to_json(api_error.payload())}\n\n"
         yield "data: [DONE]\n\n"

@@ -24,7 +24,7 @@ ESCAPE, LITERAL, BY_ID = b"\xff", b"\x00", b"\x01"
 class TextDigest:
     """Digests of a growing text: `add(token)` returns that of the text up to this token.
 
-    Special tokens are told from ordinary ones that spell the same characters. `scope` separates texts that begin in
+    Special tokens differ from ordinary ones that spell the same characters. `scope` separates texts that begin in
     different states.
     """
 
