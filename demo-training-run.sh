@@ -7,6 +7,9 @@
 #   sh demo-training-run.sh mini        the 34.2 M model L8-D512 on MiniMind's pretrain_t2t or pretrain_t2t_mini (or a
 #                                       DATA_FILE of your own), for a GPU
 #
+# The demo measures its speed at its start and trains what fits into TRAIN_MINUTES, between 1.3 M tokens and all of its
+# 3.0 M; MY_EXIT_TOKENS sets a fixed number instead.
+#
 # Every setting is a default that the environment overrides; those of model and data are in demo-training-shared.sh and
 # demo-training-prepare.sh. Further flags are passed on to train.py:
 #   N_LAYER=4 M_BSZ=16 sh demo-training-run.sh demo --random_seed 1
@@ -16,6 +19,7 @@
 
 case $SETTING in
 demo)
+    if [ -z "${MY_EXIT_TOKENS:-}" ]; then TRAIN_MINUTES=${TRAIN_MINUTES:-9}; fi
     M_BSZ=${M_BSZ:-8} CTX_LEN=${CTX_LEN:-256} MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-1300000} MAGIC_PRIME=${MAGIC_PRIME:-0}
     LR_INIT=${LR_INIT:-3e-3} LR_FINAL=${LR_FINAL:-3e-4} WARMUP_STEPS=${WARMUP_STEPS:-20}
     EPOCH_STEPS=${EPOCH_STEPS:-100} EPOCH_SAVE=${EPOCH_SAVE:-1}
@@ -36,15 +40,16 @@ mini)
     VAL_DATA_FILE=${VAL_DATA_FILE:-} PROMPT=${PROMPT:-}
     ;;
 esac
-WEIGHT_DECAY=${WEIGHT_DECAY:-0.001} GRAD_CP=${GRAD_CP:-0}
+TRAIN_MINUTES=${TRAIN_MINUTES:-0} WEIGHT_DECAY=${WEIGHT_DECAY:-0.001} GRAD_CP=${GRAD_CP:-0}
 run_settings
 
 was_complete=0
 if [ -f "$PROJ_DIR/rwkv-final.pth" ]; then was_complete=1; fi
 
 "$python" train.py --load_model 0 --train_stage 3 --wandb "$WANDB" \
-    --ctx_len "$CTX_LEN" --micro_bsz "$M_BSZ" --my_exit_tokens "$MY_EXIT_TOKENS" --magic_prime "$MAGIC_PRIME" \
-    --lr_init "$LR_INIT" --lr_final "$LR_FINAL" --warmup_steps "$WARMUP_STEPS" --weight_decay "$WEIGHT_DECAY" \
+    --ctx_len "$CTX_LEN" --micro_bsz "$M_BSZ" --my_exit_tokens "$MY_EXIT_TOKENS" \
+    --train_minutes "$TRAIN_MINUTES" --magic_prime "$MAGIC_PRIME" --lr_init "$LR_INIT" --lr_final "$LR_FINAL" \
+    --warmup_steps "$WARMUP_STEPS" --weight_decay "$WEIGHT_DECAY" \
     --epoch_steps "$EPOCH_STEPS" --epoch_save "$EPOCH_SAVE" --grad_cp "$GRAD_CP" \
     --val_data_file "$VAL_DATA_FILE" --val_windows 64 \
     --devices "$GPU_PER_NODE" --num_nodes "$N_NODE" --strategy "$STRATEGY" "$@"

@@ -27,7 +27,7 @@ from src.ops.toolchain import BuildError
 from src.training.distributed.process_group import ProcessGroup
 from src.training.hardware.selection import Hardware
 from src.training.module import TrainingModule
-from src.training.preflight import check, kernel, machine, plan, speed
+from src.training.preflight import check, kernel, machine, plan, speed, timed_length
 from src.training.preflight.checklist import Checklist
 from src.training.preflight.out_of_memory import (
     SAFE_SHARE,
@@ -509,3 +509,36 @@ def test_modes_exclude_each_other(capsys):
         with pytest.raises(SystemExit):
             parse(["--data_file", "x", *argv])
         assert argv[0] in capsys.readouterr().err
+
+
+# ---- --train_minutes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_second", "tokens"),
+    [(100.0, 20_000), (1000.0, 54_000), (1e6, 90_000)],
+    ids=["the fewest", "what fits", "all of the data"],
+)
+def test_tokens_that_fit_into_minutes(tokens_per_second, tokens):
+    assert timed_length.timed_length(tokens_per_second, minutes=1, fewest=20_000, most=90_000) == tokens
+
+
+def test_a_run_by_minutes_is_the_run_of_as_many_tokens_and_keeps_its_length(tmp_path, data, capfd, monkeypatch):
+    def measured(*_):
+        return speed.Speed(CTX * 4 * 15 / 60 / timed_length.STEPS_SHARE, "measured on nothing")
+
+    monkeypatch.setattr(timed_length, "timed_steps", measured)
+    by_time = {"my_exit_tokens": CTX * 4 * 5, "train_minutes": 1}
+    monkeypatch.setattr(speed, "TRIAL_SECONDS", 0.0)
+    assert call(tmp_path / "time", data, **by_time, check=1) == 0
+    assert "960 tokens in 15 steps" in capfd.readouterr().out
+    assert call(tmp_path / "time", data, **by_time, time_limit=1e-9) == 124  # stopped after the first step
+    assert "15 steps of 4 x 16 tokens" in capfd.readouterr().out
+    monkeypatch.setattr(timed_length, "timed_steps", lambda *_: pytest.fail("measured again"))
+    assert call(tmp_path / "time", data, **by_time) == 0
+    assert call(tmp_path / "tokens", data, my_exit_tokens=CTX * 4 * 15) == 0
+    by_time_file, by_tokens_file = (tmp_path / name / "rwkv-final.pth" for name in ("time", "tokens"))
+    weights, expected = torch.load(by_time_file), torch.load(by_tokens_file)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert call(tmp_path / "time", data, **by_time) == 0  # complete, and says so
+    assert "is complete" in capfd.readouterr().out

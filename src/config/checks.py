@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from src.config.adapter import adapter_faults
+from src.config.adapter import adapter_faults, adapter_kind
 from src.config.flags import Flags
 from src.errors import UserError
 
@@ -158,8 +158,22 @@ def _length_faults(flags: Flags) -> Iterator[UserError]:
         yield UserError(
             "nothing would be trained", flag="epochs", given=flags.epochs, expected="more than 0, or --my_exit_tokens"
         )
+    if flags.train_minutes and adapter_kind(flags):
+        yield UserError(
+            "the speed is measured with all weights trained",
+            flag="train_minutes",
+            given=flags.train_minutes,
+            advice="give --my_exit_tokens or --epochs for an adapter",
+        )
+    if flags.train_minutes and flags.plan >= 0:
+        yield UserError(
+            "the speed of another machine can't be measured",
+            flag="train_minutes",
+            given=flags.train_minutes,
+            advice="give --my_exit_tokens or --epochs with --plan",
+        )
     # 1 is the default: scripts that set --my_exit_tokens may pass it along without meaning a length.
-    if flags.my_exit_tokens and flags.epochs not in (0, 1):
+    if flags.my_exit_tokens and flags.epochs not in (0, 1) and not flags.train_minutes:
         yield UserError(
             f"--my_exit_tokens {flags.my_exit_tokens} sets the length of the run too",
             flag="epochs",

@@ -285,6 +285,15 @@ class Flags:
         below=1e6,
         within_run="free",
     )
+    train_minutes: float = flag(
+        0.0,
+        "length",
+        "train for about so many minutes: the number of tokens follows from the speed measured at the start, at least "
+        "--my_exit_tokens, at most --epochs times the data; 0: not",
+        at_least=0,
+        below=1e6,
+        within_run="free",
+    )
     epoch_steps: int = flag(
         0,
         "length",

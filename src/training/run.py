@@ -62,6 +62,7 @@ from src.training.preflight import plan
 from src.training.preflight.check import check, warn_at_start
 from src.training.preflight.dry_run import dry_run
 from src.training.preflight.out_of_memory import OutOfMemory, is_out_of_memory, with_oom_advice
+from src.training.preflight.timed_length import with_timed_length
 from src.training.rollback import fit_with_rollback
 from src.training.settings import (
     compare_settings,
@@ -215,6 +216,7 @@ def _train(
 ) -> int:
     on_rank_zero = process_group.broadcast_from_rank_zero
     samples, held_out = _open_data(config)
+    config = on_rank_zero(partial(with_timed_length, config, hardware, samples.tokens_per_epoch, proj_dir))
     length = length_of_run(config, samples.tokens_per_epoch, hardware.world_size)
     final = proj_dir / result_names(config).final
     if config.restart or not final.exists():

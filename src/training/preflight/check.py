@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import partial
 from pathlib import Path
 
 from src import run_folder
@@ -22,6 +23,7 @@ from src.training.preflight.data_check import check_data, check_document_ends, c
 from src.training.preflight.kernel import check_kernel, kernel_agreement
 from src.training.preflight.out_of_memory import estimate, oom_message
 from src.training.preflight.speed import expected_speed
+from src.training.preflight.timed_length import with_timed_length
 
 
 def check(config: RunConfig, notes: list[str]) -> int:
@@ -59,6 +61,9 @@ def check(config: RunConfig, notes: list[str]) -> int:
         checks.attempt("held-out", lambda: checks.report("held-out", check_held_out(config, vocab_size)))
     capacity.check_memory(checks, config, hardware, model)
     prime = samples.prime if samples is not None else config.magic_prime
+    if samples is not None:
+        decide = partial(with_timed_length, config, hardware, samples.tokens_per_epoch, Path(config.proj_dir))
+        config = checks.attempt("run", decide) or config
     if config.my_exit_tokens:
         _check_run(checks, config, hardware, model, config.my_exit_tokens, prime)
     elif samples is not None:
