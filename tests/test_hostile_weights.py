@@ -179,6 +179,18 @@ def test_a_storage_larger_than_its_bytes_in_the_file_is_refused(weights, tmp_pat
     assert "8589934588 bytes" in refused(path).problem
 
 
+def test_a_text_longer_than_the_file_takes_no_memory(weights, tmp_path):
+    """The length of a name in an old file replaced by 2^31 - 1: a plain read() would allocate as much."""
+    path = tmp_path / "m.pth"
+    torch.save({"head.weight": weights["head.weight"]}, path, _use_new_zipfile_serialization=False)
+    name = b"X" + struct.pack("<I", 11) + b"head.weight"
+    assert name in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(name, b"X" + struct.pack("<I", (1 << 31) - 1) + b"head.weight"))
+    error = refused(path)
+    while error := error.__cause__ or error.__context__:
+        assert not isinstance(error, MemoryError)
+
+
 def test_members_that_share_their_bytes_or_names_are_refused(weights, tmp_path):
     path = tmp_path / "m.pth"
     torch.save(weights, path)

@@ -270,6 +270,14 @@ def test_a_config_without_a_usable_entry_is_one_without_it(tmp_path: Path, confi
     assert (tokenizer.eos_ids, tokenizer.chat_template) == ((0,), None)
 
 
+@pytest.mark.parametrize("token", ["<none>", "\ud800"])
+def test_a_special_token_that_the_vocabulary_lacks_is_refused(tmp_path: Path, token: str) -> None:
+    make_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    with pytest.raises(UserError, match="is not in its vocabulary"):
+        load_tokenizer(tmp_path)
+
+
 def test_huge_files_of_a_tokenizer_are_refused_unread(tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -293,7 +293,10 @@ class FolderTokenizer(Tokenizer):
         token = self.specials.get(name)
         if token is None:
             return None
-        number = self._rust.token_to_id(token)
+        try:
+            number = self._rust.token_to_id(token)
+        except UnicodeEncodeError:  # a lone surrogate, which no vocabulary has
+            number = None
         if number is None:
             raise UserError(f"its {name} {token!r} is not in its vocabulary", flag="tokenizer", given=self.name)
         return number

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import pickle
 import pickletools
 import zipfile
@@ -129,11 +130,24 @@ def _check_zip(path: Path) -> None:
 
 def _check_pickle_file(path: Path) -> None:
     storages: dict[str, int] = {}
-    with path.open("rb") as file:
+    with _BoundedReader(io.FileIO(path)) as file:
         for _ in range(_LEGACY_PICKLES):
             _check_pickle(file, path, storages.__setitem__)
-    if (total := sum(storages.values())) > (size := path.stat().st_size):
+        size = file.size
+    if (total := sum(storages.values())) > size:
         raise _too_large(path, f"its tensors have {total} bytes, the file {size}")
+
+
+class _BoundedReader(io.BufferedReader):
+    """Takes no memory for bytes that the file lacks: read(n) allocates n bytes first, and a pickle can claim 4 GB."""
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self.size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _check_pickle(file: IO[bytes], path: Path, check_storage: Callable[[str, int], None]) -> None:
