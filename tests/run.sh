@@ -15,7 +15,6 @@ if [ "${1:-}" = --all ]; then
     all=1
     files="$files tests/requirements-all.txt"
     shift
-    "$python" -m pip install --quiet -r tests/requirements-clients.txt
 else
     set -- -m "not slow" "$@"
 fi

@@ -25,7 +25,7 @@ from src.inference.serve.registry import Registry
 from src.inference.serve.request import Start
 from src.inference.serve.served_model import ServedModel
 
-playwright = pytest.importorskip("playwright.sync_api", reason="pip install -r tests/requirements-clients.txt")
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 expect = playwright.expect
 expect.set_options(timeout=60_000)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
