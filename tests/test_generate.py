@@ -21,7 +21,7 @@ from src.inference.decoder import PREFILL_TOKENS, Decoder
 from src.inference.generate import main
 from src.inference.generation import generate, generate_batch
 from src.inference.load import find_tokenizer, find_weights, latest_trained_weights, load_model
-from src.inference.sampling import Sampler, Sampling, probabilities
+from src.inference.sampling import Sampler, Sampling, draw, probabilities
 
 TOKENS = [t * 31 % 97 for t in range(40)]
 
@@ -281,6 +281,20 @@ def test_penalties_grow_with_each_use_and_decay():
         counts[expected] = counts.get(expected, 0.0) + (expected != 2)
     assert counts[2] == 0.0
     assert {0, 1, 2} <= set(counts)
+
+
+def test_tokens_drawn_together_are_those_drawn_alone():
+    """Each row has settings, a seed and counts of its own; one whose logits are not finite disturbs no other."""
+    choices = [*SETTINGS, Sampling(), Sampling(presence_penalty=0.4, frequency_penalty=0.3), Sampling()]
+    together = [Sampler(sampling, seed=i) for i, sampling in enumerate(choices)]
+    alone = [Sampler(sampling, seed=i) for i, sampling in enumerate(choices)]
+    draws = torch.Generator().manual_seed(5)
+    for _ in range(12):
+        logits = 3 * torch.randn(len(choices), 3000, generator=draws)
+        logits[-1, 7] = math.nan
+        tokens = draw(together, logits.clone())
+        assert tokens[:-1] == [sampler(row) for sampler, row in zip(alone, logits[:-1], strict=False)]
+        assert isinstance(tokens[-1], UserError)
 
 
 def test_logits_that_are_not_finite_are_an_error():

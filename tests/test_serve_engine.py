@@ -17,7 +17,7 @@ from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.inference.decoder import Decoder
 from src.inference.generation import generate
 from src.inference.sampling import Sampling
-from src.inference.serve.engine import KEEP_EVERY, MOST_KEPT, Engine
+from src.inference.serve.engine import Engine
 from src.inference.serve.fair_lock import FairLock
 from src.inference.serve.prefix_cache import KnownText, PrefixCache, TextDigest
 from src.inference.serve.request import (
@@ -31,6 +31,7 @@ from src.inference.serve.request import (
     Start,
     TokenLogprobs,
 )
+from src.inference.serve.sequence import KEEP_EVERY, MOST_KEPT
 from src.inference.serve.slots import Slots
 from src.model import RWKV7, State
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
+from src.errors import UserError
 from src.inference.decoder import PACK_TOKENS, Decoder
-from src.inference.sampling import Sampler, Sampling
+from src.inference.sampling import Sampler, Sampling, draw
 from src.model import RWKV7
 
 FINISHED = -1
@@ -81,14 +83,17 @@ def generate_batch(
     for count in range(1, max_new_tokens + 1):
         # A finished row is fed token 0 and its logits are ignored.
         next_tokens = [0] * len(prompt_of_row)
-        for row, prompt in enumerate(prompt_of_row):
-            if prompt == FINISHED:
-                continue
-            next_tokens[row] = samplers[prompt](logits[row])
-            if next_tokens[row] in stop_ids:
+        unfinished = [row for row, prompt in enumerate(prompt_of_row) if prompt != FINISHED]
+        rows = logits.detach()[unfinished].to("cpu", torch.float32)  # a copy, which `draw` overwrites
+        drawn = draw([samplers[prompt_of_row[row]] for row in unfinished], rows)
+        for row, token in zip(unfinished, drawn, strict=True):
+            if isinstance(token, UserError):
+                raise token
+            prompt, next_tokens[row] = prompt_of_row[row], token
+            if token in stop_ids:
                 prompt_of_row[row] = FINISHED
             else:
-                answers[prompt].append(next_tokens[row])
+                answers[prompt].append(token)
                 if is_complete is not None and is_complete(answers[prompt]):
                     prompt_of_row[row] = FINISHED
         # The last step isn't computed: its logits wouldn't be used.

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from src.dataset.tokenizer import Tokenizer
 from src.inference.answer_stream import AnswerPiece, AnswerStream, joined
 from src.inference.characters import CharacterStream
-from src.inference.serve.engine import Engine, Ticket
+from src.inference.serve.engine import Engine
 from src.inference.serve.errors import ApiError
 from src.inference.serve.request import CANCELLED, FAILED, Request, TokenLogprobs
+from src.inference.serve.sequence import Ticket
 
 
 @dataclass

@@ -10,101 +10,30 @@ import math
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from src.dataset.tokenizer import Tokenizer
 from src.inference.decoder import check_tokens, initial_state
-from src.inference.sampling import Sampler
 from src.inference.serve.fair_lock import FairLock
-from src.inference.serve.prefix_cache import KnownText, PrefixCache, TextDigest
+from src.inference.serve.prefix_cache import KnownText, PrefixCache
 from src.inference.serve.request import (
     CANCELLED,
     FAILED,
-    LENGTH,
     STOP,
     Consumer,
     Processed,
     QueueFullError,
     Request,
     ShuttingDownError,
-    TokenLogprobs,
+    Statistics,
 )
+from src.inference.serve.sequence import Ending, Sequence, Ticket, next_tokens
 from src.inference.serve.slots import Slots
 from src.model import RWKV7, LayerState, State
 
 PIECE_TOKENS = 128  # of prompts between two decoding steps
-# Tokens of a prompt between two states that are kept within it, besides those at boundaries; more where these would be
-# more than so many: a single long text should not displace all others.
-KEEP_EVERY, MOST_KEPT = 512, 8
-LEAST_APART = 16  # tokens between two states that are kept within a prompt
-
-
-@dataclass
-class Statistics:
-    """What an engine has done since it began, and what it holds now."""
-
-    requests: int = 0
-    failures: int = 0
-    cancellations: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    decode_steps: int = 0
-    waiting: int = 0
-    running: int = 0
-    cached_states: int = 0
-    cache_bytes: int = 0
-
-
-class Ticket:
-    """A request that was accepted; `cancel()` from any thread ends it before its next token."""
-
-    def __init__(self, request: Request, consumer: Consumer, tokenizer: Tokenizer) -> None:
-        self.request, self.consumer = request, consumer
-        # Here, in the client's thread: of a long text it takes a moment, in which the engine can go on.
-        self.digest = TextDigest(tokenizer, request.start.name if request.start is not None else "")
-        self.prompt_digests = self.digest.add_all(request.prompt)
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-
-class _Sequence:
-    """A request on its way: what of its prompt is left, how its tokens are drawn."""
-
-    def __init__(self, ticket: Ticket, state: State) -> None:
-        request = self.request = ticket.request
-        self.ticket, self.state = ticket, state
-        self.digest, self.prompt_digests = ticket.digest, ticket.prompt_digests
-        self.processed = self.known = 0  # tokens of the prompt
-        self.hidden_sum = torch.zeros(()) if request.on_processed is not None else None  # [C] with the first piece
-        self.sampler = Sampler(request.sampling, request.seed, request.uncounted_ids)
-        self.bias: tuple[Tensor, Tensor] | None = None  # ids, and what is added to their logits
-        if request.logit_bias:
-            ids, values = zip(*request.logit_bias.items(), strict=True)
-            device = state.layers[0].wkv.device
-            self.bias = torch.tensor(ids, device=device), torch.tensor(values, device=device)
-        self.generated: list[int] = []
-        # the digest of the text that the state in the slot has processed
-        self.text_digest = self.prompt_digests[-1]
-        length = len(request.prompt)
-        every = max(KEEP_EVERY, -(-length // MOST_KEPT))
-        kept = {*request.boundaries, *range(every, length, every)} if request.use_cache else set()
-        self.keep_after = [length]
-        # Each ends a pass over all weights, so those close before another one aren't worth theirs.
-        for n in sorted((n for n in kept if 0 < n < length), reverse=True):
-            if self.keep_after[0] - n >= LEAST_APART:
-                self.keep_after.insert(0, n)
-
-    def next_piece(self, budget: int) -> int:
-        """The number of tokens of the prompt to process next: up to where a state is kept, or as many as there may
-        be."""
-        until = next(n for n in self.keep_after if n > self.processed)
-        return min(budget, until - self.processed)
 
 
 class Engine:
@@ -131,8 +60,8 @@ class Engine:
         self._cache = PrefixCache(cache_bytes)
         self._slots = Slots(model)
         self._waiting: deque[Ticket] = deque()
-        self._prefilling: list[_Sequence] = []
-        self._decoding: list[_Sequence] = []  # by row of the slots
+        self._prefilling: list[Sequence] = []
+        self._decoding: list[Sequence] = []  # by row of the slots
         self._statistics = Statistics()
         self._wake = threading.Condition()  # guards _waiting, _closing
         self._closing = self._aborting = False
@@ -233,7 +162,7 @@ class Engine:
         request = ticket.request
         try:
             state = request.start.state if request.start is not None else initial_state(self.model, 1)
-            sequence = _Sequence(ticket, state)
+            sequence = Sequence(ticket, state)
         except Exception as error:
             self._statistics.failures += 1
             ticket.consumer.ended(FAILED, error)
@@ -256,9 +185,9 @@ class Engine:
                     self._prefilling.remove(sequence)
                     self._join(sequence, last)
 
-    def _next_pieces(self, budget: int) -> list[tuple[_Sequence, int]]:
+    def _next_pieces(self, budget: int) -> list[tuple[Sequence, int]]:
         """Prompts that are processed next, together, and how many tokens of each; at most `budget` of all."""
-        pieces: list[tuple[_Sequence, int]] = []
+        pieces: list[tuple[Sequence, int]] = []
         for sequence in list(self._prefilling):
             if budget <= 0:
                 break
@@ -270,7 +199,7 @@ class Engine:
             budget -= count
         return pieces
 
-    def _look_up(self, sequence: _Sequence) -> bool:
+    def _look_up(self, sequence: Sequence) -> bool:
         """Begin at the longest known prefix; False where that is the whole prompt, and nothing is left to process."""
         length, known = self._cache.longest(sequence.prompt_digests) if sequence.request.use_cache else (0, None)
         self._statistics.prompt_tokens += len(sequence.request.prompt)
@@ -287,7 +216,7 @@ class Engine:
         return False
 
     @torch.no_grad()
-    def _advance(self, pieces: list[tuple[_Sequence, int]]) -> Tensor:
+    def _advance(self, pieces: list[tuple[Sequence, int]]) -> Tensor:
         """Process the next tokens of some prompts, packed into one row; their last hidden vectors [len(pieces), C]."""
         device = self.model.emb.weight.device
         chunks = [s.request.prompt[s.processed : s.processed + count] for s, count in pieces]
@@ -307,7 +236,7 @@ class Engine:
         return hidden[0, bounds[1:] - 1]
 
     @torch.no_grad()
-    def _join(self, sequence: _Sequence, hidden: Tensor) -> None:
+    def _join(self, sequence: Sequence, hidden: Tensor) -> None:
         """Draw the first token of an answer, and take a slot for the others."""
         if (report := sequence.request.on_processed) is not None:
             assert sequence.hidden_sum is not None
@@ -315,7 +244,8 @@ class Engine:
             report(Processed(mean, hidden.float().cpu(), sequence.state))
             self._report_end(sequence, STOP)
             return
-        if (ending := self._next_token(sequence, self.model.head(hidden).float())) is not None:
+        [ending] = self._draw([sequence], self.model.head(hidden).float().unsqueeze(0))
+        if ending is not None:
             self._report_end(sequence, *ending)
             return
         self._slots.add(sequence.state)
@@ -329,29 +259,16 @@ class Engine:
         self._statistics.decode_steps += 1
         for sequence, token in zip(self._decoding, tokens, strict=True):
             sequence.text_digest = sequence.digest.add(token)
-        endings = [self._next_token(sequence, logits[row]) for row, sequence in enumerate(self._decoding)]
+        endings = self._draw(self._decoding, logits)
         for row in reversed(range(len(endings))):  # the last row takes the place of one that leaves
             if (ending := endings[row]) is not None:
                 self._leave(row, *ending)
 
-    def _next_token(self, sequence: _Sequence, logits: Tensor) -> tuple[str, Exception | None] | None:
-        """Draw a token from logits [V] and report it; None where the answer goes on, else why it ends."""
-        request, constraint = sequence.request, sequence.request.constraint
-        try:
-            changed = logits if sequence.bias is None else logits.index_add(0, *sequence.bias)
-            if constraint is not None:
-                changed = constraint.restrict(changed)
-            token = sequence.sampler(changed)
-            if token in request.stop_ids:
-                return STOP, None
-            sequence.generated.append(token)
-            self._statistics.generated_tokens += 1
-            is_complete = sequence.ticket.consumer.token(token, _logprobs(logits, token, request.top_logprobs))
-            if is_complete or (constraint is not None and constraint.accept(token)):
-                return STOP, None
-        except Exception as error:  # of this answer alone, such as logits that are not finite
-            return FAILED, error
-        return (LENGTH, None) if len(sequence.generated) >= request.max_new_tokens else None
+    def _draw(self, sequences: list[Sequence], logits: Tensor) -> list[Ending | None]:
+        before = sum(len(sequence.generated) for sequence in sequences)
+        endings = next_tokens(sequences, logits)
+        self._statistics.generated_tokens += sum(len(sequence.generated) for sequence in sequences) - before
+        return endings
 
     def _leave(self, row: int, reason: str, error: Exception | None = None) -> None:
         """End the answer in a slot, and keep its state: the conversation may go on."""
@@ -363,7 +280,7 @@ class Engine:
             self._decoding[row] = last
         self._report_end(sequence, reason, error)
 
-    def _report_end(self, sequence: _Sequence, reason: str, error: Exception | None = None) -> None:
+    def _report_end(self, sequence: Sequence, reason: str, error: Exception | None = None) -> None:
         self._statistics.failures += reason == FAILED
         self._statistics.cancellations += reason == CANCELLED
         sequence.ticket.consumer.ended(reason, error)
@@ -373,11 +290,3 @@ class Engine:
             self._report_end(sequence, FAILED, error)
         self._prefilling, self._decoding = [], []
         self._slots = Slots(self.model)
-
-
-def _logprobs(logits: Tensor, token: int, top: int | None) -> TokenLogprobs | None:
-    if top is None:
-        return None
-    logprobs = torch.log_softmax(logits, dim=-1)
-    values, ids = logprobs.topk(min(top, logprobs.numel()))
-    return TokenLogprobs(float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))

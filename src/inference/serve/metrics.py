@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from src.inference.serve.engine import Statistics
 from src.inference.serve.registry import Registry
+from src.inference.serve.request import Statistics
 
 DESCRIPTIONS = {
     "requests": "Requests that were begun",

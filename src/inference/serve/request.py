@@ -96,6 +96,23 @@ class Request:
     use_cache: bool = True
 
 
+@dataclass
+class Statistics:
+    """What an engine has done since it began, and what it holds now."""
+
+    requests: int = 0
+    failures: int = 0
+    cancellations: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    decode_steps: int = 0
+    waiting: int = 0
+    running: int = 0
+    cached_states: int = 0
+    cache_bytes: int = 0
+
+
 class QueueFullError(UserError):
     """More requests wait than the server allows."""
 

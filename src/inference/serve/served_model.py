@@ -19,10 +19,11 @@ from src.inference.chat import uncounted_ids
 from src.inference.sampling import SEED_LIMIT, Sampling
 from src.inference.serve.answer import Mailbox
 from src.inference.serve.constraints import Vocabulary
-from src.inference.serve.engine import Engine, Ticket
+from src.inference.serve.engine import Engine
 from src.inference.serve.errors import ApiError
 from src.inference.serve.request import CANCELLED, Processed, Request, Start, TokenLogprobs
 from src.inference.serve.schemas import ChatMessage, Generation
+from src.inference.serve.sequence import Ticket
 from src.model import State
 
 MOST_STATES = 256  # that clients may save, per model
