@@ -26,11 +26,12 @@ from src.inference.arguments import (
     parse_special_from,
     sampling_from,
 )
-from src.inference.chat import Conversation, find_template
+from src.inference.chat import Conversation
 from src.inference.decoder import Decoder
 from src.inference.generate import exit_on_closed_pipe
 from src.inference.load import find_model, find_tokenizer, latest_trained_weights, load_model, pretrained_only
 from src.inference.switching import ModelSwitch
+from src.inference.template_choice import find_template
 from src.terminal import prepare_output, show
 
 HELP = """\
@@ -262,16 +263,7 @@ def build(options: argparse.Namespace) -> Conversation:
     options.weights, options.adaptation = weights, adaptation
     model = load_model(weights, options.dtype, options.device, adaptation)
     tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer, adaptation)
-    template = find_template(options.chat_template, tokenizer, pretrained_only(weights, adaptation))
-    if options.think:
-        if template is None:
-            raise UserError(
-                "needs a chat template",
-                flag="think",
-                given=options.think,
-                advice="use --chat_template rwkv or tokenizer",
-            )
-        template = template.thinking(options.think)
+    template = find_template(options.chat_template, tokenizer, pretrained_only(weights, adaptation), options.think)
     parse_special = parse_special_from(options)
     return Conversation(Decoder(model), tokenizer, template, sampling, options.seed, options.length, parse_special)
 

@@ -22,13 +22,14 @@ from chat_models import TEMPLATES, make_tokenizer
 from random_model import random_model
 
 import API_DEMO_CHAT
-from src.dataset.chat_template import ChatTemplate
+from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate
 from src.dataset.tokenizer import load_tokenizer
 from src.errors import UserError
-from src.inference.chat import RWKV_TEMPLATE, Conversation, find_template
+from src.inference.chat import Conversation
 from src.inference.decoder import Decoder
 from src.inference.load import pretrained_only
 from src.inference.sampling import Sampling
+from src.inference.template_choice import find_template
 
 READY = "<waiting for input>"
 PROGRAM = Path(__file__).parents[1] / "API_DEMO_CHAT.py"

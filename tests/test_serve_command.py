@@ -20,6 +20,7 @@ from src.adapt.adapter_files import write_adapter
 from src.adapt.config import AdapterConfig
 from src.errors import UserError
 from src.inference.adaptation import Adaptation
+from src.inference.decoder import initial_state
 from src.inference.generation import generate
 from src.inference.load import find_tokenizer, load_model
 from src.inference.serve import command
@@ -91,6 +92,17 @@ def test_a_run_that_trained_an_adapter_is_a_model(out: Path) -> None:
         model.engine.close()
 
 
+def test_a_run_that_tuned_states_is_a_model_and_takes_their_axis_order(out: Path) -> None:
+    states = []
+    for layout in ((), ("--state_layout", "key-value")):
+        _, options = command.parse([str(out / "calm"), "--tokenizer", str(out / "tokenizer"), *layout])
+        [model] = command.load(options)
+        model.engine.close()
+        states.append(initial_state(model.engine.model, 1).layers[0].wkv)
+    assert torch.equal(states[1], states[0].transpose(-1, -2))
+    assert not torch.equal(*states)
+
+
 @pytest.mark.parametrize(
     ("flags", "flag"),
     [
@@ -103,6 +115,7 @@ def test_a_run_that_trained_an_adapter_is_a_model(out: Path) -> None:
         (["--adapter", "a=x", "--adapter", "a=y"], "adapter"),
         (["--think", "on", "--chat_template", "none"], "think"),
         (["--state", "missing.pth"], "state"),
+        (["--state_layout", "key-value"], "state_layout"),
     ],
 )
 def test_mistakes_are_named(out: Path, flags: list[str], flag: str) -> None:

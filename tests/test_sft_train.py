@@ -14,11 +14,12 @@ from tokenizers.decoders import ByteLevel
 from src.cli import parse
 from src.dataset.sft import collate
 from src.dataset.tokenizer import load_tokenizer
-from src.inference.chat import Conversation, find_template
+from src.inference.chat import Conversation
 from src.inference.decoder import Decoder
 from src.inference.generate import generate
 from src.inference.load import find_tokenizer, pretrained_only
 from src.inference.sampling import Sampling
+from src.inference.template_choice import find_template
 from src.model import RWKV7, ModelConfig
 from src.ops.loss import cross_entropy_l2wrap
 from src.training.data import SftSamples

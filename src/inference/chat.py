@@ -16,7 +16,7 @@ from typing import Any
 
 from src.config.flags import THINK_MODES
 from src.dataset.answer_format import MARK, render_prompt, stop_strings
-from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate, Message
+from src.dataset.chat_template import ChatTemplate, Message
 from src.dataset.conversation_content import THINK_END
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
@@ -270,40 +270,6 @@ def _integer(name: str, text: str, at_least: int) -> int:
     if not text.isdecimal() or not at_least <= int(text) < SEED_LIMIT:
         raise UserError(given=f"/set {name} {text}", expected=f"an integer of at least {at_least}")
     return int(text)
-
-
-def find_template(name: str, tokenizer: Tokenizer, pretrained_only: bool = False) -> ChatTemplate | None:
-    """The chat template that --chat_template names; None: the model continues text.
-
-    name   "none"; "tokenizer": the tokenizer's own; "rwkv"; or a file
-           "": the tokenizer's own, but none for a model that is known to be trained on plain text only
-           (`pretrained_only`)
-
-    Raises UserError when there is no such template.
-    """
-    expected = "none, tokenizer, rwkv, or a file with a Jinja template"
-    if name == "none" or (not name and pretrained_only):
-        return None
-    if not name:  # of a World model that is the "rwkv" template, in which the released ones chat
-        return tokenizer.chat_template
-    if name == "tokenizer":
-        if tokenizer.chat_template is None:
-            raise UserError(
-                f"the tokenizer {tokenizer.name} has none",
-                flag="chat_template",
-                given=name,
-                expected="none, rwkv or a Jinja file",
-            )
-        return tokenizer.chat_template
-    if name == "rwkv":
-        return ChatTemplate(RWKV_TEMPLATE, {})
-    path = Path(name)
-    if not path.is_file():
-        raise UserError("no such file", flag="chat_template", given=name, expected=expected)
-    try:
-        return ChatTemplate(path.read_text(encoding="utf-8"), tokenizer.specials)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't be read as UTF-8 text ({error})", flag="chat_template", given=name) from error
 
 
 def _pieces(stream: AnswerStream | None, text: str) -> list[AnswerPiece]:

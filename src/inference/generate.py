@@ -26,9 +26,9 @@ from src.inference.arguments import (
     sampling_from,
 )
 from src.inference.characters import CharacterStream
-from src.inference.chat import find_template
 from src.inference.generation import generate
 from src.inference.load import find_model, find_tokenizer, load_model
+from src.inference.template_choice import find_template
 from src.terminal import prepare_output, printable
 
 
@@ -79,15 +79,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _question(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list[int], AnswerStream]:
     """The tokens of the prompt as a question, and what divides the answer. Raises UserError."""
-    template = find_template(options.chat_template, tokenizer)
-    if template is None:
-        raise UserError(
-            "needs a chat template, and this tokenizer has none",
-            flag="think",
-            given=options.think,
-            advice="use --chat_template rwkv or a Jinja file",
-        )
-    template = template.thinking(options.think)
+    template = find_template(options.chat_template, tokenizer, think=options.think)
+    assert template is not None  # --think is given
     text, literals, begun = render_prompt(template, tokenizer, [{"role": "user", "content": options.prompt}])
     return tokenizer.encode_rendered(text, literals), AnswerStream(stop_strings(template, tokenizer), begun)
 

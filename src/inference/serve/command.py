@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
@@ -26,7 +27,6 @@ from src.inference.arguments import (
     add_think_argument,
     sampling_from,
 )
-from src.inference.chat import find_template
 from src.inference.decoder import Decoder
 from src.inference.load import (
     DTYPES,
@@ -46,6 +46,7 @@ from src.inference.serve.registry import Registry
 from src.inference.serve.request import Start
 from src.inference.serve.served_model import ServedModel
 from src.inference.serve.tuned_states import read_start
+from src.inference.template_choice import find_template
 from src.model import RWKV7
 from src.run_folder import ALL_RESULTS, LOG, METRICS
 
@@ -115,6 +116,8 @@ def load(options: argparse.Namespace) -> list[ServedModel]:
     adapters = [(f"{first}:{name}", path, adapter) for name, adapter in _all_named("adapter", options.adapters)]
     served = [(first, path, ""), *adapters, *((name, path, "") for name, path in others)]
     _refuse_twice("model", [name for name, _, _ in served])
+    if options.state_layout and not options.states and not any(find_model(path)[1].state for _, path, _ in served):
+        raise UserError("needs --state", flag="state_layout", given=options.state_layout)
     lock = FairLock()
     models = [load_one(name, path, options, lock, adapter) for name, path, adapter in served]
     states = read_states(options, path, models[0].engine.model)
@@ -138,18 +141,14 @@ def read_states(options: argparse.Namespace, path: str, model: RWKV7) -> dict[st
 
 def load_one(name: str, path: str, options: argparse.Namespace, lock: FairLock, adapter: str = "") -> ServedModel:
     """A model with its engine; `adapter` is merged into it. Raises UserError."""
-    given = Adaptation(adapter, lora_alpha=options.lora_alpha if adapter else None, other_base=options.other_base)
+    given = Adaptation(adapter, lora_alpha=options.lora_alpha, other_base=options.other_base)
     weights, adaptation = find_model(path, given)
+    if adaptation.state:  # `path` is a run that tuned it
+        adaptation = replace(adaptation, state_layout=options.state_layout)
     model = load_model(weights, options.dtype, options.device, adaptation)
     Decoder(model, pack=False).step([0])  # compiles the kernels where they aren't yet
     tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer, adaptation)
-    template = find_template(options.chat_template, tokenizer, pretrained_only(weights, adaptation))
-    if options.think:
-        if template is None:
-            raise UserError(
-                f"{name} has no chat template", flag="think", given=options.think, advice="give --chat_template rwkv"
-            )
-        template = template.thinking(options.think)
+    template = find_template(options.chat_template, tokenizer, pretrained_only(weights, adaptation), options.think)
     engine = Engine(
         model,
         tokenizer,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from src.adapt.adapter_files import TIME_STATE
 from src.adapt.merge import check_adapter
 from src.inference.adaptation import Adaptation
+from src.inference.decoder import initial_state
 from src.inference.serve.request import Start
-from src.model import RWKV7, State
+from src.model import RWKV7
 from src.model.weights import Weights
 
 
@@ -17,8 +18,7 @@ def read_start(name: str, adaptation: Adaptation, weights: Weights, model: RWKV7
     """
     [(path, adapter)] = adaptation.read()
     check_adapter(adapter, weights, path, adaptation.other_base)
-    weight = model.emb.weight
-    state = State.zeros(model.config, 1, weight.device, weight.dtype)
+    state = initial_state(model, 1)
     for i, layer in enumerate(state.layers):
         layer.wkv.copy_(adapter.tensors[f"blocks.{i}.{TIME_STATE}"])
     return Start(name, state)
