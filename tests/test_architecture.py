@@ -25,6 +25,7 @@ ALLOWED = {
     "ops": {"config", "errors", "files"},
     "model": {"config", "errors", "files", "ops"},
     "adapt": {"config", "errors", "files", "model", "ops"},
+    "multimodal": {"config", "dataset", "errors", "files", "model"},
     "dataset": {"config", "errors", "files", "terminal"},
     "inference": {
         "adapt",
@@ -33,6 +34,7 @@ ALLOWED = {
         "errors",
         "files",
         "model",
+        "multimodal",
         "ops",
         "run_folder",
         "run_log",
@@ -46,6 +48,7 @@ ALLOWED = {
         "files",
         "inference",
         "model",
+        "multimodal",
         "ops",
         "run_folder",
         "run_log",

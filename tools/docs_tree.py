@@ -43,6 +43,7 @@ TREE = {
         "adapters, initial states, a quantised base",
         "只微调一部分：适配器、初始状态、量化底模",
     ),
+    "src/multimodal/": ("pictures and sounds in the place of tokens", "图像和声音，占据 token 的位置"),
     "src/dataset/": (
         "from files to samples: binidx, sample order, conversations, tokenizers",
         "从文件到样本：binidx、采样顺序、对话、分词器",

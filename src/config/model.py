@@ -13,6 +13,8 @@ REQUIRED_SIZES = ("n_layer", "n_embd", "vocab_size", "head_size")
 DERIVED_SIZES = ("dim_ffn", "d_decay_lora", "d_aaa_lora", "d_mv_lora", "d_gate_lora")
 # The recurrence kernels compute a head's state in tiles of 16 rows and columns.
 HEAD_SIZE_MULTIPLE = 16
+# In the place of a token where a row of embeddings is given instead. No vocabulary has it, so any tokenizer's will do.
+PLACEHOLDER = -1
 
 
 def low_rank_size(factor: float, n_embd: int, head_size: int = 64) -> int:

@@ -160,6 +160,18 @@ ADAPTER_TABLE: tuple[Row, ...] = (
     Row(r".*\batt\.time_state", "0", lambda s: 0.0),
 )
 
+# Of what src/multimodal attaches to a model.
+MEDIA_TABLE: tuple[Row, ...] = (
+    # as the matrices of a block that begin at a scale of 1: ln0 takes the rows that come out as it takes embeddings
+    Row(r"media\.projector\..*\bweight", "orthogonal, gain 1; of norms 1", lambda s: _matrix_or_norm(s), decay=True),
+    Row(r"media\.projector\..*\bbias", "0", lambda s: 0.0),
+    Row(r"media\.encoder\..*", "as PyTorch draws the layer, or from its folder", lambda s: 0.0),
+)
+
+
+def _matrix_or_norm(info: ParameterInfo) -> Tensor | float:
+    return orthogonal(lambda s: 1.0)(info) if len(info.shape) > 1 else 1.0
+
 
 def _uniform(shape: torch.Size) -> Tensor:
     bound = shape[-1] ** -0.5
@@ -168,7 +180,7 @@ def _uniform(shape: torch.Size) -> Tensor:
 
 def row_of(name: str) -> Row:
     """The table's row for a parameter, by its state-dict name. Asserts that there is exactly one."""
-    rows = [row for row in (*TABLE, *ADAPTER_TABLE) if row.matches(name)]
+    rows = [row for row in (*TABLE, *ADAPTER_TABLE, *MEDIA_TABLE) if row.matches(name)]
     assert len(rows) == 1, f"{name} matches {len(rows)} rows of the init table, expected exactly one"
     return rows[0]
 

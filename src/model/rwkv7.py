@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.config import ModelConfig
+from src.config import PLACEHOLDER, ModelConfig
 from src.errors import UserError
 from src.model.compiled import compile_with_fallback
 from src.model.init import initialise
@@ -35,19 +35,22 @@ class Embedding(nn.Embedding):
 
 
 class RWKV7(nn.Module):
-    """logits [B, T, V], state = RWKV7(config)(tokens int64 [B, T], state=None, cu_seqlens=None).
+    """logits [B, T, V], state = RWKV7(config)(tokens int64 [B, T], state=None, cu_seqlens=None, embeds=None).
 
     `state` continues from the end of an earlier call (None: zeros). With `cu_seqlens` (int32 [D+1], first 0, last T)
-    the row (B = 1) holds D independent documents, and the state has one entry per document.
+    the row (B = 1) holds D independent documents, and the state has one entry per document. `embeds` [K, C] takes the
+    places of the K tokens that are PLACEHOLDER, row by row, as if the embedding had these rows for them.
     """
 
     # Parameter names and shapes are a public interface: official weights are read, and other programs read ours.
+    media: nn.Module | None  # what turns pictures or sounds into `embeds` (src/multimodal)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         # names of the parameters that an adapter leaves as they are in the base's file (src/adapt); none without one
         self.frozen_base: frozenset[str] = frozenset()
+        self.register_module("media", None)
         self.emb = Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
@@ -56,10 +59,14 @@ class RWKV7(nn.Module):
             initialise(getattr(self, name), config, prefix=f"{name}.")
 
     def hidden(
-        self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+        embeds: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """The final hidden vectors ln_out(x), [B, T, C], and the new state: `forward` without the head."""
-        x = self.emb(tokens)  # [B, T] -> [B, T, C]
+        x = self.emb(tokens) if embeds is None else self._embed_with(tokens, embeds)  # [B, T] -> [B, T, C]
         v_first, layers = None, []  # block 0 sets v_first, the others use it
         for i, block in enumerate(self.blocks):
             layer_state = state.layers[i] if state is not None else None
@@ -68,10 +75,22 @@ class RWKV7(nn.Module):
         return self.ln_out(x), State(layers)
 
     def forward(
-        self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+        embeds: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        x, state = self.hidden(tokens, state, cu_seqlens)
+        x, state = self.hidden(tokens, state, cu_seqlens, embeds)
         return self.head(x), state  # [B, T, C] -> [B, T, V]
+
+    def _embed_with(self, tokens: Tensor, embeds: Tensor) -> Tensor:
+        """The embeddings of `tokens` [B, T, C], with the rows of `embeds` [K, C] in the places of PLACEHOLDER."""
+        places = tokens == PLACEHOLDER
+        if tokens.device.type == "cpu":  # on a GPU, counting would wait for the device
+            assert int(places.sum()) == len(embeds), f"{len(embeds)} rows of embeddings for {int(places.sum())} places"
+        x = self.emb(tokens.masked_fill(places, 0))
+        return x.masked_scatter(places.unsqueeze(-1), embeds.to(x.dtype))
 
     def compile_blocks(self, **options: Any) -> None:
         """torch.compile for the blocks, with its `options`. A failure to compile gives one warning, and the blocks run

@@ -1,0 +1,63 @@
+"""`MediaConfig`: which encoder and projector a model gets, of the flags of a run or as recorded in a file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from src.errors import UserError
+from src.multimodal.encoder import EncoderSpec
+from src.multimodal.hf_encoder import HfEncoder
+from src.multimodal.logmel import LogMel
+from src.multimodal.patches import Patches
+from src.multimodal.projector import PROJECTORS
+
+HF = "hf:"
+
+
+@dataclass(frozen=True)
+class MediaConfig:
+    """The flags of the same names, parsed.
+
+    encoder       "patches", "logmel" or "hf:FOLDER"
+    image_size    (height, width) of a picture, for patches
+    tokens        of a medium; 0: as many as the encoder gives
+    encoder_dim   width of patches and logmel
+    """
+
+    encoder: str
+    projector: str = "mlp"
+    tokens: int = 0
+    image_size: tuple[int, int] = (64, 64)
+    patch_size: int = 8
+    encoder_dim: int = 128
+    max_seconds: float = 30.0
+
+    @property
+    def spec(self) -> EncoderSpec:
+        """The encoder without its weights."""
+        if self.encoder.startswith(HF):
+            return HfEncoder(self.encoder.removeprefix(HF), self.tokens)
+        if self.encoder == "logmel":
+            return LogMel(self.encoder_dim, self.tokens)
+        return Patches(*self.image_size, self.patch_size, self.encoder_dim, self.tokens)
+
+    def payload(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "image_size": list(self.image_size)}
+
+    @classmethod
+    def from_payload(cls, payload: Any, source: object) -> MediaConfig:
+        """What `payload` gave. Raises UserError when it is something else."""
+        try:
+            values = {field.name: payload[field.name] for field in fields(cls)}
+            height, width = values["image_size"]
+            config = cls(**{**values, "image_size": (height, width)})
+            numbers = (config.tokens, height, width, config.patch_size, config.encoder_dim)
+            is_known = config.encoder in ("patches", "logmel") or str(config.encoder).startswith(HF)
+            sizes = all(type(n) is int and 0 <= n < 1 << 16 for n in numbers) and config.patch_size > 1
+            if not (is_known and sizes and config.projector in PROJECTORS and 0 < float(config.max_seconds) < 1e6):
+                raise ValueError("a value out of range")
+            return config
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"not the settings of an encoder ({error})", given=source) from error
