@@ -28,11 +28,11 @@ from src.training.console import is_rank_zero
 from src.training.control import STOP, RunControl
 from src.training.data import train_dataloader
 from src.training.distributed import zero
-from src.training.distributed.process_group import join
 from src.training.distributed.sharded_init import initial_values
 from src.training.hardware.selection import choose_hardware, lightning_strategy
 from src.training.module import TrainingModule
 from src.training.trainer import SetLearningRate
+from tests.ranks import join_ranks
 
 CTX, VOCAB = 16, 64
 
@@ -178,7 +178,7 @@ def fit(process_group, name, scenario, out):
 
 def main():
     out, scenario = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    process_group = join(scenario["processes"], 1, "cpu")
+    process_group = join_ranks(scenario["processes"])
     import logging
 
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm_process
+from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 
 from src.cli import parse
@@ -16,7 +17,8 @@ from src.config import RunConfig
 from src.errors import UserError
 from src.model import RWKV7, ModelConfig
 from src.training.distributed import zero
-from src.training.distributed.launch import RankInfo, rank_from_launcher, rank_of_first_process
+from src.training.distributed.launch import meeting_point
+from src.training.distributed.ranks import RankInfo, export_ranks, rank_from_launcher
 from src.training.distributed.sharded_init import initial_values
 from src.training.hardware import selection
 from src.training.run import run
@@ -311,10 +313,10 @@ def test_initial_values_drawn_block_by_block_equal_those_of_the_whole_model():
 
 THREADS = """
 import os, sys, torch
-from src.training.distributed.process_group import join
+from tests.ranks import join_ranks
 rank = int(os.environ.get("RANK", 0))
 os.sched_getaffinity = lambda pid: set(range(6)) if sys.argv[1] == "shared" else set(range(3 * rank, 3 * rank + 3))
-process_group = join(2, 1, "cpu")
+process_group = join_ranks(2)
 os.write(1, f"{torch.get_num_threads()} threads\\n".encode())
 process_group.shutdown()
 """
@@ -382,14 +384,47 @@ def test_only_rank_zero_writes_initial_weights_and_checks(tmp_path, monkeypatch,
 def test_ranks_without_a_launcher():
     assert rank_from_launcher({}) is None
     assert rank_from_launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None  # a batch script
-    alone = rank_of_first_process({}, devices=4, num_nodes=1)
-    assert (alone.rank, alone.world_size, alone.local_world_size, alone.master_addr) == (0, 4, 4, "127.0.0.1")
-    second = rank_of_first_process({"NODE_RANK": "1", **RANKS}, devices=4, num_nodes=2)
-    assert (second.rank, second.world_size, second.node_rank, second.master_addr) == (4, 8, 1, "node0")
+    assert meeting_point(RANKS, 2) == "node0:1234"
     with pytest.raises(UserError) as error:
-        rank_of_first_process(RANKS, devices=4, num_nodes=2)
+        meeting_point({"MASTER_ADDR": "node0"}, 2)
     assert (error.value.flag, error.value.given) == ("num_nodes", 2)
-    assert error.value.problem == "NODE_RANK is not set"
+    assert error.value.problem == "MASTER_PORT is not set"
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_lightning_reads_the_ranks_of_every_launcher(monkeypatch, launcher):
+    """From torchrun's variables, which are set for all of them."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "removed at the end of the test")
+    export_ranks(rank_from_launcher(LAUNCHERS[launcher]), os.environ)
+    environment = TorchElasticEnvironment()
+    assert (environment.global_rank(), environment.world_size(), environment.local_rank()) == (5, 8, 1)
+    assert (environment.node_rank(), environment.main_address) == (1, "node0")
+    environment.validate_settings(num_devices=4, num_nodes=2)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "changed", "sentence"),
+    [
+        ("torchrun", {"RANK": "two"}, "the environment variable RANK is 'two'; expected a whole number"),
+        ("torchrun", {"RANK": "8"}, "RANK is 8 and WORLD_SIZE 8"),
+        ("torchrun", {"RANK": "-1"}, "RANK is -1 and WORLD_SIZE 8"),
+        ("torchrun", {"LOCAL_RANK": "4"}, "LOCAL_RANK is 4, of 4 processes on this machine"),
+        ("deepspeed", {"WORLD_SIZE": "9"}, "WORLD_SIZE is 9, with 4 processes on this machine"),
+        ("torchrun", {"MASTER_PORT": "0"}, "MASTER_PORT 0: the processes could not find each other"),
+        ("torchrun", {"MASTER_PORT": "70000"}, "expected a port, 1 to 65535"),
+        ("mpirun", {"OMPI_COMM_WORLD_SIZE": ""}, "OMPI_COMM_WORLD_SIZE is ''"),
+        ("srun", {"SLURM_STEP_NUM_NODES": "3"}, "SLURM_STEP_NUM_TASKS is 8 and SLURM_STEP_NUM_NODES 3"),
+        ("srun", {"SLURM_PROCID": "8"}, "SLURM_PROCID is 8 and SLURM_STEP_NUM_TASKS 8"),
+        ("srun", {"SLURM_JOB_ID": "4_1"}, "the environment variable SLURM_JOB_ID is '4_1'"),
+        ("srun", {"SLURM_LOCALID": "x"}, "the environment variable SLURM_LOCALID is 'x'"),
+    ],
+)
+def test_variables_of_a_launcher_that_make_no_sense_are_named(launcher, changed, sentence):
+    with pytest.raises(UserError) as error:
+        rank_from_launcher({**LAUNCHERS[launcher], **changed})
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_the_recommended_deepspeed_is_the_tested_one():

@@ -14,7 +14,7 @@ BROADCASTS = """
 import json, os, time
 from src.errors import UserError
 from src.training.checkpoint.storage import DamagedStateError
-from src.training.distributed.process_group import join
+from tests.ranks import join_ranks
 
 
 class TwoArguments(Exception):
@@ -39,7 +39,7 @@ ERRORS = {
     "two arguments": TwoArguments(3, "unpickling fails"),
     "local class": local_class(),
 }
-group = join(2, 1, "cpu")
+group = join_ranks(2)
 results = {"rank": group.rank, "seconds": {}, "errors": {}, "fields": {}}
 
 
@@ -108,9 +108,9 @@ def test_the_group_works_after_exceptions(ranks):
 
 LEAVE = """
 import sys, time
-from src.training.distributed.process_group import join
+from tests.ranks import join_ranks
 
-group = join(2, 1, "cpu")
+group = join_ranks(2)
 if group.rank == 0:
     time.sleep(4)  # draws its figures, while the other rank has left with the run's exit code
 group.shutdown()

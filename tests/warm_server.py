@@ -29,6 +29,7 @@ IMPORTED = (
     "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "src.cli", "src.training.run",
     "src.inference.generate", "API_DEMO_CHAT", "training_runs",
 )  # fmt: skip
+RANK_STARTER = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
 # as the tests were started: Ctrl-C is ignored in background jobs of a shell
 ON_INTERRUPT = signal.getsignal(signal.SIGINT)
 
@@ -78,6 +79,8 @@ def _start(connection: socket.socket) -> Callable[[], None]:
         theirs.close()
         warm_process.of_processes[os.getpid()] = WarmProcess(ours)
         subprocess.Popen = warm_process.Popen  # type: ignore[misc]
+        # torch's agent, which starts the ranks, has imported the class itself
+        sys.modules[RANK_STARTER].Popen = warm_process.Popen  # type: ignore[attr-defined]
     _become(request, descriptors)
     return _program(request["command"])
 

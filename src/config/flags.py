@@ -364,6 +364,20 @@ class Flags:
     # text, because of "auto"
     devices: str = flag("1", "hardware", 'processes per node, one per device; "auto": all devices', within_run="free")
     num_nodes: int = flag(1, "hardware", "number of nodes", at_least=1, within_run="free")
+    dist_timeout: int = flag(
+        600,
+        "hardware",
+        "seconds that processes wait for each other in one collective operation before the run fails or starts again",
+        at_least=10,
+        within_run="free",
+    )
+    max_restarts: int = flag(
+        3,
+        "hardware",
+        "several processes: how often they start again from the newest state when one dies, hangs or fails",
+        at_least=0,
+        within_run="free",
+    )
     precision: str = flag(
         "",
         "hardware",

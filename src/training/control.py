@@ -36,7 +36,8 @@ class RunControl(pl.Callback):
     """
 
     def __init__(self, process_group: ProcessGroup, first_step: int) -> None:
-        self.step = first_step  # optimizer steps taken since the run began, those before this start included
+        # optimizer steps taken since the run began, those before this start included
+        self.step = process_group.step = first_step
         self.step_ended = False  # whether the micro step that was just taken completed an optimizer step
         self.paused_seconds = 0.0  # spent on validation, which is not counted as training time
         self.reserved_seconds: dict[str, float] = {}  # by purpose: needed before the next chance to stop
@@ -75,7 +76,7 @@ class RunControl(pl.Callback):
         self.step_ended = step > self.step
         if not self.step_ended:
             return  # one of the micro steps of --accumulate_grad_batches
-        self.step = step
+        self.step = self._process_group.step = step
         # a save was done after the step before; stopping and rolling back stay agreed until the fit ends
         self._agreed.discard(SAVE)
         self._exchange()

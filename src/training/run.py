@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import secrets
-import time
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -41,15 +40,18 @@ from src.training.checkpoint.resume import (
     resolve_load_model,
     starts_new_run,
 )
-from src.training.checkpoint.storage import DamagedStateError
+from src.training.checkpoint.storage import DamagedStateError, state_folders
 from src.training.console import is_rank_zero, log, log_error, warn_on_error
 from src.training.data import HeldOut, Samples, SftSamples, open_samples
-from src.training.distributed.launch import rank_from_launcher
+from src.training.distributed.agreement import refuse_other_starts
+from src.training.distributed.failure import is_supervised, record_failure
+from src.training.distributed.launch import Launch, attempt, launch, launched_at, meeting_point
 from src.training.distributed.process_group import ProcessGroup, join
+from src.training.distributed.ranks import rank_from_launcher
 from src.training.figures.loss_figure import write_loss_figure
 from src.training.figures.report_page import write_report
 from src.training.hardware.allocator import set_up_malloc
-from src.training.hardware.selection import Hardware, choose_hardware
+from src.training.hardware.selection import Hardware, choose_hardware, count_processes
 from src.training.model_setup import (
     check_base,
     check_tokenizer,
@@ -81,7 +83,7 @@ FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes; 130 is what shells r
 def run(config: RunConfig, notes: list[str]) -> int:
     """Carry out `train.py` with these settings; `notes` are logged. Returns the exit code: 0 done, else as above, or
     128 + the number of the signal that stopped the run, or 124 at --time_limit."""
-    ends_at = time.monotonic() + config.time_limit * 60 if config.time_limit else math.inf
+    ends_at = launched_at() + config.time_limit * 60 if config.time_limit else math.inf
     _silence_libraries()
     process_group = ProcessGroup()  # of one process, until the others are there: errors before that are reported too
     try:
@@ -96,15 +98,21 @@ def run(config: RunConfig, notes: list[str]) -> int:
             set_up_malloc(lean=bool(config.grad_cp))
         if config.check:
             return check(config, notes) if is_rank_zero() else 0  # started by a launcher, each process would repeat it
+        trains = config.train_stage != 1
+        if trains and config.data_type == "binidx" and not is_supervised(os.environ):
+            open_samples(config)  # a mistake in the data is reported before other processes are started
+        if trains and info is None and math.prod(count_processes(config)) > 1:
+            return launch(_plan_launch(config))
         hardware = choose_hardware(config)
         if config.train_stage == 1:
             hardware = replace(hardware, devices=1, num_nodes=1)  # one process writes; of a launcher's, the first
             if not is_rank_zero():
                 return 0
         else:
-            if config.data_type == "binidx":
-                open_samples(config)  # a mistake in the data is reported before other processes are started
-            process_group = join(hardware.devices, hardware.num_nodes, hardware.accelerator)
+            process_group = join(hardware.accelerator, config.dist_timeout)
+            refuse_other_starts(process_group, config)
+            if config.restart and process_group.any_rank([attempt() > 0]).wait()[0]:
+                config = replace(config, restart=False)  # done by the first attempt
         for note in (*notes, *hardware.notes):
             log(f"note: {note}")
         code = _run_mode(config, hardware, process_group, ends_at)
@@ -118,7 +126,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
     except OSError as error:
         return _fail(process_group, error, _describe_os_error(error, config), FAILURE)
     except (FloatingPointError, OutOfMemory) as error:
-        return _fail(process_group, error, str(error), FAILURE)
+        return _fail(process_group, error, str(error), FAILURE, can_restart=False)
     except KeyboardInterrupt:
         if is_rank_zero():
             trains = config.train_stage != 1 and config.plan < 0 and not (config.check or config.dry_run)
@@ -128,16 +136,45 @@ def run(config: RunConfig, notes: list[str]) -> int:
     except Exception as error:
         if is_out_of_memory(error):  # outside of the fit, where nobody could say more
             first_line = (str(error).splitlines() or [""])[0]
-            return _fail(process_group, error, f"out of memory ({first_line}); see --check", FAILURE)
-        process_group.abort_after(error)
+            message = f"out of memory ({first_line}); see --check"
+            return _fail(process_group, error, message, FAILURE, can_restart=False)
+        message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        record_failure(error, message, step=process_group.step, can_restart=True, is_expected=False)
+        process_group.abort()
+        if is_supervised(os.environ):
+            return FAILURE  # the agent shows the traceback, of the rank whose error was the first
         raise
 
 
-def _fail(process_group: ProcessGroup, error: Exception, message: str, code: int) -> int:
-    if process_group.should_report(error):
+def _fail(
+    process_group: ProcessGroup, error: Exception, message: str, code: int, can_restart: bool | None = None
+) -> int:
+    can_restart = code != USER_ERROR if can_restart is None else can_restart
+    record_failure(error, message, step=process_group.step, can_restart=can_restart, is_expected=True)
+    # the agent shows the error of the rank that failed first
+    if not is_supervised(os.environ) and process_group.should_report(error):
         log_error(message)
-        process_group.abort(message)
+    process_group.abort()
     return code
+
+
+def _plan_launch(config: RunConfig) -> Launch:
+    devices, nodes = count_processes(config)
+    return Launch(
+        devices=devices,
+        fewest_nodes=nodes,
+        most_nodes=nodes,
+        endpoint=meeting_point(os.environ, nodes) if nodes > 1 else "",
+        max_restarts=0 if config.dry_run else config.max_restarts,
+        where_it_continues=partial(_where_it_continues, Path(config.proj_dir)),
+    )
+
+
+def _where_it_continues(proj_dir: Path, step: int) -> str:
+    """Where the ranks continue that failed in a step, and what is lost. `step`: steps taken, -1 if that isn't known."""
+    newest = next((int(folder.name.removeprefix("step-")) for folder in state_folders(proj_dir)), 0)
+    where = f"from the state of step {newest:,}" if newest else "from the beginning"
+    return where + (f" ({step - newest:,} steps are repeated)" if step > newest else "")
 
 
 def _describe_os_error(error: OSError, config: RunConfig) -> str:

@@ -1,7 +1,8 @@
 """train.py with a fault in one rank. `python -m tests.faults.rank_main FLAGS`, started for each rank in the same way.
 
 RANK_FAULT in the environment: JSON of {"rank", "phase", "fault", "note"}. When that rank enters the phase it writes its
-process number to the file `note` and is killed, stopped, or its main thread freezes while its other threads go on.
+process number to the file `note` and is killed, stopped, raises an exception, or its main thread freezes while its
+other threads go on. Once: not when the ranks are started again, unless "always" is set.
 """
 
 import json
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FAULTS = ("kill", "pause", "stop", "freeze")  # pause: stopped, and continued by the one who started the run
+FAULTS = ("kill", "pause", "stop", "freeze", "raise")  # pause: stopped, and continued by the one who started the run
 # The calls at whose beginning a phase begins: module, attribute; the number of the call.
 PHASES = {
     "start": None,  # the first line of the program
@@ -32,6 +33,8 @@ PHASES = {
 
 def suffer(fault: str, note: Path) -> None:
     note.write_text(str(os.getpid()))
+    if fault == "raise":
+        raise ValueError("a fault of the test")
     if fault == "freeze":
         time.sleep(1e6)
     os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
@@ -61,13 +64,17 @@ def at_call(path: str, name: str, number: int, action: Callable[[], None]) -> No
 
 def main() -> int:
     planned = json.loads(os.environ.get("RANK_FAULT", "{}"))
-    if planned and int(os.environ.get("RANK", 0)) == planned["rank"]:
+    is_due = planned and (planned.get("always") or not Path(planned["note"]).exists())
+    if is_due and os.environ.get("RANK") == str(planned["rank"]):  # not in the agent, which has no rank
 
         def action() -> None:
             suffer(planned["fault"], Path(planned["note"]))
 
         hook = PHASES[planned["phase"]]
         action() if hook is None else at_call(*hook, action)
+    from training_runs import without_figures
+
+    without_figures()
     import train
 
     return train.main()

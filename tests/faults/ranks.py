@@ -38,10 +38,11 @@ def argv(run: Path) -> list[str]:
     )  # fmt: skip
 
 
-def start(run: Path, planned: dict | None = None) -> warm_process.Popen:
+def start(argv: list[str], planned: dict | None = None) -> warm_process.Popen:
+    """train.py with these flags, of which one rank suffers what is planned."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK_FAULT": json.dumps(planned or {})}
     return warm_process.Popen(
-        [sys.executable, "-m", "tests.faults.rank_main", *argv(run)], cwd=ROOT, env=environment, text=True,
+        [sys.executable, "-m", "tests.faults.rank_main", *argv], cwd=ROOT, env=environment, text=True,
         stdout=warm_process.PIPE, stderr=warm_process.STDOUT, start_new_session=True, ranks=True,
     )  # fmt: skip
 
@@ -53,7 +54,7 @@ def case(number: int, chance: random.Random) -> Outcome:
     run, note = shop.new_folder(f"ranks-{number}"), shop.folder / "note"
     note.unlink(missing_ok=True)
     what = f"{fault}, rank {rank}, {phase}"
-    process = start(run, {"rank": rank, "phase": phase, "fault": fault, "note": str(note)})
+    process = start(argv(run), {"rank": rank, "phase": phase, "fault": fault, "note": str(note)})
     if not _wait_for(note, process):
         ended = finish(process, 1)
         return Outcome("not reached", detail=f"{what}\n{ended.output}")
@@ -66,7 +67,7 @@ def case(number: int, chance: random.Random) -> Outcome:
     wrong = _wrong_end(first, fault)
     detail = f"{what}: {seconds:.1f} s\n{first.output}"
     if not wrong:
-        again = finish(start(run), SECONDS)
+        again = finish(start(argv(run)), SECONDS)
         detail += f"\n---- the next start\n{again.output}"
         wrong = _difference(run) if again.code == 0 else f"the next start: {summary(again)}"
     return Outcome(f"{fault}, {phase}", (f"{what}: {wrong}",) if wrong else (), detail)
@@ -106,7 +107,7 @@ def _difference(run: Path) -> str:
 def _undisturbed() -> list[float]:
     whole = workshop().folder / "whole of three"
     if not (whole / "rwkv-final.pth").exists():
-        ended = finish(start(whole), SECONDS)
+        ended = finish(start(argv(whole)), SECONDS)
         assert ended.code == 0, ended.output
     return losses(whole)
 

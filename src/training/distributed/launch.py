@@ -1,162 +1,262 @@
-"""Which rank this process is: as a launcher says, or as the first of those that `python train.py --devices N` starts.
+"""`python train.py --devices N`: torch.distributed's elastic agent starts the ranks, watches them, starts them again.
 
-A launcher (torchrun, srun, DeepSpeed's launcher, mpirun) tells each process its rank in environment variables.
+What is ours is the policy: which failures are worth another attempt, what the user is told, and how signals pass on.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
 import socket
-from collections.abc import Mapping
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
-from lightning_fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from torch.distributed.elastic.agent.server import WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from src.errors import UserError
+from src.terminal import show
+from src.training.console import log_error
+from src.training.distributed.failure import ROLE, Cause, cause_of, is_supervised
+
+MONITOR_SECONDS = 0.5
+STOPPED_SECONDS = 20  # a rank that is stopped (SIGSTOP) for so long is killed: torch's agent doesn't see that it stands
+GRACE_SECONDS = 10  # from SIGTERM to SIGKILL, for ranks that have failed
+SAVE_SECONDS = 600  # the same for ranks that save their state, because a machine joins or leaves
+PARENT_SECONDS = 50  # for a rank to save its state when its agent has been killed
+LAUNCHED_AT, ATTEMPT, AGENT = "TRAIN_LAUNCHED_AT", "TRAIN_ATTEMPT", "TRAIN_AGENT"  # variables from agent to rank
+NO_RESTART = {2, 124, 129, 130, 143}  # a mistake of the user, --time_limit, and stops by a signal
 
 
 @dataclass(frozen=True)
-class RankInfo:
-    """The rank of this process among all processes of the run, and where rank 0 listens."""
+class Launch:
+    """How many processes on how many machines, where these meet, and how often they may start again."""
 
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    master_addr: str
-    master_port: int
-
-    @property
-    def node_rank(self) -> int:
-        return self.rank // self.local_world_size
+    devices: int
+    fewest_nodes: int = 1
+    most_nodes: int = 1
+    endpoint: str = ""  # HOST:PORT of one of several machines
+    max_restarts: int = 0
+    where_it_continues: Callable[[int], str] = lambda step: ""  # what the user is told about a failure in a step
 
 
-# Names of (rank, world size, local rank, local world size) by launcher. The first row whose four names are all set
-# holds.
-LAUNCHER_VARIABLES = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),  # DeepSpeed
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-)
+def launch(plan: Launch) -> int:
+    """Start this command in every rank of this machine and wait for their end. Returns the exit code of the run."""
+    # Without this, the next attempt meets the addresses of the one before in the agent's store, and never connects.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # `Agent` passes the others on
+    os.environ[LAUNCHED_AT], os.environ[AGENT] = str(time.monotonic()), str(os.getpid())
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    host, _, port = plan.endpoint.rpartition(":")
+    with tempfile.TemporaryDirectory(prefix="train-ranks-") as folder:
+        try:
+            meeting = RendezvousParameters(
+                "c10d",
+                plan.endpoint or "localhost:0",
+                run_id="train",
+                min_nodes=plan.fewest_nodes,
+                max_nodes=plan.most_nodes,
+                local_addr=_address_towards(host, int(port)) if plan.endpoint else "127.0.0.1",
+                is_host=str(not plan.endpoint or _is_local(host)),
+                join_timeout=600,
+                last_call_timeout=5,
+            )
+            spec = WorkerSpec(
+                role=ROLE,
+                local_world_size=plan.devices,
+                entrypoint=sys.executable,
+                args=tuple(word.replace("$", "$$") for word in sys.orig_argv[1:]),  # torch expands ${local_rank}
+                rdzv_handler=get_rendezvous_handler(meeting),
+                max_restarts=plan.max_restarts,
+                monitor_interval=MONITOR_SECONDS,
+                local_addr=meeting.local_addr,
+            )
+            return Agent(spec, plan, folder).run_to_end()
+        except RendezvousError as error:
+            log_error(f"the machines can't meet at {plan.endpoint or 'localhost'}: {error}")
+            return 1
 
 
-def rank_from_launcher(environment: Mapping[str, str]) -> RankInfo | None:
-    """The rank that a launcher gave this process; None without a launcher, or where it started only one process.
+class Agent(LocalElasticAgent):
+    """torch's agent, asked after each failure whether the ranks may start again."""
 
-    A Slurm job counts when srun started several tasks: a batch script that calls train.py is one process that may start
-    others.
-    """
-    for names in LAUNCHER_VARIABLES:
-        # all four: some of these variables are set by other programs too
-        if all(name in environment for name in names):
-            rank, world_size, local_rank, local_world_size = (_number(environment, name) for name in names)
-            if world_size == 1:  # no reason to set up a process group
-                return None
-            address = environment.get("MASTER_ADDR", "127.0.0.1")
-            port = _number(environment, "MASTER_PORT", 29500)
-            return RankInfo(rank, world_size, local_rank, local_world_size, address, port)
-    world_size = _number(environment, "SLURM_STEP_NUM_TASKS", 1)
-    if world_size > 1 and "SLURM_PROCID" in environment:
-        return _rank_from_slurm(environment, world_size)
-    return None
+    def __init__(self, spec: WorkerSpec, plan: Launch, folder: str) -> None:
+        super().__init__(spec, DefaultLogsSpecs(log_dir=folder))
+        self._plan, self._attempt, self._signal = plan, 0, 0
+        self._patience = GRACE_SECONDS  # between SIGTERM and SIGKILL
+        self._stopped_rounds: Counter[int] = Counter()
+        self._reasons: dict[int, str] = {}  # why this agent ended a process, by its number
+        self._last: Cause | None = None
+
+    def run_to_end(self) -> int:
+        """Run the ranks; returns the exit code."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
+            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # nohup's SIGHUP stays ignored
+                signal.signal(number, self._suspend if number == signal.SIGTSTP else self._pass_on)
+        try:
+            result = self.run(ROLE)
+        finally:
+            self._rdzv_handler.shutdown()
+        if result is not None and not result.is_failed():
+            return 0
+        code = self._last.exit_code if self._last else 1
+        return code if code > 0 else (128 + self._signal if self._signal else 1)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        os.environ[ATTEMPT] = str(self._attempt)
+        self._attempt += 1
+        pids = super()._start_workers(worker_group)
+        assert self._pcontext is not None
+        close = self._pcontext.close
+        # torch's own patience is 30 s whatever the reason: too long for a rank that hangs, too short for one that saves
+        setattr(self._pcontext, "close", lambda death_sig=None, timeout=0: close(death_sig, self._patience))  # noqa: B010
+        return pids
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        # of a healthy group: a machine joins or leaves
+        self._patience = SAVE_SECONDS if worker_group.state == WorkerState.HEALTHY else GRACE_SECONDS
+        super()._restart_workers(worker_group)
+        self._patience = GRACE_SECONDS
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._end_stopped_ranks()
+        result = super()._monitor_workers(worker_group)
+        if result.state != WorkerState.FAILED:
+            return result
+        cause = cause_of(result.failures, self._reasons)
+        self._last, before = cause, self._last
+        if self._signal or cause.exit_code in NO_RESTART:
+            self._remaining_restarts = 0
+        is_repeated = before is not None and (before.rank, before.message, before.step) == (
+            cause.rank, cause.message, cause.step,
+        )  # fmt: skip
+        if is_repeated or not cause.can_restart:
+            self._remaining_restarts = 0
+        if not self._signal:
+            self._report(cause, is_repeated)
+        return result
+
+    def _report(self, cause: Cause, is_repeated: bool) -> None:
+        """Say what happened, and what happens now; the error of a rank is shown here and nowhere else."""
+        if cause.traceback:
+            show(cause.traceback, file=sys.stderr)
+        name = f"rank {cause.rank} of {self._worker_group.workers[0].world_size} ({socket.gethostname()})"
+        what = cause.message if (cause.rank, cause.exit_code) == (0, 2) else f"{name}: {cause.message}"
+        if self._remaining_restarts:
+            left = self._remaining_restarts - 1
+            then = f"; all processes start again, {self._plan.where_it_continues(cause.step)}"
+            then += f"; {left} more restart{'s' * (left != 1)} (--max_restarts {self._plan.max_restarts})"
+        elif is_repeated:
+            then = f"; the same error again in step {cause.step + 1}, so the processes are not started again"
+        elif cause.can_restart and cause.exit_code not in NO_RESTART:
+            then = "; the same command continues the run"
+        else:
+            then = ""
+        if cause.exit_code in (*range(3), *range(-64, 0)) or cause.traceback:  # a stop is told by rank 0
+            log_error(what + then)
+
+    def _end_stopped_ranks(self) -> None:
+        """Kill ranks that are stopped. Rounds are counted: the clock goes on while the agent itself is stopped."""
+        assert self._pcontext is not None
+        for pid in self._pcontext.pids().values():
+            try:
+                is_stopped = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+            except OSError:  # it has ended, or there is no /proc
+                continue
+            self._stopped_rounds[pid] = self._stopped_rounds[pid] + 1 if is_stopped else 0
+            if self._stopped_rounds[pid] * MONITOR_SECONDS > STOPPED_SECONDS:
+                self._reasons[pid] = f"was stopped (SIGSTOP) for {STOPPED_SECONDS} s"
+                os.kill(pid, signal.SIGKILL)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        """A signal for the run: the ranks save their state and end, and none is started again."""
+        self._signal = self._signal or number
+        if not self._send(number):
+            raise SystemExit(128 + number)
+
+    def _suspend(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-Z: the ranks, which have sessions of their own, stop and continue with this process."""
+        self._send(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._send(signal.SIGCONT)
+
+    def _send(self, number: int) -> bool:
+        """Send a signal to the ranks that run; whether any does."""
+        handlers = getattr(self._pcontext, "subprocess_handlers", {}).values()
+        running = [handler.proc for handler in handlers if handler.proc.poll() is None]
+        for process in running:
+            process.send_signal(number)
+        return bool(running)
 
 
-def _rank_from_slurm(environment: Mapping[str, str], world_size: int) -> RankInfo:
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "127.0.0.1")
-    address = environment.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(nodes)
-    # derived from the job's number: the same on every node, and two jobs on one node don't collide
-    port = _number(environment, "MASTER_PORT", 15000 + _number(environment, "SLURM_JOB_ID", 0) % 10000)
-    num_nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
-    rank, local_rank = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_LOCALID")
-    return RankInfo(rank, world_size, local_rank, world_size // num_nodes, address, port)
+def attempt() -> int:
+    """In a rank: how often the ranks of this machine were started before."""
+    return max(int(os.environ.get(name, 0)) for name in (ATTEMPT, "TORCHELASTIC_RESTART_COUNT"))
 
 
-def rank_of_first_process(environment: Mapping[str, str], devices: int, num_nodes: int) -> RankInfo:
-    """The rank of the process that a user started by hand on a node: its first, which starts the node's others.
+def launched_at() -> float:
+    """When the run's command was started, by time.monotonic(): of a rank that was started again, the first time."""
+    return float(os.environ[LAUNCHED_AT]) if is_supervised(os.environ) else time.monotonic()
 
-    On several nodes NODE_RANK, MASTER_ADDR and MASTER_PORT say which node this is and where the first one listens.
-    """
-    if num_nodes == 1:
-        return RankInfo(0, devices, 0, devices, "127.0.0.1", _free_port())
-    missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+
+def meeting_point(environment: Mapping[str, str], num_nodes: int) -> str:
+    """HOST:PORT of the first of several machines that are started by hand."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise UserError(
-            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set",
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set",
             flag="num_nodes",
             given=num_nodes,
-            expected=f"without a launcher, NODE_RANK (0 to {num_nodes - 1}), MASTER_ADDR and MASTER_PORT of the first "
-            "node in the environment of every node",
+            expected="without a launcher, MASTER_ADDR and MASTER_PORT of one of the nodes in the environment of each",
             advice="set them, or start the run with torchrun, srun or deepspeed",
         )
-    rank = _number(environment, "NODE_RANK") * devices
-    address, port = environment["MASTER_ADDR"], _number(environment, "MASTER_PORT")
-    return RankInfo(rank, devices * num_nodes, 0, devices, address, port)
+    port = environment["MASTER_PORT"]
+    if not (port.isdecimal() and 1 <= int(port) <= 65535):
+        raise UserError(f"the environment variable MASTER_PORT is {port!r}", expected="a port, 1 to 65535")
+    return f"{environment['MASTER_ADDR']}:{port}"
 
 
-def environment_variables(info: RankInfo) -> dict[str, str]:
-    """What torchrun would set for this rank."""
-    return {
-        "RANK": str(info.rank),
-        "WORLD_SIZE": str(info.world_size),
-        "LOCAL_RANK": str(info.local_rank),
-        "LOCAL_WORLD_SIZE": str(info.local_world_size),
-        "MASTER_ADDR": info.master_addr,
-        "MASTER_PORT": str(info.master_port),
-    }
+def watch_parent() -> None:
+    """In a rank: when the process that started it has ended, save the state and end as well."""
+    parent = int(os.environ.get(AGENT, 0)) if is_supervised(os.environ) else os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        log_error(f"rank {os.environ.get('RANK', 0)} stops: the process that started it has ended")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PARENT_SECONDS)
+        os._exit(1)  # the main thread may be in a collective that never returns
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
-def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = environment.get(name, "" if default is None else str(default))
+def _is_local(host: str) -> bool:
+    """Whether an address is one of this machine's."""
     try:
-        return int(text)
-    except ValueError:
-        advice = "it is set by a launcher, or by hand where there is none; unset it for a run of one process"
-        raise UserError(
-            f"the environment variable {name} is {text!r}", expected="a whole number", advice=advice
-        ) from None
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+        return True
+    except OSError:
+        return False
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class KnownClusterEnvironment(ClusterEnvironment):
-    """Tells Lightning the ranks that are known already, so that it starts and numbers no process itself."""
-
-    def __init__(self, info: RankInfo) -> None:
-        super().__init__()
-        self.info = info
-
-    # they exist already, whoever started them
-    creates_processes_externally = True  # type: ignore[assignment]
-
-    @property
-    def main_address(self) -> str:
-        return self.info.master_addr
-
-    @property
-    def main_port(self) -> int:
-        return self.info.master_port
-
-    @staticmethod
-    def detect() -> bool:
-        return False  # it is passed to the Trainer, never searched for
-
-    def world_size(self) -> int:
-        return self.info.world_size
-
-    def global_rank(self) -> int:
-        return self.info.rank
-
-    def local_rank(self) -> int:
-        return self.info.local_rank
-
-    def node_rank(self) -> int:
-        return self.info.node_rank
-
-    def set_world_size(self, size: int) -> None:
-        assert size == self.info.world_size
-
-    def set_global_rank(self, rank: int) -> None:
-        assert rank == self.info.rank
+def _address_towards(host: str, port: int) -> str:
+    """This machine's address as another one sees it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing
+        return probe.getsockname()[0]

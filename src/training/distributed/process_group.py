@@ -1,40 +1,38 @@
-"""The process group of a run: how its processes start, agree and shut down together.
+"""The process group of a run: how its processes agree, fail and leave together.
 
-They come from a launcher (launch.py), or from `python train.py --devices N`, which starts the others itself. Either way
-all of them exist before anything is decided: rank 0 decides what has to be decided once, and a watchdog ends all of
-them when one fails.
+A launcher (launch.py, or torchrun, srun ...) has started all of them before anything is decided: rank 0 decides what
+has to be decided once.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
+import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    TorchElasticEnvironment,
+)
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from src.errors import UserError
-from src.training.distributed.launch import (
-    KnownClusterEnvironment,
-    RankInfo,
-    environment_variables,
-    rank_from_launcher,
-    rank_of_first_process,
-)
-from src.training.distributed.watchdog import GRACE_SECONDS, Watchdog
+from src.training.distributed.failure import is_supervised
+from src.training.distributed.launch import watch_parent
+from src.training.distributed.ranks import RankInfo, export_ranks, rank_from_launcher
 
-JOIN_TIMEOUT = timedelta(minutes=10)  # for all processes to come: machines may boot at different speeds
-COLLECTIVE_TIMEOUT = timedelta(hours=2)  # the watchdog ends a run long before; this bounds only what it can't see
+GRACE_SECONDS = 4.0  # in which rank 0 fails with the error of another rank, if it is the same mistake
+END_SECONDS = 20.0  # for a process that fails to leave: destroying a group may wait for ranks that are gone
+LEAVE_SECONDS = 60.0  # for rank 0 to see that all others have left
 
 T = TypeVar("T")
 
@@ -56,6 +54,7 @@ class ProcessGroup:
     process."""
 
     rank, world_size = 0, 1
+    step = 0  # optimizer steps taken, for what is said about a failure
     # given explicitly, or Lightning would look for Slurm's variables and act on what it finds
     environment: ClusterEnvironment = LightningEnvironment()
 
@@ -67,18 +66,16 @@ class ProcessGroup:
         """Begin to combine flags over the ranks (logical or), on the CPU: no device is waited for."""
         return PendingFlags(torch.tensor(list(flags), dtype=torch.int32))
 
-    def should_report(self, error: BaseException) -> bool:
-        """Whether this rank prints the error that ends it: not when rank 0 prints the same one.
+    def refuse_other_values(self, values: Mapping[str, Any], flags: bool) -> None:
+        """Raises UserError on every rank when one has other values than rank 0. `flags`: whether the names are those of
+        flags."""
 
-        Called once, when a rank fails: with several ranks it also tells the others, and may wait for them.
-        """
+    def should_report(self, error: BaseException) -> bool:
+        """Whether this rank prints the error that ends it: not when rank 0 prints the same one. Called once."""
         return True
 
-    def abort(self, reason: str) -> None:
-        """End the run on every other rank, with this reason."""
-
-    def abort_after(self, error: BaseException) -> None:
-        """As `abort`, for an exception that nobody expected, unless it only follows from another rank's end."""
+    def abort(self) -> None:
+        """Leave a run that failed: the collectives of other ranks fail then, too."""
 
     def shutdown(self) -> None:
         """Leave a run that ended well."""
@@ -87,19 +84,16 @@ class ProcessGroup:
 class DistributedProcessGroup(ProcessGroup):
     """The process group of one of several processes."""
 
-    def __init__(self, info: RankInfo, store: dist.Store, children: list[subprocess.Popen]) -> None:
+    def __init__(self, info: RankInfo, store: dist.Store) -> None:
         self.info, self.rank, self.world_size = info, info.rank, info.world_size
-        self.environment = KnownClusterEnvironment(info)
+        self.environment = TorchElasticEnvironment()
         self._store = store
-        self._watchdog = Watchdog(info, children, JOIN_TIMEOUT)
-        self._children = children
         self._cpu_group: dist.ProcessGroup | None = None
-        self._watchdog.start()
 
-    def connect(self) -> None:
+    def connect(self, timeout: timedelta) -> None:
         """Called when torch.distributed is initialised. The group is of its own even where gloo is the default backend,
         so that flags that are on their way never meet another collective."""
-        self._cpu_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        self._cpu_group = dist.new_group(backend="gloo", timeout=timeout)
 
     def broadcast_from_rank_zero(self, compute: Callable[[], T]) -> T:
         outcome: list[Any] = [None, None]
@@ -120,61 +114,57 @@ class DistributedProcessGroup(ProcessGroup):
         work = dist.all_reduce(combined, dist.ReduceOp.MAX, group=self._cpu_group, async_op=True)
         return PendingFlags(combined, work)
 
+    def refuse_other_values(self, values: Mapping[str, Any], flags: bool) -> None:
+        by_rank: list[Any] = [None] * self.world_size
+        dist.all_gather_object(by_rank, (socket.gethostname(), dict(values)), group=self._cpu_group)
+        _, expected = by_rank[0]
+        for rank, (host, others) in enumerate(by_rank):
+            for name in expected:
+                if others.get(name) != expected[name]:
+                    raise UserError(
+                        f"rank {rank} ({host}) has {others.get(name)!r}{'' if flags else ' as ' + name}, rank 0 "
+                        f"{expected[name]!r}",
+                        flag=name if flags else "",
+                        advice="start every process with the same flags, data and version of the code",
+                    )
+
     def should_report(self, error: BaseException) -> bool:
         if self.rank == 0:
-            # other ranks with an error of their own exit at once, without a notice of the watchdog
-            self._watchdog.ended = True
             self._store.set("failed", _kind_of(error))
             return True
         # A mistake in the settings or the data fails every rank in the same way: rank 0 reports it once. So the others
         # give rank 0 the time to fail, and report their own error only when rank 0 has none of its kind.
         deadline = time.monotonic() + GRACE_SECONDS
-        while time.monotonic() < deadline and not self._watchdog.ended:
+        while time.monotonic() < deadline:
             try:
                 if self._store.check(["failed"]):
-                    if self._store.get("failed").decode() != _kind_of(error):
-                        return True
-                    self._watchdog.leaving = True
-                    return False
+                    return self._store.get("failed").decode() != _kind_of(error)
             except RuntimeError:  # the store ended with rank 0
                 break
             time.sleep(0.1)
         return True
 
-    def abort(self, reason: str) -> None:
-        # should a destructor at the interpreter's end wait for the other ranks
-        exit_timer = threading.Timer(30, os._exit, args=(1,))
-        exit_timer.daemon = True
-        exit_timer.start()
-        if self.rank == 0:
-            time.sleep(GRACE_SECONDS)  # for ranks with the same error, which exit by themselves
-        self._watchdog.publish_failure(f"rank {self.rank} failed: {reason}")
-
-    def abort_after(self, error: BaseException) -> None:
-        # A collective that fails because another rank died raises here first. The watchdog needs a moment to learn the
-        # cause, and ends this process with it.
-        time.sleep(2 * GRACE_SECONDS)
-        first_line = (str(error).splitlines() or [""])[0]
-        self._watchdog.publish_failure(f"rank {self.rank} failed: {type(error).__name__}: {first_line}")
-
-    def shutdown(self) -> None:
-        """Rank 0 goes last: where no launcher hosts the store, it ends with rank 0's process."""
-        try:
-            self._watchdog.mark_done()
-        except RuntimeError:
-            return  # rank 0 is gone already; this rank's part is done
-        if self.rank == 0:
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline and not all(map(self._watchdog.is_done, range(self.world_size))):
-                time.sleep(0.05)
-        for child in self._children:
-            try:
-                child.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                child.kill()
-        self._watchdog.finished = True
+    def abort(self) -> None:
+        end = threading.Timer(END_SECONDS, os._exit, args=(1,))
+        end.daemon = True
+        end.start()
+        if self.rank == 0 and not is_supervised(os.environ):
+            time.sleep(GRACE_SECONDS)  # for `should_report` of the others, whose store ends with this process
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def shutdown(self) -> None:
+        """All leave together, rank 0 last: an agent takes a rank that has left with a code for a failed one and ends
+        the others, and the store may be in rank 0's process."""
+        if self.rank == 0:
+            self._store.set("done", "1")
+            deadline = time.monotonic() + LEAVE_SECONDS
+            while time.monotonic() < deadline and self._store.add("left", 0) < self.world_size - 1:
+                time.sleep(0.02)
+        else:
+            self._store.wait(["done"], timedelta(days=1))  # rank 0 may draw figures; where it dies, this raises
+            self._store.add("left", 1)
+        dist.destroy_process_group()
 
 
 def _kind_of(error: BaseException) -> str:
@@ -191,46 +181,37 @@ def _picklable(error: Exception) -> Exception:
         return RuntimeError(f"rank 0: {type(error).__name__}: {error}")
 
 
-def join(devices: int, num_nodes: int, accelerator: str) -> ProcessGroup:
-    """The process group of this process: starts the node's other processes if no launcher did, and waits for all."""
+def join(accelerator: str, timeout_seconds: float) -> ProcessGroup:
+    """The process group of this process among those that a launcher started; waits for all of them."""
     info = rank_from_launcher(os.environ)
-    if info is None and devices * num_nodes == 1:
-        return ProcessGroup()
-    started_here = info is None
     if info is None:
-        info = rank_of_first_process(os.environ, devices, num_nodes)
-    if info.master_port == 0:
-        raise UserError(
-            "MASTER_PORT 0: the processes could not find each other",
-            advice="name a port (torchrun on one machine: --standalone)",
-        )
-    # for the processes started here, and for libraries that read them
-    os.environ.update(environment_variables(info))
+        return ProcessGroup()
+    export_ranks(info, os.environ)  # for Lightning, DeepSpeed and torch.distributed
     rank_zero_only.rank = info.rank  # type: ignore[attr-defined]
-    children = _start_children(info) if started_here else []
+    watch_parent()
+    if info.world_size == 1:
+        return ProcessGroup()
     try:
-        return _connect(info, children, accelerator)
+        return _connect(info, accelerator, timedelta(seconds=timeout_seconds))
     except RuntimeError as error:
-        for child in children:
-            child.kill()
         raise OSError(
             f"rank {info.rank} of {info.world_size} could not connect to {info.master_addr}:{info.master_port} "
             f"({str(error).splitlines()[0]}); check that every machine was started and reaches that address"
         ) from error
 
 
-def _connect(info: RankInfo, children: list[subprocess.Popen], accelerator: str) -> ProcessGroup:
-    store = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))[0]
-    group = DistributedProcessGroup(info, dist.PrefixStore("run", store), children)
+def _connect(info: RankInfo, accelerator: str, timeout: timedelta) -> ProcessGroup:
+    store = next(dist.rendezvous("env://", timeout=timeout))[0]
+    group = DistributedProcessGroup(info, dist.PrefixStore("run", store))
     dist.init_process_group(
         "nccl" if accelerator == "gpu" else "gloo",
         store=dist.PrefixStore("group", store),
         rank=info.rank,
         world_size=info.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timeout,
         device_id=torch.device("cuda", info.local_rank) if accelerator == "gpu" else None,
     )
-    group.connect()
+    group.connect(timeout)
     if accelerator == "cpu":
         num_threads = _cores_per_process(info)  # a collective: before the condition, or ranks could differ in it
         if "OMP_NUM_THREADS" not in os.environ:
@@ -247,16 +228,3 @@ def _cores_per_process(info: RankInfo) -> int:
     first = info.rank - info.local_rank
     on_this_node = cores_by_rank[first : first + info.local_world_size]
     return max(1, len(cores) // sum(not cores.isdisjoint(others) for others in on_this_node))
-
-
-def _start_children(info: RankInfo) -> list[subprocess.Popen]:
-    """Local ranks 1 and up of this node, by the command that started this process."""
-    command = [sys.executable, *sys.orig_argv[1:]]
-    return [
-        subprocess.Popen(
-            command,
-            env={**os.environ, "RANK": str(info.rank + local_rank), "LOCAL_RANK": str(local_rank)},
-            stdin=subprocess.DEVNULL,
-        )
-        for local_rank in range(1, info.local_world_size)
-    ]

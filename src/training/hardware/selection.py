@@ -12,7 +12,8 @@ from src.config import RunConfig, adapter_kind, refusal
 from src.dataset.workers import usable_cores
 from src.errors import UserError
 from src.training.distributed import zero
-from src.training.distributed.launch import rank_from_launcher
+from src.training.distributed.failure import is_supervised
+from src.training.distributed.ranks import rank_from_launcher
 from src.training.hardware.cpu_precision import cpu_precision
 
 # tf32 stores fp32: it changes only how products are computed (TrainingModule.on_train_start)
@@ -72,11 +73,12 @@ def choose_hardware(config: RunConfig) -> Hardware:
     accelerator = _choose_accelerator(config)
     notes: list[str] = []
     # the strategy follows from the number of processes, and the precision from both
-    devices, num_nodes = _count_processes(config, accelerator)
+    devices, num_nodes = _processes(config, accelerator)
     if accelerator == "gpu" and devices > (visible := torch.cuda.device_count()):
         raise UserError(flag="devices", given=devices, expected=f"at most {visible}, the GPUs that torch sees")
     # under a launcher the count may be of those that this process was given, not of the machine's
-    if accelerator == "cpu" and devices > (cores := usable_cores()) and rank_from_launcher(os.environ) is None:
+    is_ours = is_supervised(os.environ) or rank_from_launcher(os.environ) is None
+    if accelerator == "cpu" and devices > (cores := usable_cores()) and is_ours:
         notes.append(
             f"--devices {devices}: only {cores} core{'s' * (cores > 1)} can be used, which the processes share; "
             f"--devices {cores} gives each its own"
@@ -104,7 +106,12 @@ def _choose_accelerator(config: RunConfig) -> str:
     return "gpu" if config.accelerator == "gpu" or (config.accelerator == "auto" and is_available) else "cpu"
 
 
-def _count_processes(config: RunConfig, accelerator: str) -> tuple[int, int]:
+def count_processes(config: RunConfig) -> tuple[int, int]:
+    """(processes per machine, machines) that a start without a launcher asks for."""
+    return _processes(config, _choose_accelerator(config))
+
+
+def _processes(config: RunConfig, accelerator: str) -> tuple[int, int]:
     """(processes per machine, machines): what a launcher has started, else what the flags say."""
     if rank := rank_from_launcher(os.environ):
         devices, num_nodes = rank.local_world_size, rank.world_size // rank.local_world_size

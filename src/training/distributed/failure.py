@@ -1,0 +1,93 @@
+"""What a rank that fails leaves for the agent in torch's error file, and which of several failures is the cause."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from src.files import atomic_write
+
+ROLE = "train.py"  # torchelastic's ROLE_NAME: of the ranks whose agent is launch.py's, not torchrun's
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+CAUSE_SECONDS = 5  # a rank that was killed less than this after an exception elsewhere was killed before it
+
+
+def is_supervised(environment: Mapping[str, str]) -> bool:
+    """Whether the agent of launch.py started this process: it prints the error that ends a run, once."""
+    return environment.get("ROLE_NAME") == ROLE and bool(environment.get(ERROR_FILE))
+
+
+def record_failure(error: BaseException, message: str, *, step: int, can_restart: bool, is_expected: bool) -> None:
+    """Write torch's error file, in the form of torch.distributed.elastic's ErrorHandler, if an agent asks for one.
+
+    `step`: optimizer steps taken. `can_restart`: whether another attempt may succeed. Of an error that is not
+    `is_expected` the traceback is shown, too.
+    """
+    if not (path := os.environ.get(ERROR_FILE)):
+        return
+    extra = {
+        "py_callstack": "" if is_expected else "".join(traceback.format_exception(error)),
+        "timestamp": str(int(time.time())),
+        "step": step,
+        "can_restart": can_restart,
+    }
+    # whole or not there: the agent would fail on half a file of a process that is killed
+    with atomic_write(Path(path), "w") as file:
+        json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+
+
+@dataclass(frozen=True)
+class Cause:
+    """The failure that the others follow from. `step`: the furthest that a rank reports, -1 if none does."""
+
+    rank: int
+    exit_code: int
+    message: str
+    traceback: str = ""
+    step: int = -1
+    can_restart: bool = True
+
+
+def cause_of(failures: Mapping[int, ProcessFailure], reasons: Mapping[int, str]) -> Cause:
+    """The cause among failures by rank; `reasons` says why the agent itself ended a process, by its number.
+
+    A process that was killed leaves no file. The others notice by their collectives, which fail: later, in any case.
+    """
+    began = {rank: _began(failure) for rank, failure in failures.items()}
+    first = min(began.values())
+    killed = [
+        rank
+        for rank, failure in failures.items()
+        # SIGTERM is what the agent sends to those that are left
+        if (failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and began[rank] <= first + CAUSE_SECONDS)
+        or failure.pid in reasons
+    ]
+    rank = killed[0] if killed else min(began, key=lambda rank: began[rank])
+    failure, extras = failures[rank], {r: _extra(f) for r, f in failures.items()}
+    step = max((extra["step"] for extra in extras.values() if extra), default=-1)
+    if extra := extras[rank]:
+        message = failure.error_file_data["message"]["message"]
+        return Cause(rank, failure.exitcode, message, extra["py_callstack"], step, extra["can_restart"])
+    if failure.exitcode < 0:
+        message = f"was killed by signal {-failure.exitcode} ({failure.signal_name()})"
+    else:
+        message = f"ended with code {failure.exitcode}"
+    return Cause(rank, failure.exitcode, reasons.get(failure.pid, message), step=step)
+
+
+def _began(failure: ProcessFailure) -> float:
+    path = Path(failure.error_file)
+    return path.stat().st_mtime if path.is_file() else failure.timestamp
+
+
+def _extra(failure: ProcessFailure) -> dict:
+    message = failure.error_file_data["message"]
+    return message.get("extraInfo", {}) if isinstance(message, dict) else {}

@@ -1,0 +1,15 @@
+"""Ranks for tests of what several processes do: `python -c` or `-m` programs that call `join_ranks` first."""
+
+import os
+import sys
+
+from src.training.distributed.failure import is_supervised
+from src.training.distributed.launch import Launch, launch
+from src.training.distributed.process_group import ProcessGroup, join
+
+
+def join_ranks(processes: int, timeout: float = 60) -> ProcessGroup:
+    """The group of this rank, one of `processes`. In the first process: starts them all, and ends with their code."""
+    if processes > 1 and not is_supervised(os.environ):
+        sys.exit(launch(Launch(devices=processes)))
+    return join("cpu", timeout)
