@@ -173,10 +173,10 @@ def interpret(argv: list[str]) -> tuple[RunConfig, list[str], list[UserError]]:
     translated, contradictions = rwkv_peft.translate(line.rwkv_peft, values)
     config, notes = _normalised({**translated, **values})
     config.given = frozenset(values)
-    if tokens := _tokens_of_epoch_count(line, config):
-        config.my_exit_tokens = tokens
+    if batches := _batches_of_epoch_count(line, config):
+        config.batches = batches
         count = line.compatibility.pop("epoch_count")
-        notes.append(f"--epoch_count {count}: as in RWKV-PEFT, so many times --epoch_steps batches, {tokens} tokens")
+        notes.append(f"--epoch_count {count}: as in RWKV-PEFT, so many times --epoch_steps batches of each process")
     faults = [*line.faults, *faults, *contradictions, *config.faults()]
     notes = [*line.notes, *notes]
     for name, text in line.compatibility.items():
@@ -187,18 +187,14 @@ def interpret(argv: list[str]) -> tuple[RunConfig, list[str], list[UserError]]:
     return config, notes, faults
 
 
-def _tokens_of_epoch_count(line: _Line, config: RunConfig) -> int:
-    """The length that --epoch_count and --epoch_steps give a command of RWKV-PEFT, which counts batches of a process; 0
-    for other commands, and where --my_exit_tokens or --epochs say how long the run is."""
+def _batches_of_epoch_count(line: _Line, config: RunConfig) -> int:
+    """The length that --epoch_count and --epoch_steps give a command of RWKV-PEFT, in batches of a process; 0 for other
+    commands, and where --my_exit_tokens or --epochs say how long the run is."""
     count = line.compatibility.get("epoch_count", "")
     is_rwkv_peft = bool(line.rwkv_peft) or config.peft != "none" or config.train_type != "none"
     if not is_rwkv_peft or not count.isdecimal() or config.my_exit_tokens or "epochs" in config.given:
         return 0
-    if not config.devices.isdecimal():
-        return 0
-    processes = int(config.devices) * config.num_nodes
-    batches = int(count) * (config.epoch_steps or rwkv_peft.EPOCH_STEPS)
-    return batches * config.micro_bsz * processes * config.ctx_len
+    return int(count) * (config.epoch_steps or rwkv_peft.EPOCH_STEPS)
 
 
 @dataclass

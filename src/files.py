@@ -42,6 +42,23 @@ def atomic_write(path: str | Path, mode: str = "wb", check: Callable[[], None] =
     sync_folder(path.parent)
 
 
+def write_twice(path: Path, write: Callable[[], None]) -> None:
+    """Call `write`, which writes `path`, and again when it fails, as network file systems fail for a moment.
+
+    Raises OSError with the path for the second failure: the run stops rather than train without saves.
+    """
+    for attempt in (1, 2):
+        try:
+            write()
+            return
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a failed write
+            if attempt == 2:
+                raise OSError(
+                    f"{path} could not be written ({str(error).splitlines()[0]}). Weights saved before are complete: "
+                    "free disk space or repair the folder and run the same command again, which continues from them"
+                ) from error
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """As `atomic_write`, for a library that opens the file by its name, and may put another file in its place: yields

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -10,6 +11,7 @@ from random_adapter import random_adapter
 from random_model import random_model
 from safetensors.torch import save_file
 
+from src.adapt import adapter_files
 from src.adapt.adapter_files import read_adapter, write_adapter
 from src.adapt.adapter_names import OTHER_MODULES, adapter_name, peft_name
 from src.adapt.base_hash import base_sha256
@@ -18,6 +20,7 @@ from src.adapt.merge import check_adapter, merge_adapter
 from src.errors import UserError
 from src.inference.formats.fla import fla_name
 from src.model import RWKV7
+from src.model.safetensors_file import write_safetensors
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 8, 96, 0, 0, 11]])
 SIZES = {"n_layer": 2, "n_embd": 64}
@@ -60,6 +63,25 @@ def test_peft_loads_what_is_written_and_merges_it_alike(tmp_path, kind):
     weights = theirs.merge_and_unload().state_dict()
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_write_that_fails_is_tried_twice(tmp_path, monkeypatch):
+    adapter, attempts = random_adapter(random_model(**SIZES), CONFIGS["lora"]), []
+
+    def write(tensors, path, metadata):
+        attempts.append(path)
+        if len(attempts) < 2 or not works:
+            raise OSError("no space left")
+        write_safetensors(tensors, path, metadata)
+
+    monkeypatch.setattr(adapter_files, "write_safetensors", write)
+    for works, count in ((True, 2), (False, 2)):
+        attempts.clear()
+        with nullcontext() if works else pytest.raises(OSError, match="adapter could not be written"):
+            write_adapter(tmp_path / "adapter", adapter)
+        assert len(attempts) == count
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert read_adapter(tmp_path / "adapter").config.r == 4
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

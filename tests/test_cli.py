@@ -197,13 +197,12 @@ def test_epoch_count_is_the_length_of_a_command_of_rwkv_peft():
     length = ["--epoch_count", "3", "--epoch_steps", "200", "--ctx_len", "64", "--micro_bsz", "4", "--devices", "2"]
     lora = ["--load_model", "B.pth", "--peft", "lora", "--accumulate_grad_batches", "2"]
     config, notes, faults = interpret([*DATA, *lora, *length])
-    assert config.my_exit_tokens == 3 * 200 * 64 * 4 * 2
+    assert config.batches == 3 * 200
     assert (len(notes), faults) == (1, [])
-    assert str(config.my_exit_tokens) in notes[0]
     for others in (["--epochs", "2"], ["--my_exit_tokens", "999"]):
-        assert interpret([*DATA, *lora, *length, *others])[0].my_exit_tokens == int(others[1] == "999" and 999)
+        assert interpret([*DATA, *lora, *length, *others])[0].batches == 0
     config, (note,), _ = interpret([*DATA, *length])  # a script of RWKV-LM
-    assert (config.my_exit_tokens, "is ignored" in note) == (0, True)
+    assert (config.batches, "is ignored" in note) == (0, True)
     assert interpret([*DATA, *lora, "--epoch_count", "many"])[2]
 
 

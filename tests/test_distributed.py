@@ -450,6 +450,23 @@ def test_a_missing_or_untested_deepspeed_is_refused(monkeypatch, version):
     assert version in sentence
 
 
+@pytest.mark.parametrize(
+    ("flags", "launched", "processes"),
+    [
+        ({"devices": "2", "num_nodes": 3}, {}, 6),
+        ({"devices": "auto"}, {}, 1),
+        ({"devices": "auto"}, {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, 4),
+        ({"plan": 0, "devices": "8", "accelerator": "gpu"}, {}, 8),
+    ],
+)
+def test_a_length_in_batches_counts_those_of_all_processes(flags, launched, processes, monkeypatch):
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    config = RunConfig(**{"accelerator": "cpu", "ctx_len": 64, "micro_bsz": 4, **flags})
+    assert selection.with_length(config, 600).my_exit_tokens == 600 * 64 * 4 * processes
+    assert selection.with_length(config, 0).my_exit_tokens == 0
+
+
 def test_fp16_is_refused_where_deepspeed_does_not_compute_in_it(monkeypatch):
     monkeypatch.setattr(zero, "version", lambda: "0.19.8")
     monkeypatch.setattr(zero, "takes_fp16", lambda accelerator: False)

@@ -5,6 +5,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from random_model import random_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
@@ -286,3 +287,10 @@ def test_plan_from_the_command_line(capsys, tmp_path):
     assert not (tmp_path / "none").exists()
     assert run(*parse(["--plan", *flags.split()])) == 0
     assert "hours" not in capsys.readouterr().out
+
+
+def test_plan_takes_the_vocabulary_of_the_weights(capsys, tmp_path):
+    torch.save(random_model(n_layer=1, n_embd=64, vocab_size=65792).state_dict(), tmp_path / "base.pth")
+    flags = ["--load_model", str(tmp_path / "base.pth"), "--tokenizer", "world", "--my_exit_tokens", "99999"]
+    assert run(*parse(["--plan", *flags])) == 0
+    assert "vocabulary 65,792" in capsys.readouterr().out

@@ -59,17 +59,6 @@ def test_int8_rounds_by_rows():
     assert set(module.codes.abs().amax(1).tolist()) == {0, 127}
 
 
-def test_double_quantisation_changes_scales_by_half_a_step():
-    weight = matrix(512, 256)
-    once, twice = (QuantizedLinear(weight, "nf4", double) for double in (False, True))
-    absmax = once.absmax.view(torch.float32)
-    actual = quantize.dequantize_absmax(twice.absmax, twice.absmax_scale.view(torch.float32))
-    assert float((actual - absmax).abs().max()) <= float((absmax - absmax.mean()).abs().max()) / 254 * (1 + 1e-4)
-    bits = sum(8 * buffer.numel() * buffer.element_size() for buffer in twice.buffers()) / weight.numel()
-    assert bits == pytest.approx(4.127, abs=0.01)
-    assert not torch.equal(once.weight, twice.weight)
-
-
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_and_gradients_are_those_of_the_dequantised_matrix(kind, dtype):

@@ -20,7 +20,7 @@ from torch import Tensor
 from src.adapt.adapter_names import AdapterName, adapter_name, peft_name
 from src.adapt.config import TARGETS, AdapterConfig
 from src.errors import UserError
-from src.files import atomic_write, sync_folder
+from src.files import atomic_write, sync_folder, write_twice
 from src.model.file_kind import file_kind
 from src.model.safetensors_file import write_safetensors
 from src.model.weights import Weights, read_weights, save_weights
@@ -62,12 +62,16 @@ class Adapter:
 def write_adapter(path: Path, adapter: Adapter) -> None:
     """Write `adapter`, whole or not at all: of kind "state" a .pth, else a folder that PEFT loads.
 
-    Not for kind "pissa", whose `portable` form is LoRA. Raises OSError.
+    Not for kind "pissa", whose `portable` form is LoRA. Raises OSError when that fails twice.
     """
     if adapter.config.kind == "state":
         save_weights(adapter.tensors, path)
         return
     assert adapter.config.kind != "pissa", "its A and B alone are not the change of the base: write `portable` of it"
+    write_twice(path, lambda: _write_folder(path, adapter))
+
+
+def _write_folder(path: Path, adapter: Adapter) -> None:
     # Beside it and then renamed, as its two files belong together. `remove_leftovers` knows the names.
     new, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}tmp") for kind in ("", "replaced."))
     try:

@@ -160,7 +160,9 @@ class Dora(Lora):
 
     def norms(self, dtype: torch.dtype) -> Tensor:
         """||W + s B A|| of each row, [out]."""
-        a, b, s = self.lora_A, self.lora_B, self.scale
+        # at least fp32: an engine may have A and B in the base's dtype, and the norm is a sum over a whole row
+        a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (self.lora_A, self.lora_B))
+        s = self.scale
         cross = self.base_product(a.to(dtype)).t().to(b.dtype)  # W A^T, [out, r]
         quadratic = ((b @ (a @ a.t())) * b).sum(1)
         return (self.squared_norms + 2 * s * (cross * b).sum(1) + s**2 * quadratic).sqrt()

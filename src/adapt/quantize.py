@@ -28,45 +28,35 @@ NF4_LEVELS = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-# Double quantisation: the absmax of nf4 in 8 bits, by blocks of so many after subtracting the mean of all.
-ABSMAX_BLOCK = 256
 
 
-def quantize_base(model: RWKV7, kind: str, double_quant: bool = False) -> None:
-    """Replace the six matrices of each block by `QuantizedLinear`, one after another. `kind`: one of QUANT_KINDS.
-
-    double_quant: with nf4, the scales in 8 bits, too: 4.13 bits per weight instead of 4.5
-    """
+def quantize_base(model: RWKV7, kind: str) -> None:
+    """Replace the six matrices of each block by `QuantizedLinear`, one after another. `kind`: one of QUANT_KINDS."""
     for block in model.blocks:
         for target in TARGETS:
             half, _, name = target.partition(".")
             linear = getattr(getattr(block, half), name)
-            setattr(getattr(block, half), name, QuantizedLinear(linear.weight, kind, double_quant))
+            setattr(getattr(block, half), name, QuantizedLinear(linear.weight, kind))
 
 
 class QuantizedLinear(nn.Module):
     """y = x W^T for a quantised W [out, in]: x [..., in] of any floating dtype -> y [..., out] of the same.
 
-    Buffers are no part of the state dict: they follow from the base's weights. Floating-point ones are stored as
+    Buffers are no part of the state dict: they follow from the base's weights. The fp32 ones are stored as
     integers, so that `model.bfloat16()` and what engines do of the kind leave them as they are.
     """
 
     codes: Tensor  # int8 [out, in], or uint8 with two codes of nf4 each, the first in the upper half
-    absmax: Tensor  # fp32 as int32: [out], or [blocks]; with double quantisation int8 [blocks]
-    absmax_scale: Tensor  # fp32 as int32: the mean, then the scale of each ABSMAX_BLOCK blocks; else empty
+    absmax: Tensor  # fp32 as int32: [out], or [blocks]
 
-    def __init__(self, weight: Tensor, kind: str, double_quant: bool = False) -> None:
+    def __init__(self, weight: Tensor, kind: str) -> None:
         super().__init__()
         assert kind in QUANT_KINDS
         self.kind, (self.out_features, self.in_features) = kind, weight.shape
         weight = weight.detach().float()
         codes, absmax = quantize_int8(weight) if kind == "int8" else quantize_nf4(weight)
-        scale = absmax[:0]
-        if double_quant and kind == "nf4":
-            absmax, scale = quantize_absmax(absmax)
-        for name, tensor in (("codes", codes), ("absmax", absmax), ("absmax_scale", scale)):
-            stored = tensor.view(torch.int32) if tensor.is_floating_point() else tensor
-            self.register_buffer(name, stored, persistent=False)
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("absmax", absmax.view(torch.int32), persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -76,10 +66,7 @@ class QuantizedLinear(nn.Module):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W in `dtype`, rounded once from fp32."""
-        absmax = self.absmax
-        if self.absmax_scale.numel():
-            absmax = dequantize_absmax(absmax, self.absmax_scale.view(torch.float32))
-        absmax = absmax.view(torch.float32)
+        absmax = self.absmax.view(torch.float32)
         if self.kind == "int8":
             return (self.codes.float() * (absmax / 127).unsqueeze(1)).to(dtype)
         return dequantize_nf4(self.codes, absmax, (self.out_features, self.in_features)).to(dtype)
@@ -164,19 +151,3 @@ def _dequantize_by(library: Any, codes: Tensor, absmax: Tensor, shape: tuple[int
         dtype=torch.float32,
     )
     return library.dequantize_4bit(codes.view(-1, 1), state)  # type: ignore[no-any-return]
-
-
-# ---- double quantisation ---------------------------------------------------------------------------------------------
-
-
-def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 [blocks] -> int8 [blocks], and fp32: the mean, then a scale for each ABSMAX_BLOCK of them."""
-    mean = absmax.mean()
-    groups = F.pad(absmax - mean, (0, -absmax.numel() % ABSMAX_BLOCK)).view(-1, ABSMAX_BLOCK)
-    codes, scale = quantize_int8(groups)
-    return codes.flatten()[: absmax.numel()].clone(), torch.cat([mean.unsqueeze(0), scale])
-
-
-def dequantize_absmax(codes: Tensor, scale: Tensor) -> Tensor:
-    """The inverse: fp32 [blocks]."""
-    return scale[0] + codes.float() * (scale[1:] / 127).repeat_interleave(ABSMAX_BLOCK)[: codes.numel()]

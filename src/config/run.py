@@ -23,6 +23,8 @@ class RunConfig(Flags):
     def __post_init__(self) -> None:
         # The flags of the command line. Not a field, as it is none; a copy by `replace` doesn't have it.
         self.given: frozenset[str] = frozenset()
+        # The run's length in batches of each process, as commands of RWKV-PEFT give it; 0: by the flags. The same.
+        self.batches = 0
 
     def faults(self) -> list[UserError]:
         """What is wrong with these values, for all flags at once; empty if nothing is."""

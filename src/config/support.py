@@ -18,10 +18,10 @@ TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "f
 WHOLE_PARTS = ("ln", "vectors")
 # the table's
 KINDS = ("full", *PEFT_KINDS[1:], "state")
-BASES = ("fp32", "bf16", *QUANTISATIONS[1:])
+BASES = ("fp32", "bf16", "fp16", *QUANTISATIONS[1:])
 STRATEGIES = ("one process", "DDP", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 ADAPTERS = KINDS[1:]
-QUANTISED = BASES[2:]
+QUANTISED = QUANTISATIONS[1:]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,14 @@ REFUSALS = (
         "an adapter's frozen base is whole on every process",
         "strategy",
         "use deepspeed_stage_2 or ddp; --quant nf4 makes the base a quarter of its size",
+    ),
+    Refusal(
+        ADAPTERS,
+        ("fp16",),
+        ("ZeRO 1", "ZeRO 2"),
+        "an engine that scales the loss of fp16 keeps what it trains in fp16, and an adapter is fp32",
+        "precision",
+        "use bf16 or fp32, or --strategy ddp",
     ),
 )
 

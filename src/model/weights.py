@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from src.config import ModelConfig
 from src.errors import UserError, UserErrors
-from src.files import atomic_write
+from src.files import atomic_write, write_twice
 from src.model.file_kind import file_kind
 from src.model.shared_memory import IDLE_IN_LAYER_0, separate
 from src.model.torch_file import damaged_file, read_torch_file
@@ -303,15 +303,9 @@ def save_weights(weights: Weights, path: Path, check: Callable[[], None] = lambd
     Raises OSError with the path when that fails twice (disk full, folder removed, no permission).
     """
     weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
-    # A second attempt, as network file systems fail for a moment. Then the run stops rather than train without saves.
-    for attempt in (1, 2):
-        try:
-            with atomic_write(path, check=check) as file:
-                torch.save(weights, file)
-            return
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a failed write
-            if attempt == 2:
-                raise OSError(
-                    f"{path} could not be written ({str(error).splitlines()[0]}). Weights saved before are complete: "
-                    "free disk space or repair the folder and run the same command again, which continues from them"
-                ) from error
+
+    def write() -> None:
+        with atomic_write(path, check=check) as file:
+            torch.save(weights, file)
+
+    write_twice(path, write)

@@ -22,6 +22,7 @@ from src.dataset.binidx import file_prefix
 from src.dataset.tokenizer import load_tokenizer
 from src.errors import UserError
 from src.files import make_folder
+from src.inference.load import load_weights
 from src.model import RWKV7
 from src.model.cost import parameter_count
 from src.model.weights import fit_weights, read_weights, save_weights
@@ -51,7 +52,7 @@ from src.training.distributed.ranks import rank_from_launcher
 from src.training.figures.loss_figure import write_loss_figure
 from src.training.figures.report_page import write_report
 from src.training.hardware.allocator import set_up_malloc
-from src.training.hardware.selection import Hardware, choose_hardware, count_processes
+from src.training.hardware.selection import Hardware, choose_hardware, count_processes, with_length
 from src.training.model_setup import (
     check_base,
     check_tokenizer,
@@ -91,7 +92,8 @@ def run(config: RunConfig, notes: list[str]) -> int:
         # every launcher's.
         info = rank_from_launcher(os.environ)
         rank_zero_only.rank = info.rank if info else 0  # type: ignore[attr-defined]
-        config = with_known_sizes(resolve_load_model(config), config.given)
+        batches = config.batches
+        config = with_length(with_known_sizes(resolve_load_model(config), config.given), batches)
         if config.plan >= 0:
             return _plan(config)
         if config.accelerator == "cpu" or not torch.cuda.is_available():
@@ -211,7 +213,8 @@ def _plan(config: RunConfig) -> int:
         raise UserError("the number of tokens is not known", flag="plan", advice="give --my_exit_tokens or --data_file")
     if config.devices == "auto":
         raise UserError(flag="devices", given="auto", expected="a number of processes per machine with --plan")
-    sizes = config.model_config(find_vocab_size(config, None))
+    weights = load_weights(Path(config.load_model)) if config.load_model else None
+    sizes = config.model_config(find_vocab_size(config, weights))
     exit_tokens = config.my_exit_tokens or max(1, round(config.epochs * open_samples(config).tokens_per_epoch))
     precision = config.precision or ("fp32" if config.accelerator == "cpu" else "bf16")
     log(plan.describe(config, sizes, exit_tokens, int(config.devices) * config.num_nodes, precision))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from src.adapt.config import adapter_of
 from src.config import RunConfig, adapter_kind, refusal
 from src.dataset.workers import usable_cores
 from src.errors import UserError
@@ -85,10 +86,10 @@ def choose_hardware(config: RunConfig) -> Hardware:
         )
     strategy, stage, offload = _choose_strategy(config, devices * num_nodes, accelerator, notes)
     precision = _choose_precision(config, devices * num_nodes, accelerator, strategy, notes)
-    base = precision if config.quant == "none" else config.quant
     shared = {"plain": "one process", "ddp": "DDP"}.get(strategy, f"ZeRO {stage}")
-    if row := refusal(adapter_kind(config) or "full", base, shared):
-        raise row.error(getattr(config, row.flag))
+    for base in (precision, config.quant):
+        if row := refusal(adapter_kind(config) or "full", base, shared):
+            raise row.error(getattr(config, row.flag))
     return Hardware(accelerator, devices, num_nodes, precision, strategy, stage, offload, tuple(notes))
 
 
@@ -132,6 +133,18 @@ def _processes(config: RunConfig, accelerator: str) -> tuple[int, int]:
         # one process on a CPU: torch's threads use all of its cores
         return (torch.cuda.device_count() if accelerator == "gpu" else 1), config.num_nodes
     return int(config.devices), config.num_nodes
+
+
+def with_length(config: RunConfig, batches: int) -> RunConfig:
+    """`config` for a run of so many batches of each process; 0: as it is. With --plan the flags say how many
+    processes, otherwise what is started."""
+    if not batches:
+        return config
+    if config.plan >= 0 and config.devices.isdecimal():
+        devices, num_nodes = int(config.devices), config.num_nodes
+    else:
+        devices, num_nodes = count_processes(config)
+    return replace(config, my_exit_tokens=batches * config.micro_bsz * config.ctx_len * devices * num_nodes)
 
 
 def _choose_strategy(config: RunConfig, processes: int, accelerator: str, notes: list[str]) -> tuple[str, int, bool]:
@@ -178,9 +191,21 @@ def _choose_precision(config: RunConfig, processes: int, accelerator: str, strat
 
 def engine_settings(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
     """DeepSpeed's configuration for this run."""
+    dtype = engine_dtype(config, hardware)
     return zero.engine_settings(
-        hardware.stage, hardware.offload, hardware.accelerator, hardware.dtype, config.micro_bsz, config.ds_bucket_mb
+        hardware.stage, hardware.offload, hardware.accelerator, dtype, config.micro_bsz, config.ds_bucket_mb
     )
+
+
+def engine_dtype(config: RunConfig, hardware: Hardware) -> torch.dtype:
+    """The dtype that an engine converts a model to, and what it trains has to be in.
+
+    Adapters are fp32 beside a base of any dtype, and an engine of fp32 leaves the base as it is. Norms and vectors
+    that are trained beside them have the base's dtype, and so has everything that is trained then.
+    """
+    adapter = adapter_of(config)
+    is_fp32 = adapter is not None and not adapter.train
+    return torch.float32 if is_fp32 else hardware.dtype
 
 
 def lightning_strategy(config: RunConfig, hardware: Hardware) -> Any:

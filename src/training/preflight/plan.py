@@ -209,8 +209,8 @@ def _adapter_memory(
     part, dtype_bytes = trained_part(c, adapter), BYTES[precision]
     engine = strategy.startswith("deepspeed")
     share = 1 / processes if engine else 1.0
-    # An engine has parameters of one dtype and keeps fp32 masters; without one the adapter is its own master.
-    own_bytes = dtype_bytes if engine else 4
+    # An engine keeps fp32 masters, and has what it trains in one dtype; without one the adapter is its own master.
+    own_bytes = dtype_bytes if engine and adapter.train else 4
     weights = base_bytes(c, parameter_count(c), dtype_bytes, quant) + own_bytes * (part.adapter + part.kept)
     gradients = own_bytes * part.adapter + dtype_bytes * part.whole
     masters = part.adapter + part.whole if engine else part.whole if dtype_bytes < 4 else 0
