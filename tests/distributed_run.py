@@ -3,6 +3,7 @@
     python -m tests.distributed_run OUT SCENARIO.json
 
 SCENARIO.json: {"processes": 2, "fits": {name: {flags of train.py, "optimizer": "sgd" | "adam", "steps": n, ...}}}.
+"load": name begins with the full state of another fit; "full_disk": rank fails in a second save of the state.
 "poison": n makes the loss of the last rank NaN in step n; "stop": [rank, n] lets a rank request a stop in step n. Each
 fit writes OUT/name.pt: losses, gradient
 norms, weights, the full state and the type of the engine.
@@ -23,7 +24,13 @@ from src.adapt.config import adapter_of
 from src.adapt.quantize import quantize_base
 from src.config import RunConfig
 from src.model import RWKV7
-from src.training.checkpoint.state import gather_full_state, gather_weights, scatter_full_state
+from src.training.checkpoint import storage
+from src.training.checkpoint.gather import gather_weights
+from src.training.checkpoint.manifest import DamagedStateError
+from src.training.checkpoint.parts import own_parts, owners, state_parts
+from src.training.checkpoint.reader import StateReader
+from src.training.checkpoint.restore import load_full_state
+from src.training.checkpoint.storage import StateWriter, state_folders
 from src.training.console import is_rank_zero
 from src.training.control import STOP, RunControl
 from src.training.data import train_dataloader
@@ -88,12 +95,42 @@ class Fit(TrainingModule):
         self.lrs.append([group["lr"] for group in self.trainer.optimizers[0].param_groups])
 
 
+def save(module, folder, result, full_disk=-1):
+    """The full state, written by all ranks and read back. `full_disk`: the rank that can't write."""
+    writer, parts = StateWriter(folder, keep=9), state_parts(module)
+    own = own_parts(parts, owners(parts, writer.group.world_size), writer.group.rank)
+    original = storage._write_file
+    if writer.group.rank == full_disk:
+        storage._write_file = full
+    writer.write(len(state_folders(folder)) + 1, {}, own)
+    try:
+        writer.close()
+    except OSError as error:
+        result["save_error"] = of_all_ranks(str(error))
+    storage._write_file = original
+    result.setdefault("written", of_all_ranks(writer.bytes_written))  # of the first save
+    return StateReader(state_folders(folder)[0]).tensors()
+
+
+def full(path, content):
+    raise OSError(28, "No space left on device", str(path))
+
+
+def of_all_ranks(value):
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def fit(process_group, name, scenario, out):
     scenario = dict(scenario)
     optimizer, steps = scenario.pop("optimizer", "adam"), scenario.pop("steps", 4)
     poison, first_step = scenario.pop("poison", -1), scenario.pop("first_step", 0)
     stop_rank, stop_step = scenario.pop("stop", (-1, -1))
     load, init_seed = scenario.pop("load", None), scenario.pop("init_seed", 5)
+    full_disk, seen = scenario.pop("full_disk", -1), {}
     lightning_backward = scenario.pop("lightning_backward", False)
     flags = {
         "n_layer": 2, "n_embd": 32, "head_size": 16, "vocab_size": VOCAB, "ctx_len": CTX, "micro_bsz": 2,
@@ -137,8 +174,16 @@ def fit(process_group, name, scenario, out):
         def on_train_start(self, trainer, module):
             if load:
                 saved = torch.load(out / f"{load}.pt")
-                shards = [saved["state"]] if is_rank_zero() else []
-                scatter_full_state(trainer, module, shards, saved["counters"])
+                for folder in state_folders(out / load):  # a damaged one, and the one before
+                    reader = StateReader(folder)
+                    try:
+                        load_full_state(module, reader, saved["counters"])
+                        break
+                    except DamagedStateError as error:
+                        seen["damage"] = of_all_ranks(str(error))
+                seen["read"] = of_all_ranks(reader.bytes_read)
+                seen["loaded"] = save(module, out / f"{name}, loaded", {})
+                seen["loaded weights"] = gather_weights(module.model)
 
     class RequestStop(pl.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
@@ -155,7 +200,7 @@ def fit(process_group, name, scenario, out):
         ],
     )  # fmt: skip
     trainer.fit(module, train_dataloader(config, numbers, None, on_gpu=False))
-    result = {"losses": module.losses, "norms": module.norms, "lrs": module.lrs}
+    result = {**seen, "losses": module.losses, "norms": module.norms, "lrs": module.lrs}
     result["steps"] = [control.step]  # of each rank
     if process_group.world_size > 1:
         result["steps"] = [0] * process_group.world_size
@@ -170,7 +215,9 @@ def fit(process_group, name, scenario, out):
         result["frozen"] = sorted(model.frozen_base)
     result["held"] = sum(p.numel() for p in module.model.parameters())
     if optimizer == "adam":
-        result["state"] = {key: tensor.clone().cpu() for key, tensor in gather_full_state(module)}
+        result["state"] = save(module, out / name, result)
+        if full_disk >= 0:
+            save(module, out / name, result, full_disk)
         result["counters"] = module.optimizer.counters()
     if is_rank_zero():
         torch.save(result, out / f"{name}.pt")

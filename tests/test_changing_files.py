@@ -4,7 +4,7 @@ with a sentence, what is saved is whole, and nothing of others is overwritten.""
 import json
 import os
 import shutil
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -74,8 +74,9 @@ def test_a_run_whose_folder_is_no_longer_its_own_stops(tmp_path, data, monkeypat
     before = {}
 
     def act():
-        while list(out.rglob("*.tmp")):  # a state that is being published was checked before
-            time.sleep(0.01)
+        for thread in threading.enumerate():  # a state that is being published was checked before
+            if thread.name == "state-writer":
+                thread.join()
         FOLDERS[change](out)
         before.update(contents(out))
 

@@ -9,6 +9,7 @@ import torch
 from training_runs import CTX, log_lines, losses, newest_state, train, train_until
 
 from src.run_log import read_columns
+from src.training.checkpoint.parts import whole_part
 from src.training.checkpoint.storage import StateWriter, state_folders
 
 RUN = {"my_exit_tokens": CTX * 4 * 30, "epoch_steps": 10, "epoch_save": 1, "val_every": "5steps", "val_windows": 8}
@@ -73,7 +74,7 @@ def test_logs_are_on_the_disk_before_the_state_that_is_past_them(tmp_path, data,
 def test_files_and_names_of_a_state_are_flushed_before_and_after_its_rename(tmp_path, synced):
     writer = StateWriter(tmp_path / "run", keep=1)
     for step in (1, 2):
-        writer.write(step, {}, [("weight/master", torch.zeros(4))])
+        writer.write(step, {}, [whole_part("weight/master", torch.zeros(4))])
         writer.wait()
         final = tmp_path / "run" / "resume" / f"step-{step:08d}"
         begin = synced.index("rename", tmp_path / "run" / "resume" / "step-00000001") if step == 2 else -1

@@ -25,6 +25,7 @@ from src.errors import UserError
 from src.ops import build
 from src.ops.toolchain import BuildError
 from src.training.distributed.process_group import ProcessGroup
+from src.training.hardware import memory_limits
 from src.training.hardware.selection import Hardware
 from src.training.module import TrainingModule
 from src.training.preflight import check, kernel, machine, plan, speed, timed_length
@@ -94,7 +95,7 @@ def test_check_of_a_run_without_problems(tmp_path, data, capfd, monkeypatch):
 
 
 def test_check_lists_all_problems(tmp_path, data, capfd, monkeypatch):
-    monkeypatch.setattr(machine, "free_memory", lambda *_: 1e5)
+    monkeypatch.setattr(memory_limits, "free_memory", lambda *_: 1e5)
     monkeypatch.setattr(machine, "free_disk", lambda folder: (tmp_path, 1e4))
     monkeypatch.setattr(kernel, "kernel_error", lambda *_: 0.5)
     without_end = write_data(tmp_path / "data" / "without_end", end=5)
@@ -215,19 +216,19 @@ def test_a_kernel_with_wrong_results_is_detected(monkeypatch):
 
 def test_free_memory_of_a_container(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:    2048 kB\n")
-    assert machine._available(tmp_path / "meminfo") == 2048 * 1024
-    assert machine._available(tmp_path / "none") is None
+    assert memory_limits._available(tmp_path / "meminfo") == 2048 * 1024
+    assert memory_limits._available(tmp_path / "none") is None
     group = tmp_path / "cgroup" / "job" / "step"
     group.mkdir(parents=True)
     membership = tmp_path / "own"
     membership.write_text("0::/job/step\n")
     (group / "memory.max").write_text("max\n")
     (group / "memory.current").write_text("5\n")
-    assert machine._cgroup_available(tmp_path / "cgroup", membership) is None
+    assert memory_limits._cgroup_available(tmp_path / "cgroup", membership) is None
     (group.parent / "memory.max").write_text("1000\n")
     (group.parent / "memory.current").write_text("700\n")
     (group.parent / "memory.stat").write_text("anon 5\ninactive_file 200\n")
-    assert machine._cgroup_available(tmp_path / "cgroup", membership) == 500
+    assert memory_limits._cgroup_available(tmp_path / "cgroup", membership) == 500
 
 
 def test_installed_packages_are_compared_with_the_requirements(tmp_path, monkeypatch):
@@ -337,7 +338,7 @@ def test_a_limit_of_the_address_space_reduces_the_free_memory():
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     try:
         resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29), hard))
-        assert 0 < machine.free_memory("cpu", 1) <= 1 << 29
+        assert 0 < memory_limits.free_memory("cpu", 1) <= 1 << 29
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 BROADCASTS = """
 import json, os, time
 from src.errors import UserError
-from src.training.checkpoint.storage import DamagedStateError
+from src.training.checkpoint.manifest import DamagedStateError
 from tests.ranks import join_ranks
 
 

@@ -35,11 +35,15 @@ from src.dataset.binidx import BinIdxWriter
 from src.files import sha256_of
 from src.model import RWKV7, ModelConfig
 from src.model.cost import parameter_count
+from src.model.shared_memory import IDLE_IN_LAYER_0
 from src.training import trainer
 from src.training.checkpoint import storage
+from src.training.checkpoint.manifest import DamagedStateError
+from src.training.checkpoint.parts import whole_part
+from src.training.checkpoint.reader import StateReader
+from src.training.checkpoint.restore import weights_of_state
 from src.training.checkpoint.resume import find_resume_point, peek_resume_point
-from src.training.checkpoint.state import weights_of_state
-from src.training.checkpoint.storage import DamagedStateError, state_folders
+from src.training.checkpoint.storage import state_folders
 from src.training.schedule import RunLength, learning_rate
 
 STEPS = 60
@@ -333,12 +337,20 @@ def test_a_run_may_end_where_it_is(tmp_path, data, monkeypatch):
 
 def test_weights_of_a_state_that_lacks_some_are_not_taken(tmp_path):
     sizes = ModelConfig(2, 32, VOCAB, head_size=16)
-    weights = {f"{name}/master": tensor for name, tensor in RWKV7(sizes).state_dict().items()}
-    assert len(weights_of_state([weights], sizes, torch.float32)) == len(weights)
-    for changed in ({}, {"head.weight/master": torch.zeros(3, 3)}):
+    kinds = {name: "idle" if name in IDLE_IN_LAYER_0 else "master" for name in RWKV7(sizes).state_dict()}
+    weights = {f"{name}/{kinds[name]}": tensor for name, tensor in RWKV7(sizes).state_dict().items()}
+
+    def read(step, tensors):
+        writer = storage.StateWriter(tmp_path, keep=9)
+        writer.write(step, {}, [whole_part(key, tensor) for key, tensor in tensors.items()])
+        writer.wait()
+        return weights_of_state(StateReader(storage.state_folders(tmp_path)[0]), sizes, torch.float32)
+
+    assert len(read(1, weights)) == len(weights)
+    for step, changed in enumerate(({}, {"head.weight/master": torch.zeros(3, 3)}), start=2):
         damaged = {**{name: tensor for name, tensor in weights.items() if "head" not in name}, **changed}
         with pytest.raises(DamagedStateError, match=r"head\.weight"):
-            weights_of_state([damaged], sizes, torch.float32)
+            read(step, damaged)
 
 
 def test_the_clock_of_saves_starts_again_with_each(tmp_path, data, monkeypatch):
@@ -406,7 +418,7 @@ def test_the_time_limit_knows_how_long_the_disk_takes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage, "_write_file", slowly)
     writer = storage.StateWriter(tmp_path, keep=2)
-    writer.write(1, {}, [("weight/master", torch.zeros(4))])
+    writer.write(1, {}, [whole_part("weight/master", torch.zeros(4))])
     handed_over.set()
     writer.wait()
     assert writer.slowest_seconds >= 0.6  # three files
@@ -425,7 +437,7 @@ def test_the_time_limit_expects_a_first_save_to_take_long(tmp_path):
     assert trainer.expected_save_seconds(large, time_limit=4) == 30
     writer = storage.StateWriter(tmp_path, keep=2, expected_seconds=90.0)
     assert writer.slowest_seconds == 90
-    writer.write(1, {}, [("weight/master", torch.zeros(4))])
+    writer.write(1, {}, [whole_part("weight/master", torch.zeros(4))])
     writer.wait()
     assert 0 < writer.slowest_seconds < 30
 

@@ -30,6 +30,7 @@ from src.ops.build import BuildError
 from src.ops.recurrence import describe_kernel
 from src.run_folder import FIGURE, INIT, LOG, METRICS, REPORT, VALIDATION, ResultNames, RunLock
 from src.run_log import read_columns
+from src.training.checkpoint.manifest import DamagedStateError
 from src.training.checkpoint.results import result_names, results_of
 from src.training.checkpoint.resume import (
     ResumePoint,
@@ -41,7 +42,7 @@ from src.training.checkpoint.resume import (
     resolve_load_model,
     starts_new_run,
 )
-from src.training.checkpoint.storage import DamagedStateError, state_folders
+from src.training.checkpoint.storage import state_folders
 from src.training.console import is_rank_zero, log, log_error, warn_on_error
 from src.training.data import HeldOut, Samples, SftSamples, open_samples
 from src.training.distributed.agreement import refuse_other_starts

@@ -46,10 +46,12 @@ from src.training.checkpoint.callbacks import (
     SaveWeights,
     refuse_unusable,
 )
+from src.training.checkpoint.manifest import DamagedStateError
+from src.training.checkpoint.restore import adapter_of_state, weights_of_state
 from src.training.checkpoint.results import Results
 from src.training.checkpoint.resume import ResumePoint
-from src.training.checkpoint.state import SavedState, adapter_of_state, weights_of_state
-from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, DamagedStateError, StateWriter
+from src.training.checkpoint.state import SavedState
+from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, StateWriter
 from src.training.checkpoint.watch_files import WatchFiles
 from src.training.console import is_rank_zero, log
 from src.training.control import STOP, TIME_LIMIT_EXIT_CODE, GracefulStop, RunControl
@@ -139,11 +141,10 @@ def _write_final_weights(context: RunContext, resume: ResumePoint) -> None:
 
     def write() -> None:
         if resume.reader is not None:
-            shards = resume.reader.shards()
             if context.results.adapter is not None:
-                weights = adapter_of_state(shards)
+                weights = adapter_of_state(resume.reader)
             else:
-                weights = weights_of_state(shards, context.sizes, context.hardware.dtype)
+                weights = weights_of_state(resume.reader, context.sizes, context.hardware.dtype)
             assert resume.state is not None
             refuse_unusable(weights, resume.state.counters, resume.position.restarted_at_sample, final.name)
         else:
@@ -184,7 +185,7 @@ def build_callbacks(context: RunContext, resume: ResumePoint) -> Callbacks:
     expected_seconds = expected_save_seconds(held_count(config, context.sizes), config.time_limit)
     checkpoint = CheckpointCallback(
         control,
-        writer=StateWriter(proj_dir, config.keep_resume, expected_seconds, check_folder),
+        writer=StateWriter(proj_dir, config.keep_resume, expected_seconds, check_folder, context.hardware.devices),
         position=position,
         length=length,
         reporter=reporter,
@@ -220,7 +221,8 @@ def restore_callbacks(resume: ResumePoint) -> list[pl.Callback]:
     """The callback that loads the full state, where one is resumed."""
     if resume.state is None:
         return []
-    return [RestoreState(resume.state, resume.reader if is_rank_zero() else None)]
+    assert resume.reader is not None
+    return [RestoreState(resume.state, resume.reader)]
 
 
 def _initial_weights_callbacks(context: RunContext, resume: ResumePoint) -> list[pl.Callback]:

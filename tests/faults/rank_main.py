@@ -23,8 +23,10 @@ PHASES = {
     "build": ("src.training.trainer", "build_model", 1),
     "first step": ("src.training.module.TrainingModule", "training_step", 1),
     "step": ("src.training.module.TrainingModule", "training_step", 9),
-    "gather": ("src.training.checkpoint.callbacks.CheckpointCallback", "_save", 2),
-    "weights": ("src.training.checkpoint.callbacks", "write_weights", 2),
+    "save": ("src.training.checkpoint.callbacks.CheckpointCallback", "_save", 2),
+    "write": ("src.training.checkpoint.storage.StateWriter", "_write_shards", 2),  # in the thread
+    "publish": ("src.training.checkpoint.storage.StateWriter", "_on_rank_zero", 4),
+    "weights": ("src.training.checkpoint.results.Results", "write", 2),
     "validation": ("src.training.module.TrainingModule", "validation_step", 2),
     "end": ("src.training.checkpoint.callbacks.CheckpointCallback", "on_train_end", 1),
     "shutdown": ("src.training.distributed.process_group.DistributedProcessGroup", "shutdown", 1),

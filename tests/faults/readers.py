@@ -1,5 +1,6 @@
 """Every reader of files and texts that come from elsewhere: inputs to begin with, and the call that reads one."""
 
+import hashlib
 import io
 import json
 import os
@@ -29,8 +30,12 @@ from src.files import sha256_of
 from src.inference.saved_chat import SavedChat, read_chat, write_chat
 from src.model.weights import config_from_weights, read_weights
 from src.run_log import read_columns, read_curves
+from src.training.checkpoint.manifest import DamagedStateError, Entry
+from src.training.checkpoint.parts import Part, whole_part
+from src.training.checkpoint.reader import StateReader
+from src.training.checkpoint.shard_file import ShardFile, header_of
 from src.training.checkpoint.state import SavedState
-from src.training.checkpoint.storage import DamagedStateError, StateReader, StateWriter
+from src.training.checkpoint.storage import StateWriter
 from tests.faults.mutate import mutate_bytes, mutate_json, mutate_template, mutate_words
 
 SIZES = {"n_layer": 1, "n_embd": 16, "head_size": 16, "vocab_size": 20}
@@ -75,7 +80,7 @@ def _state(folder: Path) -> Path:
     position = {"step": 4, "samples": 16, "mini_epoch_samples": 8, "restarted_at_sample": 0, "mini_epoch_losses": [2.5],
                 "skipped_samples": [[3, 2]], "weights_written": True}  # fmt: skip
     payload = {"position": position, "settings": {"n_layer": 1}, "counters": {"adam_steps": 4.0}, "saved_at": 1.0}
-    writer.write(4, payload, [("emb.weight/master", torch.ones(3)), ("emb.weight/exp_avg", torch.zeros(3))])
+    writer.write(4, payload, [whole_part("emb.weight/master", torch.ones(3)), whole_part("b/exp_avg", torch.zeros(3))])
     writer.wait()
     return folder / "resume" / "step-00000004"
 
@@ -84,10 +89,10 @@ def _seed_of_state(name: str, folder: Path) -> list[bytes]:
     return [(_state(folder) / name).read_bytes()]
 
 
-def _read_state(folder: Path) -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
+def _read_state(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     reader = StateReader(folder)
     SavedState.from_payload(reader.payload)
-    return reader.payload, list(reader.shards())
+    return reader.payload, reader.tensors()
 
 
 def _of_state(name: str) -> Reader:
@@ -99,16 +104,30 @@ def _of_state(name: str) -> Reader:
         before = _read_state(state)
         try:
             (state / name).write_bytes(data)
-            payload, shards = _read_state(state)
+            payload, tensors = _read_state(state)
         finally:
             (state / name).write_bytes(original)
-        same = payload == before[0] and len(shards) == len(before[1])
-        for one, two in zip(shards, before[1], strict=False):
-            same = same and one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+        same = payload == before[0] and tensors.keys() == before[1].keys()
+        same = same and all(torch.equal(tensors[key], before[1][key]) for key in tensors)
         assert same, "a changed state is believed"
 
     mutate = mutate_json if name.endswith(".json") else mutate_bytes
     return Reader(partial(_seed_of_state, name), read, mutate)
+
+
+def _shards(folder: Path) -> list[bytes]:
+    part = Part("b/exp_avg", torch.zeros(3), (5,), 2)
+    return [header_of([whole_part("a/master", torch.ones(2, 2)), part]) + bytes(28)]
+
+
+def _read_shard(folder: Path, data: bytes) -> None:
+    """A file of tensors changed, and its hash made to fit."""
+    path = folder / "rank0-0000.safetensors"
+    path.write_bytes(data)
+    entry = Entry(len(data), 8, tuple(hashlib.sha256(data[i : i + 8]).hexdigest() for i in range(0, len(data), 8)))
+    with ShardFile(path, entry) as file:
+        for part in file.parts:
+            file.copy(part, part.start, torch.empty(part.count, dtype=part.dtype))
 
 
 def _read_payload(folder: Path, data: bytes) -> None:
@@ -227,6 +246,7 @@ READERS = {
     "state manifest": _of_state("manifest.json"),
     "state.json": _of_state("state.json"),
     "state tensors": _of_state("rank0-0000.safetensors"),
+    "state tensors with their hashes": Reader(_shards, _read_shard, mutate_bytes),
     "state.json with a manifest": Reader(partial(_seed_of_state, "state.json"), _read_payload, mutate_json),
     "run.json": Reader(_run_json, _read_run, mutate_json),
     "logs": Reader(_logs, _read_logs, mutate_bytes),

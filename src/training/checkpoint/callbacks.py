@@ -11,16 +11,14 @@ import pytorch_lightning as pl
 
 from src.model.weights import IDLE_IN_LAYER_0, Weights, save_weights
 from src.run_folder import FINAL, numbered_results, replace_drawn_init
+from src.training.checkpoint.gather import gather_weights
+from src.training.checkpoint.parts import Part, own_parts, owners, state_parts
+from src.training.checkpoint.reader import StateReader
+from src.training.checkpoint.restore import load_full_state
 from src.training.checkpoint.results import Results
-from src.training.checkpoint.state import (
-    Position,
-    SavedState,
-    gather_full_state,
-    gather_weights,
-    scatter_full_state,
-)
-from src.training.checkpoint.storage import StateReader, StateWriter
-from src.training.console import is_rank_zero, log
+from src.training.checkpoint.state import Position, SavedState
+from src.training.checkpoint.storage import StateWriter
+from src.training.console import log
 from src.training.control import SAVE, STOP, RunControl, StepCallback
 from src.training.module import TrainingModule
 from src.training.reporting.non_finite import NonFiniteMonitor
@@ -115,16 +113,14 @@ class RestoreState(pl.Callback):
     At the start of training, since the optimizer and ZeRO's partitions don't exist before. Raises DamagedStateError.
     """
 
-    def __init__(self, state: SavedState, reader: StateReader | None) -> None:
-        """`reader` on rank 0; the others get the tensors from there."""
+    def __init__(self, state: SavedState, reader: StateReader) -> None:
         self.state, self.reader = state, reader
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         counters = self.state.counters
         if self.state.settings.get("precision") != "fp16":  # a scale of 1 would lose small gradients in fp16
             counters = {name: value for name, value in counters.items() if name not in ("loss_scale", "good_steps")}
-        shards = self.reader.shards() if self.reader is not None else ()
-        scatter_full_state(trainer, pl_module, shards, counters)
+        load_full_state(pl_module, self.reader, counters)
 
 
 class CheckpointCallback(StepCallback):
@@ -152,10 +148,13 @@ class CheckpointCallback(StepCallback):
         self.reporter, self.weights, self.non_finite, self.settings = reporter, weights, non_finite, settings
         self.save_seconds = save_minutes * 60
         self._saved_at = time.monotonic()
+        self._owner: dict[str, int] | None = None
         self._reserve_time()
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         self.writer.check()  # a save that failed in the background fails the run at the next step
+        if self._owner is None:  # the moments exist since this step
+            self.writer.prepare(self._own_parts(pl_module))
         self._reserve_time()
         if self.control.is_agreed(SAVE, STOP) or self.weights.saves_at(step):
             self.reporter.flush()  # the skipped steps up to this one are known then
@@ -167,7 +166,7 @@ class CheckpointCallback(StepCallback):
             self.control.request(SAVE)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.writer.wait()  # raises the error of the last save: no rwkv-final.pth then
+        self.writer.close()  # raises the error of the last save: no rwkv-final.pth then
         if self.control.step >= self.length.steps and self.non_finite.failed_steps is None:
             assert isinstance(pl_module, TrainingModule)
             results, counters = self.weights.results, pl_module.optimizer.counters()
@@ -198,16 +197,16 @@ class CheckpointCallback(StepCallback):
             ),  # see find_resume_point
         )
         state = SavedState(position, self.settings, module.optimizer.counters(), time.time(), logs)
-        tensors = gather_full_state(module)
-        if is_rank_zero():
-            self.writer.write(step, state.payload(), tensors)
-        else:
-            for _ in tensors:  # gathering is collective
-                pass
+        self.writer.write(step, state.payload(), self._own_parts(module))
         self._saved_at = time.monotonic()
 
+    def _own_parts(self, module: pl.LightningModule) -> list[Part]:
+        """What this rank writes."""
+        parts, group = state_parts(module), self.writer.group
+        if self._owner is None:  # the same at every save
+            self._owner = owners(parts, group.world_size)
+        return own_parts(parts, self._owner, group.rank)
+
     def _reserve_time(self) -> None:
-        # Twice: the save of the stop may have to wait for one that is under way. Only rank 0 writes and has measured
-        # it; its request stops all.
-        if is_rank_zero():
-            self.control.reserved_seconds["save"] = 2 * self.writer.slowest_seconds
+        # Twice: the save of the stop may have to wait for one that is under way.
+        self.control.reserved_seconds["save"] = 2 * self.writer.slowest_seconds

@@ -1,4 +1,7 @@
-"""A state's manifest: the files of the state with size and SHA-256. Whatever no writer of ours wrote is damage."""
+"""A state's manifest: the files of the state with size and SHA-256. Whatever no writer of ours wrote is damage.
+
+Of a file of tensors it has a SHA-256 for each block of `block_bytes`: a rank reads and verifies those that it needs.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,12 @@ from typing import Any, NamedTuple
 
 from src.errors import UserError
 
-# 1 (manifests without a number): up to November 2026, tensors-0000.safetensors. 2: shards named by rank.
-FORMAT_VERSION = 2
+# 1 (manifests without a number): up to November 2026, tensors-0000.safetensors. 2: shards named by rank. 3: shards of
+# every rank, with parts of tensors, hashed in blocks.
+FORMAT_VERSION = 3
+# Large enough that the hashes of a state of 800 GB are 60 MB of JSON, small enough that a rank that needs a 64th of a
+# matrix of 4096 x 4096 reads little more.
+BLOCK_BYTES = 1 << 20
 MANIFEST, PAYLOAD = "manifest.json", "state.json"
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\.safetensors")
 
@@ -25,7 +32,8 @@ class Entry(NamedTuple):
     """What the manifest says about a file."""
 
     size: int  # bytes
-    sha256: str
+    block_bytes: int  # of each block but the last
+    hashes: tuple[str, ...]  # SHA-256 of each block; of a whole file (state.json, formats 1 and 2) one
 
 
 def parse_json(name: str, data: bytes) -> dict[str, Any]:
@@ -56,7 +64,10 @@ def parse_manifest(data: bytes, folder: Path) -> dict[str, Entry]:
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise DamagedStateError(f"{MANIFEST} is malformed: it lists no files")
-    entries = {name: _parse_entry(name, entry) for name, entry in files.items()}
+    block_bytes = manifest.get("block_bytes", BLOCK_BYTES)
+    if type(block_bytes) is not int or block_bytes < 8 or block_bytes % 8:  # no value may lie across two blocks
+        raise DamagedStateError(f"{MANIFEST} is malformed: blocks of {str(block_bytes)[:20]} bytes")
+    entries = {name: _parse_entry(name, entry, block_bytes) for name, entry in files.items()}
     if PAYLOAD not in entries:
         raise DamagedStateError(f"{MANIFEST} does not list {PAYLOAD}")
     if len(entries) == 1:
@@ -64,11 +75,16 @@ def parse_manifest(data: bytes, folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def _parse_entry(name: str, entry: Any) -> Entry:
+def _parse_entry(name: str, entry: Any, block_bytes: int) -> Entry:
     # Names of ours only: another one may lead out of the folder, or be none that a file can have.
     if name != PAYLOAD and not SHARD_NAME.fullmatch(name):
         raise DamagedStateError(f"{MANIFEST} lists {name[:100]!r}, which is no file of a state")
     size, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-    if type(size) is not int or size < 0 or not isinstance(sha256, str):
+    hashes: list[Any] = sha256 if isinstance(sha256, list) and name != PAYLOAD else [sha256]
+    if type(size) is not int or size < 0 or not all(isinstance(block, str) for block in hashes):
         raise DamagedStateError(f"{MANIFEST} is malformed: the entry of {name} has no size and SHA-256")
-    return Entry(size, sha256)
+    if hashes is not sha256:
+        return Entry(size, max(size, 1), tuple(hashes))
+    if len(hashes) != -(-size // block_bytes):
+        raise DamagedStateError(f"{MANIFEST} is malformed: {name} has {len(hashes)} blocks")
+    return Entry(size, block_bytes, tuple(hashes))

@@ -12,7 +12,7 @@ from src.adapt.config import adapter_of
 from src.config import RunConfig
 from src.model.weights import Weights, save_weights
 from src.run_folder import ADAPTER, TUNED_STATE, WEIGHTS, ResultNames
-from src.training.checkpoint.state import gather_adapter, gather_weights
+from src.training.checkpoint.gather import gather_adapter, gather_weights
 from src.training.module import TrainingModule
 
 

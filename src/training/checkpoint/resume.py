@@ -25,9 +25,11 @@ from src.run_folder import (
     read_run,
     rename_damaged,
 )
+from src.training.checkpoint.manifest import DamagedStateError
+from src.training.checkpoint.reader import StateReader
 from src.training.checkpoint.results import result_names
 from src.training.checkpoint.state import Position, SavedState
-from src.training.checkpoint.storage import DamagedStateError, StateReader, state_folders
+from src.training.checkpoint.storage import state_folders
 from src.training.console import log
 from src.training.schedule import RunLength
 
@@ -37,8 +39,8 @@ class ResumePoint:
     """Where a run continues: at `position`, from the full `state`, else from `weights` (None: new ones). A run that
     trains an adapter has both: the weights are its base.
 
-    `reader` gives the tensors of the full state. Its manifest and state.json are read already: no byte of a state is
-    read twice.
+    `reader` gives the tensors of the full state. Its manifest and state.json are read already, by rank 0: no byte of
+    these is read twice.
     """
 
     position: Position

@@ -1,13 +1,14 @@
-"""Full states on disk: folders that appear as a whole, and whose checksums are verified while they are read.
+"""Full states on disk: written by all ranks at once, in folders that appear as a whole.
 
     proj_dir/resume/step-00000120/
-        rank0-0000.safetensors ...   tensors that rank 0 wrote, in shards
+        rank0-0000.safetensors ...   tensors and parts of tensors that rank 0 wrote, in shards
+        rank1-0000.safetensors ...   those of rank 1
         state.json                   the rest: position, counters, settings
-        manifest.json                format version; size and SHA-256 of each file; written last
+        manifest.json                format version; of each file its size and its SHA-256, block by block; written last
 
 Everything is written to a temporary folder, flushed to the disk and renamed; then older states are removed, but for the
-last few. Writing happens in a thread, from copies, while training goes on. Only files that the manifest lists are read,
-each of them once.
+last few. Each rank writes in a thread, from a copy of what it holds, while training goes on. Rank 0 makes the folder,
+writes the last two files and renames it.
 """
 
 from __future__ import annotations
@@ -15,36 +16,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import queue
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from src.files import make_folder, sync_folder
 from src.run_folder import STATES
-from src.training.checkpoint.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    PAYLOAD,
-    DamagedStateError,
-    parse_json,
-    parse_manifest,
-)
+from src.training.checkpoint.manifest import BLOCK_BYTES, FORMAT_VERSION, MANIFEST, PAYLOAD
+from src.training.checkpoint.parts import Part
+from src.training.checkpoint.shard_file import RETRY_SECONDS, blocks, header_of
+from src.training.checkpoint.snapshot import SnapshotBuffers
+from src.training.distributed.side_group import SideGroup
 
 STATE_BYTES_PER_PARAMETER = 12  # fp32 weight and two moments
-# A save holds up to four shards in CPU memory: one being filled, one waiting, one being written, and that one's bytes.
-SHARD_BYTES = 1 << 30
-RETRY_SECONDS = 1.0  # network file systems fail for a moment now and then
-Tensors = dict[str, Tensor]
+Content = Sequence[bytes | memoryview]
+T = TypeVar("T")
 
 
 def state_folders(proj_dir: Path) -> list[Path]:
@@ -56,76 +50,9 @@ def state_folders(proj_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-class StateReader:
-    """Reads a state: the manifest and `payload` at construction, the tensors by `shards`. Verifies each file as it is
-    read.
-
-    Whatever is wrong with a file (missing, unreadable, other content than was written, malformed) raises
-    DamagedStateError.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._files = parse_manifest(_read_bytes(folder / MANIFEST), folder)
-        for name, (size, _) in self._files.items():  # cheap, and finds most damage before a model is built
-            _check_size(folder / name, size)
-        self.payload = parse_json(PAYLOAD, self._read_verified(PAYLOAD))
-
-    def shards(self) -> Iterator[Tensors]:
-        """The tensors, shard by shard: of every file that the manifest lists, and of no other."""
-        for name in self._files:
-            if name == PAYLOAD:
-                continue
-            data = self._read_verified(name)
-            try:
-                shard = load(data)
-            except Exception as error:  # whatever the parser says of bytes that no writer of ours wrote
-                raise DamagedStateError(f"{name} can't be parsed ({error})") from error
-            if not shard:
-                raise DamagedStateError(f"{name} has no tensors")
-            yield shard
-
-    def _read_verified(self, name: str) -> bytes:
-        size, sha256 = self._files[name]
-        # whole, then hashed, then parsed: what is used is what was verified
-        data = _read_bytes(self.folder / name)
-        if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
-            raise DamagedStateError(f"{name} is not what was written (its SHA-256 differs)")
-        return data
-
-
-def _check_size(path: Path, size: int) -> None:
-    try:
-        actual = path.stat().st_size
-    except OSError as error:
-        raise DamagedStateError(f"{path.name} is missing ({error.strerror})") from error
-    if actual != size:
-        raise DamagedStateError(f"{path.name} has {actual} bytes instead of {size}")
-
-
-def _read_bytes(path: Path) -> bytes:
-    for last_try in (False, True):
-        try:
-            return path.read_bytes()
-        except FileNotFoundError as error:
-            raise DamagedStateError(f"{path.name} is missing") from error
-        except OSError as error:  # the disk can't read it (EIO), or a network file system fails for a moment
-            if last_try:
-                raise DamagedStateError(f"{path.name} can't be read ({error.strerror})") from error
-            time.sleep(RETRY_SECONDS)
-    raise AssertionError("the second try returns or raises")
-
-
-@dataclass(frozen=True)
-class _Payload:
-    """The last task of a save."""
-
-    content: dict[str, Any]
-
-
 class StateWriter:
-    """Writes states in a thread, one at a time. A write that fails is tried once more; then the next call here raises
-    OSError."""
+    """Writes states in a thread of each rank, one at a time. A write that fails is tried once more; then no rank
+    publishes the state, and the next call here raises OSError on every rank."""
 
     def __init__(
         self,
@@ -133,12 +60,17 @@ class StateWriter:
         keep: int,
         expected_seconds: float = 0.0,
         check_folder: Callable[[], None] = lambda: None,
+        processes: int = 1,
     ) -> None:
-        """`expected_seconds`: what a save is expected to take as long as none was measured. `check_folder` raises where
-        the folder is another run's; it is called before anything is written under a final name."""
+        """Every rank takes part. `expected_seconds`: what a save is expected to take as long as none was measured.
+        `check_folder` raises where the folder is another run's; it is called before anything is written under a final
+        name. `processes` share this machine's memory."""
         self.root, self.keep, self._expected_seconds = proj_dir / STATES, keep, expected_seconds
+        self.group = SideGroup()
+        self.bytes_written = 0  # by this rank, of tensors, in the last save
         self._check_folder = check_folder
-        self._tasks: queue.Queue[Tensors | _Payload]
+        self._buffers = SnapshotBuffers(processes)
+        self._copies: queue.Queue[tuple[list[Part], Tensor] | RuntimeError | None]
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._slowest_seconds = 0.0
@@ -149,36 +81,25 @@ class StateWriter:
         first."""
         return self._slowest_seconds or self._expected_seconds
 
-    def write(self, step: int, payload: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Begin to save. Returns once all tensors are copied; blocks while the queue of shards is full."""
+    def prepare(self, parts: list[Part]) -> None:
+        """Begin to get the memory for copies of these parts: the first save needs not wait for it."""
+        self._buffers.prepare(parts)
+
+    def write(self, step: int, payload: dict[str, Any], parts: list[Part]) -> None:
+        """Begin to save, on every rank: `parts` are this one's, `payload` is rank 0's. Returns once all are copied."""
         self.wait()
-        # maxsize 1 makes training wait for the disk, where that is slower, before memory fills with shards
-        self._tasks = queue.Queue(maxsize=1)
-        thread = threading.Thread(target=self._work, args=(step,), daemon=True, name="state-writer")
+        self._copies = queue.Queue()
+        thread = threading.Thread(target=self._work, args=(step, payload), daemon=True, name="state-writer")
         thread.start()
         self._thread = thread
-        shard: Tensors = {}
-        size = 0
-        for name, tensor in tensors:
-            # a copy even on a CPU: the next step changes the tensor while the thread writes
-            shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
-            size += shard[name].numel() * shard[name].element_size()
-            if size >= SHARD_BYTES:
-                self._hand_over(shard)
-                shard, size = {}, 0
-        if shard:
-            self._hand_over(shard)
-        self._hand_over(_Payload(payload))
-
-    def _hand_over(self, task: Tensors | _Payload) -> None:
-        """Put a task into the queue; drop it where the thread has ended, after a failure that `check` raises: other
-        ranks still take part in gathering the rest."""
-        while self._thread is not None and self._thread.is_alive():
-            try:
-                self._tasks.put(task, timeout=1.0)
-                return
-            except queue.Full:  # the disk is slow, or the thread has just ended
-                continue
+        # a copy even on a CPU: the next step changes the tensors while the thread writes
+        try:
+            for copy in self._buffers.copies(parts, thread.is_alive):
+                self._copies.put(copy)
+        except BaseException as error:  # out of memory: the thread waits for the rest
+            self._copies.put(RuntimeError(f"the state could not be copied ({error})"))
+            raise
+        self._copies.put(None)
 
     def wait(self) -> None:
         """Until the save under way is on the disk. Raises the error of one that failed."""
@@ -193,39 +114,82 @@ class StateWriter:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _work(self, step: int) -> None:
+    def close(self) -> None:
+        """After the last save, on every rank."""
+        self.wait()
+        self.group.close()
+
+    def _work(self, step: int, payload: dict[str, Any]) -> None:
         """The thread: whatever fails in it, the handling of a failure included, becomes an error of the run."""
-        temporary = self.root / f".step-{step:08d}.{os.getpid()}.tmp"
+        temporary = self.root / f".step-{step:08d}.{os.getpid()}.tmp"  # rank 0's
         try:
-            self._write_state(step, temporary)
+            self._save(step, payload, temporary)
         except BaseException as error:
             self._failure = error  # first: what follows may fail as well
             try:
-                if isinstance(error, (OSError, SafetensorError)):
+                if isinstance(error, OSError):
                     self._failure = _save_failure(self.root, error)
-                shutil.rmtree(temporary, ignore_errors=True)
+                if self.group.rank == 0:
+                    shutil.rmtree(temporary, ignore_errors=True)
             except BaseException as second:
                 self._failure = second
 
-    def _write_state(self, step: int, temporary: Path) -> None:
-        """Writes shards as they arrive, then the payload and the manifest, and publishes the folder."""
+    def _save(self, step: int, payload: dict[str, Any], temporary: Path) -> None:
         begin = time.monotonic()
-        files: dict[str, dict[str, Any]] = {}
-        task = self._tasks.get()
+        temporary = self._on_rank_zero(lambda: self._make_folder(temporary))
+        entries = self._on_every_rank(lambda: self._write_shards(temporary))
+        files = {name: entry for of_rank in entries for name, entry in of_rank.items()}
+        self._on_rank_zero(lambda: self._publish(temporary, step, payload, files))
+        self._slowest_seconds = max(self._slowest_seconds, time.monotonic() - begin)
+
+    def _on_every_rank(self, compute: Callable[[], T]) -> list[T]:
+        """The results of all ranks. Where it fails on one of them, it raises on all: there its own error."""
+        result: Any = None
+        error: Exception | None = None
+        try:
+            result = compute()
+        except Exception as raised:
+            error = raised
+        outcomes = self.group.exchange((result, error and _portable(error)))
+        for rank, (_, other) in enumerate(outcomes):
+            if other is not None:
+                raise error or (OSError(f"rank {rank}: {other}") if isinstance(other, OSError) else other)
+        return [result for result, _ in outcomes]
+
+    def _on_rank_zero(self, compute: Callable[[], T]) -> T:
+        return self._on_every_rank(lambda: compute() if self.group.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def _make_folder(self, temporary: Path) -> Path:
         self._check_folder()
         make_folder(self.root)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        while not isinstance(task, _Payload):
-            name = f"rank0-{len(files):04d}.safetensors"
-            files[name] = _write_file(temporary / name, save(task))
-            task = self._tasks.get()
-        files[PAYLOAD] = _write_file(temporary / PAYLOAD, _json_bytes(task.content))
-        _write_file(temporary / MANIFEST, _json_bytes({"version": FORMAT_VERSION, "files": files}))
-        self._publish(temporary, step)
-        self._slowest_seconds = max(self._slowest_seconds, time.monotonic() - begin)
+        return temporary
 
-    def _publish(self, temporary: Path, step: int) -> None:
+    def _write_shards(self, temporary: Path) -> dict[str, dict[str, Any]]:
+        """The entries of this rank's files in the manifest."""
+        files: dict[str, dict[str, Any]] = {}
+        written = 0
+        while (copy := self._copies.get()) is not None:
+            if isinstance(copy, RuntimeError):
+                raise copy
+            shard, buffer = copy
+            name = f"rank{self.group.rank}-{len(files):04d}.safetensors"
+            data = memoryview(buffer.numpy().data)[: sum(part.size for part in shard)]
+            content = list(blocks(header_of(shard), data))
+            files[name] = {"bytes": sum(map(len, content)), "sha256": _write_file(temporary / name, content)}
+            written += files[name]["bytes"]
+            del data, content  # views of the buffer
+            self._buffers.release(buffer)
+        self.bytes_written = written
+        return files
+
+    def _publish(self, temporary: Path, step: int, payload: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+        """The last files, and the rename."""
+        data = _json_bytes(payload)
+        files[PAYLOAD] = {"bytes": len(data), "sha256": _write_file(temporary / PAYLOAD, [data])[0]}
+        manifest = {"version": FORMAT_VERSION, "block_bytes": BLOCK_BYTES, "files": files}
+        _write_file(temporary / MANIFEST, [_json_bytes(manifest)])
         sync_folder(temporary)  # the names of the files before the name of the folder
         self._check_folder()
         final = self.root / f"step-{step:08d}"
@@ -241,6 +205,15 @@ class StateWriter:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def _portable(error: Exception) -> Exception:
+    """An error as it can be sent to another rank."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
 def _save_failure(root: Path, error: Exception) -> OSError:
     return OSError(
         f"the state of the run could not be saved under {root}: {error}. Earlier states are complete; free some "
@@ -252,18 +225,21 @@ def _json_bytes(content: dict[str, Any]) -> bytes:
     return json.dumps(content, indent=1).encode()
 
 
-def _write_file(path: Path, data: bytes) -> dict[str, Any]:
-    """Write and flush to the disk, with one retry. Returns the file's entry of the manifest."""
+def _write_file(path: Path, content: Content) -> list[str]:
+    """Write blocks and flush them to the disk, with one retry. Returns the SHA-256 of each block."""
     for last_try in (False, True):
         try:
+            hashes = []
             with open(path, "wb") as file:
-                file.write(data)
+                for block in content:
+                    hashes.append(hashlib.sha256(block).hexdigest())
+                    file.write(block)
                 file.flush()
                 os.fsync(file.fileno())
-            break
+            return hashes
         except OSError:
             if last_try:
                 raise
             path.unlink(missing_ok=True)
             time.sleep(RETRY_SECONDS)
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    raise AssertionError("the second try returns or raises")

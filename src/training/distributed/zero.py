@@ -7,7 +7,6 @@ the first engine is built.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import logging
 import os
@@ -24,12 +23,13 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from src.model import RWKV7
+from src.training.distributed import deepspeed_internals
 from src.training.distributed.engine_adamw import EngineAdamW
 from src.training.optim import LOSS_SCALE_GROWTH_STEPS, LOSS_SCALE_POWER
 
 # The range that the tests run with; it works without compiling an extension. Older releases (0.19.0) report a gradient
-# norm that is not finite as -1, and `EngineAdamW` would take the step. Newer minor releases are untested, and this file
-# and engine_adamw.py use attributes that are not part of DeepSpeed's public interface.
+# norm that is not finite as -1, and `EngineAdamW` would take the step. Newer minor releases are untested, and
+# deepspeed_internals.py uses attributes that are not part of DeepSpeed's public interface.
 REQUIREMENT = "deepspeed>=0.19.8,<0.20"
 
 
@@ -64,8 +64,7 @@ def import_deepspeed(accelerator: str) -> Any:
 
     # torch warns of a deprecated function at every collective that DeepSpeed calls
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # This extension for CPU collectives takes two minutes to build, and gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed_internals.leave_out_shm_comm(deepspeed)
     return deepspeed
 
 
@@ -158,8 +157,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         zero = self.deepspeed_engine.optimizer
         if isinstance(module.optimizer, EngineAdamW):
             module.optimizer.attach(self.deepspeed_engine)
-            if zero.dtype != torch.float16:
-                _skip_norm_check(zero)
+            if not deepspeed_internals.computes_in_fp16(zero):
+                deepspeed_internals.skip_norm_check(zero)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         # asked first: the call below advances the engine's count of micro steps
@@ -184,12 +183,3 @@ class EnginePrecision(DeepSpeedPrecision):
         assert model.trainer is not None
         # Lightning has divided the loss by the number of accumulated micro steps already.
         model.trainer.strategy.deepspeed_engine.backward(tensor, scale_wrt_gas=False)  # type: ignore[union-attr,attr-defined]
-
-
-def _skip_norm_check(zero: Any) -> None:
-    """Turn off the engine's own check of the gradient norm, since `EngineAdamW` checks it on the device."""
-    # The engine copies the norm to the host at every step, and so waits for the device. A release without this function
-    # keeps that wait; the results are the same.
-    module = importlib.import_module(type(zero).__module__)
-    if hasattr(module, "is_invalid_grad_norm"):
-        module.is_invalid_grad_norm = lambda norm: False  # type: ignore[attr-defined]

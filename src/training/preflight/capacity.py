@@ -8,6 +8,7 @@ from src.config import ModelConfig, RunConfig
 from src.model.cost import parameter_count
 from src.training.checkpoint.resume import ResumePoint
 from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, state_folders
+from src.training.hardware import memory_limits
 from src.training.hardware.selection import Hardware
 from src.training.model_setup import held_count
 from src.training.preflight import machine, plan
@@ -18,7 +19,7 @@ from src.training.preflight.plan import GIB
 
 def check_memory(checks: Checklist, config: RunConfig, hardware: Hardware, model: ModelConfig) -> None:
     """Compare the estimate with the free memory; a problem names settings with which the run would fit."""
-    memory, free = estimate(config, model, hardware), machine.free_memory(hardware.accelerator, hardware.devices)
+    memory, free = estimate(config, model, hardware), memory_limits.free_memory(hardware.accelerator, hardware.devices)
     # On a CPU the free memory of the machine is divided by its processes, so both numbers are per process.
     unit = "per GPU" if hardware.accelerator == "gpu" else "per process"
     free_text = "free memory is unknown on this system" if free is None else f"{free / GIB:.2f} GiB are free"

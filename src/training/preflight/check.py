@@ -15,6 +15,7 @@ from src.training.checkpoint.results import result_names
 from src.training.checkpoint.resume import ResumePoint, length_of_run, peek_resume_point
 from src.training.console import log
 from src.training.data import Samples, peek_samples
+from src.training.hardware import memory_limits
 from src.training.hardware.selection import Hardware, choose_hardware
 from src.training.model_setup import find_vocab_size, fit_to_run
 from src.training.preflight import capacity, machine
@@ -85,7 +86,7 @@ def warn_at_start(
         capacity.check_disk(config, hardware, model, resume, proj_dir, samples.prime),
     ]
     problems = [finding.problem for finding in findings if finding.problem]
-    memory, free = estimate(config, model, hardware), machine.free_memory(hardware.accelerator, hardware.devices)
+    memory, free = estimate(config, model, hardware), memory_limits.free_memory(hardware.accelerator, hardware.devices)
     # All of the free memory here, not the safe share: a warning at every start of a run that works would be ignored.
     if free is not None and memory.total > free:
         problems.append(oom_message(config, model, hardware, free))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from src.config import RunConfig
+from src.training.checkpoint.manifest import DamagedStateError
 from src.training.checkpoint.results import Results, result_names
 from src.training.checkpoint.resume import length_of_run, peek_resume_point
-from src.training.checkpoint.storage import DamagedStateError
 from src.training.console import log
 from src.training.control import RunControl
 from src.training.data import peek_samples

@@ -12,9 +12,9 @@ import torch
 from src.adapt.config import adapter_of
 from src.config import ModelConfig, RunConfig
 from src.training.distributed.process_group import ProcessGroup
+from src.training.hardware.memory_limits import free_memory
 from src.training.hardware.selection import Hardware
 from src.training.preflight import plan
-from src.training.preflight.machine import free_memory
 from src.training.preflight.plan import GIB, Memory
 
 # The share of free memory that an estimate may fill: a GPU's allocator rounds sizes up, and on a CPU other programs

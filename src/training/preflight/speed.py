@@ -16,10 +16,10 @@ from src.config import ModelConfig, RunConfig
 from src.model import RWKV7
 from src.run_folder import METRICS
 from src.run_log import read_columns
+from src.training.hardware import memory_limits
 from src.training.hardware.selection import Hardware
 from src.training.objectives.head_loss import HeadLoss
 from src.training.optim import MasterAdamW, adam_arguments, parameter_groups
-from src.training.preflight import machine
 from src.training.preflight.checklist import Checklist
 from src.training.preflight.out_of_memory import SAFE_SHARE, estimate, is_out_of_memory, oom_message
 
@@ -52,7 +52,7 @@ def expected_speed(checks: Checklist, config: RunConfig, hardware: Hardware, mod
         return recorded
     # The trial is one process, so it holds the whole model even where the run would partition it.
     one_process = replace(hardware, devices=1, num_nodes=1, strategy="plain")
-    free = machine.free_memory(hardware.accelerator, 1)
+    free = memory_limits.free_memory(hardware.accelerator, 1)
     if free is not None and estimate(config, model, one_process).total > SAFE_SHARE[hardware.accelerator] * free:
         checks.report(
             "time", "not measured: one process would be out of memory; --plan SPEED gives the time at a speed"
