@@ -394,6 +394,17 @@ def test_reports_for_binidx_text_and_last_words(run, data, tokenizer, tmp_path, 
     assert "2 texts" in capsys.readouterr().out
 
 
+def test_only_an_unknown_tokenizer_leaves_bits_per_byte_open(run, data, capsys):
+    arguments = [str(run), "--data", str(data.prefix), "--ctx_len", "32", "--device", "cpu"]
+    (run / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "tokenizer.json is not readable" in capsys.readouterr().err
+    (run / "tokenizer").rename(run / "elsewhere")
+    assert main(arguments) == 0
+    assert "bits per byte unknown without --tokenizer" in capsys.readouterr().out
+
+
 def test_texts_are_read_as_in_data_preparation(run, tokenizer, tmp_path, capsys):
     """With a byte order mark, compressed, with empty lines: the tokens of the plain file."""
     lines = b'{"text": "what is the answer"}\n\n{"text": "def return the string"}\n{"text": ""}\n'

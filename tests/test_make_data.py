@@ -239,7 +239,9 @@ def test_zst_files_and_truncated_ones(tmp_path: Path, tokenizer: str, capsys: py
     assert "y.jsonl.zst: damaged or truncated" in capsys.readouterr().err
 
 
-def test_parquet(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parquet(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     texts = [f"text {i}" for i in range(2000)]
@@ -250,6 +252,12 @@ def test_parquet(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         make(file, tokenizer, tmp_path / "z")
     assert "x.parquet: no column 'text'; the columns are ['content', 'other']" in capsys.readouterr().err
+    monkeypatch.setattr("src.dataset.parquet.BATCH_BYTES", 500)  # a few rows of a row group at a time
+    assert make(file, tokenizer, tmp_path / "w", "--field", "content") == expected
+    monkeypatch.setattr("src.dataset.parquet.MOST_BYTES", 500)
+    with pytest.raises(SystemExit):
+        make(file, tokenizer, tmp_path / "z", "--field", "content")
+    assert "bytes without compression; expected at most 500" in capsys.readouterr().err
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(SystemExit):
         make(file, tokenizer, tmp_path / "z", "--field", "content")

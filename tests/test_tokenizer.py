@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from src.dataset.chat_template import ChatTemplate
 from src.dataset.control_tokens import ContentMarks
-from src.dataset.tokenizer import TOKENIZER_FILES, FolderTokenizer, Tokenizer, copy_tokenizer, load_tokenizer
+from src.dataset.tokenizer import FolderTokenizer, Tokenizer, load_tokenizer
+from src.dataset.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 from src.errors import UserError
 
 MESSAGES = [

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from src.dataset.conversation_formats import ANSWERS, TURN_LISTS
 from src.dataset.corpus import text_input
 from src.dataset.corpus.text_input import JSON_LINES, Piece, read_pieces
+from src.dataset.parquet import read_batches
 from src.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow
 
 ENDINGS = (*JSON_LINES, ".json", ".json.gz", ".json.zst", ".parquet")
-_PARQUET_ROWS = 512  # per piece: some megabytes with conversations of the usual length
 
 
 def check_conversation_file(path: str) -> None:
@@ -163,27 +163,13 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _read_parquet(path: str) -> Iterator[Piece]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            "reading .parquet needs the package pyarrow", flag="data_file", given=path, advice="pip install pyarrow"
-        ) from error
-    size = Path(path).stat().st_size
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            rows, done = max(1, file.metadata.num_rows), 0
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                names = batch.schema.names
-                columns = [_values(path, name, column) for name, column in zip(names, batch.columns, strict=True)]
-                rows_of_batch = zip(*columns, strict=True)
-                lines = b"".join(_json_line(dict(zip(names, row, strict=True))) for row in rows_of_batch)
-                # The bytes read are estimated from the rows: pyarrow doesn't expose a file position.
-                yield Piece(path, done + 1, done, lines, size * (done + len(batch)) // rows)
-                done += len(batch)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"not a readable Parquet file ({error})", flag="data_file", given=path) from error
+    done = 0
+    for batch, n_bytes in read_batches(path, lambda schema: schema.names, "data_file"):
+        names = batch.schema.names
+        columns = [_values(path, name, column) for name, column in zip(names, batch.columns, strict=True)]
+        lines = b"".join(_json_line(dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True))
+        yield Piece(path, done + 1, done, lines, n_bytes)
+        done += len(batch)
 
 
 def _values(path: str, name: str, column: "pyarrow.Array") -> list[Any]:

@@ -4,7 +4,6 @@ Folders are read with `tokenizers` and `jinja2` alone, because importing `transf
 """
 
 import ast
-import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -20,17 +19,12 @@ import numpy.typing as npt
 
 from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate
 from src.dataset.control_tokens import special_token_pattern, split_at_control_tokens
+from src.dataset.tokenizer_files import decoded, default_template, read_files, read_json, token_text
 from src.errors import UserError
-from src.files import atomic_write
 
 WORLD_VOCAB_SIZE = 65536  # rows of the published models
 WORLD_LARGEST_ID = 65529  # of the vocabulary file rwkv_vocab_v20230424.txt: a model with 65530 rows has all ids
-# Of tokenizer.json, and of the other files of a tokenizer: a vocabulary of 256,000 tokens has 35 MB, and its reader
-# takes some ten times the memory.
-MAX_TOKENIZER_BYTES, MAX_CONFIG_BYTES = 150_000_000, 10_000_000
 MAX_VOCAB_SIZE = 10_000_000  # a list of so many entries is made
-# The files of a Hugging Face tokenizer folder that this module and `transformers` read.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Tokenizer:
@@ -224,7 +218,7 @@ class FolderTokenizer(Tokenizer):
 
         folder = Path(folder)
         self.name = str(folder)
-        self.files = _read_files(folder) if files is None else files
+        self.files = read_files(folder) if files is None else files
         if "tokenizer.json" not in self.files:
             raise UserError(
                 "no tokenizer.json in it",
@@ -233,7 +227,7 @@ class FolderTokenizer(Tokenizer):
                 expected="world or a Hugging Face tokenizer folder",
                 advice="convert a folder of a slow tokenizer with AutoTokenizer.save_pretrained of transformers",
             )
-        model = _decoded(self.files["tokenizer.json"], folder / "tokenizer.json")
+        model = decoded(self.files["tokenizer.json"], folder / "tokenizer.json")
         with self._errors("tokenizer.json is not readable"):
             self._rust = tokenizers.Tokenizer.from_str(model)
             # Settings of training with `transformers` that some files carry; they would cut or pad long texts.
@@ -248,10 +242,10 @@ class FolderTokenizer(Tokenizer):
                 given=folder,
                 expected=f"ids below {MAX_VOCAB_SIZE}",
             )
-        config = _read_json(self.files.get("tokenizer_config.json", b"{}"), folder / "tokenizer_config.json")
+        config = read_json(self.files.get("tokenizer_config.json", b"{}"), folder / "tokenizer_config.json")
         self.largest_id = self.vocab_size - 1
         names = ("bos_token", "eos_token", "unk_token")  # those that chat templates refer to
-        self.specials = {name: text for name in names if (text := _token_text(config.get(name))) is not None}
+        self.specials = {name: text for name in names if (text := token_text(config.get(name))) is not None}
         # Special tokens are skipped, so only an ordinary entry gives a text here.
         with self._errors("tokenizer.json is not usable"):
             self.text_of_0 = self._rust.decode([0], skip_special_tokens=True)
@@ -262,9 +256,7 @@ class FolderTokenizer(Tokenizer):
             self.eos_ids = (end,) if self.text_of_0 or end == 0 else (0, end)
         # Newer versions of transformers write the template to its own file, which has precedence there too.
         template = self.files.get("chat_template.jinja")
-        source = (
-            _decoded(template, folder / "chat_template.jinja") if template is not None else _default_template(config)
-        )
+        source = decoded(template, folder / "chat_template.jinja") if template is not None else default_template(config)
         if source is not None:
             try:
                 self.chat_template = ChatTemplate(source, self.specials)
@@ -396,76 +388,3 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> Tokenizer:
     if str(name_or_folder) == "world":
         return WorldTokenizer()
     return FolderTokenizer(name_or_folder)
-
-
-def copy_tokenizer(folder: Path, to: Path) -> None:
-    """Copies the TOKENIZER_FILES of `folder` to `to`, each atomically; deletes those in `to` that `folder` lacks."""
-    to.mkdir(parents=True, exist_ok=True)
-    if not to.samefile(folder):  # a run whose --tokenizer is the copy in its own folder
-        write_tokenizer(_read_files(folder), to)
-
-
-def write_tokenizer(files: Mapping[str, bytes], to: Path) -> None:
-    """Writes a tokenizer's `files` into a folder, each atomically; deletes those of TOKENIZER_FILES that it lacks."""
-    to.mkdir(parents=True, exist_ok=True)
-    for name in dict.fromkeys((*TOKENIZER_FILES, *files)):
-        if name in files:
-            with atomic_write(to / name) as file:
-                file.write(files[name])
-        else:
-            # A template of another tokenizer, for example, would be used with this vocabulary.
-            (to / name).unlink(missing_ok=True)
-
-
-def check_size(path: Path, limit: int) -> None:
-    """UserError for a file that is larger than any real one of its kind: its reader would fill the memory."""
-    if (size := path.stat().st_size) > limit:
-        raise UserError(f"has {size} bytes", given=path, expected=f"at most {limit}")
-
-
-def _read_files(folder: Path) -> dict[str, bytes]:
-    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    for path in paths:
-        check_size(path, MAX_TOKENIZER_BYTES if path.name == "tokenizer.json" else MAX_CONFIG_BYTES)
-    return {path.name: path.read_bytes() for path in paths}
-
-
-def _decoded(content: bytes, path: Path) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"can't be read as UTF-8 text ({error})", given=path) from error
-
-
-def _read_json(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_decoded(data, path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"not valid JSON ({error})", given=path) from error
-    if not isinstance(content, dict):
-        raise UserError(f"contains a {type(content).__name__}", given=path, expected="a JSON object")
-    return content
-
-
-def _token_text(entry: Any) -> str | None:
-    """The text of a special token in tokenizer_config.json: a string, or the `content` of an object; else None."""
-    text = entry.get("content") if isinstance(entry, dict) else entry
-    return text if isinstance(text, str) else None
-
-
-def _default_template(config: dict[str, Any]) -> str | None:
-    """The chat template of tokenizer_config.json, or the one called "default" of several.
-
-    UserError if it is no text.
-    """
-    template = config.get("chat_template")
-    if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use", ...}]
-        entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-        template = entries[0].get("template") if entries else None
-    if template is not None and not isinstance(template, str):
-        raise UserError(
-            f"the chat template in tokenizer_config.json is a {type(template).__name__}", expected="a Jinja template"
-        )
-    return template

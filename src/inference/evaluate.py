@@ -27,7 +27,7 @@ from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.inference.adaptation import model_name
 from src.inference.arguments import adaptation_from, add_model_arguments
-from src.inference.load import find_model, find_tokenizer, load_model
+from src.inference.load import UnknownTokenizerError, find_model, find_tokenizer, load_model
 from src.inference.scoring import LOGIT_ROWS, score_continuations
 from src.model import RWKV7
 from src.terminal import prepare_output, show
@@ -233,9 +233,8 @@ def _loss_report(options: argparse.Namespace) -> str:
     tokenizer: Tokenizer | None = None
     try:
         tokenizer = find_tokenizer(weights, vocab_size, options.tokenizer, adaptation)
-    except UserError:
-        # binidx holds ids: without a tokenizer only bits per byte are unknown
-        if options.tokenizer or not is_binidx(path):
+    except UnknownTokenizerError:
+        if not is_binidx(path):  # that holds ids: without a tokenizer only bits per byte are unknown
             raise
     tokens = read_tokens(path, tokenizer)
     result = heldout_loss(model, tokens, options.ctx_len, options.max_windows, options.micro_bsz)

@@ -95,11 +95,16 @@ def latest_trained_weights(out: Path) -> Path:
     return max(candidates, key=lambda path: path.stat().st_mtime)
 
 
+class UnknownTokenizerError(UserError):
+    """Nothing says which tokenizer belongs to the weights."""
+
+
 def find_tokenizer(weights: Path, vocab_size: int, given: str = "", adaptation: Adaptation = NOTHING) -> Tokenizer:
     """The tokenizer of `weights`: `given`, else that of the run that trained the adapter, else the one in a GGUF file,
     else that of the folder or run of the weights, else World for a vocabulary of its size.
 
-    Raises UserError when none of these exists, or when the tokenizer has an id that the model lacks.
+    Raises UnknownTokenizerError when none of these exists, another UserError when it can't be read or has an id that
+    the model lacks.
     """
     name = given or next(filter(None, (_tokenizer_of_run(path.parent) for path in adaptation.paths)), "")
     contains_one = not name and is_gguf(weights)
@@ -108,7 +113,7 @@ def find_tokenizer(weights: Path, vocab_size: int, given: str = "", adaptation: 
     if not name and not contains_one:
         # A weights file has no other hint. Released World models have exactly this many rows.
         if vocab_size != WORLD_VOCAB_SIZE:
-            raise UserError(
+            raise UnknownTokenizerError(
                 f"missing, and nothing next to {weights} names one",
                 flag="tokenizer",
                 expected="world or a Hugging Face tokenizer folder",

@@ -12,7 +12,7 @@ from src import run_folder
 from src.adapt.adapter import adapter_parameter_count
 from src.adapt.config import adapter_of
 from src.config import ModelConfig, RunConfig, adapter_kind, settings_with
-from src.dataset.tokenizer import copy_tokenizer
+from src.dataset.tokenizer_files import copy_tokenizer
 from src.errors import UserError
 from src.files import sha256_of
 from src.model.cost import parameter_count

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
+from src.dataset.parquet import read_batches
 from src.errors import UserError
 
 if TYPE_CHECKING:
@@ -198,38 +199,25 @@ def _split_lines(blocks: Iterator[bytes], raw: IO[bytes], path: str, limit: int 
 
 
 def _read_parquet(path: str, field: str) -> Iterator[_Part]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            "reading .parquet needs the package pyarrow", given=path, advice="pip install pyarrow"
-        ) from error
-    size = Path(path).stat().st_size
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise UserError(
-                    f"no column {field!r}; the columns are {file.schema_arrow.names}",
-                    given=path,
-                    advice="name the text column with --field",
-                )
-            column_type = file.schema_arrow.field(field).type
-            if not _is_text(column_type):
-                texts = [column.name for column in file.schema_arrow if _is_text(column.type)]
-                raise UserError(
-                    f"the column {field!r} has the type {column_type}, not text",
-                    given=path,
-                    advice=f"name a text column with --field; it has {texts}" if texts else "it has no text column",
-                )
-            rows, done = max(1, file.metadata.num_rows), 0
-            # Small batches, because a row may be a whole book.
-            for batch in file.iter_batches(batch_size=512, columns=[field]):
-                done += len(batch)
-                # The bytes read are estimated from the rows: pyarrow doesn't expose a file position.
-                yield batch.column(0).to_pylist(), len(batch), size * done // rows
-    except pyarrow.ArrowException as error:
-        raise UserError(f"not a readable Parquet file ({error})", given=path) from error
+    def text_column(schema: pyarrow.Schema) -> list[str]:
+        if field not in schema.names:
+            raise UserError(
+                f"no column {field!r}; the columns are {schema.names}",
+                given=path,
+                advice="name the text column with --field",
+            )
+        column_type = schema.field(field).type
+        if not _is_text(column_type):
+            texts = [column.name for column in schema if _is_text(column.type)]
+            raise UserError(
+                f"the column {field!r} has the type {column_type}, not text",
+                given=path,
+                advice=f"name a text column with --field; it has {texts}" if texts else "it has no text column",
+            )
+        return [field]
+
+    for batch, n_bytes in read_batches(path, text_column):
+        yield batch.column(0).to_pylist(), len(batch), n_bytes
 
 
 def _is_text(column_type: pyarrow.DataType) -> bool:

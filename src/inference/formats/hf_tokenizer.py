@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from src.dataset.tokenizer import TOKENIZER_FILES, Tokenizer, WorldTokenizer, write_tokenizer
+from src.dataset.tokenizer import Tokenizer, WorldTokenizer
+from src.dataset.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 from src.files import atomic_write
 from src.inference.formats.shards import write_json
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from src.dataset.tokenizer import check_size
+from src.dataset.tokenizer_files import check_size
 from src.errors import UserError
 from src.files import atomic_write
 from src.model.weights import Weights, plain_name, read_weights

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from src.config import RunConfig, adapter_kind
-from src.dataset.tokenizer import copy_tokenizer
+from src.dataset.tokenizer_files import copy_tokenizer
 from src.errors import UserError
 from src.inference.load import find_weights, holds_model
 from src.model.file_kind import file_kind
