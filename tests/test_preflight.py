@@ -102,7 +102,7 @@ def test_check_lists_all_problems(tmp_path, data, capfd, monkeypatch):
     assert call(tmp_path / "run", without_end, check=1) == 1
     items, _, problems = capfd.readouterr().out.partition("4 problems found:")
     assert items
-    for text in ("don't end with token 0", "0.0 are free", "disk:", "--kernel reference", "--micro_bsz 1"):
+    for text in ("don't end with token 0", "0.0 are free", "disk:", "--kernel portable", "--micro_bsz 1"):
         assert text in problems, text
     assert not (tmp_path / "run").exists()
 
@@ -239,17 +239,18 @@ def test_installed_packages_are_compared_with_the_requirements(tmp_path, monkeyp
     assert "no-such-package-at-all is missing" in machine.software().problem
 
 
-@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize("kernel", ["recurrent", "auto", "portable"])
 def test_a_missing_compiler_is_a_problem_only_where_it_is_needed(monkeypatch, tmp_path, data, capfd, kernel):
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     monkeypatch.setattr(build, "_loaded", None)
     monkeypatch.setattr(build, "_failure", None)
     monkeypatch.setattr(speed, "TRIAL_SECONDS", 0.2)
-    assert call(tmp_path / "run", data, check=1, kernel=kernel) == (1 if kernel == "auto" else 0)
+    assert call(tmp_path / "run", data, check=1, kernel=kernel) == (1 if kernel == "recurrent" else 0)
     items, _, problems = capfd.readouterr().out.partition("problem found:")
     assert "CXX is set to" in items
-    assert ("CXX is set to" in problems) == (kernel == "auto")
-    assert ("--kernel reference" in problems) == (kernel == "auto")
+    assert ("portable kernel" in items) == (kernel != "recurrent")
+    assert ("CXX is set to" in problems) == (kernel == "recurrent")
+    assert ("--kernel portable" in problems) == (kernel == "recurrent")
 
 
 def no_nvcc():

@@ -122,7 +122,7 @@ def test_reference_gradients_are_the_derivatives():
     assert torch.autograd.gradcheck(wkv7_reference, [*in_float64(inputs, state)[0], in_float64(inputs, state)[1]])
 
 
-@pytest.mark.parametrize("kernel", ["recurrent", "reference"])
+@pytest.mark.parametrize("kernel", ["recurrent", "portable", "reference"])
 @pytest.mark.parametrize("cut", [1, 32, 33, 64])
 def test_split_with_carried_state_is_the_whole(kernel, cut):
     inputs, state = problem(2, 70, 2, 32)
@@ -137,7 +137,7 @@ def test_split_with_carried_state_is_the_whole(kernel, cut):
         assert error(x, y.double()) < 2e-6, name
 
 
-@pytest.mark.parametrize("kernel", ["recurrent", "reference"])
+@pytest.mark.parametrize("kernel", ["recurrent", "portable", "reference"])
 def test_packed_documents_are_independent(kernel):
     bounds = [0, 1, 40, 40, 73, 105]  # one token, no token, across and at the bounds of kept states
     inputs, state = problem(1, 105, 2, 16, documents=len(bounds) - 1)
@@ -390,11 +390,12 @@ def test_wrong_kernels_are_refused():
         wkv7(*problem(2, 4, 1, 24)[0], kernel="recurrent")
 
 
+@pytest.mark.parametrize("kernel", ["auto", "portable"])
 @pytest.mark.parametrize("bounds", [[0, 3], [1, 4], [0, 3, 2, 4]])
-def test_wrong_document_bounds_are_refused(native, bounds):
+def test_wrong_document_bounds_are_refused(native, bounds, kernel):
     inputs, _ = problem(1, 4, 1, 16)
     with pytest.raises(RuntimeError, match="cu_seqlens must"):
-        wkv7(*inputs, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+        wkv7(*inputs, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), kernel=kernel)
 
 
 @pytest.mark.parametrize("bounds", [None, [0, 5, 70]], ids=["rows", "packed"])
@@ -420,7 +421,7 @@ def test_backward_refuses_what_forward_did_not_keep(native, name, change, bounds
         backward(**{**kept, name: change(kept[name])})
 
 
-def test_without_a_compiler_the_reference_serves_with_one_warning(monkeypatch):
+def test_without_a_compiler_the_portable_kernel_serves_with_one_warning(monkeypatch):
     def no_compiler(*_):
         raise BuildError("no C++ compiler; install one")
 
@@ -432,6 +433,11 @@ def test_without_a_compiler_the_reference_serves_with_one_warning(monkeypatch):
         for _ in range(3):
             y, _ = wkv7(*inputs, state)
     assert [str(w.message) for w in caught if "no C++ compiler" in str(w.message)] == [str(caught[0].message)]
-    assert torch.equal(y, wkv7_reference(*inputs, state)[0])
+    assert torch.equal(y, wkv7(*inputs, state, kernel="portable")[0])
     with pytest.raises(BuildError, match=r"no C\+\+ compiler"):
         wkv7(*inputs, state, kernel="recurrent")
+    monkeypatch.setattr(module, "_warned", set())
+    assert "no C++ compiler" in module.describe_kernel("cpu", torch.float32, 16, "auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the summary of a run has said it
+        wkv7(*inputs, state)

@@ -12,7 +12,7 @@ in tests/test_cli.py.
 from src.config.adapter import adapter_kind, split_list
 from src.config.checks import VAL_EVERY
 from src.config.flags import MINI_EPOCH_SAMPLES, PRECISIONS, STRATEGIES
-from src.config.model import KERNELS, PLACEHOLDER, ModelConfig, low_rank_size
+from src.config.model import KERNELS, PLACEHOLDER, PLAIN_KERNELS, ModelConfig, low_rank_size
 from src.config.run import RunConfig, settings_with
 from src.config.setting import GROUPS, default_text
 from src.config.support import TARGETS, WHOLE_PARTS, refusal
@@ -22,6 +22,7 @@ __all__ = [
     "KERNELS",
     "MINI_EPOCH_SAMPLES",
     "PLACEHOLDER",
+    "PLAIN_KERNELS",
     "PRECISIONS",
     "STRATEGIES",
     "TARGETS",

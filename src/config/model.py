@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from src.errors import UserError, UserErrors
 
-KERNELS = ("auto", "recurrent", "chunked", "reference")
+KERNELS = ("auto", "recurrent", "chunked", "portable", "reference")
+PLAIN_KERNELS = ("portable", "reference")  # everything in plain PyTorch: no native op is called but the loss's
 REQUIRED_SIZES = ("n_layer", "n_embd", "vocab_size", "head_size")
 DERIVED_SIZES = ("dim_ffn", "d_decay_lora", "d_aaa_lora", "d_mv_lora", "d_gate_lora")
 # The recurrence kernels compute a head's state in tiles of 16 rows and columns.

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from src.config import PLAIN_KERNELS
 from src.errors import UserError
 from src.inference.step import CudaGraphStep, TorchStep, overwrite
 from src.model import RWKV7, LayerState, State
@@ -132,8 +133,10 @@ class Decoder:
     def native(self) -> bool:
         """Whether steps of up to MOST_SEQUENCES sequences are native calls."""
         config = self.config
-        # "reference" asks for plain PyTorch everywhere.
-        return config.kernel != "reference" and can_decode(self.device, self.dtype, config.head_size, config.dim_ffn)
+        # These ask for plain PyTorch everywhere.
+        return config.kernel not in PLAIN_KERNELS and can_decode(
+            self.device, self.dtype, config.head_size, config.dim_ffn
+        )
 
     @cached_property
     def torch_step(self) -> TorchStep:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from src.config import PLAIN_KERNELS
 from src.model import RWKV7, Block, LayerState, State, TimeMix
 from src.model.layers import GROUP_NORM_EPS
 from src.ops import wkv7
@@ -52,7 +53,7 @@ def _affine(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def _exact_kernel(model: RWKV7) -> str:
     """The name of the sequential kernel where it is available: a chunked one has nothing to gain at a single token."""
     weight, config = model.emb.weight, model.config
-    if config.kernel == "reference":
+    if config.kernel in PLAIN_KERNELS:
         return config.kernel
     try:
         describe_kernel(weight.device.type, weight.dtype, config.head_size, "recurrent")

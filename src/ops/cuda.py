@@ -60,7 +60,7 @@ def gpu_targets() -> tuple[str, ...]:
         too_old = ", ".join(f"{major}.{minor}" for major, minor in [*present, *(target[0] for target in listed)])
         raise BuildError(
             f"the CUDA kernels need a GPU of capability {oldest[0]}.{oldest[1]} or later, got {too_old or 'no GPU'}",
-            advice="the kernel 'reference' runs on any GPU",
+            advice="--kernel portable runs on any GPU",
         )
     options: list[str] = []
     for (major, minor), variant, ptx in targets:

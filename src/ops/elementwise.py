@@ -3,7 +3,7 @@
 On a CPU in fp32 and bf16 each is one pass over memory forward and one backward (token_shift.cpp, time_mix.cpp and
 relu_squared.cpp in cuda/cpu), where plain PyTorch needs up to dozens. Everywhere else it is plain PyTorch
 (src/ops/reference.py), which torch.compile fuses: on a GPU, in other dtypes, without a native library (wkv7 warns
-with the reason) and with kernel "reference".
+with the reason) and with the kernels "portable" and "reference".
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.config import PLAIN_KERNELS
 from src.ops import build, reference
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -92,7 +93,13 @@ def relu_squared(x: Tensor, *, kernel: str = "auto") -> Tensor:
 
 def _fused(x: Tensor, kernel: str) -> bool:
     # On a GPU torch.compile fuses the plain form. Empty tensors have no first element for the native code to point at.
-    return kernel != "reference" and x.device.type == "cpu" and x.dtype in NATIVE_DTYPES and x.numel() > 0 and _native()
+    return (
+        kernel not in PLAIN_KERNELS
+        and x.device.type == "cpu"
+        and x.dtype in NATIVE_DTYPES
+        and x.numel() > 0
+        and _native()
+    )
 
 
 def _native() -> bool:

@@ -1,4 +1,4 @@
-"""RWKV-7's recurrence as one op with several implementations: CUDA, native CPU, and the plain PyTorch reference.
+"""RWKV-7's recurrence as one op with several implementations: CUDA, native CPU, portable, and the reference.
 
 The native ops are `torch.ops.rwkv7.wkv7_forward` and `wkv7_backward`, chosen by PyTorch's dispatcher from the
 tensors' device. Here: the checks of the arguments, and the choice of the implementation.
@@ -11,8 +11,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from src.config import KERNELS
+from src.config import KERNELS, PLAIN_KERNELS
 from src.ops import build
+from src.ops.portable import wkv7_portable
 from src.ops.recurrence_op import CHUNKED_SEGMENT, CHUNKED_SLOT, CPU_SEGMENT, CUDA_WINDOW, run_native
 from src.ops.recurrence_op import register_op as _register
 from src.ops.reference import wkv7_reference
@@ -22,7 +23,7 @@ __all__ = ["CHUNKED_SEGMENT", "CHUNKED_SLOT", "CPU_SEGMENT", "CUDA_WINDOW", "des
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_warned: set[str] = set()  # reasons for the reference that a warning has been given for
+_warned: set[str] = set()  # reasons for the portable kernel that the user was told
 
 
 def wkv7(
@@ -47,8 +48,9 @@ def wkv7(
     kept for backward. With cu_seqlens (int32 [D+1], B = 1) the row holds D documents, each with a state of its own:
     [D, H, N, N] in and out.
 
-    kernel: 'auto' takes the fastest available implementation and falls back to the reference with one warning;
-    'recurrent' (exact), 'chunked' (tensor cores) and 'reference' take that one or raise.
+    kernel: 'auto' takes the fastest available implementation and falls back to 'portable' with one warning;
+    'recurrent' (exact) and 'chunked' (tensor cores) take that native kernel or raise; 'portable' (in chunks) and
+    'reference' (token by token) are plain PyTorch.
 
     Raises ValueError for wrong shapes, dtypes, devices or kernel names, `build.BuildError` when a kernel asked by
     name is not available, RuntimeError on a CPU for cu_seqlens that decrease or don't run from 0 to T (a GPU clamps
@@ -59,21 +61,28 @@ def wkv7(
     implementation = _choose(r.device.type, r.device.index, r.dtype, r.shape[-1], kernel)
     if implementation == "reference":  # differentiable by autograd as it is, twice too
         return wkv7_reference(r, w, k, v, a, b, state, cu_seqlens)
+    if implementation == "portable":
+        return wkv7_portable(r, w, k, v, a, b, state, cu_seqlens)
     return run_native((r, w, k, v, a, b), state, cu_seqlens, implementation == "chunked")
 
 
 def describe_kernel(device: str, dtype: torch.dtype, head_size: int, kernel: str) -> str:
     """The implementation that serves these inputs, as text; builds it if need be. `device`: "cuda:1", "cuda", "cpu".
 
-    Raises BuildError where only the reference is available, unless kernel is 'reference': training with it takes many
-    times as long, which should be somebody's decision.
+    Where 'auto' falls back, the text has the reason, and wkv7 warns of it no more. Raises BuildError when a kernel
+    asked by name is not available.
     """
     if kernel == "reference":
         return "plain PyTorch reference (slow), as requested"
+    if kernel == "portable":
+        return "portable kernel, plain PyTorch in chunks, as requested"
     where = torch.device(device)
     error = _unavailable(where.type, where.index, dtype, head_size, kernel)
     if error is not None:
-        raise error
+        if kernel != "auto":
+            raise error
+        _warned.add(str(error))
+        return _fallback(error)
     if where.type != "cuda":
         return "native kernel, exact recurrence"
     unfit = _why_not_chunked(where.index, dtype, head_size)
@@ -126,11 +135,11 @@ def _check(
 
 
 def _choose(device: str, index: int | None, dtype: torch.dtype, head_size: int, kernel: str) -> str:
-    """'recurrent', 'chunked' or 'reference'. Builds and loads the native library on the first call.
+    """'recurrent', 'chunked', 'portable' or 'reference'. Builds and loads the native library on the first call.
 
-    Raises BuildError when a kernel asked by name is not available; warns once where 'auto' falls back to the reference.
+    Raises BuildError when a kernel asked by name is not available; warns once where 'auto' falls back to 'portable'.
     """
-    if kernel == "reference":
+    if kernel in PLAIN_KERNELS:
         return kernel
     error = _unavailable(device, index, dtype, head_size, kernel)
     if error is None:
@@ -143,8 +152,15 @@ def _choose(device: str, index: int | None, dtype: torch.dtype, head_size: int, 
     # Once for each reason: wkv7 is called in every layer of every step.
     if str(error) not in _warned:
         _warned.add(str(error))
-        warnings.warn(f"wkv7 runs on the slow plain PyTorch reference: {error}", stacklevel=3)
-    return "reference"
+        warnings.warn(f"wkv7 runs on the {_fallback(error)}", stacklevel=3)
+    return "portable"
+
+
+def _fallback(error: BuildError) -> str:
+    """The kernel that 'auto' falls back to, and why, in one line."""
+    advice = f"; {error.advice}" if error.advice else ""
+    output = " (--kernel recurrent shows the compiler's output)" if error.output else ""
+    return f"portable kernel, plain PyTorch in chunks, slower: {error.problem}{advice}{output}"
 
 
 # The choice is a constant of a compiled graph. The attribute is what torch.compiler.assume_constant_result sets;
@@ -162,32 +178,35 @@ def _unavailable(device: str, index: int | None, dtype: torch.dtype, head_size: 
         error = _why_not_built(device)  # seconds, on the first call
     if error is None:
         return None
-    name = "the native kernel" if kernel == "auto" else f"kernel {kernel!r}"
-    problem = f"{name} is not available: {error.problem}"
-    return BuildError(problem, advice=error.advice, output=error.output, kernel=kernel)
+    if kernel == "auto":
+        problem = f"the native kernel is not available: {error.problem}"
+        return BuildError(problem, advice="" if error.advice == _PORTABLE else error.advice, output=error.output)
+    advice = error.advice
+    if "--kernel" not in advice:
+        advice = f"{advice}, or {_PORTABLE}" if advice else _PORTABLE
+    problem = f"kernel {kernel!r} is not available: {error.problem}"
+    return BuildError(problem, advice=advice, output=error.output, kernel=kernel)
 
 
-_SLOW = "run many times slower with --kernel reference"
+_PORTABLE = "use --kernel portable"
 # The chunked form of the CPU kernel is exact: it is called recurrent there, and needs no second name.
 _NO_CHUNKED_ON_A_CPU = BuildError("a CPU has no tensor cores", advice="use --kernel recurrent")
 
 
 def _why_not_native(device: str, dtype: torch.dtype, head_size: int) -> BuildError | None:
     if device not in ("cpu", "cuda"):
-        return BuildError(f"there is no native kernel for device {device!r}", advice="use --kernel reference")
+        return BuildError(f"there is no native kernel for device {device!r}", advice=_PORTABLE)
     if dtype not in NATIVE_DTYPES:
-        return BuildError(
-            f"the native kernels take float32, bfloat16 and float16, got {dtype}", advice="use --kernel reference"
-        )
+        return BuildError(f"the native kernels take float32, bfloat16 and float16, got {dtype}", advice=_PORTABLE)
     if device == "cuda" and head_size not in CUDA_WINDOW:
         return BuildError(
             f"the CUDA kernels take head sizes {', '.join(map(str, CUDA_WINDOW))}, got {head_size}",
-            advice="use --kernel reference",
+            advice=_PORTABLE,
         )
     if head_size % 16:  # a row is read in vectors of 16 lanes
         return BuildError(
             f"the native kernel takes head sizes that are a multiple of 16, got {head_size}",
-            advice="use --kernel reference",
+            advice=_PORTABLE,
         )
     return None
 
@@ -195,14 +214,9 @@ def _why_not_native(device: str, dtype: torch.dtype, head_size: int) -> BuildErr
 def _why_not_built(device: str) -> BuildError | None:
     try:
         build.load_native(_register)
-        error = build.why_no_cuda() if device == "cuda" else None
+        return build.why_no_cuda() if device == "cuda" else None
     except BuildError as failure:
-        error = failure
-    if error is None:
-        return None
-    return BuildError(
-        error.problem, advice=f"{error.advice}, or {_SLOW}" if error.advice else _SLOW, output=error.output
-    )
+        return failure
 
 
 def _why_not_chunked(index: int | None, dtype: torch.dtype, head_size: int) -> BuildError | None:

@@ -1,12 +1,13 @@
-"""Speed of wkv7 on a CPU, and of the reference: microseconds per token-head. On a GPU it runs tests/bench/wkv7_gpu.py.
+"""Speed of wkv7 on a CPU: microseconds per token-head, native, portable, and of the reference. On a GPU: wkv7_gpu.py.
 
     python tests/bench/wkv7.py [--device cpu] [--batch 4] [--tokens 512] [--heads 8] [--head-size 64] [--dtype float32]
-                               [--instruction-set avx2]
+                               [--instruction-set avx2] [--threads 1] [--portable 10] [--reference 0]
 
 Forward and backward as called from PyTorch. Machines are shared, so every repetition is paired with the rate of matrix
 products measured just before and after it; one whose two rates differ by over 25 % is dropped. Medians are printed.
 us x GFLOP/s hardly depends on the machine's other load. The reference spends its time between small operations, not in
-products, so it is compared with the native repetitions right before and after it.
+products, so it is compared with the native repetitions right before and after it. So is the portable kernel, one
+repetition with one; with several threads only where no other program runs, for it has hundreds of parallel regions.
 """
 
 import argparse
@@ -62,6 +63,25 @@ def measure(
     return kept
 
 
+def portable_ratios(shape: tuple[int, ...], dtype: torch.dtype, repetitions: int) -> tuple[float, float]:
+    """(forward, forward + backward) of the portable kernel over that of the native one: medians of pairs."""
+    inputs, dy = problem(shape, dtype)
+    pairs: list[dict[str, tuple[float, float]]] = []
+    for _ in range(repetitions + 2):
+        times = {}
+        for kernel in ("recurrent", "portable"):
+            start = time.perf_counter()
+            y, _ = wkv7(*inputs, kernel=kernel)
+            middle = time.perf_counter()
+            torch.autograd.grad(y, inputs, dy)
+            times[kernel] = (middle - start, time.perf_counter() - start)
+        pairs.append(times)
+    forward, both = (
+        statistics.median(pair["portable"][i] / pair["recurrent"][i] for pair in pairs[2:]) for i in range(2)
+    )
+    return forward, both
+
+
 def measure_reference(shape: tuple[int, ...], dtype: torch.dtype) -> float:
     """Forward + backward us per token-head."""
     inputs, dy = problem(shape, dtype)
@@ -80,6 +100,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--instruction-set", default="native", choices=list(build.INSTRUCTION_SETS))
     parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--portable", type=int, default=0, metavar="N", help="repetitions of the portable kernel, and nothing else"
+    )
     parser.add_argument(
         "--reference", type=int, default=3, metavar="N", help="repetitions of the reference (0: leave it out)"
     )
@@ -91,10 +115,15 @@ def main() -> None:
         return report_times()
     shape, dtype = (args.batch, args.tokens, args.heads, args.head_size), getattr(torch, args.dtype)
     set_up_malloc(lean=False)  # as train.py does
+    torch.set_num_threads(args.threads)
     build.load_native(instruction_set=args.instruction_set)
     print(
         f"B, T, H, N = {shape}, {args.dtype}, {torch.get_num_threads()} threads, instruction set {args.instruction_set}"
     )
+
+    if args.portable:
+        forward, both = portable_ratios(shape, dtype, args.portable)
+        return print(f"portable   {forward:.2f} times the native time forward, {both:.2f} forward and backward")
 
     # Native repetitions stand before and after every one of the reference.
     parts = args.reference + 1

@@ -42,8 +42,8 @@ def kernel_agreement(config: RunConfig, hardware: Hardware, head_size: int) -> F
         "wkv7",
         detail,
         f"--kernel {config.kernel} computes wrong numbers: {error:.1e} from the reference, expected at most "
-        f"{tolerance:.0e}. Train with --kernel reference (slow), delete the build cache ~/.cache/rwkv7-native, and "
-        "report it with the output of --check",
+        f"{tolerance:.0e}. Train with another one (--kernel portable, or the slow reference), delete the build cache "
+        "~/.cache/rwkv7-native, and report it with the output of --check",
     )
 
 
@@ -66,11 +66,12 @@ def kernel_error(device: str, dtype: torch.dtype, head_size: int, kernel: str) -
     loss_weights = [torch.randn(shape, generator=generator), torch.randn(state.shape, generator=generator)]
 
     def results(op: Callable[..., Any], in_float64: bool) -> list[Tensor]:
-        leaves = [(x.double() if in_float64 else x.clone()).requires_grad_() for x in operands]
+        # On the CPU: not every device has float64.
+        leaves = [(x.cpu().double() if in_float64 else x.clone()).requires_grad_() for x in operands]
         outputs = op(*leaves)
         loss = sum((output * w.to(output)).sum() for output, w in zip(outputs, loss_weights, strict=True))
         gradients = torch.autograd.grad(loss, leaves)  # type: ignore[arg-type]
-        return [x.detach().double() for x in (*outputs, *gradients)]
+        return [x.detach().cpu().double() for x in (*outputs, *gradients)]
 
     computed = results(lambda *leaves: wkv7(*leaves, kernel=kernel), in_float64=False)
     expected = results(wkv7_reference, in_float64=True)

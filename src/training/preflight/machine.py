@@ -51,7 +51,7 @@ def build_tools() -> Finding:
         tools.append(f"{_first_line([compiler, '--version'])} ({compiler})")
         tools.append(f"ninja {_first_line([find_ninja(), '--version'])}")
     except BuildError as error:
-        # No problem yet: a built kernel or --kernel reference needs no compiler. `check_kernel` finds out.
+        # No problem yet: a built kernel or --kernel portable needs no compiler, and auto falls back to it.
         tools.append(str(error))
     return Finding("compiler", ", ".join(tools))
 

@@ -25,9 +25,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from src.adapt.config import AdapterConfig, adapter_of
-from src.config import STRATEGIES, ModelConfig, RunConfig
+from src.config import PLAIN_KERNELS, STRATEGIES, ModelConfig, RunConfig
 from src.model.cost import parameter_count, training_flops_per_token
 from src.ops.loss import ROWS
+from src.ops.portable_layout import CHUNK
 from src.ops.recurrence import CHUNKED_SEGMENT, CHUNKED_SLOT, CPU_SEGMENT, CUDA_WINDOW
 from src.training import optim
 from src.training.preflight.adapter_memory import (
@@ -51,6 +52,8 @@ GIB = 1 << 30
 def kept_by_recurrence(c: ModelConfig, precision: str, on_gpu: bool = False) -> float:
     """Bytes per token that wkv7 keeps in one layer in addition to its inputs: some states and, but for the chunked
     kernel, the products S a, all in fp32."""
+    if c.kernel in PLAIN_KERNELS:  # the reference keeps far more: nobody trains with it
+        return 4 * c.n_embd * (2 + c.head_size / CHUNK)
     # the conditions under which src/ops/recurrence.py takes the chunked kernel
     if on_gpu and precision == "bf16" and c.head_size == 64 and c.kernel in ("auto", "chunked"):
         return 4 * c.n_head * CHUNKED_SLOT / CHUNKED_SEGMENT
@@ -68,6 +71,14 @@ def kept_by_block(c: ModelConfig, precision: str, on_gpu: bool = False, adapter:
     return BYTES[precision] * in_dtype + kept_by_recurrence(c, precision, on_gpu)
 
 
+def kept_by_checkpoint(c: ModelConfig, precision: str, on_gpu: bool) -> float:
+    """Bytes per token that grad_cp keeps of one layer besides its input: it doesn't run a native kernel again, so that
+    the kernel's output and what its backward needs are kept."""
+    if c.kernel in PLAIN_KERNELS:
+        return 0.0
+    return BYTES[precision] * c.n_embd + kept_by_recurrence(c, precision, on_gpu)
+
+
 def activation_bytes(
     c: ModelConfig, tokens: int, precision: str, on_gpu: bool = False, adapter: AdapterConfig | None = None
 ) -> float:
@@ -75,8 +86,7 @@ def activation_bytes(
     recomputed is included."""
     vector = BYTES[precision] * c.n_embd
     if c.grad_cp:
-        # Checkpointing doesn't run the recurrence again: its output and what its backward needs are kept.
-        recurrence = vector + kept_by_recurrence(c, precision, on_gpu)
+        recurrence = kept_by_checkpoint(c, precision, on_gpu)
         kept = tokens * (2 * vector + c.n_layer * (vector + recurrence))
         return kept + recomputed_bytes(c, tokens, precision, on_gpu, adapter)
     kept = tokens * c.n_layer * kept_by_block(c, precision, on_gpu, adapter)
@@ -91,7 +101,7 @@ def recomputed_bytes(
     c: ModelConfig, tokens: int, precision: str, on_gpu: bool = False, adapter: AdapterConfig | None = None
 ) -> float:
     """The part of `activation_bytes` that the block being recomputed takes, after the logits are freed."""
-    recurrence = BYTES[precision] * c.n_embd + kept_by_recurrence(c, precision, on_gpu)
+    recurrence = kept_by_checkpoint(c, precision, on_gpu)
     return tokens * (kept_by_block(c, precision, on_gpu, adapter) - recurrence) if c.grad_cp else 0.0
 
 
