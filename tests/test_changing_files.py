@@ -7,16 +7,19 @@ import shutil
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training_runs import CTX, flags, losses, newest_state, train
 
+from src.config import RunConfig
 from src.dataset import watched_file
-from src.dataset.binidx import MMapIndexedDataset
+from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
 from src.dataset.pretrain import PretrainDataset
 from src.dataset.sample_order import magic_prime
 from src.dataset.watched_file import DataFileError
 from src.training import trainer
+from src.training.data import PretrainSamples
 from src.training.module import TrainingModule
 
 RUN = {"my_exit_tokens": CTX * 4 * 30, "epoch_steps": 10, "epoch_save": 1}
@@ -275,3 +278,22 @@ def test_initial_weights_do_not_stay_mapped_to_their_file(tmp_path, data, monkey
     assert train(tmp_path / "run", data, load_model=base, precision="fp32", **{**RUN, "my_exit_tokens": CTX * 4}) == 0
     assert checked
     assert all(checked)
+
+
+def test_the_end_of_the_data_is_part_of_its_identity(tmp_path):
+    """Of data so long that what is compared are its ends."""
+    identities = []
+    for last in (1, 2):
+        tokens = np.zeros(2_000_100, np.uint16)
+        tokens[-1] = last
+        with BinIdxWriter(tmp_path / "long", np.uint16) as writer:
+            writer.add_bytes(tokens.tobytes(), np.array([len(tokens)]))
+        identities.append(PretrainSamples(RunConfig(data_file=str(tmp_path / "long"), ctx_len=CTX)).identity)
+    assert identities[0] != identities[1]
+
+
+def test_reads_that_the_system_cuts_short_are_completed(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(bytes(range(20)))
+    original = watched_file._pread
+    monkeypatch.setattr(watched_file, "_pread", lambda file, size, position: original(file, min(size, 3), position))
+    assert watched_file.WatchedFile(tmp_path / "x").read(5, 10) == bytes(range(5, 15))

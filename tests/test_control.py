@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src.training.control import ROLL_BACK, SAVE, STOP, GracefulStop, RunControl, StepCallback
+from src.training.control import ROLL_BACK, SAVE, STOP, TIME_LIMIT_MARGIN, GracefulStop, RunControl, StepCallback
 from src.training.distributed.process_group import PendingFlags, ProcessGroup
 
 
@@ -108,19 +108,41 @@ def test_the_time_limit_leaves_room_for_what_is_reserved(monkeypatch):
     assert not GracefulStop(control, math.inf).must_stop()
 
 
-def test_a_signal_requests_a_stop_and_a_second_ctrl_c_interrupts():
+def test_the_time_limit_leaves_room_for_three_of_the_longest_steps(monkeypatch):
+    """Of 100 seconds each, but for the time of a validation; a short one that follows is not the longest."""
+    now = [0.0]
+    monkeypatch.setattr("src.training.control.time", SimpleNamespace(monotonic=lambda: now[0]))
+    control = RunControl(ProcessGroup(), 0)
+    stop = GracefulStop(control, ends_at=1000.0)
+    for seconds in (0, 100, 10):
+        with control.paused():
+            now[0] += 50
+        now[0] += seconds
+        stop.after_step(None, None, 0)
+    now[0] = 1000 - 3 * 100 - TIME_LIMIT_MARGIN - 1
+    assert not stop.must_stop()
+    now[0] += 1
+    assert stop.must_stop()
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+def test_a_signal_requests_a_stop_and_a_second_ctrl_c_interrupts(has_failed):
     control = RunControl(ProcessGroup(), 0)
     stop = GracefulStop(control, math.inf)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     stop.on_train_start(None, None)
     signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     (trainer,) = trainers(1)
     take_step([control], [trainer])
     assert trainer.should_stop
-    assert stop.received == signal.SIGINT
-    stop.teardown(None, None, "fit")
+    assert stop.received == signal.SIGINT  # the first decides on the exit code
+    if has_failed:
+        stop.on_exception(None, None, KeyboardInterrupt())
+    else:
+        stop.teardown(None, None, "fit")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -147,6 +169,19 @@ def test_a_stop_in_the_tail_of_a_fit_is_not_lost():
     assert not control.is_agreed(STOP)
     control.on_train_end(trainer, None)
     assert control.is_agreed(STOP)
+
+
+def test_no_exchange_is_under_way_after_a_fit(monkeypatch):
+    """The process group may be destroyed then."""
+    waited, wait = [], PendingFlags.wait
+    monkeypatch.setattr(PendingFlags, "wait", lambda self: waited.append(self) or wait(self))
+    ranks, three = Ranks(3), trainers(3)
+    controls = [RunControl(group, 0) for group in ranks.groups]
+    for _ in range(2):
+        take_step(controls, three)
+    for control, trainer in zip(controls, three, strict=True):
+        control.on_train_end(trainer, None)
+    assert len(waited) == sum(group.sent for group in ranks.groups)
 
 
 def test_the_reason_of_a_stop_is_what_came_first():

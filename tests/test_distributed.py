@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from src.config import RunConfig
 from src.errors import UserError
 from src.model import RWKV7, ModelConfig
 from src.training.distributed import zero
+from src.training.distributed.engine_adamw import EngineAdamW
 from src.training.distributed.launch import meeting_point
 from src.training.distributed.ranks import RankInfo, export_ranks, rank_from_launcher
 from src.training.distributed.sharded_init import initial_values
@@ -483,3 +485,16 @@ def test_the_launcher_decides_how_many_processes_there_are(monkeypatch):
     assert (hardware.devices, hardware.num_nodes, hardware.strategy) == (4, 2, "ddp")
     with pytest.raises(UserError, match=r"^--devices 3: .*4"):
         selection.choose_hardware(RunConfig(accelerator="cpu", devices="3"))
+
+
+def test_the_loss_scale_of_an_engine_is_resumed():
+    """DeepSpeed's scaler counts from its last overflow, not the good steps."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = EngineAdamW([{"params": [weight]}], lr=1e-3, betas=(0.9, 0.99), eps=1e-18, grad_clip=0.0)
+    scaler = SimpleNamespace(cur_scale=2.0**16, cur_iter=50, last_overflow_iter=-1)
+    zero_optimizer = SimpleNamespace(loss_scaler=scaler, single_partition_of_fp32_groups=[weight])
+    optimizer.attach(SimpleNamespace(optimizer=zero_optimizer, skipped_steps=0))
+    counters = {"adam_steps": 7.0, "skipped_steps": 2.0, "loss_scale": 256.0, "good_steps": 5.0}
+    optimizer.load_counters(counters)
+    assert scaler.cur_iter - scaler.last_overflow_iter == 5
+    assert optimizer.counters() == counters

@@ -8,6 +8,7 @@ import pytest
 import torch
 from training_runs import CTX, log_lines, losses, newest_state, train, train_until
 
+from src.run_folder import archive_run, replace_drawn_init
 from src.run_log import read_columns
 from src.training.checkpoint.parts import whole_part
 from src.training.checkpoint.storage import StateWriter, state_folders
@@ -96,7 +97,18 @@ def test_every_file_under_its_final_name_was_flushed_and_its_name_after_it(tmp_p
     for name, moved in names.items():
         flushed = [path.name for path in synced.files(before=moved)]
         assert any(f".{name}." in file for file in flushed), name
-        assert out in synced.folders(after=moved), name
+        in_folder = [event for event in synced.events[moved + 1 :] if event[1] == out or event[1].parent == out]
+        assert next(event for event in in_folder if event[0] != "file") == ("folder", out), name  # before the next name
+
+
+def test_what_is_archived_or_replaced_has_its_name_on_the_disk(tmp_path, synced):
+    for name in ("rwkv-0.pth", "train_log.txt", "run.json"):
+        (tmp_path / name).write_text("{}")
+    archive = archive_run(tmp_path)
+    moved = synced.index("rename", archive / "run.json")
+    assert synced.events[moved + 1 :] == [("folder", archive), ("folder", tmp_path)]
+    replace_drawn_init(tmp_path, lambda path: path.write_bytes(b"weights"))
+    assert synced.events[-2:] == [("rename", tmp_path / "rwkv-init.pth"), ("folder", tmp_path)]
 
 
 @pytest.mark.parametrize("lost", ["train_log.txt", "val.csv"])

@@ -199,7 +199,7 @@ def test_slow_first_steps_are_no_bottleneck(monkeypatch, capsys):
 def test_parameters_without_a_gradient_are_reported_once(capsys):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
+        parameter.grad = torch.full_like(parameter, 1e-30)  # whose square is 0
     model[0].bias.grad.zero_()
     model[1].bias.grad = None
     module = TrainingModule.__new__(TrainingModule)

@@ -77,6 +77,8 @@ def test_chunked_low_precision_under_a_scaled_loss(dtype):
     exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     exact = scale * cross_entropy_l2wrap_reference(exact_hidden @ exact_weight.t(), targets)
     got = scale * linear_cross_entropy_l2wrap(hidden, weight, targets, 128)
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(exact.item(), rel=1e-3 if dtype == torch.float16 else 1e-2)
     for x, e in zip(
         torch.autograd.grad(got, [hidden, weight]),
         torch.autograd.grad(exact, [exact_hidden, exact_weight]),
@@ -122,6 +124,13 @@ def test_reference_of_no_counted_token_is_zero(rows):
     assert value == 0
     assert grad.shape == logits.shape
     assert (grad == 0).all()
+
+
+def test_backward_may_run_twice_through_a_chunked_loss():
+    hidden, weight, targets = problem()
+    loss = linear_cross_entropy_l2wrap(hidden, weight, targets, 4)
+    first, second = (torch.autograd.grad(3 * loss, [hidden, weight], retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("chunk", [0, 4])

@@ -1,12 +1,14 @@
 """The optimizer: AdamW's mathematics, fp32 masters, clipping, skipped steps, loss scaling."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from src.model import RWKV7, ModelConfig
 from src.training import optim
+from src.training.checkpoint import callbacks
 from src.training.optim import MasterAdamW, parameter_groups
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-18, "grad_clip": 0.5}
@@ -216,3 +218,15 @@ def test_resuming_from_masters_moments_and_counters_is_bitwise_equal(dtype):
         each.step()
     for a, b in zip(uninterrupted.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("before", "has_scale"), [("fp16", True), ("bf16", False), ("fp32", False)])
+def test_the_loss_scale_of_a_state_is_taken_from_a_run_that_scaled(monkeypatch, before, has_scale):
+    """All states have counters of it: 1 in a run that doesn't scale, which would lose small gradients in fp16."""
+    loaded = []
+    monkeypatch.setattr(callbacks, "scatter_full_state", lambda *arguments: loaded.append(arguments[-1]))
+    counters = {"adam_steps": 3.0, "skipped_steps": 1.0, "loss_scale": 1.0, "good_steps": 2.0}
+    state = SimpleNamespace(settings={"precision": before}, counters=counters)
+    callbacks.RestoreState(state, None).on_train_start(None, None)
+    scale = {"loss_scale": 1.0, "good_steps": 2.0} if has_scale else {}
+    assert loaded == [{"adam_steps": 3.0, "skipped_steps": 1.0, **scale}]

@@ -1,13 +1,16 @@
 """The order of samples: published primes, every slot once, the same samples on any number of ranks."""
 
+import hashlib
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.dataset import magic_prime, sample_offset
+from src.dataset.hashing import splitmix64
 from src.dataset.sample_order import check_magic_prime, is_prime, nth_kept_sample, sample_number
 from src.errors import UserError
 
@@ -141,3 +144,16 @@ def test_skipped_samples_are_replaced_by_the_following_ones(runs: list[tuple[int
     kept = (n for n in itertools.count() if n not in skipped)
     expected = list(itertools.islice(kept, start, start + 30))
     assert [nth_kept_sample(n, skipped_samples) for n in range(start, start + 30)] == expected
+
+
+def test_hashes_are_splitmix64() -> None:
+    """Another function would shuffle documents, conversations and rows in another order, also within a resumed run."""
+    mask, start = 2**64 - 1, int.from_bytes(hashlib.blake2b(b"(7, 'epoch', 3)", digest_size=8).digest(), "little")
+    numbers = [0, 1, 12345, 2**64 - 1]
+    expected = []
+    for n in numbers:
+        x = (start + n * 0x9E3779B97F4A7C15) & mask
+        x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ x >> 27) * 0x94D049BB133111EB) & mask
+        expected.append(x ^ x >> 31)
+    assert splitmix64(np.array(numbers, np.uint64), 7, "epoch", 3).tolist() == expected

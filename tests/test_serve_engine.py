@@ -293,6 +293,7 @@ def test_the_cache_keeps_what_was_used_last_within_its_limit() -> None:
     cache.store(b"a", KnownText(state, torch.zeros(64)))
     cache.store(b"a", KnownText(state))  # generated, without one
     assert cache.longest([b"x", b"a"])[0] == 2
+    assert (len(cache), cache.nbytes) == (3, 3 * one)
 
 
 def test_a_text_is_processed_without_an_answer(model: RWKV7, engine: Engine) -> None:

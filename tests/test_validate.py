@@ -22,6 +22,7 @@ from src.model import RWKV7
 from src.run_log import read_columns, read_curves
 from src.training import control, validation
 from src.training.distributed import zero
+from src.training.distributed.process_group import ProcessGroup
 from src.training.module import TrainingModule
 from src.training.schedule import RunLength
 from src.training.validation import HeldOut, _schedule
@@ -70,6 +71,26 @@ def test_every_window_counts_once_however_they_are_shared(data, held, world_size
     ]
     assert sorted(counted) == sorted(alone)
     assert len(alone) == WINDOWS
+
+
+def test_sums_are_exact_and_the_module_trains_on():
+    """In fp32 a sum of 2^24 nats would lose the small ones."""
+    module = torch.nn.Dropout()
+    module.device, seen = torch.device("cpu"), []
+
+    def step(batch, batch_idx):
+        seen.append(module.training)
+        return batch[0]
+
+    sums = [torch.tensor([2.0**24, 1.0], dtype=torch.float64), *[torch.tensor([1.0, 1.0], dtype=torch.float64)] * 3]
+    held_out = SimpleNamespace(batches=lambda rank, world_size: [(each,) for each in sums])
+    trainer = SimpleNamespace(strategy=SimpleNamespace(validation_step=step), world_size=1)
+    mean, counted = validation.mean_loss(trainer, module, held_out, ProcessGroup(), lambda: False)
+    assert (mean * 4, counted) == (2**24 + 3, 4)
+    assert seen == [False] * 4
+    assert module.training
+    assert validation.mean_loss(trainer, module, held_out, ProcessGroup(), lambda: True) is None
+    assert module.training
 
 
 def test_ids_that_do_not_fit_are_named_before_training(data, held):
