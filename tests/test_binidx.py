@@ -270,6 +270,9 @@ def test_programs_print_the_warnings_on_stderr(
 
 CONTRADICTIONS = {
     "a pointer off by one token": lambda s, p, b: join_index(s, p + np.array([0, 0, 2, 0]), b),
+    "a negative size": lambda s, p, b: join_index(
+        s + np.array([0, -1, 1, 0], np.int32), p + np.array([0, 0, -2, 0]), b
+    ),
     "pointers exchanged": lambda s, p, b: join_index(s, p[[0, 1, 3, 2]], b),
     "bounds beyond the items": lambda s, p, b: join_index(s, p, [0, 1, 5]),
     "bounds that begin after the first item": lambda s, p, b: join_index(s, p, [1, 2]),

@@ -144,7 +144,7 @@ def truncate(path):
 
 
 def replace(path):
-    shutil.copy(path, f"{path}.new")
+    shutil.copy2(path, f"{path}.new")  # of equal size and time
     os.replace(f"{path}.new", path)
 
 
@@ -255,6 +255,13 @@ def test_reads_of_a_truncated_file_raise(tmp_path, own):
     os.truncate(own.with_name("own.idx"), 100)
     with pytest.raises(DataFileError, match=r"own\.idx"):
         data[199]
+
+
+def test_ids_of_a_file_that_was_written_over_are_no_mistake_of_the_vocabulary(own):
+    dataset = PretrainDataset(own, CTX, magic_prime(6000, CTX), 0, 100, 4, 0, 1, 64)
+    own.with_name("own.bin").write_bytes(b"\xff" * 12000)
+    with pytest.raises(DataFileError, match="written again"):
+        dataset[0]
 
 
 def test_initial_weights_do_not_stay_mapped_to_their_file(tmp_path, data, monkeypatch):

@@ -182,11 +182,31 @@ def test_retry_reset_and_seeds(model, folders):
     assert first != second
     assert len(talk.transcript.messages) == 2
     talk.reset()
+    with pytest.raises(UserError, match="nothing has been asked"):
+        talk.retry()
     talk.change("seed", "1")
     assert text_of(talk.ask("what is it?")) == first
     greedy = conversation(model, folders["chatml"], temperature=0)
     answer = text_of(greedy.ask("what"))
     assert text_of(greedy.retry()) == answer
+
+
+def test_a_question_whose_processing_is_interrupted_was_not_asked(model, folders, monkeypatch):
+    talk, undisturbed = (conversation(model, folders["chatml"], temperature=0) for _ in range(2))
+    for each in (talk, undisturbed):
+        list(each.ask("what is it?"))
+    original = talk.decoder.prefill
+
+    def interrupted(prompts):
+        original([prompts[0][:3]])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(talk.decoder, "prefill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            talk.ask("never mind").__next__()
+    assert talk.transcript == undisturbed.transcript
+    assert list(talk.ask("and the list")) == list(undisturbed.ask("and the list"))
 
 
 def test_a_saved_conversation_continues_as_if_not_interrupted(model, folders, tmp_path):

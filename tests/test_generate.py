@@ -76,6 +76,14 @@ def test_prompts_of_different_lengths_give_the_logits_of_each_alone(model):
             torch.testing.assert_close(a[row], b[0], rtol=0, atol=2e-5)
 
 
+def test_prompts_that_end_where_a_chunk_ends(model, monkeypatch):
+    monkeypatch.setattr("src.inference.decoder.PREFILL_TOKENS", 12)  # 4 of each
+    prompts = [TOKENS[:4], TOKENS[:8], TOKENS[:11]]
+    logits = Decoder(model, batch=3).prefill(prompts)
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(logits[row], Decoder(model).prefill([prompt])[0], rtol=0, atol=2e-5)
+
+
 def test_a_state_is_a_copy_that_can_be_restored(model):
     decoder = Decoder(model)
     decoder.prefill([TOKENS])

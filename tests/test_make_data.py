@@ -188,6 +188,7 @@ def test_a_run_of_the_shuffle_is_written_when_it_is_full(
     ids = np.frombuffer(b"".join(tokens for tokens, _ in batches), np.uint16)
     assert sorted(sizes.tolist()) == sorted([2, 3, 4] * 50)
     assert sorted(ids.tolist()) == list(range(450))
+    assert list(tmp_path.iterdir()) == []  # deleted with the last document of the epoch
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".json.gz"])

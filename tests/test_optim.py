@@ -224,7 +224,7 @@ def test_resuming_from_masters_moments_and_counters_is_bitwise_equal(dtype):
 def test_the_loss_scale_of_a_state_is_taken_from_a_run_that_scaled(monkeypatch, before, has_scale):
     """All states have counters of it: 1 in a run that doesn't scale, which would lose small gradients in fp16."""
     loaded = []
-    monkeypatch.setattr(callbacks, "scatter_full_state", lambda *arguments: loaded.append(arguments[-1]))
+    monkeypatch.setattr(callbacks, "load_full_state", lambda *arguments: loaded.append(arguments[-1]))
     counters = {"adam_steps": 3.0, "skipped_steps": 1.0, "loss_scale": 1.0, "good_steps": 2.0}
     state = SimpleNamespace(settings={"precision": before}, counters=counters)
     callbacks.RestoreState(state, None).on_train_start(None, None)

@@ -358,8 +358,9 @@ class Recorder(Sink):
         self.mini_epochs.append(report)
 
 
-def drive(device, steps, each=lambda step: None, peak=math.nan):
-    """The reports of a Reporter in `steps` steps whose loss is their number. `each` is called within every step."""
+def drive(device, steps, each=lambda step: None, peak=math.nan, lost=()):
+    """The reports of a Reporter in `steps` steps whose loss is their number, or NaN where they are `lost`. `each` is
+    called within every step."""
     torch.manual_seed(0)
     model = RWKV7(ModelConfig(1, 32, 64, head_size=16, kernel="reference")).to(device)
     optimizer = MasterAdamW(parameter_groups(model, 0.0), lr=1e-3, betas=(0.9, 0.99), eps=1e-18, grad_clip=1.0)
@@ -380,7 +381,7 @@ def drive(device, steps, each=lambda step: None, peak=math.nan):
     reporter = Reporter(control, length, [recorder], [], peak)
     reporter.on_train_start(trainer, module)
     hidden, targets = torch.randn(1, 4, 32, device=device), torch.zeros(1, 4, dtype=torch.long, device=device)
-    losses = [torch.full((), float(step), device=device) for step in range(steps)]
+    losses = [torch.full((), math.nan if step in lost else float(step), device=device) for step in range(steps)]
     for step in range(steps):
         reporter.on_train_batch_start(trainer, module, None, step)
         module.objective.head_loss(hidden, targets)
@@ -404,6 +405,11 @@ def test_a_step_is_read_while_the_next_one_is_computed():
     assert math.isnan(recorder.steps[1].largest_logit)
     assert 0 < measured.mfu < 1
     assert [report.mini_epoch for report in recorder.mini_epochs] == [0, 1]
+
+
+def test_a_skipped_step_does_not_count_in_the_mean_of_its_mini_epoch():
+    first, last = drive("cpu", 6, lost=[4]).mini_epochs
+    assert (first.loss, last.loss) == (1.5, 5)
 
 
 def test_validation_is_no_training_time(tmp_path, data, monkeypatch):

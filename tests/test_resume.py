@@ -36,13 +36,14 @@ from src.files import sha256_of
 from src.model import RWKV7, ModelConfig
 from src.model.cost import parameter_count
 from src.model.shared_memory import IDLE_IN_LAYER_0
-from src.training import trainer
+from src.training import rollback, trainer
 from src.training.checkpoint import storage
 from src.training.checkpoint.manifest import DamagedStateError
 from src.training.checkpoint.parts import whole_part
 from src.training.checkpoint.reader import StateReader
 from src.training.checkpoint.restore import weights_of_state
-from src.training.checkpoint.resume import find_resume_point, peek_resume_point
+from src.training.checkpoint.resume import ResumePoint, find_resume_point, peek_resume_point
+from src.training.checkpoint.state import Position
 from src.training.checkpoint.storage import state_folders
 from src.training.schedule import RunLength, learning_rate
 
@@ -508,6 +509,20 @@ def test_too_many_bad_steps_go_back_once_and_skip_their_samples(tmp_path, data, 
     assert not rest
     assert first == 30 * 4
     assert count >= 3 * 4
+
+
+@pytest.mark.parametrize(("step", "skipped"), [(2, [(8, 4), (16, 8)]), (4, [(8, 4), (20, 4)])])
+def test_samples_of_a_second_roll_back_are_left_out_besides_those_of_the_first(monkeypatch, step, skipped):
+    """Steps 3 and 4 fail, of samples 16 to 23, since 8 to 11 are left out. Those before the point that the run goes
+    back to stay where they are: it has passed them."""
+    length = RunLength.of(exit_tokens=10_000, ctx_len=8, global_batch=4, epoch_steps=10)
+    begun, earlier = (ResumePoint(Position(n, 4 * n, 40, skipped_samples=[(8, 4)]), length) for n in (2, step))
+    monkeypatch.setattr(rollback, "find_resume_point", lambda *_: earlier)
+    group = SimpleNamespace(broadcast_from_rank_zero=lambda function: function())
+    samples = SimpleNamespace(locate=lambda n: f"sample {n}")
+    context = SimpleNamespace(process_group=group, samples=samples, config=RunConfig(), proj_dir=None)
+    result = trainer.FitResult(failed_steps=range(3, 5), good_steps=1)
+    assert rollback._roll_back(context, begun, result, rolled_back_to=-1).position.skipped_samples == skipped
 
 
 def test_bad_steps_at_the_very_end_are_made_up_for_too(tmp_path, data, poisoned):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from random_model import random_model
 
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
-from src.inference.decoder import Decoder
+from src.inference.decoder import Decoder, initial_state
 from src.inference.generation import generate
 from src.inference.sampling import Sampling
 from src.inference.serve.engine import Engine
@@ -31,7 +31,7 @@ from src.inference.serve.request import (
     Start,
     TokenLogprobs,
 )
-from src.inference.serve.sequence import KEEP_EVERY, MOST_KEPT
+from src.inference.serve.sequence import KEEP_EVERY, MOST_KEPT, Sequence, Ticket
 from src.inference.serve.slots import Slots
 from src.model import RWKV7, State
 
@@ -294,6 +294,15 @@ def test_the_cache_keeps_what_was_used_last_within_its_limit() -> None:
     cache.store(b"a", KnownText(state))  # generated, without one
     assert cache.longest([b"x", b"a"])[0] == 2
     assert (len(cache), cache.nbytes) == (3, 3 * one)
+
+
+def test_states_that_were_computed_together_share_no_memory(model: RWKV7, tokenizer: Tokenizer, engine: Engine) -> None:
+    """Else one that is kept would keep those of all prompts that were processed with it."""
+    requests = [Request(prompt_of(4, seed), max_new_tokens=1, sampling=GREEDY) for seed in (1, 2)]
+    sequences = [Sequence(Ticket(request, Recorder(), tokenizer), initial_state(model, 1)) for request in requests]
+    engine._advance([(sequence, 4) for sequence in sequences])
+    tensors = [tensor for sequence in sequences for layer in sequence.state.layers for tensor in layer]
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
 
 
 def test_a_text_is_processed_without_an_answer(model: RWKV7, engine: Engine) -> None:

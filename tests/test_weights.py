@@ -367,12 +367,13 @@ def test_sizes_that_no_model_has_are_an_error_about_the_file(saved):
     assert "head_size 8" in caught.value.problem
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite_are_named(saved, dtype, value):
-    model, _ = saved
-    weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.clone() for name, tensor in saved[0].state_dict().items()}
+    RWKV7.from_weights({name: tensor.to(dtype) for name, tensor in weights.items()}, "file.pth")
     weights["blocks.1.att.key.weight"][3, 5] = value
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     with pytest.raises(UserError) as caught:
         RWKV7.from_weights(weights, "file.pth")
     assert caught.value.given == "file.pth"
