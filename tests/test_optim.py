@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from src.config import RunConfig
 from src.model import RWKV7, ModelConfig
 from src.training import optim
 from src.training.checkpoint import callbacks
-from src.training.optim import MasterAdamW, parameter_groups
+from src.training.optim import MasterAdamW, adam_arguments, parameter_groups
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-18, "grad_clip": 0.5}
 
@@ -40,6 +41,11 @@ def test_parameter_groups_follow_the_init_table():
     assert "emb.weight" in by_rule[1.0, 0.1]
     assert "blocks.0.att.w1" in by_rule[1.0, 0.0]
     assert not [n for g in groups for n in g["names"] if n.startswith("blocks.0.att.v") and n[-1] in "012"]
+
+
+def test_settings_of_adam_are_those_of_the_flags():
+    config = RunConfig(lr_init=1e-3, beta1=0.8, beta2=0.95, adam_eps=1e-9, grad_clip=0.3)
+    assert adam_arguments(config) == {"lr": 1e-3, "betas": (0.8, 0.95), "eps": 1e-9, "grad_clip": 0.3}
 
 
 def test_three_steps_match_the_formula_in_float64():

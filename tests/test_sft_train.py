@@ -22,7 +22,7 @@ from src.inference.sampling import Sampling
 from src.inference.template_choice import find_template
 from src.model import RWKV7, ModelConfig
 from src.ops.loss import cross_entropy_l2wrap
-from src.training.data import SftSamples
+from src.training.data import HeldOut, SftSamples
 from src.training.run import run
 
 TEMPLATE = (
@@ -84,6 +84,29 @@ def settings(files, folder, **changed):
         **changed,
     }
     return parse([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+
+
+def test_the_seed_decides_on_the_order_of_training_and_on_nothing_held_out(files, tokenizer):
+    def opened(seed):
+        config = settings(files, tokenizer, random_seed=seed, val_data_file=files / "held.jsonl", val_windows=5)[0]
+        return SftSamples(config), HeldOut(config)
+
+    (three, held), (four, same), (drawn, _) = map(opened, (3, 4, -1))
+    assert [samples.order_seed for samples in (three, four, drawn)] == [3, 4, 0]
+    assert not torch.equal(three.rows.sample(0).inputs, four.rows.sample(0).inputs)
+    for one, other in zip(held.batches(0, 1), same.batches(0, 1), strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_held_out_rows_are_spread_over_the_file_and_prompts_end_before_the_answer(files, tokenizer):
+    flags = {"val_data_file": files / "held.jsonl", "val_windows": 5, "packing": 0}
+    held, encoder = HeldOut(settings(files, tokenizer, **flags)[0]), load_tokenizer(tokenizer)
+    inputs = torch.cat([batch[0].flatten() for batch in held.batches(0, 1)]).view(-1, 128)
+    texts = [encoder.decode([token for token in row if token]) for row in inputs.tolist()]
+    assert [i for i in range(10) if any(f"name {i}" in text for text in texts)] == [0, 2, 4, 6, 8]
+    for i, (prompt, answer) in enumerate(held.prompts(5, 99)):
+        assert encoder.decode(prompt).rstrip().endswith("assistant")
+        assert encoder.decode(answer).strip().startswith(NUMBERS[2 * i])
 
 
 def test_a_packed_batch_is_the_token_weighted_mean_of_its_conversations(files, tokenizer):

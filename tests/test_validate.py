@@ -93,6 +93,15 @@ def test_sums_are_exact_and_the_module_trains_on():
     assert module.training
 
 
+def test_a_prompt_is_the_beginning_of_a_window_and_its_continuation_the_rest(data, held):
+    held_out = HeldOut(config_of(data, held))
+    windows = [window.tolist() for inputs, targets in held_out.batches(0, 1) for window in inputs]
+    for i, (prompt, continuation) in enumerate(held_out.prompts(3, 5)):
+        window = windows[i * WINDOWS // 3]
+        assert (prompt, continuation[:-1]) == (window[:5], window[5:])
+    assert [len(prompt) for prompt, _ in held_out.prompts(1, 99)] == [CTX - 1]
+
+
 def test_ids_that_do_not_fit_are_named_before_training(data, held):
     with pytest.raises(ValueError, match=r"--val_data_file .* token id \d+ doesn't fit --vocab_size 30"):
         HeldOut(config_of(data, held)).check_ids(30)
