@@ -191,7 +191,7 @@ def _batches_of_epoch_count(line: _Line, config: RunConfig) -> int:
     """The length that --epoch_count and --epoch_steps give a command of RWKV-PEFT, in batches of a process; 0 for other
     commands, and where --my_exit_tokens or --epochs say how long the run is."""
     count = line.compatibility.get("epoch_count", "")
-    is_rwkv_peft = bool(line.rwkv_peft) or config.peft != "none" or config.train_type != "none"
+    is_rwkv_peft = bool(line.rwkv_peft) or config.peft != "none" or (line.values.get("train_type") or "none") != "none"
     if not is_rwkv_peft or not count.isdecimal() or config.my_exit_tokens or "epochs" in config.given:
         return 0
     return int(count) * (config.epoch_steps or rwkv_peft.EPOCH_STEPS)

@@ -36,7 +36,7 @@ FLAGS = {
     "train_minutes": 0.0, "epoch_steps": 0,
     "epoch_save": 5, "epoch_begin": 0, "lr_init": 6e-4, "lr_final": 1e-5, "warmup_steps": -1,
     "beta1": 0.9, "beta2": 0.99, "adam_eps": 1e-18, "weight_decay": 0.0, "grad_clip": 1.0,
-    "grad_cp": False, "head_chunk": 0, "kernel": "auto", "compile": "auto", "profile": 0,
+    "grad_cp": False, "head_chunk": 0, "chunk_ctx": 0, "bptt": -1, "kernel": "auto", "compile": "auto", "profile": 0,
     "accelerator": "auto", "devices": "1", "num_nodes": 1, "dist_timeout": 600, "max_restarts": 3,
     "precision": "", "strategy": "auto", "ds_bucket_mb": 200,
     "wandb": "", "logger": "", "enable_progress_bar": "True",
@@ -60,6 +60,7 @@ FIXED = {
 }
 # These change how training goes on: a resumed run logs their change.
 NOTED = {
+    "bptt",
     *("micro_bsz", "accumulate_grad_batches", "my_exit_tokens", "epoch_steps", "epoch_save", "precision"),
     *("lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip"),
     *("max_bad_steps", "val_data_file", "val_windows", "lora_dropout"),
@@ -232,6 +233,9 @@ def test_adapters_in_the_notations_of_rwkv_peft():
     rows = settings_of("--train_type", "states", "--dataload", "pad", "--loss_mask", "pad", "--tokenizer", "world")
     assert (rows.train_type, rows.packing, rows.sft_loss, rows.data_type) == ("state", False, "text", "sft")
     assert settings_of("--train_type", "none", "--peft", "none").peft == "none"
+    infctx = settings_of("--train_type", "infctx", "--ctx_len", "2048")
+    assert (infctx.train_type, infctx.chunk_ctx, infctx.bptt) == ("none", 512, -1)
+    assert settings_of("--train_type", "infctx", "--ctx_len", "2048", "--chunk_ctx", "1024").chunk_ctx == 1024
 
 
 @pytest.mark.parametrize(
@@ -240,7 +244,10 @@ def test_adapters_in_the_notations_of_rwkv_peft():
         ("--quant fp4 --peft lora", "quant", "there is nf4"),
         ("--quant fp8 --peft lora", "quant", "there is int8"),
         ("--quant nf4", "quant", "all weights are trained"),
-        ("--train_type infctx", "train_type", "longer context"),
+        ("--train_type infctx --ctx_len 1000", "chunk_ctx", "for example 500"),
+        ("--ctx_len 2048 --chunk_ctx 4096", "chunk_ctx", "for example 2048"),
+        ("--bptt 2", "bptt", "needs --chunk_ctx"),
+        ("--chunk_ctx 512 --bptt 0", "bptt", "-1 (all pieces)"),
         ("--peft adalora", "peft", "expected one of none, lora, pissa, miss, dora"),
         ("--peft lora --train_type state", "peft", "leave one of them out"),
         ("--peft lora --lora_targets key,gate", "lora_targets", "gate matches nothing"),

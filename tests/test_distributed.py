@@ -80,6 +80,7 @@ def quick(tmp_path_factory):
     fits = {name: {**fit, "strategy": name} for name in names}
     fits.update({f"stop of rank {rank}": {"strategy": "ddp", "steps": 9, "stop": [rank, 2]} for rank in (0, 1)})
     fits.update({f"checkpointed {name}": {**fits[name], "grad_cp": 1, "kernel": "auto"} for name in names})
+    fits.update({f"in pieces {name}": {**fits[name], "chunk_ctx": 4, "kernel": "auto"} for name in names})
     if zero.is_usable():
         fits["stage 3, checkpointed and chunked"] = {**fits["deepspeed_stage_3"], "grad_cp": 1, "head_chunk": 5}
         fits["divided twice"] = {**fits["deepspeed_stage_2"], "lightning_backward": True}
@@ -109,6 +110,15 @@ def test_losses_and_weights_equal_those_of_one_process(quick, name):
 def test_activation_checkpointing_changes_no_result(quick, name):
     """With the native recurrence, whose outputs are not recomputed."""
     one, other = quick["one"], quick[f"checkpointed {name}"]
+    assert_same_engine(other, name)
+    assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert largest_difference(one["weights"], other["weights"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ddp", *(pytest.param(name, marks=needs_deepspeed) for name in STAGES)])
+def test_samples_in_pieces_change_no_result(quick, name):
+    """The gradients of all pieces reach the strategy once a micro step."""
+    one, other = quick["one"], quick[f"in pieces {name}"]
     assert_same_engine(other, name)
     assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert largest_difference(one["weights"], other["weights"]) < 1e-5

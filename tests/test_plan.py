@@ -21,6 +21,7 @@ from src.training import optim
 from src.training.objectives.head_loss import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
 from src.training.preflight import plan
+from src.training.preflight.piece_memory import Cut
 from src.training.run import run
 
 
@@ -115,7 +116,7 @@ def test_an_adapted_model_holds_what_the_plan_says(kind, quant):
     add_adapter(model, adapter)
     optimizer = MasterAdamW(parameter_groups(model, 0.0), lr=1e-3, betas=(0.9, 0.99), eps=1e-18, grad_clip=1.0)
     model(torch.zeros(1, 4, dtype=torch.long))[0].float().sum().backward()
-    expected = plan.memory(config, "auto", 1, "bf16", 4, adapter=adapter, quant=quant)
+    expected = plan.memory(config, "auto", 1, "bf16", Cut(1, 4), adapter=adapter, quant=quant)
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     assert gradients == expected.gradients
     optimizer.step()
@@ -194,7 +195,7 @@ def test_a_whole_step_stays_within_the_estimate(changed):
         optimizer.zero_grad()
 
     step()
-    expected = plan.memory(config, "auto", 1, "fp32", 4 * 128)
+    expected = plan.memory(config, "auto", 1, "fp32", Cut(4, 128))
     at_work = expected.total - expected.weights - expected.optimizer
     assert 0.7 * at_work < peak_bytes(step) < 1.1 * at_work
 
@@ -211,7 +212,7 @@ def test_optimizer_and_gradient_bytes_in_one_process(precision):
         t for p in optimizer.parameters for t in (optimizer.moments(p)["exp_avg"], optimizer.moments(p)["exp_avg_sq"])
     ]
     tensors += [optimizer.master_of(p) for p in optimizer.parameters if optimizer.master_of(p) is not p]
-    expected = plan.memory(config, "auto", 1, precision, tokens=64)
+    expected = plan.memory(config, "auto", 1, precision, Cut(1, 64))
     assert expected.optimizer == pytest.approx(sum(t.nbytes for t in tensors), rel=0.02)
     assert expected.weights == sum(p.nbytes for p in model.parameters())
     assert expected.gradients == pytest.approx(sum(p.grad.nbytes for p in optimizer.parameters), rel=0.02)
@@ -244,7 +245,7 @@ def test_a_step_allocates_no_second_copy_of_all_gradients(chunked, monkeypatch):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()  # allocates the moments
     measured = peak_bytes(optimizer.step)
-    expected = plan.memory(config, "auto", 1, "bf16", tokens=64)
+    expected = plan.memory(config, "auto", 1, "bf16", Cut(1, 64))
     copies = 4 * parameter_count(config)
     assert 0.75 * expected.step < measured < 1.1 * expected.step
     assert (measured < 0.3 * copies) == chunked
@@ -253,7 +254,7 @@ def test_a_step_allocates_no_second_copy_of_all_gradients(chunked, monkeypatch):
 def test_what_each_zero_stage_partitions():
     config, sizes = ModelConfig(61, 8192, 65536), {}
     for name in ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "deepspeed_stage_3_offload"):
-        sizes[name] = plan.memory(config, name, 64, "bf16", tokens=4096)
+        sizes[name] = plan.memory(config, name, 64, "bf16", Cut(1, 4096))
     count = parameter_count(config)
     assert sizes["ddp"].optimizer == 12 * count
     assert sizes["deepspeed_stage_1"].optimizer == pytest.approx(12 * count / 64)
@@ -264,7 +265,7 @@ def test_what_each_zero_stage_partitions():
     assert sizes["deepspeed_stage_2"].gradients == pytest.approx(2 * count / 64 + buckets)
     assert sizes["deepspeed_stage_3"].gradients == pytest.approx(2 * count / 64 + buckets)
     assert sizes["deepspeed_stage_3_offload"].gradients == pytest.approx(buckets)
-    small = plan.memory(config, "deepspeed_stage_2", 64, "bf16", tokens=4096, bucket_mb=50)
+    small = plan.memory(config, "deepspeed_stage_2", 64, "bf16", Cut(1, 4096), bucket_mb=50)
     assert small.gradients == pytest.approx(2 * count / 64 + buckets / 4)
     assert sizes["deepspeed_stage_1"].step == pytest.approx(4 * count / 64)
     offloaded = sizes["deepspeed_stage_3_offload"]

@@ -27,6 +27,7 @@ from src.model import RWKV7
 from src.model.init import row_of
 from src.training.figures import published
 from src.training.preflight import plan
+from src.training.preflight.piece_memory import Cut
 from tools import docs_chinese, docs_tree
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,8 +153,8 @@ def cluster(chinese: bool) -> str:
             layers, width, 65536, d_decay_lora=w, d_aaa_lora=a, d_mv_lora=v, d_gate_lora=g, grad_cp=True
         )
         # With --head_chunk 4096: all logits of a micro batch of 4 x 4096 tokens would take 2 GiB.
-        strategy, tokens = f"deepspeed_stage_{stage}", micro_bsz * 4096
-        memory = plan.memory(config, strategy, gpus, "bf16", tokens, head_chunk=4096, on_gpu=True)
+        strategy, cut = f"deepspeed_stage_{stage}", Cut(micro_bsz, 4096)
+        memory = plan.memory(config, strategy, gpus, "bf16", cut, head_chunk=4096, on_gpu=True)
         billions = sum(parameter.numel() for parameter in _meta_model(config).parameters()) / 1e9
         settings = map(str, (layers, width, f"{w} {a} {v} {g}", lr, stage, gpus, micro_bsz))
         rows.append([f"{billions:.1f} B", *settings, f"{memory.total / GIB:.0f}"])
@@ -174,7 +175,7 @@ def adapted_memory(chinese: bool) -> str:
             layers, width, 65536, d_decay_lora=w, d_aaa_lora=a, d_mv_lora=v, d_gate_lora=g, grad_cp=True
         )
         totals = [
-            plan.memory(config, "auto", 1, "bf16", 1024, on_gpu=True, adapter=adapter, quant=quant).total / GIB
+            plan.memory(config, "auto", 1, "bf16", Cut(1, 1024), on_gpu=True, adapter=adapter, quant=quant).total / GIB
             for adapter, quant in adapters.values()
         ]
         rows.append([name, f"{layers}, {width}", f"{w} {a} {v} {g}", *(f"{total:.1f}" for total in totals)])

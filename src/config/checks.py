@@ -10,6 +10,7 @@ from typing import Any
 
 from src.config.adapter import adapter_faults, adapter_kind
 from src.config.flags import Flags
+from src.config.pieces import piece_faults
 from src.errors import UserError
 
 # Flags that describe how conversations are read; --tokenizer and --val_data_file are for token files, too.
@@ -65,6 +66,7 @@ def combination_faults(flags: Flags) -> Iterator[UserError]:
     yield from _start_faults(flags)
     yield from adapter_faults(flags)
     yield from _length_faults(flags)
+    yield from piece_faults(flags)
 
 
 def _mode_faults(flags: Flags) -> Iterator[UserError]:

@@ -340,6 +340,21 @@ class Flags:
         at_least=0,
         within_run="free",
     )
+    chunk_ctx: int = flag(
+        0,
+        "speed",
+        "compute a sample in pieces of this many tokens, with the memory of one piece and the gradient of the whole; "
+        "0: in one",
+        at_least=0,
+        within_run="free",
+    )
+    bptt: int = flag(
+        -1,
+        "speed",
+        "with --chunk_ctx: how many pieces at the end of a sample are connected by gradients; -1: all; 1: none, "
+        "truncated as in RWKV-PEFT",
+        at_least=-1,
+    )
     kernel: str = flag("auto", "speed", "implementation of the recurrence", choices=KERNELS, within_run="free")
     # not a boolean: old scripts pass 0 or 1, and without it the device decides (RunConfig.compiles)
     compile: str = flag(

@@ -37,10 +37,13 @@ ALIASES = {
     "quant": {"4bit": "nf4", "": "none"},
 }
 REFUSED = {
-    ("train_type", "infctx"): "training in segments of a longer context isn't there yet: use a larger --ctx_len",
     ("quant", "fp4"): "there is nf4, of the same size and closer to the weights",
     ("quant", "fp8"): "there is int8, of the same size",
     ("loss_mask", "se"): "there are qa (answers count) and pad (everything but padding)",
+}
+# values of our flags that stand for others: -> our flags, of which one that is given keeps its value
+STANDS_FOR: dict[tuple[str, str], dict[str, Any]] = {
+    ("train_type", "infctx"): {"train_type": "none", "chunk_ctx": 512},
 }
 FLAGS = (*JSON_FLAGS, *NOTATIONS, "merge")
 EPOCH_STEPS = 1000  # the default of its --epoch_steps
@@ -48,12 +51,15 @@ EPOCH_STEPS = 1000  # the default of its --epoch_steps
 
 def translate(texts: dict[str, str], values: dict[str, Any]) -> tuple[dict[str, Any], list[UserError]]:
     """Values of our flags from `texts`, those of the flags in FLAGS, beside the `values` that were given by our flags'
-    names (without those in REFUSED); and what is wrong with them."""
+    names (without those in REFUSED and STANDS_FOR); and what is wrong with them."""
     translated: dict[str, Any] = {}
     faults: list[UserError] = []
     for flag, text in [item for item in values.items() if item in REFUSED]:
         faults.append(UserError("not offered", flag=flag, given=text, advice=REFUSED[flag, text]))
         del values[flag]  # else the check of its choices would name it a second time
+    for flag, text in [item for item in values.items() if item in STANDS_FOR]:
+        del values[flag]
+        translated |= {name: value for name, value in STANDS_FOR[flag, text].items() if name not in values}
     for flag, text in texts.items():
         try:
             for name, value in _meaning(flag, text):

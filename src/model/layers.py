@@ -109,6 +109,17 @@ class TimeMix(nn.Module):
                 parameter.requires_grad_(False)
         initialise(self, config, layer, prefix="att.")
 
+    def initial_wkv(self, sequences: int, dtype: torch.dtype) -> Tensor:
+        """The recurrence's state before the first token, [sequences, H, N, N]: `time_state` or zeros.
+
+        fp32 whatever a parameter became under an engine; for activations in float64, the reference's alone, float64.
+        """
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        shape = (sequences, self.n_head, self.head_size, self.head_size)
+        if self.time_state is None:
+            return self.r_k.new_zeros(shape, dtype=dtype)
+        return self.time_state.to(dtype).expand(shape).contiguous()
+
     def forward(
         self,
         x: Tensor,
@@ -123,10 +134,7 @@ class TimeMix(nn.Module):
         v_first [B, T, C] are layer 0's values.
         """
         if wkv is None and self.time_state is not None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            # fp32 whatever the parameter became under an engine; float64 is the reference's alone
-            start = self.time_state.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-            wkv = start.expand(sequences, -1, -1, -1).contiguous()
+            wkv = self.initial_wkv(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, x.dtype)
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         xr, xw, xk, xv, xa, xg = token_shift(x, shift, cu_seqlens, mixes, kernel=self.kernel)  # [B, T, C] each
 

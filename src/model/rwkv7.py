@@ -20,7 +20,7 @@ from src.errors import UserError
 from src.model.compiled import compile_with_fallback
 from src.model.init import initialise
 from src.model.layers import LAYER_NORM_EPS, Block, TimeMix
-from src.model.state import State
+from src.model.state import LayerState, State
 from src.model.weights import Weights, config_from_weights, fit_weights, read_weights, split_states
 
 
@@ -91,6 +91,16 @@ class RWKV7(nn.Module):
             assert int(places.sum()) == len(embeds), f"{len(embeds)} rows of embeddings for {int(places.sum())} places"
         x = self.emb(tokens.masked_fill(places, 0))
         return x.masked_scatter(places.unsqueeze(-1), embeds.to(x.dtype))
+
+    def initial_state(self, sequences: int) -> State:
+        """What a call without a state begins from, as a state: token shifts of zeros, tuned initial states or zeros."""
+        layers = []
+        for block in self.blocks:
+            att = block.get_submodule("att")
+            assert isinstance(att, TimeMix)
+            shift = self.emb.weight.new_zeros(sequences, self.config.n_embd)
+            layers.append(LayerState(shift, att.initial_wkv(sequences, shift.dtype), shift.clone()))
+        return State(layers)
 
     def compile_blocks(self, **options: Any) -> None:
         """torch.compile for the blocks, with its `options`. A failure to compile gives one warning, and the blocks run

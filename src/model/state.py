@@ -45,6 +45,19 @@ class State:
             ]
         )
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors, layer by layer, in the order of `LayerState`."""
+        return [tensor for layer in self.layers for tensor in layer]
+
+    def last(self) -> State:
+        """The state of the last sequence or document: tensors [1, ...]."""
+        return State([LayerState(*(t[-1:].clone() for t in layer)) for layer in self.layers])
+
+    def followed_by(self, other: State) -> State:
+        """The states of these sequences and, after them, of those of `other`."""
+        pairs = zip(self.layers, other.layers, strict=True)
+        return State([LayerState(*(torch.cat(both) for both in zip(*pair, strict=True))) for pair in pairs])
+
     def detach(self) -> State:
         """The same tensors, cut off from the graph that computed them."""
         return State([LayerState(*(t.detach() for t in layer)) for layer in self.layers])

@@ -15,6 +15,7 @@ from src.training.distributed.engine_adamw import EngineAdamW
 from src.training.distributed.sharded_init import NamedTensors, partition
 from src.training.hardware.selection import Hardware, engine_settings
 from src.training.objectives import OBJECTIVES, Objective
+from src.training.objectives.segments import Segments
 from src.training.optim import MasterAdamW, adam_arguments, parameter_groups
 
 
@@ -33,7 +34,8 @@ class TrainingModule(pl.LightningModule):
         self.model, self.config, self.hardware = model, config, hardware
         self.values = values
         # a submodule, so that ZeRO's stage 3 finds the module around which it gathers the head's weight
-        self.objective: Objective = OBJECTIVES[objective](model.head, config.head_chunk)
+        segments = Segments(config.chunk_ctx, config.ctx_len, config.bptt)
+        self.objective: Objective = OBJECTIVES[objective](model.head, config.head_chunk, segments)
         self.optimizer: MasterAdamW | EngineAdamW  # set by Lightning's call of configure_optimizers
 
     def configure_model(self) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from src.model import RWKV7
 from src.training.objectives.objective import Objective
+from src.training.objectives.segments import segmented_loss
 
 
 class NextToken(Objective):
@@ -30,6 +31,8 @@ class NextToken(Objective):
         return torch.stack([self._mean_loss(model, batch).double() * counted, counted])
 
     def _mean_loss(self, model: RWKV7, batch: tuple[Tensor, ...]) -> Tensor:
+        if self.segments.cuts(batch):
+            return segmented_loss(model, self.head_loss, self.segments.split(batch), self.segments.bptt)
         tokens, targets, *packed = batch
         hidden, _ = model.hidden(tokens, cu_seqlens=packed[0] if packed else None)
         return self.head_loss(hidden, targets)

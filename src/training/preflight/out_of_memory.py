@@ -15,6 +15,7 @@ from src.training.distributed.process_group import ProcessGroup
 from src.training.hardware.memory_limits import free_memory
 from src.training.hardware.selection import Hardware
 from src.training.preflight import plan
+from src.training.preflight.piece_memory import cut_of
 from src.training.preflight.plan import GIB, Memory
 
 # The share of free memory that an estimate may fill: a GPU's allocator rounds sizes up, and on a CPU other programs
@@ -27,6 +28,7 @@ FRAGMENTATION_SHARE = 0.2
 # After a run was out of memory although its estimate fitted, settings are suggested whose estimate is a quarter lower.
 REDUCTION_AFTER_ERROR = 0.75
 SMALL_HEAD_CHUNK = 1024
+SMALLEST_PIECE = 256  # tokens, with which a processor is still busy
 ERROR_CHARACTERS = 200  # of an allocator's message, which may continue with a report of many lines
 # In the messages, in lower case, of RuntimeErrors of PyTorch's CPU allocator, the CUDA libraries and NCCL.
 OUT_OF_MEMORY_TEXTS = (
@@ -55,14 +57,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 def estimate(config: RunConfig, model: ModelConfig, hardware: Hardware) -> Memory:
     """Memory of one process of this run in bytes, by the formulas of plan.py."""
     strategy = config.strategy if hardware.strategy == "deepspeed" else "auto"
-    tokens = config.micro_bsz * config.ctx_len
     model = replace(model, grad_cp=bool(config.grad_cp))
     memory = plan.memory(
         model,
         strategy,
         hardware.world_size,
         hardware.precision,
-        tokens,
+        cut_of(config),
         config.head_chunk,
         config.ds_bucket_mb,
         # on a CPU the native loss has no fp16
@@ -86,17 +87,21 @@ def suggest_settings(config: RunConfig, model: ModelConfig, hardware: Hardware, 
     """
     chunk = min(config.head_chunk or SMALL_HEAD_CHUNK, SMALL_HEAD_CHUNK)
     # a micro batch with fewer tokens than a chunk has no smaller logits by it
-    is_chunk_useful = config.head_chunk != chunk and config.micro_bsz * config.ctx_len > chunk
+    is_chunk_useful = config.head_chunk != chunk and cut_of(config).tokens > chunk
     small_head: Change = {"head_chunk": chunk} if is_chunk_useful else {}
     recompute: Change = {} if config.grad_cp else {"grad_cp": 1}
-    candidates = [small_head, recompute, _smaller_batch(config, model, hardware, allowed)]
+    batch = _smaller_batch(config, model, hardware, allowed)
+    candidates = [small_head, recompute, batch, _pieces(config, model, hardware, allowed)]
     fitting = [change for change in candidates if change and _total(config, change, model, hardware) <= allowed]
     if not fitting:
         both = {**small_head, **recompute}
+        smaller = replace(config, **both)
         if both and _total(config, both, model, hardware) <= allowed:
             fitting = [both]
-        elif batch := _smaller_batch(replace(config, **both), model, hardware, allowed):
+        elif batch := _smaller_batch(smaller, model, hardware, allowed):
             fitting = [{**both, **batch}]
+        elif pieces := _pieces(replace(smaller, micro_bsz=1), model, hardware, allowed):
+            fitting = [{**both, **_batch_of_one(config), **pieces}]
     if fitting:
         return [_describe(change, _total(config, change, model, hardware), hardware) for change in fitting]
     smallest: Change = {**small_head, **recompute, "micro_bsz": 1}
@@ -132,6 +137,20 @@ def _smaller_batch(config: RunConfig, model: ModelConfig, hardware: Hardware, al
     return {}
 
 
+def _batch_of_one(config: RunConfig) -> Change:
+    return {"micro_bsz": 1, "accumulate_grad_batches": config.accumulate_grad_batches * config.micro_bsz}
+
+
+def _pieces(config: RunConfig, model: ModelConfig, hardware: Hardware, allowed: float) -> Change:
+    """The largest pieces of a sample with which the run fits; none below SMALLEST_PIECE tokens, which would be slow."""
+    for pieces in range(2, config.ctx_len // SMALLEST_PIECE + 1):
+        change: Change = {"chunk_ctx": config.ctx_len // pieces}
+        is_smaller = not config.chunk_ctx or change["chunk_ctx"] < config.chunk_ctx
+        if config.ctx_len % pieces == 0 and is_smaller and _total(config, change, model, hardware) <= allowed:
+            return change
+    return {}
+
+
 def _flags(change: Change) -> str:
     return " ".join(f"--{name} {value}" for name, value in change.items())
 
@@ -140,6 +159,8 @@ def _describe(change: Change, total: float, hardware: Hardware) -> str:
     costs = []
     if "micro_bsz" in change:
         costs.append("the same steps in smaller parts")
+    if "chunk_ctx" in change:
+        costs.append("the same gradients for one more forward pass")
     if "grad_cp" in change:
         # Measured on a CPU only, where recomputing also maps memory anew (hardware/allocator.py).
         costs.append("blocks are computed twice" if hardware.accelerator == "gpu" else "steps take 40 to 95 % longer")
@@ -161,7 +182,7 @@ def list_settings(changes: list[str], indent: str) -> str:
 def describe_memory(memory: Memory) -> str:
     """For example "weights 0.10, gradients 0.10, ...: 2.30 GiB at peak"."""
     names = ["weights", "gradients", "optimizer", "activations", "logits"]
-    names += ["fragmentation"] * (memory.fragmentation > 0)
+    names += ["pieces"] * (memory.pieces > 0) + ["fragmentation"] * (memory.fragmentation > 0)
     parts = ", ".join(f"{name} {getattr(memory, name) / GIB:.2f}" for name in names)
     notes = []
     if memory.recomputed > 0:

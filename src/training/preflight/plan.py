@@ -16,6 +16,7 @@ Bytes per device, with P parameters, b bytes of the run's dtype and W processes 
     logits       tokens * V * b; their gradient takes their place. With --head_chunk those of one chunk, and the head's
                  gradient in fp32, twice while it is scaled. Where the loss is plain PyTorch (no native library, fp16 on
                  a CPU), in addition the fp32 rows being computed
+    pieces       with --chunk_ctx: activations and logits are those of one piece; what is kept beside: piece_memory.py
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from src.training.preflight.adapter_memory import (
     kept_by_frozen_block,
     trained_part,
 )
+from src.training.preflight.piece_memory import Cut, border_bytes, cut_of, kept_beside
 
 BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
 # Tensors [tokens, C] that a block keeps for backward in the run's dtype, in addition to the hidden layer of the channel
@@ -141,13 +143,14 @@ class Memory:
     on_cpu: float = 0.0
     recomputed: float = 0.0  # the part of the activations that is never allocated together with the logits
     fragmentation: float = 0.0  # unusable memory between tensors
+    pieces: float = 0.0  # with samples in pieces: states at their borders, sums of gradients
 
     @property
     def total(self) -> float:
         """The peak: during backward, which needs activations, or during the optimizer step, which doesn't."""
         persistent = self.weights + self.gradients + self.optimizer + self.fragmentation
         backward = self.activations + self.logits - min(self.recomputed, self.logits)
-        return persistent + max(backward, self.step)
+        return persistent + max(backward + self.pieces, self.step)
 
 
 def memory(
@@ -155,7 +158,7 @@ def memory(
     strategy: str,
     processes: int,
     precision: str,
-    tokens: int,
+    cut: Cut,
     head_chunk: int = 0,
     bucket_mb: int = 200,
     native_loss: bool = True,
@@ -163,13 +166,11 @@ def memory(
     adapter: AdapterConfig | None = None,
     quant: str = "none",
 ) -> Memory:
-    """Memory of one of `processes` devices, for micro batches of `tokens` tokens. `strategy` is a value of --strategy;
-    "auto" stands for one process or DDP. `bucket_mb` is DeepSpeed's bucket size in million elements. `adapter`: what is
-    trained beside a frozen base; None: all weights. `quant`: how the base is stored."""
+    """Memory of one of `processes` devices, for micro batches that are computed as `cut` says. `strategy` is a value of
+    --strategy; "auto" stands for one process or DDP. `bucket_mb` is DeepSpeed's bucket size in million elements.
+    `adapter`: what is trained beside a frozen base; None: all weights. `quant`: how the base is stored."""
     if adapter is not None:
-        return _adapter_memory(
-            c, strategy, processes, precision, tokens, head_chunk, native_loss, on_gpu, adapter, quant
-        )
+        return _adapter_memory(c, strategy, processes, precision, cut, head_chunk, native_loss, on_gpu, adapter, quant)
     count, dtype_bytes = parameter_count(c), BYTES[precision]
     engine = strategy.startswith("deepspeed")
     stage = int(strategy.split("_")[2]) if engine else 0
@@ -196,10 +197,11 @@ def memory(
         gradients,
         optimizer,
         step,
-        activation_bytes(c, tokens, precision, on_gpu),
-        logit_bytes(c, tokens, dtype_bytes, head_chunk, native_loss),
+        activation_bytes(c, cut.tokens, precision, on_gpu),
+        logit_bytes(c, cut.tokens, dtype_bytes, head_chunk, native_loss),
         on_cpu,
-        recomputed_bytes(c, tokens, precision, on_gpu),
+        recomputed_bytes(c, cut.tokens, precision, on_gpu),
+        pieces=kept_beside(c, cut, dtype_bytes, count),
     )
 
 
@@ -208,7 +210,7 @@ def _adapter_memory(
     strategy: str,
     processes: int,
     precision: str,
-    tokens: int,
+    cut: Cut,
     head_chunk: int,
     native_loss: bool,
     on_gpu: bool,
@@ -234,10 +236,11 @@ def _adapter_memory(
         gradients,
         optimizer,
         step,
-        activation_bytes(c, tokens, precision, on_gpu, adapter),
-        logit_bytes(c, tokens, dtype_bytes, head_chunk, native_loss, frozen_head=True),
+        activation_bytes(c, cut.tokens, precision, on_gpu, adapter),
+        logit_bytes(c, cut.tokens, dtype_bytes, head_chunk, native_loss, frozen_head=True),
         on_cpu,
-        recomputed_bytes(c, tokens, precision, on_gpu, adapter),
+        recomputed_bytes(c, cut.tokens, precision, on_gpu, adapter),
+        pieces=kept_beside(c, cut, dtype_bytes, part.adapter + part.whole),
     )
 
 
@@ -260,6 +263,7 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
         f"{exit_tokens / count:.1f} tokens per parameter",
         f"   processes  {processes}, {precision}, micro batch {config.micro_bsz} x {config.ctx_len}, "
         f"grad_cp {config.grad_cp}, head_chunk {config.head_chunk}",
+        *([f"      pieces  {describe_pieces(config, model, precision)}"] if config.chunk_ctx else []),
         *([f"      trains  {_describe_trained(config, model)}"] if adapter_of(config) is not None else []),
         f"     compute  {training_flops_per_token(model) * exit_tokens:.3g} floating-point operations",
     ]
@@ -279,6 +283,16 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
     return "\n".join([*lines, *_memory_table(config, model, processes, precision)])
 
 
+def describe_pieces(config: RunConfig, model: ModelConfig, precision: str) -> str:
+    """What --chunk_ctx means for a run, in a line."""
+    cut = cut_of(config)
+    state = cut.samples * border_bytes(model, BYTES[precision]) / (1 << 20)
+    return (
+        f"{cut.pieces:,} of {cut.length:,} tokens, computed twice but for backward; a state of {state:.1f} MiB is kept "
+        f"at each border, {(cut.pieces - 1) * state / 1024:.2f} GiB in all"
+    )
+
+
 def _describe_trained(config: RunConfig, model: ModelConfig) -> str:
     adapter = adapter_of(config)
     assert adapter is not None
@@ -289,8 +303,8 @@ def _describe_trained(config: RunConfig, model: ModelConfig) -> str:
 
 def _memory_table(config: RunConfig, model: ModelConfig, processes: int, precision: str) -> Iterator[str]:
     """One line for each strategy that differs from the others with so many processes; ">" marks the run's."""
-    yield f"{'--strategy':>28}  weights  gradients  optimizer    step  activations  logits    total  on the CPU"
-    widths = (7, 9, 9, 6, 11, 6, 7, 10)
+    yield f"{'--strategy':>28}  weights  gradients  optimizer    step  activations  logits  pieces    total  on the CPU"
+    widths = (7, 9, 9, 6, 11, 6, 6, 7, 10)
     for name in STRATEGIES:
         if name == ("ddp" if processes == 1 else "auto"):
             continue  # with several processes auto is DDP; with one there is nothing to communicate
@@ -303,7 +317,7 @@ def _memory_table(config: RunConfig, model: ModelConfig, processes: int, precisi
             name,
             processes,
             precision,
-            config.micro_bsz * config.ctx_len,
+            cut_of(config),
             config.head_chunk,
             config.ds_bucket_mb,
             on_gpu=config.accelerator != "cpu",
@@ -311,6 +325,6 @@ def _memory_table(config: RunConfig, model: ModelConfig, processes: int, precisi
             quant=config.quant,
         )
         mark = ">" if name == config.strategy or (name == "ddp" and config.strategy == "auto") else " "
-        parts = (m.weights, m.gradients, m.optimizer, m.step, m.activations, m.logits, m.total, m.on_cpu)
+        parts = (m.weights, m.gradients, m.optimizer, m.step, m.activations, m.logits, m.pieces, m.total, m.on_cpu)
         cells = (f"{value / GIB:{width}.2f}" for value, width in zip(parts, widths, strict=True))
         yield f"{mark}{name:>27}  " + "  ".join(cells)

@@ -18,7 +18,8 @@ from src.run_folder import METRICS
 from src.run_log import read_columns
 from src.training.hardware import memory_limits
 from src.training.hardware.selection import Hardware
-from src.training.objectives.head_loss import HeadLoss
+from src.training.objectives import NextToken
+from src.training.objectives.segments import Segments
 from src.training.optim import MasterAdamW, adam_arguments, parameter_groups
 from src.training.preflight.checklist import Checklist
 from src.training.preflight.out_of_memory import SAFE_SHARE, estimate, is_out_of_memory, oom_message
@@ -27,7 +28,7 @@ RECENT_STEPS = 50  # the last rows of metrics.csv, whose median is the speed
 # Settings that decide how long a step takes: a speed measured with other values of these is not that of this run.
 SPEED_SETTINGS = (
     *("n_layer", "n_embd", "head_size", "dim_ffn", "ctx_len", "micro_bsz", "grad_cp", "head_chunk"),
-    *("kernel", "strategy", "compile"),
+    *("chunk_ctx", "kernel", "strategy", "compile"),
 )
 # A check should take seconds. The speed per token hardly depends on the number of samples, so a step that would take
 # longer than STEP_SECONDS is timed with fewer.
@@ -101,12 +102,14 @@ def timed_steps(config: RunConfig, model_config: ModelConfig, hardware: Hardware
         # The values don't matter, but denormal numbers and infinities would change the speed.
         torch.nn.init.normal_(parameter, std=0.02)
     optimizer = MasterAdamW(parameter_groups(model, config.weight_decay), **adam_arguments(config))
-    head_loss = HeadLoss(model.head, config.head_chunk)
 
     def step(rows: int, length: int) -> float:
         began = time.perf_counter()
         tokens = torch.randint(model_config.vocab_size, (rows, length + 1), device=device)
-        head_loss(model.hidden(tokens[:, :-1])[0], tokens[:, 1:]).backward()
+        # shorter than the run's samples perhaps, but in pieces where those are
+        segments = Segments(min(config.chunk_ctx, max(1, length // 2)), length)
+        loss, _ = NextToken(model.head, config.head_chunk, segments)(model, (tokens[:, :-1], tokens[:, 1:]))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":  # kernels run asynchronously

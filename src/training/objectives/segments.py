@@ -1,0 +1,188 @@
+"""A long sample trained in pieces: the memory of one piece, the gradient of the whole.
+
+    forward    the pieces from first to last without a graph; the state at each border between two is kept
+    backward   the pieces from last to first: piece i is computed again from the state at its beginning, and of
+                   g * loss_i + <dS_i, S_i>           S_i: the state at its end (token-shift rows too)
+               the gradient is taken: for the parameters, which are summed over the pieces, and for the state at its
+               beginning, which is dS_{i-1}. There is none behind the last piece.
+
+    loss_i = (mean loss of the piece) * (its tokens that count) / (those of the sample)
+
+so that sums, L2Wrap and its scale are those of one pass. A state is fp32 at a border, as inside of a piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from src.model import RWKV7, State
+from src.training.objectives.head_loss import HeadLoss
+from src.training.objectives.pieces import Piece, whole
+
+ALL = -1
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How samples are cut: in pieces of `chunk_ctx` positions of their `ctx_len` (0: not at all).
+
+    `bptt`: so many pieces at a sample's end are connected by gradients, with bptt - 1 borders between them; ALL of
+    them, or with 1 none: each piece then has the gradient of its own loss only.
+    """
+
+    chunk_ctx: int = 0
+    ctx_len: int = 0
+    bptt: int = ALL
+
+    def split(self, batch: tuple[Tensor, ...]) -> list[Piece]:
+        """A batch (tokens, targets, and of a packed row cu_seqlens) in pieces."""
+        tokens, targets, *packed = batch
+        piece = whole(tokens, targets, packed[0] if packed else None)
+        # the rows of a micro batch follow one another in a packed row: as many pieces, of as many tokens
+        rows = tokens.shape[1] // self.ctx_len if packed else 1
+        return piece.split(self.chunk_ctx * max(1, rows))
+
+    def cuts(self, batch: tuple[Tensor, ...]) -> bool:
+        """Whether the batch has more than one piece."""
+        return 0 < self.chunk_ctx < batch[0].shape[1]
+
+
+WHOLE_SAMPLES = Segments()
+
+
+def segmented_loss(model: RWKV7, head_loss: HeadLoss, pieces: Sequence[Piece], bptt: int = ALL) -> Tensor:
+    """The mean loss of a batch over its tokens that count, with the gradient of the whole; see above.
+
+    Backward through it accumulates gradients into the parameters' `grad`, each once, so that what DDP and ZeRO do when
+    a gradient is complete happens once.
+    """
+    run = _Run(model, head_loss, pieces, bptt)
+    if not torch.is_grad_enabled():
+        return run.forward(keep=False)
+    anchor = torch.ones((), device=pieces[0].tokens.device, requires_grad=True)  # gives the loss a place in a graph
+    return _Segmented.apply(anchor, run)  # type: ignore[no-any-return]
+
+
+class _Segmented(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, run: _Run) -> Tensor:
+        ctx.run = run
+        return run.forward(keep=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
+        ctx.run.backward(grad_loss)
+        return torch.zeros_like(grad_loss), None
+
+
+class _Run:
+    """Both passes over the pieces of one batch."""
+
+    def __init__(self, model: RWKV7, head_loss: HeadLoss, pieces: Sequence[Piece], bptt: int) -> None:
+        self.model, self.head_loss, self.pieces, self.bptt = model, head_loss, pieces, bptt
+        self.counted = torch.stack([(piece.targets >= 0).sum() for piece in pieces])
+        self.borders: list[State] = []  # the state at the end of each piece but the last
+        # dropout has to drop the same numbers again
+        self.random = any(block.draws_random_numbers for block in model.blocks)
+        self.generators: list[Any] = []
+
+    @torch.no_grad()
+    def forward(self, keep: bool) -> Tensor:
+        """The loss; with `keep` what `backward` needs is kept."""
+        losses, state = [], None
+        for i, piece in enumerate(self.pieces):
+            if keep and self.random:
+                self.generators.append((torch.get_rng_state(), get_device_states(piece.tokens)))
+            loss, state = self._compute(i, state)
+            losses.append(loss)
+            if keep and i + 1 < len(self.pieces):
+                self.borders.append(state)
+        return torch.stack(losses).sum()
+
+    def backward(self, grad_loss: Tensor) -> None:
+        assert len(self.borders) == len(self.pieces) - 1, "backward through the same pieces a second time"
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        sums: dict[nn.Parameter, Tensor] = {}
+        handed_back: list[Tensor | None] = []
+        for i in reversed(range(len(self.pieces))):
+            state = self.borders.pop() if i > 0 else None
+            crosses = self.pieces[i].continues and (self.bptt == ALL or len(self.pieces) - i < self.bptt)
+            leaves = [] if state is None or not crosses else [t.requires_grad_() for t in state.tensors()]
+            with torch.enable_grad(), self._same_random_numbers(i):
+                loss, end = self._compute(i, state)
+            outputs = [loss, *(end.tensors() if handed_back else [])]
+            grads = [grad_loss.to(loss.dtype), *handed_back]
+            # a state may depend on nothing that is trained, and what is handed back may be of a state that isn't used
+            used = [(x, g) for x, g in zip(outputs, grads, strict=True) if x.requires_grad and g is not None]
+            outputs, grads = [x for x, _ in used], [g for _, g in used]
+            del loss, end, state, used
+            if i == 0:
+                with _added(sums):
+                    torch.autograd.backward(outputs, grads)
+                return
+            if not outputs:  # with cut borders: nothing that is trained is in this piece
+                handed_back = []
+                continue
+            gradients = torch.autograd.grad(outputs, [*parameters, *leaves], grads, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=False):
+                _add(sums, parameter, gradient)
+            handed_back = list(gradients[len(parameters) :])
+
+    def _compute(self, i: int, state: State | None) -> tuple[Tensor, State]:
+        """The share of piece i in the loss, and the state at its end: [B] of rows, [1] of the last document."""
+        piece = self.pieces[i]
+        start = self.model.initial_state(piece.documents - (piece.continues and piece.bounds is not None))
+        if piece.continues and state is not None:
+            start = state if piece.bounds is None else state.followed_by(start)
+        hidden, end = self.model.hidden(piece.tokens, start, piece.cu_seqlens)
+        loss = self.head_loss(hidden, piece.targets) * self.counted[i] / self.counted.sum().clamp(min=1)
+        return loss, end if piece.bounds is None else end.last()
+
+    @contextmanager
+    def _same_random_numbers(self, i: int) -> Iterator[None]:
+        if not self.random:
+            yield
+            return
+        on_cpu, (devices, states) = self.generators[i]
+        device_type = self.pieces[i].tokens.device.type
+        with torch.random.fork_rng(devices, device_type=device_type if devices else "cuda"):
+            torch.set_rng_state(on_cpu)
+            set_device_states(devices, states, device_type=device_type)
+            yield
+
+
+def _add(sums: dict[nn.Parameter, Tensor], parameter: nn.Parameter, gradient: Tensor | None) -> None:
+    if gradient is None:  # no document begins in the piece, so its initial states aren't used
+        return
+    if parameter in sums:
+        sums[parameter] += gradient
+    else:  # in fp32: a bf16 sum over many pieces would drop the small ones
+        sums[parameter] = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+
+
+@contextmanager
+def _added(sums: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Within it, gradients that reach a parameter grow by its sum before they are accumulated."""
+
+    def adding(parameter: nn.Parameter) -> Any:
+        def hook(gradient: Tensor) -> Tensor:
+            return (sums.pop(parameter) + gradient).to(gradient.dtype)
+
+        return parameter.register_hook(hook)
+
+    handles = [adding(parameter) for parameter in sums]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not sums, "a parameter that the first piece doesn't use"
