@@ -2,7 +2,9 @@
 
 import gc
 import os
+import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,3 +93,36 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> Synced:
     for name in renames:
         monkeypatch.setattr(os, name, recording(name))
     return record
+
+
+def can_create_network_namespaces() -> bool:
+    return (
+        bool(shutil.which("ip"))
+        and subprocess.run(["ip", "netns", "add", "rwkv-probe"], capture_output=True).returncode == 0
+    )
+
+
+@pytest.fixture
+def two_machines() -> Iterator[list[str]]:
+    """Two network namespaces joined by a virtual cable: each sees the other as it would see another machine."""
+    if not can_create_network_namespaces():
+        pytest.skip("no permission to create network namespaces")
+    tag = f"rwkv{os.getpid() % 10000}"
+    names = [f"{tag}a", f"{tag}b"]
+    commands = [
+        "ip netns delete rwkv-probe",
+        *(f"ip netns add {name}" for name in names),
+        f"ip link add {names[0]} type veth peer name {names[1]}",
+        *(f"ip link set {name} netns {name}" for name in names),
+        *(f"ip -n {name} addr add 10.77.0.{i}/24 dev {name}" for i, name in enumerate(names, start=1)),
+        *(f"ip -n {name} link set {device} up" for name in names for device in (name, "lo")),
+    ]
+    try:
+        for command in commands:
+            done = subprocess.run(command.split(), capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"{command}: {done.stderr}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)

@@ -37,8 +37,8 @@ FLAGS = {
     "epoch_save": 5, "epoch_begin": 0, "lr_init": 6e-4, "lr_final": 1e-5, "warmup_steps": -1,
     "beta1": 0.9, "beta2": 0.99, "adam_eps": 1e-18, "weight_decay": 0.0, "grad_clip": 1.0,
     "grad_cp": False, "head_chunk": 0, "chunk_ctx": 0, "bptt": -1, "kernel": "auto", "compile": "auto", "profile": 0,
-    "accelerator": "auto", "devices": "1", "num_nodes": 1, "dist_timeout": 600, "max_restarts": 3,
-    "precision": "", "strategy": "auto", "ds_bucket_mb": 200,
+    "accelerator": "auto", "devices": "1", "num_nodes": "1", "rdzv_endpoint": "", "dist_timeout": 600,
+    "max_restarts": 3, "precision": "", "strategy": "auto", "ds_bucket_mb": 200,
     "wandb": "", "logger": "", "enable_progress_bar": "True",
 }  # fmt: skip
 # With another value of these it would be another run: without them a resumed run could mix two models or data orders.
@@ -398,6 +398,11 @@ def test_all_faults_at_once(capsys):
     ("argv", "flag", "given"),
     [
         (["--devices", "many"], "devices", "many"),
+        (["--num_nodes", "4:2"], "num_nodes", "4:2"),
+        (["--num_nodes", "0"], "num_nodes", "0"),
+        (["--num_nodes", "2:"], "num_nodes", "2:"),
+        (["--rdzv_endpoint", "node0"], "rdzv_endpoint", "node0"),
+        (["--rdzv_endpoint", "node0:70000"], "rdzv_endpoint", "node0:70000"),
         (["--lr_init", "nan"], "lr_init", "nan"),
         (["--lr_init", "x"], "lr_init", "'x'"),
         (["--lr_init"], "lr_init", "None"),

@@ -1,6 +1,5 @@
 """Ranks that die, stop, hang or raise: torch's agent starts them again, or the run ends with the reason, told once."""
 
-import contextlib
 import os
 import signal
 import time
@@ -89,30 +88,29 @@ def wait_for(condition, seconds=100):
 @pytest.mark.parametrize("fault", ["stop", "freeze"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_stands_still_is_replaced(start, whole, tmp_path, rank, fault):
+    process = start(tmp_path / "run", planned(tmp_path, rank, "step", fault))
+    wait_for((tmp_path / "note").exists)
     begin = time.monotonic()
-    ended = finish(start(tmp_path / "run", planned(tmp_path, rank, "step", fault)), 150)
+    ended = finish(process, 150)
     assert ended.code == 0, ended.output
     assert "all processes start again" in ended.output
-    assert time.monotonic() - begin < 90  # with the time before the fault and that after the restart
+    assert time.monotonic() - begin < 75  # with the rest of the run
     assert_same_run(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
-def test_ranks_end_when_their_agent_is_killed(start, whole, tmp_path):
-    run, note = tmp_path / "run", tmp_path / "note"
-    process = start(run, planned(tmp_path, 1, "step", "pause"))
-    wait_for(note.exists)
+def test_ranks_end_when_their_agent_is_killed(start, tmp_path):
+    note = tmp_path / "note"
+    process = start(
+        tmp_path / "run", planned(tmp_path, 1, "step", "pause"), my_exit_tokens=CTX * RANKS * 100_000, save_minutes=30
+    )
+    wait_for(lambda: note.exists() and note.read_text())
     process.kill()
-    wait_for(lambda: note.read_text())
     os.kill(int(note.read_text()), signal.SIGCONT)
     begin = time.monotonic()
     output, _ = process.communicate(timeout=75)  # until the last of them has closed its output
     assert time.monotonic() - begin < 75
     assert "stops: the process that started it has ended" in output
     assert "the state is saved" in output
-    with contextlib.suppress(ProcessLookupError):
+    with pytest.raises(ProcessLookupError):
         os.kill(int(note.read_text()), 0)
-        pytest.fail("a rank is still there")
-    ended = finish(start(run), 120)
-    assert ended.code == 0, ended.output
-    assert_same_run(run, whole)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -185,39 +184,6 @@ def test_a_suspended_run_goes_on_when_it_is_continued(tmp_path, data, uninterrup
 def state_of(pid):
     with open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0]
-
-
-def can_create_network_namespaces():
-    return (
-        bool(shutil.which("ip"))
-        and subprocess.run(["ip", "netns", "add", "rwkv-probe"], capture_output=True).returncode == 0
-    )
-
-
-@pytest.fixture
-def two_machines():
-    """Two network namespaces joined by a virtual cable: each sees the other as it would see another machine."""
-    if not can_create_network_namespaces():
-        pytest.skip("no permission to create network namespaces")
-    tag = f"rwkv{os.getpid() % 10000}"
-    names = [f"{tag}a", f"{tag}b"]
-    commands = [
-        "ip netns delete rwkv-probe",
-        *(f"ip netns add {name}" for name in names),
-        f"ip link add {names[0]} type veth peer name {names[1]}",
-        *(f"ip link set {name} netns {name}" for name in names),
-        *(f"ip -n {name} addr add 10.77.0.{i}/24 dev {name}" for i, name in enumerate(names, start=1)),
-        *(f"ip -n {name} link set {device} up" for name in names for device in (name, "lo")),
-    ]
-    try:
-        for command in commands:
-            done = subprocess.run(command.split(), capture_output=True, text=True)
-            if done.returncode:
-                pytest.skip(f"{command}: {done.stderr}")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
 @pytest.mark.parametrize("launcher", ["manual", "torchrun"])

@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 BROADCASTS = """
 import json, os, time
+import torch
+import torch.distributed as dist
 from src.errors import UserError
 from src.training.checkpoint.manifest import DamagedStateError
 from tests.ranks import join_ranks
@@ -56,6 +58,12 @@ for name, error in ERRORS.items():
         results["errors"][name] = [type(raised).__name__, str(raised)]
         results["fields"][name] = {key: str(value) for key, value in vars(raised).items()}
     results["seconds"][name] = time.monotonic() - began
+for name, values in {"flags": {"lr_init": 0.1 + group.rank}, "code": {"the code": "ab"}}.items():
+    try:
+        group.refuse_other_values(values, flags=name == "flags")
+    except UserError as raised:
+        results["errors"][name] = [type(raised).__name__, str(raised)]
+results["timeout"] = dist.new_group()._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 # the group is still in step
 results["value"] = group.broadcast_from_rank_zero(lambda: {"from": group.rank})
 group.shutdown()
@@ -97,8 +105,21 @@ def test_an_unpicklable_exception_arrives_as_its_type_and_text(ranks, name, type
     assert received == ["RuntimeError", f"rank 0: {type_name}: {original[1]}"]
 
 
+def test_a_rank_with_other_values_is_named_on_every_rank(ranks):
+    first, second = (results["errors"]["flags"] for results in ranks)
+    assert first == second
+    assert first[1].startswith("--lr_init: rank 1 (")
+    assert ") has 1.1, rank 0 0.1; start every process with the same flags" in first[1]
+    assert "code" not in ranks[0]["errors"]  # equal values are no error
+
+
+def test_groups_that_others_make_have_the_time_out_of_the_run(ranks):
+    """DeepSpeed clones the group of all ranks without naming one."""
+    assert [results["timeout"] for results in ranks] == [60, 60]
+
+
 def test_no_rank_waits_for_a_timeout(ranks):
-    """Well below the 40 s after which the watchdog ends a run."""
+    """Well below the 60 s after which a collective fails."""
     assert all(seconds < 20 for results in ranks for seconds in results["seconds"].values())
 
 

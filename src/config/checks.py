@@ -16,6 +16,10 @@ from src.errors import UserError
 # Flags that describe how conversations are read; --tokenizer and --val_data_file are for token files, too.
 SFT_ONLY = ("sft_loss", "packing", "truncate", "special_tokens", "think")
 # --val_every: a number of mini-epochs, or of steps.
+NODES = re.compile(r"[1-9][0-9]{0,5}(:[1-9][0-9]{0,5})?")
+ENDPOINT = re.compile(
+    r"[^\s:]+:0*([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+)
 VAL_EVERY = re.compile(r"(\d+) *(steps?)?")
 
 
@@ -50,12 +54,21 @@ def form_faults(flags: Flags) -> Iterator[UserError]:
     # isdigit, because int() would accept " 2", "+2" and "1_0" as well
     if flags.devices != "auto" and not (flags.devices.isdigit() and int(flags.devices) >= 1):
         yield UserError(flag="devices", given=flags.devices, expected='a number of processes or "auto"')
+    if not NODES.fullmatch(flags.num_nodes) or not _in_order(flags.num_nodes):
+        yield UserError(flag="num_nodes", given=flags.num_nodes, expected='a number of nodes, or "2:4": from 2 to 4')
+    if flags.rdzv_endpoint and not ENDPOINT.fullmatch(flags.rdzv_endpoint):
+        yield UserError(flag="rdzv_endpoint", given=flags.rdzv_endpoint, expected="HOST:PORT, a port of 1 to 65535")
     if not VAL_EVERY.fullmatch(flags.val_every):
         yield UserError(
             flag="val_every",
             given=flags.val_every,
             expected='a number of mini-epochs, such as "2", or of steps, such as "500steps"',
         )
+
+
+def _in_order(num_nodes: str) -> bool:
+    numbers = [int(number) for number in num_nodes.split(":")]
+    return numbers == sorted(numbers)
 
 
 def combination_faults(flags: Flags) -> Iterator[UserError]:

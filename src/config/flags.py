@@ -378,7 +378,19 @@ class Flags:
     )
     # text, because of "auto"
     devices: str = flag("1", "hardware", 'processes per node, one per device; "auto": all devices', within_run="free")
-    num_nodes: int = flag(1, "hardware", "number of nodes", at_least=1, within_run="free")
+    # text, because of "2:4"
+    num_nodes: str = flag(
+        "1",
+        "hardware",
+        "number of nodes; FEWEST:MOST: the run goes on while nodes leave and join, with the global batch of MOST",
+        within_run="free",
+    )
+    rdzv_endpoint: str = flag(
+        "",
+        "hardware",
+        "HOST:PORT of one of several nodes, where they meet; default: MASTER_ADDR and MASTER_PORT of the environment",
+        within_run="free",
+    )
     dist_timeout: int = flag(
         600,
         "hardware",

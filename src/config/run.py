@@ -44,6 +44,15 @@ class RunConfig(Flags):
         own = {field.name for field in dataclasses.fields(ModelConfig)} - {"vocab_size"}
         return ModelConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in own})
 
+    @property
+    def fewest_nodes(self) -> int:
+        """Of --num_nodes FEWEST:MOST, or the number of nodes."""
+        return int(self.num_nodes.partition(":")[0])
+
+    @property
+    def most_nodes(self) -> int:
+        return int(self.num_nodes.rpartition(":")[2])
+
     def compiles(self, device_type: str) -> bool:
         """Whether --compile asks for torch.compile on a device of this type ("cuda", "cpu")."""
         # Compiling takes 10 to 17 s. On a CPU it gains about 10 %, which short runs do not earn back.

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import secrets
+import time
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -53,7 +54,13 @@ from src.training.distributed.ranks import rank_from_launcher
 from src.training.figures.loss_figure import write_loss_figure
 from src.training.figures.report_page import write_report
 from src.training.hardware.allocator import set_up_malloc
-from src.training.hardware.selection import Hardware, choose_hardware, count_processes, with_length
+from src.training.hardware.selection import (
+    Hardware,
+    choose_hardware,
+    count_processes,
+    with_global_batch,
+    with_length,
+)
 from src.training.model_setup import (
     check_base,
     check_tokenizer,
@@ -114,6 +121,8 @@ def run(config: RunConfig, notes: list[str]) -> int:
         else:
             process_group = join(hardware.accelerator, config.dist_timeout)
             refuse_other_starts(process_group, config)
+            config, batch_notes = with_global_batch(config, hardware)
+            notes = [*notes, *batch_notes]
             if config.restart and process_group.any_rank([attempt() > 0]).wait()[0]:
                 config = replace(config, restart=False)  # done by the first attempt
         for note in (*notes, *hardware.notes):
@@ -163,12 +172,14 @@ def _fail(
 
 def _plan_launch(config: RunConfig) -> Launch:
     devices, nodes = count_processes(config)
+    endpoint = config.rdzv_endpoint or (meeting_point(os.environ, nodes) if nodes > 1 else "")
     return Launch(
         devices=devices,
-        fewest_nodes=nodes,
+        fewest_nodes=config.fewest_nodes,
         most_nodes=nodes,
-        endpoint=meeting_point(os.environ, nodes) if nodes > 1 else "",
+        endpoint=endpoint,
         max_restarts=0 if config.dry_run else config.max_restarts,
+        dist_timeout=config.dist_timeout,
         where_it_continues=partial(_where_it_continues, Path(config.proj_dir)),
     )
 
@@ -199,7 +210,9 @@ def _run_mode(config: RunConfig, hardware: Hardware, process_group: ProcessGroup
     proj_dir = process_group.broadcast_from_rank_zero(lambda: _writable_folder(config.proj_dir))
     lock = RunLock(proj_dir)  # held by rank 0: one run has one lock, however many processes
     try:
-        process_group.broadcast_from_rank_zero(lambda: _acquire_folder(proj_dir, lock))
+        process_group.broadcast_from_rank_zero(
+            partial(_acquire_folder, proj_dir, lock, config.dist_timeout / 2 if attempt() else 0)
+        )
         if config.train_stage == 1:
             return _write_initial_weights(config, proj_dir, lock)
         return _train(config, hardware, proj_dir, lock, process_group, ends_at)
@@ -218,7 +231,7 @@ def _plan(config: RunConfig) -> int:
     sizes = config.model_config(find_vocab_size(config, weights))
     exit_tokens = config.my_exit_tokens or max(1, round(config.epochs * open_samples(config).tokens_per_epoch))
     precision = config.precision or ("fp32" if config.accelerator == "cpu" else "bf16")
-    log(plan.describe(config, sizes, exit_tokens, int(config.devices) * config.num_nodes, precision))
+    log(plan.describe(config, sizes, exit_tokens, int(config.devices) * config.most_nodes, precision))
     return 0
 
 
@@ -258,6 +271,7 @@ def _train(
     on_rank_zero = process_group.broadcast_from_rank_zero
     samples, held_out = _open_data(config)
     config = on_rank_zero(partial(with_timed_length, config, hardware, samples.tokens_per_epoch, proj_dir))
+    process_group.refuse_other_values({"training data": samples.identity}, flags=False)
     length = length_of_run(config, samples.tokens_per_epoch, hardware.world_size)
     final = proj_dir / result_names(config).final
     if config.restart or not final.exists():
@@ -405,8 +419,17 @@ def _writable_folder(name: str) -> Path:
     return folder
 
 
-def _acquire_folder(proj_dir: Path, lock: RunLock) -> None:
-    lock.acquire()
+def _acquire_folder(proj_dir: Path, lock: RunLock, seconds: float) -> None:
+    """`seconds`: how long to wait for a rank of the attempt before, on a machine that was cut off."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            lock.acquire()
+            break
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
     run_folder.remove_leftovers(proj_dir)
 
 

@@ -2,7 +2,8 @@
 
 RANK_FAULT in the environment: JSON of {"rank", "phase", "fault", "note"}. When that rank enters the phase it writes its
 process number to the file `note` and is killed, stopped, raises an exception, or its main thread freezes while its
-other threads go on. Once: not when the ranks are started again, unless "always" is set.
+other threads go on. Once: not when the ranks are started again, unless "always" is set. With {"pids": FOLDER} each rank
+writes its process number to FOLDER/RANK.
 """
 
 import json
@@ -66,7 +67,9 @@ def at_call(path: str, name: str, number: int, action: Callable[[], None]) -> No
 
 def main() -> int:
     planned = json.loads(os.environ.get("RANK_FAULT", "{}"))
-    is_due = planned and (planned.get("always") or not Path(planned["note"]).exists())
+    if "pids" in planned and "RANK" in os.environ:
+        Path(planned["pids"], os.environ["RANK"]).write_text(str(os.getpid()))
+    is_due = "phase" in planned and (planned.get("always") or not Path(planned["note"]).exists())
     if is_due and os.environ.get("RANK") == str(planned["rank"]):  # not in the agent, which has no rank
 
         def action() -> None:

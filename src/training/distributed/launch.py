@@ -1,6 +1,7 @@
 """`python train.py --devices N`: torch.distributed's elastic agent starts the ranks, watches them, starts them again.
 
-What is ours is the policy: which failures are worth another attempt, what the user is told, and how signals pass on.
+Ours are the policy (restarts.py), signals that pass on to the ranks, and what torch's agent doesn't see: ranks that are
+stopped, and a machine that is cut off.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters
-from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from src.errors import UserError
 from src.terminal import show
-from src.training.console import log_error
+from src.training.console import log, log_error
 from src.training.distributed.failure import ROLE, Cause, cause_of, is_supervised
+from src.training.distributed.restarts import STOPS, describe, may_restart
 
 MONITOR_SECONDS = 0.5
 STOPPED_SECONDS = 20  # a rank that is stopped (SIGSTOP) for so long is killed: torch's agent doesn't see that it stands
+JOIN_SECONDS = 600  # for all machines to come: they may boot at different speeds
 GRACE_SECONDS = 10  # from SIGTERM to SIGKILL, for ranks that have failed
-SAVE_SECONDS = 600  # the same for ranks that save their state, because a machine joins or leaves
 PARENT_SECONDS = 50  # for a rank to save its state when its agent has been killed
 LAUNCHED_AT, ATTEMPT, AGENT = "TRAIN_LAUNCHED_AT", "TRAIN_ATTEMPT", "TRAIN_AGENT"  # variables from agent to rank
-NO_RESTART = {2, 124, 129, 130, 143}  # a mistake of the user, --time_limit, and stops by a signal
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Launch:
     most_nodes: int = 1
     endpoint: str = ""  # HOST:PORT of one of several machines
     max_restarts: int = 0
+    dist_timeout: int = 600
     where_it_continues: Callable[[int], str] = lambda step: ""  # what the user is told about a failure in a step
 
 
@@ -62,6 +64,9 @@ def launch(plan: Launch) -> int:
     os.environ[LAUNCHED_AT], os.environ[AGENT] = str(time.monotonic()), str(os.getpid())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     host, _, port = plan.endpoint.rpartition(":")
+    if plan.endpoint:
+        nodes = f"{plan.fewest_nodes} to {plan.most_nodes}" if plan.fewest_nodes < plan.most_nodes else plan.most_nodes
+        log(f"note: {nodes} machines meet at {plan.endpoint}; waiting for them for up to {JOIN_SECONDS // 60} minutes")
     with tempfile.TemporaryDirectory(prefix="train-ranks-") as folder:
         try:
             meeting = RendezvousParameters(
@@ -72,7 +77,8 @@ def launch(plan: Launch) -> int:
                 max_nodes=plan.most_nodes,
                 local_addr=_address_towards(host, int(port)) if plan.endpoint else "127.0.0.1",
                 is_host=str(not plan.endpoint or _is_local(host)),
-                join_timeout=600,
+                read_timeout=30,
+                join_timeout=JOIN_SECONDS,
                 last_call_timeout=5,
             )
             spec = WorkerSpec(
@@ -87,7 +93,8 @@ def launch(plan: Launch) -> int:
             )
             return Agent(spec, plan, folder).run_to_end()
         except RendezvousError as error:
-            log_error(f"the machines can't meet at {plan.endpoint or 'localhost'}: {error}")
+            reason = "another machine has ended the run" if isinstance(error, RendezvousClosedError) else str(error)
+            log_error(f"the machines don't meet at {plan.endpoint}: {reason}; the same command continues the run")
             return 1
 
 
@@ -107,16 +114,32 @@ class Agent(LocalElasticAgent):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
             if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # nohup's SIGHUP stays ignored
                 signal.signal(number, self._suspend if number == signal.SIGTSTP else self._pass_on)
-        try:
-            result = self.run(ROLE)
-        finally:
+        result = self.run(ROLE)
+        if not self._signal:  # a machine that leaves an elastic run doesn't end it
             self._rdzv_handler.shutdown()
         if result is not None and not result.is_failed():
             return 0
         code = self._last.exit_code if self._last else 1
         return code if code > 0 else (128 + self._signal if self._signal else 1)
 
+    def _watch_meeting_point(self) -> None:
+        """End this machine's part when the place of the meeting can't be reached: torch's calls to it would block."""
+        host, _, port = self._plan.endpoint.rpartition(":")
+        failed = 0
+        while failed < 4:
+            time.sleep(10)
+            try:
+                socket.create_connection((host, int(port)), timeout=5).close()
+                failed = 0
+            except OSError:
+                failed += 1
+        log_error(f"{self._plan.endpoint} can't be reached: this machine leaves; the same command joins the run again")
+        self._send(signal.SIGKILL)
+        os._exit(1)
+
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        if self._plan.endpoint and self._attempt == 0:
+            threading.Thread(target=self._watch_meeting_point, daemon=True, name="meeting point").start()
         os.environ[ATTEMPT] = str(self._attempt)
         self._attempt += 1
         pids = super()._start_workers(worker_group)
@@ -127,8 +150,9 @@ class Agent(LocalElasticAgent):
         return pids
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
-        # of a healthy group: a machine joins or leaves
-        self._patience = SAVE_SECONDS if worker_group.state == WorkerState.HEALTHY else GRACE_SECONDS
+        if worker_group.state == WorkerState.HEALTHY:
+            log_error("a machine joins: all processes save their state and start again with it")
+            self._patience = self._plan.dist_timeout  # where a collective hangs, no rank is left after that time
         super()._restart_workers(worker_group)
         self._patience = GRACE_SECONDS
 
@@ -137,37 +161,23 @@ class Agent(LocalElasticAgent):
         result = super()._monitor_workers(worker_group)
         if result.state != WorkerState.FAILED:
             return result
-        cause = cause_of(result.failures, self._reasons)
-        self._last, before = cause, self._last
-        if self._signal or cause.exit_code in NO_RESTART:
-            self._remaining_restarts = 0
-        is_repeated = before is not None and (before.rank, before.message, before.step) == (
-            cause.rank, cause.message, cause.step,
-        )  # fmt: skip
-        if is_repeated or not cause.can_restart:
+        cause, before = cause_of(result.failures, self._reasons), self._last
+        self._last, plan = cause, self._plan
+        if plan.fewest_nodes < plan.most_nodes and cause.exit_code in STOPS and not self._signal:
+            log_error("a machine joins or leaves: all processes start again")
+            self._remaining_restarts += 1  # torch counts this one, too
+            return result
+        if self._signal or not may_restart(cause, before):
             self._remaining_restarts = 0
         if not self._signal:
-            self._report(cause, is_repeated)
+            rank = f"rank {cause.rank} of {worker_group.workers[0].world_size} ({socket.gethostname()})"
+            where = plan.where_it_continues(cause.step)
+            told = describe(cause, before, rank, self._remaining_restarts - 1, plan.max_restarts, where)
+            if cause.traceback:
+                show(cause.traceback, file=sys.stderr)
+            if told:
+                log_error(told)
         return result
-
-    def _report(self, cause: Cause, is_repeated: bool) -> None:
-        """Say what happened, and what happens now; the error of a rank is shown here and nowhere else."""
-        if cause.traceback:
-            show(cause.traceback, file=sys.stderr)
-        name = f"rank {cause.rank} of {self._worker_group.workers[0].world_size} ({socket.gethostname()})"
-        what = cause.message if (cause.rank, cause.exit_code) == (0, 2) else f"{name}: {cause.message}"
-        if self._remaining_restarts:
-            left = self._remaining_restarts - 1
-            then = f"; all processes start again, {self._plan.where_it_continues(cause.step)}"
-            then += f"; {left} more restart{'s' * (left != 1)} (--max_restarts {self._plan.max_restarts})"
-        elif is_repeated:
-            then = f"; the same error again in step {cause.step + 1}, so the processes are not started again"
-        elif cause.can_restart and cause.exit_code not in NO_RESTART:
-            then = "; the same command continues the run"
-        else:
-            then = ""
-        if cause.exit_code in (*range(3), *range(-64, 0)) or cause.traceback:  # a stop is told by rank 0
-            log_error(what + then)
 
     def _end_stopped_ranks(self) -> None:
         """Kill ranks that are stopped. Rounds are counted: the clock goes on while the agent itself is stopped."""

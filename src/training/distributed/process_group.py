@@ -24,6 +24,7 @@ from lightning_fabric.plugins.environments import (
 )
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from src.errors import UserError
 from src.training.distributed.failure import is_supervised
@@ -201,6 +202,8 @@ def join(accelerator: str, timeout_seconds: float) -> ProcessGroup:
 
 
 def _connect(info: RankInfo, accelerator: str, timeout: timedelta) -> ProcessGroup:
+    # for the groups that DeepSpeed makes without naming a time-out
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     store = next(dist.rendezvous("env://", timeout=timeout))[0]
     group = DistributedProcessGroup(info, dist.PrefixStore("run", store))
     dist.init_process_group(

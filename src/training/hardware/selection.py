@@ -118,10 +118,11 @@ def _processes(config: RunConfig, accelerator: str) -> tuple[int, int]:
         devices, num_nodes = rank.local_world_size, rank.world_size // rank.local_world_size
         for flag, given, started in (
             ("devices", config.devices, devices),
-            ("num_nodes", str(config.num_nodes), num_nodes),
+            ("num_nodes", config.num_nodes, num_nodes),
         ):
             # the number of processes is the launcher's: another one in a flag is a mistake that would change the batch
-            if given not in ("1", "auto", str(started)):  # 1 is the default: the flag was not given
+            is_elastic = flag == "num_nodes" and config.fewest_nodes <= started <= config.most_nodes
+            if given not in ("1", "auto", str(started)) and not is_elastic:  # 1 is the default: it was not given
                 raise UserError(
                     f"the launcher started {started}",
                     flag=flag,
@@ -131,8 +132,21 @@ def _processes(config: RunConfig, accelerator: str) -> tuple[int, int]:
         return devices, num_nodes
     if config.devices == "auto":
         # one process on a CPU: torch's threads use all of its cores
-        return (torch.cuda.device_count() if accelerator == "gpu" else 1), config.num_nodes
-    return int(config.devices), config.num_nodes
+        return (torch.cuda.device_count() if accelerator == "gpu" else 1), config.most_nodes
+    return int(config.devices), config.most_nodes
+
+
+def with_global_batch(config: RunConfig, hardware: Hardware) -> tuple[RunConfig, list[str]]:
+    """With --num_nodes FEWEST:MOST: the accumulated micro batches that give, on the processes there are, the global
+    batch of MOST nodes, or the nearest to it; and what the user is told where it isn't the same."""
+    if config.fewest_nodes == config.most_nodes:
+        return config, []
+    micro_batches = config.most_nodes * hardware.devices * config.accumulate_grad_batches
+    fewer = max(1, micro_batches // hardware.world_size)
+    accumulate = min(fewer, fewer + 1, key=lambda n: abs(n * hardware.world_size - micro_batches))
+    wanted, got = (n * config.micro_bsz for n in (micro_batches, accumulate * hardware.world_size))
+    note = f"the global batch is {got} samples: {hardware.world_size} processes can't share {wanted}"
+    return replace(config, accumulate_grad_batches=accumulate), [note] if wanted != got else []
 
 
 def with_length(config: RunConfig, batches: int) -> RunConfig:
@@ -141,9 +155,11 @@ def with_length(config: RunConfig, batches: int) -> RunConfig:
     if not batches:
         return config
     if config.plan >= 0 and config.devices.isdecimal():
-        devices, num_nodes = int(config.devices), config.num_nodes
+        devices, num_nodes = int(config.devices), config.most_nodes
     else:
         devices, num_nodes = count_processes(config)
+        # the length of an elastic run doesn't depend on the machines that are there at a start
+        num_nodes = config.most_nodes if config.fewest_nodes < config.most_nodes else num_nodes
     return replace(config, my_exit_tokens=batches * config.micro_bsz * config.ctx_len * devices * num_nodes)
 
 

@@ -1,0 +1,136 @@
+"""What the agent of several ranks decides: which failure is the cause, who is told what, who is started again."""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from src.training.distributed import launch
+from src.training.distributed.failure import Cause, cause_of, is_supervised, record_failure
+from src.training.distributed.restarts import describe, may_restart
+
+
+@pytest.fixture
+def failure(tmp_path, monkeypatch):
+    """Makes the failure of a rank: with an exit code, and an error file of some second or a death noticed in it."""
+
+    def make(rank, code, second, message="", step=5, **how):
+        path = tmp_path / f"{rank}.json"
+        if message:
+            monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+            record_failure(
+                ValueError(message), message, **{"step": step, "can_restart": True, "is_expected": True, **how}
+            )
+            os.utime(path, (second, second))
+        failed = ProcessFailure(local_rank=rank, pid=100 + rank, exitcode=code, error_file=str(path))
+        failed.timestamp = int(second)
+        return failed
+
+    return make
+
+
+def test_the_first_exception_is_the_cause(failure):
+    failures = {0: failure(0, 1, 50.3, "connection closed", step=7), 1: failure(1, 1, 50.1, "boom", step=6)}
+    cause = cause_of(failures, {})
+    assert (cause.rank, cause.message, cause.step, cause.can_restart, cause.traceback) == (1, "boom", 7, True, "")
+
+
+def test_a_rank_that_was_killed_is_the_cause_and_not_those_that_notice(failure):
+    failures = {0: failure(0, 1, 50.1, "connection closed"), 1: failure(1, -9, 50.6), 2: failure(2, -15, 51)}
+    cause = cause_of(failures, {})
+    assert (cause.rank, cause.exit_code, cause.step) == (1, -9, 5)
+    assert cause.message == "was killed by signal 9 (SIGKILL)"
+
+
+def test_a_rank_that_the_agent_killed_at_the_end_is_not_the_cause(failure):
+    failures = {0: failure(0, 1, 50.1, "boom"), 1: failure(1, -9, 61), 2: failure(2, -15, 51)}
+    assert cause_of(failures, {}).message == "boom"
+
+
+def test_a_rank_that_was_killed_because_it_stood_still_is_the_cause(failure):
+    failures = {0: failure(0, 1, 50.1, "timed out"), 1: failure(1, -9, 61)}
+    cause = cause_of(failures, {101: "was stopped"})
+    assert (cause.rank, cause.message) == (1, "was stopped")
+
+
+def test_an_error_that_nobody_expected_keeps_its_traceback(failure):
+    cause = cause_of({0: failure(0, 1, 50, "boom", is_expected=False, can_restart=False)}, {})
+    assert cause.traceback.endswith("ValueError: boom\n")
+    assert not cause.can_restart
+
+
+def test_an_exit_code_without_an_error_file_is_told(failure):
+    assert cause_of({3: failure(3, 7, 50)}, {}).message == "ended with code 7"
+
+
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        (
+            Cause(1, -9, "was killed", step=4),
+            "RANK: was killed; all processes start again, from WHERE; 2 more restarts (--",
+        ),
+        (Cause(1, 1, "boom", step=4), "RANK: boom; all processes start again"),
+        (
+            Cause(1, 1, "boom", step=7),
+            "RANK: boom; the same error again in step 8, so the processes are not started again",
+        ),
+        (Cause(1, 1, "bad numbers", can_restart=False), "RANK: bad numbers"),
+        (Cause(0, 2, "--ctx_len 0: expected more"), "--ctx_len 0: expected more"),
+        (Cause(3, 2, "--data_file x: no such file"), "RANK: --data_file x: no such file"),
+        (Cause(0, 124, "ended with code 124"), ""),
+        (Cause(0, 143, "ended with code 143"), ""),
+    ],
+)
+def test_what_may_end_in_another_way_is_tried_again(cause, told):
+    before = Cause(1, 1, "boom", step=7)
+    left = 2 if may_restart(cause, before) else -1
+    assert (left == 2) == ("all processes start again" in told)
+    line = describe(cause, before, "RANK", left, 3, "from WHERE")
+    assert line.startswith(told) if left == 2 else line == told
+
+
+def test_after_the_last_restart_the_run_ends_and_can_be_continued():
+    line = describe(Cause(1, -9, "was killed"), None, "RANK", -1, 3, "")
+    assert line == "RANK: was killed; the same command continues the run"
+
+
+def test_the_error_file_has_the_form_of_torch(failure, tmp_path):
+    """torchrun shows it, too."""
+    failed = failure(0, 1, 50, "boom")
+    assert failed.message["message"] == "boom"
+    assert set(failed.message["extraInfo"]) >= {"py_callstack", "timestamp"}
+    assert json.loads((tmp_path / "0.json").read_text())["message"]["message"] == "boom"
+
+
+def test_only_the_ranks_of_our_own_agent_leave_their_errors_to_it():
+    assert is_supervised({"ROLE_NAME": "train.py", "TORCHELASTIC_ERROR_FILE": "x"})
+    assert not is_supervised({"ROLE_NAME": "default", "TORCHELASTIC_ERROR_FILE": "x"})
+    assert not is_supervised({})
+
+
+def test_what_the_agent_overrides_is_what_torch_calls():
+    """Hooks of torch's SimpleElasticAgent: another torch may have moved them."""
+    for name in ("_start_workers", "_restart_workers", "_monitor_workers"):
+        assert name in vars(launch.Agent), name
+        assert hasattr(LocalElasticAgent, name), f"this torch has no {name}: restarts would follow no rule of ours"
+
+
+def test_a_stopped_rank_is_killed_after_its_time_in_rounds(monkeypatch, tmp_path):
+    """Rounds of the agent, not seconds: while the whole machine sleeps, no rank is to blame."""
+    killed, states = [], iter("SSTSTTTTTTTTT")
+    agent = SimpleNamespace(
+        _pcontext=SimpleNamespace(pids=lambda: {0: 77}), _stopped_rounds=launch.Counter(), _reasons={}
+    )
+    monkeypatch.setattr(launch, "STOPPED_SECONDS", 2)  # four rounds
+    monkeypatch.setattr(launch.os, "kill", lambda pid, number: killed.append((pid, number)))
+    monkeypatch.setattr(launch.Path, "read_text", lambda path: f"77 (a name) T) {next(states)} 1 2")
+    for number in range(12):
+        launch.Agent._end_stopped_ranks(agent)
+        assert bool(killed) == (number >= 8), number
+    assert killed[0] == (77, signal.SIGKILL)
+    assert agent._reasons == {77: "was stopped (SIGSTOP) for 2 s"}
