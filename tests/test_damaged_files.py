@@ -16,6 +16,7 @@ from src.training.checkpoint.storage import state_folders
 from src.training.figures.report_page import write_report
 from src.training.plot import main as plot
 from src.training.reporting.log_files import MetricsFile, TrainLog, ValidationFile
+from src.training.reporting.sink import ValidationReport
 
 RUN = {"my_exit_tokens": CTX * 4 * 30, "epoch_steps": 10, "epoch_save": 1, "val_every": "5steps", "val_windows": 8}
 
@@ -229,8 +230,12 @@ def test_settings_that_are_none_are_left_out_of_the_curves(out):
     write_report(out)
 
 
-def test_logs_of_a_new_run_begin_with_their_headers(tmp_path):
-    ValidationFile(tmp_path / "val.csv", -1)
+def test_logs_of_a_new_run_begin_with_their_headers(tmp_path, synced):
+    validation = ValidationFile(tmp_path / "val.csv", -1)
     assert not (tmp_path / "val.csv").exists()
+    validation.validation(ValidationReport(10, 640, 3.0, 100, 0.1, is_best=True))
+    assert (tmp_path / "val.csv").read_text() == "steps,tokens,loss,counted\n10,640,3,100\n"
     TrainLog(tmp_path / "train_log.txt", 0, -1, {"a": 1})
+    names = ("val.csv", "train_log.txt")
+    assert synced.events == [event for name in names for event in (("file", tmp_path / name), ("folder", tmp_path))]
     assert (tmp_path / "train_log.txt").read_text().splitlines()[1] == '{"a": 1}'

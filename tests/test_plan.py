@@ -275,6 +275,22 @@ def test_what_each_zero_stage_partitions():
     assert totals == sorted(totals, reverse=True)
 
 
+def test_the_peak_is_that_of_backward_or_of_the_optimizer_step():
+    """Logits are never allocated together with the block being recomputed."""
+    parts = {"weights": 1, "gradients": 2, "optimizer": 3, "activations": 10, "logits": 5, "fragmentation": 1}
+    assert plan.Memory(**parts, step=4, recomputed=3).total == 1 + 2 + 3 + 1 + 10 + 5 - 3
+    assert plan.Memory(**parts, step=4, recomputed=9).total == 1 + 2 + 3 + 1 + 10
+    assert plan.Memory(**parts, step=40).total == 1 + 2 + 3 + 1 + 40
+
+
+def test_the_gradient_of_a_chunked_head_exists_twice_while_it_is_scaled():
+    config, hidden = ModelConfig(1, 128, 2000), 2 * 512 * 128
+    head = 4 * 2000 * 128
+    assert plan.logit_bytes(config, 512, 2, head_chunk=16) == 2 * head + hidden
+    assert plan.logit_bytes(config, 512, 2, head_chunk=500) == head + 2 * 500 * 2000 + hidden
+    assert plan.logit_bytes(config, 512, 2, head_chunk=0) == 2 * 512 * 2000
+
+
 def test_plan_from_the_command_line(capsys, tmp_path):
     flags = "--n_layer 12 --n_embd 768 --vocab_size 65536 --ctx_len 512 --micro_bsz 16 --my_exit_tokens 1498226207"
     assert (

@@ -298,7 +298,9 @@ def test_a_run_that_began_in_the_middle_is_continued_before_its_first_weights(tm
     train_until(46, out, data, monkeypatch, save_minutes=1e-6, **settings)
     assert not list(out.glob("rwkv-*.pth"))
     assert train(out, data, **settings) == 0
-    assert "at step" in capfd.readouterr().out
+    output = capfd.readouterr().out
+    assert "at step" in output
+    assert "has no rows" not in output  # none is missing before the first
     assert [line[0] for line in log_lines(out)] == ["3", "4", "5"]
 
 
@@ -334,6 +336,30 @@ def test_a_run_may_end_where_it_is(tmp_path, data, monkeypatch):
     (out / "rwkv-final.pth").unlink()
     assert train(out, data, **{**RUN, "my_exit_tokens": CTX * 4 * 40}) == 0
     assert final(out).keys() == b.keys()
+
+
+def test_the_last_state_is_complete_before_the_final_weights(tmp_path, data, monkeypatch):
+    """A folder that has them is complete in every part."""
+    from src.training.checkpoint import callbacks
+
+    order = []
+
+    def recording(owner, name):
+        original = getattr(owner, name)
+
+        def call(*arguments, **named):
+            result = original(*arguments, **named)
+            order.append(name)
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    recording(storage.StateWriter, "write")
+    recording(storage.StateWriter, "wait")
+    recording(callbacks, "refuse_unusable")
+    assert train(tmp_path / "run", data, **{**RUN, "my_exit_tokens": CTX * 4 * 2}) == 0
+    before = order[: order.index("refuse_unusable")]
+    assert before[-2:] == ["write", "wait"]
 
 
 def test_weights_of_a_state_that_lacks_some_are_not_taken(tmp_path):

@@ -50,10 +50,11 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("out", ["out.safetensors", "fla", "hf", "out.st"])
-def test_exports_are_written_by_it(tmp_path, out):
+def test_exports_are_written_by_it(tmp_path, out, synced):
     torch.save(random_model(n_layer=2).state_dict(), tmp_path / "model.pth")
     format = {"fla": ["--format", "fla"], "hf": ["--format", "hf"]}.get(out, [])
     assert main([str(tmp_path / "model.pth"), str(tmp_path / out), *format]) == 0
+    assert synced.events[-1] == ("folder", tmp_path / out if format else tmp_path)  # the names of what was moved there
     files = [*tmp_path.rglob("*.safetensors"), *tmp_path.rglob("*.st")]
     assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [
         stat.S_IMODE((tmp_path / "model.pth").stat().st_mode)

@@ -290,6 +290,35 @@ def test_the_cache_is_used_until_an_input_changes(tmp_path: Path, tmp_path_facto
     assert len(opened(other)[0].data) == 3, "a truncated cache is rebuilt"
 
 
+def test_a_file_that_changed_in_its_middle_is_another(tmp_path: Path) -> None:
+    """Of equal size: its ends alone are hashed."""
+    path, fingerprints = tmp_path / "x.jsonl", []
+    for middle in (0, 1):
+        content = bytearray(3 << 20)
+        content[len(content) // 2] = middle
+        path.write_bytes(content)
+        os.utime(path, (1e9 + middle, 1e9 + middle))
+        fingerprints.append(sft_cache._fingerprint(path))
+    assert fingerprints[0] != fingerprints[1]
+
+
+def test_a_cache_whose_replacement_was_cut_is_not_believed(
+    tmp_path: Path, tmp_path_factory: Any, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the tokens by another tokenizer and their record; then the first one is used again."""
+    path = write(tmp_path / "x.jsonl", [5, 6])
+    ids = open_conversations(path, folder).data.tokens.tolist()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft_cache, "atomic_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_conversations(path, str(make_tokenizer(tmp_path_factory.mktemp("other"), TEMPLATES["user_opens"])))
+    assert open_conversations(path, folder).data.tokens.tolist() == ids
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -215,7 +215,7 @@ def test_an_earlier_best_is_not_overwritten_by_worse_weights(tmp_path, data, hel
 
 def test_the_best_before_a_step_includes_that_of_the_step(tmp_path):
     """The continued step was measured before its state was saved."""
-    (tmp_path / "val.csv").write_text("steps,tokens,loss,counted\n10,1,2.5,9\n20,2,1.5,9\n30,3,0.5,9\n")
+    (tmp_path / "val.csv").write_text("steps,tokens,loss,counted\n5,1,,9\n10,1,2.5,9\n20,2,1.5,9\n30,3,0.5,9\n")
     assert [validation.best_loss_before(tmp_path, step) for step in (9, 10, 19, 20)] == [math.inf, 2.5, 2.5, 1.5]
 
 

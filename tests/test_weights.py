@@ -386,3 +386,9 @@ def test_unused_parameters_may_hold_anything(saved):
     for name in IDLE_IN_LAYER_0:
         weights[name] = torch.full_like(weights[name], float("nan"))
     assert RWKV7.from_weights(weights, "file.pth").config == CONFIG
+
+
+def test_weights_are_in_the_order_of_the_model(saved):
+    model, _ = saved
+    weights = dict(reversed(model.state_dict().items()))
+    assert list(fit_weights(weights, model, "file.pth")) == list(model.state_dict())
