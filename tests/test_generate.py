@@ -402,7 +402,7 @@ def test_generate_continues_a_prompt_with_the_tokenizer_of_the_run(tmp_path, cap
         (["{several}"], "{several}", "a.pth (one of 2)"),
         (["{run}", "--device", "cuda"], "--device cuda", "finds no GPU"),
         (["{run}", "--device", "abacus"], "--device abacus", "no such device"),
-        (["{run}", "--device", "mps"], "--device mps", "not supported; expected cpu, cuda"),
+        (["{run}", "--device", "meta"], "--device meta", "not supported; expected cpu, cuda"),
         (["{run}", "--seed", str(2**64)], f"--seed {2**64}", "an integer from 0 to 2^63 - 1"),
         (["{run}", "--seed", "-1"], "--seed -1", "an integer from 0"),
         (["{run}", "--length", "-5"], "--length -5", "at least 0"),

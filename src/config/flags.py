@@ -374,7 +374,10 @@ class Flags:
 
     # hardware: free too, except the precision, which changes the rounding of every step
     accelerator: str = flag(
-        "auto", "hardware", "device type to train on", choices=("auto", "cpu", "gpu", "cuda"), within_run="free"
+        "auto",
+        "hardware",
+        "device to train on: auto (a GPU, or the CPU), cpu, gpu, mps, xpu, or another name of torch.accelerator",
+        within_run="free",
     )
     # text, because of "auto"
     devices: str = flag("1", "hardware", 'processes per node, one per device; "auto": all devices', within_run="free")

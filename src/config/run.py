@@ -55,8 +55,9 @@ class RunConfig(Flags):
 
     def compiles(self, device_type: str) -> bool:
         """Whether --compile asks for torch.compile on a device of this type ("cuda", "cpu")."""
-        # Compiling takes 10 to 17 s. On a CPU it gains about 10 %, which short runs do not earn back.
-        return self.compile == "1" or (self.compile == "auto" and device_type != "cpu")
+        # Compiling takes 10 to 17 s. On a CPU it gains about 10 %, which short runs do not earn back. Of other devices
+        # these two have Triton, which generates the fused code.
+        return self.compile == "1" or (self.compile == "auto" and device_type in ("cuda", "xpu"))
 
     def as_settings(self) -> dict[str, Any]:
         """Every flag by name, as run.json and the log's header hold them: a boolean is 0 or 1, as in earlier runs."""

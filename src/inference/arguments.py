@@ -31,9 +31,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, optional: bool = False)
     )
     add_adapter_arguments(parser)
     parser.add_argument("--tokenizer", default="", help='"world" or a Hugging Face folder; default: that of the run')
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: fp32 on a CPU, bf16 on a GPU")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: bf16 on cuda and xpu, else fp32")
     parser.add_argument(
-        "--device", default=None, help="cpu, cuda, cuda:1, ...; default: the first GPU, without one cpu"
+        "--device", default=None, help="cpu, cuda, cuda:1, mps, xpu, ...; default: the first CUDA GPU, without one cpu"
     )
 
 

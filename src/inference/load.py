@@ -19,6 +19,7 @@ from src.inference.formats.shards import is_part, read_json
 from src.inference.formats.web_rwkv import from_web_rwkv, is_web_rwkv
 from src.model import RWKV7
 from src.model.weights import Weights, config_from_weights, read_weights, split_states
+from src.ops.devices import default_precision, find_device
 from src.run_folder import BEST, FINAL, INIT, TOKENIZER, TUNED_STATE, newest_weights, numbered_weights, read_run
 
 WEIGHTS_SUFFIXES = (".pth", ".safetensors", ".st", ".gguf")
@@ -179,37 +180,19 @@ def load_model(
 ) -> RWKV7:
     """The model in `weights` (a path from `find_weights`), in evaluation mode and without gradients.
 
-    dtype       a key of DTYPES, or "as is" for that of the file; None: fp32 on a CPU, bf16 on a GPU
+    dtype       a key of DTYPES, or "as is" for that of the file; None: bf16 on GPUs of cuda and xpu, else fp32
     device      None: the first GPU, without one the CPU
     adaptation  an adapter is merged, so that decoding is as fast as without; an initial state is where texts begin
 
     Raises UserError when the weights, the adapter or the device can't be used.
     """
-    target = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), "device")
     # bf16 halves the memory and doubles the speed on a GPU. A CPU keeps fp32 arithmetic: decoding reads weights that
     # came from bf16 in compressed form all the same.
-    torch_dtype = None if dtype == "as is" else DTYPES[dtype or ("fp32" if target.type == "cpu" else "bf16")]
+    torch_dtype = None if dtype == "as is" else DTYPES[dtype or default_precision(target.type)]
     tensors = load_weights(weights)
     if adaptation:
         config_from_weights(split_states(tensors)[0], str(weights))  # for its error, where this is no model
         tensors = adaptation.apply(tensors, torch_dtype)
     model = RWKV7.from_weights(tensors, str(weights), torch_dtype, target)
     return model.eval().requires_grad_(False)
-
-
-def _device(name: str) -> torch.device:
-    """Raises UserError for a device that doesn't exist or isn't supported."""
-    # Checked here, as torch reports a missing GPU only when the first tensor is moved, in a message of several lines.
-    expected = "cpu, cuda or cuda:1"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError("no such device", flag="device", given=name, expected=expected) from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError("not supported", flag="device", given=name, expected=f"{expected} (AMD GPUs are cuda devices)")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("PyTorch finds no GPU", flag="device", given=name, advice="leave the flag out to use the CPU")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UserError(f"PyTorch finds {count} of them, numbered from cuda:0", flag="device", given=name)
-    return device

@@ -320,7 +320,8 @@ def run_trainer(
     callbacks."""
     config, hardware = context.config, context.hardware
     trainer = pl.Trainer(
-        accelerator=hardware.accelerator,
+        # the strategy of a device that Lightning does not know has its accelerator
+        accelerator=hardware.accelerator if hardware.accelerator in ("cpu", "gpu") else "auto",
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
         strategy=lightning_strategy(config, hardware),

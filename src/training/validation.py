@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.config import VAL_EVERY
+from src.ops.devices import sum_dtype
 from src.run_folder import VALIDATION
 from src.run_log import read_columns
 from src.training.checkpoint.results import Results
@@ -41,7 +42,7 @@ def mean_loss(
     None, on every rank, when one of them `must_stop` between two batches. Leaves weights, gradients and random numbers
     as they are. Every rank takes part.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=module.device)
+    sums = torch.zeros(2, dtype=sum_dtype(module.device), device=module.device)
     stop: PendingFlags | None = None
     module.eval()
     try:

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import torch
 
+from src.ops.devices import free_device_memory
+
 
 def free_memory(accelerator: str, processes: int, device: int = 0) -> float | None:
-    """Bytes that one process may still allocate: of GPU `device`, or its share of CPU memory. None where unknown."""
+    """Bytes that one process may still allocate: of device number `device`, or its share of CPU memory. None where
+    unknown."""
     if accelerator == "gpu":
         return float(torch.cuda.mem_get_info(device)[0])
+    if accelerator != "cpu":
+        return free_device_memory(accelerator, device)
     shared = (_available(), _cgroup_available(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
     limits = [free / processes for free in shared if free is not None]
     # A ulimit holds for each process by itself, so it is not divided.

@@ -12,6 +12,7 @@ from src.adapt.config import adapter_of
 from src.config import RunConfig, adapter_kind, refusal
 from src.dataset.workers import usable_cores
 from src.errors import UserError
+from src.ops.devices import default_precision, device_name, find_device
 from src.training.distributed import zero
 from src.training.distributed.failure import is_supervised
 from src.training.distributed.ranks import rank_from_launcher
@@ -25,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "
 class Hardware:
     """What a run computes on, as the flags and the machine determine it. `notes` are for the user."""
 
-    accelerator: str  # cpu | gpu
+    accelerator: str  # cpu | gpu | another device type of torch, such as mps
     devices: int  # processes on this machine
     num_nodes: int
     precision: str
@@ -41,14 +42,14 @@ class Hardware:
 
     @property
     def device_type(self) -> str:
-        """torch's name: cuda (for AMD's GPUs too) or cpu."""
-        return "cuda" if self.accelerator == "gpu" else "cpu"
+        """torch's name: cuda (for AMD's GPUs too), cpu, mps, ..."""
+        return "cuda" if self.accelerator == "gpu" else self.accelerator
 
     @property
     def device_name(self) -> str:
         """The GPU's name, or the number of threads on a CPU."""
-        if self.accelerator == "gpu":
-            return torch.cuda.get_device_name()
+        if self.accelerator != "cpu":
+            return device_name(self.device_type)
         return f"CPU, {(count := torch.get_num_threads())} thread{'s' * (count > 1)}"
 
     @property
@@ -84,6 +85,9 @@ def choose_hardware(config: RunConfig) -> Hardware:
             f"--devices {devices}: only {cores} core{'s' * (cores > 1)} can be used, which the processes share; "
             f"--devices {cores} gives each its own"
         )
+    if accelerator not in ("cpu", "gpu") and devices * num_nodes > 1:
+        flag, given = ("devices", devices) if devices > 1 else ("num_nodes", num_nodes)
+        raise UserError(flag=flag, given=given, expected=f"1 with --accelerator {accelerator}")
     strategy, stage, offload = _choose_strategy(config, devices * num_nodes, accelerator, notes)
     precision = _choose_precision(config, devices * num_nodes, accelerator, strategy, notes)
     shared = {"plain": "one process", "ddp": "DDP"}.get(strategy, f"ZeRO {stage}")
@@ -94,7 +98,9 @@ def choose_hardware(config: RunConfig) -> Hardware:
 
 
 def _choose_accelerator(config: RunConfig) -> str:
-    """cpu | gpu."""
+    """cpu | gpu | another device type."""
+    if config.accelerator not in ("auto", "cpu", "gpu"):
+        return find_device(config.accelerator, "accelerator").type
     is_available = torch.cuda.is_available()
     if config.accelerator == "gpu" and not is_available:
         if torch.version.cuda is None and torch.version.hip is None:
@@ -184,8 +190,10 @@ def _choose_strategy(config: RunConfig, processes: int, accelerator: str, notes:
 
 
 def _choose_precision(config: RunConfig, processes: int, accelerator: str, strategy: str, notes: list[str]) -> str:
-    """--precision, else bf16 on a GPU, else what suits the CPU."""
-    precision = config.precision or ("bf16" if accelerator == "gpu" else "")
+    """--precision, else what suits the device."""
+    precision = config.precision
+    if not precision and accelerator != "cpu":
+        precision = default_precision("cuda" if accelerator == "gpu" else accelerator)
     if precision == "fp16":
         notes.append("--precision fp16 overflows easily; RWKV-7 is usually trained in bf16")
         if strategy == "deepspeed" and not zero.takes_fp16(accelerator):
@@ -226,6 +234,10 @@ def engine_dtype(config: RunConfig, hardware: Hardware) -> torch.dtype:
 
 def lightning_strategy(config: RunConfig, hardware: Hardware) -> Any:
     """The `strategy` of Lightning's Trainer. Every process is running already: no strategy has to start any."""
+    if hardware.accelerator not in ("cpu", "gpu"):
+        from src.training.hardware.lightning_accelerator import single_device
+
+        return single_device(hardware.device_type)
     if hardware.strategy == "plain":
         return "auto"
     if hardware.strategy == "deepspeed":

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from src.model import RWKV7
+from src.ops.devices import sum_dtype
 from src.training.objectives.objective import Objective
 from src.training.objectives.segments import segmented_loss
 
@@ -27,8 +28,8 @@ class NextToken(Objective):
     def evaluate(self, model: RWKV7, batch: tuple[Tensor, ...]) -> Tensor:
         """Loss summed over the tokens that count, and their number: float64 [2]."""
         _, targets, *_ = batch
-        counted = (targets >= 0).sum().double()
-        return torch.stack([self._mean_loss(model, batch).double() * counted, counted])
+        counted = (targets >= 0).sum().to(sum_dtype(targets.device))
+        return torch.stack([self._mean_loss(model, batch).to(counted) * counted, counted])
 
     def _mean_loss(self, model: RWKV7, batch: tuple[Tensor, ...]) -> Tensor:
         if self.segments.cuts(batch):

@@ -36,7 +36,7 @@ def check(config: RunConfig, notes: list[str]) -> int:
         log(f"note: {note}")
     checks.add(machine.software())
     checks.add(machine.build_tools())
-    checks.add(machine.cuda(config.accelerator != "cpu"))
+    checks.add(machine.cuda(config.accelerator in ("auto", "gpu")))
     if config.wandb and importlib.util.find_spec("wandb") is None:
         checks.problems.append(f"--wandb {config.wandb}: pip install wandb, or leave the flag out")
     hardware = checks.attempt("device", lambda: choose_hardware(config))
@@ -80,7 +80,7 @@ def warn_at_start(
     """The quick checks (well under a second), at every start of a run. Prints only problems, as warnings."""
     findings = [
         machine.software(),
-        machine.cuda(config.accelerator != "cpu"),
+        machine.cuda(config.accelerator in ("auto", "gpu")),
         kernel_agreement(config, hardware, model.head_size),
         check_document_ends(samples),
         capacity.check_disk(config, hardware, model, resume, proj_dir, samples.prime),

@@ -59,7 +59,7 @@ def build_tools() -> Finding:
 def cuda(is_used: bool = True) -> Finding:
     """This PyTorch's CUDA, the driver, nvcc and the GPUs; problems only where a run with these flags uses a GPU."""
     if not is_used:
-        return Finding("cuda", "not used (--accelerator cpu)")
+        return Finding("cuda", "not used (--accelerator)")
     built_for = torch.version.cuda or ""
     if torch.version.hip:
         return Finding("cuda", f"this PyTorch is built for ROCm {torch.version.hip}")

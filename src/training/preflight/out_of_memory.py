@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from src.training.preflight.plan import GIB, Memory
 
 # The share of free memory that an estimate may fill: a GPU's allocator rounds sizes up, and on a CPU other programs
 # need memory too.
-SAFE_SHARE = {"gpu": 0.92, "cpu": 0.85}
+SAFE_SHARE = defaultdict(lambda: 0.85, gpu=0.92)  # by accelerator
 # Unusable memory between the blocks of malloc as hardware/allocator.py sets it up, as a share of the tensors; with
 # --grad_cp 1, where large tensors are mapped one by one, there is next to none. docs/running.md compares with real
 # runs.

@@ -112,8 +112,8 @@ def timed_steps(config: RunConfig, model_config: ModelConfig, hardware: Hardware
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":  # kernels run asynchronously
-            torch.cuda.synchronize()
+        if device.type != "cpu":  # kernels run asynchronously
+            torch.get_device_module(device).synchronize()
         return time.perf_counter() - began
 
     length = min(config.ctx_len, WARM_UP_TOKENS)

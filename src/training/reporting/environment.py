@@ -30,6 +30,8 @@ def environment(hardware: Hardware) -> dict[str, str]:
     if hardware.accelerator == "gpu":
         entries["CUDA"] = torch.version.cuda or ""
         entries["GPU"] = torch.cuda.get_device_name()
+    elif hardware.accelerator != "cpu":
+        entries["device"] = hardware.device_name
     entries["CPU"] = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
     entries["system"] = platform.platform()
     entries["processes"] = hardware.description

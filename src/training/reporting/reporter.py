@@ -194,9 +194,10 @@ class _PendingStep(NamedTuple):
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process so far, in GiB: reserved on its GPU, else resident; NaN on Windows without a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
+    """Peak memory of this process so far, in GiB: reserved on its device, else resident; NaN on Windows without one."""
+    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+    if hasattr(module, "max_memory_reserved"):  # mps has no such counter, and shares the machine's memory
+        return float(module.max_memory_reserved(device)) / 2**30
     if sys.platform == "win32":
         return math.nan
     import resource  # does not exist on Windows
