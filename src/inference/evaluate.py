@@ -1,6 +1,8 @@
 """Measures how well a model predicts text that it wasn't trained on.
 
 python -m src.inference.evaluate MODEL --data held-out[.bin | .txt | .jsonl]      loss, perplexity, bits per byte
+python -m src.inference.evaluate MODEL --data D --by_position --ctx_len 8192      loss by position in the context
+python -m src.inference.evaluate MODEL --data D --needle 256,4096                 a number in the text, asked for later
 python -m src.inference.evaluate MODEL --last_word lambada.jsonl                  accuracy of predicting the last word
 """
 
@@ -9,13 +11,11 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,18 +23,21 @@ from torch import Tensor
 from src.dataset.binidx import MMapIndexedDataset, with_ending
 from src.dataset.corpus.documents import EMPTY_LINE, EMPTY_TEXT, read_documents
 from src.dataset.corpus.text_input import JSON_LINES, Piece, read_pieces
+from src.dataset.needle import NeedleMaker
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.inference.adaptation import model_name
 from src.inference.arguments import adaptation_from, add_model_arguments
+from src.inference.last_words import MAX_EXPONENT, last_words
 from src.inference.load import UnknownTokenizerError, find_model, find_tokenizer, load_model
-from src.inference.scoring import LOGIT_ROWS, score_continuations
+from src.inference.needle import find_needles, needle_table
+from src.inference.position_loss import PositionLoss, loss_by_position, position_table, write_by_position
+from src.inference.scoring import LOGIT_ROWS
+from src.inference.windows import Tokens, stack_windows, windows
 from src.model import RWKV7
 from src.terminal import prepare_output, show
 
-Tokens = npt.NDArray[Any]
-# exp overflows float64 above 709.
-MAX_EXPONENT = 700.0
+BY_POSITION = "by_position.png"
 
 
 @dataclass(frozen=True)
@@ -51,40 +54,6 @@ class HeldOutLoss:
     def bits_per_byte(self, n_bytes: int) -> float:
         """loss * tokens / (ln 2 * n_bytes), where the predicted text has `n_bytes`: comparable between tokenizers."""
         return self.loss * self.tokens / (math.log(2) * n_bytes) if n_bytes else math.nan
-
-
-def windows(n_tokens: int, ctx_len: int, max_windows: int | None = None, flag: str = "data") -> Iterator[slice]:
-    """Windows of ctx_len + 1 tokens that overlap by one; with `max_windows`, so many of them, evenly spaced.
-
-    A shorter remainder is left out, unless there are no more tokens than that. Raises UserError, about `flag`, for less
-    than two tokens.
-    """
-    if n_tokens < 2:
-        raise UserError(
-            f"the data has {n_tokens} tokens", flag=flag, expected="at least 2: one to read and one to predict"
-        )
-    # The overlap of one token makes every token but the first a target exactly once.
-    ctx_len = min(ctx_len, n_tokens - 1)
-    count = (n_tokens - 1) // ctx_len
-    # Evenly spaced rather than the first ones: a file may be sorted.
-    selected = count if max_windows is None else min(count, max_windows)
-    for i in range(selected):
-        start = i * count // selected * ctx_len
-        yield slice(start, start + ctx_len + 1)
-
-
-def stack_windows(tokens: Tokens, selected: Iterable[slice], vocab_size: int) -> Tensor:
-    """These windows of `tokens`, int64 [B, T + 1]. Raises UserError for ids outside the model's vocabulary."""
-    # int64 before the comparison: an unsigned dtype of a file can't hold a negative id, a flat array can.
-    batch = np.stack([tokens[window] for window in selected]).astype(np.int64)
-    if batch.min() < 0 or batch.max() >= vocab_size:
-        raise UserError(
-            f"the data has token id {batch.min() if batch.min() < 0 else batch.max()}",
-            flag="data",
-            expected=f"ids below the model's vocabulary size of {vocab_size}",
-            advice="use the tokenizer that the model was trained with",
-        )
-    return torch.from_numpy(batch)
 
 
 def heldout_loss(
@@ -171,33 +140,6 @@ def read_tokens(path: Path, tokenizer: Tokenizer | None) -> Tokens:
     return encode_texts(read_texts(path, "data"), tokenizer)
 
 
-@dataclass(frozen=True)
-class LastWords:
-    """`accuracy`: share of texts whose last word greedy decoding predicts; `perplexity` of these words, per word."""
-
-    accuracy: float
-    perplexity: float
-    texts: int
-
-
-def last_words(model: RWKV7, tokenizer: Tokenizer, texts: Iterable[str]) -> LastWords:
-    """Prediction of each text's last word from the words before it (LAMBADA). Raises UserError for a single word."""
-    pairs = []
-    # As LAMBADA is scored elsewhere: the space belongs to the word, and a text starts after the end of a document (0).
-    for text in texts:
-        context, _, word = text.rstrip().rpartition(" ")
-        if not context or not word:
-            raise UserError("the text has a single word", flag="last_word", given=repr(text))
-        pairs.append(([0, *tokenizer.encode_as_text(context)], tokenizer.encode_as_text(" " + word)))
-    if not pairs:
-        raise UserError("the file contains no texts", flag="last_word")
-    scores = score_continuations(model, pairs)
-    # Perplexity per word, as LAMBADA's is given: a word may consist of several tokens.
-    mean_loss = -sum(score.log_probability for score in scores) / len(scores)
-    accuracy = sum(score.greedy for score in scores) / len(scores)
-    return LastWords(accuracy, math.exp(min(mean_loss, MAX_EXPONENT)), len(scores))
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m src.inference.evaluate",
@@ -211,38 +153,90 @@ def main(argv: list[str] | None = None) -> int:
     data.add_argument(
         "--data", help='held-out binidx (X, X.bin), text (.txt, .py, ...) or .jsonl (.gz, .zst) of {"text": ...}'
     )
+    parser.add_argument(
+        "--by_position", action="store_true", help="the loss of --data by position, and a picture of it"
+    )
+    parser.add_argument("--compare", action="append", default=[], metavar="MODEL", help="another line in that picture")
+    parser.add_argument("--picture", default=BY_POSITION, help=".png or .svg of --by_position [%(default)s]")
+    parser.add_argument(
+        "--needle", default="", metavar="N,...", help="share of numbers found N tokens of --data after they were named"
+    )
+    parser.add_argument("--needle_texts", type=int, default=20, help="texts for each of --needle [%(default)s]")
     parser.add_argument("--ctx_len", type=int, default=512, help="tokens per window [%(default)s]")
     parser.add_argument("--max_windows", type=int, default=None, help="most windows, evenly spaced; default: all")
     parser.add_argument("--micro_bsz", type=int, default=8, help="windows per batch [%(default)s]")
     prepare_output()
     options = parser.parse_args(argv)
     try:
-        for name in ("ctx_len", "max_windows", "micro_bsz"):
+        for name in ("ctx_len", "max_windows", "micro_bsz", "needle_texts"):
             if getattr(options, name) is not None and getattr(options, name) < 1:
                 raise UserError(flag=name, given=getattr(options, name), expected="at least 1")
-        show(_last_word_report(options) if options.last_word else _loss_report(options))
+        show(_report_of(options)(options))
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     return 0
 
 
-def _loss_report(options: argparse.Namespace) -> str:
-    weights, adaptation = find_model(options.model, adaptation_from(options))
+def _report_of(options: argparse.Namespace) -> Callable[[argparse.Namespace], str]:
+    """The measure that is asked for. Raises UserError for flags that would be ignored."""
+    if options.by_position and options.needle:
+        raise UserError("cannot be combined with --by_position", flag="needle", given=options.needle)
+    for name, given in (("by_position", options.by_position), ("needle", options.needle)):
+        if given and options.last_word:
+            raise UserError("needs --data", flag=name, advice="leave --last_word out")
+    if options.compare and not options.by_position:
+        raise UserError("needs --by_position", flag="compare", given=options.compare[0])
+    if options.last_word:
+        return _last_word_report
+    return _by_position_report if options.by_position else _needle_report if options.needle else _loss_report
+
+
+def _open(name: str, options: argparse.Namespace) -> tuple[str, RWKV7, Tokenizer | None]:
+    """(name, model, its tokenizer, None where --data holds ids and none is found) of a MODEL."""
+    weights, adaptation = find_model(name, adaptation_from(options))
     model = load_model(weights, options.dtype, options.device, adaptation)
-    path, vocab_size = Path(options.data), model.config.vocab_size
-    tokenizer: Tokenizer | None = None
     try:
-        tokenizer = find_tokenizer(weights, vocab_size, options.tokenizer, adaptation)
+        tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer, adaptation)
     except UnknownTokenizerError:
-        if not is_binidx(path):  # that holds ids: without a tokenizer only bits per byte are unknown
+        # that holds ids: without a tokenizer only bits per byte are unknown
+        if not is_binidx(Path(options.data)):
             raise
-    tokens = read_tokens(path, tokenizer)
+        tokenizer = None
+    return model_name(weights, adaptation), model, tokenizer
+
+
+def _by_position_report(options: argparse.Namespace) -> str:
+    results: list[tuple[str, PositionLoss]] = []
+    for given in (options.model, *options.compare):
+        name, model, tokenizer = _open(given, options)
+        tokens = read_tokens(Path(options.data), tokenizer)
+        result = loss_by_position(model, tokens, options.ctx_len, options.max_windows, options.micro_bsz)
+        results.append((name, result))
+    write_by_position(results, Path(options.picture))
+    return f"{position_table(results)}\n\nwrote {options.picture}"
+
+
+def _needle_report(options: argparse.Namespace) -> str:
+    parts = [part.strip() for part in options.needle.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(flag="needle", given=options.needle, expected="numbers of tokens, such as 256,4096")
+    name, model, tokenizer = _open(options.model, options)
+    if tokenizer is None:
+        raise UserError("the question is text", flag="needle", advice="name the model's --tokenizer, too")
+    maker = NeedleMaker(read_tokens(Path(options.data), tokenizer), tokenizer.encode_as_text)
+    results = find_needles(model, maker, [int(part) for part in parts], options.needle_texts)
+    return f"{name}, {options.needle_texts} texts for each distance in tokens:\n{needle_table(results)}"
+
+
+def _loss_report(options: argparse.Namespace) -> str:
+    name, model, tokenizer = _open(options.model, options)
+    tokens = read_tokens(Path(options.data), tokenizer)
     result = heldout_loss(model, tokens, options.ctx_len, options.max_windows, options.micro_bsz)
     # Reported as an error, as a script that reads the loss would take "nan" for a result.
     if not math.isfinite(result.loss):
         raise UserError(
             f"its loss is {result.loss}",
-            given=weights,
+            given=options.model,
             advice="the weights contain values that are not finite, or are too large for --dtype: try fp32",
         )
     # Of the text and not of the loss's tokens: a tokenizer with longer tokens has a higher loss for the same text.
@@ -253,7 +247,7 @@ def _loss_report(options: argparse.Namespace) -> str:
         n_bytes = sum(text_bytes(tokens[window][1:], tokenizer) for window in selected)  # of the predicted tokens
         bits = f"bits per byte {result.bits_per_byte(n_bytes):.4f}"
     measures = f"loss {result.loss:.4f}, perplexity {result.perplexity:.4f}, {bits}"
-    return f"{model_name(weights, adaptation)} on {options.data}: {measures}, {result.tokens:,} tokens"
+    return f"{name} on {options.data}: {measures}, {result.tokens:,} tokens"
 
 
 def _last_word_report(options: argparse.Namespace) -> str:

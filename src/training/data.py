@@ -29,7 +29,7 @@ from src.dataset.sft import IGNORED, SftBatch, SftDataset, SftRows, collate, col
 from src.dataset.sft_cache import Conversations, look_at_conversations, open_conversations
 from src.dataset.unusable_lines import unusable_warning
 from src.errors import UserError
-from src.inference.evaluate import windows
+from src.inference.windows import windows
 
 # Windows whose ids are compared with vocab_size before the start, spread over the data; every batch is checked when it
 # is read.
