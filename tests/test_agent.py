@@ -9,6 +9,7 @@ import pytest
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from src.errors import UserError
 from src.training.distributed import launch
 from src.training.distributed.failure import Cause, cause_of, is_supervised, record_failure
 from src.training.distributed.restarts import describe, may_restart
@@ -118,6 +119,20 @@ def test_what_the_agent_overrides_is_what_torch_calls():
     for name in ("_start_workers", "_restart_workers", "_monitor_workers"):
         assert name in vars(launch.Agent), name
         assert hasattr(LocalElasticAgent, name), f"this torch has no {name}: restarts would follow no rule of ours"
+
+
+def test_a_place_of_the_meeting_that_is_nowhere_is_told(monkeypatch):
+    for name in (
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE",
+        launch.LAUNCHED_AT,
+        launch.AGENT,
+    ):
+        monkeypatch.setenv(name, "removed at the end of the test")
+    with pytest.raises(
+        UserError, match=r"^--rdzv_endpoint nowhere.invalid:29500: nowhere.invalid can't be found from "
+    ):
+        launch.launch(launch.Launch(devices=1, fewest_nodes=2, most_nodes=2, endpoint="nowhere.invalid:29500"))
 
 
 def test_a_stopped_rank_is_killed_after_its_time_in_rounds(monkeypatch, tmp_path):

@@ -173,7 +173,7 @@ def test_a_sample_of_mutated_inputs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "count"), [("syscalls", 40), ("power", 40), ("fuzz", 7000)])
+@pytest.mark.parametrize(("name", "count"), [("syscalls", 40), ("power", 40), ("fuzz", 7000), ("kills", 9)])
 def test_a_campaign_of_minutes(name, count):
     done = warm_process.run(
         [sys.executable, "-m", f"tests.faults.{name}", "--count", str(count), "--seed", "1"],

@@ -3,10 +3,14 @@
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import warm_process
+
+from src.training.distributed import process_group
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,6 +129,22 @@ def test_no_rank_waits_for_a_timeout(ranks):
 
 def test_the_group_works_after_exceptions(ranks):
     assert [results["value"] for results in ranks] == [{"from": 0}, {"from": 0}]
+
+
+def test_a_standstill_is_told_after_a_minute_and_not_while_steps_end(monkeypatch):
+    """Steps of a second until the sixth, which hangs."""
+    now, told, group = [0.0], [], object.__new__(process_group.DistributedProcessGroup)
+
+    def sleep(seconds):
+        now[0] += seconds
+        group.step = min(5, int(now[0]))
+
+    monkeypatch.setattr(process_group, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(process_group, "log", told.append)
+    group.watch_steps(timedelta(seconds=600))
+    assert 64 <= now[0] <= 67
+    assert told[0].startswith("note: no step has ended for 60 s: a process saves, validates or hangs.")
+    assert "600 s" in told[0]
 
 
 LEAVE = """

@@ -63,7 +63,7 @@ def launch(plan: Launch) -> int:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # `Agent` passes the others on
     os.environ[LAUNCHED_AT], os.environ[AGENT] = str(time.monotonic()), str(os.getpid())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    host, _, port = plan.endpoint.rpartition(":")
+    host = plan.endpoint.rpartition(":")[0]
     if plan.endpoint:
         nodes = f"{plan.fewest_nodes} to {plan.most_nodes}" if plan.fewest_nodes < plan.most_nodes else plan.most_nodes
         log(f"note: {nodes} machines meet at {plan.endpoint}; waiting for them for up to {JOIN_SECONDS // 60} minutes")
@@ -75,7 +75,7 @@ def launch(plan: Launch) -> int:
                 run_id="train",
                 min_nodes=plan.fewest_nodes,
                 max_nodes=plan.most_nodes,
-                local_addr=_address_towards(host, int(port)) if plan.endpoint else "127.0.0.1",
+                local_addr=_address_towards(plan.endpoint) if plan.endpoint else "127.0.0.1",
                 is_host=str(not plan.endpoint or _is_local(host)),
                 read_timeout=30,
                 join_timeout=JOIN_SECONDS,
@@ -265,8 +265,13 @@ def _is_local(host: str) -> bool:
         return False
 
 
-def _address_towards(host: str, port: int) -> str:
-    """This machine's address as another one sees it."""
+def _address_towards(endpoint: str) -> str:
+    """This machine's address as the one at HOST:PORT sees it."""
+    host, _, port = endpoint.rpartition(":")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # sends nothing
+        try:
+            probe.connect((host, int(port)))  # sends nothing
+        except OSError as error:
+            problem = f"{host} can't be found from {socket.gethostname()} ({error.strerror})"
+            raise UserError(problem, flag="rdzv_endpoint", given=endpoint) from None
         return probe.getsockname()[0]
