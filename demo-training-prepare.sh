@@ -2,7 +2,7 @@
 # What a run needs before it starts: Python environment, data, initial weights. Existing files are kept.
 #
 #   sh demo-training-prepare.sh                      for the demo: no download besides Python packages
-#   sh demo-training-prepare.sh minipile | mini      for a published setting (described in demo-training-run.sh)
+#   sh demo-training-prepare.sh minipile | mini | cluster    for another setting (described in demo-training-run.sh)
 #   sh demo-training-prepare.sh environment [FILE ...]   the environment alone, with the packages that the
 #                                                    files list, too; prints the Python to use
 #
@@ -29,14 +29,16 @@ mini) # MiniMind's pretrain_t2t or its small pretrain_t2t_mini; earlier versions
     done
     DATA_FILE=${DATA_FILE:-data/pretrain_t2t_mini}
     ;;
+cluster) DATA_FILE=${DATA_FILE:-data/train} ;; # yours
 environment)
     if [ $# -gt 0 ]; then REQUIREMENTS="$REQUIREMENTS $*"; fi
     find_python >&2
     say "$python"
     exit
     ;;
-*) fail "$SETTING: no such setting; expected demo, minipile or mini, then flags of train.py (python train.py --help)" ;;
+*) fail "$SETTING: no such setting; expected demo, minipile, mini or cluster, then flags of train.py (python train.py --help)" ;;
 esac
+LOW_RANK=
 model_of "$SETTING"
 
 # ---- environment ----------------------------------------------------------------------------------------------------
@@ -57,6 +59,8 @@ if [ "$DATA_FILE" = data/demo ]; then
     "$python" data/demo_corpus.py
 elif [ "$DATA_FILE" = data/minipile ]; then
     "$python" data/fetch_minipile.py
+elif is_given --plan "$@"; then
+    : # which reads no data if it is told the number of tokens
 elif [ ! -f "${DATA_FILE%.*}.idx" ] && [ ! -f "$DATA_FILE.idx" ]; then
     fail "$DATA_FILE.bin and .idx are missing. Make them from a jsonl file with one {\"text\": ...} per line:
   $python data/make_data.py $DATA_FILE.jsonl 1 512 --tokenizer $TOKENIZER
@@ -69,10 +73,12 @@ fi
 
 PROJ_DIR=${PROJ_DIR:-out/L$N_LAYER-D$N_EMBD-x070}
 proj_dir_flag "$@"
-set -- --proj_dir "$PROJ_DIR" --n_layer "$N_LAYER" --n_embd "$N_EMBD" --vocab_size "$VOCAB_SIZE" \
+# shellcheck disable=SC2086 # several flags
+set -- --proj_dir "$PROJ_DIR" $LOW_RANK --n_layer "$N_LAYER" --n_embd "$N_EMBD" --vocab_size "$VOCAB_SIZE" \
     --tokenizer "$TOKENIZER" --data_file "$DATA_FILE" "$@"
 
-# Only into a folder without weights: new initial weights next to those of a run would start another run.
-if ! ls "$PROJ_DIR"/rwkv-*.pth >/dev/null 2>&1; then
+# Only into a folder without weights: new initial weights next to those of a run would start another run. Those of a
+# large model are made where it is trained, without being in the memory of one process.
+if [ "$SETTING" != cluster ] && ! ls "$PROJ_DIR"/rwkv-*.pth >/dev/null 2>&1; then
     "$python" train.py --train_stage 1 "$@" --check 0 --dry_run 0
 fi

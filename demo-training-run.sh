@@ -6,6 +6,10 @@
 #   sh demo-training-run.sh minipile    the published run: L12-D768, 1.5 G tokens, for a GPU
 #   sh demo-training-run.sh mini        the 34.2 M model L8-D512 on MiniMind's pretrain_t2t or pretrain_t2t_mini (or a
 #                                       DATA_FILE of your own), for a GPU
+#   SIZE=7b N_NODE=4 GPU_PER_NODE=8 sh demo-training-run.sh cluster
+#                                       a large model on your DATA_FILE; SIZE is 3b, 7b, 13b, 30b or 70b
+#                                       (src/training/preflight/model_sizes.txt). On each machine, with NODE_RANK and others as in
+#                                       docs/cluster.md. With --plan --my_exit_tokens N: what it needs
 #
 # The demo measures its speed at its start and trains what fits into TRAIN_MINUTES, between 1.3 M tokens and all of its
 # 3.0 M; MY_EXIT_TOKENS sets a fixed number instead.
@@ -17,6 +21,7 @@
 # shellcheck source=demo-training-prepare.sh
 . "$(dirname "$0")/demo-training-prepare.sh" # from here on "$@" are flags of train.py
 
+stage=3
 case $SETTING in
 demo)
     if [ -z "${MY_EXIT_TOKENS:-}" ]; then TRAIN_MINUTES=${TRAIN_MINUTES:-9}; fi
@@ -39,6 +44,14 @@ mini)
     EPOCH_STEPS=${EPOCH_STEPS:-0} EPOCH_SAVE=${EPOCH_SAVE:-5}
     VAL_DATA_FILE=${VAL_DATA_FILE:-} PROMPT=${PROMPT:-}
     ;;
+cluster)
+    CTX_LEN=${CTX_LEN:-4096} MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-0} MAGIC_PRIME=${MAGIC_PRIME:-0}
+    LR_FINAL=${LR_FINAL:-1e-5} WARMUP_STEPS=${WARMUP_STEPS:-500} GRAD_CP=${GRAD_CP:-1}
+    EPOCH_STEPS=${EPOCH_STEPS:-0} EPOCH_SAVE=${EPOCH_SAVE:-5}
+    VAL_DATA_FILE=${VAL_DATA_FILE:-} PROMPT=${PROMPT:-The }
+    stage=0
+    set -- --accelerator gpu --head_chunk 4096 "$@"
+    ;;
 esac
 TRAIN_MINUTES=${TRAIN_MINUTES:-0} WEIGHT_DECAY=${WEIGHT_DECAY:-0.001} GRAD_CP=${GRAD_CP:-0}
 run_settings
@@ -46,7 +59,7 @@ run_settings
 was_complete=0
 if [ -f "$PROJ_DIR/rwkv-final.pth" ]; then was_complete=1; fi
 
-"$python" train.py --load_model 0 --train_stage 3 --wandb "$WANDB" \
+"$python" train.py --load_model 0 --train_stage $stage --wandb "$WANDB" \
     --ctx_len "$CTX_LEN" --micro_bsz "$M_BSZ" --my_exit_tokens "$MY_EXIT_TOKENS" \
     --train_minutes "$TRAIN_MINUTES" --magic_prime "$MAGIC_PRIME" --lr_init "$LR_INIT" --lr_final "$LR_FINAL" \
     --warmup_steps "$WARMUP_STEPS" --weight_decay "$WEIGHT_DECAY" \

@@ -28,6 +28,18 @@ model_of() {
         N_LAYER=${N_LAYER:-8} N_EMBD=${N_EMBD:-512} VOCAB_SIZE=${VOCAB_SIZE:-6400}
         TOKENIZER=${TOKENIZER:-data/minimind_tokenizer}
         ;;
+    cluster) # a large model, by SIZE
+        SIZE=${SIZE:-7b}
+        sizes=src/training/preflight/model_sizes.txt
+        row=$(grep "^$SIZE " $sizes) || fail "SIZE=$SIZE: no such size; expected one of" \
+            "$(grep -v '^#' $sizes | cut -d' ' -f1 | tr '\n' ' ')"
+        # shellcheck disable=SC2086 # the row's words
+        set -- $row
+        N_LAYER=${N_LAYER:-$2} N_EMBD=${N_EMBD:-$3} VOCAB_SIZE=${VOCAB_SIZE:-65536} TOKENIZER=${TOKENIZER:-world}
+        LOW_RANK="--d_decay_lora $4 --d_aaa_lora $5 --d_mv_lora $6 --d_gate_lora $7"
+        LR_INIT=${LR_INIT:-$8} STRATEGY=${STRATEGY:-deepspeed_stage_$9} M_BSZ=${M_BSZ:-${11}}
+        GPU_PER_NODE=${GPU_PER_NODE:-8}
+        ;;
     esac
 }
 
@@ -36,6 +48,15 @@ run_settings() {
     GPU_PER_NODE=${GPU_PER_NODE:-1} N_NODE=${N_NODE:-1} STRATEGY=${STRATEGY:-auto} WANDB=${WANDB:-}
     # Threads that wait give their core back: four times as fast as busy waiting on a machine that does other work too.
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+}
+
+# is_given FLAG FLAGS: whether it is among them
+is_given() {
+    wanted=$1 && shift
+    for argument in "$@"; do
+        case $argument in "$wanted" | "$wanted"=*) return 0 ;; esac
+    done
+    return 1
 }
 
 # proj_dir_flag FLAGS: sets PROJ_DIR if it is among the flags, for the steps before and after the training

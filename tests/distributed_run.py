@@ -4,13 +4,14 @@
 
 SCENARIO.json: {"processes": 2, "fits": {name: {flags of train.py, "optimizer": "sgd" | "adam", "steps": n, ...}}}.
 "load": name begins with the full state of another fit; "full_disk": rank fails in a second save of the state.
-"poison": n makes the loss of the last rank NaN in step n; "stop": [rank, n] lets a rank request a stop in step n. Each
-fit writes OUT/name.pt: losses, gradient
-norms, weights, the full state and the type of the engine.
+"poison": n makes the loss of the last rank NaN in step n; "stop": [rank, n] lets a rank request a stop in step n.
+"count" counts the bytes of collectives up to the beginning of each micro step. Each fit writes OUT/name.pt: losses,
+gradient norms, weights, the full state and the type of the engine.
 """
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -39,6 +40,7 @@ from src.training.distributed.sharded_init import initial_values
 from src.training.hardware.selection import choose_hardware, lightning_strategy
 from src.training.module import TrainingModule
 from src.training.trainer import SetLearningRate
+from tests.collective_bytes import CollectiveBytes
 from tests.ranks import join_ranks
 
 CTX, VOCAB = 16, 64
@@ -73,7 +75,8 @@ class PlainSGD(torch.optim.SGD):
 class Fit(TrainingModule):
     def __init__(self, *args, optimizer, poison, **kwargs):
         super().__init__(*args, **kwargs)
-        self.kind, self.poison, self.losses, self.norms, self.lrs = optimizer, poison, [], [], []
+        self.kind, self.poison = optimizer, poison
+        self.losses, self.norms, self.lrs, self.traffic = [], [], [], []
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
@@ -87,6 +90,9 @@ class Fit(TrainingModule):
         if (step == self.poison or self.poison == "all") and self.trainer.global_rank == self.trainer.world_size - 1:
             out["loss"] = out["loss"] * float("nan")  # on one rank only
         return out
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.traffic.append(dict(self.collectives.total) if self.collectives else {})
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         loss = self.trainer.strategy.reduce(outputs["metrics"]["loss"], reduce_op="mean").item()
@@ -129,6 +135,7 @@ def fit(process_group, name, scenario, out):
     optimizer, steps = scenario.pop("optimizer", "adam"), scenario.pop("steps", 4)
     poison, first_step = scenario.pop("poison", -1), scenario.pop("first_step", 0)
     stop_rank, stop_step = scenario.pop("stop", (-1, -1))
+    counts, releases = scenario.pop("count", False), scenario.pop("release", False)
     load, init_seed = scenario.pop("load", None), scenario.pop("init_seed", 5)
     full_disk, seen = scenario.pop("full_disk", -1), {}
     lightning_backward = scenario.pop("lightning_backward", False)
@@ -167,6 +174,9 @@ def fit(process_group, name, scenario, out):
     numbers = Numbers(first_step, steps, process_group.rank, process_group.world_size, config, poison)
     control = RunControl(process_group, first_step)
     strategy = lightning_strategy(config, hardware)
+    if releases:  # parameters right after their use, as in a model of more than `stage3_max_live_parameters`
+        names = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size", "param_persistence_threshold")
+        strategy.config["zero_optimization"] |= {f"stage3_{name}": 0 for name in names}
     if lightning_backward:  # for a negative control
         strategy.precision_plugin.backward = DeepSpeedPrecision("32-true").backward
 
@@ -199,8 +209,9 @@ def fit(process_group, name, scenario, out):
             Restore(), control, SetLearningRate(control, lambda step: config.lr_init / (1 + 0.1 * step)), RequestStop(),
         ],
     )  # fmt: skip
-    trainer.fit(module, train_dataloader(config, numbers, None, on_gpu=False))
-    result = {**seen, "losses": module.losses, "norms": module.norms, "lrs": module.lrs}
+    with CollectiveBytes() if counts else nullcontext() as module.collectives:
+        trainer.fit(module, train_dataloader(config, numbers, None, on_gpu=False))
+    result = {**seen, "losses": module.losses, "norms": module.norms, "lrs": module.lrs, "traffic": module.traffic}
     result["steps"] = [control.step]  # of each rank
     if process_group.world_size > 1:
         result["steps"] = [0] * process_group.world_size

@@ -61,7 +61,7 @@ ALLOWED = {
 # Inside src/training: each package or module imports only those on later lines. Nothing imports the first line, which
 # are programs.
 TRAINING_ORDER = (
-    ("plot", "html_report", "dashboard", "run"),
+    ("plot", "html_report", "dashboard", "run", "simulate"),
     ("preflight", "rollback"),
     ("trainer",),
     ("settings", "validation"),
@@ -146,7 +146,7 @@ def test_no_module_imports_itself_by_way_of_others():
 
 
 def test_few_modules_stand_beside_the_packages_of_training():
-    assert len(list((ROOT / "src" / "training").glob("*.py"))) <= 16
+    assert len(list((ROOT / "src" / "training").glob("*.py"))) <= 17
 
 
 def test_imports_are_seen_wherever_they_stand():

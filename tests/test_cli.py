@@ -20,7 +20,8 @@ DATA = ["--data_file", "x"]
 
 # The public interface: existing scripts pass these, and saved runs hold them. A change here breaks them.
 FLAGS = {
-    "train_stage": 0, "plan": -1.0, "check": False, "dry_run": False, "proj_dir": "out", "load_model": "",
+    "train_stage": 0, "plan": -1.0, "plan_bandwidth": "450,50", "plan_gpu": "989,40", "plan_disks": "8,2",
+    "plan_mtbf": 6000.0, "check": False, "dry_run": False, "proj_dir": "out", "load_model": "",
     "load_partial": False, "resize_vocab": False, "restart": False, "save_minutes": 15.0, "keep_resume": 2,
     "time_limit": 0.0, "max_bad_steps": 3, "random_seed": -1,
     "data_file": "", "data_type": "binidx", "tokenizer": "", "vocab_size": 0, "ctx_len": 1024, "magic_prime": 0,

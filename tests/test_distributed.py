@@ -17,12 +17,14 @@ from src.cli import parse
 from src.config import RunConfig
 from src.errors import UserError
 from src.model import RWKV7, ModelConfig
+from src.model.weights import IDLE_IN_LAYER_0
 from src.training.distributed import zero
 from src.training.distributed.engine_adamw import EngineAdamW
 from src.training.distributed.launch import meeting_point
 from src.training.distributed.ranks import RankInfo, export_ranks, rank_from_launcher
 from src.training.distributed.sharded_init import initial_values
 from src.training.hardware import selection
+from src.training.preflight.traffic import step_traffic
 from src.training.run import run
 
 ROOT = Path(__file__).parents[1]
@@ -79,9 +81,16 @@ def quick(tmp_path_factory):
     names = ["ddp", *(STAGES if zero.is_usable() else ())]
     fits = {name: {**fit, "strategy": name} for name in names}
     fits.update({f"stop of rank {rank}": {"strategy": "ddp", "steps": 9, "stop": [rank, 2]} for rank in (0, 1)})
-    fits.update({f"checkpointed {name}": {**fits[name], "grad_cp": 1, "kernel": "auto"} for name in names})
+    for name in names:
+        fits[f"checkpointed {name}"] = {**fits[name], "grad_cp": 1, "kernel": "auto", "count": True}
     fits.update({f"in pieces {name}": {**fits[name], "chunk_ctx": 4, "kernel": "auto"} for name in names})
     if zero.is_usable():
+        fits["stage 3, released"] = {
+            **fits["checkpointed deepspeed_stage_3"],
+            "grad_cp": 0,
+            "steps": 3,
+            "release": True,
+        }
         fits["stage 3, checkpointed and chunked"] = {**fits["deepspeed_stage_3"], "grad_cp": 1, "head_chunk": 5}
         fits["divided twice"] = {**fits["deepspeed_stage_2"], "lightning_backward": True}
         fits["fp16"] = {"strategy": "deepspeed_stage_2", "precision": "fp16", "steps": 3, "poison": 1}
@@ -104,6 +113,22 @@ def test_losses_and_weights_equal_those_of_one_process(quick, name):
     assert largest_difference(one["weights"], other["weights"]) < 1e-5
     assert other["lrs"] == one["lrs"]
     assert other["lrs"][0][0] == 2 * other["lrs"][0][1] == 1.0  # att.w0's group first
+
+
+@pytest.mark.parametrize("name", ["ddp", *(pytest.param(name, marks=needs_deepspeed) for name in STAGES)])
+def test_a_step_communicates_the_bytes_of_the_plan(quick, name):
+    """Counted in the last whole step, when DeepSpeed's stage 3 knows the order of its parameters."""
+    model = RWKV7(RunConfig(n_layer=2, n_embd=32, head_size=16).model_config(64))
+    trained = sum(4 * p.numel() for n, p in model.named_parameters() if n not in IDLE_IN_LAYER_0)
+    whole = sum(4 * p.numel() for p in model.parameters())
+    small, micro = 200, SGD["accumulate_grad_batches"]  # bytes of flags, losses and norms
+    counts = {1: [f"checkpointed {name}"], 2 * 10**9: ["stage 3, released"] if name == "deepspeed_stage_3" else []}
+    for count, fits in counts.items():  # of parameters: what is released after use is as in a model of two billion
+        for fit in fits:
+            before, after = (quick[fit]["traffic"][i] for i in (-1 - micro, -1))
+            planned = step_traffic(name, trained, whole, micro, count)
+            for kind in ("all_reduce", "reduce_scatter", "all_gather"):
+                assert 0 <= after.get(kind, 0) - before.get(kind, 0) - getattr(planned, kind) < small, (fit, kind)
 
 
 @pytest.mark.parametrize("name", ["ddp", *(pytest.param(name, marks=needs_deepspeed) for name in STAGES)])

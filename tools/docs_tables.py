@@ -27,6 +27,7 @@ from src.model import RWKV7
 from src.model.init import row_of
 from src.training.figures import published
 from src.training.preflight import plan
+from src.training.preflight.model_sizes import read_sizes
 from src.training.preflight.piece_memory import Cut
 from tools import docs_chinese, docs_tree
 
@@ -45,15 +46,6 @@ FIRST_FLAGS = (
     *("proj_dir", "data_file", "tokenizer", "val_data_file", "n_layer", "n_embd", "ctx_len", "micro_bsz"),
     *("epochs", "lr_init", "lr_final", "grad_cp"),
 )
-# Settings for large models: layers, width, low-rank sizes w a v g, lr, ZeRO stage, GPUs, micro batch of 4096 tokens.
-CLUSTER = [
-    (32, 2560, (96, 96, 64, 320), "2e-4", 1, 8, 4),
-    (32, 4096, (128, 128, 96, 480), "1.5e-4", 2, 16, 2),
-    (61, 4096, (192, 192, 128, 384), "1.2e-4", 2, 32, 2),
-    (64, 6144, (192, 192, 128, 512), "1e-4", 3, 64, 2),
-    (80, 8192, (256, 256, 160, 576), "8e-5", 3, 128, 1),
-]
-
 # Released models: layers, width, low-rank sizes w a v g. Their vocabulary is 65536.
 RELEASED = {
     "0.1B": (12, 768, (64, 64, 32, 128)),
@@ -148,17 +140,19 @@ def weights(chinese: bool) -> str:
 def cluster(chinese: bool) -> str:
     """Settings for large models, with the memory that `train.py --plan` computes for them."""
     rows = []
-    for layers, width, (w, a, v, g), lr, stage, gpus, micro_bsz in CLUSTER:
+    for name, size in read_sizes().items():
+        layers, width, (w, a, v, g) = size.n_layer, size.n_embd, size.low_rank
         config = ModelConfig(
             layers, width, 65536, d_decay_lora=w, d_aaa_lora=a, d_mv_lora=v, d_gate_lora=g, grad_cp=True
         )
         # With --head_chunk 4096: all logits of a micro batch of 4 x 4096 tokens would take 2 GiB.
-        strategy, cut = f"deepspeed_stage_{stage}", Cut(micro_bsz, 4096)
-        memory = plan.memory(config, strategy, gpus, "bf16", cut, head_chunk=4096, on_gpu=True)
+        strategy, cut = f"deepspeed_stage_{size.stage}", Cut(size.micro_bsz, 4096)
+        memory = plan.memory(config, strategy, size.gpus, "bf16", cut, head_chunk=4096, on_gpu=True)
         billions = sum(parameter.numel() for parameter in _meta_model(config).parameters()) / 1e9
-        settings = map(str, (layers, width, f"{w} {a} {v} {g}", lr, stage, gpus, micro_bsz))
-        rows.append([f"{billions:.1f} B", *settings, f"{memory.total / GIB:.0f}"])
-    sizes = ["parameters", "`--n_layer`", "`--n_embd`", "low-rank sizes w a v g"]
+        lr, gpus = size.lr_init, size.gpus
+        settings = map(str, (layers, width, f"{w} {a} {v} {g}", lr, size.stage, gpus, size.micro_bsz))
+        rows.append([f"`{name}`", f"{billions:.1f} B", *settings, f"{memory.total / GIB:.0f}"])
+    sizes = ["`SIZE`", "parameters", "`--n_layer`", "`--n_embd`", "low-rank sizes w a v g"]
     return table([*sizes, "`--lr_init`", "ZeRO stage", "GPUs", "`--micro_bsz`", "GiB per GPU"], rows, chinese)
 
 

@@ -10,7 +10,7 @@ in tests/test_cli.py.
 
 # Others import from here only: which file of the package declares a name may change.
 from src.config.adapter import adapter_kind, split_list
-from src.config.checks import VAL_EVERY
+from src.config.checks import VAL_EVERY, number_pair
 from src.config.flags import MINI_EPOCH_SAMPLES, PRECISIONS, STRATEGIES
 from src.config.model import KERNELS, PLACEHOLDER, PLAIN_KERNELS, ModelConfig, low_rank_size
 from src.config.run import RunConfig, settings_with
@@ -33,6 +33,7 @@ __all__ = [
     "adapter_kind",
     "default_text",
     "low_rank_size",
+    "number_pair",
     "refusal",
     "settings_with",
     "split_list",

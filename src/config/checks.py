@@ -15,11 +15,12 @@ from src.errors import UserError
 
 # Flags that describe how conversations are read; --tokenizer and --val_data_file are for token files, too.
 SFT_ONLY = ("sft_loss", "packing", "truncate", "special_tokens", "think")
-# --val_every: a number of mini-epochs, or of steps.
 NODES = re.compile(r"[1-9][0-9]{0,5}(:[1-9][0-9]{0,5})?")
 ENDPOINT = re.compile(
     r"[^\s:]+:0*([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 )
+NUMBER_PAIR = re.compile(r"\d+(\.\d+)?,\d+(\.\d+)?")
+# --val_every: a number of mini-epochs, or of steps.
 VAL_EVERY = re.compile(r"(\d+) *(steps?)?")
 
 
@@ -64,6 +65,17 @@ def form_faults(flags: Flags) -> Iterator[UserError]:
             given=flags.val_every,
             expected='a number of mini-epochs, such as "2", or of steps, such as "500steps"',
         )
+    for name in ("plan_bandwidth", "plan_gpu", "plan_disks"):
+        text = getattr(flags, name)
+        if not NUMBER_PAIR.fullmatch(text) or min(number_pair(text)) <= 0:
+            default = next(field.default for field in dataclasses.fields(flags) if field.name == name)
+            yield UserError(flag=name, given=text, expected=f"two numbers above 0, such as {default}")
+
+
+def number_pair(text: str) -> tuple[float, float]:
+    """The values of a flag such as --plan_bandwidth 450,50."""
+    first, second = map(float, text.split(","))
+    return first, second
 
 
 def _in_order(num_nodes: str) -> bool:

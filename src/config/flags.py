@@ -51,6 +51,28 @@ class Flags:
         const=0.0,
         within_run="free",
     )
+    plan_bandwidth: str = flag(
+        "450,50",
+        "run",
+        "for --plan: GB/s that a GPU sends within a machine, and to other machines",
+        within_run="free",
+    )
+    plan_gpu: str = flag(
+        "989,40",
+        "run",
+        "for --plan: peak TFLOP/s of a GPU, and the MFU in percent without communication",
+        within_run="free",
+    )
+    plan_disks: str = flag(
+        "8,2", "run", "for --plan: the number of disks for states, and GB/s of each", within_run="free"
+    )
+    plan_mtbf: float = flag(
+        6000.0,
+        "run",
+        "for --plan: hours between two failures of a machine; 0: none fails",
+        at_least=0,
+        within_run="free",
+    )
     check: bool = flag(
         False,
         "run",

@@ -39,15 +39,15 @@ from src.training.preflight.adapter_memory import (
     kept_by_frozen_block,
     trained_part,
 )
+from src.training.preflight.cluster_plan import describe_communication, describe_states
 from src.training.preflight.piece_memory import Cut, border_bytes, cut_of, kept_beside
+from src.training.preflight.traffic import GATHERED_AT_A_TIME
 
 BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
 # Tensors [tokens, C] that a block keeps for backward in the run's dtype, in addition to the hidden layer of the channel
 # mix (twice, before and after its activation) and the low-rank products; counted in src/model/layers.py, and compared
 # with PyTorch's saved tensors in tests/test_plan.py.
 KEPT_BY_BLOCK = 30
-# Parameters that ZeRO 3 keeps gathered at a time: the default of DeepSpeed's stage3_max_live_parameters.
-GATHERED_AT_A_TIME = 1_000_000_000
 GIB = 1 << 30
 
 
@@ -280,7 +280,11 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
         f"CUDA, NCCL and fragmentation add 2 or 3{note}:",
         "",
     ]
-    return "\n".join([*lines, *_memory_table(config, model, processes, precision)])
+    lines += _memory_table(config, model, processes, precision)
+    if processes > 1:
+        lines += ["", *describe_communication(config, model, processes, BYTES[precision])]
+    lines += ["", *describe_states(config, model, processes)]
+    return "\n".join(lines)
 
 
 def describe_pieces(config: RunConfig, model: ModelConfig, precision: str) -> str:
