@@ -247,8 +247,8 @@ def lightning_strategy(config: RunConfig, hardware: Hardware) -> Any:
     return DDPStrategy(
         process_group_backend="nccl" if hardware.accelerator == "gpu" else "gloo",
         gradient_as_bucket_view=True,  # without it every gradient exists twice
-        # Without it DDP orders its buckets anew after the first step of each start, and then adds the gradients of three
-        # or more ranks in another order: a resumed run would differ from one that was never stopped.
+        # Without it DDP orders its buckets anew after the first step of each start, and then adds the gradients of
+        # three or more ranks in another order: a resumed run would differ from one that was never stopped.
         find_unused_parameters=True,
         broadcast_buffers=False,  # those of a quantised base, which every process makes itself and which never change
     )
