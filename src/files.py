@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,6 +77,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """Yields a new folder that takes the place of `path` when the block ends without an error, and `check` raises
+    none: for files that belong together."""
+    # Beside it and then renamed; `run_folder.remove_leftovers` knows the names.
+    new, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}tmp") for kind in ("", "replaced."))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        check()
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     sync_folder(path.parent)
 
 

@@ -3,6 +3,7 @@
     rwkv-init.pth  rwkv-N.pth  rwkv-final.pth  rwkv-best.pth    plain state dicts
     adapter-N/  adapter/  adapter-best/                         an adapter, in place of the weights
     state-N.pth  state.pth  state-best.pth                      tuned initial states, in place of the weights
+    multimodal-N/  multimodal/  multimodal-best/                with an encoder: all that was trained, as one folder
     run.json                                                    what the run recorded about itself (`read_run`)
     train_log.txt  metrics.csv  val.csv  samples.json           logs
     loss.png  report.html  profile.json.gz                      figures
@@ -67,7 +68,8 @@ class ResultNames:
 WEIGHTS = ResultNames(FINAL, BEST, "rwkv-", ".pth")
 ADAPTER = ResultNames("adapter", "adapter-best", "adapter-", "")
 TUNED_STATE = ResultNames("state.pth", "state-best.pth", "state-", ".pth")
-ALL_RESULTS = (WEIGHTS, ADAPTER, TUNED_STATE)
+MULTIMODAL = ResultNames("multimodal", "multimodal-best", "multimodal-", "")
+ALL_RESULTS = (WEIGHTS, ADAPTER, TUNED_STATE, MULTIMODAL)
 
 
 def numbered_results(folder: Path, names: ResultNames) -> dict[int, Path]:
@@ -320,7 +322,8 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
     for trace in folder.glob(f".{TRACE}.*"):
         shutil.rmtree(trace, ignore_errors=True)
-    for part in [*(folder / STATES).glob(".step-*.tmp"), *folder.glob(f".{ADAPTER.final}*.tmp")]:  # folders
+    results = [part for names in (ADAPTER, MULTIMODAL) for part in folder.glob(f".{names.final}*.tmp")]
+    for part in [*(folder / STATES).glob(".step-*.tmp"), *results]:  # folders
         name, replaced = part.name[1:].split(".")[0], part.name.endswith(".replaced.tmp")
         if replaced and not (part.parent / name).exists():  # killed before the new one took its place
             part.rename(part.parent / name)

@@ -33,6 +33,9 @@ FLAGS = {
     "peft": "none", "lora_r": 32, "lora_alpha": 64.0, "lora_dropout": 0.0, "use_rslora": False,
     "lora_targets": "att.receptance,att.key,att.value,att.output,ffn.key,ffn.value", "lora_train": "",
     "train_type": "none", "quant": "none",
+    "encoder": "", "projector": "mlp", "train_parts": "", "load_projector": "", "media_folder": "", "media_tokens": 0,
+    "image_size": "64", "patch_size": 8, "encoder_dim": 128, "max_seconds": 30.0, "broken_media": "drop",
+    "cache_features": False, "media_workers": -1,
     "micro_bsz": 12, "accumulate_grad_batches": 1, "my_exit_tokens": 0, "epochs": 1.0,
     "train_minutes": 0.0, "epoch_steps": 0,
     "epoch_save": 5, "epoch_begin": 0, "lr_init": 6e-4, "lr_final": 1e-5, "warmup_steps": -1,
@@ -58,6 +61,7 @@ FIXED = {
     *("data_type", "tokenizer", "ctx_len", "magic_prime", "sft_loss", "packing", "truncate", "special_tokens"),
     "think",
     *("peft", "lora_r", "lora_alpha", "use_rslora", "lora_targets", "lora_train", "train_type", "quant"),
+    *("encoder", "projector", "train_parts", "media_tokens", "image_size", "patch_size", "encoder_dim", "max_seconds"),
 }
 # These change how training goes on: a resumed run logs their change.
 NOTED = {

@@ -92,7 +92,7 @@ def test_only_answers_and_their_end_tokens_have_a_loss(
     tokenizers: dict[str, FolderTokenizer], turns: list[dict[str, str]], kind: str
 ) -> None:
     tokenizer = tokenizers[kind]
-    ids, counts, n_turns, _ = encode_conversation(tokenizer, to_line(turns))
+    ids, counts, n_turns, *_ = encode_conversation(tokenizer, to_line(turns))
     plain = chat_ids(tokenizer, turns)
     assert tokenizer.decode(ids) == tokenizer.decode(plain), "the text is that of the plain rendering"
     if not any(token in turn["content"] for turn in turns for token in tokenizer.special_tokens):
@@ -137,7 +137,7 @@ def test_a_text_may_contain_the_signs_that_find_answers(tokenizers: dict[str, Fo
             {"role": role, "content": f"{role} {content} {role}"} for role in ("user", "assistant", "user", "assistant")
         ]
         for tokenizer in tokenizers.values():
-            ids, counts, _, _ = encode_conversation(tokenizer, to_line(turns))
+            ids, counts, *_ = encode_conversation(tokenizer, to_line(turns))
             expected = "".join(turn["content"] + "<|im_end|>" for turn in turns if turn["role"] == "assistant")
             assert tokenizer.decode(np.array(ids)[counts].tolist()) == expected
 

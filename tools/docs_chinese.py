@@ -30,6 +30,8 @@ HEADINGS = {
     "trained": "训练什么",
     "all weights": "全部权重",
     "initial states": "初始状态",
+    "projector, encoder": "投影层、编码器",
+    "all weights, with an encoder": "全部权重，带编码器",
     "one process": "单进程",
     "state, bf16": "状态，bf16",
     "state, int8": "状态，int8",

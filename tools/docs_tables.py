@@ -61,6 +61,8 @@ KIND_TITLES = {
     "miss": "MiSS",
     "dora": "DoRA",
     "state": "initial states",
+    "projector": "projector, encoder",
+    "full, encoder": "all weights, with an encoder",
 }
 
 

@@ -8,8 +8,6 @@ flash-linear-attention and rwkv7-hf. src/adapt/adapter_names.py has the names.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch import Tensor
 from src.adapt.adapter_names import AdapterName, adapter_name, peft_name
 from src.adapt.config import TARGETS, AdapterConfig
 from src.errors import UserError
-from src.files import atomic_write, sync_folder, write_twice
+from src.files import atomic_write, whole_folder, write_twice
 from src.model.file_kind import file_kind
 from src.model.safetensors_file import write_safetensors
 from src.model.weights import Weights, read_weights, save_weights
@@ -72,22 +70,12 @@ def write_adapter(path: Path, adapter: Adapter) -> None:
 
 
 def _write_folder(path: Path, adapter: Adapter) -> None:
-    # Beside it and then renamed, as its two files belong together. `remove_leftovers` knows the names.
-    new, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}tmp") for kind in ("", "replaced."))
-    try:
-        new.mkdir(parents=True)
+    with whole_folder(path) as new:  # its two files belong together
         metadata = {"format": "pt", "base_sha256": adapter.base_sha256}
         write_safetensors({peft_name(name): t for name, t in adapter.tensors.items()}, new / TENSORS, metadata)
         with atomic_write(new / CONFIG, "w") as file:
             json.dump(_peft_config(adapter), file, indent=2)
             file.write("\n")
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    sync_folder(path.parent)
 
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:

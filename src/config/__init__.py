@@ -12,6 +12,7 @@ in tests/test_cli.py.
 from src.config.adapter import adapter_kind, split_list
 from src.config.checks import VAL_EVERY, number_pair
 from src.config.flags import MINI_EPOCH_SAMPLES, PRECISIONS, STRATEGIES
+from src.config.media import image_size, keeps_base, kind_of_training, trained_parts
 from src.config.model import KERNELS, PLACEHOLDER, PLAIN_KERNELS, ModelConfig, low_rank_size
 from src.config.run import RunConfig, settings_with
 from src.config.setting import GROUPS, default_text
@@ -32,9 +33,13 @@ __all__ = [
     "RunConfig",
     "adapter_kind",
     "default_text",
+    "image_size",
+    "keeps_base",
+    "kind_of_training",
     "low_rank_size",
     "number_pair",
     "refusal",
     "settings_with",
     "split_list",
+    "trained_parts",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from src.config.flags import Flags
-from src.config.support import TARGETS, WHOLE_PARTS, refusal
+from src.config.support import TARGETS, WHOLE_PARTS
 from src.errors import UserError
 
 SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_train", "use_rslora")
@@ -36,8 +36,6 @@ def adapter_faults(flags: Flags) -> Iterator[UserError]:
             if getattr(flags, name) != default:
                 yield UserError("needs --peft", flag=name, given=getattr(flags, name), advice="leave it out")
     # whatever the strategy; what depends on it is refused once that is known
-    if row := refusal(kind or "full", flags.quant, "one process"):
-        yield row.error(getattr(flags, row.flag))
     if kind and flags.train_stage == 1:
         yield UserError(
             "--train_stage 1 initialises whole weights", flag="train_stage", given=1, advice="use --train_stage 0"

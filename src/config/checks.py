@@ -10,6 +10,7 @@ from typing import Any
 
 from src.config.adapter import adapter_faults, adapter_kind
 from src.config.flags import Flags
+from src.config.media import media_faults
 from src.config.pieces import piece_faults
 from src.errors import UserError
 
@@ -90,6 +91,7 @@ def combination_faults(flags: Flags) -> Iterator[UserError]:
     yield from _sft_faults(flags)
     yield from _start_faults(flags)
     yield from adapter_faults(flags)
+    yield from media_faults(flags)
     yield from _length_faults(flags)
     yield from piece_faults(flags)
 

@@ -288,6 +288,82 @@ class Flags:
         within_run="fixed",
     )
 
+    # pictures and sounds: an encoder and a projector in front of the model
+    encoder: str = flag(
+        "",
+        "media",
+        "reads the pictures or sounds of conversations: patches (pictures) or logmel (sounds), small and trained from "
+        "their beginning, or hf:FOLDER, a model of transformers; empty: none",
+        within_run="fixed",
+    )
+    projector: str = flag(
+        "mlp",
+        "media",
+        "from the encoder's width to the model's: linear; mlp (two layers); gated (as in VisualRWKV)",
+        choices=("linear", "mlp", "gated"),
+        within_run="fixed",
+    )
+    train_parts: str = flag(
+        "",
+        "media",
+        "what is trained: a list of projector, encoder, and one of model, lora (the adapter of --peft), state; empty: "
+        "projector,encoder,model, with hf:FOLDER projector",
+        within_run="fixed",
+    )
+    load_projector: str = flag(
+        "",
+        "media",
+        "projector, and encoder where it was trained, to start from: the folder of a run with --encoder; empty: new",
+        within_run="free",
+    )
+    media_folder: str = flag(
+        "", "media", "folder of the files that conversations name; empty: that of --data_file", within_run="free"
+    )
+    media_tokens: int = flag(
+        0,
+        "media",
+        "tokens of a picture (a square number) or sound, to which the encoder's are pooled; 0: as many as it gives",
+        at_least=0,
+        below=1 << 16,
+        within_run="fixed",
+    )
+    image_size: str = flag(
+        "64",
+        "media",
+        "patches: side of the pictures, or height x width such as 24x56; others are scaled to fit",
+        within_run="fixed",
+    )
+    patch_size: int = flag(
+        8, "media", "patches: side of a patch, a power of two", at_least=2, below=257, within_run="fixed"
+    )
+    encoder_dim: int = flag(
+        128, "media", "patches, logmel: width of a token", at_least=1, below=1 << 16, within_run="fixed"
+    )
+    max_seconds: float = flag(
+        30.0, "media", "longest sound; a conversation with a longer one is left out", at_least=0, within_run="fixed"
+    )
+    broken_media: str = flag(
+        "drop",
+        "media",
+        "a file that is missing or damaged: leave its conversation out and list it, or stop with an error",
+        choices=("drop", "stop"),
+        within_run="free",
+    )
+    cache_features: bool = flag(
+        False,
+        "media",
+        "1: compute what a frozen encoder makes of each file once, and keep it on the disk",
+        within_run="free",
+    )
+    media_workers: int = flag(
+        -1,
+        "media",
+        "processes that decode files besides the training; -1: with a GPU up to eight, else none",
+        at_least=-1,
+        below=257,
+        within_run="free",
+    )
+
     # length, batch size and learning rate. A run counts samples, not steps: its batch size may change.
     micro_bsz: int = flag(12, "length", "samples per device and micro step", at_least=1)
     accumulate_grad_batches: int = flag(1, "length", "micro steps per optimizer step", at_least=1)

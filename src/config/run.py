@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from src.config.adapter import split_list
 from src.config.checks import combination_faults, form_faults, value_faults
 from src.config.flags import Flags
 from src.config.model import ModelConfig
@@ -25,6 +26,12 @@ class RunConfig(Flags):
         self.given: frozenset[str] = frozenset()
         # The run's length in batches of each process, as commands of RWKV-PEFT give it; 0: by the flags. The same.
         self.batches = 0
+        # --train_parts projector,lora says what --peft lora does
+        parts = split_list(self.train_parts) if self.encoder else ()
+        if "lora" in parts and self.peft == "none":
+            self.peft = "lora"
+        if "state" in parts:
+            self.train_type = "state"
 
     def faults(self) -> list[UserError]:
         """What is wrong with these values, for all flags at once; empty if nothing is."""

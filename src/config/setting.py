@@ -15,6 +15,7 @@ GROUPS = {  # the topics of `train.py --help`, in this order
     "data": "data",
     "model": "model",
     "adapt": "fine-tuning a part: adapters, tuned states",
+    "media": "pictures and sounds",
     "length": "length, batch size and learning rate",
     "optimizer": "optimizer",
     "speed": "memory and speed",

@@ -17,10 +17,11 @@ TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "f
 # trained in full beside the adapter: LayerNorms (ln0, ln1, ln2, ln_x, ln_out); x_*, w0, a0, v0, k_k, k_a, r_k
 WHOLE_PARTS = ("ln", "vectors")
 # the table's
-KINDS = ("full", *PEFT_KINDS[1:], "state")
+# with an encoder: "projector", beside weights that stay as they are, and "full, encoder"; an adapter's kind is its own
+KINDS = ("full", *PEFT_KINDS[1:], "state", "projector", "full, encoder")
 BASES = ("fp32", "bf16", "fp16", *QUANTISATIONS[1:])
 STRATEGIES = ("one process", "DDP", "ZeRO 1", "ZeRO 2", "ZeRO 3")
-ADAPTERS = KINDS[1:]
+ADAPTERS = KINDS[1:-1]
 QUANTISED = QUANTISATIONS[1:]
 
 
@@ -46,7 +47,7 @@ class Refusal:
 
 REFUSALS = (
     Refusal(
-        ("full",),
+        ("full", "full, encoder"),
         QUANTISED,
         (),
         "all weights are trained, and quantised ones can't be",
@@ -57,17 +58,25 @@ REFUSALS = (
         ADAPTERS,
         (),
         ("ZeRO 3",),
-        "an adapter's frozen base is whole on every process",
+        "a frozen base is whole on every process",
         "strategy",
         "use deepspeed_stage_2 or ddp; --quant nf4 makes the base a quarter of its size",
     ),
     Refusal(
-        ADAPTERS,
+        ADAPTERS[:-1],
         ("fp16",),
         ("ZeRO 1", "ZeRO 2"),
         "an engine that scales the loss of fp16 keeps what it trains in fp16, and an adapter is fp32",
         "precision",
         "use bf16 or fp32, or --strategy ddp",
+    ),
+    Refusal(
+        ("full, encoder",),
+        (),
+        ("ZeRO 3",),
+        "encoder and projector are whole on every process",
+        "strategy",
+        "use deepspeed_stage_2 or ddp",
     ),
 )
 

@@ -52,7 +52,11 @@ class Conversation(NamedTuple):
 
 def read_conversation(line: bytes) -> Conversation:
     """The conversation of a JSON line. UserError, its `problem` the reason, when there is none."""
-    entry = parse_json(line)
+    return conversation_of(parse_json(line))
+
+
+def conversation_of(entry: Any) -> Conversation:
+    """The conversation of a JSON value. UserError as of `read_conversation`."""
     if isinstance(entry, list):
         entry = {"messages": entry}
     if not isinstance(entry, dict):

@@ -6,6 +6,7 @@ Pictures are read by Pillow, sounds by Python's `wave` (PCM) or, other formats, 
 
 from __future__ import annotations
 
+import base64
 import io
 import wave
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ class MediaError(UserError):
     """A file that can't be used; its `problem` is the reason."""
 
 
+class MissingPackageError(UserError):
+    """A package that is needed to read such files isn't installed: not a matter of one file."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """RGB, uint8 [height, width, 3]."""
@@ -47,7 +52,7 @@ class Sound:
 
 
 def read_medium(kind: str, source: Path | bytes, max_seconds: float) -> Picture | Sound:
-    """The picture or sound in a file, or in its content. Raises MediaError; UserError where a package is missing."""
+    """The picture or sound in a file, or in its content. Raises MediaError, MissingPackageError."""
     content = source if isinstance(source, bytes) else _read(source, kind)
     if len(content) > MAX_FILE_BYTES:
         raise MediaError(f"{_article(kind)} of more than {MAX_FILE_BYTES >> 20} MiB")
@@ -62,12 +67,13 @@ def _article(kind: str) -> str:
 
 def _read(path: Path, kind: str) -> bytes:
     try:
-        if not path.is_file():  # a device or a pipe would be read forever
-            raise MediaError(f"a missing {kind} file")
-        with path.open("rb") as file:
-            return file.read(MAX_FILE_BYTES + 1)
+        is_there = path.is_file()  # not a device or a pipe, which would be read forever
+        if is_there:
+            with path.open("rb") as file:
+                return file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         raise MediaError(f"an unreadable {kind} file") from error
+    raise MediaError(f"a missing {kind} file")
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -79,7 +85,7 @@ def read_picture(content: bytes) -> Picture:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise UserError("pictures need the package Pillow", advice="pip install pillow") from error
+        raise MissingPackageError("pictures need the package Pillow", advice="pip install pillow") from error
     try:
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             width, height = image.size
@@ -131,6 +137,17 @@ def fit_picture(picture: Picture, height: int, width: int) -> Picture:
     top, left = (height - new_height) // 2, (width - new_width) // 2
     result[top : top + new_height, left : left + new_width] = scaled
     return Picture(result)
+
+
+def data_url(picture: Picture, largest_side: int) -> str:
+    """The picture as a PNG in a data URL, scaled down to `largest_side`."""
+    from PIL import Image
+
+    image = Image.fromarray(picture.pixels)
+    image.thumbnail((largest_side, largest_side))
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 # ---- sounds ----------------------------------------------------------------------------------------------------------
@@ -205,7 +222,7 @@ def _read_other(content: bytes, max_seconds: float) -> tuple[npt.NDArray[np.floa
     except ImportError as error:
         if not _is_sound(content):
             raise MediaError("a file that is no sound") from error
-        raise UserError(
+        raise MissingPackageError(
             "sounds other than WAV files of integers need the package soundfile", advice="pip install soundfile"
         ) from error
     try:

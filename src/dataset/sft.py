@@ -3,19 +3,21 @@
     row      inputs  [T]   conversation | conversation | ... | padding
              targets [T]   the next token where the assistant wrote it, else -100
              cu_seqlens [D + 1]   0, the end of each conversation, T (without packing 0, T)
+    media        with an encoder: its prepared inputs, concatenated, and the lengths of the parts
 
 Row `index` of epoch `e` is a pure function of (seed, e, index), so a run can stop and resume at any row.
 """
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from src.dataset.media_tokens import whole_media
 from src.dataset.packing import Indices, Packing, epoch_order, one_per_row, pack
 from src.dataset.sample_order import nth_kept_sample, sample_number
 from src.dataset.sft_cache import Conversations
@@ -26,11 +28,20 @@ _COUNTED_TOKENS = 1 << 22  # tokens per block when counting targets: the running
 
 
 class SftBatch(NamedTuple):
-    """One row: inputs, targets int64 [T]; or a batch: [1, rows * T]. cu_seqlens int32 [documents + 1]."""
+    """One row: inputs, targets int64 [T]; or a batch: [1, rows * T]. cu_seqlens int32 [documents + 1].
+
+    `media`: with an encoder (prepared inputs [n, ...], lengths int64 [media]), else ().
+    """
 
     inputs: torch.Tensor
     targets: torch.Tensor
     cu_seqlens: torch.Tensor
+    media: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """inputs, targets, cu_seqlens, and those of `media`."""
+        return (*self[:3], *self.media)
 
 
 def collate(rows: list[SftBatch]) -> SftBatch:
@@ -41,11 +52,12 @@ def collate(rows: list[SftBatch]) -> SftBatch:
         torch.cat([row.inputs for row in rows])[None],
         torch.cat([row.targets for row in rows])[None],
         torch.cat([torch.zeros(1, dtype=torch.int32), *bounds]),
+        tuple(torch.cat(parts) for parts in zip(*(row.media for row in rows), strict=True)),
     )
 
 
 def collate_shares(samples: list[tuple[SftBatch, float]]) -> tuple[torch.Tensor, ...]:
-    """Collates a micro batch of an `SftDataset`: inputs, targets, cu_seqlens and the loss weight, fp32 [].
+    """Collates a micro batch of an `SftDataset`: inputs, targets, cu_seqlens, the loss weight, fp32 [], and media.
 
         weight = targets with loss in this micro batch / mean of that number over the micro batches of the step
 
@@ -56,7 +68,18 @@ def collate_shares(samples: list[tuple[SftBatch, float]]) -> tuple[torch.Tensor,
     mean = samples[0][1]
     # 0: the step is this micro batch, or no target of the step has a loss.
     weight = float((batch.targets != IGNORED).sum()) / mean if mean else 1.0
-    return *batch, torch.tensor(weight)
+    return *batch[:3], torch.tensor(weight), *batch.media
+
+
+class MediaInputs(Protocol):
+    """What is handed in of an encoder."""
+
+    @property
+    def blank(self) -> torch.Tensor:
+        """An input like those of media; none of it is used."""
+
+    def __call__(self, name: str, tokens: int) -> torch.Tensor:
+        """The prepared input [n, ...] of a medium that takes so many tokens."""
 
 
 class SftRows:
@@ -70,6 +93,7 @@ class SftRows:
                padding is 0); only for comparison with trainers that do so
     count_text every token of a conversation has a loss, the prompts' too; padding has none
     seed       decides which conversations share a row, and the order of the rows
+    media      of an encoder: (name, number of tokens) of a medium -> its input; None, where there are no media
 
     n_cut, n_dropped   number of conversations truncated and dropped
     n_filled           number of positions that hold a token
@@ -85,7 +109,9 @@ class SftRows:
         count_all: bool = False,
         count_text: bool = False,
         seed: int = 0,
+        media: MediaInputs | None = None,
     ) -> None:
+        self.media = media
         self.conversations = conversations
         self.ctx_len = ctx_len
         self.packing = packing
@@ -93,6 +119,7 @@ class SftRows:
         self.seed = seed
         # n tokens make n - 1 pairs of input and target; count_all adds a target 0 after the last token.
         positions = conversations.data.sizes.astype(np.int64) - (0 if count_all else 1)
+        used_positions = np.minimum(positions, ctx_len)
         too_long = positions > ctx_len
         if too_long.any() and truncate == "error":
             first = int(np.flatnonzero(too_long)[0])
@@ -103,12 +130,17 @@ class SftRows:
                 given=ctx_len,
                 advice="increase --ctx_len, or use --truncate end or drop",
             )
+        if conversations.media is not None:  # a cut within a medium is one before it
+            for index in np.flatnonzero(too_long).tolist():
+                ids, _ = conversations.read(index)
+                counts = [count for _, count in conversations.media_of(index)]
+                used_positions[index] = whole_media(ids, counts, ctx_len)[0]
         counts_any = count_all or count_text
         kept = np.ones_like(too_long) if counts_any and truncate == "end" else ~too_long
         if truncate == "end" and not counts_any:  # else every conversation has targets, however short it is cut
             # Only the cut ones: the cache holds no conversation without an answer.
             for index in np.flatnonzero(too_long).tolist():
-                kept[index] = (conversations.data[index][1 : ctx_len + 1] >= 0).any()
+                kept[index] = (conversations.data[index][1 : used_positions[index] + 1] >= 0).any()
         used = np.flatnonzero(kept)
         self.n_cut = int(too_long[used].sum())
         self.n_dropped = len(positions) - len(used)
@@ -119,7 +151,8 @@ class SftRows:
                 given=ctx_len,
                 advice="increase --ctx_len or use other data",
             )
-        lengths = np.minimum(positions[used], ctx_len)
+        self._positions = used_positions  # of each conversation, as far as it is used
+        lengths = used_positions[used]
         self.n_filled = int(lengths.sum())
         rows = pack(lengths, ctx_len, seed) if packing else one_per_row(len(used))
         self._rows = Packing(used[rows.members], rows.bounds)
@@ -148,7 +181,7 @@ class SftRows:
             is_counted = data.read(int(bounds[first]), int(bounds[last])) >= 0
             before = np.concatenate([[0], np.cumsum(is_counted, dtype=np.int32)])
             begins = bounds[first:last] - bounds[first] + 1  # + 1: the first token is never a target
-            ends = np.minimum(begins + self.ctx_len, bounds[first + 1 : last + 1] - bounds[first])
+            ends = np.minimum(begins + self._positions[first:last], bounds[first + 1 : last + 1] - bounds[first])
             counts[first:last] = ends - begins if self.count_text else before[ends] - before[begins]
             first = last
         return np.add.reduceat(counts[self._rows.members], self._rows.bounds[:-1])
@@ -164,17 +197,25 @@ class SftRows:
             self._order = (epoch, epoch_order(len(self), self.seed, epoch))
         return int(self._order[1][index])
 
+    def first_conversation(self, number: int) -> int:
+        """The conversation that a row, by its index in the packing, begins with."""
+        return int(self._rows.row(number)[0])
+
     def row(self, number: int) -> SftBatch:
         """One row by its index in the packing."""
         inputs = np.zeros(self.ctx_len, np.int64)
         targets = np.full(self.ctx_len, 0 if self.count_all else IGNORED, np.int64)
         ends = [0]
+        media: list[tuple[str, int]] = []
         for index in self._rows.row(number):
             ids, counts = self.conversations.read(int(index))
             following = ids if self.count_text else np.where(counts, ids, IGNORED)
             if self.count_all:
                 ids = following = np.append(ids, 0)
-            length = min(len(ids) - 1, self.ctx_len)
+            length = int(self._positions[index])
+            if self.media is not None:
+                of_this = self.conversations.media_of(int(index))
+                media += of_this[: whole_media(ids, [count for _, count in of_this], length)[1]]
             begin, end = ends[-1], ends[-1] + length
             inputs[begin:end] = ids[:length]
             targets[begin:end] = following[1 : length + 1]
@@ -184,7 +225,12 @@ class SftRows:
             ends = [0, self.ctx_len]
         elif ends[-1] < self.ctx_len:  # padding is a document of its own, not a continuation
             ends.append(self.ctx_len)
-        return SftBatch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(ends, dtype=torch.int32))
+        row = SftBatch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(ends, dtype=torch.int32))
+        if self.media is None:
+            return row
+        inputs_of_media = [self.media(name, count) for name, count in media]
+        lengths_of_media = torch.tensor([len(part) for part in inputs_of_media], dtype=torch.int64)
+        return row._replace(media=(torch.cat([self.media.blank[:0], *inputs_of_media]), lengths_of_media))
 
 
 class SftDataset(Dataset[tuple[SftBatch, float]]):

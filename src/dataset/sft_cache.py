@@ -2,6 +2,11 @@
 
 X.jsonl.sft.bin/.idx   one document per conversation, int32: a token with a loss is its id, one without is ~id
 X.jsonl.sft.json       {"made_from": format version and fingerprints of the inputs, "found": counts}, written last
+
+Of conversations with pictures or sounds also:
+
+X.jsonl.sft-media.bin/.idx   one document per conversation, uint8: its media as JSON, [[name, number of tokens], ...]
+X.jsonl.sft-broken.txt       the files that can't be used, each with the reason
 """
 
 import errno
@@ -10,6 +15,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Collection
+from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,14 +24,19 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from src.config import PLACEHOLDER
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset, with_ending
 from src.dataset.chat_template import RWKV_TEMPLATE
 from src.dataset.control_tokens import ContentMarks
 from src.dataset.conversation_files import check_conversation_file, read_conversation_pieces
-from src.dataset.conversation_formats import Conversation, read_conversation
+from src.dataset.conversation_formats import Conversation, conversation_of
 from src.dataset.conversations import MARK_ADVICE, RenderedConversation, check_template, render_with_answers
-from src.dataset.corpus.documents import InvalidLine, invalid_line, read_lines
+from src.dataset.corpus.documents import InvalidLine, invalid_line, parse_json, read_lines
 from src.dataset.corpus.text_input import Piece
+from src.dataset.media_files import MediaError, MissingPackageError
+from src.dataset.media_parts import take_media
+from src.dataset.media_reader import MediaReader, UnusableMediaError
+from src.dataset.media_tokens import encode_with_media
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.dataset.unusable_lines import advice, by_reason
 from src.dataset.workers import map_in_order, usable_cores
@@ -36,6 +47,8 @@ from src.terminal import printable
 # Version of the cache. To be increased whenever the same inputs give other tokens, so that older caches are rebuilt.
 _FORMAT = 2
 _SHOWN_INVALID_LINES = 3
+# PLACEHOLDER as a token of the cache, where ~PLACEHOLDER would be a token 0 with a loss; no vocabulary is as large
+MEDIA_CODE = 1 << 30
 _SHOWN_UNUSED = 10  # kinds; some sets have a field per line
 _LONGEST_NAME = 40  # of a field that is counted and printed
 
@@ -55,11 +68,28 @@ class Conversations(NamedTuple):
     turns: int
     answer_tokens: int
     unused: dict[str, int] = {}  # noqa: RUF012 (read only)
+    media: MMapIndexedDataset | None = None  # None: read without an encoder
 
     def read(self, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Ids of a conversation, and a mask of those that the assistant wrote."""
+        """Ids of a conversation, PLACEHOLDER for those of media, and a mask of those that the assistant wrote."""
         coded = self.data[index].astype(np.int64)
-        return np.where(coded < 0, ~coded, coded), coded >= 0
+        ids = np.where(coded < 0, ~coded, coded)
+        return np.where(ids == MEDIA_CODE, PLACEHOLDER, ids), coded >= 0
+
+    def media_of(self, index: int) -> list[tuple[str, int]]:
+        """(name, number of tokens) of each medium of a conversation, in order."""
+        if self.media is None:
+            return []
+        return [(name, count) for name, count in json.loads(self.media[index].tobytes())]
+
+    def largest_id(self) -> int:
+        """Of the tokens of text."""
+        largest = 0
+        for start in range(0, self.data.n_tokens, 1 << 24):  # 16 M at a time
+            coded = self.data.read(start, start + (1 << 24))
+            ids = np.where(coded < 0, ~coded, coded)
+            largest = max(largest, int(ids[ids != MEDIA_CODE].max(initial=0)))
+        return largest
 
 
 def chat_tokenizer(folder: str, think: str = "") -> Tokenizer:
@@ -96,25 +126,35 @@ class _TokenizedPiece(NamedTuple):
     invalid: list[InvalidLine]
     unused: Counter[str]
     end: int  # bytes of input read, as of `Piece`
+    media: list[bytes]  # of each conversation, as in the cache
+    broken: list[str]  # files that can't be used
 
 
 class EncodedConversation(NamedTuple):
-    """Ids of a conversation, a mask of the tokens with a loss, the number of turns, and `Conversations.unused`."""
+    """Ids of a conversation, a mask of the tokens with a loss, the number of turns, `Conversations.unused` and
+    `Conversations.media_of`."""
 
     ids: list[int]
     is_answer: npt.NDArray[np.bool_]
     turns: int
     unused: Counter[str]
+    media: list[tuple[str, int]]
 
 
-def encode_conversation(tokenizer: Tokenizer, line: bytes, parse_special: bool = False) -> EncodedConversation:
-    """Encodes a JSON line. UserError, its `problem` the reason, when the line is not a usable conversation.
+def encode_conversation(
+    tokenizer: Tokenizer, line: bytes, parse_special: bool = False, reader: MediaReader | None = None
+) -> EncodedConversation:
+    """Encodes a JSON line, its media as `reader` reads them. UserError, its `problem` the reason, when the line is not
+    a usable conversation.
 
     Special tokens in contents, such as `<|im_end|>`, are text like any other; with `parse_special` they are tokens.
     """
     assert tokenizer.chat_template is not None
     try:
-        conversation = read_conversation(line)
+        entry, names = parse_json(line), list[str]()
+        if reader is not None:
+            entry, names = take_media(entry, reader.kind)
+        conversation = conversation_of(entry)
         if parse_special:
             rendered = render_with_answers(tokenizer.chat_template, tokenizer.special_tokens, conversation)
             literals: Collection[int] = ()
@@ -122,13 +162,19 @@ def encode_conversation(tokenizer: Tokenizer, line: bytes, parse_special: bool =
             rendered, literals = _render_as_text(tokenizer, conversation)
     except RecursionError:  # JSON may be parsed at a depth that can't be walked through
         raise UserError("fields that are nested too deeply") from None
-    ids, is_answer = tokenizer.encode_marked(rendered.text, rendered.answers, literals)
+    # last, as it decodes the files: most lines that are unusable are so for another reason
+    media = [(name, reader.count(reader.read(name))) for name in names] if reader is not None else []
+    if media:
+        counts = [count for _, count in media]
+        ids, is_answer = encode_with_media(tokenizer, rendered.text, counts, literals, rendered.answers)
+    else:
+        ids, is_answer = tokenizer.encode_marked(rendered.text, rendered.answers, literals)
     if not is_answer[1:].any():  # the first token is never a target
         raise UserError("no answer")
     unused = Counter(f"field {field[:_LONGEST_NAME]!r}" for field in conversation.unused_fields)
     if rendered.omitted_thoughts:
         unused["earlier thought (left out by the chat template)"] = rendered.omitted_thoughts
-    return EncodedConversation(ids, is_answer, len(conversation.messages), unused)
+    return EncodedConversation(ids, is_answer, len(conversation.messages), unused, media)
 
 
 def _render_as_text(tokenizer: Tokenizer, conversation: Conversation) -> tuple[RenderedConversation, Collection[int]]:
@@ -147,39 +193,56 @@ def _render_as_text(tokenizer: Tokenizer, conversation: Conversation) -> tuple[R
     return rendered._replace(text=text, answers=answers), literals
 
 
-def _tokenize_piece(piece: Piece, folder: str, parse_special: bool, think: str) -> _TokenizedPiece:
+def _tokenize_piece(
+    piece: Piece, folder: str, parse_special: bool, think: str, reader: MediaReader | None
+) -> _TokenizedPiece:
+    """Raises UserError for what isn't a matter of one line: a missing package, and media that may not be left out."""
     tokenizer = _cached_tokenizer(folder, think)
     parts, sizes, invalid, turns, answer_tokens = [], [], [], 0, 0
     unused: Counter[str] = Counter()
+    media: list[bytes] = []
+    broken: list[str] = []
     for index, line in read_lines(piece):
         assert isinstance(line, bytes)
         try:
-            encoded = encode_conversation(tokenizer, line, parse_special)
+            encoded = encode_conversation(tokenizer, line, parse_special, reader)
+        except (MissingPackageError, UnusableMediaError):
+            raise
         except UserError as error:
             invalid.append(invalid_line(piece, index, error.problem, line))
+            if isinstance(error, MediaError):
+                broken.append(f"{error.given}: {error.problem}")
             continue
         tokens = np.array(encoded.ids, "<i4")
+        tokens[tokens == PLACEHOLDER] = MEDIA_CODE
         # ~id is negative for every id, unlike -id, which can't mark id 0.
         parts.append(np.where(encoded.is_answer, tokens, ~tokens).tobytes())
         sizes.append(len(tokens))
         turns += encoded.turns
         answer_tokens += int(encoded.is_answer.sum())
         unused += encoded.unused
-    return _TokenizedPiece(b"".join(parts), np.array(sizes, np.int32), turns, answer_tokens, invalid, unused, piece.end)
+        media.append(json.dumps(encoded.media).encode())
+    lengths = np.array(sizes, np.int32)
+    return _TokenizedPiece(b"".join(parts), lengths, turns, answer_tokens, invalid, unused, piece.end, media, broken)
 
 
 def open_conversations(
-    path: str, folder: str, workers: int | None = None, parse_special: bool = False, think: str = ""
+    path: str,
+    folder: str,
+    workers: int | None = None,
+    parse_special: bool = False,
+    think: str = "",
+    reader: MediaReader | None = None,
 ) -> Conversations:
     """The conversations of a file, from the cache or tokenized now; `parse_special` as for `encode_conversation`.
 
-    `think` as for `chat_tokenizer`.
+    `think` as for `chat_tokenizer`; `reader`: of media, None where there are none.
 
     Several processes may call it at the same time: one builds the cache, the others wait. UserError for a file or
     tokenizer that is not usable, and when no line of the file is a conversation. Prints what is left out while it
     tokenizes; of a cached file `left_out` and `unused` have the counts.
     """
-    prefix, made_from = _identify_cache(path, folder, parse_special, think)
+    prefix, made_from = _identify_cache(path, folder, parse_special, think, reader)
     try:
         # Before locking, so that a finished cache is usable in a folder without write permission.
         if cached := _read_cache(prefix, made_from):
@@ -188,7 +251,7 @@ def open_conversations(
         with file_lock(with_ending(prefix, ".lock"), wait=True):
             # Read again: another process may have built it while this one waited.
             return _read_cache(prefix, made_from) or _build_cache(
-                path, folder, prefix, made_from, workers or usable_cores(), parse_special, think
+                path, folder, prefix, made_from, workers or usable_cores(), parse_special, think, reader
             )
     except OSError as error:
         # A full disk or a failing one is not the user's choice of folder: those keep their own message.
@@ -202,7 +265,9 @@ def open_conversations(
         ) from error
 
 
-def _identify_cache(path: str, folder: str, parse_special: bool, think: str) -> tuple[Path, dict[str, Any]]:
+def _identify_cache(
+    path: str, folder: str, parse_special: bool, think: str, reader: MediaReader | None
+) -> tuple[Path, dict[str, Any]]:
     """Prefix of the cache of `path`, and the `made_from` of a valid one. UserError for a file of another kind."""
     check_conversation_file(path)
     made_from = {
@@ -212,18 +277,20 @@ def _identify_cache(path: str, folder: str, parse_special: bool, think: str) -> 
         "parse_special": parse_special,
         "think": think,
     }
+    if reader is not None:
+        made_from["media"] = [reader.kind, str(Path(reader.folder).resolve()), reader.max_seconds, reader.identity]
     # Next to the data, so that several runs, and users of a shared folder, use one cache.
     return with_ending(Path(path), ".sft"), made_from
 
 
 def look_at_conversations(
-    path: str, folder: str, parse_special: bool = False, think: str = ""
+    path: str, folder: str, parse_special: bool = False, think: str = "", reader: MediaReader | None = None
 ) -> tuple[Conversations, float]:
     """The conversations of a file without writing a cache: all of a cached file, else those of the first piece.
 
     Also returns the fraction of the file that they cover. Raises as `open_conversations`.
     """
-    prefix, made_from = _identify_cache(path, folder, parse_special, think)
+    prefix, made_from = _identify_cache(path, folder, parse_special, think, reader)
     if cached := _read_cache(prefix, made_from):
         return cached, 1.0
     _cached_tokenizer(folder, think)
@@ -231,16 +298,28 @@ def look_at_conversations(
     piece = next(iter(read_conversation_pieces(path)), None)
     if piece is None:
         raise _no_conversation(path, Counter())
-    first = _tokenize_piece(piece, folder, parse_special, think)
+    first = _tokenize_piece(piece, folder, parse_special, think, reader)
     left_out = Counter(line.reason for line in first.invalid)
     if not len(first.sizes):
         raise _no_conversation(path, left_out)
     with tempfile.TemporaryDirectory() as temporary:  # a mapped file stays readable after it is deleted
         with BinIdxWriter(Path(temporary) / "first", np.int32) as out:
             out.add_bytes(first.tokens, first.sizes)
-        data = MMapIndexedDataset(Path(temporary) / "first")
+        data, media = MMapIndexedDataset(Path(temporary) / "first"), None
+        if reader is not None:
+            with BinIdxWriter(Path(temporary) / "media", np.uint8) as out:
+                _add_media(out, first.media)
+            media = MMapIndexedDataset(Path(temporary) / "media")
     share = first.end / Path(path).stat().st_size
-    return Conversations(data, dict(left_out), first.turns, first.answer_tokens, dict(first.unused)), share
+    return Conversations(data, dict(left_out), first.turns, first.answer_tokens, dict(first.unused), media), share
+
+
+def _add_media(out: BinIdxWriter, media: list[bytes]) -> None:
+    out.add_bytes(b"".join(media), np.array([len(record) for record in media], np.int32))
+
+
+def _media_prefix(prefix: Path) -> Path:
+    return with_ending(prefix, "-media")
 
 
 def _no_conversation(path: str, left_out: Counter[str]) -> UserError:
@@ -284,14 +363,25 @@ def _read_cache(prefix: Path, made_from: dict[str, Any]) -> Conversations | None
         left_out = {str(reason): int(count) for reason, count in found["left_out"].items()}
         unused = {str(kind): int(count) for kind, count in found["unused"].items()}
         counts = int(found["turns"]), int(found["answer_tokens"])
-        return Conversations(MMapIndexedDataset(prefix), left_out, *counts, unused)
+        data = MMapIndexedDataset(prefix)
+        media = MMapIndexedDataset(_media_prefix(prefix)) if "media" in made_from else None
+        if media is not None and len(media) != len(data):
+            return None
+        return Conversations(data, left_out, *counts, unused, media)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         # Not JSON, of another structure, or a token file that doesn't match: rebuilding is always safe.
         return None
 
 
 def _build_cache(
-    path: str, folder: str, prefix: Path, made_from: dict[str, Any], workers: int, parse_special: bool, think: str
+    path: str,
+    folder: str,
+    prefix: Path,
+    made_from: dict[str, Any],
+    workers: int,
+    parse_special: bool,
+    think: str,
+    reader: MediaReader | None,
 ) -> Conversations:
     tokenizer = _cached_tokenizer(folder, think)
     assert tokenizer.chat_template is not None
@@ -311,24 +401,35 @@ def _build_cache(
     progress = tqdm(
         total=Path(path).stat().st_size, desc=f"tokenizing {printable(Path(path).name)}", unit="B", unit_scale=True
     )
-    with BinIdxWriter(prefix, np.int32) as out, progress:
-        tokenize = partial(_tokenize_piece, folder=folder, parse_special=parse_special, think=think)
+    broken: list[str] = []
+    with ExitStack() as files, BinIdxWriter(prefix, np.int32) as out, progress:
+        media_out = files.enter_context(BinIdxWriter(_media_prefix(prefix), np.uint8)) if reader is not None else None
+        tokenize = partial(_tokenize_piece, folder=folder, parse_special=parse_special, think=think, reader=reader)
         for part in map_in_order(tokenize, pieces, workers):
             for line in part.invalid:
                 left_out[line.reason] += 1
                 if left_out.total() <= _SHOWN_INVALID_LINES:
                     tqdm.write(printable(f"left out: {line}"))
             out.add_bytes(part.tokens, part.sizes)
+            if media_out is not None:
+                _add_media(media_out, part.media)
+            broken += part.broken
             turns += part.turns
             answer_tokens += part.answer_tokens
             unused += part.unused
             progress.update(part.end - progress.n)
         if not out.n_documents:
             raise _no_conversation(path, left_out)
+    if broken:
+        listed = with_ending(prefix, "-broken.txt")
+        with atomic_write(listed, "w") as file:
+            file.write("".join(f"{printable(line)}\n" for line in broken))
+        tqdm.write(f"{len(broken):,} conversations are left out for a file that can't be used; {listed} names them")
     found = {"left_out": left_out, "turns": turns, "answer_tokens": answer_tokens, "unused": unused}
     with atomic_write(record) as file:
         file.write(json.dumps({"made_from": made_from, "found": found}).encode())
-    conversations = Conversations(MMapIndexedDataset(prefix), dict(left_out), turns, answer_tokens, dict(unused))
+    media = MMapIndexedDataset(_media_prefix(prefix)) if reader is not None else None
+    conversations = Conversations(MMapIndexedDataset(prefix), dict(left_out), turns, answer_tokens, dict(unused), media)
     if unused:
         tqdm.write(
             "not used: "

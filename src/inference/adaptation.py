@@ -11,7 +11,10 @@ from src.adapt.adapter_files import CONFIG, Adapter, read_adapter
 from src.adapt.merge import check_adapter, merge_adapter
 from src.errors import UserError
 from src.model.weights import Weights
-from src.run_folder import ADAPTER, TUNED_STATE, newest_result, read_run
+from src.multimodal.files import ADAPTER as MEDIA_ADAPTER
+from src.multimodal.files import LANGUAGE_MODEL, is_media_folder, read_record
+from src.multimodal.files import STATE as MEDIA_STATE
+from src.run_folder import ADAPTER, MULTIMODAL, TUNED_STATE, newest_result, read_run
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Adaptation:
     lora_alpha    for files without it
     state_layout  axis order of `state`, one of STATE_LAYOUTS; "": by its format
     other_base    accept an adapter that was trained on other weights of these sizes
+    media         a folder with a front end (src/multimodal/files.py); "": the model reads text alone
     """
 
     adapter: str = ""
@@ -30,6 +34,7 @@ class Adaptation:
     lora_alpha: float | None = None
     state_layout: str = ""
     other_base: bool = False
+    media: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.adapter or self.state)
@@ -37,6 +42,11 @@ class Adaptation:
     @property
     def paths(self) -> list[Path]:
         """What is read: of a run's folder its newest result."""
+        return [*self._results, *([Path(self.media)] if self.media else [])]
+
+    @property
+    def _results(self) -> list[Path]:
+        """Adapter and state."""
         # The other kind as well, for the message that says so.
         named = ((self.adapter, ADAPTER, TUNED_STATE), (self.state, TUNED_STATE, ADAPTER))
         return [
@@ -47,12 +57,12 @@ class Adaptation:
 
     def read(self) -> list[tuple[Path, Adapter]]:
         """The adapter and the state, with where they were read. Raises UserError, also when one is the other."""
-        for path, flag in zip(self.paths, self._flags, strict=True):
+        for path, flag in zip(self._results, self._flags, strict=True):
             if not path.exists():
                 raise UserError("no such file or folder", flag=flag, given=path)
         adapters = [
             (path, read_adapter(path, self.lora_alpha if flag == "adapter" else None, self.state_layout))
-            for path, flag in zip(self.paths, self._flags, strict=True)
+            for path, flag in zip(self._results, self._flags, strict=True)
         ]
         for (path, adapter), flag in zip(adapters, self._flags, strict=True):
             kind = "state" if adapter.config.kind == "state" else "adapter"
@@ -82,6 +92,36 @@ NOTHING = Adaptation()
 def model_name(weights: Path, adaptation: Adaptation) -> str:
     """The paths of the weights and of what is applied to them, for people."""
     return " + ".join(map(str, [weights, *adaptation.paths]))
+
+
+def multimodal_folder(path: Path) -> Path | None:
+    """The folder with a front end that `path` is, or the newest one of the run whose folder it is; None where there is
+    none."""
+    if is_media_folder(path):
+        return path
+    result = newest_result(path, MULTIMODAL) if path.is_dir() else None
+    return result if result is not None and is_media_folder(result) else None
+
+
+def multimodal_model(folder: Path, adaptation: Adaptation) -> tuple[Path, Adaptation]:
+    """The weights of the language model that belong to a folder with a front end, and what is applied to them. Raises
+    UserError when its base isn't there, or is another one by now."""
+    adaptation = replace(adaptation, media=str(folder))
+    if (folder / LANGUAGE_MODEL).is_file():
+        return folder / LANGUAGE_MODEL, adaptation
+    record = read_record(folder)
+    base = Path(record.base_path)
+    if not record.base_path or not base.exists():
+        raise UserError(
+            f"its language model {record.base_path} is not there",
+            given=folder,
+            advice=f"copy those weights to {folder / LANGUAGE_MODEL}",
+        )
+    if (adapter := folder / MEDIA_ADAPTER).is_dir() and not adaptation.adapter:
+        adaptation = replace(adaptation, adapter=str(adapter))
+    if (state := folder / MEDIA_STATE).is_file() and not adaptation.state:
+        adaptation = replace(adaptation, state=str(state))
+    return base, adaptation
 
 
 def adapted_base(path: Path, adaptation: Adaptation) -> tuple[str, Adaptation] | None:

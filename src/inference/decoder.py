@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from src.config import PLAIN_KERNELS
+from src.config import PLACEHOLDER, PLAIN_KERNELS
 from src.errors import UserError
 from src.inference.step import CudaGraphStep, TorchStep, overwrite
 from src.model import RWKV7, LayerState, State
@@ -83,29 +83,38 @@ class Decoder:
     # ---- prompts ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]], embeds: Sequence[Tensor | None] | None = None) -> Tensor:
         """Process a prompt for each sequence, continuing from its state; logits fp32 [B, V] after the last tokens.
 
-        Prompts may differ in length: they are packed into one row. Raises UserError for an empty prompt or an id
-        outside the vocabulary.
+        Prompts may differ in length: they are packed into one row. `embeds`: for each prompt the rows [K, C] in the
+        places of its tokens PLACEHOLDER, None where it has none. Raises UserError for an empty prompt or an id outside
+        the vocabulary.
         """
+        rows_of: list[Tensor | None] = list(embeds) if embeds is not None else [None] * len(prompts)
         assert len(prompts) == self.batch, f"{len(prompts)} prompts for {self.batch} sequences"
         for row, prompt in enumerate(prompts):
-            check_tokens(prompt, self.config.vocab_size, f"prompt {row}" if self.batch > 1 else "the prompt")
+            text = prompt if rows_of[row] is None else [token for token in prompt if token != PLACEHOLDER] or [0]
+            check_tokens(text, self.config.vocab_size, f"prompt {row}" if self.batch > 1 else "the prompt")
         length = max(1, PREFILL_TOKENS // self.batch)
         last = torch.empty(self.batch, self.config.n_embd, device=self.device, dtype=self.dtype)
         for start in range(0, max(map(len, prompts)), length):
             chunks = {row: prompt[start : start + length] for row, prompt in enumerate(prompts) if len(prompt) > start}
-            last[list(chunks)] = self._advance(chunks)
+            rows = []
+            for row, chunk in chunks.items():
+                if (media := rows_of[row]) is not None:
+                    count = chunk.count(PLACEHOLDER)
+                    rows.append(media[:count])
+                    rows_of[row] = media[count:]
+            last[list(chunks)] = self._advance(chunks, torch.cat(rows) if rows else None)
         return self.model.head(last).float()  # the head for last tokens only: [B, C] -> [B, V]
 
-    def _advance(self, chunks: dict[int, Sequence[int]]) -> Tensor:
+    def _advance(self, chunks: dict[int, Sequence[int]], embeds: Tensor | None) -> Tensor:
         """Process tokens of some of the sequences, by row; their last hidden vectors [len(chunks), C]."""
         rows = torch.tensor(list(chunks), device=self.device)
         packed = torch.tensor([[token for chunk in chunks.values() for token in chunk]], device=self.device)
         bounds = torch.tensor([0, *map(len, chunks.values())]).cumsum(0).to(self.device)
         cu_seqlens = bounds.int() if len(chunks) > 1 else None  # a single sequence needs no bounds
-        hidden, state = self.model.hidden(packed, self._state.select(rows), cu_seqlens)
+        hidden, state = self.model.hidden(packed, self._state.select(rows), cu_seqlens, embeds)
         for layer, new_layer in zip(self._state.layers, state.layers, strict=True):
             for tensor, values in zip(layer, new_layer, strict=True):
                 tensor[rows] = values

@@ -28,10 +28,13 @@ def generate(
     frequency_penalty: float = Sampling.frequency_penalty,
     penalty_decay: float = Sampling.penalty_decay,
     uncounted_ids: Collection[int] = (),
+    embeds: Tensor | None = None,
 ) -> Iterator[int]:
     """Yield at most `max_new_tokens` tokens that follow `tokens`, ending before a token of `stop_ids`.
 
-    The settings are those of `Sampling`. A Decoder (of one sequence) continues from its state. It processes a token
+    The settings are those of `Sampling`; `embeds` as for the model, of the prompt.
+
+    A Decoder (of one sequence) continues from its state. It processes a token
     when the next one is requested: all of them once the iterator is exhausted, all but the last one after a break.
     Raises UserError for an empty prompt, ids outside the vocabulary, and settings out of range.
     """
@@ -40,7 +43,7 @@ def generate(
     prompt = tokens.flatten().tolist() if isinstance(tokens, Tensor) else list(tokens)
     sampler = Sampler(sampling, seed, uncounted_ids)
     # Here and not in the generator below, whose body runs with the first next(): errors are raised by the call itself.
-    logits = decoder.prefill([prompt])
+    logits = decoder.prefill([prompt], [embeds])
     return _continue(decoder, logits, sampler, max_new_tokens, frozenset(stop_ids))
 
 
@@ -64,10 +67,12 @@ def generate_batch(
     stop_ids: Collection[int] = (),
     uncounted_ids: Collection[int] = (),
     is_complete: Callable[[list[int]], bool] | None = None,
+    embeds: Sequence[Tensor | None] | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, decoded together: a step reads each weight from memory once for all of them.
 
     Prompts may differ in length. Prompt i draws with seed + i and gets the answer that `generate` gives with this seed.
+    `embeds` as for the model, of each prompt.
     `is_complete(answer)` is called after each token, which is the answer's last where it returns True.
     Raises UserError as `generate` does.
     """
@@ -79,7 +84,7 @@ def generate_batch(
     answers: list[list[int]] = [[] for _ in prompts]
     # For each row of the decoder; FINISHED: decoded along with the others and ignored.
     prompt_of_row = list(range(len(prompts)))
-    logits = decoder.prefill(prompts)
+    logits = decoder.prefill(prompts, embeds)
     for count in range(1, max_new_tokens + 1):
         # A finished row is fed token 0 and its logits are ignored.
         next_tokens = [0] * len(prompt_of_row)

@@ -9,7 +9,7 @@ import torch
 from src.adapt.adapter_files import CONFIG as ADAPTER_CONFIG
 from src.dataset.tokenizer import WORLD_VOCAB_SIZE, Tokenizer, load_tokenizer
 from src.errors import UserError
-from src.inference.adaptation import NOTHING, Adaptation, adapted_base
+from src.inference.adaptation import NOTHING, Adaptation, adapted_base, multimodal_folder, multimodal_model
 from src.inference.formats.fla import CONFIG, from_fla, is_fla, is_fla_folder, read_config, read_fla
 from src.inference.formats.gguf import read_gguf
 from src.inference.formats.gguf_file import is_gguf
@@ -19,6 +19,7 @@ from src.inference.formats.shards import is_part, read_json
 from src.inference.formats.web_rwkv import from_web_rwkv, is_web_rwkv
 from src.model import RWKV7
 from src.model.weights import Weights, config_from_weights, read_weights, split_states
+from src.multimodal.files import RECORD, is_media_folder, load_front_end, read_record
 from src.ops.devices import default_precision, find_device
 from src.run_folder import BEST, FINAL, INIT, TOKENIZER, TUNED_STATE, newest_weights, numbered_weights, read_run
 
@@ -40,6 +41,8 @@ def find_weights(model: str | Path) -> Path:
     path = Path(model)
     if holds_model(path):
         return path
+    if (folder := multimodal_folder(path)) is not None:
+        return multimodal_model(folder, Adaptation())[0]
     if not path.is_dir():
         raise UserError("no such file or folder", given=path, expected="a weights file or a run's folder (--proj_dir)")
     if (weights := newest_weights(path)) is not None:
@@ -67,6 +70,8 @@ def find_model(model: str | Path, adaptation: Adaptation = NOTHING) -> tuple[Pat
     """As `find_weights`, and what is applied to the weights: `model` may also be the folder of a run that trained an
     adapter or initial states, or such a result, and names its base with it."""
     path = Path(model)
+    if (folder := multimodal_folder(path)) is not None:
+        return multimodal_model(folder, adaptation)
     base: str | Path = path
     if not holds_model(path) or TUNED_STATE.matches(path.name):
         is_run_of_weights = path.is_dir() and newest_weights(path) is not None
@@ -89,6 +94,8 @@ def latest_trained_weights(out: Path) -> Path:
     candidates += [path for folder in folders for path in numbered_weights(folder).values()]
     candidates += [path for path in out.glob("**/*.pth") if TUNED_STATE.matches(path.name)]
     candidates += [path.parent for path in out.glob(f"**/{ADAPTER_CONFIG}")]
+    candidates = [path for path in candidates if not is_media_folder(path.parent)]  # its part: the folder counts
+    candidates += [path.parent for path in out.glob(f"**/{RECORD}")]
     if not candidates:
         raise UserError(
             f"MODEL is missing, and there are no trained weights under {out}/", advice="name a weights file"
@@ -107,7 +114,7 @@ def find_tokenizer(weights: Path, vocab_size: int, given: str = "", adaptation: 
     Raises UnknownTokenizerError when none of these exists, another UserError when it can't be read or has an id that
     the model lacks.
     """
-    name = given or next(filter(None, (_tokenizer_of_run(path.parent) for path in adaptation.paths)), "")
+    name = given or next(filter(None, map(_tokenizer_of_result, adaptation.paths)), "")
     contains_one = not name and is_gguf(weights)
     if not name and not contains_one:
         name = _tokenizer_within(weights) if weights.is_dir() else _tokenizer_of_run(weights.parent)
@@ -130,6 +137,13 @@ def find_tokenizer(weights: Path, vocab_size: int, given: str = "", adaptation: 
             expected="the tokenizer that the model was trained with",
         )
     return tokenizer
+
+
+def _tokenizer_of_result(path: Path) -> str:
+    """The tokenizer of an adapter, a state or a folder with a front end: that of its own record or of its run."""
+    if is_media_folder(path) and (name := read_record(path).tokenizer):
+        return name if name == "world" else str(path / name)
+    return _tokenizer_of_run(path.parent)
 
 
 def _tokenizer_within(folder: Path) -> str:
@@ -195,4 +209,6 @@ def load_model(
         config_from_weights(split_states(tensors)[0], str(weights))  # for its error, where this is no model
         tensors = adaptation.apply(tensors, torch_dtype)
     model = RWKV7.from_weights(tensors, str(weights), torch_dtype, target)
+    if adaptation.media:
+        load_front_end(model, Path(adaptation.media))
     return model.eval().requires_grad_(False)

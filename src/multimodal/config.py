@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from src.config import RunConfig, image_size
+from src.dataset.media_reader import MediaReader
 from src.errors import UserError
 from src.multimodal.encoder import EncoderSpec
 from src.multimodal.hf_encoder import HfEncoder
@@ -61,3 +63,27 @@ class MediaConfig:
             return config
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"not the settings of an encoder ({error})", given=source) from error
+
+
+def media_of(config: RunConfig) -> MediaConfig | None:
+    """The encoder and the projector of a run; None where it has none."""
+    if not config.encoder:
+        return None
+    size = image_size(config.image_size)
+    assert size is not None, "checked with the flags"
+    return MediaConfig(
+        config.encoder,
+        projector=config.projector,
+        tokens=config.media_tokens,
+        image_size=size,
+        patch_size=config.patch_size,
+        encoder_dim=config.encoder_dim,
+        max_seconds=config.max_seconds,
+    )
+
+
+def reader_of(media: MediaConfig, folder: str, is_strict: bool = False) -> MediaReader:
+    """How conversations with these settings are read, names relative to `folder`. Raises UserError."""
+    spec = media.spec
+    identity = {name: value for name, value in media.payload().items() if name != "projector"}
+    return MediaReader(spec.kind, folder, media.max_seconds, spec.count, identity, is_strict)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,16 @@ class FrontEnd(nn.Module):
         frozen = not any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             rows = self.encoder(media, lengths)
-        return self.projector(rows)
+        return self.projector(rows.to(self.projector.output.weight.dtype))
+
+    @contextmanager
+    def from_files(self) -> Iterator[None]:
+        """Within the block media are read from files, whether there are features that were computed before or not."""
+        before, self.is_precomputed = self.is_precomputed, False
+        try:
+            yield
+        finally:
+            self.is_precomputed = before
 
     def train(self, mode: bool = True) -> FrontEnd:
         """As of any module, but an encoder of `transformers` stays in evaluation mode, trained or not: its dropout and

@@ -12,7 +12,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +21,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from src.config import RunConfig
+from src.config import PLACEHOLDER, RunConfig
 from src.dataset.binidx import MMapIndexedDataset
 from src.dataset.control_tokens import parses_special_tokens
+from src.dataset.media_reader import MediaReader
 from src.dataset.pretrain import PretrainDataset
 from src.dataset.sample_order import check_magic_prime, magic_prime, sample_offset
 from src.dataset.sft import IGNORED, SftBatch, SftDataset, SftRows, collate, collate_shares
 from src.dataset.sft_cache import Conversations, look_at_conversations, open_conversations
 from src.dataset.unusable_lines import unusable_warning
+from src.dataset.workers import usable_cores
 from src.errors import UserError
 from src.inference.windows import windows
+from src.multimodal.config import media_of, reader_of
+from src.multimodal.media_input import MediaInput
 
 # Windows whose ids are compared with vocab_size before the start, spread over the data; every batch is checked when it
 # is read.
@@ -151,12 +156,16 @@ class SftSamples:
 
     def __init__(self, config: RunConfig, conversations: Conversations | None = None) -> None:
         self.config = config
+        reader = media_reader(config)
         conversations = conversations or open_conversations(
             config.data_file,
             config.tokenizer,
             parse_special=parses_special_tokens(config.special_tokens),
             think=config.think,
+            reader=reader,
         )
+        media = media_of(config)
+        self.media = MediaInput(media, reader) if media is not None and reader is not None else None
         # Without --random_seed each start draws one; the order must not change with it, or a resumed run would read
         # other rows.
         self.order_seed = max(0, config.random_seed)
@@ -168,6 +177,7 @@ class SftSamples:
             count_all=config.sft_loss == "all",
             count_text=config.sft_loss == "text",
             seed=self.order_seed,
+            media=self.media,
         )
         self.tokens_per_epoch = len(self.rows) * config.ctx_len
         sizes = hashlib.sha256(conversations.data.sizes.tobytes() + conversations.data.read(0, 1_000_000).tobytes())
@@ -198,8 +208,7 @@ class SftSamples:
             )
 
     def largest_id(self) -> int:
-        # ~id marks a token that doesn't count for the loss
-        return max(int(np.where(piece < 0, ~piece, piece).max()) for piece in _pieces(self.rows.conversations.data))
+        return self.rows.conversations.largest_id()
 
     def check_unchanged(self) -> None:
         self.rows.conversations.data.check_unchanged()
@@ -212,6 +221,15 @@ def _pieces(data: MMapIndexedDataset) -> Iterator[npt.NDArray[Any]]:
     """All tokens, 16 M at a time."""
     for start in range(0, data.n_tokens, 1 << 24):
         yield data.read(start, start + (1 << 24))
+
+
+def media_reader(config: RunConfig) -> MediaReader | None:
+    """How the pictures or sounds of a run's conversations are read; None where it has no encoder. Raises UserError."""
+    media = media_of(config)
+    if media is None:
+        return None
+    folder = config.media_folder or str(Path(config.data_file).parent)
+    return reader_of(media, folder, is_strict=config.broken_media == "stop")
 
 
 def open_samples(config: RunConfig) -> Samples:
@@ -228,28 +246,42 @@ def peek_samples(config: RunConfig) -> tuple[Samples, float]:
     if config.data_type != "sft":
         return PretrainSamples(config), 1.0
     parse_special = parses_special_tokens(config.special_tokens)
-    conversations, share = look_at_conversations(config.data_file, config.tokenizer, parse_special, config.think)
+    reader = media_reader(config)
+    conversations, share = look_at_conversations(
+        config.data_file, config.tokenizer, parse_special, config.think, reader
+    )
     return SftSamples(config, conversations), share
 
 
 def train_dataloader(config: RunConfig, dataset: Dataset, collate_fn: Callable | None, on_gpu: bool) -> DataLoader:
     """One rank's samples in their order, a micro batch at a time."""
-    # A sample is a slice of a memory-mapped file: on a CPU a worker process would cost more than it saves.
+    workers = loader_workers(config, on_gpu)
     return DataLoader(
         dataset,
         batch_size=config.micro_bsz,
         shuffle=False,
         collate_fn=collate_fn,
         worker_init_fn=_leave_signals_to_main_process,
-        num_workers=1 if on_gpu else 0,
+        num_workers=workers,
         # Python 3.14's default puts a server process in between: the worker would take its end for the run's end, and a
         # SIGTERM of the run for one of a stranger.
-        multiprocessing_context="fork" if on_gpu and sys.platform == "linux" else None,
-        persistent_workers=on_gpu,
-        prefetch_factor=8 if on_gpu else None,  # micro batches: a worker that the system delays doesn't stall the GPU
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        persistent_workers=bool(workers),
+        prefetch_factor=8 if workers else None,  # micro batches: a worker that the system delays doesn't stall the GPU
         pin_memory=on_gpu,
         drop_last=True,
     )
+
+
+def loader_workers(config: RunConfig, on_gpu: bool) -> int:
+    """The number of processes that read samples."""
+    # A sample of text is a slice of a memory-mapped file: on a CPU a worker process would cost more than it saves.
+    if not config.encoder:
+        return 1 if on_gpu else 0
+    if config.media_workers >= 0:
+        return config.media_workers
+    # Pictures are decoded beside the training; on a CPU the cores are the training's already.
+    return min(8, usable_cores()) if on_gpu else 0
 
 
 def _leave_signals_to_main_process(worker: int) -> None:
@@ -272,6 +304,20 @@ def _exit_on_sigterm_of_parent() -> None:
     os._exit(0)
 
 
+def _collated(rows: list[SftBatch]) -> Batch:
+    return collate(rows).tensors
+
+
+class SamplePrompt(NamedTuple):
+    """The beginning of a sample, how the data go on, and of a front end: the input of the whole row, of which the first
+    rows are the prompt's, and the files in the prompt."""
+
+    ids: list[int]
+    continuation: list[int]
+    media: tuple[Tensor, ...] = ()
+    files: tuple[Path, ...] = ()
+
+
 class HeldOut:
     """The samples of --val_data_file that are evaluated: --val_windows of them, evenly spaced, the same ones every
     time.
@@ -292,10 +338,10 @@ class HeldOut:
         else:
             # fixed, so that two runs with other settings are measured on the same rows
             changed = {"data_file": config.val_data_file, "truncate": "end", "random_seed": 0}
-            self._rows: SftRows = SftSamples(replace(config, **changed)).rows  # type: ignore[arg-type]
-            self._data = self._rows.conversations.data
-            self._sample, self._collate = self._row, collate
-            self.count = min(len(self._rows), config.val_windows)
+            self.rows: SftRows = SftSamples(replace(config, **changed)).rows  # type: ignore[arg-type]
+            self._data = self.rows.conversations.data
+            self._sample, self._collate = self._row, _collated  # type: ignore[assignment]
+            self.count = min(len(self.rows), config.val_windows)
 
     def check_ids(self, vocab_size: int) -> None:
         """Raises UserError when a token of these samples doesn't fit the vocabulary."""
@@ -304,7 +350,7 @@ class HeldOut:
             largest = max(int(inputs.max()), int(targets.max()))
             # The targets of conversations are negative where they don't count.
             smallest = int(inputs.min()) if packed else min(int(inputs.min()), int(targets.min()))
-            if smallest < 0:
+            if smallest < (PLACEHOLDER if self.config.encoder else 0):
                 raise UserError(
                     f"token id {smallest} is below 0",
                     flag="val_data_file",
@@ -329,7 +375,7 @@ class HeldOut:
         return ids[:-1], ids[1:]
 
     def _row(self, number: int) -> SftBatch:
-        return self._rows.row(number * len(self._rows) // self.count)
+        return self.rows.row(number * len(self.rows) // self.count)
 
     def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
         """A rank's share. Every rank gets the same number of batches, all of one shape, since a forward pass may be
@@ -344,16 +390,29 @@ class HeldOut:
                 inputs, targets, *packed = self._sample(0 if is_filler else number)
                 if is_filler:
                     targets = torch.full_like(targets, IGNORED)
-                batch.append(SftBatch(inputs, targets, *packed) if packed else (inputs, targets))
+                batch.append(SftBatch(inputs, targets, *packed) if packed else (inputs, targets))  # type: ignore[arg-type]
             yield tuple(self._collate(batch))  # type: ignore[arg-type]
 
-    def prompts(self, count: int, max_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
-        """(prompt, continuation in the data) of `count` samples: of a window its first tokens, at most `max_tokens`; of
-        a conversation its first question and answer."""
+    def prompts(self, count: int, max_tokens: int) -> Iterator[SamplePrompt]:
+        """`count` samples: of a window its first tokens, at most `max_tokens`; of a conversation its first question."""
         for i in range(min(count, self.count)):
-            inputs, targets, *packed = self._sample(i * self.count // min(count, self.count))
+            number = i * self.count // min(count, self.count)
+            inputs, targets, *packed = self._sample(number)
             first = int((targets >= 0).int().argmax()) + 1 if packed else min(max_tokens, len(inputs) - 1)
             last = first
             while last < len(targets) and targets[last] >= 0:
                 last += 1
-            yield inputs[:first].tolist(), targets[first - 1 : last].tolist()
+            prompt = SamplePrompt(inputs[:first].tolist(), targets[first - 1 : last].tolist())
+            if self.config.encoder:
+                prompt = self._with_media(prompt, number, packed[1])  # type: ignore[arg-type]
+            yield prompt
+
+    def _with_media(self, prompt: SamplePrompt, number: int, media: tuple[Tensor, ...]) -> SamplePrompt:
+        index = self.rows.first_conversation(number * len(self.rows) // self.count)
+        source, names, places = self.rows.media, [], prompt.ids.count(PLACEHOLDER)
+        assert isinstance(source, MediaInput)
+        for name, tokens in self.rows.conversations.media_of(index):
+            if places > 0:
+                names.append(source.reader.path(name))
+                places -= tokens
+        return prompt._replace(media=media, files=tuple(names))

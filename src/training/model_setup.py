@@ -13,9 +13,9 @@ import torch
 from src import run_folder
 from src.adapt.adapter import adapter_parameter_count, add_adapter
 from src.adapt.base_hash import base_sha256
-from src.adapt.config import AdapterConfig, adapter_of
+from src.adapt.config import adapter_of
 from src.adapt.quantize import quantize_base
-from src.config import ModelConfig, RunConfig, settings_with
+from src.config import ModelConfig, RunConfig, keeps_base, settings_with
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.errors import UserError
 from src.inference.load import holds_model, load_weights
@@ -29,6 +29,7 @@ from src.training.data import open_samples
 from src.training.distributed.process_group import ProcessGroup
 from src.training.distributed.sharded_init import NamedTensors, initial_values
 from src.training.hardware.selection import Hardware
+from src.training.objectives.front_end import add_front_end
 
 # of the settings, those that make another model: the vocabulary size and all other sizes
 SIZES = tuple(name for name in settings_with("fixed") if name in ModelConfig.__dataclass_fields__)
@@ -95,10 +96,18 @@ def build_model(
     strategy is set up. Where a full state is resumed all numbers are left open until it is loaded (`RestoreState`). A
     partitioned model is on the meta device, and the second result gives rank 0's values to build it from.
     """
+    model, values = _build_language_model(config, sizes, hardware, resume)
+    add_front_end(model, config, hardware)
+    return model, values
+
+
+def _build_language_model(
+    config: RunConfig, sizes: ModelConfig, hardware: Hardware, resume: ResumePoint
+) -> tuple[RWKV7, Callable[[], NamedTensors] | None]:
     with torch.device("meta"):
         model = RWKV7(sizes)
-    if (adapter := adapter_of(config)) is not None:
-        return _build_adapted(model, config, adapter, hardware, resume), None
+    if keeps_base(config):
+        return _build_on_base(model, config, hardware, resume), None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in IDLE_IN_LAYER_0)
     if hardware.is_partitioned:
@@ -115,29 +124,31 @@ def build_model(
     return model.to(hardware.dtype).to_empty(device="cpu"), None
 
 
-def _build_adapted(
-    model: RWKV7, config: RunConfig, adapter: AdapterConfig, hardware: Hardware, resume: ResumePoint
-) -> RWKV7:
-    """The base from its file on every rank, frozen, with the adapter's initial values (rank 0's, once the strategy is
+def _build_on_base(model: RWKV7, config: RunConfig, hardware: Hardware, resume: ResumePoint) -> RWKV7:
+    """The base from its file on every rank, frozen, with an adapter's initial values (rank 0's, once the strategy is
     set up), or with open ones where a full state is resumed."""
     weights = fitted_weights(config, model.config, resume)
     if missing := [name for name, tensor in weights.items() if tensor.is_meta]:
         raise UserError(
             f"{missing[0]} is missing",
             given=resume.weights,
-            expected="the whole base of an adapter, without --load_partial",
+            expected="a whole base, without --load_partial",
         )
     model.load_state_dict({name: t.to(hardware.dtype, copy=True) for name, t in weights.items()}, assign=True)
     if config.quant != "none":
         quantize_base(model, config.quant)
-    add_adapter(model, adapter, draw=resume.state is None)
+    if (adapter := adapter_of(config)) is not None:
+        add_adapter(model, adapter, draw=resume.state is None)
+    else:
+        model.requires_grad_(False)
+        model.frozen_base = frozenset(name for name, _ in model.named_parameters())
     return model
 
 
 def resolve_base(config: RunConfig, resume: ResumePoint, process_group: ProcessGroup) -> str:
-    """A hash of the weights that an adapter changes; "" where all weights are trained. Raises UserError when the
-    adapter that is resumed was trained beside others."""
-    if adapter_of(config) is None:
+    """A hash of the weights that stay as they are; "" where all weights are trained. Raises UserError when what is
+    resumed was trained beside others."""
+    if not keeps_base(config):
         return ""
     weights = resume.weights
     assert weights is not None, "checked with the flags"
@@ -163,8 +174,10 @@ def check_base(weights: Path, settings: dict[str, Any]) -> str:
 
 def held_count(config: RunConfig, sizes: ModelConfig) -> int:
     """The number of parameters that a full state holds: all, or the adapter's."""
+    if not keeps_base(config):
+        return parameter_count(sizes)
     adapter = adapter_of(config)
-    return parameter_count(sizes) if adapter is None else adapter_parameter_count(sizes, adapter)
+    return 0 if adapter is None else adapter_parameter_count(sizes, adapter)
 
 
 def _values(config: RunConfig, sizes: ModelConfig, resume: ResumePoint, model: RWKV7) -> NamedTensors:
@@ -191,7 +204,7 @@ def fitted_weights(config: RunConfig, sizes: ModelConfig, resume: ResumePoint) -
 def fit_to_run(weights: Weights, config: RunConfig, sizes: ModelConfig, source: str) -> Weights:
     """`weights` as a model of `sizes` needs them, by --load_partial and --resize_vocab. Raises UserError."""
     if config.resize_vocab and len(weights.get("emb.weight", ())) < sizes.vocab_size:
-        if adapter_of(config) is not None:  # nothing could be applied to the base as it is recorded
+        if keeps_base(config):  # nothing could be applied to the base as it is recorded
             raise UserError(
                 "adds rows to the base, which the file of an adapter or of initial states doesn't hold",
                 flag="resize_vocab",

@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 
 from src import run_folder
-from src.config import ModelConfig, RunConfig, adapter_kind
+from src.config import ModelConfig, RunConfig, keeps_base
 from src.dataset.binidx import file_prefix
 from src.dataset.tokenizer import load_tokenizer
 from src.errors import UserError
@@ -69,6 +69,7 @@ from src.training.model_setup import (
     resolve_model_config,
     with_known_sizes,
 )
+from src.training.objectives.front_end import cache_features
 from src.training.preflight import plan
 from src.training.preflight.check import check, warn_at_start
 from src.training.preflight.dry_run import dry_run
@@ -270,6 +271,8 @@ def _train(
 ) -> int:
     on_rank_zero = process_group.broadcast_from_rank_zero
     samples, held_out = _open_data(config)
+    on_rank_zero(lambda: cache_features(samples, held_out, hardware))  # there first; the others find them on the disk
+    cache_features(samples, held_out, hardware)
     config = on_rank_zero(partial(with_timed_length, config, hardware, samples.tokens_per_epoch, proj_dir))
     process_group.refuse_other_values({"training data": samples.identity}, flags=False)
     length = length_of_run(config, samples.tokens_per_epoch, hardware.world_size)
@@ -301,7 +304,7 @@ def _train(
         on_rank_zero(partial(_record_start, config, hardware, proj_dir, settings, resume))
         if is_rank_zero():
             warn_at_start(config, hardware, sizes, samples, resume, proj_dir)
-        results = results_of(config, resume.weights, base, lock.check)
+        results = results_of(config, resume.weights, base, lock.check, hardware.dtype)
         context = RunContext(
             config, sizes, hardware, proj_dir, samples, held_out, settings, process_group, ends_at, results, lock.check
         )
@@ -322,7 +325,7 @@ def _train(
 def _refuse_other_base(config: RunConfig, proj_dir: Path) -> None:
     """Of a complete run: its adapter is of no use beside other weights."""
     base = run_folder.origin_weights(proj_dir, config.train_stage, config.load_model)
-    if adapter_kind(config) and base is not None:
+    if keeps_base(config) and base is not None:
         check_base(base, run_folder.read_run(proj_dir).get("settings", {}))
 
 

@@ -11,11 +11,12 @@ from typing import Any
 from src import run_folder
 from src.adapt.adapter import adapter_parameter_count
 from src.adapt.config import adapter_of
-from src.config import ModelConfig, RunConfig, adapter_kind, settings_with
+from src.config import ModelConfig, RunConfig, adapter_kind, settings_with, trained_parts
 from src.dataset.tokenizer_files import copy_tokenizer
 from src.errors import UserError
 from src.files import sha256_of
 from src.model.cost import parameter_count
+from src.multimodal.config import media_of
 from src.ops.recurrence import describe_kernel
 from src.run_folder import FINAL, TOKENIZER, VALIDATION
 from src.training.checkpoint.resume import ResumePoint
@@ -56,6 +57,8 @@ def resolve_settings(
         "order_seed": samples.order_seed,
         "global_batch": length.global_batch,
         "tokenizer": _tokenizer_identity(config.tokenizer),
+        "encoder": _encoder_identity(config.encoder),
+        "train_parts": ",".join(trained_parts(config)),
         "data": samples.identity,
         **({"base_sha256": base_sha256} if base_sha256 else {}),
     }
@@ -66,6 +69,12 @@ def _tokenizer_identity(tokenizer: str) -> str:
     # by content, so that a run whose tokenizer folder was moved is still the same run
     file = Path(tokenizer) / "tokenizer.json"
     return sha256_of(file)[:16] if tokenizer and file.is_file() else tokenizer
+
+
+def _encoder_identity(encoder: str) -> str:
+    """Equal for equal encoders, wherever their folders lie."""
+    file = Path(encoder.removeprefix("hf:")) / "config.json"
+    return f"hf:{sha256_of(file)[:16]}" if encoder.startswith("hf:") and file.is_file() else encoder
 
 
 # ---- what changed since the last start -------------------------------------------------------------------------------
@@ -184,6 +193,7 @@ def summary(config: RunConfig, sizes: ModelConfig, hardware: Hardware, samples: 
     rows = {
         "model": f"{sizes.title}, {parameter_count(sizes):,} parameters, vocabulary {sizes.vocab_size:,}",
         **({"trains": describe_adapter(config, sizes)} if adapter_kind(config) else {}),
+        **({"encoder": describe_encoder(config)} if config.encoder else {}),
         "data": samples.summary,
         "run": f"{steps}, {length.exit_tokens:,} in all",
         "lr": f"{config.lr_init:g} to {config.lr_final:g}",
@@ -206,6 +216,18 @@ def describe_adapter(config: RunConfig, sizes: ModelConfig) -> str:
     alpha = f", alpha {adapter.lora_alpha:g}" if adapter.kind in ("lora", "dora") else ""
     parts = "".join(f", {part}" for part in adapter.train)
     return f"{adapter.kind} of rank {adapter.r}{alpha} on {', '.join(adapter.targets)}{parts}: {count}, beside {base}"
+
+
+def describe_encoder(config: RunConfig) -> str:
+    """The front end of a run and what is trained, in a line."""
+    media = media_of(config)
+    assert media is not None
+    tokens = f", {media.tokens} tokens each" if media.tokens else ""
+    cached = ", from cached features" if config.cache_features else ""
+    return (
+        f"{config.encoder}, {media.spec.kind}s{tokens}, width {media.spec.width}{cached}; "
+        f"projector {config.projector}; trained: {', '.join(trained_parts(config))}"
+    )
 
 
 def complete_message(proj_dir: Path, final: Path) -> str:

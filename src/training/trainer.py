@@ -47,7 +47,7 @@ from src.training.checkpoint.callbacks import (
     refuse_unusable,
 )
 from src.training.checkpoint.manifest import DamagedStateError
-from src.training.checkpoint.restore import adapter_of_state, weights_of_state
+from src.training.checkpoint.restore import held_of_state, weights_of_state
 from src.training.checkpoint.results import Results
 from src.training.checkpoint.resume import ResumePoint
 from src.training.checkpoint.state import SavedState
@@ -141,14 +141,14 @@ def _write_final_weights(context: RunContext, resume: ResumePoint) -> None:
 
     def write() -> None:
         if resume.reader is not None:
-            if context.results.adapter is not None:
-                weights = adapter_of_state(resume.reader)
+            if not context.results.are_weights:
+                weights = held_of_state(resume.reader)
             else:
-                weights = weights_of_state(resume.reader, context.sizes, context.hardware.dtype, context.proj_dir)
+                weights = weights_of_state(resume.reader, context.sizes, context.hardware.dtype)
             assert resume.state is not None
             refuse_unusable(weights, resume.state.counters, resume.position.restarted_at_sample, final.name)
         else:
-            assert context.results.adapter is None, "an adapter is resumed from a full state only"
+            assert context.results.are_weights, "an adapter is resumed from a full state only"
             stored = fitted_weights(context.config, context.sizes, resume)
             weights = {name: tensor.to(context.hardware.dtype) for name, tensor in stored.items()}
         context.results.write_tensors(weights, final)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,7 +13,6 @@ from src.config import ModelConfig
 from src.model import RWKV7
 from src.model.shared_memory import IDLE_IN_LAYER_0
 from src.training.checkpoint.manifest import DamagedStateError
-from src.training.checkpoint.mapped_tensors import mapped_tensors
 from src.training.checkpoint.parts import own_parts, owners, state_parts, whole_part
 from src.training.checkpoint.reader import StateReader
 from src.training.distributed.engine_adamw import EngineAdamW
@@ -35,7 +33,7 @@ def load_full_state(module: pl.LightningModule, reader: StateReader, counters: d
     owner = owners(parts, world_size)
     damage = ""
     try:
-        reader.load(own_parts(parts, owner, rank), rank)
+        reader.load(own_parts(parts, owner, rank))
     except DamagedStateError as error:
         damage = str(error)
     _raise_damage(damage, world_size)
@@ -61,12 +59,11 @@ def _raise_damage(damage: str, world_size: int) -> None:
         raise DamagedStateError(damage)
 
 
-def weights_of_state(reader: StateReader, sizes: ModelConfig, dtype: torch.dtype, folder: Path) -> dict[str, Tensor]:
-    """The plain weights in `dtype` of a model of these sizes, mapped from a temporary file in `folder`: they may be
-    larger than this machine's memory. Raises DamagedStateError when one is missing."""
+def weights_of_state(reader: StateReader, sizes: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The plain weights in `dtype` of a model of these sizes. Raises DamagedStateError when one is missing."""
     with torch.device("meta"):
         model = RWKV7(sizes).state_dict()
-    weights = mapped_tensors({name: tensor.shape for name, tensor in model.items()}, dtype, folder)
+    weights = {name: torch.empty(tensor.shape, dtype=dtype) for name, tensor in model.items()}
     reader.load(
         whole_part(f"{name}/{'idle' if name in IDLE_IN_LAYER_0 else 'master'}", tensor)
         for name, tensor in weights.items()
@@ -74,7 +71,7 @@ def weights_of_state(reader: StateReader, sizes: ModelConfig, dtype: torch.dtype
     return weights
 
 
-def adapter_of_state(reader: StateReader) -> dict[str, Tensor]:
+def held_of_state(reader: StateReader) -> dict[str, Tensor]:
     """The trained and idle parameters beside a frozen base, fp32."""
     tensors = reader.tensors(lambda key: key.endswith(("/master", "/idle")))
     return {key.rpartition("/")[0]: tensor.float() for key, tensor in tensors.items()}

@@ -6,9 +6,10 @@ import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from src.config import RunConfig, adapter_kind
+from src.config import RunConfig, keeps_base
 from src.dataset.tokenizer_files import copy_tokenizer
 from src.errors import UserError
+from src.inference.adaptation import multimodal_folder
 from src.inference.load import find_weights, holds_model
 from src.model.file_kind import file_kind
 from src.model.weights import read_weights
@@ -16,7 +17,9 @@ from src.run_folder import (
     ALL_RESULTS,
     BEST,
     FINAL,
+    MULTIMODAL,
     TOKENIZER,
+    WEIGHTS,
     archive_run,
     is_swapped,
     numbered_results,
@@ -76,6 +79,9 @@ def resolve_load_model(config: RunConfig) -> RunConfig:
     if recorded and Path(recorded).parent == folder and Path(recorded).is_file():
         return replace(config, load_model=recorded)
     try:
+        media = multimodal_folder(folder)
+        if config.encoder and media is not None and not config.load_projector:
+            config = replace(config, load_projector=str(media))
         return replace(config, load_model=str(find_weights(folder)))
     except UserError:
         return config
@@ -112,7 +118,7 @@ def _origin_and_reason(config: RunConfig, proj_dir: Path) -> tuple[Path | None, 
     if has_run and not config.restart:
         _refuse_other_kind(config, proj_dir)
     if origin is not None and not holds_model(origin):
-        if has_run and not config.restart and not adapter_kind(config):
+        if has_run and not config.restart and not keeps_base(config):
             return None, ""  # the run continues from its own files
         if origin.is_dir():
             try:
@@ -131,7 +137,7 @@ def _origin_and_reason(config: RunConfig, proj_dir: Path) -> tuple[Path | None, 
     if config.restart:  # before the comparison of hashes, which reads the whole file
         return origin, "--restart: a new run begins (leave the flag out to continue it later)"
     # of an adapter's run, the base is compared by its numbers (`resolve_base`), and another one is refused
-    if (has_run and adapter_kind(config)) or not is_swapped(proj_dir, origin):
+    if (has_run and keeps_base(config)) or not is_swapped(proj_dir, origin):
         return origin, ""
     return origin, f"{origin} is not what the run in {proj_dir} started from: a new run begins"
 
@@ -142,8 +148,8 @@ def _finals(proj_dir: Path) -> list[Path]:
 
 def _refuse_other_kind(config: RunConfig, proj_dir: Path) -> None:
     """Raises UserError when the run in the folder trains something else than this command does."""
-    before = {"peft": "none", "train_type": "none", **read_run(proj_dir).get("settings", {})}
-    for flag in ("peft", "train_type"):
+    before = {"peft": "none", "train_type": "none", "encoder": "", **read_run(proj_dir).get("settings", {})}
+    for flag in ("peft", "train_type", "encoder"):
         if before[flag] != getattr(config, flag):
             raise UserError(
                 f"was {before[flag]} in the run of {proj_dir}",
@@ -178,7 +184,7 @@ def find_resume_point(config: RunConfig, proj_dir: Path, length: RunLength, peek
     saved = _newest_state(proj_dir, peek)
     names = result_names(config)
     numbered = numbered_results(proj_dir, names)
-    base = origin_weights(proj_dir, config.train_stage, config.load_model) if adapter_kind(config) else None
+    base = origin_weights(proj_dir, config.train_stage, config.load_model) if keeps_base(config) else None
     if saved is not None:
         reader, state = saved
         position = state.position
@@ -194,13 +200,15 @@ def find_resume_point(config: RunConfig, proj_dir: Path, length: RunLength, peek
                 "weights (the state is archived)",
             )
         return ResumePoint(position, _rest_of_run(length, position), base, state, reader)
-    if numbered and adapter_kind(config):
+    if numbered and names is not WEIGHTS:
+        start = "merge it into its base (python -m src.inference.export --adapter) and start from that"
+        if names is MULTIMODAL:
+            start = "name it as --load_model and --load_projector of another run"
         raise UserError(
             f"the run's full states are gone: {next(reversed(numbered.values()))} alone can't be continued",
             flag="proj_dir",
             given=proj_dir,
-            advice="merge it into its base (python -m src.inference.export --adapter) and start from that, or add "
-            "--restart 1 to start again",
+            advice=f"{start}, or add --restart 1 to start again",
         )
     if (newest := _newest_readable(numbered, peek)) is not None:
         return _after_numbered_weights(proj_dir, length, newest, numbered[newest])

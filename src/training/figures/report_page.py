@@ -6,6 +6,7 @@ import dataclasses
 import html
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ tr + tr td { border-top: 1px solid #eef1f5; }
 .facts div { background: #f3f6fa; border-radius: .5rem; padding: .6rem 1rem; min-width: 8rem; }
 .facts b { display: block; font-size: 1.25rem; } .facts span { color: #55606e; font-size: .85rem; }
 pre { background: #f3f6fa; border-radius: .5rem; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre img { image-rendering: pixelated; min-height: 4rem; max-width: 100%; }
 .prompt { color: #55606e; } .completion { color: #1f4e8c; }
 .columns { columns: 2 26rem; } .columns table { break-inside: avoid; margin-bottom: 1rem; }
 """
@@ -180,9 +182,19 @@ def _read_samples(path: Path, warnings: list[str]) -> list[dict[str, str]]:
 
 def _samples(samples: list[dict[str, str]]) -> str:
     return "\n".join(
-        f'<pre><span class="prompt">{_escape(sample["prompt"])}</span>'
+        f'<pre>{_pictures(sample.get("media", []))}<span class="prompt">{_escape(sample["prompt"])}</span>'
         f'<span class="completion">{_escape(sample["answer"])}</span></pre>'
         for sample in samples
+    )
+
+
+def _pictures(media: Any) -> str:
+    """The pictures of a prompt; of a sound its name."""
+    items = [item for item in media if isinstance(item, str)] if isinstance(media, list) else []
+    is_picture = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
+    return "".join(
+        f'<img src="{item}" alt="picture">\n' if is_picture.fullmatch(item) else f"[{_escape(item)}]\n"
+        for item in items
     )
 
 

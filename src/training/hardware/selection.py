@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from src.adapt.config import adapter_of
-from src.config import RunConfig, adapter_kind, refusal
+from src.config import RunConfig, kind_of_training, refusal
 from src.dataset.workers import usable_cores
 from src.errors import UserError
 from src.ops.devices import default_precision, device_name, find_device
@@ -92,7 +92,7 @@ def choose_hardware(config: RunConfig) -> Hardware:
     precision = _choose_precision(config, devices * num_nodes, accelerator, strategy, notes)
     shared = {"plain": "one process", "ddp": "DDP"}.get(strategy, f"ZeRO {stage}")
     for base in (precision, config.quant):
-        if row := refusal(adapter_kind(config) or "full", base, shared):
+        if row := refusal(kind_of_training(config), base, shared):
             raise row.error(getattr(config, row.flag))
     return Hardware(accelerator, devices, num_nodes, precision, strategy, stage, offload, tuple(notes))
 
@@ -247,8 +247,8 @@ def lightning_strategy(config: RunConfig, hardware: Hardware) -> Any:
     return DDPStrategy(
         process_group_backend="nccl" if hardware.accelerator == "gpu" else "gloo",
         gradient_as_bucket_view=True,  # without it every gradient exists twice
-        # Without it DDP orders its buckets anew after the first step of each start, and then adds the gradients of
-        # three or more ranks in another order: a resumed run would differ from one that was never stopped.
+        # Without it DDP orders its buckets anew after the first step of each start, and then adds the gradients of three
+        # or more ranks in another order: a resumed run would differ from one that was never stopped.
         find_unused_parameters=True,
         broadcast_buffers=False,  # those of a quantised base, which every process makes itself and which never change
     )

@@ -15,7 +15,8 @@ class NextToken(Objective):
     """(model, batch) -> (loss, metrics): mean cross entropy of the next token, with L2Wrap.
 
     A batch is (tokens, targets), int64 [B, T] each, or a packed row with (cu_seqlens int32 [D + 1], weight): the bounds
-    of its documents, and its weight in the step, since rows hold different numbers of tokens that count.
+    of its documents, and its weight in the step, since rows hold different numbers of tokens that count. For a model
+    with a front end the input of that follows, (media, lengths).
     """
 
     def forward(self, model: RWKV7, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -35,5 +36,6 @@ class NextToken(Objective):
         if self.segments.cuts(batch):
             return segmented_loss(model, self.head_loss, self.segments.split(batch), self.segments.bptt)
         tokens, targets, *packed = batch
-        hidden, _ = model.hidden(tokens, cu_seqlens=packed[0] if packed else None)
+        embeds = model.media(*batch[-2:]) if model.media is not None else None
+        hidden, _ = model.hidden(tokens, cu_seqlens=packed[0] if packed else None, embeds=embeds)
         return self.head_loss(hidden, targets)

@@ -60,6 +60,7 @@ class GeneratedSample:
     prompt: str
     answer: str
     in_data: str
+    media: tuple[str, ...] = ()  # pictures in the prompt, as data URLs of PNG files; names of sounds
 
 
 class Sink:

@@ -1,0 +1,192 @@
+"""Runs with an encoder: what is trained and what stays, exact resuming, results as one folder. Real fits of tiny
+models."""
+
+import json
+
+import pytest
+import torch
+from media_data import byte_tokenizer, coloured, tones
+from random_model import random_model
+from test_multimodal import tiny_encoder
+from training_runs import train, train_until
+
+from src.cli import parse
+from src.config import RunConfig
+from src.inference.load import find_model, find_tokenizer, load_model
+from src.model.weights import read_weights
+from src.multimodal.config import media_of
+from src.multimodal.files import LANGUAGE_MODEL, TENSORS, read_record
+from src.multimodal.front_end import attach_front_end
+from src.training.data import SftSamples
+from src.training.module import TrainingModule
+
+SIZES = {"n_layer": 2, "n_embd": 32, "head_size": 16, "vocab_size": 259}
+SHORT = {"ctx_len": 128, "micro_bsz": 2, "my_exit_tokens": 128 * 2 * 6, "epoch_steps": 3, "epoch_save": 1}
+PATCHES = {"encoder": "patches", "image_size": "16", "encoder_dim": 16, "data_type": "sft", "lr_init": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return coloured(tmp_path_factory.mktemp("pictures"), 12)
+
+
+@pytest.fixture
+def base(tmp_path):
+    torch.save(random_model(**SIZES).state_dict(), tmp_path / "base.pth")
+    return tmp_path / "base.pth"
+
+
+def fit(out, data, tokenizer, **changed):
+    return train(out, data, **{**SIZES, **SHORT, **PATCHES, "tokenizer": tokenizer, **changed})
+
+
+def tensors(folder):
+    result = dict(read_weights(folder / TENSORS))
+    for path in (folder / LANGUAGE_MODEL, folder / "adapter" / "adapter_model.safetensors", folder / "state.pth"):
+        if path.is_file():
+            result |= read_weights(path)
+    return result
+
+
+@pytest.mark.parametrize("parts", ["", "projector,encoder,lora"])
+def test_a_killed_run_continues_to_the_same_weights(parts, tmp_path, pictures, tokenizer, base, monkeypatch):
+    changed = {**PATCHES, **SHORT, **SIZES, "tokenizer": tokenizer, "train_parts": parts, "save_minutes": 1e-6}
+    changed |= {"load_model": base, "lora_r": 4} if parts else {}
+    assert train(tmp_path / "whole", pictures, **changed) == 0
+    train_until(4, tmp_path / "cut", pictures, monkeypatch, **changed)
+    assert not (tmp_path / "cut/multimodal").exists()
+    assert train(tmp_path / "cut", pictures, **changed) == 0
+    whole, cut = (tensors(tmp_path / name / "multimodal") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert ("blocks.0.att.key.weight" in whole) == (not parts)
+
+
+def test_only_the_projector_is_trained_and_the_base_is_a_reference(tmp_path, pictures, tokenizer, base):
+    folder = tiny_encoder("clip", tmp_path / "clip")
+    before = {path: path.read_bytes() for path in (base, folder / "model.safetensors")}
+    seen = {}
+    original = TrainingModule.on_train_start
+
+    def watch(module):
+        seen["frozen"] = {n: p.clone() for n, p in module.model.named_parameters() if not p.requires_grad}
+        seen["model"] = module.model
+        original(module)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingModule, "on_train_start", watch)
+        changed = {"encoder": f"hf:{folder}", "load_model": base, "val_data_file": pictures, "val_windows": 4}
+        assert fit(tmp_path / "run", pictures, tokenizer, **changed) == 0
+    trained = dict(seen["model"].named_parameters())
+    assert {name.split(".")[1] for name in trained if name not in seen["frozen"]} == {"projector"}
+    assert all(torch.equal(trained[name], value) for name, value in seen["frozen"].items())
+    assert all(path.read_bytes() == content for path, content in before.items())
+    result = tmp_path / "run/multimodal"
+    assert {path.name for path in result.iterdir()} == {"multimodal.json", "media.safetensors"}
+    assert set(read_weights(result / TENSORS)) == {n.removeprefix("media.") for n in trained if "media.projector" in n}
+    assert read_record(result).base_path == str(base)
+    model = load_model(*find_model(tmp_path / "run")[:1], adaptation=find_model(tmp_path / "run")[1])
+    assert model.media is not None
+    assert torch.equal(model.media.projector.output.weight, trained["media.projector.output.weight"])
+    samples = json.loads((tmp_path / "run/samples.json").read_text())
+    assert all(sample["media"][0].startswith("data:image/png;base64,") for sample in samples)
+
+
+def test_two_stages_and_cached_features(tmp_path, pictures, tokenizer, base):
+    """Projector first, with features that are computed once; then with an adapter, from the first stage's folder."""
+    folder = tiny_encoder("siglip", tmp_path / "siglip")
+    losses = {}
+    for cached in (0, 1):
+        out = tmp_path / f"stage1-{cached}"
+        changed = {"encoder": f"hf:{folder}", "load_model": base, "media_tokens": 4, "cache_features": cached}
+        assert fit(out, pictures, tokenizer, **changed) == 0
+        losses[cached] = tensors(out / "multimodal")
+    assert all(torch.allclose(losses[0][name], losses[1][name], atol=1e-5) for name in losses[0])
+    assert pictures.with_name("data.jsonl.sft-features.bin").is_file()
+    changed = {"encoder": f"hf:{folder}", "media_tokens": 4, "train_parts": "projector,lora", "lora_r": 4}
+    assert fit(tmp_path / "stage2", pictures, tokenizer, load_model=tmp_path / "stage1-0", **changed) == 0
+    assert (tmp_path / "stage2/multimodal/adapter/adapter_config.json").is_file()
+    weights, adaptation = find_model(tmp_path / "stage2")
+    assert weights == base
+    assert adaptation.adapter.endswith("multimodal/adapter")
+    assert load_model(weights, adaptation=adaptation).media is not None
+    assert find_tokenizer(weights, 259, adaptation=adaptation).vocab_size == 259
+
+
+def test_sounds_train_and_are_read_again(tmp_path, tokenizer):
+    data = tones(tmp_path / "tones", 8)
+    assert fit(tmp_path / "run", data, tokenizer, encoder="logmel", ctx_len=256, my_exit_tokens=256 * 2 * 3) == 0
+    weights, adaptation = find_model(tmp_path / "run")
+    assert weights.name == LANGUAGE_MODEL
+    model = load_model(weights, adaptation=adaptation)
+    assert model.media.spec.kind == "sound"
+
+
+def test_packed_rows_have_the_loss_of_their_conversations_alone(tmp_path, pictures, tokenizer):
+    """Pictures of one conversation are not seen in another, however a row is filled and however batches are made."""
+    flags = {
+        **SIZES,
+        **PATCHES,
+        "tokenizer": tokenizer,
+        "data_file": pictures,
+        "proj_dir": tmp_path,
+        "kernel": "reference",
+    }
+
+    def module(**changed):
+        settings = {**flags, **changed}
+        words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        return parse(words)[0]
+
+    packed, alone = SftSamples(module(ctx_len=256)), SftSamples(module(ctx_len=256, packing=0))
+    model = random_model(**SIZES, kernel="reference").double()
+    front_end = attach_front_end(model, media_of(packed.config)).double()
+
+    def losses(samples):
+        found = {}
+        for number in range(len(samples.rows)):
+            row = samples.rows.row(number)
+            embeds = front_end(*row.media)
+            logits, _ = model(row.inputs[None], cu_seqlens=row.cu_seqlens, embeds=embeds)
+            each = torch.nn.functional.cross_entropy(logits[0], row.targets, reduction="none")
+            members = samples.rows._rows.row(number)
+            ends = row.cu_seqlens.tolist()
+            for begin, end, member in zip(ends[:-1], ends[1:], members, strict=False):
+                found[int(member)] = each[begin:end].sum().item()
+        return found
+
+    expected = losses(alone)
+    assert len(expected) == 12
+    assert losses(packed) == pytest.approx(expected, rel=1e-9)
+    assert len(packed.rows) < 12
+
+
+@pytest.mark.parametrize(
+    ("changed", "flag"),
+    [
+        ({"encoder": "vit"}, "encoder"),
+        ({"encoder": "patches", "data_type": "binidx"}, "encoder"),
+        ({"sft_loss": "text"}, "sft_loss"),
+        ({"train_parts": "model,lora"}, "train_parts"),
+        ({"train_parts": "projector,vision"}, "train_parts"),
+        ({"train_parts": "projector,model"}, "encoder"),
+        ({"train_parts": "encoder,model"}, "train_parts"),
+        ({"train_parts": "projector,encoder"}, "load_model"),
+        ({"peft": "lora", "load_model": "x"}, "peft"),
+        ({"image_size": "20"}, "image_size"),
+        ({"patch_size": 6}, "patch_size"),
+        ({"media_tokens": 5}, "media_tokens"),
+        ({"quant": "nf4"}, "quant"),
+        ({"chunk_ctx": 256}, "chunk_ctx"),
+        ({"cache_features": 1}, "cache_features"),
+        ({"encoder": "", "media_folder": "x"}, "media_folder"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changed, flag):
+    settings = {**PATCHES, "tokenizer": "world", "data_file": "x.jsonl", "image_size": "16", **changed}
+    assert flag in {fault.flag for fault in RunConfig(**settings).faults()}
