@@ -146,6 +146,26 @@ def test_a_signal_requests_a_stop_and_a_second_ctrl_c_interrupts(has_failed):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_ignored_signals_stay_ignored_but_for_ctrl_c():
+    """nohup ignores SIGHUP, and shells let their background jobs ignore SIGINT; a `kill -INT` is meant all the same."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        stop = GracefulStop(RunControl(ProcessGroup(), 0), math.inf)
+        stop.on_train_start(None, None)
+        assert signal.getsignal(signal.SIGHUP) == signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, signal.SIG_DFL)
+        stop.teardown(None, None, "fit")
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        stop.on_train_start(None, None)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # by something else, in the meantime
+        stop.teardown(None, None, "fit")
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_save_that_two_ranks_request_one_after_another_is_done_once():
     """Their clocks run out a step apart; and while a request is on its way, the same rank requests again."""
     three, controls = trainers(3), [RunControl(group, 0) for group in Ranks(3).groups]

@@ -75,6 +75,17 @@ def test_three_steps_match_the_formula_in_float64():
             torch.testing.assert_close(p.detach().double(), theta[n], atol=1e-6, rtol=1e-5)
 
 
+def test_a_grad_clip_of_0_clips_nothing():
+    models = [small_model(), small_model()]
+    for model, grad_clip in zip(models, (0.0, 1e9), strict=True):
+        optimizer = build(model, grad_clip=grad_clip)
+        for seed in (1, 2):
+            set_gradients(model, seed)
+            optimizer.step()
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+    assert not torch.equal(models[0].head.weight, small_model().head.weight)
+
+
 def test_masters_accumulate_updates_below_the_resolution_of_bf16():
     """Without an fp32 master these updates would be rounded away."""
     model = small_model(torch.bfloat16)
