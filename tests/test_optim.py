@@ -149,9 +149,11 @@ def test_the_loss_scale_is_divided_out_and_halved_at_an_overflow():
     for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
     before = optimizer.loss_scale.item()
+    assert optimizer.counters()["good_steps"] == 1
     scaled.head.weight.grad.fill_(float("inf"))
     optimizer.step()
     assert optimizer.loss_scale.item() == before / 2
+    assert optimizer.counters()["good_steps"] == 0  # counted anew
 
 
 def test_the_loss_scale_grows_again_only_after_as_many_good_steps(monkeypatch):
