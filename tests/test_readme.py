@@ -15,7 +15,7 @@ from documentation import ALL, FENCED, LINK, PAGES, ROOT, TWINS, name_of, read
 from src.cli import COMPATIBILITY_FLAGS
 from src.config import GROUPS, ModelConfig, RunConfig
 from src.config.rwkv_peft import FLAGS as RWKV_PEFT_FLAGS
-from src.model import RWKV7
+from src.model import RWKV7, ChannelMix, TimeMix
 from src.ops.recurrence import wkv7
 from src.training.schedule import learning_rate
 from tools import docs_chinese, docs_tables, docs_tree
@@ -244,15 +244,27 @@ def test_recurrence_of_readme_equals_wkv7():
     torch.testing.assert_close(names["S"], state[0, 0])
 
 
-def test_example_of_another_network_learns(capsys, monkeypatch):
-    """The example of docs/model.md, executed, builds a network from the parts and trains it."""
+@pytest.mark.parametrize(("number", "what", "least"), [
+    (0, "new sequences", 95), (1, "new waves", 95),
+    pytest.param(2, "repeated tokens", 85, marks=pytest.mark.slow),  # by guessing: 12.5
+])  # fmt: skip
+def test_networks_of_other_kinds_learn(number, what, least, capsys, monkeypatch):
+    """The examples of docs/layers.md, executed, build networks from the layers and train them."""
     monkeypatch.syspath_prepend(str(ROOT))
-    (example,) = python_blocks("docs/model.md")
+    example = python_blocks("docs/layers.md")[number]
     threads = torch.get_num_threads()
-    exec(compile(example, "model.md", "exec"), {"__name__": "readme"})
+    exec(compile(example, "layers.md", "exec"), {"__name__": "readme"})
     torch.set_num_threads(threads)
-    accuracy = float(re.search(r"([\d.]+)% of new sequences", capsys.readouterr().out)[1])
-    assert accuracy > 95
+    assert float(re.search(rf"([\d.]+)% of {what}", capsys.readouterr().out)[1]) > least
+
+
+def test_layers_page_has_the_names_of_the_state_dicts():
+    page = (ROOT / "docs/layers.md").read_text(encoding="utf-8")
+    config = ModelConfig(n_layer=1, n_embd=32, vocab_size=8, head_size=16)
+    *_, time_mix, channel_mix = re.split(r"^\| name \|.*$", page, flags=re.MULTILINE)
+    for table, module in ((time_mix, TimeMix(config)), (channel_mix, ChannelMix(config))):
+        rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+        assert {name for row in rows for name in re.findall(r"`([^`]+)`", row)} == set(module.state_dict())
 
 
 def test_example_of_the_harness_runs(capsys, monkeypatch, tmp_path):
@@ -277,7 +289,7 @@ def test_example_of_the_harness_runs(capsys, monkeypatch, tmp_path):
 def test_every_python_example_is_executed_here():
     assert {page.name: len(python_blocks(name_of(page))) for page in PAGES if python_blocks(name_of(page))} == {
         "README.md": 1,
-        "model.md": 1,
+        "layers.md": 3,
         "serving.md": 1,  # by test_serve_clients.py
         "using.md": 1,
     }
