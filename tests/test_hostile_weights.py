@@ -1,5 +1,6 @@
 """Weights files that claim more than they hold: refused before memory is taken, and no values made up for them."""
 
+import copy
 import io
 import pickle
 import resource
@@ -199,6 +200,15 @@ def test_members_that_share_their_bytes_or_names_are_refused(weights, tmp_path):
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as archive:
         archive.writestr("m/data.pkl", pickled)
     assert "one name" in refused(path).problem
+    torch.save(weights, path)
+    with zipfile.ZipFile(path, "a") as archive:  # the largest member a hundred times, under other names
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        for number in range(100):
+            copied = copy.copy(largest)
+            copied.filename = f"m/data/{1000 + number}"
+            archive.filelist.append(copied)
+        archive.writestr("m/other", b"")  # writes the list anew
+    assert "its members have" in refused(path).problem
 
 
 def pickled(path, data):
@@ -224,10 +234,11 @@ PICKLES = {
 def test_pickles_that_take_memory_or_time_are_refused(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(torch_file, "MAX_INSTRUCTIONS", 20_000)
     pickled(tmp_path / "m.pth", PICKLES[kind])
-    refused(tmp_path / "m.pth")
     # as a file of torch before 1.6, in the place of its first pickle
     (tmp_path / "raw.pth").write_bytes(PICKLES[kind])
-    refused(tmp_path / "raw.pth")
+    for name in ("m.pth", "raw.pth"):
+        problem = refused(tmp_path / name).problem
+        assert kind != "memo" or "an entry 2147483647" in problem  # where there is so much memory, it would be taken
 
 
 def test_a_long_header_of_safetensors_is_refused(tmp_path):
