@@ -10,7 +10,10 @@ from types import SimpleNamespace
 import pytest
 import warm_process
 
+from src.errors import UserError
+from src.run_folder import RunLock
 from src.training.distributed import process_group
+from src.training.run import _refuse_other_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -168,3 +171,15 @@ def test_a_rank_that_leaves_early_with_an_exit_code_has_not_crashed():
     )  # fmt: skip
     assert done.returncode == 124, done.stdout + done.stderr
     assert "rank 1" not in done.stderr
+
+
+def test_a_machine_with_a_folder_of_its_own_is_refused(tmp_path):
+    """Every rank writes into the folder of which rank 0 holds the lock."""
+    for machine in ("one", "two"):
+        (tmp_path / machine).mkdir()
+    lock = RunLock(tmp_path / "one")
+    lock.acquire()
+    _refuse_other_folder(lock)
+    with pytest.raises(UserError, match="shared by all machines"):
+        _refuse_other_folder(RunLock(tmp_path / "two"))
+    lock.release()

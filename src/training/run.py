@@ -214,6 +214,7 @@ def _run_mode(config: RunConfig, hardware: Hardware, process_group: ProcessGroup
         process_group.broadcast_from_rank_zero(
             partial(_acquire_folder, proj_dir, lock, config.dist_timeout / 2 if attempt() else 0)
         )
+        _refuse_other_folder(lock)
         if config.train_stage == 1:
             return _write_initial_weights(config, proj_dir, lock)
         return _train(config, hardware, proj_dir, lock, process_group, ends_at)
@@ -434,6 +435,17 @@ def _acquire_folder(proj_dir: Path, lock: RunLock, seconds: float) -> None:
                 raise
             time.sleep(1)
     run_folder.remove_leftovers(proj_dir)
+
+
+def _refuse_other_folder(lock: RunLock) -> None:
+    """Raises UserError on a machine whose folder of this name is another one than rank 0's, which holds the lock."""
+    if not lock.path.exists():
+        raise UserError(
+            "is not the folder that rank 0 uses",
+            flag="proj_dir",
+            given=lock.folder,
+            expected="one folder, shared by all machines: every process writes its part of the saved states",
+        )
 
 
 def _silence_libraries() -> None:

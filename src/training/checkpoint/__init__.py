@@ -1,6 +1,6 @@
-"""The full state of a run: storage (how it lies on disk), state (what is in it), resume (where to start), callbacks
-(when).
+"""The full state of a run: parts (what a rank holds of it), storage (how it is written), reader and restore (how it is
+read), state (the rest of it), resume (where to start), callbacks (when).
 
-A state is a folder of parts with a manifest that lists them. Rank 0 writes all parts today; other ranks send it their
-partitions. The format leaves room for each rank to write its own.
+A state is a folder of files with a manifest that lists them. Each rank writes its own files, and reads what it needs of
+those of all.
 """
