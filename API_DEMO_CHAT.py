@@ -19,10 +19,12 @@ from src.inference.answer_text import AnswerText
 from src.inference.arguments import (
     adaptation_from,
     add_chat_template_argument,
+    add_media_arguments,
     add_model_arguments,
     add_sampling_arguments,
     add_special_tokens_argument,
     add_think_argument,
+    media_from,
     parse_special_from,
     sampling_from,
 )
@@ -42,6 +44,7 @@ HELP = """\
   /set [NAME VALUE]   show the settings, or change one: /set temperature 0.8
   /adapter [FOLDER]   list adapters, or use another one (none: the base alone); starts a new conversation
   /state [FILE]       the same for tuned initial states
+  /image FILE         put a picture before the next question; /sound FILE: a sound
   /exit               or Ctrl-D
 Enter sends, Alt-Enter (or Esc, Enter) starts a new line, Ctrl-C stops the answer."""
 
@@ -98,9 +101,12 @@ def run_turn(conversation: Conversation, line: str, models: ModelSwitch) -> bool
         "/set": lambda: _set(conversation, argument),
         "/adapter": lambda: write(models.switch("adapter", argument) + "\n"),
         "/state": lambda: write(models.switch("state", argument) + "\n"),
+        "/image": lambda: conversation.attach("image", _file(command, argument, "x.png")),
+        "/sound": lambda: conversation.attach("sound", _file(command, argument, "x.wav")),
     }
     # Printed after the command, as it may raise.
     confirmations = {"/reset": "new conversation", "/save": f"saved to {argument}", "/load": f"loaded {argument}"}
+    confirmations |= {name: f"{argument} goes with the next question" for name in ("/image", "/sound")}
     if command in ("/exit", "/quit"):
         return False
     if command in commands:
@@ -115,9 +121,9 @@ def run_turn(conversation: Conversation, line: str, models: ModelSwitch) -> bool
     return True
 
 
-def _file(command: str, name: str) -> Path:
+def _file(command: str, name: str, example: str = "chat.state") -> Path:
     if not name:
-        raise UserError(given=command, expected=f"a file name, for example {command} chat.state")
+        raise UserError(given=command, expected=f"a file name, for example {command} {example}")
     return Path(name).expanduser()
 
 
@@ -209,6 +215,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     )
     add_model_arguments(parser, optional=True)
     parser.add_argument("--prompt", default=None, help="print the answer to this and exit")
+    add_media_arguments(parser)
     add_chat_template_argument(parser, "the tokenizer's, for a pretraining run none")
     add_special_tokens_argument(parser)
     add_think_argument(parser)
@@ -265,7 +272,12 @@ def build(options: argparse.Namespace) -> Conversation:
     tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer, adaptation)
     template = find_template(options.chat_template, tokenizer, pretrained_only(weights, adaptation), options.think)
     parse_special = parse_special_from(options)
-    return Conversation(Decoder(model), tokenizer, template, sampling, options.seed, options.length, parse_special)
+    conversation = Conversation(
+        Decoder(model), tokenizer, template, sampling, options.seed, options.length, parse_special
+    )
+    for kind, file in media_from(options):
+        conversation.attach(kind, file)
+    return conversation
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from pathlib import Path
 
 from src.adapt.adapter_files import STATE_LAYOUTS
 from src.config.flags import SPECIAL_TOKENS, THINK_MODES
@@ -100,6 +101,19 @@ def add_think_argument(parser: argparse.ArgumentParser, note: str = "") -> None:
         help="whether the model is asked to think before it answers; short and long with the format of RWKV only"
         + (f"; {note}" if note else ""),
     )
+
+
+def add_media_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --image and --sound, each as often as wanted; `media_from` has their values."""
+    for kind in ("image", "sound"):
+        parser.add_argument(
+            f"--{kind}", action="append", default=[], metavar="FILE", help=f"put this {kind} before the question"
+        )
+
+
+def media_from(options: argparse.Namespace) -> list[tuple[str, Path]]:
+    """(kind, file) of the flags of `add_media_arguments`."""
+    return [(kind, Path(file)) for kind in ("image", "sound") for file in getattr(options, kind)]
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

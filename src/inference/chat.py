@@ -14,16 +14,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from src.config.flags import THINK_MODES
 from src.dataset.answer_format import MARK, render_prompt, stop_strings
 from src.dataset.chat_template import ChatTemplate, Message
 from src.dataset.conversation_content import THINK_END
+from src.dataset.media_parts import OBJECT, check_no_object
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.inference.answer_stream import CONTENT, AnswerPiece, AnswerStream
 from src.inference.characters import CharacterStream
 from src.inference.decoder import Decoder
 from src.inference.generation import generate
+from src.inference.media_prompt import encode_prompt, read_for, rows_of
 from src.inference.sampling import SEED_LIMIT, Sampling
 from src.inference.saved_chat import SavedChat, read_chat, write_chat
 from src.model import State
@@ -34,14 +38,16 @@ UNCOUNTED_CHARACTERS = " \t0123456789"
 
 @dataclass
 class Transcript:
-    """The messages, the text (as bytes) that the state has processed, and generated tokens that it has not."""
+    """The messages, the text (as bytes) that the state has processed, generated tokens that it has not, and the rows of
+    the messages' media in their order."""
 
     messages: list[Message] = field(default_factory=list)
     processed: bytes = b""
     pending: list[int] = field(default_factory=list)
+    media: list[Tensor] = field(default_factory=list)
 
     def copy(self) -> Transcript:
-        return Transcript(list(self.messages), self.processed, list(self.pending))
+        return Transcript(list(self.messages), self.processed, list(self.pending), list(self.media))
 
 
 class Conversation:
@@ -69,6 +75,7 @@ class Conversation:
         self._stop_strings = () if template is None else stop_strings(template, tokenizer, parse_special)
         self._uncounted_ids = uncounted_ids(tokenizer)
         self.transcript = Transcript()
+        self.attached: list[Tensor] = []  # rows of media that go with the next question
         # The last question, with the transcript and the state before it.
         self._undo: tuple[str, Transcript, State] | None = None
         # Text before a question, as bytes, and the state after it, for templates that change the answer before it.
@@ -76,12 +83,29 @@ class Conversation:
 
     # ---- turns -----------------------------------------------------------------------------------------------
 
+    def attach(self, kind: str, path: Path) -> None:
+        """Put a picture or sound before the next question. Encoded once: afterwards the state holds it. Raises
+        UserError where it can't be used."""
+        if self.template is None:
+            raise UserError("pictures and sounds need a chat template", given=path, advice="--chat_template")
+        try:
+            self.attached.append(rows_of(self.decoder.model, read_for(self.decoder.model, kind, path)))
+        except UserError as error:  # of what is read, which doesn't know its name
+            raise UserError(error.problem, given=path, advice=error.advice) from error
+
     def ask(self, text: str) -> Iterator[AnswerPiece]:
         """The answer to `text`, thought and content, in pieces of whole characters.
 
         Without a template it is the text that follows `text`, all of it content.
         """
-        self._undo = (text, self.transcript.copy(), self.decoder.state)  # of constant size: a few MB
+        check_no_object(text)
+        before = self.transcript.copy()
+        if self.attached:
+            text = OBJECT * len(self.attached) + f"\n{text}"
+            before.media += self.attached  # with the question: it may be asked again
+            self.transcript.media += self.attached
+            self.attached = []
+        self._undo = (text, before, self.decoder.state)  # of constant size: a few MB
         return self._answer(text)
 
     def retry(self) -> Iterator[AnswerPiece]:
@@ -100,19 +124,20 @@ class Conversation:
     def reset(self) -> None:
         """Start a new conversation with the same settings."""
         self.decoder.reset()
-        self.transcript, self._undo = Transcript(), None
+        self.transcript, self._undo, self.attached = Transcript(), None, []
 
     def use(self, decoder: Decoder) -> None:
         """Start a new conversation with another decoder, of a model with the same tokenizer."""
         self.decoder = decoder
-        self.transcript, self._undo, self._base = Transcript(), None, None
+        self.transcript, self._undo, self._base, self.attached = Transcript(), None, None, []
 
     def _answer(self, text: str) -> Iterator[AnswerPiece]:
         try:
+            embeds: Tensor | None = None
             if self.template is None:
                 prompt, stream = self._prompt(text), None
             else:
-                prompt, begun = self._prompt_of_turn(self.template, text)
+                prompt, embeds, begun = self._prompt_of_turn(self.template, text)
                 stream = AnswerStream(self._stop_strings, begun)
             tokens = generate(
                 self.decoder,
@@ -122,6 +147,7 @@ class Conversation:
                 seed=None if self.seed is None else self.seed + self.answer_count,
                 stop_ids=self.tokenizer.eos_ids,
                 uncounted_ids=self._uncounted_ids,
+                embeds=embeds,
             )
         except BaseException:  # Ctrl-C during a long prompt, too
             self.undo()
@@ -161,8 +187,9 @@ class Conversation:
         encode = self.tokenizer.encode if self.parse_special else self.tokenizer.encode_as_text
         return self.transcript.pending + encode(text) or [0]
 
-    def _prompt_of_turn(self, template: ChatTemplate, question: str) -> tuple[list[int], str]:
-        """The tokens of the conversation that the state hasn't processed, and what they hold of the answer.
+    def _prompt_of_turn(self, template: ChatTemplate, question: str) -> tuple[list[int], Tensor | None, str]:
+        """The tokens of the conversation that the state hasn't processed, with the rows of their media, and what they
+        hold of the answer.
 
         Adds the question to the transcript.
         """
@@ -178,7 +205,7 @@ class Conversation:
                 self._process_base(template, messages, text, literals)
         begin = len(self.transcript.processed.decode())
         self.transcript.messages, self.transcript.processed = messages, rendered
-        return self._encode_part(text, literals, begin, len(text)), begun
+        return *self._encode_part(text, literals, begin, len(text)), begun
 
     def _return_to_base(self, rendered: bytes) -> None:
         """Return to the state after a beginning of `rendered`."""
@@ -197,26 +224,37 @@ class Conversation:
         history = history.rpartition(MARK)[0].rstrip()  # a space belongs to the first token of the question
         done = self.transcript.processed.decode()
         if len(done) < len(history) and text.startswith(history):
-            self.decoder.prefill([self._encode_part(text, literals, len(done), len(history))])
+            tokens, embeds = self._encode_part(text, literals, len(done), len(history))
+            self.decoder.prefill([tokens], [embeds])
             self.transcript.processed = history.encode()
             self._base = self.transcript.processed, self.decoder.state
 
-    def _encode_part(self, text: str, literals: Collection[int], begin: int, end: int) -> list[int]:
-        return self.tokenizer.encode_rendered(text[begin:end], {i - begin for i in literals if begin <= i < end})
+    def _encode_part(
+        self, text: str, literals: Collection[int], begin: int, end: int
+    ) -> tuple[list[int], Tensor | None]:
+        """Tokens of a part of the conversation, and the rows of its media."""
+        part, first = text[begin:end], text[:begin].count(OBJECT)
+        rows = self.transcript.media[first : first + part.count(OBJECT)]
+        return encode_prompt(self.tokenizer, part, rows, {i - begin for i in literals if begin <= i < end})
 
     # ---- files -----------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write the conversation and the state after it. Raises UserError when the file can't be written."""
         transcript = self.transcript
-        chat = SavedChat(transcript.messages, transcript.processed, transcript.pending, self.decoder.state)
+        chat = SavedChat(
+            transcript.messages, transcript.processed, transcript.pending, self.decoder.state, transcript.media
+        )
         write_chat(path, chat, self.decoder.model)
 
     def load(self, path: str | Path) -> None:
         """Continue a saved conversation. Raises UserError when the file isn't one, or belongs to another model."""
         chat = read_chat(path, self.decoder.model)
         self.decoder.state = chat.state
-        self.transcript = Transcript(chat.messages, chat.processed, chat.pending)
+        weight = self.decoder.model.emb.weight
+        media = [rows.to(weight.device, weight.dtype) for rows in chat.media]
+        self.transcript = Transcript(chat.messages, chat.processed, chat.pending, media)
+        self.attached = []
         self._undo = None  # the file doesn't contain the state before its last question
 
     # ---- settings --------------------------------------------------------------------------------------------

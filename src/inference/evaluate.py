@@ -4,6 +4,7 @@ python -m src.inference.evaluate MODEL --data held-out[.bin | .txt | .jsonl]    
 python -m src.inference.evaluate MODEL --data D --by_position --ctx_len 8192      loss by position in the context
 python -m src.inference.evaluate MODEL --data D --needle 256,4096                 a number in the text, asked for later
 python -m src.inference.evaluate MODEL --last_word lambada.jsonl                  accuracy of predicting the last word
+python -m src.inference.evaluate MODEL --answers conversations.jsonl              answers that are word for word right
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from src.dataset.needle import NeedleMaker
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.inference.adaptation import model_name
+from src.inference.answers import answers_report
 from src.inference.arguments import adaptation_from, add_model_arguments
 from src.inference.last_words import MAX_EXPONENT, last_words
 from src.inference.load import UnknownTokenizerError, find_model, find_tokenizer, load_model
@@ -162,8 +164,13 @@ def main(argv: list[str] | None = None) -> int:
         "--needle", default="", metavar="N,...", help="share of numbers found N tokens of --data after they were named"
     )
     parser.add_argument("--needle_texts", type=int, default=20, help="texts for each of --needle [%(default)s]")
+    data.add_argument("--answers", help="conversations, as for --data_type sft, with pictures or sounds too")
+    parser.add_argument("--media_folder", default="", help="--answers: folder of the media; default: that of the file")
+    parser.add_argument("--examples", default="", help="--answers: draw some media with their answers into this .png")
     parser.add_argument("--ctx_len", type=int, default=512, help="tokens per window [%(default)s]")
-    parser.add_argument("--max_windows", type=int, default=None, help="most windows, evenly spaced; default: all")
+    parser.add_argument(
+        "--max_windows", type=int, default=None, help="most windows or answers, evenly spaced; default: all"
+    )
     parser.add_argument("--micro_bsz", type=int, default=8, help="windows per batch [%(default)s]")
     prepare_output()
     options = parser.parse_args(argv)
@@ -182,10 +189,15 @@ def _report_of(options: argparse.Namespace) -> Callable[[argparse.Namespace], st
     if options.by_position and options.needle:
         raise UserError("cannot be combined with --by_position", flag="needle", given=options.needle)
     for name, given in (("by_position", options.by_position), ("needle", options.needle)):
-        if given and options.last_word:
-            raise UserError("needs --data", flag=name, advice="leave --last_word out")
+        if given and not options.data:
+            raise UserError("needs --data", flag=name, advice="leave --last_word and --answers out")
     if options.compare and not options.by_position:
         raise UserError("needs --by_position", flag="compare", given=options.compare[0])
+    for name in ("media_folder", "examples"):
+        if getattr(options, name) and not options.answers:
+            raise UserError("needs --answers", flag=name, given=getattr(options, name), advice="leave it out")
+    if options.answers:
+        return _answers_report
     if options.last_word:
         return _last_word_report
     return _by_position_report if options.by_position else _needle_report if options.needle else _loss_report
@@ -262,6 +274,13 @@ def _last_word_report(options: argparse.Namespace) -> str:
     result = last_words(model, tokenizer, read_texts(path, "last_word"))
     measures = f"accuracy {result.accuracy:.4f}, perplexity {result.perplexity:.4f}"
     return f"{model_name(weights, adaptation)} on {path}: {measures}, {result.texts:,} texts"
+
+
+def _answers_report(options: argparse.Namespace) -> str:
+    weights, adaptation = find_model(options.model, adaptation_from(options))
+    model = load_model(weights, options.dtype, options.device, adaptation)
+    tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer, adaptation)
+    return answers_report(options, model, tokenizer)
 
 
 def text_bytes(ids: Tokens, tokenizer: Tokenizer) -> int:

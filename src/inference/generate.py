@@ -1,7 +1,8 @@
-"""Continues a text from the command line, or, with --think, answers a question.
+"""Continues a text from the command line, or, with --think or --image, answers a question.
 
 python -m src.inference.generate MODEL --prompt "def "
 python -m src.inference.generate MODEL --prompt "How many days has May?" --think on
+python -m src.inference.generate MODEL --prompt "What is this?" --image x.png
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 
+from torch import Tensor
+
 from src.dataset.answer_format import render_prompt, stop_strings
+from src.dataset.media_parts import OBJECT, check_no_object
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.inference.answer_stream import AnswerStream
@@ -20,14 +24,17 @@ from src.inference.answer_text import AnswerText
 from src.inference.arguments import (
     adaptation_from,
     add_chat_template_argument,
+    add_media_arguments,
     add_model_arguments,
     add_sampling_arguments,
     add_think_argument,
+    media_from,
     sampling_from,
 )
 from src.inference.characters import CharacterStream
 from src.inference.generation import generate
 from src.inference.load import find_model, find_tokenizer, load_model
+from src.inference.media_prompt import encode_prompt, read_for, rows_of
 from src.inference.template_choice import find_template
 from src.terminal import prepare_output, printable
 
@@ -38,10 +45,15 @@ def main(argv: list[str] | None = None) -> int:
         description="Continue a text, or answer a question, with a trained model.",
     )
     add_model_arguments(parser)
-    parser.add_argument("--prompt", default="", help="text to continue; empty: a new document; with --think a question")
+    parser.add_argument(
+        "--prompt",
+        default="",
+        help="text to continue; empty: a new document; with --think, --image or --sound a question",
+    )
     add_think_argument(parser, "the prompt is then a question, and only the answer is printed")
-    add_chat_template_argument(parser, "the tokenizer's; used with --think only")
+    add_chat_template_argument(parser, "the tokenizer's; used with questions only")
     parser.add_argument("--length", type=int, default=200, help="most tokens to generate [%(default)s]")
+    add_media_arguments(parser)
     add_sampling_arguments(parser)
     prepare_output()
     options = parser.parse_args(argv)
@@ -49,18 +61,21 @@ def main(argv: list[str] | None = None) -> int:
         sampling = sampling_from(options)
         if options.length < 0:
             raise UserError(flag="length", given=options.length, expected="at least 0 tokens")
-        if options.chat_template and not options.think:
+        media = media_from(options)
+        if options.chat_template and not options.think and not media:
             raise UserError("needs --think", flag="chat_template", given=options.chat_template, advice="leave it out")
         weights, adaptation = find_model(options.model, adaptation_from(options))
         model = load_model(weights, options.dtype, options.device, adaptation)
         tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer, adaptation)
-        if options.think:
-            prompt, stream = _question(options, tokenizer)
+        embeds: Tensor | None = None
+        stream: AnswerStream | None = None
+        if options.think or media:
+            rows = [rows_of(model, read_for(model, kind, file)) for kind, file in media]
+            prompt, embeds, stream = _question(options, tokenizer, rows)
         else:
-            prompt, stream = tokenizer.encode(options.prompt) or [0], None  # 0 ends a document, and so begins a new one
-        tokens = generate(
-            model, prompt, options.length, **asdict(sampling), seed=options.seed, stop_ids=tokenizer.eos_ids
-        )
+            prompt = tokenizer.encode(options.prompt) or [0]  # 0 ends a document, and so begins a new one
+        settings = {**asdict(sampling), "seed": options.seed, "stop_ids": tokenizer.eos_ids, "embeds": embeds}
+        tokens = generate(model, prompt, options.length, **settings)
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     try:
@@ -77,12 +92,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _question(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list[int], AnswerStream]:
-    """The tokens of the prompt as a question, and what divides the answer. Raises UserError."""
+def _question(
+    options: argparse.Namespace, tokenizer: Tokenizer, rows: list[Tensor]
+) -> tuple[list[int], Tensor | None, AnswerStream]:
+    """The tokens of the prompt as a question, after media with these rows, the rows together, and what divides the
+    answer. Raises UserError."""
     template = find_template(options.chat_template, tokenizer, think=options.think)
-    assert template is not None  # --think is given
-    text, literals, begun = render_prompt(template, tokenizer, [{"role": "user", "content": options.prompt}])
-    return tokenizer.encode_rendered(text, literals), AnswerStream(stop_strings(template, tokenizer), begun)
+    if template is None:
+        raise UserError("pictures and sounds need a chat template", flag="chat_template", given="none")
+    check_no_object(options.prompt)
+    question = OBJECT * len(rows) + "\n" * bool(rows) + options.prompt
+    text, literals, begun = render_prompt(template, tokenizer, [{"role": "user", "content": question}])
+    tokens, embeds = encode_prompt(tokenizer, text, rows, literals)
+    return tokens, embeds, AnswerStream(stop_strings(template, tokenizer), begun)
 
 
 def _print_text(prompt: str, tokens: Iterator[int], characters: CharacterStream) -> None:

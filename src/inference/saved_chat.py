@@ -5,13 +5,14 @@ the format:
 
     1   "format" is "rwkv7-conversation-1"; early files have no "weights"
     2   "format" is "rwkv7-conversation", and "version" the number
+    3   of conversations with pictures or sounds: "media" are their rows; others are written as version 2
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 from src.dataset.chat_template import Message
+from src.dataset.media_parts import OBJECT
 from src.errors import UserError
 from src.files import atomic_write
 from src.model import RWKV7, LayerState, State
 from src.model.torch_file import read_torch_file
 
-FORMAT, FORMAT_VERSION = "rwkv7-conversation", 2
+FORMAT, FORMAT_VERSION = "rwkv7-conversation", 3
 # Version 1 had its number in the name, so that a program could tell "not mine" from "too new" only by parsing it.
 FORMAT_1 = "rwkv7-conversation-1"
 EXPECTED = "a file written by /save"
@@ -38,19 +40,21 @@ class SavedChat:
     processed  the text, as bytes, that `state` has processed; used with a chat template only
     pending    generated tokens that it has yet to process
     state      of one sequence
+    media      the rows [tokens, C] of each picture or sound of the messages, in order
     """
 
     messages: list[Message]
     processed: bytes
     pending: list[int]
     state: State
+    media: list[Tensor] = field(default_factory=list)
 
 
 def write_chat(path: str | Path, chat: SavedChat, model: RWKV7) -> None:
     """Write `chat`, held with `model`, to `path`, whole or not at all. Raises UserError when that fails."""
     record = {
         "format": FORMAT,
-        "version": FORMAT_VERSION,
+        "version": FORMAT_VERSION if chat.media else 2,
         "model": model_sizes(model),
         "weights": weights_hash(model),
         "blocks": blocks_hash(model),
@@ -60,6 +64,7 @@ def write_chat(path: str | Path, chat: SavedChat, model: RWKV7) -> None:
         "unfed": chat.pending,
         # On the CPU, so that a conversation held on a GPU can be continued without one.
         "layers": [tuple(tensor.cpu() for tensor in layer) for layer in chat.state.layers],
+        **({"media": [rows.cpu() for rows in chat.media]} if chat.media else {}),
     }
     try:
         with atomic_write(path) as file:
@@ -85,6 +90,7 @@ def read_chat(path: str | Path, model: RWKV7) -> SavedChat:
             processed=record["fed"].encode("latin-1"),
             pending=list(record["unfed"]),
             state=State([LayerState(*layer) for layer in record["layers"]]),
+            media=list(record.get("media", [])),
         )
         _check_types(chat)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -114,6 +120,8 @@ def _check_types(chat: SavedChat) -> None:
         message["content"].encode()  # lone surrogates can't be tokenized: UnicodeEncodeError, a ValueError
     if not all(isinstance(token, int) for token in chat.pending):
         raise TypeError("not a token")
+    if not all(isinstance(rows, torch.Tensor) and rows.dim() == 2 for rows in chat.media):
+        raise TypeError("not the rows of a medium")
     if not all(isinstance(tensor, torch.Tensor) for layer in chat.state.layers for tensor in layer):
         raise TypeError("not a state")
 
@@ -127,7 +135,14 @@ def _check_state(chat: SavedChat, model: RWKV7, path: str | Path) -> None:
         for layer, of_zeros in zip(chat.state.layers, zeros.layers, strict=True)
         for tensor, zero in zip(layer, of_zeros, strict=True)
     )
-    if not fits or not all(0 <= token < model.config.vocab_size for token in chat.pending):
+    rows_fit = all(rows.shape[1] == model.config.n_embd and bool(rows.isfinite().all()) for rows in chat.media)
+    places = sum(message["content"].count(OBJECT) for message in chat.messages)
+    if (
+        not fits
+        or not rows_fit
+        or places != len(chat.media)
+        or not all(0 <= token < model.config.vocab_size for token in chat.pending)
+    ):
         raise UserError("a damaged saved conversation", given=path, expected=EXPECTED)
 
 

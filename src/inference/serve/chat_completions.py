@@ -67,6 +67,8 @@ async def _submit(model: ServedModel, body: ChatCompletion) -> list[Answer]:
             logit_bias=bias,
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             constraint=constraint,
+            embeds=prompt.embeds,
+            media=prompt.media,
         )
         stops = () if is_json else (*prompt.stops, *body.stop_strings)
         answer = Answer(model.mailbox, model.tokenizer, AnswerStream(stops, prompt.begun), len(prompt.tokens))

@@ -14,6 +14,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from src.config import PLACEHOLDER
 from src.dataset.tokenizer import Tokenizer
 from src.inference.decoder import check_tokens, initial_state
 from src.inference.serve.fair_lock import FairLock
@@ -34,6 +35,19 @@ from src.inference.serve.slots import Slots
 from src.model import RWKV7, LayerState, State
 
 PIECE_TOKENS = 128  # of prompts between two decoding steps
+
+
+def _embeds_of(pieces: list[tuple[Sequence, int]]) -> Tensor | None:
+    """The rows in the places of media within the next tokens of some prompts; None where there are none."""
+    rows = []
+    for sequence, count in pieces:
+        prompt, processed = sequence.request.prompt, sequence.processed
+        if sequence.request.embeds is not None:
+            first = prompt[:processed].count(PLACEHOLDER)
+            rows.append(
+                sequence.request.embeds[first : first + prompt[processed : processed + count].count(PLACEHOLDER)]
+            )
+    return torch.cat(rows) if rows else None
 
 
 class Engine:
@@ -76,7 +90,10 @@ class Engine:
 
         Raises UserError for an unfit prompt, QueueFullError when too many requests wait.
         """
-        check_tokens(request.prompt, self.model.config.vocab_size, "the prompt")
+        text: list[int] = request.prompt
+        if request.embeds is not None:
+            text = [token for token in request.prompt if token != PLACEHOLDER] or [0]
+        check_tokens(text, self.model.config.vocab_size, "the prompt")
         ticket = Ticket(request, consumer, self.tokenizer)
         with self._wake:
             if self._closing:
@@ -224,7 +241,7 @@ class Engine:
         bounds = torch.tensor([0, *map(len, chunks)]).cumsum(0).to(device)
         layers = zip(*(sequence.state.layers for sequence, _ in pieces), strict=True)
         state = State([LayerState(*(torch.cat(kind) for kind in zip(*layer, strict=True))) for layer in layers])
-        hidden, state = self.model.hidden(packed, state, bounds.int() if len(pieces) > 1 else None)
+        hidden, state = self.model.hidden(packed, state, bounds.int() if len(pieces) > 1 else None, _embeds_of(pieces))
         begins = bounds.tolist()
         for row, (sequence, _) in enumerate(pieces):
             if sequence.hidden_sum is not None:

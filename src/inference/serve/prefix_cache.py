@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from src.config import PLACEHOLDER
 from src.dataset.tokenizer import UNKNOWN, Tokenizer
 from src.model import State
 
 # Before a token that isn't known by its bytes. UTF-8 has no such byte; a token that has it gets another one after it.
-ESCAPE, LITERAL, BY_ID = b"\xff", b"\x00", b"\x01"
+ESCAPE, LITERAL, BY_ID, MEDIUM = b"\xff", b"\x00", b"\x01", b"\x02"
 
 
 class TextDigest:
@@ -37,9 +38,14 @@ class TextDigest:
         self._hash.update(self._spelling(token))
         return self._hash.digest()
 
-    def add_all(self, tokens: Sequence[int]) -> list[bytes]:
-        """The digests after each of `tokens`."""
-        return [self.add(token) for token in tokens]
+    def add_all(self, tokens: Sequence[int], media: Sequence[tuple[bytes, int]] = ()) -> list[bytes]:
+        """The digests after each of `tokens`; `media`: (digest, number of tokens PLACEHOLDER) of each medium."""
+        of_places = (medium for medium, count in media for _ in range(count))
+        return [self._add_place(next(of_places)) if token == PLACEHOLDER else self.add(token) for token in tokens]
+
+    def _add_place(self, medium: bytes) -> bytes:
+        self._hash.update(ESCAPE + MEDIUM + medium)
+        return self._hash.digest()
 
     def _spelling(self, token: int) -> bytes:
         entry = self._tokenizer.fixed_bytes(token)

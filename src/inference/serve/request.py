@@ -78,6 +78,7 @@ class Request:
     logit_bias      added to the logits of these tokens
     top_logprobs    number of most likely tokens to report with each token; None: report no probabilities
     on_processed    called instead of generating; the mean is of the tokens that were not known
+    embeds, media   of pictures and sounds: the rows of the prompt's tokens PLACEHOLDER, and (digest, tokens) of each
     use_cache       whether it begins at a known prefix, and its own states are kept
     """
 
@@ -94,6 +95,8 @@ class Request:
     constraint: Constraint | None = None
     on_processed: Callable[[Processed], None] | None = None
     use_cache: bool = True
+    embeds: Tensor | None = None
+    media: tuple[tuple[bytes, int], ...] = ()
 
 
 @dataclass

@@ -27,7 +27,7 @@ class Ticket:
         self.request, self.consumer = request, consumer
         # Here, in the client's thread: of a long text it takes a moment, in which the engine can go on.
         self.digest = TextDigest(tokenizer, request.start.name if request.start is not None else "")
-        self.prompt_digests = self.digest.add_all(request.prompt)
+        self.prompt_digests = self.digest.add_all(request.prompt, request.media)
         self.cancelled = False
 
     def cancel(self) -> None:

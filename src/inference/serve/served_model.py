@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 import time
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
+from torch import Tensor
+
+from src.config import PLACEHOLDER
 from src.dataset.answer_format import MARK, render_prompt, stop_strings
 from src.dataset.chat_template import ChatTemplate, Message
+from src.dataset.media_parts import OBJECT, medium_kind, named_in_part
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.inference.chat import uncounted_ids
+from src.inference.media_prompt import content_of_data_url, encode_prompt, front_end_of, read_for, rows_of
 from src.inference.sampling import SEED_LIMIT, Sampling
 from src.inference.serve.answer import Mailbox
 from src.inference.serve.constraints import Vocabulary
@@ -26,6 +33,7 @@ from src.inference.serve.schemas import ChatMessage, Generation
 from src.inference.serve.sequence import Ticket
 from src.model import State
 
+KEPT_MEDIA = 64  # pictures or sounds whose rows are kept, per model
 MOST_STATES = 256  # that clients may save, per model
 # What an answer begins with when the prompt holds an empty thought up to here: the model would write it.
 _OPEN_EMPTY_THOUGHT, _ITS_END = "</think", ">\n"
@@ -34,12 +42,14 @@ _OPEN_EMPTY_THOUGHT, _ITS_END = "</think", ">\n"
 @dataclass(frozen=True)
 class ChatPrompt:
     """A conversation as tokens. `begun`: the end of the prompt that belongs to the answer (`Prompt.begun`);
-    `boundaries`: as in `Request`; `stops`: texts that end the answer."""
+    `boundaries`, `embeds`, `media`: as in `Request`; `stops`: texts that end the answer."""
 
     tokens: list[int]
     begun: str
     boundaries: tuple[int, ...]
     stops: tuple[str, ...]
+    embeds: Tensor | None = None
+    media: tuple[tuple[bytes, int], ...] = ()
 
 
 @dataclass
@@ -60,7 +70,8 @@ class ServedModel:
         self.vocabulary = Vocabulary(self.tokenizer, self.engine.model.config.vocab_size)
         self.uncounted_ids = uncounted_ids(self.tokenizer)
         self._saved_states: dict[str, Start] = {}
-        self._lock = threading.Lock()  # guards _saved_states
+        self._rows: OrderedDict[bytes, Tensor] = OrderedDict()  # of media, by digest
+        self._lock = threading.Lock()  # guards _saved_states, _rows
         self._saves = 0
         self._mailbox: Mailbox | None = None
 
@@ -131,13 +142,36 @@ class ServedModel:
             )
         if think:
             template = template.thinking(think)
-        turns = as_messages(messages)
+        contents: list[bytes] | None = [] if front_end_of(self.engine.model) is not None else None
+        turns = as_messages(messages, contents)
+        media = [self._encoded(content) for content in contents or ()]
         text, literals, begun = render_prompt(template, self.tokenizer, turns, tools)
         if closed_thought and begun.endswith(_OPEN_EMPTY_THOUGHT):
             text, begun = text + _ITS_END, begun + _ITS_END
-        tokens = self.tokenizer.encode_rendered(text, literals)
+        tokens, embeds = encode_prompt(self.tokenizer, text, [rows for _, rows in media], literals)
         boundaries = self._boundaries(template, turns, tools, text, tokens, begun)
-        return ChatPrompt(tokens, begun, boundaries, stop_strings(template, self.tokenizer))
+        digests = tuple((digest, len(rows)) for digest, rows in media)
+        return ChatPrompt(tokens, begun, boundaries, stop_strings(template, self.tokenizer), embeds, digests)
+
+    def _encoded(self, content: bytes) -> tuple[bytes, Tensor]:
+        """(digest, rows) of a medium: kept, so that what a client sends again with each turn is encoded once. Raises
+        UserError where it can't be used."""
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        model = self.engine.model
+        with self._lock:
+            if (rows := self._rows.get(digest)) is not None:
+                self._rows.move_to_end(digest)
+                return digest, rows
+        front_end = front_end_of(model)
+        assert front_end is not None
+        medium = read_for(model, front_end.spec.kind, content)
+        with self.engine.device_lock:
+            rows = rows_of(model, medium)
+        with self._lock:
+            self._rows[digest] = rows
+            while len(self._rows) > KEPT_MEDIA:
+                self._rows.popitem(last=False)
+        return digest, rows
 
     def _boundaries(
         self,
@@ -161,10 +195,22 @@ class ServedModel:
             ends.append(before.partition(MARK)[0].rstrip() if MARK in before else "")
         if begun:
             ends.append(template.render(turns, add_generation_prompt=False, tools=tools).rstrip())
-        lengths = [len(self.tokenizer.decode_bytes([token])) for token in tokens]
+        lengths = list(self._lengths(tokens, text))
         positions = list(accumulate(lengths))
         bounds = {sum(p <= len(end.encode()) for p in positions) for end in ends if end and text.startswith(end)}
         return tuple(sorted(bounds - {0}))
+
+    def _lengths(self, tokens: list[int], text: str) -> Iterator[int]:
+        """The number of bytes of `text` that each token stands for; of a medium's tokens the last has its character."""
+        if PLACEHOLDER not in tokens:
+            yield from (len(self.tokenizer.decode_bytes([token])) for token in tokens)
+            return
+        size = len(OBJECT.encode())
+        for token, following in zip(tokens, [*tokens[1:], 0], strict=True):
+            if token != PLACEHOLDER:
+                yield len(self.tokenizer.decode_bytes([token]))
+            else:  # of neighbouring media only the last is counted: a boundary comes too late, not within one
+                yield size if following != PLACEHOLDER else 0
 
     def conversation_tokens(self, turns: list[Message]) -> list[int]:
         """The beginning of a conversation, to which further turns are added. Raises UserError."""
@@ -258,26 +304,50 @@ class _Result:
             self._loop.call_soon_threadsafe(finish)
 
 
+def _without_object(text: str, param: str, media: list[bytes] | None) -> str:
+    if media is not None and OBJECT in text:
+        raise ApiError(400, f"{param}: U+FFFC stands for pictures and sounds, and can't be in a text", param)
+    return text
+
+
+def _medium(part: dict[str, Any], param: str) -> bytes:
+    """The content of a picture or sound. Raises ApiError for what is no data URL: nothing is fetched."""
+    try:
+        audio = part.get("input_audio")
+        if isinstance(audio, dict) and isinstance(audio.get("data"), str):  # OpenAI's form of a sound
+            return content_of_data_url(f"data:audio/wav;base64,{audio['data']}")
+        return content_of_data_url(named_in_part(part) or "")
+    except UserError as error:
+        raise ApiError(400, f"{param}: {error}", param) from error
+
+
 def seed_of(body: Generation, choice: int) -> int | None:
     """The seed of one of several answers."""
     return None if body.seed is None else (body.seed + choice) % SEED_LIMIT
 
 
-def as_messages(messages: Sequence[ChatMessage]) -> list[Message]:
-    """The turns as chat templates take them: content as text, developers as system. Raises ApiError for content that is
-    no text."""
-    return [_as_message(message, f"messages.{i}") for i, message in enumerate(messages)]
+def as_messages(messages: Sequence[ChatMessage], media: list[bytes] | None = None) -> list[Message]:
+    """The turns as chat templates take them: content as text, developers as system. Pictures and sounds, which have to
+    be data URLs, are added to `media`. Raises ApiError for content that is neither; with `media` None, for all but
+    text."""
+    return [_as_message(message, f"messages.{i}", media) for i, message in enumerate(messages)]
 
 
-def _as_message(message: ChatMessage, param: str) -> Message:
+def _as_message(message: ChatMessage, param: str, media: list[bytes] | None) -> Message:
     fields: dict[str, Any] = {name: value for name, value in (message.model_extra or {}).items() if value is not None}
     content = message.content if message.content is not None else ""
     if isinstance(content, list):
         texts = []
         for i, part in enumerate(content):
+            if media is not None and medium_kind(part) is not None:
+                media.append(_medium(part, f"{param}.content.{i}"))
+                texts.append(OBJECT)
+                continue
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise ApiError(400, f"{param}.content.{i}: this model reads text only", f"{param}.content")
-            texts.append(part["text"])
+            texts.append(_without_object(part["text"], param, media))
         content = "\n".join(texts)
+    else:
+        _without_object(content, param, media)
     role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
     return {**fields, "role": role, "content": content}
