@@ -36,6 +36,7 @@ from src.training.console import is_rank_zero
 from src.training.control import STOP, RunControl
 from src.training.data import train_dataloader
 from src.training.distributed import zero
+from src.training.distributed.context_parallel import data_parallel
 from src.training.distributed.sharded_init import initial_values
 from src.training.hardware.selection import choose_hardware, lightning_strategy
 from src.training.module import TrainingModule
@@ -171,7 +172,8 @@ def fit(process_group, name, scenario, out):
     if config.compiles("cpu"):  # as src/training/trainer.py does
         model.compile_blocks()
     module = Fit(model, config, hardware, values=values, optimizer=optimizer, poison=poison)
-    numbers = Numbers(first_step, steps, process_group.rank, process_group.world_size, config, poison)
+    ranks = data_parallel(process_group.rank, process_group.world_size, config.context_parallel)
+    numbers = Numbers(first_step, steps, *ranks, config, poison)
     control = RunControl(process_group, first_step)
     strategy = lightning_strategy(config, hardware)
     if releases:  # parameters right after their use, as in a model of more than `stage3_max_live_parameters`

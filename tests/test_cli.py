@@ -24,7 +24,8 @@ FLAGS = {
     "plan_mtbf": 6000.0, "check": False, "dry_run": False, "proj_dir": "out", "load_model": "",
     "load_partial": False, "resize_vocab": False, "restart": False, "save_minutes": 15.0, "keep_resume": 2,
     "time_limit": 0.0, "max_bad_steps": 3, "random_seed": -1,
-    "data_file": "", "data_type": "binidx", "tokenizer": "", "vocab_size": 0, "ctx_len": 1024, "magic_prime": 0,
+    "data_file": "", "data_type": "binidx", "tokenizer": "", "vocab_size": 0, "ctx_len": 1024,
+    "document_states": False, "magic_prime": 0,
     "sft_loss": "answers", "packing": True, "truncate": "end", "special_tokens": "text", "think": "",
     "val_data_file": "",
     "val_every": "1", "val_windows": 512,
@@ -42,7 +43,8 @@ FLAGS = {
     "beta1": 0.9, "beta2": 0.99, "adam_eps": 1e-18, "weight_decay": 0.0, "grad_clip": 1.0,
     "grad_cp": False, "head_chunk": 0, "chunk_ctx": 0, "bptt": -1, "kernel": "auto", "compile": "auto", "profile": 0,
     "accelerator": "auto", "devices": "1", "num_nodes": "1", "rdzv_endpoint": "", "dist_timeout": 600,
-    "max_restarts": 3, "precision": "", "strategy": "auto", "ds_bucket_mb": 200,
+    "max_restarts": 3, "precision": "", "strategy": "auto", "context_parallel": 1,
+    "ds_bucket_mb": 200,
     "wandb": "", "logger": "", "enable_progress_bar": "True",
 }  # fmt: skip
 # With another value of these it would be another run: without them a resumed run could mix two models or data orders.
@@ -65,7 +67,7 @@ FIXED = {
 }
 # These change how training goes on: a resumed run logs their change.
 NOTED = {
-    "bptt",
+    *("bptt", "document_states"),
     *("micro_bsz", "accumulate_grad_batches", "my_exit_tokens", "epoch_steps", "epoch_save", "precision"),
     *("lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip"),
     *("max_bad_steps", "val_data_file", "val_windows", "lora_dropout"),
@@ -253,6 +255,12 @@ def test_adapters_in_the_notations_of_rwkv_peft():
         ("--ctx_len 2048 --chunk_ctx 4096", "chunk_ctx", "for example 2048"),
         ("--bptt 2", "bptt", "needs --chunk_ctx"),
         ("--chunk_ctx 512 --bptt 0", "bptt", "-1 (all pieces)"),
+        ("--ctx_len 1024 --context_parallel 3", "context_parallel", "a divisor of --ctx_len 1024"),
+        ("--chunk_ctx 512 --context_parallel 3", "context_parallel", "a divisor of --chunk_ctx 512"),
+        ("--context_parallel 2 --grad_cp 1", "grad_cp", "use --chunk_ctx"),
+        ("--context_parallel 2 --compile 1", "compile", "aren't compiled"),
+        ("--data_type sft --tokenizer world --document_states 1", "document_states", "its own state in any case"),
+        ("--chunk_ctx 512 --encoder siglip", "chunk_ctx", "are computed whole"),
         ("--peft adalora", "peft", "expected one of none, lora, pissa, miss, dora"),
         ("--peft lora --train_type state", "peft", "leave one of them out"),
         ("--peft lora --lora_targets key,gate", "lora_targets", "gate matches nothing"),

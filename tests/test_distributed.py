@@ -83,6 +83,7 @@ def quick(tmp_path_factory):
     fits.update({f"stop of rank {rank}": {"strategy": "ddp", "steps": 9, "stop": [rank, 2]} for rank in (0, 1)})
     for name in names:
         fits[f"checkpointed {name}"] = {**fits[name], "grad_cp": 1, "kernel": "auto", "count": True}
+    fits.update({f"shared {name}": {**fits[name], "context_parallel": 2, "kernel": "auto"} for name in names})
     fits.update({f"in pieces {name}": {**fits[name], "chunk_ctx": 4, "kernel": "auto"} for name in names})
     if zero.is_usable():
         fits["stage 3, released"] = {
@@ -99,8 +100,8 @@ def quick(tmp_path_factory):
         fits["adam"]["poison"] = 1
         fits["bf16"] = {**fits["adam"], "precision": "bf16"}
     results = launch(folder, 2, fits)
-    results["one"] = launch(folder, 1, {"one": with_one_process(fit)})["one"]
-    return results
+    # of processes that share samples, two see as many of them as one
+    return {**results, **launch(folder, 1, {"one": with_one_process(fit), "alone": fit})}
 
 
 @pytest.mark.parametrize("name", ["ddp", *(pytest.param(name, marks=needs_deepspeed) for name in STAGES)])
@@ -144,6 +145,33 @@ def test_activation_checkpointing_changes_no_result(quick, name):
 def test_samples_in_pieces_change_no_result(quick, name):
     """The gradients of all pieces reach the strategy once a micro step."""
     one, other = quick["one"], quick[f"in pieces {name}"]
+    assert_same_engine(other, name)
+    assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert largest_difference(one["weights"], other["weights"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ddp", *(pytest.param(name, marks=needs_deepspeed) for name in STAGES)])
+def test_processes_that_share_samples_change_no_result(quick, name):
+    one, other = quick["alone"], quick[f"shared {name}"]
+    assert_same_engine(other, name)
+    assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert largest_difference(one["weights"], other["weights"]) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def shared_by_pairs(tmp_path_factory):
+    """Four processes, of which two share samples in pieces, and two without sharing."""
+    folder = tmp_path_factory.mktemp("pairs")
+    names = ["ddp", *(STAGES if zero.is_usable() else ())]
+    fit = {**SGD, "steps": 5, "kernel": "auto"}
+    pairs = {name: {**fit, "strategy": name, "context_parallel": 2, "chunk_ctx": 8} for name in names}
+    return {**launch(folder, 4, pairs), **launch(folder, 1, {"one": with_one_process(fit)})}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", *(pytest.param(name, marks=needs_deepspeed) for name in STAGES)])
+def test_pairs_that_share_samples_are_data_parallel(shared_by_pairs, name):
+    one, other = shared_by_pairs["one"], shared_by_pairs[name]
     assert_same_engine(other, name)
     assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert largest_difference(one["weights"], other["weights"]) < 1e-5

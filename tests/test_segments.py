@@ -1,5 +1,7 @@
 """Samples in pieces (--chunk_ctx): loss and gradients of one pass, whatever is trained and however it is packed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -8,10 +10,16 @@ from training_runs import losses, train, train_until
 
 from src.adapt.adapter import add_adapter
 from src.adapt.config import AdapterConfig
+from src.config import RunConfig
+from src.dataset.pretrain import collate_documents
 from src.model import RWKV7, ModelConfig
+from src.training.hardware.selection import Hardware
 from src.training.objectives.head_loss import HeadLoss
 from src.training.objectives.next_token import NextToken
 from src.training.objectives.segments import Segments
+from src.training.preflight.out_of_memory import estimate, suggest_settings
+from src.training.preflight.piece_memory import border_bytes, describe_pieces
+from src.training.preflight.plan import GIB
 
 VOCAB, CTX = 50, 24
 # of two packed rows of CTX: documents over the borders of pieces, on them, without tokens, and of one token
@@ -204,3 +212,53 @@ def test_compiled_blocks_in_pieces(packed):
     assert counter.frame_count == graphs
     assert largest_error(gradients, expected) < 2e-5
     torch._dynamo.reset()
+
+
+# ---- --document_states: documents inside a window --------------------------------------------------------------------
+
+
+def test_documents_of_windows_are_apart():
+    """The loss of two windows is that of their documents, each computed alone."""
+    ids = torch.tensor([[3, 5, 0, 7, 7, 0, 0, 9, 4], [1, 2, 3, 4, 5, 6, 7, 8, 0]])
+    batch = collate_documents([(row[:-1], row[1:]) for row in ids])
+    assert batch[2].tolist() == [0, 3, 6, 7, 8, 16]
+    model = busy_model()
+    loss = NextToken(model.head, 0, Segments(2, 8))(model, batch)[0]
+    total = 0.0
+    for row, begin, end in ((0, 0, 3), (0, 3, 6), (0, 6, 7), (0, 7, 8), (1, 0, 8)):
+        hidden, _ = model.hidden(ids[row : row + 1, begin:end])
+        total += HeadLoss(model.head, 0)(hidden, ids[row : row + 1, begin + 1 : end + 1]).item() * (end - begin)
+    assert loss.item() == pytest.approx(total / 16, rel=1e-6)
+
+
+def test_a_run_with_document_states_reads_and_measures_documents(tmp_path, data):
+    apart, joined = tmp_path / "apart", tmp_path / "joined"
+    short = {**RUN, "my_exit_tokens": RUN_CTX * 4 * 6, "val_data_file": data, "val_every": "3steps", "val_windows": 8}
+    assert train(apart, data, **short, document_states=1, chunk_ctx=8) == 0
+    assert train(joined, data, **short) == 0
+    assert losses(apart)[1:] != losses(joined)[1:]
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_at_a_border_is_as_planned():
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        model = busy_model(dtype)
+        state = model.hidden(torch.zeros(3, 5, dtype=torch.long))[1]
+        kept = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors())
+        assert kept == 3 * border_bytes(model.config, size)
+
+
+def test_pieces_are_proposed_where_nothing_else_fits():
+    model = ModelConfig(12, 768, 6400)
+    config = RunConfig(ctx_len=1 << 17, micro_bsz=1, n_layer=12, n_embd=768, head_chunk=1024, grad_cp=True)
+    cpu = Hardware("cpu", 1, 1, "fp32", "plain")
+    (advice,) = suggest_settings(config, model, cpu, 6 * GIB)
+    assert "--chunk_ctx" in advice
+    chunk = int(advice.split("--chunk_ctx ")[1].split()[0])
+    assert config.ctx_len % chunk == 0
+    assert estimate(replace(config, chunk_ctx=chunk), model, cpu).total <= 6 * GIB
+    lines = describe_pieces(replace(config, chunk_ctx=4096, context_parallel=4), model, 4)
+    assert "32 of 4,096 tokens" in lines[0]
+    assert "32,768 tokens of it each" in lines[1]

@@ -139,8 +139,15 @@ def _data_faults(flags: Flags) -> Iterator[UserError]:
 
 
 def _sft_faults(flags: Flags) -> Iterator[UserError]:
-    """Flags for conversations that would be ignored."""
+    """Flags for the other kind of data, which would be ignored."""
     if flags.data_type == "sft":
+        if flags.document_states:
+            yield UserError(
+                "a conversation has its own state in any case",
+                flag="document_states",
+                given=1,
+                advice="leave it out",
+            )
         return
     for field in dataclasses.fields(flags):
         value = getattr(flags, field.name)

@@ -153,6 +153,11 @@ class Flags:
         within_run="fixed",
     )
     ctx_len: int = flag(1024, "data", "context length: tokens per sample", at_least=1, within_run="fixed")
+    document_states: bool = flag(
+        False,
+        "data",
+        "binidx: 1: every document in a window begins from its own initial state; 0: with the state of the one before",
+    )
     magic_prime: int = flag(
         0,
         "data",
@@ -514,6 +519,13 @@ class Flags:
     )
     strategy: str = flag(
         "auto", "hardware", "how several processes share the work", choices=STRATEGIES, within_run="free"
+    )
+    context_parallel: int = flag(
+        1,
+        "hardware",
+        "so many processes share each sample, with one part of its context each",
+        at_least=1,
+        within_run="free",
     )
     ds_bucket_mb: int = flag(200, "hardware", "DeepSpeed: bucket size in MB", at_least=1, within_run="free")
 

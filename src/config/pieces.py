@@ -1,4 +1,4 @@
-"""What is wrong with the flags that divide a sample: in pieces, one after another."""
+"""What is wrong with the flags that divide a sample: in pieces one after another, in parts for several processes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,32 @@ def piece_faults(flags: Flags) -> Iterator[UserError]:
         yield UserError(flag="bptt", given=0, expected="-1 (all pieces), or how many are connected: 1, 2, ...")
     elif flags.bptt != -1 and not chunk:
         yield UserError("needs --chunk_ctx", flag="bptt", given=flags.bptt, advice="leave it out")
+    parts = flags.context_parallel
+    for name, given in (("chunk_ctx", chunk), ("context_parallel", parts if parts > 1 else 0)):
+        if given and flags.encoder:
+            yield UserError(
+                "samples with pictures or sounds are computed whole", flag=name, given=given, advice="leave it out"
+            )
+    # what one process computes at a time is cut further: the piece, or the sample
+    name, size = ("chunk_ctx", chunk) if chunk else ("ctx_len", length)
+    if parts > 1 and size > 0 and size % parts:
+        yield UserError(
+            "every process gets the same number of tokens",
+            flag="context_parallel",
+            given=parts,
+            expected=f"a divisor of --{name} {size}",
+        )
+    if parts > 1 and flags.compile == "1":
+        yield UserError(
+            "blocks that exchange their states aren't compiled", flag="compile", given=1, advice="leave it out"
+        )
+    if parts > 1 and flags.grad_cp:
+        yield UserError(
+            "a block that exchanges its states isn't recomputed by itself",
+            flag="grad_cp",
+            given=1,
+            advice="use --chunk_ctx, with which pieces are",
+        )
 
 
 def _divisor_near(length: int, wanted: int) -> int:

@@ -74,3 +74,18 @@ class PretrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             )
         tokens = torch.from_numpy(window)
         return tokens[:-1], tokens[1:]  # two views of one window
+
+
+def collate_documents(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+    """Windows one after another in a row, in which each document is apart: inputs and targets int64 [1, B T], the
+    bounds cu_seqlens int32 [D + 1], and the weight of the row in its step, fp32 [], which is 1.
+
+    A document ends with its token 0, or with the window.
+    """
+    inputs = torch.stack([tokens for tokens, _ in samples])
+    is_end = inputs == 0
+    is_end[:, -1] = True
+    ends = is_end.flatten().nonzero().flatten() + 1
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int32), ends.to(torch.int32)])
+    targets = torch.cat([targets for _, targets in samples])
+    return inputs.view(1, -1), targets[None], bounds, torch.tensor(1.0)

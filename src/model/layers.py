@@ -9,6 +9,8 @@ is then [D, ...].
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,33 @@ GROUP_NORM_EPS = 64e-5
 LAYER_NORM_EPS = 1e-5
 
 
+class SequenceContext(Protocol):
+    """Gives a layer that holds a part of a sequence what lies before it (src/training/distributed/context_parallel.py).
+
+    The state is then that of the whole sequence, not of the part.
+    """
+
+    def rows(self, x: Tensor, shift: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Token-shift rows before the part and at the end of the sequence."""
+        ...
+
+    def wkv7(
+        self,
+        r: Tensor,
+        w: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        *,
+        kernel: str,
+    ) -> tuple[Tensor, Tensor]:
+        """y of the part, and the state at the end of the sequence."""
+        ...
+
+
 def last_tokens(x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """The token-shift state after a call, [B, C]: x[:, -1]. With `cu_seqlens` the last token of each document, [D, C].
 
@@ -34,6 +63,16 @@ def last_tokens(x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None) -> T
     last = x[0, (cu_seqlens[1:].long() - 1).clamp(min=0)]
     empty = (cu_seqlens[1:] == cu_seqlens[:-1]).unsqueeze(1)
     return torch.where(empty, torch.zeros_like(last) if shift is None else shift, last)
+
+
+def shift_states(
+    x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None, context: SequenceContext | None
+) -> tuple[Tensor | None, Tensor]:
+    """The token-shift state before x, and the one after it."""
+    if context is None:
+        return shift, last_tokens(x, shift, cu_seqlens)
+    assert shift is not None, "a part of a sequence is computed from a given state"
+    return context.rows(x, shift, cu_seqlens)
 
 
 class HeadNorm(nn.GroupNorm):
@@ -104,6 +143,7 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(width, width, bias=False)
         self.ln_x = HeadNorm(self.n_head, width, eps=GROUP_NORM_EPS)
         self.register_parameter("time_state", None)
+        self.context: SequenceContext | None = None
         if layer == 0:  # unused, and DDP would wait for their gradients
             for parameter in (self.v0, self.v1, self.v2):
                 parameter.requires_grad_(False)
@@ -136,6 +176,7 @@ class TimeMix(nn.Module):
         if wkv is None and self.time_state is not None:
             wkv = self.initial_wkv(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, x.dtype)
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        shift, last = shift_states(x, shift, cu_seqlens, self.context)
         xr, xw, xk, xv, xa, xg = token_shift(x, shift, cu_seqlens, mixes, kernel=self.kernel)  # [B, T, C] each
 
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
@@ -155,14 +196,14 @@ class TimeMix(nn.Module):
             kernel=self.kernel,
         )
         heads = (*x.shape[:2], self.n_head, self.head_size)  # [B, T, C] -> [B, T, H, N]
-        y, wkv = wkv7(
+        y, wkv = (wkv7 if self.context is None else self.context.wkv7)(
             *(r.view(heads), w.view(heads), k.view(heads), v.view(heads), remove.view(heads), replace.view(heads)),
             wkv,
             cu_seqlens,
             kernel=self.kernel,
         )
         out = self.ln_x(y.view(x.shape), r, k, v, g, self.r_k, self.kernel)
-        return self.output(out), v_first, last_tokens(x, shift, cu_seqlens), wkv
+        return self.output(out), v_first, last, wkv
 
 
 class ChannelMix(nn.Module):
@@ -171,6 +212,7 @@ class ChannelMix(nn.Module):
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         self.kernel = config.kernel
+        self.context: SequenceContext | None = None
         self.x_k = nn.Parameter(torch.empty(1, 1, config.n_embd))
         self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
@@ -180,9 +222,10 @@ class ChannelMix(nn.Module):
         self, x: Tensor, shift: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, C], shift [B, C] (None: zeros) -> out [B, T, C], new shift [B, C]."""
+        shift, last = shift_states(x, shift, cu_seqlens, self.context)
         (xk,) = token_shift(x, shift, cu_seqlens, (self.x_k,), kernel=self.kernel)
         hidden = relu_squared(self.key(xk), kernel=self.kernel)  # [B, T, dim_ffn]
-        return self.value(hidden), last_tokens(x, shift, cu_seqlens)
+        return self.value(hidden), last
 
 
 class Block(nn.Module):

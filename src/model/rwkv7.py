@@ -19,7 +19,7 @@ from src.config import PLACEHOLDER, ModelConfig
 from src.errors import UserError
 from src.model.compiled import compile_with_fallback
 from src.model.init import initialise
-from src.model.layers import LAYER_NORM_EPS, Block, TimeMix
+from src.model.layers import LAYER_NORM_EPS, Block, SequenceContext, TimeMix
 from src.model.state import LayerState, State
 from src.model.weights import Weights, config_from_weights, fit_weights, read_weights, split_states
 
@@ -101,6 +101,11 @@ class RWKV7(nn.Module):
             shift = self.emb.weight.new_zeros(sequences, self.config.n_embd)
             layers.append(LayerState(shift, att.initial_wkv(sequences, shift.dtype), shift.clone()))
         return State(layers)
+
+    def set_context(self, context: SequenceContext | None) -> None:
+        """From now on compute parts of sequences, of which `context` knows the others; None: whole ones."""
+        for block in self.blocks:
+            block.att.context = block.ffn.context = context  # type: ignore[union-attr,assignment]
 
     def compile_blocks(self, **options: Any) -> None:
         """torch.compile for the blocks, with its `options`. A failure to compile gives one warning, and the blocks run

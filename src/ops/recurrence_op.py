@@ -30,7 +30,8 @@ def run_native(
     """(y, final_state) of the native op; what backward needs is kept only if an input requires a gradient."""
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state) if x is not None)
     # A compiled graph has PyTorch's selective checkpointing instead (src/model/recompute.py).
-    cache = None if torch.compiler.is_compiling() else _active.cache
+    # What needs no gradient is not recorded either, but computed again.
+    cache = _active.cache if save and not torch.compiler.is_compiling() else None
     if cache is not None and cache.recorded is not None:
         y, final_state, _, _ = _Replayed.apply(*inputs, state, cu_seqlens, save, chunked, next(cache.recorded))
         return y, final_state

@@ -25,7 +25,7 @@ from src.config import PLACEHOLDER, RunConfig
 from src.dataset.binidx import MMapIndexedDataset
 from src.dataset.control_tokens import parses_special_tokens
 from src.dataset.media_reader import MediaReader
-from src.dataset.pretrain import PretrainDataset
+from src.dataset.pretrain import PretrainDataset, collate_documents
 from src.dataset.sample_order import check_magic_prime, magic_prime, sample_offset
 from src.dataset.sft import IGNORED, SftBatch, SftDataset, SftRows, collate, collate_shares
 from src.dataset.sft_cache import Conversations, look_at_conversations, open_conversations
@@ -82,8 +82,11 @@ class Samples(Protocol):
 class PretrainSamples:
     """Windows of a binidx file in the order of the magic prime."""
 
-    collate: Callable[[list[Any]], Any] | None = None
     order_seed: int | None = None
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any] | None:
+        return collate_documents if self.config.document_states else None
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.data = config, MMapIndexedDataset(config.data_file)
@@ -333,7 +336,10 @@ class HeldOut:
             self._data = MMapIndexedDataset(config.val_data_file)
             self.warnings = self._data.warnings
             self._windows = list(windows(self._data.n_tokens, config.ctx_len, config.val_windows, flag="val_data_file"))
-            self._collate, self.count = torch.utils.data.default_collate, len(self._windows)
+            self._collate: Callable[[list[Any]], Any] = torch.utils.data.default_collate
+            if config.document_states:
+                self._collate = collate_documents
+            self.count = len(self._windows)
             self._sample = self._window
         else:
             # fixed, so that two runs with other settings are measured on the same rows

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from src.config import RunConfig
 from src.model import RWKV7
+from src.training.distributed.context_parallel import ContextParallel
 from src.training.distributed.engine_adamw import EngineAdamW
 from src.training.distributed.sharded_init import NamedTensors, partition
 from src.training.hardware.selection import Hardware, engine_settings
@@ -34,7 +35,10 @@ class TrainingModule(pl.LightningModule):
         self.model, self.config, self.hardware = model, config, hardware
         self.values = values
         # a submodule, so that ZeRO's stage 3 finds the module around which it gathers the head's weight
-        segments = Segments(config.chunk_ctx, config.ctx_len, config.bptt)
+        # of the processes that share samples, each knows the others: a collective
+        context = ContextParallel(config.context_parallel) if config.context_parallel > 1 else None
+        model.set_context(context)
+        segments = Segments(config.chunk_ctx, config.ctx_len, config.bptt, context)
         self.objective: Objective = OBJECTIVES[objective](model.head, config.head_chunk, segments)
         self.optimizer: MasterAdamW | EngineAdamW  # set by Lightning's call of configure_optimizers
 

@@ -276,7 +276,7 @@ def _train(
     cache_features(samples, held_out, hardware)
     config = on_rank_zero(partial(with_timed_length, config, hardware, samples.tokens_per_epoch, proj_dir))
     process_group.refuse_other_values({"training data": samples.identity}, flags=False)
-    length = length_of_run(config, samples.tokens_per_epoch, hardware.world_size)
+    length = length_of_run(config, samples.tokens_per_epoch, hardware.data_parallel_size)
     final = proj_dir / result_names(config).final
     if config.restart or not final.exists():
         # for its errors: an unavailable kernel is reported before files are moved

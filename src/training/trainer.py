@@ -56,6 +56,7 @@ from src.training.checkpoint.watch_files import WatchFiles
 from src.training.console import is_rank_zero, log
 from src.training.control import STOP, TIME_LIMIT_EXIT_CODE, GracefulStop, RunControl
 from src.training.data import HeldOut, Samples, train_dataloader
+from src.training.distributed.context_parallel import data_parallel
 from src.training.distributed.process_group import ProcessGroup
 from src.training.distributed.sharded_init import NamedTensors
 from src.training.figures.background import LossFigureCallback
@@ -301,11 +302,12 @@ def build_module(context: RunContext, model: RWKV7, values: Callable[[], NamedTe
 def _build_dataloader(context: RunContext, resume: ResumePoint, steps: int) -> DataLoader:
     """What this rank reads in `steps` steps from `resume` on."""
     samples, process_group = context.samples, context.process_group
+    rank, world_size = data_parallel(process_group.rank, process_group.world_size, context.config.context_parallel)
     dataset = samples.dataset(
         first=resume.position.samples,
-        count=steps * resume.length.global_batch // process_group.world_size,
-        rank=process_group.rank,
-        world_size=process_group.world_size,
+        count=steps * resume.length.global_batch // world_size,
+        rank=rank,
+        world_size=world_size,
         skipped_samples=resume.position.skipped_samples,
         vocab_size=context.sizes.vocab_size,
     )

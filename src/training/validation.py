@@ -20,6 +20,7 @@ from src.run_log import read_columns
 from src.training.checkpoint.results import Results
 from src.training.control import ROLL_BACK, STOP, GracefulStop, RunControl, StepCallback
 from src.training.data import HeldOut
+from src.training.distributed.context_parallel import data_parallel
 from src.training.distributed.process_group import PendingFlags, ProcessGroup
 from src.training.module import TrainingModule
 from src.training.reporting.reporter import Reporter
@@ -47,7 +48,9 @@ def mean_loss(
     module.eval()
     try:
         with torch.no_grad():
-            for batch in held_out.batches(process_group.rank, process_group.world_size):
+            shared_by = held_out.config.context_parallel
+            ranks = data_parallel(process_group.rank, process_group.world_size, shared_by)
+            for batch in held_out.batches(*ranks):
                 if stop is not None and any(stop.wait()):
                     return None
                 loss_and_count = trainer.strategy.validation_step(tuple(part.to(module.device) for part in batch), 0)

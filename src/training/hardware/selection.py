@@ -34,6 +34,7 @@ class Hardware:
     stage: int = 0  # of ZeRO, under deepspeed
     offload: bool = False
     notes: tuple[str, ...] = ()
+    context_parallel: int = 1  # so many processes share each sample
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,11 +58,18 @@ class Hardware:
         return self.devices * self.num_nodes
 
     @property
+    def data_parallel_size(self) -> int:
+        """The number of processes, or of groups of them, that read different samples."""
+        return self.world_size // self.context_parallel
+
+    @property
     def description(self) -> str:
         """Number of processes and their strategy, for summaries: "4 processes (DDP)"."""
         if self.strategy == "plain":
             return "1 process"
         strategy = "DDP" if self.strategy == "ddp" else f"DeepSpeed ZeRO {self.stage}" + ", offloaded" * self.offload
+        if self.context_parallel > 1:
+            strategy += f", {self.context_parallel} share a sample"
         return f"{self.world_size} process{'es' * (self.world_size > 1)} ({strategy})"
 
     @property
@@ -88,13 +96,23 @@ def choose_hardware(config: RunConfig) -> Hardware:
     if accelerator not in ("cpu", "gpu") and devices * num_nodes > 1:
         flag, given = ("devices", devices) if devices > 1 else ("num_nodes", num_nodes)
         raise UserError(flag=flag, given=given, expected=f"1 with --accelerator {accelerator}")
+    shared_by = config.context_parallel
+    if devices * num_nodes % shared_by:
+        raise UserError(
+            f"{devices * num_nodes} processes can't be divided into groups of so many",
+            flag="context_parallel",
+            given=shared_by,
+            expected="a divisor of the number of processes (--devices, --num_nodes)",
+        )
     strategy, stage, offload = _choose_strategy(config, devices * num_nodes, accelerator, notes)
     precision = _choose_precision(config, devices * num_nodes, accelerator, strategy, notes)
     shared = {"plain": "one process", "ddp": "DDP"}.get(strategy, f"ZeRO {stage}")
     for base in (precision, config.quant):
         if row := refusal(kind_of_training(config), base, shared):
             raise row.error(getattr(config, row.flag))
-    return Hardware(accelerator, devices, num_nodes, precision, strategy, stage, offload, tuple(notes))
+    return Hardware(
+        accelerator, devices, num_nodes, precision, strategy, stage, offload, tuple(notes), config.context_parallel
+    )
 
 
 def _choose_accelerator(config: RunConfig) -> str:
@@ -247,8 +265,8 @@ def lightning_strategy(config: RunConfig, hardware: Hardware) -> Any:
     return DDPStrategy(
         process_group_backend="nccl" if hardware.accelerator == "gpu" else "gloo",
         gradient_as_bucket_view=True,  # without it every gradient exists twice
-        # Without it DDP orders its buckets anew after the first step of each start, and then adds the gradients of three
-        # or more ranks in another order: a resumed run would differ from one that was never stopped.
+        # Without it DDP orders its buckets anew after the first step of each start, and then adds the gradients of
+        # three or more ranks in another order: a resumed run would differ from one that was never stopped.
         find_unused_parameters=True,
         broadcast_buffers=False,  # those of a quantised base, which every process makes itself and which never change
     )

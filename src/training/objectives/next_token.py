@@ -8,7 +8,6 @@ from torch import Tensor
 from src.model import RWKV7
 from src.ops.devices import sum_dtype
 from src.training.objectives.objective import Objective
-from src.training.objectives.segments import segmented_loss
 
 
 class NextToken(Objective):
@@ -30,11 +29,14 @@ class NextToken(Objective):
         """Loss summed over the tokens that count, and their number: float64 [2]."""
         _, targets, *_ = batch
         counted = (targets >= 0).sum().to(sum_dtype(targets.device))
-        return torch.stack([self._mean_loss(model, batch).to(counted) * counted, counted])
+        loss = self._mean_loss(model, batch).to(counted) * counted
+        if (context := self.segments.context) is not None:  # shared by its processes, over which both are summed
+            loss, counted = loss / context.size, counted * (context.rank == 0)
+        return torch.stack([loss, counted])
 
     def _mean_loss(self, model: RWKV7, batch: tuple[Tensor, ...]) -> Tensor:
         if self.segments.cuts(batch):
-            return segmented_loss(model, self.head_loss, self.segments.split(batch), self.segments.bptt)
+            return self.segments.loss(model, self.head_loss, batch)
         tokens, targets, *packed = batch
         embeds = model.media(*batch[-2:]) if model.media is not None else None
         hidden, _ = model.hidden(tokens, cu_seqlens=packed[0] if packed else None, embeds=embeds)

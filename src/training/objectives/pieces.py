@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,8 +37,12 @@ class Piece:
     def split(self, size: int) -> list[Piece]:
         """This piece in pieces of `size` positions, the last one perhaps shorter."""
         length = self.tokens.shape[1]
-        edges = [*range(0, length, size), length]
-        return [self._between(begin, end) for begin, end in pairwise(edges)]
+        return [self._between(begin, min(begin + size, length)) for begin in range(0, length, size)]
+
+    def part(self, number: int, count: int) -> Piece:
+        """Part `number` of `count` parts of equal length."""
+        length = self.tokens.shape[1]
+        return self._between(number * length // count, (number + 1) * length // count)
 
     def _between(self, begin: int, end: int) -> Piece:
         bounds, continues = None, self.continues or begin > 0

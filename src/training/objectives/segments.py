@@ -13,7 +13,7 @@ so that sums, L2Wrap and its scale are those of one pass. A state is fp32 at a b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from src.model import RWKV7, State
+from src.model.state import LayerState
+from src.ops.devices import sum_dtype
+from src.training.distributed.context_parallel import ContextParallel
 from src.training.objectives.head_loss import HeadLoss
 from src.training.objectives.pieces import Piece, whole
 
@@ -36,11 +39,14 @@ class Segments:
 
     `bptt`: so many pieces at a sample's end are connected by gradients, with bptt - 1 borders between them; ALL of
     them, or with 1 none: each piece then has the gradient of its own loss only.
+
+    With `context`, each of several processes computes its part of every piece.
     """
 
     chunk_ctx: int = 0
     ctx_len: int = 0
     bptt: int = ALL
+    context: ContextParallel | None = None
 
     def split(self, batch: tuple[Tensor, ...]) -> list[Piece]:
         """A batch (tokens, targets, and of a packed row cu_seqlens) in pieces."""
@@ -48,52 +54,66 @@ class Segments:
         piece = whole(tokens, targets, packed[0] if packed else None)
         # the rows of a micro batch follow one another in a packed row: as many pieces, of as many tokens
         rows = tokens.shape[1] // self.ctx_len if packed else 1
-        return piece.split(self.chunk_ctx * max(1, rows))
+        size = self.chunk_ctx * max(1, rows) or tokens.shape[1]
+        if self.context is None:
+            return piece.split(size)
+        return [one.part(self.context.rank, self.context.size) for one in piece.split(size)]
 
     def cuts(self, batch: tuple[Tensor, ...]) -> bool:
-        """Whether the batch has more than one piece."""
-        return 0 < self.chunk_ctx < batch[0].shape[1]
+        """Whether the batch isn't computed as it is."""
+        return 0 < self.chunk_ctx < batch[0].shape[1] or self.context is not None
+
+    def loss(self, model: RWKV7, head_loss: HeadLoss, batch: tuple[Tensor, ...]) -> Tensor:
+        """The mean loss of a batch over its tokens that count, with the gradient of the whole.
+
+        A parameter's gradient is accumulated once, when it is complete, so that what DDP and ZeRO do then happens once.
+        With `context` it is P times the share of this process: the mean over
+        the processes is the loss, as the mean that a strategy takes of their gradients is its gradient.
+        """
+        run = _Run(model, head_loss, self, batch)
+        if len(run.pieces) == 1:
+            return run.compute(0, None)[0]
+        if not torch.is_grad_enabled():
+            return run.forward(keep=False)
+        anchor = torch.ones((), device=batch[0].device, requires_grad=True)  # gives the loss a place in a graph
+        return _Segmented.apply(anchor, run, *run.inputs)  # type: ignore[no-any-return]
 
 
 WHOLE_SAMPLES = Segments()
 
 
-def segmented_loss(model: RWKV7, head_loss: HeadLoss, pieces: Sequence[Piece], bptt: int = ALL) -> Tensor:
-    """The mean loss of a batch over its tokens that count, with the gradient of the whole; see above.
-
-    Backward through it accumulates gradients into the parameters' `grad`, each once, so that what DDP and ZeRO do when
-    a gradient is complete happens once.
-    """
-    run = _Run(model, head_loss, pieces, bptt)
-    if not torch.is_grad_enabled():
-        return run.forward(keep=False)
-    anchor = torch.ones((), device=pieces[0].tokens.device, requires_grad=True)  # gives the loss a place in a graph
-    return _Segmented.apply(anchor, run)  # type: ignore[no-any-return]
-
-
 class _Segmented(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, run: _Run) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, run: _Run, *parameters: Tensor) -> Tensor:
         ctx.run = run
         return run.forward(keep=True)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
-        ctx.run.backward(grad_loss)
-        return torch.zeros_like(grad_loss), None
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.zeros_like(grad_loss), None, *ctx.run.backward(grad_loss)
 
 
 class _Run:
     """Both passes over the pieces of one batch."""
 
-    def __init__(self, model: RWKV7, head_loss: HeadLoss, pieces: Sequence[Piece], bptt: int) -> None:
-        self.model, self.head_loss, self.pieces, self.bptt = model, head_loss, pieces, bptt
-        self.counted = torch.stack([(piece.targets >= 0).sum() for piece in pieces])
+    def __init__(self, model: RWKV7, head_loss: HeadLoss, segments: Segments, batch: tuple[Tensor, ...]) -> None:
+        self.model, self.head_loss = model, head_loss
+        self.bptt, self.context = segments.bptt, segments.context
+        self.pieces = segments.split(batch)
+        self.counted = (batch[1] >= 0).sum().clamp(min=1)
         self.borders: list[State] = []  # the state at the end of each piece but the last
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # ZeRO's stage 3 takes the gradient of a parameter that it has gathered for backward: in that of a piece
+        self.is_partitioned = any(hasattr(p, "ds_id") for p in self.parameters)
         # dropout has to drop the same numbers again
         self.random = any(block.draws_random_numbers for block in model.blocks)
         self.generators: list[Any] = []
+
+    @property
+    def inputs(self) -> list[nn.Parameter]:
+        """The parameters whose gradients `backward` returns."""
+        return [] if self.is_partitioned else self.parameters
 
     @torch.no_grad()
     def forward(self, keep: bool) -> Tensor:
@@ -102,50 +122,64 @@ class _Run:
         for i, piece in enumerate(self.pieces):
             if keep and self.random:
                 self.generators.append((torch.get_rng_state(), get_device_states(piece.tokens)))
-            loss, state = self._compute(i, state)
+            loss, state = self.compute(i, state)
             losses.append(loss)
             if keep and i + 1 < len(self.pieces):
                 self.borders.append(state)
         return torch.stack(losses).sum()
 
-    def backward(self, grad_loss: Tensor) -> None:
+    def backward(self, grad_loss: Tensor) -> list[Tensor | None]:
+        """The gradients of `inputs`; those of partitioned parameters are accumulated here."""
         assert len(self.borders) == len(self.pieces) - 1, "backward through the same pieces a second time"
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
         sums: dict[nn.Parameter, Tensor] = {}
         handed_back: list[Tensor | None] = []
         for i in reversed(range(len(self.pieces))):
             state = self.borders.pop() if i > 0 else None
-            crosses = self.pieces[i].continues and (self.bptt == ALL or len(self.pieces) - i < self.bptt)
+            # of several processes all take part in what crosses a border
+            continues = self.pieces[i].continues or self.context is not None
+            crosses = continues and (self.bptt == ALL or len(self.pieces) - i < self.bptt)
             leaves = [] if state is None or not crosses else [t.requires_grad_() for t in state.tensors()]
             with torch.enable_grad(), self._same_random_numbers(i):
-                loss, end = self._compute(i, state)
+                loss, end = self.compute(i, state)
             outputs = [loss, *(end.tensors() if handed_back else [])]
             grads = [grad_loss.to(loss.dtype), *handed_back]
             # a state may depend on nothing that is trained, and what is handed back may be of a state that isn't used
             used = [(x, g) for x, g in zip(outputs, grads, strict=True) if x.requires_grad and g is not None]
             outputs, grads = [x for x, _ in used], [g for _, g in used]
             del loss, end, state, used
-            if i == 0:
+            if i == 0 and self.is_partitioned:
                 with _added(sums):
                     torch.autograd.backward(outputs, grads)
-                return
+                break
             if not outputs:  # with cut borders: nothing that is trained is in this piece
                 handed_back = []
                 continue
-            gradients = torch.autograd.grad(outputs, [*parameters, *leaves], grads, allow_unused=True)
-            for parameter, gradient in zip(parameters, gradients, strict=False):
+            gradients = torch.autograd.grad(outputs, [*self.parameters, *leaves], grads, allow_unused=True)
+            for parameter, gradient in zip(self.parameters, gradients, strict=False):
                 _add(sums, parameter, gradient)
-            handed_back = list(gradients[len(parameters) :])
+            handed_back = list(gradients[len(self.parameters) :])
+        return [sums.pop(p).to(p.dtype) if p in sums else None for p in self.inputs]
 
-    def _compute(self, i: int, state: State | None) -> tuple[Tensor, State]:
+    def compute(self, i: int, state: State | None) -> tuple[Tensor, State]:
         """The share of piece i in the loss, and the state at its end: [B] of rows, [1] of the last document."""
         piece = self.pieces[i]
-        start = self.model.initial_state(piece.documents - (piece.continues and piece.bounds is not None))
-        if piece.continues and state is not None:
-            start = state if piece.bounds is None else state.followed_by(start)
-        hidden, end = self.model.hidden(piece.tokens, start, piece.cu_seqlens)
-        loss = self.head_loss(hidden, piece.targets) * self.counted[i] / self.counted.sum().clamp(min=1)
-        return loss, end if piece.bounds is None else end.last()
+        hidden, end = self.model.hidden(piece.tokens, self._start(piece, state), piece.cu_seqlens)
+        share = (piece.targets >= 0).sum() / self.counted.to(sum_dtype(self.counted.device))
+        mean = self.head_loss(hidden, piece.targets)
+        loss = mean * share.to(mean.dtype) * (1 if self.context is None else self.context.size)
+        return loss, end if piece.bounds is None or self.context is not None else end.last()
+
+    def _start(self, piece: Piece, state: State | None) -> State:
+        """What the sequences of a piece begin from: `state` those that continue, the others from initial states."""
+        if piece.bounds is None:
+            start = state or self.model.initial_state(piece.documents)
+            if self.context is not None and state is None:
+                start = State([LayerState(*map(self.context.counted_once, layer)) for layer in start.layers])
+            return start
+        beginning = self.model.initial_state(piece.documents - piece.continues)
+        if self.context is not None:  # the state before the piece comes first, whether this part begins with it or not
+            return (state or self.model.initial_state(1)).followed_by(beginning)
+        return state.followed_by(beginning) if piece.continues and state is not None else beginning
 
     @contextmanager
     def _same_random_numbers(self, i: int) -> Iterator[None]:

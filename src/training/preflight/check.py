@@ -23,6 +23,8 @@ from src.training.preflight.checklist import Checklist
 from src.training.preflight.data_check import check_data, check_document_ends, check_held_out
 from src.training.preflight.kernel import check_kernel, kernel_agreement
 from src.training.preflight.out_of_memory import estimate, oom_message
+from src.training.preflight.piece_memory import describe_pieces
+from src.training.preflight.plan import BYTES
 from src.training.preflight.speed import expected_speed
 from src.training.preflight.timed_length import with_timed_length
 
@@ -61,6 +63,8 @@ def check(config: RunConfig, notes: list[str]) -> int:
     if config.val_data_file:
         checks.attempt("held-out", lambda: checks.report("held-out", check_held_out(config, vocab_size)))
     capacity.check_memory(checks, config, hardware, model)
+    for line in describe_pieces(config, model, BYTES[hardware.precision]):
+        log(line)
     prime = samples.prime if samples is not None else config.magic_prime
     if samples is not None:
         decide = partial(with_timed_length, config, hardware, samples.tokens_per_epoch, Path(config.proj_dir))
@@ -105,7 +109,7 @@ def _check_run(
 ) -> None:
     """Check the folder, the disk and the time of the run; `estimated` qualifies its number of tokens."""
     proj_dir = Path(config.proj_dir)
-    full_length = length_of_run(config, tokens_per_epoch, hardware.world_size)
+    full_length = length_of_run(config, tokens_per_epoch, hardware.data_parallel_size)
     resume = checks.attempt("folder", lambda: peek_resume_point(config, proj_dir, full_length))
     if resume is None:
         return

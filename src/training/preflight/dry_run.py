@@ -56,7 +56,7 @@ def dry_run(config: RunConfig, hardware: Hardware, proj_dir: Path, process_group
     """
     # `peek`, here and below: nothing may be written or moved, not even the token cache or a damaged state
     samples, _ = peek_samples(config)
-    length = length_of_run(config, samples.tokens_per_epoch, hardware.world_size)
+    length = length_of_run(config, samples.tokens_per_epoch, hardware.data_parallel_size)
     resume = process_group.broadcast_from_rank_zero(lambda: peek_resume_point(config, proj_dir, length))
     length, position = resume.length, resume.position
     if position.step >= length.steps:

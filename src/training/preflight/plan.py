@@ -40,7 +40,7 @@ from src.training.preflight.adapter_memory import (
     trained_part,
 )
 from src.training.preflight.cluster_plan import describe_communication, describe_states
-from src.training.preflight.piece_memory import Cut, border_bytes, cut_of, kept_beside
+from src.training.preflight.piece_memory import Cut, cut_of, describe_pieces, kept_beside
 from src.training.preflight.traffic import GATHERED_AT_A_TIME
 
 BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
@@ -253,7 +253,7 @@ def _largest_chunk(c: ModelConfig, count: int) -> int:
 def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes: int, precision: str) -> str:
     """The text of `train.py --plan`: the run and a table of memory by strategy. `config.plan`: tokens/s, or 0."""
     tokens = config.micro_bsz * config.ctx_len
-    per_step = tokens * config.accumulate_grad_batches * processes
+    per_step = tokens * config.accumulate_grad_batches * processes // config.context_parallel
     steps = math.ceil(exit_tokens / per_step)
     count = parameter_count(model)
     lines = [
@@ -263,7 +263,7 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
         f"{exit_tokens / count:.1f} tokens per parameter",
         f"   processes  {processes}, {precision}, micro batch {config.micro_bsz} x {config.ctx_len}, "
         f"grad_cp {config.grad_cp}, head_chunk {config.head_chunk}",
-        *([f"      pieces  {describe_pieces(config, model, precision)}"] if config.chunk_ctx else []),
+        *describe_pieces(config, model, BYTES[precision]),
         *([f"      trains  {_describe_trained(config, model)}"] if adapter_of(config) is not None else []),
         f"     compute  {training_flops_per_token(model) * exit_tokens:.3g} floating-point operations",
     ]
@@ -285,16 +285,6 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
         lines += ["", *describe_communication(config, model, processes, BYTES[precision])]
     lines += ["", *describe_states(config, model, processes)]
     return "\n".join(lines)
-
-
-def describe_pieces(config: RunConfig, model: ModelConfig, precision: str) -> str:
-    """What --chunk_ctx means for a run, in a line."""
-    cut = cut_of(config)
-    state = cut.samples * border_bytes(model, BYTES[precision]) / (1 << 20)
-    return (
-        f"{cut.pieces:,} of {cut.length:,} tokens, computed twice but for backward; a state of {state:.1f} MiB is kept "
-        f"at each border, {(cut.pieces - 1) * state / 1024:.2f} GiB in all"
-    )
 
 
 def _describe_trained(config: RunConfig, model: ModelConfig) -> str:

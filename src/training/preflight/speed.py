@@ -28,7 +28,7 @@ RECENT_STEPS = 50  # the last rows of metrics.csv, whose median is the speed
 # Settings that decide how long a step takes: a speed measured with other values of these is not that of this run.
 SPEED_SETTINGS = (
     *("n_layer", "n_embd", "head_size", "dim_ffn", "ctx_len", "micro_bsz", "grad_cp", "head_chunk"),
-    *("chunk_ctx", "kernel", "strategy", "compile"),
+    *("chunk_ctx", "context_parallel", "kernel", "strategy", "compile"),
 )
 # A check should take seconds. The speed per token hardly depends on the number of samples, so a step that would take
 # longer than STEP_SECONDS is timed with fewer.
@@ -77,7 +77,7 @@ def _recorded_speed(config: RunConfig, hardware: Hardware) -> Speed | None:
     before = run_folder.read_run(proj_dir).get("settings", {})
     # dim_ffn 0 stands for a size derived from n_embd, which is compared itself; run.json records the derived one
     now = {name: getattr(config, name) for name in SPEED_SETTINGS if name != "dim_ffn" or config.dim_ffn}
-    global_batch = config.micro_bsz * config.accumulate_grad_batches * hardware.world_size
+    global_batch = config.micro_bsz * config.accumulate_grad_batches * hardware.data_parallel_size
     now |= {"precision": hardware.precision, "accelerator": hardware.accelerator, "global_batch": global_batch}
     if not (proj_dir / METRICS).is_file() or any(before.get(name) != value for name, value in now.items()):
         return None
