@@ -4,6 +4,7 @@
 
 SCENARIO.json: {"processes": 2, "fits": {name: {flags of train.py, "optimizer": "sgd" | "adam", "steps": n, ...}}}.
 "load": name begins with the full state of another fit; "full_disk": rank fails in a second save of the state.
+"weights_file": the initial weights of a partitioned model.
 "poison": n makes the loss of the last rank NaN in step n; "stop": [rank, n] lets a rank request a stop in step n.
 "count" counts the bytes of collectives up to the beginning of each micro step. Each fit writes OUT/name.pt: losses,
 gradient norms, weights, the full state and the type of the engine.
@@ -11,6 +12,7 @@ gradient norms, weights, the full state and the type of the engine.
 
 import json
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -24,7 +26,9 @@ from src.adapt.adapter import add_adapter
 from src.adapt.config import adapter_of
 from src.adapt.quantize import quantize_base
 from src.config import RunConfig
+from src.inference.load import load_weights
 from src.model import RWKV7
+from src.model.weights import save_weights
 from src.training.checkpoint import storage
 from src.training.checkpoint.gather import gather_weights
 from src.training.checkpoint.manifest import DamagedStateError
@@ -79,6 +83,10 @@ class Fit(TrainingModule):
         self.kind, self.poison = optimizer, poison
         self.losses, self.norms, self.lrs, self.traffic = [], [], [], []
 
+    def configure_model(self):
+        _, taken = memory_of(super().configure_model)
+        self.taken = getattr(self, "taken", taken)  # of the first call
+
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
         if self.kind == "sgd":
@@ -119,6 +127,36 @@ def save(module, folder, result, full_disk=-1):
     return StateReader(state_folders(folder)[0]).tensors()
 
 
+def write_weights(module, path):
+    weights = gather_weights(module.model, path.parent)
+    if weights is not None:
+        save_weights(weights, path)
+    return weights
+
+
+def memory_of(function):
+    """(result, bytes of memory of its own, not of files, that this rank took while it ran, at most)."""
+    reached, done = [own_memory()], threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            reached.append(own_memory())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        result = function()
+    finally:
+        done.set()
+        thread.join()
+    return result, max(reached) - reached[0]
+
+
+def own_memory():
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
+
+
 def full(path, content):
     raise OSError(28, "No space left on device", str(path))
 
@@ -138,6 +176,7 @@ def fit(process_group, name, scenario, out):
     stop_rank, stop_step = scenario.pop("stop", (-1, -1))
     counts, releases = scenario.pop("count", False), scenario.pop("release", False)
     load, init_seed = scenario.pop("load", None), scenario.pop("init_seed", 5)
+    weights_file = scenario.pop("weights_file", "")
     full_disk, seen = scenario.pop("full_disk", -1), {}
     lightning_backward = scenario.pop("lightning_backward", False)
     flags = {
@@ -157,6 +196,8 @@ def fit(process_group, name, scenario, out):
             model = RWKV7(config.model_config(VOCAB))
 
         def values():
+            if weights_file:
+                return iter(load_weights(out / weights_file).items())
             torch.manual_seed(init_seed)
             return initial_values(config.model_config(VOCAB))
     else:
@@ -195,7 +236,8 @@ def fit(process_group, name, scenario, out):
                         seen["damage"] = of_all_ranks(str(error))
                 seen["read"] = of_all_ranks(reader.bytes_read)
                 seen["loaded"] = save(module, out / f"{name}, loaded", {})
-                seen["loaded weights"] = gather_weights(module.model)
+                weights = gather_weights(module.model, out) or {}
+                seen["loaded weights"] = {name: tensor.clone() for name, tensor in weights.items()}
 
     class RequestStop(pl.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
@@ -223,7 +265,8 @@ def fit(process_group, name, scenario, out):
         result["stage"] = trainer.strategy.model.zero_optimization_stage()
     if config.compiles("cpu"):
         result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    result["weights"] = gather_weights(module.model)
+    result["weights"], taken = memory_of(lambda: write_weights(module, out / f"{name}.pth"))
+    result["memory"] = {"build": of_all_ranks(module.taken), "weights": of_all_ranks(taken)}
     if adapter is not None:
         result["frozen"] = sorted(model.frozen_base)
     result["held"] = sum(p.numel() for p in module.model.parameters())

@@ -371,7 +371,7 @@ def test_weights_of_a_state_that_lacks_some_are_not_taken(tmp_path):
         writer = storage.StateWriter(tmp_path, keep=9)
         writer.write(step, {}, [whole_part(key, tensor) for key, tensor in tensors.items()])
         writer.wait()
-        return weights_of_state(StateReader(storage.state_folders(tmp_path)[0]), sizes, torch.float32)
+        return weights_of_state(StateReader(storage.state_folders(tmp_path)[0]), sizes, torch.float32, tmp_path)
 
     assert len(read(1, weights)) == len(weights)
     for step, changed in enumerate(({}, {"head.weight/master": torch.zeros(3, 3)}), start=2):

@@ -122,7 +122,7 @@ def test_files_that_the_manifest_does_not_list_are_not_read(tmp_path, data, monk
 
 
 ENTRY = '{"bytes": 2, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"}'  # of "{}"
-BLOCKS = '{"bytes": 2, "sha256": []}'
+BLOCKS = '{"bytes": 2, "header_bytes": 1, "sha256": ["a"]}'
 MALFORMED = {
     "not JSON": "{",
     "a list": "[]",
@@ -145,6 +145,7 @@ MALFORMED = {
     "no UTF-8": "\udcff",
     "a number of 5000 digits": '{"version": ' + "9" * 5000 + "}",
     "fewer blocks than the file has": f'{{"files": {{"state.json": {ENTRY}, "a.safetensors": {BLOCKS}}}}}',
+    "no header": f'{{"files": {{"state.json": {ENTRY}, "a.safetensors": {{"bytes": 2, "sha256": ["a"]}}}}}}',
     "blocks of a wrong type": '{"block_bytes": "8", "files": {}}',
     "blocks of no bytes": '{"block_bytes": 0, "files": {}}',
     "a path": '{"files": {"state.json": {"bytes": 1, "sha256": ""}, "../x.safetensors": {"bytes": 1, "sha256": ""}}}',

@@ -5,7 +5,11 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_distributed import launch, needs_deepspeed
+
+from src.model import RWKV7, ModelConfig
+from src.model.weights import read_weights, save_weights
 
 # name: processes, strategy
 PLACES = {
@@ -17,7 +21,7 @@ PLACES = {
 }
 FIT = {"steps": 2, "precision": "bf16"}
 # large enough that headers and blocks of 1 MiB are small beside a rank's share
-LARGE = {"n_layer": 4, "n_embd": 384, "head_size": 64, "vocab_size": 512, "steps": 1, "micro_bsz": 1}
+LARGE = {"n_layer": 4, "n_embd": 384, "head_size": 64, "steps": 1, "micro_bsz": 1}
 
 
 def assert_equal(one, other):
@@ -72,9 +76,30 @@ def test_no_process_writes_or_reads_more_than_its_share(tmp_path, stage):
     result = launch(tmp_path, 4, {"saved": fit, "loaded": {**fit, "load": "saved", "init_seed": 8}}, timeout=900)
     size = sum(tensor.numel() * tensor.element_size() for tensor in result["saved"]["state"].values())
     for counted in (result["saved"]["written"], result["loaded"]["read"]):
-        assert sum(counted) == pytest.approx(size, rel=0.01)
+        assert sum(counted) == pytest.approx(size, rel=0.01)  # headers beside it
         assert max(counted) <= 1.1 * size / 4, [4 * count / size for count in counted]
     assert_equal(result["saved"]["state"], result["loaded"]["loaded"])
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_partitioned_model_is_read_and_written_a_layer_at_a_time(tmp_path, suffix):
+    """Memory that a rank takes while the model is built from a file, and while its weights are written: nowhere that of
+    the whole. Counted in pages, of which the allocator keeps some."""
+    sizes = {"n_layer": 12, "n_embd": 512, "head_size": 64}
+    model = RWKV7(ModelConfig(12, 512, 64, head_size=64)).state_dict()
+    whole = sum(tensor.numel() for tensor in model.values()) * 4
+    layer = sum(tensor.numel() for name, tensor in model.items() if name.startswith("blocks.1.")) * 4
+    file = tmp_path / f"start{suffix}"
+    (save_weights if suffix == ".pth" else save_file)(model, file)
+    fit = {**sizes, "strategy": "deepspeed_stage_3", "steps": 1, "micro_bsz": 1, "weights_file": file.name}
+    result = launch(tmp_path, 4, {"zero": {**fit, "lr_init": 0.0, "weight_decay": 0.0}}, timeout=900)["zero"]
+    assert whole > 8 * layer
+    assert max(result["memory"]["build"]) < 0.75 * whole
+    assert max(result["memory"]["weights"]) < 2 * layer
+    assert_equal(model, result["weights"])
+    assert_equal(model, read_weights(tmp_path / "zero.pth"))
 
 
 @pytest.fixture(scope="module")

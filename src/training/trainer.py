@@ -145,7 +145,7 @@ def _write_final_weights(context: RunContext, resume: ResumePoint) -> None:
             if not context.results.are_weights:
                 weights = held_of_state(resume.reader)
             else:
-                weights = weights_of_state(resume.reader, context.sizes, context.hardware.dtype)
+                weights = weights_of_state(resume.reader, context.sizes, context.hardware.dtype, context.proj_dir)
             assert resume.state is not None
             refuse_unusable(weights, resume.state.counters, resume.position.restarted_at_sample, final.name)
         else:

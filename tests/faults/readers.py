@@ -124,7 +124,8 @@ def _read_shard(folder: Path, data: bytes) -> None:
     """A file of tensors changed, and its hash made to fit."""
     path = folder / "rank0-0000.safetensors"
     path.write_bytes(data)
-    entry = Entry(len(data), 8, tuple(hashlib.sha256(data[i : i + 8]).hexdigest() for i in range(0, len(data), 8)))
+    blocks = [data[i : i + 8] for i in range(0, len(data), 8)]
+    entry = Entry(len(data), min(8, len(data)), 8, tuple(hashlib.sha256(block).hexdigest() for block in blocks))
     with ShardFile(path, entry) as file:
         for part in file.parts:
             file.copy(part, part.start, torch.empty(part.count, dtype=part.dtype))

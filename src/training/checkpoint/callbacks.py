@@ -101,7 +101,7 @@ class SaveInitialWeights(pl.Callback):
         # From the model rather than drawn a second time: orthogonal matrices take minutes for a large model. Not
         # earlier, since a model that ZeRO's stage 3 partitions has no values before.
         assert isinstance(pl_module, TrainingModule)
-        weights = gather_weights(pl_module.model)
+        weights = gather_weights(pl_module.model, self.proj_dir)
         if weights is not None:
             self.check_folder()
             replace_drawn_init(self.proj_dir, lambda path: save_weights(weights, path))

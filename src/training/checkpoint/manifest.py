@@ -1,6 +1,7 @@
 """A state's manifest: the files of the state with size and SHA-256. Whatever no writer of ours wrote is damage.
 
-Of a file of tensors it has a SHA-256 for each block of `block_bytes`: a rank reads and verifies those that it needs.
+Of a file of tensors it has a SHA-256 for the header and for each block of `block_bytes` after it: a rank reads and
+verifies those that it needs.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ class Entry(NamedTuple):
     """What the manifest says about a file."""
 
     size: int  # bytes
-    block_bytes: int  # of each block but the last
-    hashes: tuple[str, ...]  # SHA-256 of each block; of a whole file (state.json, formats 1 and 2) one
+    header_bytes: int  # of the first block; all of a file that has one SHA-256 (state.json, formats 1 and 2)
+    block_bytes: int  # of each block after it, but the last
+    hashes: tuple[str, ...]  # SHA-256 of each block
 
 
 def parse_json(name: str, data: bytes) -> dict[str, Any]:
@@ -84,7 +86,10 @@ def _parse_entry(name: str, entry: Any, block_bytes: int) -> Entry:
     if type(size) is not int or size < 0 or not all(isinstance(block, str) for block in hashes):
         raise DamagedStateError(f"{MANIFEST} is malformed: the entry of {name} has no size and SHA-256")
     if hashes is not sha256:
-        return Entry(size, max(size, 1), tuple(hashes))
-    if len(hashes) != -(-size // block_bytes):
+        return Entry(size, size, block_bytes, tuple(hashes))
+    header_bytes = entry.get("header_bytes")
+    if type(header_bytes) is not int or not 0 <= header_bytes <= size:
+        raise DamagedStateError(f"{MANIFEST} is malformed: the entry of {name} has no header")
+    if len(hashes) != 1 + -(-(size - header_bytes) // block_bytes):
         raise DamagedStateError(f"{MANIFEST} is malformed: {name} has {len(hashes)} blocks")
-    return Entry(size, block_bytes, tuple(hashes))
+    return Entry(size, header_bytes, block_bytes, tuple(hashes))

@@ -35,10 +35,11 @@ class StateReader:
             raise DamagedStateError(f"{PAYLOAD} is not what was written (its SHA-256 differs)")
         self.payload = parse_json(PAYLOAD, data)
 
-    def load(self, wanted: Iterable[Part]) -> None:
-        """Fill these parts, of any rank and strategy."""
+    def load(self, wanted: Iterable[Part], rank: int = 0) -> None:
+        """Fill these parts, whichever ranks wrote them. Files of `rank` come first; no more are read than needed."""
         parts = {part.key: part for part in wanted}
-        self._fill(parts, lambda stored: parts.get(stored.key))
+        names = sorted(self._names(), key=lambda name: not name.startswith(f"rank{rank}-"))
+        self._fill(names, parts, lambda stored: parts.get(stored.key), sum(p.tensor.numel() for p in parts.values()))
 
     def tensors(self, is_wanted: Callable[[str], bool] = lambda key: True) -> dict[str, Tensor]:
         """Whole tensors, of the keys that are wanted."""
@@ -54,16 +55,25 @@ class StateReader:
                 parts[stored.key] = whole_part(stored.key, torch.empty(stored.shape, dtype=stored.dtype))
             return parts[stored.key]
 
-        self._fill(parts, find)
+        self._fill(self._names(), parts, find)
         return {key: part.tensor for key, part in parts.items()}
 
-    def _fill(self, parts: dict[str, Part], find: Callable[[StoredPart], Part | None]) -> None:
-        """Fill what `find` gives for what is stored; all of `parts` have to be full then."""
+    def _names(self) -> list[str]:
+        return [name for name in self._files if name != PAYLOAD]
+
+    def _fill(
+        self,
+        names: list[str],
+        parts: dict[str, Part],
+        find: Callable[[StoredPart], Part | None],
+        count: float = math.inf,
+    ) -> None:
+        """Fill what `find` gives for what is stored, until `count` values are; all of `parts` have to be full then."""
         filled: dict[str, list[tuple[int, int]]] = {}
-        for name, entry in self._files.items():
-            if name == PAYLOAD:
-                continue
-            with ShardFile(self.folder / name, entry) as file:
+        for name in names:
+            if count <= 0:
+                break
+            with ShardFile(self.folder / name, self._files[name]) as file:
                 for stored in file.parts:
                     if (part := find(stored)) is None:
                         continue
@@ -73,6 +83,7 @@ class StateReader:
                     if begin < end:
                         file.copy(stored, begin, part.flat[begin - part.start : end - part.start])
                         filled.setdefault(part.key, []).append((begin, end))
+                        count -= end - begin
                 self.bytes_read += file.bytes_read
         for key, part in parts.items():
             _check_full(part, sorted(filled.get(key, [])))

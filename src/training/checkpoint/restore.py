@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +14,7 @@ from src.config import ModelConfig
 from src.model import RWKV7
 from src.model.shared_memory import IDLE_IN_LAYER_0
 from src.training.checkpoint.manifest import DamagedStateError
+from src.training.checkpoint.mapped_tensors import mapped_tensors
 from src.training.checkpoint.parts import own_parts, owners, state_parts, whole_part
 from src.training.checkpoint.reader import StateReader
 from src.training.distributed.engine_adamw import EngineAdamW
@@ -33,7 +35,7 @@ def load_full_state(module: pl.LightningModule, reader: StateReader, counters: d
     owner = owners(parts, world_size)
     damage = ""
     try:
-        reader.load(own_parts(parts, owner, rank))
+        reader.load(own_parts(parts, owner, rank), rank)
     except DamagedStateError as error:
         damage = str(error)
     _raise_damage(damage, world_size)
@@ -59,11 +61,12 @@ def _raise_damage(damage: str, world_size: int) -> None:
         raise DamagedStateError(damage)
 
 
-def weights_of_state(reader: StateReader, sizes: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The plain weights in `dtype` of a model of these sizes. Raises DamagedStateError when one is missing."""
+def weights_of_state(reader: StateReader, sizes: ModelConfig, dtype: torch.dtype, folder: Path) -> dict[str, Tensor]:
+    """The plain weights in `dtype` of a model of these sizes, mapped from a temporary file in `folder`: they may be
+    larger than this machine's memory. Raises DamagedStateError when one is missing."""
     with torch.device("meta"):
         model = RWKV7(sizes).state_dict()
-    weights = {name: torch.empty(tensor.shape, dtype=dtype) for name, tensor in model.items()}
+    weights = mapped_tensors({name: tensor.shape for name, tensor in model.items()}, dtype, folder)
     reader.load(
         whole_part(f"{name}/{'idle' if name in IDLE_IN_LAYER_0 else 'master'}", tensor)
         for name, tensor in weights.items()

@@ -58,7 +58,7 @@ class Results:
         self, module: TrainingModule, path: Path, accept: Callable[[Weights], None] = lambda tensors: None
     ) -> None:
         """Every rank takes part: under ZeRO each holds a partition. `accept` raises for what must not be written."""
-        tensors = gather_weights(module.model) if self.are_weights else gather_held(module)
+        tensors = gather_weights(module.model, path.parent) if self.are_weights else gather_held(module)
         if tensors is not None:
             accept(tensors)
             self.write_tensors(tensors, path)

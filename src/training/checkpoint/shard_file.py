@@ -1,8 +1,8 @@
 """A file of tensors of a state: safetensors, written from one buffer and read in ranges whose checksums agree.
 
 The header is that of safetensors; of a tensor that is not whole in the file it has the values [count], and its
-metadata entry "parts" says from where on they are in the flattened whole, and the whole's shape. The file is hashed in
-blocks, so that a reader verifies what it reads without reading the rest.
+metadata entry "parts" says from where on they are in the flattened whole, and the whole's shape. Header and data are
+hashed in blocks, so that a reader verifies what it reads without reading the rest.
 """
 
 from __future__ import annotations
@@ -51,14 +51,9 @@ def header_of(parts: list[Part]) -> bytes:
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def blocks(header: bytes, data: memoryview) -> Iterator[bytes | memoryview]:
-    """The file's blocks of BLOCK_BYTES, without a copy of `data` but for the block that the header ends in."""
-    for begin in range(0, len(header) + len(data), BLOCK_BYTES):
-        end, first = begin + BLOCK_BYTES, len(header)
-        if begin >= first:
-            yield data[begin - first : end - first]
-        else:
-            yield header[begin:end] + bytes(data[: max(0, end - first)])
+def blocks(header: bytes, data: memoryview) -> list[bytes | memoryview]:
+    """The file as it is hashed: the header, which every reader needs, then blocks of BLOCK_BYTES, not copied."""
+    return [header, *(data[begin : begin + BLOCK_BYTES] for begin in range(0, len(data), BLOCK_BYTES))]
 
 
 @dataclass(frozen=True)
@@ -149,21 +144,24 @@ class ShardFile:
         """Verified bytes, block by block."""
         if end > self.entry.size:
             raise DamagedStateError(f"{self.name} is too short for its header")
-        length = self.entry.block_bytes
-        for number in range(begin // length, -(-end // length)):
-            block = self._verified(number)
-            yield block[max(0, begin - number * length) : end - number * length]
+        while begin < end:
+            first, block = self._verified(begin)
+            yield block[begin - first : end - first]
+            begin = first + len(block)
 
-    def _verified(self, number: int) -> memoryview:
-        if self._block[0] != number:
-            first = number * self.entry.block_bytes
-            data = memoryview(bytearray(min(self.entry.block_bytes, self.entry.size - first)))
+    def _verified(self, position: int) -> tuple[int, memoryview]:
+        """Where the block of a byte begins, and the block."""
+        header, length = self.entry.header_bytes, self.entry.block_bytes
+        number = 0 if position < header else 1 + (position - header) // length
+        first, end = (0, header) if number == 0 else (header + (number - 1) * length, header + number * length)
+        if self._block[0] != first:
+            data = memoryview(bytearray(min(end, self.entry.size) - first))
             _read_at(self._file, first, data, self.name)
             self.bytes_read += len(data)
             if hashlib.sha256(data).hexdigest() != self.entry.hashes[number]:
                 raise DamagedStateError(f"{self.name} is not what was written (its SHA-256 differs)")
-            self._block = (number, data)
-        return self._block[1]
+            self._block = (first, data)
+        return self._block
 
 
 def _open(path: Path) -> IO[bytes]:

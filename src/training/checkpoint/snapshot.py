@@ -35,6 +35,7 @@ class SnapshotBuffers:
         self._processes = processes
         self._buffers: list[Tensor] = []
         self._free: queue.Queue[Tensor] = queue.Queue()
+        self._is_pinned = False
         self._preparation: threading.Thread | None = None
         self._failure: BaseException | None = None  # of the preparation
 
@@ -62,11 +63,11 @@ class SnapshotBuffers:
                 return
             offset = 0
             for part in shard:
-                # Pinned memory is filled by the device while the next copy is queued.
                 target = buffer[offset : offset + part.size].view(part.tensor.dtype)
-                target.copy_(part.tensor, non_blocking=True)
+                # pinned memory is filled by the GPU while the next copy is queued
+                target.copy_(part.tensor, non_blocking=self._is_pinned)
                 offset += part.size
-            if buffer.is_pinned():
+            if self._is_pinned:
                 torch.cuda.current_stream().synchronize()
             yield shard, buffer
 
@@ -90,9 +91,9 @@ class SnapshotBuffers:
                 f"note: a copy of the state ({total / 1e9:.1f} GB per process) does not fit into half of the free "
                 "memory: training waits for the disk while a state is saved"
             )
-        is_pinned = any(part.tensor.is_cuda for part in parts)
+        self._is_pinned = any(part.tensor.is_cuda for part in parts)
         for _ in range(count):
-            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
+            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._is_pinned)
             buffer.numpy()[::PAGE_BYTES] = 0  # the system gives a page at its first write
             self._buffers.append(buffer)
 

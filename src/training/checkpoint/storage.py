@@ -176,8 +176,13 @@ class StateWriter:
             shard, buffer = copy
             name = f"rank{self.group.rank}-{len(files):04d}.safetensors"
             data = memoryview(buffer.numpy().data)[: sum(part.size for part in shard)]
-            content = list(blocks(header_of(shard), data))
-            files[name] = {"bytes": sum(map(len, content)), "sha256": _write_file(temporary / name, content)}
+            header = header_of(shard)
+            content = blocks(header, data)
+            files[name] = {
+                "bytes": len(header) + len(data),
+                "header_bytes": len(header),
+                "sha256": _write_file(temporary / name, content),
+            }
             written += files[name]["bytes"]
             del data, content  # views of the buffer
             self._buffers.release(buffer)

@@ -53,10 +53,12 @@ def check_disk(
     new_states = max(0, config.keep_resume + 1 - len(state_folders(proj_dir)))
 
     def weights_files(epoch_save: int) -> int:
-        """How many of rwkv-N.pth are still to be written, with rwkv-init.pth, rwkv-final.pth and rwkv-best.pth."""
+        """How many of rwkv-N.pth are still to be written, with rwkv-init.pth, rwkv-final.pth and rwkv-best.pth; under
+        stage 3 also the temporary file in which one is collected."""
         multiples = last // epoch_save - (first - 1) // epoch_save
         others = {n for n in (last_whole, last) if first <= n <= last and n % epoch_save != 0}
-        return max(0, multiples) + len(others) + draws_weights + 1 + bool(config.val_data_file)
+        named = max(0, multiples) + len(others) + draws_weights + 1 + bool(config.val_data_file)
+        return named + hardware.is_partitioned
 
     needed = weights_files(config.epoch_save) * weights_bytes + new_states * state_bytes
     folder, free = machine.free_disk(proj_dir)
