@@ -362,10 +362,10 @@ def scripted(decoder: Decoder, scripts: list[list[int]]) -> list[list[int]]:
         token = script[min(position[0], len(script) - 1)]
         return torch.nn.functional.one_hot(torch.tensor([token]), like.shape[1]).float()
 
-    def prefill(batch: Any) -> torch.Tensor:
+    def prefill(batch: Any, embeds: Any = None) -> torch.Tensor:
         prompts.append(list(batch[0]))
         position[0] = 0
-        return logits(original[0](batch))
+        return logits(original[0](batch, embeds))
 
     def step(tokens: Any) -> torch.Tensor:
         position[0] += 1

@@ -57,11 +57,11 @@ class RecordingDecoder(Decoder):
         self.tokens = next((list(tokens) for known, tokens in self.tokens_of_states if known is state), [])
         Decoder.state.fset(self, state)
 
-    def prefill(self, prompts):
+    def prefill(self, prompts, embeds=None):
         self.tokens += prompts[0]
         self.prompt_lengths.append(len(prompts[0]))
         self.prompts.append(list(prompts[0]))
-        return super().prefill(prompts)
+        return super().prefill(prompts, embeds)
 
     def step(self, tokens):
         self.tokens += tokens
@@ -197,7 +197,7 @@ def test_a_question_whose_processing_is_interrupted_was_not_asked(model, folders
         list(each.ask("what is it?"))
     original = talk.decoder.prefill
 
-    def interrupted(prompts):
+    def interrupted(prompts, embeds=None):
         original([prompts[0][:3]])
         raise KeyboardInterrupt
 
@@ -385,7 +385,13 @@ def test_a_conversation_is_loaded_with_its_own_model_only(model, folders, tmp_pa
     tuned = copy.deepcopy(model)
     tuned.head.weight[5] += 0.1
     larger = random_model(**(MODEL | {"n_layer": 3}))
-    for other_model, problem in ((tuned, "other weights"), (larger, "other sizes (n_layer 2")):
+    adapted = copy.deepcopy(model)  # as by an adapter that is merged: embedding and head stay
+    adapted.blocks[1].att.key.weight[0, 0] += 0.1
+    for other_model, problem in (
+        (tuned, "other weights"),
+        (adapted, "other weights"),
+        (larger, "other sizes (n_layer 2"),
+    ):
         other = conversation(other_model, folders["chatml"])
         with pytest.raises(UserError) as caught:
             other.load(tmp_path / "talk.state")
@@ -410,7 +416,7 @@ def test_an_answer_ends_where_the_template_ends_it(model, folders):
         return torch.nn.functional.one_hot(torch.tensor([token]), logits.shape[1]).float()
 
     original_prefill, original_step = talk.decoder.prefill, talk.decoder.step
-    talk.decoder.prefill = lambda prompts: scripted(original_prefill(prompts))
+    talk.decoder.prefill = lambda *arguments: scripted(original_prefill(*arguments))
     talk.decoder.step = lambda tokens: scripted(original_step(tokens))
     pieces = list(talk.ask("what"))
     assert text_of(pieces) == " the answer"
@@ -464,7 +470,7 @@ def test_an_answer_that_quotes_the_end_token_does_not_end_there(model, folders):
 
     talk.max_new_tokens = 100
     original_prefill, original_step = talk.decoder.prefill, talk.decoder.step
-    talk.decoder.prefill = lambda prompts: scripted(original_prefill(prompts))
+    talk.decoder.prefill = lambda *arguments: scripted(original_prefill(*arguments))
     talk.decoder.step = lambda tokens: scripted(original_step(tokens))
     assert text_of(talk.ask("what ends a turn?")) == written
     assert talk.transcript.messages[-1]["content"] == written

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from src.dataset.chat_template import ChatTemplate
 from src.dataset.control_tokens import ContentMarks
 from src.dataset.tokenizer import FolderTokenizer, Tokenizer, load_tokenizer
-from src.dataset.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
+from src.dataset.tokenizer_files import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, TOKENIZER_FILES, copy_tokenizer
 from src.errors import UserError
 
 MESSAGES = [
@@ -284,10 +284,11 @@ def test_huge_files_of_a_tokenizer_are_refused_unread(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         before = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else b""
         with open(tmp_path / name, "wb") as file:
-            file.truncate(1 << 40)  # takes no place on the disk
+            limit = MAX_TOKENIZER_BYTES if name == "tokenizer.json" else MAX_CONFIG_BYTES
+            file.truncate(limit + 1)  # takes no place on the disk
         with pytest.raises(UserError) as caught:
             load_tokenizer(tmp_path)
-        assert caught.value.given == tmp_path / name
+        assert (caught.value.given, caught.value.problem) == (tmp_path / name, f"has {limit + 1} bytes")
         (tmp_path / name).write_bytes(before)
 
 
