@@ -134,6 +134,52 @@ def test_the_group_works_after_exceptions(ranks):
     assert [results["value"] for results in ranks] == [{"from": 0}, {"from": 0}]
 
 
+BUCKETS = """
+import json, os
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from src.training.distributed.ddp import fix_buckets
+from tests.ranks import join_ranks
+
+group = join_ranks(3)
+
+
+def gradients(is_fixed):
+    # of three steps on the same batch
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(37, 37) for _ in range(5)))
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if is_fixed:
+        fix_buckets(parallel)
+    for _ in range(3):
+        torch.manual_seed(7 + group.rank)
+        model.zero_grad()
+        parallel(torch.randn(9, 37)).sum().backward()
+        yield torch.cat([parameter.grad.flatten().clone() for parameter in model.parameters()])
+
+
+results = {}
+for name in ("fixed", "as DDP orders them"):
+    first, second, third = gradients(name == "fixed")
+    results[name] = [torch.equal(first, second), torch.equal(second, third), bool(first.norm() > 1)]
+group.shutdown()
+if group.rank == 0:
+    os.write(1, json.dumps(results).encode())
+"""
+
+
+def test_three_ranks_add_gradients_in_the_same_order_in_every_step():
+    done = warm_process.run(
+        [sys.executable, "-c", BUCKETS],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200, text=True, capture_output=True,
+        ranks=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(done.stdout)
+    assert results["fixed"] == [True, True, True]
+    assert results["as DDP orders them"] == [False, True, True]  # the first step after a start is another one
+
+
 def test_a_standstill_is_told_after_a_minute_and_not_while_steps_end(monkeypatch):
     """Steps of a second until the sixth, which hangs."""
     now, told, group = [0.0], [], object.__new__(process_group.DistributedProcessGroup)

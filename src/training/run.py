@@ -454,4 +454,3 @@ def _silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     warnings.filterwarnings("ignore", module="lightning_fabric")
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True")  # selection.lightning_strategy says why

@@ -14,6 +14,7 @@ from src.dataset.workers import usable_cores
 from src.errors import UserError
 from src.ops.devices import default_precision, device_name, find_device
 from src.training.distributed import zero
+from src.training.distributed.ddp import OrderedDDPStrategy
 from src.training.distributed.failure import is_supervised
 from src.training.distributed.ranks import rank_from_launcher
 from src.training.hardware.cpu_precision import cpu_precision
@@ -260,13 +261,8 @@ def lightning_strategy(config: RunConfig, hardware: Hardware) -> Any:
         return "auto"
     if hardware.strategy == "deepspeed":
         return zero.ZeroStrategy(engine_settings(config, hardware), hardware.accelerator)
-    from pytorch_lightning.strategies import DDPStrategy
-
-    return DDPStrategy(
+    return OrderedDDPStrategy(
         process_group_backend="nccl" if hardware.accelerator == "gpu" else "gloo",
         gradient_as_bucket_view=True,  # without it every gradient exists twice
-        # Without it DDP orders its buckets anew after the first step of each start, and then adds the gradients of
-        # three or more ranks in another order: a resumed run would differ from one that was never stopped.
-        find_unused_parameters=True,
         broadcast_buffers=False,  # those of a quantised base, which every process makes itself and which never change
     )
