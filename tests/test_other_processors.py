@@ -1,11 +1,15 @@
-"""The CPU code on what this machine may not be: ARM, by a cross compiler and an emulator; and under the sanitizers.
+"""The CPU code on what this machine may not be: ARM, by a cross compiler and an emulator; clang, macOS and Windows by
+cross compilation; and under the sanitizers.
 
-On Debian and Ubuntu: `apt install g++-aarch64-linux-gnu qemu-user`.
+On Debian and Ubuntu: `apt install g++-aarch64-linux-gnu qemu-user clang`; for macOS and Windows `pip install ziglang`,
+which is clang with the headers of other systems.
 """
 
+import importlib.util
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,8 @@ DRIVER = Path(__file__).parent / "other_processors" / "wkv7_driver.cpp"
 KERNEL = CPU_FOLDER / "wkv7_cpu.cpp"
 ARM_COMPILER, ARM = "aarch64-linux-gnu-g++", "qemu-aarch64"
 needs_arm_compiler = pytest.mark.skipif(shutil.which(ARM_COMPILER) is None, reason=f"no {ARM_COMPILER}")
+needs_clang = pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++")
+needs_zig = pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="no ziglang")
 needs_emulator = pytest.mark.skipif(shutil.which(ARM) is None, reason=f"no {ARM}")
 
 
@@ -43,6 +49,20 @@ def test_compiles_for_arm(source, processor, tmp_path):
 def test_wkv7_on_arm_is_the_recurrence(tmp_path):
     run(ARM_COMPILER, *flags(), "-static", f"-I{CPU_FOLDER}", DRIVER, KERNEL, "-o", tmp_path / "driver")
     run(ARM, tmp_path / "driver")
+
+
+@needs_clang
+def test_wkv7_of_clang_is_the_recurrence(tmp_path):
+    run("clang++", *flags(), f"-I{CPU_FOLDER}", DRIVER, KERNEL, "-o", tmp_path / "driver")
+    run(tmp_path / "driver")
+
+
+@needs_zig
+@pytest.mark.parametrize("target", ["aarch64-macos", "x86_64-macos", "aarch64-linux-gnu"])
+@pytest.mark.parametrize("source", cpu_recipe().sources, ids=lambda path: path.name)
+def test_compiles_with_clang_and_libcxx(source, target, tmp_path):
+    """Apple's compiler is clang with libc++, and without OpenMP."""
+    run(sys.executable, "-m", "ziglang", "c++", "-target", target, *flags(), "-c", source, "-o", tmp_path / "object.o")
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")
