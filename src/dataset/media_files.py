@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 import wave
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,8 @@ def read_picture(content: bytes) -> Picture:
     except ImportError as error:
         raise MissingPackageError("pictures need the package Pillow", advice="pip install pillow") from error
     try:
-        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+            warnings.simplefilter("ignore")  # of tags that can't be read, which are of no use here
             width, height = image.size
             if width < 1 or height < 1:
                 raise MediaError("an image without pixels")
