@@ -243,12 +243,12 @@ def test_a_conversation_of_format_version_1_is_loaded(model, folders, tmp_path):
 def test_a_later_format_version_is_rejected(model, folders, tmp_path):
     talk = conversation(model, folders["chatml"])
     talk.save(tmp_path / "talk.state")
-    change_record(tmp_path / "talk.state", {"version": 3}, tmp_path / "later.state")
+    change_record(tmp_path / "talk.state", {"version": 4}, tmp_path / "later.state")
     with pytest.raises(UserError) as caught:
         talk.load(tmp_path / "later.state")
     assert caught.value.given == tmp_path / "later.state"
-    assert caught.value.problem == "format version 3"
-    assert caught.value.expected == "at most 2"
+    assert caught.value.problem == "format version 4"
+    assert caught.value.expected == "at most 3"
 
 
 @pytest.mark.parametrize(
