@@ -188,6 +188,8 @@ def _plan_launch(config: RunConfig) -> Launch:
 def _where_it_continues(proj_dir: Path, step: int) -> str:
     """Where the ranks continue that failed in a step, and what is lost. `step`: steps taken, -1 if that isn't known."""
     newest = next((int(folder.name.removeprefix("step-")) for folder in state_folders(proj_dir)), 0)
+    if not newest and (weights := run_folder.numbered_weights(proj_dir)):
+        return f"from {next(reversed(weights.values())).name}, with a fresh optimizer"
     where = f"from the state of step {newest:,}" if newest else "from the beginning"
     return where + (f" ({step - newest:,} steps are repeated)" if step > newest else "")
 
