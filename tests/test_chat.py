@@ -362,6 +362,7 @@ def test_defaults_of_the_program():
     _, options = API_DEMO_CHAT.parse([])
     given = vars(options)
     assert given.pop("history").name == ".rwkv7_chat_history"
+    assert given.pop("image") == given.pop("sound") == []
     assert given == {
         **{"model": "", "tokenizer": "", "dtype": None, "device": None, "prompt": None, "chat_template": ""},
         **{"special_tokens": "text", "length": 1024, "seed": None, "temperature": 1.0, "top_p": 0.85, "top_k": 0},
