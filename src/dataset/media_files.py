@@ -26,6 +26,7 @@ MIN_RATE, MAX_RATE = 1_000, 384_000  # Hz
 MAX_CHANNELS = 64
 # Those that Pillow reads with code of its own or of common libraries; not EPS, for which it starts a program.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_BLOCK_FRAMES = 1 << 16
 _UNKNOWN_LENGTH = 0x7FFFF000  # bytes that a header claims which was written before the length was known
 
 
@@ -218,7 +219,8 @@ def _integers(data: bytes, size: int) -> npt.NDArray[Any]:
 
 
 def _read_other(content: bytes, max_seconds: float) -> tuple[npt.NDArray[np.float32], int]:
-    """(fp32 [n, channels], rate) of what libsndfile reads: FLAC, OGG, MP3, AIFF, WAV of floats."""
+    """(fp32 [n, 1], rate) of what libsndfile reads: FLAC, OGG, MP3, AIFF, WAV of floats. The channels are averaged
+    block by block: a compressed file of a few kB may hold gigabytes of them."""
     try:
         import soundfile
     except ImportError as error:
@@ -230,7 +232,10 @@ def _read_other(content: bytes, max_seconds: float) -> tuple[npt.NDArray[np.floa
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             _check_sound(file.samplerate, file.channels, file.frames, max_seconds)
-            data = file.read(int(max_seconds * file.samplerate) + 1, dtype="float32", always_2d=True)
+            most = int(max_seconds * file.samplerate) + 1
+            blocks = file.blocks(_BLOCK_FRAMES, frames=most, dtype="float32", always_2d=True)
+            parts = [block.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32) for block in blocks]
+            data = np.concatenate([np.zeros((0, 1), np.float32), *parts])
             _check_sound(file.samplerate, file.channels, len(data), max_seconds)
             return data, file.samplerate
     except UserError:

@@ -18,6 +18,7 @@ from torch import Tensor
 RATE, N_FFT, HOP, MELS = 16_000, 400, 160, 80  # of Whisper: 25 ms windows every 10 ms
 _LINEAR_HZ, _LINEAR_MEL, _LOG_STEP = 1000.0, 15.0, math.log(6.4) / 27
 _RESAMPLE_ZEROS = 16  # zero crossings of the sinc on each side
+_PHASES, _WINDOWS = 32, 4096  # of outputs that are computed in one product
 
 
 def hz_of_mel(mel: Tensor) -> Tensor:
@@ -72,14 +73,17 @@ def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
     length = -(-len(samples) * new // old)
     cutoff = min(old, new) / old  # of half the old rate
     reach = math.ceil(_RESAMPLE_ZEROS / cutoff)  # samples on each side
+    # `new` phases repeat: output m = k new + p lies p old / new samples after input k old. Neighbouring phases share
+    # the samples around them, a narrow window: rates without a common divisor have thousands of phases, far apart.
+    repeats = -(-length // new)
+    padded = torch.nn.functional.pad(samples, (reach, repeats * old + 2 * reach + _PHASES * old // new + 2))
     outputs = []
-    # `new` phases repeat: output m = k new + p lies p old / new samples after input k old
-    phases = torch.arange(new, dtype=torch.float64)[:, None] * old / new
-    offsets = torch.arange(-reach, reach + old + 1, dtype=torch.float64)
-    distance = (offsets - phases).clamp(-reach, reach)
-    kernel = cutoff * torch.sinc(distance * cutoff) * torch.cos(distance * math.pi / (2 * reach)).square()
-    padded = torch.nn.functional.pad(samples[None, None], (reach, reach + 2 * old + 1))
-    # some hundred phases at most go through one convolution: their kernels are kept small
-    for part in kernel.float().split(512):
-        outputs.append(torch.nn.functional.conv1d(padded, part[:, None].to(samples.device), stride=old)[0])
-    return torch.cat(outputs).t().flatten()[:length]
+    for phases in torch.arange(min(new, length)).split(_PHASES):
+        first, last = (int(phase) * old // new for phase in (phases[0], phases[-1]))
+        offsets = torch.arange(first - reach, last + reach + 2, dtype=torch.float64)
+        distance = (offsets - phases[:, None].double() * old / new).clamp(-reach, reach)
+        kernel = cutoff * torch.sinc(distance * cutoff) * torch.cos(distance * math.pi / (2 * reach)).square()
+        windows = padded[first:].unfold(0, len(offsets), old)[:repeats]
+        matrix = kernel.float().t().to(samples.device)
+        outputs.append(torch.cat([part @ matrix for part in windows.split(_WINDOWS)]))
+    return torch.cat(outputs, 1).flatten()[:length]

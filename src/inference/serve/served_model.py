@@ -34,6 +34,8 @@ from src.inference.serve.sequence import Ticket
 from src.model import State
 
 KEPT_MEDIA = 64  # pictures or sounds whose rows are kept, per model
+# One file is decoded at a time: a small one may hold hundreds of megabytes of pixels or samples.
+_READING = threading.Lock()
 MOST_STATES = 256  # that clients may save, per model
 # What an answer begins with when the prompt holds an empty thought up to here: the model would write it.
 _OPEN_EMPTY_THOUGHT, _ITS_END = "</think", ">\n"
@@ -164,7 +166,8 @@ class ServedModel:
                 return digest, rows
         front_end = front_end_of(model)
         assert front_end is not None
-        medium = read_for(model, front_end.spec.kind, content)
+        with _READING:
+            medium = read_for(model, front_end.spec.kind, content)
         with self.engine.device_lock:
             rows = rows_of(model, medium)
         with self._lock:
