@@ -224,6 +224,14 @@ def change_record(path, changes, target):
     torch.save(torch.load(path) | changes, target)
 
 
+def test_the_character_of_media_is_text_without_them(model, folders, tmp_path):
+    talk = conversation(model, folders["chatml"])
+    list(talk.ask("a \ufffc b"))
+    talk.save(tmp_path / "talk")
+    talk.load(tmp_path / "talk")
+    assert talk.transcript.messages[0]["content"] == "a \ufffc b"
+
+
 def test_a_conversation_of_format_version_1_is_loaded(model, folders, tmp_path):
     """Its early files have no hash of the weights."""
     talk = conversation(model, folders["chatml"])

@@ -27,7 +27,7 @@ from src.inference.answer_stream import CONTENT, AnswerPiece, AnswerStream
 from src.inference.characters import CharacterStream
 from src.inference.decoder import Decoder
 from src.inference.generation import generate
-from src.inference.media_prompt import encode_prompt, read_for, rows_of
+from src.inference.media_prompt import encode_prompt, front_end_of, read_for, rows_of
 from src.inference.sampling import SEED_LIMIT, Sampling
 from src.inference.saved_chat import SavedChat, read_chat, write_chat
 from src.model import State
@@ -98,7 +98,8 @@ class Conversation:
 
         Without a template it is the text that follows `text`, all of it content.
         """
-        check_no_object(text)
+        if front_end_of(self.decoder.model) is not None:
+            check_no_object(text)
         before = self.transcript.copy()
         if self.attached:
             text = OBJECT * len(self.attached) + f"\n{text}"

@@ -100,7 +100,8 @@ def _question(
     template = find_template(options.chat_template, tokenizer, think=options.think)
     if template is None:
         raise UserError("pictures and sounds need a chat template", flag="chat_template", given="none")
-    check_no_object(options.prompt)
+    if rows:
+        check_no_object(options.prompt)
     question = OBJECT * len(rows) + "\n" * bool(rows) + options.prompt
     text, literals, begun = render_prompt(template, tokenizer, [{"role": "user", "content": question}])
     tokens, embeds = encode_prompt(tokenizer, text, rows, literals)

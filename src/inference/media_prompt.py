@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src.dataset.media_files import Picture, Sound, read_medium
+from src.dataset.media_files import MediaError, Picture, Sound, read_medium
 from src.dataset.media_tokens import encode_with_media
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
@@ -33,7 +33,10 @@ def read_for(model: RWKV7, kind: str, source: Path | bytes) -> Picture | Sound:
     reads = "text alone" if front_end is None else f"{front_end.spec.kind}s"
     if front_end is None or front_end.spec.kind != kind:
         raise UserError(f"the model reads {reads}, not {kind}s")
-    return read_medium(kind, source, front_end.config.max_seconds)
+    try:
+        return read_medium(kind, source, front_end.config.max_seconds)
+    except MediaError as error:
+        raise MediaError(error.problem, given=source if isinstance(source, Path) else None) from error
 
 
 def content_of_data_url(url: str) -> bytes:

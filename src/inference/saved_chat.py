@@ -136,7 +136,8 @@ def _check_state(chat: SavedChat, model: RWKV7, path: str | Path) -> None:
         for tensor, zero in zip(layer, of_zeros, strict=True)
     )
     rows_fit = all(rows.shape[1] == model.config.n_embd and bool(rows.isfinite().all()) for rows in chat.media)
-    places = sum(message["content"].count(OBJECT) for message in chat.messages)
+    # without media the character is text like any other
+    places = sum(message["content"].count(OBJECT) for message in chat.messages) if chat.media else 0
     if (
         not fits
         or not rows_fit
