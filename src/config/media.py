@@ -71,13 +71,6 @@ def media_faults(flags: Flags) -> Iterator[UserError]:
         )
     elif flags.sft_loss != "answers":
         yield UserError("with --encoder only answers count", flag="sft_loss", given=flags.sft_loss, expected="answers")
-    if flags.chunk_ctx:
-        yield UserError(
-            "a sample with pictures or sounds is not cut into pieces",
-            flag="chunk_ctx",
-            given=flags.chunk_ctx,
-            advice="leave it out; --grad_cp 1 saves memory",
-        )
     yield from _part_faults(flags)
     yield from _size_faults(flags)
 
