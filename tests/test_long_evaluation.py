@@ -9,10 +9,11 @@ from random_model import random_model
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
 from src.dataset.needle import NeedleMaker
 from src.dataset.tokenizer import load_tokenizer
-from src.inference import position_loss
+from src.errors import UserError
+from src.inference import evaluate, position_loss
 from src.inference.evaluate import heldout_loss, main
 from src.inference.needle import find_needles
-from src.inference.position_loss import loss_by_position
+from src.inference.position_loss import PositionLoss, loss_by_position, position_table
 from src.model.weights import save_weights
 
 
@@ -107,10 +108,29 @@ def test_the_command_draws_and_scores(model, folder, tmp_path, capsys):
         (["--compare", weights], "needs --by_position"),
         (["--needle", "8", "--needle_texts", "0"], "at least 1"),
         (["--needle", "8"], "--tokenizer"),
+        (["--by_position", "--picture", str(tmp_path / "curve.xyz")], "ends in .png or .svg"),
+        (["--by_position", "--picture", str(tmp_path / "none" / "curve.png")], "no such folder"),
     ):
         with pytest.raises(SystemExit):
             main([weights, "--data", data, *argv])
         assert message in capsys.readouterr().err
+
+
+def test_models_are_compared_on_the_same_positions(model):
+    results = [("a", loss_by_position(model, TOKENS[:100], 90)), ("b", loss_by_position(model, TOKENS[:60], 90))]
+    with pytest.raises(UserError, match="different lengths"):
+        position_table(results)
+
+
+def test_an_adapter_is_not_of_the_models_compared_with(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(evaluate, "_open", lambda name, _, adapted: given.append(adapted.adapter) or (name, None, None))
+    monkeypatch.setattr(evaluate, "read_tokens", lambda *_: TOKENS)
+    monkeypatch.setattr(evaluate, "loss_by_position", lambda *_: PositionLoss((1,), (2,), (0.0,), (1,)))
+    main(
+        ["M", "--data", "d", "--by_position", "--adapter", "A", "--compare", "M", "--picture", str(tmp_path / "p.svg")]
+    )
+    assert given == ["A", ""]
 
 
 def test_documents_with_needles_are_made(folder, tmp_path, capsys):

@@ -18,6 +18,7 @@ from src.dataset.media_files import Picture
 from src.dataset.media_parts import OBJECT, take_media
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
+from src.inference.arguments import picture_from
 from src.inference.generation import generate_batch
 from src.inference.media_prompt import encode_prompt, front_end_of, read_for, rows_of
 from src.inference.sampling import Sampling
@@ -124,6 +125,9 @@ def answers_report(options: argparse.Namespace, model: RWKV7, tokenizer: Tokeniz
     front_end = front_end_of(model)
     kind = front_end.spec.kind if front_end is not None else None
     folder = Path(options.media_folder) if options.media_folder else None
+    examples = picture_from(options, "examples") if options.examples else None
+    if examples is not None and kind is None:
+        raise UserError("the model reads text alone", flag="examples", given=options.examples, advice="leave it out")
     questions = list(read_questions(Path(options.answers), kind, folder))
     if not questions:
         raise UserError("the file contains no answers", flag="answers", given=options.answers)
@@ -135,9 +139,9 @@ def answers_report(options: argparse.Namespace, model: RWKV7, tokenizer: Tokeniz
     if kind is not None:
         blind = [question.without_media for question in questions]
         texts.append(report(blind, answer_all(model, tokenizer, blind), f"the same questions without the {kind}"))
-    if options.examples:
-        draw_examples(questions, answers, model, Path(options.examples))
-        texts.append(f"examples: {options.examples}")
+    if examples is not None:
+        draw_examples(questions, answers, model, examples)
+        texts.append(f"examples: {examples}")
     return "\n".join(texts)
 
 
@@ -155,6 +159,8 @@ def draw_examples(questions: list[Question], answers: list[str], model: RWKV7, p
             mark = "" if answer == question.answer else f"   WRONG: {question.answer}"
             by_file.setdefault(question.files[0], []).append(f"{question.text}  {answer}{mark}")
     files = list(by_file)[:count]
+    if not files:
+        raise UserError("no question is about a single file", flag="examples", given=path)
     columns = 3
     figure = Figure(figsize=(5 * columns, 2.6 * -(-len(files) // columns)), layout="constrained")
     FigureCanvasAgg(figure)

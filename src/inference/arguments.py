@@ -14,6 +14,7 @@ from src.inference.adaptation import Adaptation
 from src.inference.load import DTYPES
 from src.inference.sampling import SEED_LIMIT, Sampling
 
+PICTURES = (".png", ".svg")
 MODEL_HELP = (
     "weights (.pth, .safetensors, .st, .gguf), a run's folder, or a Hugging Face folder in "
     "flash-linear-attention's layout"
@@ -114,6 +115,16 @@ def add_media_arguments(parser: argparse.ArgumentParser) -> None:
 def media_from(options: argparse.Namespace) -> list[tuple[str, Path]]:
     """(kind, file) of the flags of `add_media_arguments`."""
     return [(kind, Path(file)) for kind in ("image", "sound") for file in getattr(options, kind)]
+
+
+def picture_from(options: argparse.Namespace, flag: str) -> Path:
+    """The file that `flag` names for a picture. Raises UserError where none can be written there."""
+    path = Path(getattr(options, flag))
+    if path.suffix.lower() not in PICTURES:
+        raise UserError(flag=flag, given=path, expected=f"a name that ends in {' or '.join(PICTURES)}")
+    if not path.parent.is_dir():
+        raise UserError("no such folder", flag=flag, given=path, advice="make it first")
+    return path
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,9 +27,9 @@ from src.dataset.corpus.text_input import JSON_LINES, Piece, read_pieces
 from src.dataset.needle import NeedleMaker
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
-from src.inference.adaptation import model_name
+from src.inference.adaptation import NOTHING, Adaptation, model_name
 from src.inference.answers import answers_report
-from src.inference.arguments import adaptation_from, add_model_arguments
+from src.inference.arguments import adaptation_from, add_model_arguments, picture_from
 from src.inference.last_words import MAX_EXPONENT, last_words
 from src.inference.load import UnknownTokenizerError, find_model, find_tokenizer, load_model
 from src.inference.needle import find_needles, needle_table
@@ -158,7 +158,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--by_position", action="store_true", help="the loss of --data by position, and a picture of it"
     )
-    parser.add_argument("--compare", action="append", default=[], metavar="MODEL", help="another line in that picture")
+    parser.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="another line in that picture, without --adapter and --state",
+    )
     parser.add_argument("--picture", default=BY_POSITION, help=".png or .svg of --by_position [%(default)s]")
     parser.add_argument(
         "--needle", default="", metavar="N,...", help="share of numbers found N tokens of --data after they were named"
@@ -203,9 +209,9 @@ def _report_of(options: argparse.Namespace) -> Callable[[argparse.Namespace], st
     return _by_position_report if options.by_position else _needle_report if options.needle else _loss_report
 
 
-def _open(name: str, options: argparse.Namespace) -> tuple[str, RWKV7, Tokenizer | None]:
-    """(name, model, its tokenizer, None where --data holds ids and none is found) of a MODEL."""
-    weights, adaptation = find_model(name, adaptation_from(options))
+def _open(name: str, options: argparse.Namespace, given: Adaptation) -> tuple[str, RWKV7, Tokenizer | None]:
+    """(name, model, its tokenizer, None where --data holds ids and none is found) of a MODEL with `given`."""
+    weights, adaptation = find_model(name, given)
     model = load_model(weights, options.dtype, options.device, adaptation)
     try:
         tokenizer = find_tokenizer(weights, model.config.vocab_size, options.tokenizer, adaptation)
@@ -218,21 +224,25 @@ def _open(name: str, options: argparse.Namespace) -> tuple[str, RWKV7, Tokenizer
 
 
 def _by_position_report(options: argparse.Namespace) -> str:
+    picture = picture_from(options, "picture")  # for its errors, before minutes of work
     results: list[tuple[str, PositionLoss]] = []
-    for given in (options.model, *options.compare):
-        name, model, tokenizer = _open(given, options)
+    # --adapter and --state are of MODEL: what it is compared with is often MODEL without them
+    models = [(options.model, adaptation_from(options)), *((name, NOTHING) for name in options.compare)]
+    for given, adaptation in models:
+        name, model, tokenizer = _open(given, options, adaptation)
         tokens = read_tokens(Path(options.data), tokenizer)
         result = loss_by_position(model, tokens, options.ctx_len, options.max_windows, options.micro_bsz)
         results.append((name, result))
-    write_by_position(results, Path(options.picture))
-    return f"{position_table(results)}\n\nwrote {options.picture}"
+    table = position_table(results)
+    write_by_position(results, picture)
+    return f"{table}\n\nwrote {picture}"
 
 
 def _needle_report(options: argparse.Namespace) -> str:
     parts = [part.strip() for part in options.needle.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise UserError(flag="needle", given=options.needle, expected="numbers of tokens, such as 256,4096")
-    name, model, tokenizer = _open(options.model, options)
+    name, model, tokenizer = _open(options.model, options, adaptation_from(options))
     if tokenizer is None:
         raise UserError("the question is text", flag="needle", advice="name the model's --tokenizer, too")
     maker = NeedleMaker(read_tokens(Path(options.data), tokenizer), tokenizer.encode_as_text)
@@ -241,7 +251,7 @@ def _needle_report(options: argparse.Namespace) -> str:
 
 
 def _loss_report(options: argparse.Namespace) -> str:
-    name, model, tokenizer = _open(options.model, options)
+    name, model, tokenizer = _open(options.model, options, adaptation_from(options))
     tokens = read_tokens(Path(options.data), tokenizer)
     result = heldout_loss(model, tokens, options.ctx_len, options.max_windows, options.micro_bsz)
     # Reported as an error, as a script that reads the loss would take "nan" for a result.

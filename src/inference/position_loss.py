@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from src.errors import UserError
 from src.files import atomic_write
 from src.inference.scoring import LOGIT_ROWS
 from src.inference.windows import Tokens, stack_windows, windows
@@ -81,8 +82,14 @@ def _summed_losses(model: RWKV7, batch: Tensor) -> npt.NDArray[np.float64]:
 
 
 def position_table(results: Sequence[tuple[str, PositionLoss]]) -> str:
-    """One line for each range of positions, one column for each model."""
+    """One line for each range of positions, one column for each model. UserError where their positions differ."""
     first = results[0][1]
+    if any(result.ends != first.ends for _, result in results):
+        raise UserError(
+            "the tokenizers make texts of different lengths of --data",
+            flag="compare",
+            advice="use a --ctx_len that is below both",
+        )
     names = [name for name, _ in results]
     widths = [max(8, len(name)) for name in names]
     head = f"{'positions':>21}  " + "  ".join(name.rjust(width) for name, width in zip(names, widths, strict=True))
