@@ -12,6 +12,7 @@ from training_runs import train, train_until
 
 from src.cli import parse
 from src.config import RunConfig
+from src.dataset.binidx import MMapIndexedDataset
 from src.inference.load import find_model, find_tokenizer, load_model
 from src.model.weights import read_weights
 from src.multimodal.config import media_of
@@ -116,6 +117,30 @@ def test_two_stages_and_cached_features(tmp_path, pictures, tokenizer, base):
     assert adaptation.adapter.endswith("multimodal/adapter")
     assert load_model(weights, adaptation=adaptation).media is not None
     assert find_tokenizer(weights, 259, adaptation=adaptation).vocab_size == 259
+
+
+def test_what_is_loaded_and_stays_is_written_and_is_the_same_in_a_run(tmp_path, pictures, tokenizer, base, capsys):
+    first, other = tmp_path / "first", tmp_path / "other"
+    for seed, out in enumerate((first, other)):
+        assert fit(out, pictures, tokenizer, random_seed=seed, my_exit_tokens=128 * 2) == 0
+    changed = {"load_model": base, "train_parts": "lora", "lora_r": 4, "cache_features": 1}
+    assert fit(tmp_path / "run", pictures, tokenizer, load_projector=first, **changed) == 0
+    given, written = (read_weights(folder / "multimodal" / TENSORS) for folder in (first, tmp_path / "run"))
+    assert given.keys() == written.keys()
+    assert all(torch.equal(given[name], written[name]) for name in given)
+    # the features are those of the loaded encoder, too
+    weights, adaptation = find_model(tmp_path / "run")
+    media = load_model(weights, "fp32", adaptation=adaptation).media
+    samples = SftSamples(parse([word for name, value in {**PATCHES, **SIZES, **SHORT, "tokenizer": tokenizer,
+        "data_file": pictures, "proj_dir": tmp_path}.items() for word in (f"--{name}", str(value))])[0])  # fmt: skip
+    (name, count), *_ = samples.rows.conversations.media_of(0)
+    prepared = samples.media(name, count)
+    index = sorted({n for i in range(12) for n, _ in samples.rows.conversations.media_of(i)}).index(name)
+    cached = MMapIndexedDataset(pictures.with_name("data.jsonl.sft-features"))[index].tobytes()
+    expected = media.encoder(prepared, torch.tensor([1]))
+    torch.testing.assert_close(torch.frombuffer(bytearray(cached), dtype=torch.float32).view_as(expected), expected)
+    assert fit(tmp_path / "run", pictures, tokenizer, load_projector=other, **changed) == 2
+    assert "--load_projector" in capsys.readouterr().err
 
 
 def test_sounds_train_and_are_read_again(tmp_path, tokenizer):

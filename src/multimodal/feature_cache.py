@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset, with_ending
 from src.dataset.media_reader import MediaReader
@@ -50,16 +50,21 @@ def open_features(
     device: torch.device | str,
     dtype: torch.dtype,
     report: Callable[[str], None],
+    build: Callable[[], nn.Module] | None = None,
+    weights: str = "",
 ) -> FeatureCache:
     """The features of these media: those on the disk, where they were made from the same files with the same encoder,
-    else computed now. One process computes, others that call it wait. Raises UserError, MediaError, OSError."""
+    else computed now. One process computes, others that call it wait. Raises UserError, MediaError, OSError.
+
+    `build`: makes the encoder, with weights of which `weights` is a hash; None: `spec.build`, with those of its folder.
+    """
     names = sorted(set(names))
-    made_from = _made_from(reader, names, dtype)
+    made_from = {**_made_from(reader, names, dtype), "weights": weights}
     if not _is_current(prefix, made_from):
         with file_lock(with_ending(prefix, ".lock"), wait=True):
             if not _is_current(prefix, made_from):
                 report(f"encoding {len(names):,} files once, into {prefix}.bin")
-                _compute(spec, reader, names, prefix, device, dtype)
+                _compute(spec, (build or spec.build)(), reader, names, prefix, device, dtype)
                 with atomic_write(with_ending(prefix, ".json"), "w") as file:
                     json.dump(made_from, file)
     return FeatureCache(prefix, names, spec.width, dtype)
@@ -88,6 +93,7 @@ def _is_current(prefix: Path, made_from: dict[str, Any]) -> bool:
 @torch.no_grad()
 def _compute(
     spec: EncoderSpec,
+    encoder: nn.Module,
     reader: MediaReader,
     names: list[str],
     prefix: Path,
@@ -95,7 +101,7 @@ def _compute(
     dtype: torch.dtype,
 ) -> None:
     with_ending(prefix, ".json").unlink(missing_ok=True)  # it never describes features that aren't there
-    encoder = spec.build().to(device, dtype).eval()
+    encoder.to(device, dtype).eval()
     with BinIdxWriter(prefix, np.uint8) as out:
         for first in range(0, len(names), BATCH):
             media = [reader.read(name) for name in names[first : first + BATCH]]

@@ -9,12 +9,13 @@ adapter/ state.pth  what was trained beside that base
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.errors import UserError
 from src.files import atomic_write
@@ -75,20 +76,28 @@ def read_record(folder: Path) -> MediaRecord:
     return MediaRecord(MediaConfig.from_payload(content.get("media"), path), *texts)
 
 
-def encoder_tensors(folder: Path) -> Weights:
-    """The encoder's weights in a folder; {} where they are in a folder of their own."""
+def tensors_of(folder: Path, parts: Collection[str]) -> Weights:
+    """The weights of these parts, "encoder" and "projector", in a folder; of an encoder with a folder of its own only
+    where it was trained."""
     stored = read_weights(folder / TENSORS)
-    return {name: tensor for name, tensor in stored.items() if name.startswith("encoder.")}
+    return {name: tensor for name, tensor in stored.items() if name.partition(".")[0] in parts}
+
+
+def load_front_end_values(front_end: FrontEnd, folder: Path) -> None:
+    """Overwrite the weights of `front_end` by those in `folder`. Raises UserError when they don't fit."""
+    _copy_values(dict(front_end.named_parameters()), read_weights(folder / TENSORS), front_end.config, folder)
+
+
+def load_encoder_values(encoder: nn.Module, config: MediaConfig, folder: Path) -> None:
+    """As `load_front_end_values`, of the encoder alone."""
+    expected = {f"encoder.{name}": parameter for name, parameter in encoder.named_parameters()}
+    _copy_values(expected, tensors_of(folder, ("encoder",)), config, folder)
 
 
 @torch.no_grad()
-def load_front_end_values(front_end: FrontEnd, folder: Path) -> None:
-    """Overwrite the weights of `front_end` by those in `folder`. Raises UserError when they don't fit."""
-    stored = read_weights(folder / TENSORS)
-    expected: dict[str, Tensor] = dict(front_end.named_parameters())
-    own_encoder = not front_end.config.encoder.startswith(HF)
+def _copy_values(expected: Mapping[str, Tensor], stored: Weights, config: MediaConfig, folder: Path) -> None:
     for name in stored.keys() | expected.keys():
-        if name not in stored and name.startswith("encoder.") and not own_encoder:
+        if name not in stored and name.startswith("encoder.") and config.encoder.startswith(HF):
             continue  # it has the values of its own folder
         given = list(stored[name].shape) if name in stored else "missing"
         needed = list(expected[name].shape) if name in expected else "no such parameter"

@@ -274,8 +274,7 @@ def _train(
 ) -> int:
     on_rank_zero = process_group.broadcast_from_rank_zero
     samples, held_out = _open_data(config)
-    on_rank_zero(lambda: cache_features(samples, held_out, hardware))  # there first; the others find them on the disk
-    cache_features(samples, held_out, hardware)
+    cache_features(samples, held_out, hardware, process_group.environment.local_rank())
     config = on_rank_zero(partial(with_timed_length, config, hardware, samples.tokens_per_epoch, proj_dir))
     process_group.refuse_other_values({"training data": samples.identity}, flags=False)
     length = length_of_run(config, samples.tokens_per_epoch, hardware.data_parallel_size)

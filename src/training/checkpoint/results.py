@@ -12,23 +12,23 @@ import torch
 from src.adapt.adapter import portable
 from src.adapt.adapter_files import Adapter, write_adapter
 from src.adapt.config import adapter_of
-from src.config import RunConfig, keeps_base, trained_parts
+from src.config import RunConfig, keeps_base
 from src.files import whole_folder
-from src.inference.adaptation import multimodal_folder
 from src.model.weights import Weights, save_weights
 from src.multimodal import files as media_files
-from src.multimodal.config import HF, media_of
-from src.multimodal.files import MediaRecord, encoder_tensors, write_front_end
+from src.multimodal.config import media_of
+from src.multimodal.files import MediaRecord, write_front_end
 from src.multimodal.front_end import PREFIX
 from src.run_folder import ADAPTER, MULTIMODAL, TUNED_STATE, WEIGHTS, ResultNames
 from src.training.checkpoint.gather import gather_held, gather_weights
 from src.training.module import TrainingModule
+from src.training.objectives.front_end import frozen_tensors
 
 
 @dataclass(frozen=True)
 class FrontEndResult:
-    """`record` without tensors; `frozen`: weights of an encoder of ours that is not trained, which belong to the
-    result all the same; `dtype` of the language model's weights, where it is trained."""
+    """`record` without tensors; `frozen`: weights of --load_projector that are not trained, which belong to the result
+    all the same; `dtype` of the language model's weights, where it is trained."""
 
     record: MediaRecord
     dtype: torch.dtype
@@ -115,9 +115,7 @@ def results_of(
         path = str(base.absolute())
     front_end = None
     if media is not None:
-        is_frozen = "encoder" not in trained_parts(config) and not media.encoder.startswith(HF)
-        source = multimodal_folder(Path(config.load_projector))  # there, as the model was built with it
-        frozen = encoder_tensors(source) if is_frozen and source is not None else {}
-        front_end = FrontEndResult(MediaRecord(media, path, base_sha256 if path else ""), dtype, frozen)
+        record = MediaRecord(media, path, base_sha256 if path else "")
+        front_end = FrontEndResult(record, dtype, frozen_tensors(config))
     of_adapter = Adapter(adapter, {}, base_sha256, path) if adapter is not None else None
     return Results(result_names(config), of_adapter, check_folder, front_end)

@@ -5,18 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from src.adapt.base_hash import base_sha256
 from src.config import RunConfig, adapter_kind, trained_parts
 from src.dataset.binidx import with_ending
 from src.errors import UserError
 from src.inference.adaptation import multimodal_folder
 from src.model import RWKV7
+from src.model.weights import Weights
 from src.multimodal.config import media_of
 from src.multimodal.feature_cache import open_features
-from src.multimodal.files import load_front_end_values
+from src.multimodal.files import load_encoder_values, load_front_end_values, tensors_of
 from src.multimodal.front_end import PREFIX, attach_front_end, freeze_parts
 from src.multimodal.media_input import MediaInput
-from src.training.console import log
+from src.terminal import show
 from src.training.data import HeldOut, Samples, SftSamples
 from src.training.hardware.selection import Hardware
 
@@ -50,15 +53,41 @@ def front_end_folder(config: RunConfig) -> Path:
     return folder
 
 
-def cache_features(samples: Samples, held_out: HeldOut | None, hardware: Hardware) -> None:
-    """With --cache_features: what the encoder makes of the media of both data sets, computed on this process's device
-    where it isn't on the disk. Raises UserError."""
+def frozen_tensors(config: RunConfig) -> Weights:
+    """Of the weights that --load_projector names those that aren't trained: what the run writes needs them, too."""
+    if not config.load_projector:
+        return {}
+    frozen = {"encoder", "projector"} - set(trained_parts(config))
+    return tensors_of(front_end_folder(config), frozen)
+
+
+def frozen_sha256(config: RunConfig) -> str:
+    """A hash of `frozen_tensors`: with others it would be another run. "" where there are none."""
+    tensors = frozen_tensors(config)
+    return base_sha256(tensors) if tensors else ""
+
+
+def cache_features(samples: Samples, held_out: HeldOut | None, hardware: Hardware, local_rank: int) -> None:
+    """With --cache_features: what the encoder makes of the media of both data sets. Where it isn't on the disk, the
+    first process to come computes it on its device, and the others wait, however long it takes. Raises UserError."""
     if not isinstance(samples, SftSamples) or not samples.config.cache_features:
         return
+    config, media = samples.config, media_of(samples.config)
+    assert media is not None, "checked with the flags"
+
+    def build() -> nn.Module:
+        encoder = media.spec.build()
+        if config.load_projector:
+            load_encoder_values(encoder, media, front_end_folder(config))
+        return encoder
+
+    weights = frozen_sha256(config)
     for rows in (samples.rows, *([held_out.rows] if held_out is not None else [])):
         source = rows.media
         assert isinstance(source, MediaInput)
         names = (name for i in range(len(rows.conversations.data)) for name, _ in rows.conversations.media_of(i))
         prefix = with_ending(rows.conversations.data.prefix, "-features")
-        device = "cuda" if hardware.accelerator == "gpu" else "cpu"
-        source.features = open_features(source.spec, source.reader, names, prefix, device, hardware.dtype, log)
+        device = f"cuda:{local_rank}" if hardware.accelerator == "gpu" else "cpu"
+        source.features = open_features(
+            source.spec, source.reader, names, prefix, device, hardware.dtype, show, build, weights
+        )
