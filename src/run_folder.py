@@ -130,7 +130,7 @@ def _check_record(run: Any) -> None:
         ("origin", origin, dict),
     ]
     values += [(name, run.get(name, {}), dict) for name in ("environment", "held_out")]
-    values += [(name, run.get(name, ""), str) for name in ("tokenizer", "wandb_id")]
+    values += [(name, run.get(name, ""), str) for name in ("tokenizer", "wandb_id", "launch")]
     if isinstance(settings, dict) and isinstance(origin, dict):
         values += [(f"origin {name}", origin.get(name, ""), str) for name in ("sha256", "path")]
         values += [(name, settings.get(name, 1), int) for name in COUNTS_OF_SETTINGS]

@@ -9,10 +9,13 @@ import pytest
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from src.config import RunConfig
 from src.errors import UserError
+from src.run_folder import write_run
 from src.training.distributed import launch
 from src.training.distributed.failure import Cause, cause_of, is_supervised, record_failure
 from src.training.distributed.restarts import describe, may_restart
+from src.training.run import _has_restarted
 
 
 @pytest.fixture
@@ -106,6 +109,27 @@ def test_the_error_file_has_the_form_of_torch(failure, tmp_path):
     assert failed.message["message"] == "boom"
     assert set(failed.message["extraInfo"]) >= {"py_callstack", "timestamp"}
     assert json.loads((tmp_path / "0.json").read_text())["message"]["message"] == "boom"
+
+
+def test_without_space_for_the_error_file_the_error_is_printed(monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "no folder" / "error.json"))
+    record_failure(ValueError("boom"), "boom", step=1, can_restart=True, is_expected=True)
+    assert "boom (" in capfd.readouterr().err
+
+
+def test_only_the_attempts_of_a_command_after_the_first_leave_restart_out(monkeypatch, tmp_path):
+    config = RunConfig(proj_dir=str(tmp_path), restart=True)
+    monkeypatch.setenv("ROLE_NAME", "train.py")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "x")
+    monkeypatch.setenv(launch.LAUNCHED_AT, "12.5")
+    write_run(tmp_path, {"launch": "12.5"})
+    assert not _has_restarted(config)
+    monkeypatch.setenv(launch.ATTEMPT, "1")
+    assert _has_restarted(config)
+    write_run(tmp_path, {"launch": "7.5"})  # of the run before: the first attempt failed before it was archived
+    assert not _has_restarted(config)
+    (tmp_path / "run.json").write_text("damaged")
+    assert not _has_restarted(config)
 
 
 def test_only_the_ranks_of_our_own_agent_leave_their_errors_to_it():

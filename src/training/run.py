@@ -48,7 +48,7 @@ from src.training.console import is_rank_zero, log, log_error, warn_on_error
 from src.training.data import HeldOut, Samples, SftSamples, open_samples
 from src.training.distributed.agreement import refuse_other_starts
 from src.training.distributed.failure import is_supervised, record_failure
-from src.training.distributed.launch import Launch, attempt, launch, launched_at, meeting_point
+from src.training.distributed.launch import Launch, attempt, launch, launch_id, launched_at, meeting_point
 from src.training.distributed.process_group import ProcessGroup, join
 from src.training.distributed.ranks import rank_from_launcher
 from src.training.figures.loss_figure import write_loss_figure
@@ -124,8 +124,8 @@ def run(config: RunConfig, notes: list[str]) -> int:
             refuse_other_starts(process_group, config)
             config, batch_notes = with_global_batch(config, hardware)
             notes = [*notes, *batch_notes]
-            if config.restart and process_group.any_rank([attempt() > 0]).wait()[0]:
-                config = replace(config, restart=False)  # done by the first attempt
+            if config.restart and process_group.any_rank([_has_restarted(config)]).wait()[0]:
+                config = replace(config, restart=False)
         for note in (*notes, *hardware.notes):
             log(f"note: {note}")
         code = _run_mode(config, hardware, process_group, ends_at)
@@ -157,6 +157,18 @@ def run(config: RunConfig, notes: list[str]) -> int:
         if is_supervised(os.environ):
             return FAILURE  # the agent shows the traceback, of the rank whose error was the first
         raise
+
+
+def _has_restarted(config: RunConfig) -> bool:
+    """Whether the ranks were started again after an attempt that had begun the new run of --restart."""
+    if not attempt():
+        return False
+    if not is_supervised(os.environ):  # torchrun's attempts have nothing in common that run.json could record
+        return True
+    try:
+        return run_folder.read_run(Path(config.proj_dir)).get("launch") == launch_id()
+    except UserError:  # the earlier run's, damaged: it isn't archived yet
+        return False
 
 
 def _fail(

@@ -22,6 +22,7 @@ from src.run_folder import FINAL, TOKENIZER, VALIDATION
 from src.training.checkpoint.resume import ResumePoint
 from src.training.console import log
 from src.training.data import Samples
+from src.training.distributed.launch import launch_id
 from src.training.hardware.selection import Hardware
 from src.training.model_setup import find_vocab_size
 from src.training.objectives.front_end import frozen_sha256
@@ -152,6 +153,7 @@ def record_start(
     if config.val_data_file:
         _record_held_out(run, {name: settings[name] for name in ("val_data_file", "val_windows")}, proj_dir)
     run["settings"] = settings
+    run["launch"] = launch_id()  # a later attempt of this command must not carry out --restart again
     run["environment"] = environment(hardware)
     run["mini_epoch_samples"] = resume.length.mini_epoch_samples
     # chat and generation find it here; a start that leaves the flag out doesn't forget it

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from src.files import atomic_write
+from src.training.console import log_error
 
 ROLE = "train.py"  # torchelastic's ROLE_NAME: of the ranks whose agent is launch.py's, not torchrun's
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -40,8 +41,11 @@ def record_failure(error: BaseException, message: str, *, step: int, can_restart
         "can_restart": can_restart,
     }
     # whole or not there: the agent would fail on half a file of a process that is killed
-    with atomic_write(Path(path), "w") as file:
-        json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+    try:
+        with atomic_write(Path(path), "w") as file:
+            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+    except OSError as no_file:  # no space for temporary files: the error itself must not be lost
+        log_error(f"{message} ({path} can't be written: {no_file.strerror})")
 
 
 @dataclass(frozen=True)

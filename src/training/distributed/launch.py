@@ -218,6 +218,11 @@ def attempt() -> int:
     return max(int(os.environ.get(name, 0)) for name in (ATTEMPT, "TORCHELASTIC_RESTART_COUNT"))
 
 
+def launch_id() -> str:
+    """In a rank of our own agent: the same in all attempts of a command, and in no other command; '' elsewhere."""
+    return os.environ[LAUNCHED_AT] if is_supervised(os.environ) else ""
+
+
 def launched_at() -> float:
     """When the run's command was started, by time.monotonic(): of a rank that was started again, the first time."""
     return float(os.environ[LAUNCHED_AT]) if is_supervised(os.environ) else time.monotonic()
