@@ -1,5 +1,6 @@
 """Full states on disk: earlier formats are read, only what the manifest lists counts, and each byte is read once."""
 
+import hashlib
 import io
 import json
 import math
@@ -20,9 +21,10 @@ from src.files import sha256_of
 from src.run_folder import read_run, write_run
 from src.training.checkpoint import reader as reader_module
 from src.training.checkpoint import shard_file, snapshot, storage
-from src.training.checkpoint.manifest import DamagedStateError
+from src.training.checkpoint.manifest import DamagedStateError, Entry, parse_manifest
 from src.training.checkpoint.parts import Part, in_shards, own_parts, owners, whole_part
 from src.training.checkpoint.reader import StateReader
+from src.training.checkpoint.shard_file import ShardFile, header_of
 from src.training.checkpoint.state import SavedState
 from src.training.checkpoint.storage import StateWriter, state_folders
 from src.training.run import run
@@ -122,7 +124,7 @@ def test_files_that_the_manifest_does_not_list_are_not_read(tmp_path, data, monk
 
 
 ENTRY = '{"bytes": 2, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"}'  # of "{}"
-BLOCKS = '{"bytes": 2, "header_bytes": 1, "sha256": ["a"]}'
+BLOCKS = '{"bytes": 2, "header_bytes": 0, "sha256": ["a"]}'
 MALFORMED = {
     "not JSON": "{",
     "a list": "[]",
@@ -159,6 +161,26 @@ def test_a_malformed_manifest_is_damage(tmp_path, text):
         (tmp_path / name).write_text("{}")
     with pytest.raises(DamagedStateError):
         StateReader(tmp_path)
+
+
+def test_a_value_never_lies_across_two_blocks():
+    entry = {"bytes": 1 << 21, "sha256": ["a", "b", "c"]}
+    files = {"state.json": {"bytes": 2, "sha256": "a"}, "a.safetensors": {**entry, "header_bytes": 96}}
+    parse_manifest(json.dumps({"version": 3, "files": files}).encode(), Path())
+    files["a.safetensors"]["header_bytes"] = 97
+    with pytest.raises(DamagedStateError, match=r"the entry of a\.safetensors has no header"):
+        parse_manifest(json.dumps({"version": 3, "files": files}).encode(), Path())
+
+
+@pytest.mark.parametrize("shape", ["[3.0]", "[true,3]", "[-1,-3]", '["3"]'])
+def test_a_shape_without_whole_numbers_is_damage(tmp_path, shape):
+    header = header_of([Part("a/master", torch.zeros(3), (5,), 1)])[8:].replace(b"[3]", shape.encode(), 1)
+    header += b" " * (-len(header) % 8)
+    data = len(header).to_bytes(8, "little") + header + bytes(12)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(DamagedStateError, match="malformed"):
+        ShardFile(path, Entry(len(data), len(data), 8, (hashlib.sha256(data).hexdigest(),)))
 
 
 POSITION = {"step": 1, "samples": 4, "mini_epoch_samples": 4}

@@ -88,7 +88,8 @@ def _parse_entry(name: str, entry: Any, block_bytes: int) -> Entry:
     if hashes is not sha256:
         return Entry(size, size, block_bytes, tuple(hashes))
     header_bytes = entry.get("header_bytes")
-    if type(header_bytes) is not int or not 0 <= header_bytes <= size:
+    # a multiple of 8, as blocks: no value may lie across two of them
+    if type(header_bytes) is not int or not 0 <= header_bytes <= size or header_bytes % 8:
         raise DamagedStateError(f"{MANIFEST} is malformed: the entry of {name} has no header")
     if len(hashes) != 1 + -(-(size - header_bytes) // block_bytes):
         raise DamagedStateError(f"{MANIFEST} is malformed: {name} has {len(hashes)} blocks")

@@ -129,7 +129,9 @@ class ShardFile:
         dtype, (begin, end) = DTYPES[value["dtype"]], value["data_offsets"]
         count = math.prod(value["shape"])
         start, shape = partial if partial is not None else (0, value["shape"])
-        if not all(type(number) is int and 0 <= number < 1 << 63 for number in (begin, end, start, *shape)):
+        if not all(
+            type(number) is int and 0 <= number < 1 << 63 for number in (begin, end, start, *shape, *value["shape"])
+        ):
             raise ValueError(f"{key} has no offsets")
         offset = data_begin + begin
         is_inside = end - begin == count * dtype.itemsize and data_begin + end <= self.entry.size
