@@ -181,17 +181,21 @@ def test_three_ranks_add_gradients_in_the_same_order_in_every_step():
 
 
 def test_a_standstill_is_told_after_a_minute_and_not_while_steps_end(monkeypatch):
-    """Steps of a second until the sixth, which hangs."""
+    """Steps of a second, of which the sixth takes 75 s, as a validation does, until the eleventh, which hangs."""
     now, told, group = [0.0], [], object.__new__(process_group.DistributedProcessGroup)
 
     def sleep(seconds):
         now[0] += seconds
-        group.step = min(5, int(now[0]))
+        if now[0] > 1000:
+            raise StopIteration
+        group.step = min(5, int(now[0])) if now[0] < 80 else min(10, int(now[0]) - 74)
 
     monkeypatch.setattr(process_group, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
-    monkeypatch.setattr(process_group, "log", told.append)
-    group.watch_steps(timedelta(seconds=600))
-    assert 64 <= now[0] <= 67
+    monkeypatch.setattr(process_group, "log", lambda sentence: told.append((now[0], sentence)))
+    with pytest.raises(StopIteration):
+        group.watch_steps(timedelta(seconds=600))
+    assert [seconds for seconds, _ in told] == [pytest.approx(65, abs=2), pytest.approx(84 + 5 * 75, abs=8)]
+    told = [sentence for _, sentence in told]
     assert told[0].startswith("note: no step has ended for 60 s: a process saves, validates or hangs.")
     assert "600 s" in told[0]
 

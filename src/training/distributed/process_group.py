@@ -101,18 +101,22 @@ class DistributedProcessGroup(ProcessGroup):
             threading.Thread(target=self.watch_steps, args=(timeout,), daemon=True, name="steps").start()
 
     def watch_steps(self, timeout: timedelta) -> None:
-        """In a thread of rank 0: say once when no step has ended for long, before a collective operation times out."""
-        begin, longest, ended, step = time.monotonic(), 0.0, 0, self.step
-        while ended < 3 or time.monotonic() - begin < max(STANDSTILL_SECONDS, 5 * longest):
+        """In a thread of rank 0: say when no step has ended for long, once each time, before a collective operation
+        times out."""
+        begin, longest, ended, step, is_told = time.monotonic(), 0.0, 0, self.step, False
+        while True:
             time.sleep(1)
+            now = time.monotonic()
             if self.step != step:
-                now, ended, step = time.monotonic(), ended + 1, self.step
+                ended, step = ended + 1, self.step
                 longest = max(longest, now - begin if ended > 2 else 0)  # the first includes the start
-                begin = now
-        log(
-            f"note: no step has ended for {time.monotonic() - begin:.0f} s: a process saves, validates or hangs. "
-            f"One that waits {timeout.total_seconds():.0f} s for others in one operation fails (--dist_timeout)"
-        )
+                begin, is_told = now, False
+            elif ended > 2 and not is_told and now - begin >= max(STANDSTILL_SECONDS, 5 * longest):
+                is_told = True
+                log(
+                    f"note: no step has ended for {now - begin:.0f} s: a process saves, validates or hangs. "
+                    f"One that waits {timeout.total_seconds():.0f} s for others in one operation fails (--dist_timeout)"
+                )
 
     def broadcast_from_rank_zero(self, compute: Callable[[], T]) -> T:
         outcome: list[Any] = [None, None]
