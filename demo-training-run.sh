@@ -8,8 +8,8 @@
 #                                       DATA_FILE of your own), for a GPU
 #   SIZE=7b N_NODE=4 GPU_PER_NODE=8 sh demo-training-run.sh cluster
 #                                       a large model on your DATA_FILE; SIZE is 3b, 7b, 13b, 30b or 70b
-#                                       (src/training/preflight/model_sizes.txt). On each machine, with NODE_RANK and others as in
-#                                       docs/cluster.md. With --plan --my_exit_tokens N: what it needs
+#                                       (src/training/preflight/model_sizes.txt). On each machine, with MASTER_ADDR and
+#                                       MASTER_PORT as in docs/cluster.md. With --plan --my_exit_tokens N: what it needs
 #
 # The demo measures its speed at its start and trains what fits into TRAIN_MINUTES, between 1.3 M tokens and all of its
 # 3.0 M; MY_EXIT_TOKENS sets a fixed number instead.

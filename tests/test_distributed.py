@@ -518,7 +518,8 @@ def test_a_missing_or_untested_deepspeed_is_refused(monkeypatch, version):
 @pytest.mark.parametrize(
     ("flags", "launched", "processes"),
     [
-        ({"devices": "2", "num_nodes": 3}, {}, 6),
+        ({"devices": "2", "num_nodes": "3"}, {}, 6),
+        ({"devices": "4", "context_parallel": 2}, {}, 2),
         ({"devices": "auto"}, {}, 1),
         ({"devices": "auto"}, {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, 4),
         ({"plan": 0, "devices": "8", "accelerator": "gpu"}, {}, 8),

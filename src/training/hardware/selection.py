@@ -169,7 +169,9 @@ def with_global_batch(config: RunConfig, hardware: Hardware) -> tuple[RunConfig,
     micro_batches = config.most_nodes * hardware.devices * config.accumulate_grad_batches
     fewer = max(1, micro_batches // hardware.world_size)
     accumulate = min(fewer, fewer + 1, key=lambda n: abs(n * hardware.world_size - micro_batches))
-    wanted, got = (n * config.micro_bsz for n in (micro_batches, accumulate * hardware.world_size))
+    wanted, got = (
+        n * config.micro_bsz // config.context_parallel for n in (micro_batches, accumulate * hardware.world_size)
+    )
     note = f"the global batch is {got} samples: {hardware.world_size} processes can't share {wanted}"
     return replace(config, accumulate_grad_batches=accumulate), [note] if wanted != got else []
 
@@ -185,7 +187,8 @@ def with_length(config: RunConfig, batches: int) -> RunConfig:
         devices, num_nodes = count_processes(config)
         # the length of an elastic run doesn't depend on the machines that are there at a start
         num_nodes = config.most_nodes if config.fewest_nodes < config.most_nodes else num_nodes
-    return replace(config, my_exit_tokens=batches * config.micro_bsz * config.ctx_len * devices * num_nodes)
+    readers = devices * num_nodes // config.context_parallel  # of different samples
+    return replace(config, my_exit_tokens=batches * config.micro_bsz * config.ctx_len * readers)
 
 
 def _choose_strategy(config: RunConfig, processes: int, accelerator: str, notes: list[str]) -> tuple[str, int, bool]:
