@@ -13,7 +13,9 @@ from training_runs import train, train_until
 from src.cli import parse
 from src.config import RunConfig
 from src.dataset.binidx import MMapIndexedDataset
-from src.inference.load import find_model, find_tokenizer, load_model
+from src.errors import UserError
+from src.inference.export import main as export
+from src.inference.load import find_model, find_tokenizer, find_weights, load_model
 from src.model.weights import read_weights
 from src.multimodal.config import media_of
 from src.multimodal.files import LANGUAGE_MODEL, TENSORS, read_record
@@ -117,6 +119,13 @@ def test_two_stages_and_cached_features(tmp_path, pictures, tokenizer, base):
     assert adaptation.adapter.endswith("multimodal/adapter")
     assert load_model(weights, adaptation=adaptation).media is not None
     assert find_tokenizer(weights, 259, adaptation=adaptation).vocab_size == 259
+    # training on starts from the adapted model, not from its base
+    with pytest.raises(UserError, match="merge it first"):
+        find_weights(tmp_path / "stage2")
+    assert export([str(tmp_path / "stage2"), str(tmp_path / "merged.pth")]) == 0
+    merged, of_base = read_weights(tmp_path / "merged.pth"), read_weights(base)
+    assert merged.keys() == of_base.keys()
+    assert not torch.equal(merged["blocks.0.att.key.weight"], of_base["blocks.0.att.key.weight"])
 
 
 def test_what_is_loaded_and_stays_is_written_and_is_the_same_in_a_run(tmp_path, pictures, tokenizer, base, capsys):
@@ -205,6 +214,7 @@ def test_packed_rows_have_the_loss_of_their_conversations_alone(tmp_path, pictur
         ({"peft": "lora", "load_model": "x"}, "peft"),
         ({"image_size": "20"}, "image_size"),
         ({"patch_size": 6}, "patch_size"),
+        ({"patch_size": 0}, "patch_size"),
         ({"media_tokens": 5}, "media_tokens"),
         ({"quant": "nf4"}, "quant"),
         ({"chunk_ctx": 256}, "chunk_ctx"),

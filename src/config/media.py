@@ -121,7 +121,7 @@ def _size_faults(flags: Flags) -> Iterator[UserError]:
     if patch & (patch - 1):
         yield UserError(flag="patch_size", given=patch, expected="a power of two")
     size = image_size(flags.image_size)
-    if size is None or not all(size) or any(side % patch for side in size):
+    if size is None or not all(size) or any(patch and side % patch for side in size):
         yield UserError(
             flag="image_size",
             given=flags.image_size,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -44,10 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     prepare_output()
     options = parser.parse_args(argv)
     try:
-        weights, adaptation = find_model(options.model, adaptation_from(options))
+        weights, found = find_model(options.model, adaptation_from(options))
+        adaptation = replace(found, media="")  # no format has a place for encoder and projector
         format = options.format or _format_of(options.out)
         # before seconds are spent on loading the model
-        _check_out(options.out, format, [weights, *adaptation.paths])
+        _check_out(options.out, format, [weights, *found.paths])
         _check_options(format, options, adaptation)
         if format in ADAPTER_FORMATS:
             model = load_model(weights, "as is", "cpu")
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             # Rounded once: where the format rounds by itself, what an adapter is merged into stays fp32 until then.
             merged = options.dtype or ("fp32" if FORMATS[format].types else "as is")
             model = load_model(weights, merged if adaptation else "as is", "cpu", adaptation)
-        tokenizer = _tokenizer(weights, model, options.tokenizer, ALL_FORMATS[format], adaptation)
+        tokenizer = _tokenizer(weights, model, options.tokenizer, ALL_FORMATS[format], found)
         type, title = options.type or "", _title(weights)
         held_out = _held_out(options.data, model, tokenizer) if options.data else None
         if format in ADAPTER_FORMATS:
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
                 model, adapter, options.out, format, tokenizer, type=type, title=f"{title} adapter", windows=held_out
             )
         else:
-            folder = (adaptation.paths or [weights])[0].parent
+            folder = ([Path(found.media)] if found.media else adaptation.paths or [weights])[0].parent
             parity = convert_model(
                 model,
                 options.out,
@@ -83,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, RuntimeError) as error:  # VerificationError, and what torch.save raises when the disk is full
         parser.exit(1, f"{parser.prog}: {error}\n")
     show(f"wrote {options.out} ({format}) from {model_name(weights, adaptation)}\n{parity}")
+    if found.media:
+        show(f"the language model alone: encoder and projector stay in {found.media}")
     if format in FORMATS and (next_command := FORMATS[format].next_command) is not None:
         show(next_command(title, options.out))
     return 0

@@ -42,7 +42,21 @@ def find_weights(model: str | Path) -> Path:
     if holds_model(path):
         return path
     if (folder := multimodal_folder(path)) is not None:
-        return multimodal_model(folder, Adaptation())[0]
+        language_model, beside = multimodal_model(folder, Adaptation())
+        if beside.adapter:
+            raise UserError(
+                "its language model is a base with an adapter",
+                given=path,
+                advice=f"merge it first: python -m src.inference.export {path} MERGED.pth; then use --load_model "
+                f"MERGED.pth --load_projector {path}",
+            )
+        if beside.state:
+            raise UserError(
+                "its language model is a base with tuned initial states",
+                given=path,
+                advice=f"name the base, --load_model {language_model}, and --load_projector {path}",
+            )
+        return language_model
     if not path.is_dir():
         raise UserError("no such file or folder", given=path, expected="a weights file or a run's folder (--proj_dir)")
     if (weights := newest_weights(path)) is not None:
