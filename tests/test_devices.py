@@ -48,7 +48,7 @@ def test_a_run_takes_the_device_with_the_precision_that_suits_it(one_xpu):
     assert choose_hardware(RunConfig(accelerator="xpu", precision="fp32")).precision == "fp32"
     strategy = lightning_strategy(RunConfig(), hardware)
     assert strategy.root_device == torch.device("xpu", 0)
-    for flag, value in (("devices", "2"), ("num_nodes", 2)):
+    for flag, value in (("devices", "2"), ("num_nodes", "2")):
         with pytest.raises(UserError, match="1 with --accelerator xpu") as caught:
             choose_hardware(RunConfig(accelerator="xpu", **{flag: value}))
         assert caught.value.flag == flag

@@ -22,6 +22,7 @@ from src.ops.build import BuildError, load_native
 from src.training.hardware.selection import Hardware
 from src.training.module import TrainingModule
 from src.training.preflight import plan
+from src.training.preflight.piece_memory import Cut
 from src.training.run import run
 
 VOCAB, CTX, BATCH = 100, 64, 2
@@ -164,7 +165,7 @@ def test_the_lean_setting_is_planned_within_5_gb():
     """L12-D768, V 65536, ctx 512, micro batch 16 with --grad_cp 1 --head_chunk 4096 on one GPU in bf16."""
     ranks = {"d_decay_lora": 64, "d_aaa_lora": 64, "d_mv_lora": 32, "d_gate_lora": 128}
     config = RunConfig(n_layer=12, n_embd=768, grad_cp=1, **ranks).model_config(65536)
-    assert plan.memory(config, "auto", 1, "bf16", 16 * 512, head_chunk=4096, on_gpu=True).total < 5e9
+    assert plan.memory(config, "auto", 1, "bf16", Cut(16, 512), head_chunk=4096, on_gpu=True).total < 5e9
 
 
 # ---- The loop around the step ------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ GROUPS = {
     "data": "数据",
     "model": "模型",
     "adapt": "只微调一部分：适配器、状态",
+    "media": "图片和声音",
     "length": "长度、batch 和学习率",
     "optimizer": "优化器",
     "speed": "内存与速度",

@@ -129,7 +129,9 @@ void rows_times(const Product& p, int64_t first, int64_t last, int64_t columns, 
   const int64_t share = (last - first) / kStreams;
   for (int64_t row = first; row < first + share; ++row)
     dots_of_all<kStreams>(weight + row * columns, share * columns, p, columns, B, p.out + row, share);
-  for (int64_t row = first + kStreams * share; row < last; ++row) dots_of_all<1>(weight + row * columns, 0, p, columns, B, p.out + row, 0);
+  // The rest by the same code, each row kStreams times: another loop may be compiled to products and sums that round otherwise, and which
+  // rows are left over depends on the number of threads.
+  for (int64_t row = first + kStreams * share; row < last; ++row) dots_of_all<kStreams>(weight + row * columns, 0, p, columns, B, p.out + row, 0);
 }
 
 #if defined(PACKED_PAYS)
@@ -163,7 +165,7 @@ void packed_rows_times(const Product& p, int64_t first, int64_t last, int64_t co
     const float* x = p.x + b * columns;
     float* out = p.out + b * p.out_stride + first;
     for (int64_t row = 0; row < share; ++row) packed_dots<kStreams>(rows, row, share, x, columns, out + row);
-    for (int64_t row = kStreams * share; row < count; ++row) packed_dots<1>(rows, row, 0, x, columns, out + row);
+    for (int64_t row = kStreams * share; row < count; ++row) packed_dots<kStreams>(rows, row, 0, x, columns, out + row);  // as in rows_times
   }
 }
 #endif

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from src.adapt.adapter_files import STATE_LAYOUTS
 from src.config.flags import SPECIAL_TOKENS, THINK_MODES
@@ -106,10 +107,9 @@ def add_think_argument(parser: argparse.ArgumentParser, note: str = "") -> None:
 
 def add_media_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --image and --sound, each as often as wanted; `media_from` has their values."""
-    for kind in ("image", "sound"):
-        parser.add_argument(
-            f"--{kind}", action="append", default=[], metavar="FILE", help=f"put this {kind} before the question"
-        )
+    files: dict[str, Any] = {"action": "append", "default": [], "metavar": "FILE"}
+    parser.add_argument("--image", **files, help="put this image before the question")
+    parser.add_argument("--sound", **files, help="put this sound before the question")
 
 
 def media_from(options: argparse.Namespace) -> list[tuple[str, Path]]:

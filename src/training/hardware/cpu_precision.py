@@ -22,6 +22,8 @@ from src.config import RunConfig
 MIN_GAIN = 1.5
 MIN_N_EMBD = 512  # below it products are not what a step's time is spent on
 ROWS, REPETITIONS = 512, 5
+# Without bf16 instructions a bf16 product can take a hundred times as long as an fp32 one: a few rows show it.
+FEW_ROWS = 16
 
 
 def cpu_precision(config: RunConfig, processes: int) -> tuple[str, str]:
@@ -50,12 +52,17 @@ def _recorded_precision(config: RunConfig) -> str:
 
 def bf16_gain(width: int) -> float:
     """Time of an fp32 product [512, C] x [C, 4C] on this CPU over that of a bf16 one; takes hundredths of a second."""
+    few = _gain(width, FEW_ROWS, 1)
+    return few if few < 1 / MIN_GAIN else _gain(width, ROWS, REPETITIONS)
+
+
+def _gain(width: int, rows: int, repetitions: int) -> float:
     operands = {
-        dtype: (torch.full((ROWS, width), 0.5, dtype=dtype), torch.full((width, 4 * width), 0.5, dtype=dtype))
+        dtype: (torch.full((rows, width), 0.5, dtype=dtype), torch.full((width, 4 * width), 0.5, dtype=dtype))
         for dtype in (torch.float32, torch.bfloat16)
     }
     seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in operands}
-    for repetition in range(REPETITIONS + 1):
+    for repetition in range(repetitions + 1):
         for dtype, (x, weight) in operands.items():  # alternating, so that other load affects both alike
             start = time.perf_counter()
             x @ weight

@@ -27,6 +27,7 @@ from src.model import RWKV7, State
 from src.model.state import LayerState
 from src.ops.devices import sum_dtype
 from src.training.distributed.context_parallel import ContextParallel
+from src.training.distributed.deepspeed_internals import is_partitioned
 from src.training.objectives.head_loss import HeadLoss
 from src.training.objectives.pieces import Piece, whole
 
@@ -105,7 +106,7 @@ class _Run:
         self.borders: list[State] = []  # the state at the end of each piece but the last
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # ZeRO's stage 3 takes the gradient of a parameter that it has gathered for backward: in that of a piece
-        self.is_partitioned = any(hasattr(p, "ds_id") for p in self.parameters)
+        self.is_partitioned = any(map(is_partitioned, self.parameters))
         # dropout has to drop the same numbers again
         self.random = any(block.draws_random_numbers for block in model.blocks)
         self.generators: list[Any] = []
