@@ -238,15 +238,14 @@ def test_thoughts_and_calls_are_told_from_the_answer(model: RWKV7, served: Serve
             'of course:\n```json\n{"name": "find", "arguments": {"what": "it"}}\n```\n\nUser:',
         ]
     )
-    written: dict[int, list[int]] = {}
+    written: dict[int, tuple[Any, list[int]]] = {}  # by sampler, which is kept: another one could get its id
 
-    def next_token(sequence: Any, logits: Any) -> int:
-        tokens = written.setdefault(
-            id(sequence), served.tokenizer.encode(next(texts)) if id(sequence) not in written else []
-        )
-        return tokens.pop(0)
+    def next_token(sampler: Any) -> int:
+        if id(sampler) not in written:
+            written[id(sampler)] = sampler, served.tokenizer.encode(next(texts))
+        return written[id(sampler)][1].pop(0)
 
-    monkeypatch.setattr("src.inference.serve.engine.Sampler", lambda *_: type("S", (), {"__call__": next_token})())
+    monkeypatch.setattr("src.inference.serve.sequence.draw", lambda samplers, _: list(map(next_token, samplers)))
     with running(Registry([thinker])) as address:
         body = {"messages": QUESTION, "think": "on", "max_tokens": 64}
         message = post(address, "/v1/chat/completions", body).json()["choices"][0]["message"]

@@ -441,7 +441,7 @@ def test_the_only_counted_token_at_the_end_of_the_context(answer_at: int) -> Non
             return self.tokens[begin:end]
 
     class OneConversation:
-        data = Data([Data.tokens])
+        data, media = Data([Data.tokens]), None
 
         def read(self, index: int) -> tuple[Any, Any]:
             return np.arange(n_tokens), counts
@@ -483,7 +483,7 @@ def test_rows_hold_every_conversation_completely(conversations: Conversations) -
     rows = SftRows(conversations, 128)
     unpacked = []
     for number in range(len(rows)):
-        inputs, targets, bounds = rows.row(number)
+        inputs, targets, bounds = rows.row(number)[:3]
         assert bounds.tolist() == sorted(set(bounds.tolist()))
         assert (bounds[0], bounds[-1], bounds.dtype) == (0, 128, torch.int32)
         for begin, end in pairwise(bounds):
@@ -602,7 +602,7 @@ def test_long_conversations_are_truncated_dropped_or_errors(tmp_path: Path, fold
 def test_count_all_gives_every_position_a_target(conversations: Conversations) -> None:
     rows = SftRows(conversations, 128, packing=False, count_all=True)
     for number in range(len(rows)):
-        inputs, targets, _ = rows.row(number)
+        inputs, targets, _ = rows.row(number)[:3]
         assert torch.equal(targets[:-1], inputs[1:])
         assert targets[-1] == 0
     short = SftRows(conversations, 16, packing=False, count_all=True)
@@ -627,7 +627,7 @@ def test_loss_and_gradients_of_a_packed_row_are_weighted_means(conversations: Co
         return loss.detach(), [p.grad.clone() if p.grad is not None else None for p in model.parameters()]
 
     batch = collate([SftRows(conversations, 64).row(0), SftRows(conversations, 64).row(1)])
-    packed, packed_gradients = loss_and_gradients(*batch)
+    packed, packed_gradients = loss_and_gradients(*batch[:3])
     mean, total = torch.zeros((), dtype=packed.dtype), int((batch.targets != IGNORED).sum())
     means = [torch.zeros_like(p) for p in model.parameters()]
     bounds = batch.cu_seqlens.tolist()

@@ -104,7 +104,7 @@ def test_held_out_rows_are_spread_over_the_file_and_prompts_end_before_the_answe
     inputs = torch.cat([batch[0].flatten() for batch in held.batches(0, 1)]).view(-1, 128)
     texts = [encoder.decode([token for token in row if token]) for row in inputs.tolist()]
     assert [i for i in range(10) if any(f"name {i}" in text for text in texts)] == [0, 2, 4, 6, 8]
-    for i, (prompt, answer) in enumerate(held.prompts(5, 99)):
+    for i, (prompt, answer, *_) in enumerate(held.prompts(5, 99)):
         assert encoder.decode(prompt).rstrip().endswith("assistant")
         assert encoder.decode(answer).strip().startswith(NUMBERS[2 * i])
 

@@ -83,7 +83,9 @@ def test_sums_are_exact_and_the_module_trains_on():
         return batch[0]
 
     sums = [torch.tensor([2.0**24, 1.0], dtype=torch.float64), *[torch.tensor([1.0, 1.0], dtype=torch.float64)] * 3]
-    held_out = SimpleNamespace(batches=lambda rank, world_size: [(each,) for each in sums])
+    held_out = SimpleNamespace(
+        batches=lambda rank, world_size: [(each,) for each in sums], config=SimpleNamespace(context_parallel=1)
+    )
     trainer = SimpleNamespace(strategy=SimpleNamespace(validation_step=step), world_size=1)
     mean, counted = validation.mean_loss(trainer, module, held_out, ProcessGroup(), lambda: False)
     assert (mean * 4, counted) == (2**24 + 3, 4)
@@ -96,10 +98,10 @@ def test_sums_are_exact_and_the_module_trains_on():
 def test_a_prompt_is_the_beginning_of_a_window_and_its_continuation_the_rest(data, held):
     held_out = HeldOut(config_of(data, held))
     windows = [window.tolist() for inputs, targets in held_out.batches(0, 1) for window in inputs]
-    for i, (prompt, continuation) in enumerate(held_out.prompts(3, 5)):
+    for i, (prompt, continuation, *_) in enumerate(held_out.prompts(3, 5)):
         window = windows[i * WINDOWS // 3]
         assert (prompt, continuation[:-1]) == (window[:5], window[5:])
-    assert [len(prompt) for prompt, _ in held_out.prompts(1, 99)] == [CTX - 1]
+    assert [len(prompt) for prompt, *_ in held_out.prompts(1, 99)] == [CTX - 1]
 
 
 def test_ids_that_do_not_fit_are_named_before_training(data, held):
