@@ -26,9 +26,8 @@ def failure(tmp_path, monkeypatch):
         path = tmp_path / f"{rank}.json"
         if message:
             monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
-            record_failure(
-                ValueError(message), message, **{"step": step, "can_restart": True, "is_expected": True, **how}
-            )
+            how = {"code": how.pop("recorded", code), "step": step, "can_restart": True, "is_expected": True, **how}
+            record_failure(ValueError(message), message, **how)
             os.utime(path, (second, second))
         failed = ProcessFailure(local_rank=rank, pid=100 + rank, exitcode=code, error_file=str(path))
         failed.timestamp = int(second)
@@ -65,6 +64,12 @@ def test_an_error_that_nobody_expected_keeps_its_traceback(failure):
     cause = cause_of({0: failure(0, 1, 50, "boom", is_expected=False, can_restart=False)}, {})
     assert cause.traceback.endswith("ValueError: boom\n")
     assert not cause.can_restart
+
+
+def test_a_mistake_keeps_its_exit_code_when_the_agent_ends_the_rank_before_it_has_left(failure):
+    failures = {1: failure(1, 1, 50.4, "connection closed"), 0: failure(0, -15, 50.1, "--ctx_len 0", recorded=2)}
+    cause = cause_of(failures, {})
+    assert (cause.rank, cause.exit_code, cause.message) == (0, 2, "--ctx_len 0")
 
 
 def test_an_exit_code_without_an_error_file_is_told(failure):

@@ -152,7 +152,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
             message = f"out of memory ({first_line}); see --check"
             return _fail(process_group, error, message, FAILURE, can_restart=False)
         message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        record_failure(error, message, step=process_group.step, can_restart=True, is_expected=False)
+        record_failure(error, message, FAILURE, step=process_group.step, can_restart=True, is_expected=False)
         process_group.abort()
         if is_supervised(os.environ):
             return FAILURE  # the agent shows the traceback, of the rank whose error was the first
@@ -175,7 +175,7 @@ def _fail(
     process_group: ProcessGroup, error: Exception, message: str, code: int, can_restart: bool | None = None
 ) -> int:
     can_restart = code != USER_ERROR if can_restart is None else can_restart
-    record_failure(error, message, step=process_group.step, can_restart=can_restart, is_expected=True)
+    record_failure(error, message, code, step=process_group.step, can_restart=can_restart, is_expected=True)
     # the agent shows the error of the rank that failed first
     if not is_supervised(os.environ) and process_group.should_report(error):
         log_error(message)

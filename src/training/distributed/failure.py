@@ -26,10 +26,13 @@ def is_supervised(environment: Mapping[str, str]) -> bool:
     return environment.get("ROLE_NAME") == ROLE and bool(environment.get(ERROR_FILE))
 
 
-def record_failure(error: BaseException, message: str, *, step: int, can_restart: bool, is_expected: bool) -> None:
+def record_failure(
+    error: BaseException, message: str, code: int, *, step: int, can_restart: bool, is_expected: bool
+) -> None:
     """Write torch's error file, in the form of torch.distributed.elastic's ErrorHandler, if an agent asks for one.
 
-    `step`: optimizer steps taken. `can_restart`: whether another attempt may succeed. Of an error that is not
+    `code`: the exit code to come; the agent may end this process before it has left. `step`: optimizer steps taken.
+    `can_restart`: whether another attempt may succeed. Of an error that is not
     `is_expected` the traceback is shown, too.
     """
     if not (path := os.environ.get(ERROR_FILE)):
@@ -37,6 +40,7 @@ def record_failure(error: BaseException, message: str, *, step: int, can_restart
     extra = {
         "py_callstack": "" if is_expected else "".join(traceback.format_exception(error)),
         "timestamp": str(int(time.time())),
+        "exit_code": code,
         "step": step,
         "can_restart": can_restart,
     }
@@ -79,7 +83,7 @@ def cause_of(failures: Mapping[int, ProcessFailure], reasons: Mapping[int, str])
     step = max((extra["step"] for extra in extras.values() if extra), default=-1)
     if extra := extras[rank]:
         message = failure.error_file_data["message"]["message"]
-        return Cause(rank, failure.exitcode, message, extra["py_callstack"], step, extra["can_restart"])
+        return Cause(rank, extra["exit_code"], message, extra["py_callstack"], step, extra["can_restart"])
     if failure.exitcode < 0:
         message = f"was killed by signal {-failure.exitcode} ({failure.signal_name()})"
     else:
