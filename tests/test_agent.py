@@ -118,7 +118,7 @@ def test_the_error_file_has_the_form_of_torch(failure, tmp_path):
 
 def test_without_space_for_the_error_file_the_error_is_printed(monkeypatch, tmp_path, capfd):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "no folder" / "error.json"))
-    record_failure(ValueError("boom"), "boom", step=1, can_restart=True, is_expected=True)
+    record_failure(ValueError("boom"), "boom", 1, step=1, can_restart=True, is_expected=True)
     assert "boom (" in capfd.readouterr().err
 
 
