@@ -16,6 +16,7 @@ from src.cli import COMPATIBILITY_FLAGS
 from src.config import GROUPS, ModelConfig, RunConfig
 from src.config.rwkv_peft import FLAGS as RWKV_PEFT_FLAGS
 from src.model import RWKV7, ChannelMix, TimeMix
+from src.model.attention import Attention
 from src.ops.recurrence import wkv7
 from src.training.schedule import learning_rate
 from tools import docs_chinese, docs_tables, docs_tree
@@ -246,7 +247,7 @@ def test_recurrence_of_readme_equals_wkv7():
 
 @pytest.mark.parametrize(("number", "what", "least"), [
     (0, "new sequences", 95), (1, "new waves", 95),
-    pytest.param(2, "repeated tokens", 85, marks=pytest.mark.slow),  # by guessing: 12.5
+    (2, "repeated tokens", 85),  # by guessing: 12.5
 ])  # fmt: skip
 def test_networks_of_other_kinds_learn(number, what, least, capsys, monkeypatch):
     """The examples of docs/layers.md, executed, build networks from the layers and train them."""
@@ -261,8 +262,9 @@ def test_networks_of_other_kinds_learn(number, what, least, capsys, monkeypatch)
 def test_layers_page_has_the_names_of_the_state_dicts():
     page = (ROOT / "docs/layers.md").read_text(encoding="utf-8")
     config = ModelConfig(n_layer=1, n_embd=32, vocab_size=8, head_size=16)
-    *_, time_mix, channel_mix = re.split(r"^\| name \|.*$", page, flags=re.MULTILINE)
-    for table, module in ((time_mix, TimeMix(config)), (channel_mix, ChannelMix(config))):
+    *_, time_mix, channel_mix, attention = re.split(r"^\| name \|.*$", page, flags=re.MULTILINE)
+    tables = ((time_mix, TimeMix(config)), (channel_mix, ChannelMix(config)), (attention, Attention(config)))
+    for table, module in tables:
         rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
         assert {name for row in rows for name in re.findall(r"`([^`]+)`", row)} == set(module.state_dict())
 

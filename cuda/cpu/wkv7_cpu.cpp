@@ -83,17 +83,21 @@ class Scratch {
   // Room for so many floats (each take rounded up to 64 bytes), from the start again.
   void reset(int64_t floats) {
     if (floats > size_) {
-      std::free(memory_);
-      size_ = 0;
-      memory_ = static_cast<float*>(std::aligned_alloc(64, (sizeof(float) * floats + 63) / 64 * 64));
-      if (memory_ == nullptr) throw std::bad_alloc();
+      release();
+      // Not std::aligned_alloc: Windows has none.
+      memory_ = static_cast<float*>(::operator new(sizeof(float) * floats, kCacheLine));
       size_ = floats;
     }
     next_ = memory_;
   }
-  ~Scratch() { std::free(memory_); }
+  ~Scratch() { release(); }
 
  private:
+  static constexpr std::align_val_t kCacheLine{64};
+  void release() {
+    ::operator delete(memory_, kCacheLine);
+    memory_ = nullptr, size_ = 0;
+  }
   float *memory_ = nullptr, *next_ = nullptr;
   int64_t size_ = 0;
 };

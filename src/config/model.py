@@ -10,6 +10,7 @@ from src.errors import UserError, UserErrors
 
 KERNELS = ("auto", "recurrent", "chunked", "portable", "reference")
 PLAIN_KERNELS = ("portable", "reference")  # everything in plain PyTorch: no native op is called but the loss's
+BLOCK_KINDS = ("rwkv", "attention")
 REQUIRED_SIZES = ("n_layer", "n_embd", "vocab_size", "head_size")
 DERIVED_SIZES = ("dim_ffn", "d_decay_lora", "d_aaa_lora", "d_mv_lora", "d_gate_lora")
 # The recurrence kernels compute a head's state in tiles of 16 rows and columns.
@@ -49,6 +50,8 @@ class ModelConfig:
     # These two are no sizes, but the layers choose by them.
     kernel: str = "auto"
     grad_cp: bool = False
+    # The kind of each block; (): all are "rwkv". The commands train and serve models of those alone.
+    blocks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         faults = list(self._faults())
@@ -91,10 +94,26 @@ class ModelConfig:
             )
         if self.kernel not in KERNELS:
             yield UserError(flag="kernel", given=self.kernel, expected=f"one of {', '.join(KERNELS)}")
+        yield from self._block_faults()
+
+    def _block_faults(self) -> Iterator[UserError]:
+        if not self.blocks:
+            return
+        given = f"ModelConfig(blocks={self.blocks})"  # it has no flag
+        if len(self.blocks) != self.n_layer:
+            yield UserError(given=given, expected=f"a kind for each of n_layer = {self.n_layer} blocks")
+        if not set(self.blocks) <= set(BLOCK_KINDS):
+            yield UserError(given=given, expected=f"the kinds {' and '.join(BLOCK_KINDS)}")
+        # Its values are those that later blocks interpolate with.
+        elif self.blocks[0] != "rwkv":
+            yield UserError(given=given, expected="rwkv as the first kind")
 
     @property
     def n_head(self) -> int:
         return self.n_embd // self.head_size
+
+    def block_kind(self, layer: int) -> str:
+        return self.blocks[layer] if self.blocks else "rwkv"
 
     @property
     def title(self) -> str:

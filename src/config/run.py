@@ -47,8 +47,8 @@ class RunConfig(Flags):
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model that these flags describe, with the run's vocabulary size. Raises `UserErrors` if none can."""
-        # By name: a size of ModelConfig is a flag of the same name.
-        own = {field.name for field in dataclasses.fields(ModelConfig)} - {"vocab_size"}
+        # By name: a size of ModelConfig is a flag of the same name. Kinds of blocks have no flag.
+        own = {field.name for field in dataclasses.fields(ModelConfig)} - {"vocab_size", "blocks"}
         return ModelConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in own})
 
     @property

@@ -130,7 +130,8 @@ TABLE: tuple[Row, ...] = (
     Row(r".*\batt\.k_k", "0.71 - 0.1 lin", lambda s: 0.71 - 0.1 * s.lin),
     Row(r".*\batt\.k_a", "1.02", lambda s: 1.02),
     Row(r".*\batt\.r_k", "-0.04", lambda s: -0.04),
-    Row(r".*\batt\.(receptance|value)\.weight", "orthogonal, gain 1", orthogonal(lambda s: 1.0), decay=True),
+    # query: of an attention block
+    Row(r".*\batt\.(receptance|query|value)\.weight", "orthogonal, gain 1", orthogonal(lambda s: 1.0), decay=True),
     Row(r".*\batt\.key\.weight", "orthogonal, gain 0.1", orthogonal(lambda s: 0.1), decay=True),
     # Both branches of a block end in a zero matrix: at step 0 a block is the identity, however deep the model is.
     Row(r".*\batt\.output\.weight", "0", lambda s: 0.0, decay=True),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from src.config import ModelConfig
+from src.model.attention import Attention
 from src.model.init import initialise
 from src.model.recompute import recomputed
 from src.model.state import LayerState
@@ -231,6 +232,7 @@ class ChannelMix(nn.Module):
 class Block(nn.Module):
     """x + att(ln1(x)), then x + ffn(ln2(x)); block 0 first normalises the embedding (ln0).
 
+    `att` is a TimeMix or, where `config.blocks` says "attention", an Attention.
     With `grad_cp` only its inputs and the recurrence's outputs are kept for backward, which recomputes the rest.
     """
 
@@ -240,7 +242,11 @@ class Block(nn.Module):
             self.ln0 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.ln1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.ln2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
-        self.att = TimeMix(config, layer)
+        self.att: TimeMix
+        if config.block_kind(layer) == "attention":
+            self.att = Attention(config, layer)  # type: ignore[assignment] # it is called as a TimeMix is
+        else:
+            self.att = TimeMix(config, layer)
         self.ffn = ChannelMix(config, layer)
         self.first, self.grad_cp = layer == 0, config.grad_cp
         self.draws_random_numbers = False  # with dropout in an adapter: the recomputation has to draw them again

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from src.config import ModelConfig
+from src.errors import UserError
 
 
 class LayerState(NamedTuple):
     """The state of one block for B sequences (or D packed documents)."""
 
     att_shift: Tensor  # [B, C]: the last token's input of the time mix
-    wkv: (
-        Tensor  # [B, H, N, N], value index, then key index; always fp32: rounding errors would add up over the sequence
-    )
+    # [B, H, N, N], value index, then key index; always fp32: rounding errors would add up over the sequence. Of a block
+    # of attention: keys and values [B, H, T, 2 N] of all T tokens so far, in the dtype of its inputs.
+    wkv: Tensor
     ffn_shift: Tensor  # [B, C]: the last token's input of the channel mix
 
 
@@ -31,7 +32,16 @@ class State:
     def zeros(
         cls, config: ModelConfig, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> State:
-        """The state before the first token. `dtype` is that of the activations; `wkv` is fp32 in any case."""
+        """The state before the first token. `dtype` is that of the activations; `wkv` is fp32 in any case.
+
+        Raises UserError for a model with blocks of attention, which has no state of constant size.
+        """
+        if "attention" in config.blocks:
+            raise UserError(
+                "blocks of attention have no state of constant size",
+                expected="a model of RWKV blocks alone",
+                advice="call the model itself, first without a state (docs/layers.md)",
+            )
         # A model called without a state computes the same; a decoder needs these, to overwrite them.
         n = config.head_size
         return cls(

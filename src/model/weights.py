@@ -46,6 +46,11 @@ OTHER_FILES = (
         "name the weights that they belong to; programs that run them take --state",
     ),
     (r"^blocks\.\d+\.qkv\.", "weights of an RWKV-7b model, with DeepEmbed and its attention", ""),
+    (
+        r"^blocks\.\d+\.att\.query\.",
+        "weights of a hybrid, some of whose blocks are attention",
+        "load them in Python: RWKV7(ModelConfig(blocks=...)).load_state_dict(...) (docs/layers.md)",
+    ),
     (r"\.ffn\.s_emb", "weights of an RWKV-7a model, with DeepEmbed", ""),
     (r"\.time_(decay|first|faaaa|maa_\w+|mix_\w+)", "weights of an earlier version, RWKV-4, 5 or 6", ""),
 )
