@@ -10,9 +10,11 @@ from training_runs import losses, train, train_until
 
 from src.adapt.adapter import add_adapter
 from src.adapt.config import AdapterConfig
-from src.config import RunConfig
+from src.config import PLACEHOLDER, RunConfig
 from src.dataset.pretrain import collate_documents
 from src.model import RWKV7, ModelConfig
+from src.multimodal.config import MediaConfig
+from src.multimodal.front_end import attach_front_end
 from src.training.hardware.selection import Hardware
 from src.training.objectives.head_loss import HeadLoss
 from src.training.objectives.next_token import NextToken
@@ -262,3 +264,24 @@ def test_pieces_are_proposed_where_nothing_else_fits():
     lines = describe_pieces(replace(config, chunk_ctx=4096, context_parallel=4), model, 4)
     assert "32 of 4,096 tokens" in lines[0]
     assert "32,768 tokens of it each" in lines[1]
+
+
+@pytest.mark.parametrize("bptt", [-1, 1])
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "projector"])
+def test_pieces_with_rows_in_the_place_of_tokens(frozen, bptt):
+    """Pictures over the borders of pieces, and pieces without one: gradients of model, projector and encoder."""
+    model = busy_model(torch.float64, "reference")
+    front_end = attach_front_end(model, MediaConfig("patches", image_size=(16, 24), encoder_dim=8)).double()
+    if frozen:
+        model.requires_grad_(False)
+        front_end.projector.requires_grad_(True)
+    tokens, targets, *packed = a_batch(True)
+    for begin in (4, 22, 40):  # six places each
+        tokens[0, begin : begin + 6] = PLACEHOLDER
+    pictures = torch.randint(256, (3, 3, 16, 24), dtype=torch.uint8)
+    batch = (tokens, targets, *packed, pictures, torch.ones(3, dtype=torch.int64))
+    whole_loss, whole = loss_and_gradients(model, batch)
+    loss, gradients = loss_and_gradients(model, batch, 3, bptt)
+    assert loss.item() == pytest.approx(whole_loss.item(), rel=1e-12)
+    assert any(name.startswith("media.projector") and g.any() for name, g in gradients.items())
+    assert bptt == 1 or largest_error(gradients, whole) < 1e-9

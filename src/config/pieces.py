@@ -24,11 +24,13 @@ def piece_faults(flags: Flags) -> Iterator[UserError]:
     elif flags.bptt != -1 and not chunk:
         yield UserError("needs --chunk_ctx", flag="bptt", given=flags.bptt, advice="leave it out")
     parts = flags.context_parallel
-    for name, given in (("chunk_ctx", chunk), ("context_parallel", parts if parts > 1 else 0)):
-        if given and flags.encoder:
-            yield UserError(
-                "samples with pictures or sounds are computed whole", flag=name, given=given, advice="leave it out"
-            )
+    if parts > 1 and flags.encoder:
+        yield UserError(
+            "samples with pictures or sounds aren't divided among processes",
+            flag="context_parallel",
+            given=parts,
+            advice="leave it out",
+        )
     # what one process computes at a time is cut further: the piece, or the sample
     name, size = ("chunk_ctx", chunk) if chunk else ("ctx_len", length)
     if parts > 1 and size > 0 and size % parts:

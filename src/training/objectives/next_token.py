@@ -35,9 +35,9 @@ class NextToken(Objective):
         return torch.stack([loss, counted])
 
     def _mean_loss(self, model: RWKV7, batch: tuple[Tensor, ...]) -> Tensor:
-        if self.segments.cuts(batch):
-            return self.segments.loss(model, self.head_loss, batch)
-        tokens, targets, *packed = batch
         embeds = model.media(*batch[-2:]) if model.media is not None else None
+        if self.segments.cuts(batch):
+            return self.segments.loss(model, self.head_loss, batch, embeds)
+        tokens, targets, *packed = batch
         hidden, _ = model.hidden(tokens, cu_seqlens=packed[0] if packed else None, embeds=embeds)
         return self.head_loss(hidden, targets)

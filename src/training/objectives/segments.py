@@ -9,6 +9,9 @@
     loss_i = (mean loss of the piece) * (its tokens that count) / (those of the sample)
 
 so that sums, L2Wrap and its scale are those of one pass. A state is fp32 at a border, as inside of a piece.
+
+Rows in the place of tokens are computed before, of all pieces at once, and their gradient is handed back to what made
+them.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from src.config import PLACEHOLDER
 from src.model import RWKV7, State
 from src.model.state import LayerState
 from src.ops.devices import sum_dtype
@@ -64,20 +68,23 @@ class Segments:
         """Whether the batch isn't computed as it is."""
         return 0 < self.chunk_ctx < batch[0].shape[1] or self.context is not None
 
-    def loss(self, model: RWKV7, head_loss: HeadLoss, batch: tuple[Tensor, ...]) -> Tensor:
-        """The mean loss of a batch over its tokens that count, with the gradient of the whole.
+    def loss(
+        self, model: RWKV7, head_loss: HeadLoss, batch: tuple[Tensor, ...], embeds: Tensor | None = None
+    ) -> Tensor:
+        """The mean loss of a batch over its tokens that count, with the gradient of the whole. `embeds` [K, C]: of the
+        places of a packed row.
 
         A parameter's gradient is accumulated once, when it is complete, so that what DDP and ZeRO do then happens once.
         With `context` it is P times the share of this process: the mean over
         the processes is the loss, as the mean that a strategy takes of their gradients is its gradient.
         """
-        run = _Run(model, head_loss, self, batch)
+        run = _Run(model, head_loss, self, batch, embeds)
         if len(run.pieces) == 1:
             return run.compute(0, None)[0]
         if not torch.is_grad_enabled():
             return run.forward(keep=False)
         anchor = torch.ones((), device=batch[0].device, requires_grad=True)  # gives the loss a place in a graph
-        return _Segmented.apply(anchor, run, *run.inputs)  # type: ignore[no-any-return]
+        return _Segmented.apply(anchor, run, embeds, *run.inputs)  # type: ignore[no-any-return]
 
 
 WHOLE_SAMPLES = Segments()
@@ -85,31 +92,55 @@ WHOLE_SAMPLES = Segments()
 
 class _Segmented(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, run: _Run, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, run: _Run, embeds: Tensor | None, *parameters: Tensor) -> Tensor:
         ctx.run = run
         return run.forward(keep=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.zeros_like(grad_loss), None, *ctx.run.backward(grad_loss)
+        gradients = ctx.run.backward(grad_loss)
+        return torch.zeros_like(grad_loss), None, ctx.run.gradient_of_embeds(), *gradients
 
 
 class _Run:
     """Both passes over the pieces of one batch."""
 
-    def __init__(self, model: RWKV7, head_loss: HeadLoss, segments: Segments, batch: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self,
+        model: RWKV7,
+        head_loss: HeadLoss,
+        segments: Segments,
+        batch: tuple[Tensor, ...],
+        embeds: Tensor | None,
+    ) -> None:
         self.model, self.head_loss = model, head_loss
         self.bptt, self.context = segments.bptt, segments.context
         self.pieces = segments.split(batch)
         self.counted = (batch[1] >= 0).sum().clamp(min=1)
         self.borders: list[State] = []  # the state at the end of each piece but the last
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # those of a front end get their gradients from that of `embeds`
+        of_media = set(model.media.parameters()) if model.media is not None else set()
+        self.parameters = [p for p in model.parameters() if p.requires_grad and p not in of_media]
+        self.embeds = self._divided(embeds)
+        self.gradients_of_embeds: list[Tensor] = []  # of the pieces from the last to the first
         # ZeRO's stage 3 takes the gradient of a parameter that it has gathered for backward: in that of a piece
         self.is_partitioned = any(map(is_partitioned, self.parameters))
         # dropout has to drop the same numbers again
         self.random = any(block.draws_random_numbers for block in model.blocks)
         self.generators: list[Any] = []
+
+    def _divided(self, embeds: Tensor | None) -> list[Tensor] | None:
+        """The rows of each piece."""
+        if embeds is None:
+            return None
+        assert len(self.pieces[0].tokens) == 1, "rows of a batch that isn't packed follow another order"
+        counts = torch.stack([(piece.tokens == PLACEHOLDER).sum() for piece in self.pieces])
+        return list(embeds.split(counts.tolist()))
+
+    def gradient_of_embeds(self) -> Tensor | None:
+        """After `backward`: that of all rows, None where they need none."""
+        return torch.cat(self.gradients_of_embeds[::-1]) if self.gradients_of_embeds else None
 
     @property
     def inputs(self) -> list[nn.Parameter]:
@@ -140,8 +171,9 @@ class _Run:
             continues = self.pieces[i].continues or self.context is not None
             crosses = continues and (self.bptt == ALL or len(self.pieces) - i < self.bptt)
             leaves = [] if state is None or not crosses else [t.requires_grad_() for t in state.tensors()]
+            rows = self._leaf_of_rows(i)
             with torch.enable_grad(), self._same_random_numbers(i):
-                loss, end = self.compute(i, state)
+                loss, end = self.compute(i, state, rows)
             outputs = [loss, *(end.tensors() if handed_back else [])]
             grads = [grad_loss.to(loss.dtype), *handed_back]
             # a state may depend on nothing that is trained, and what is handed back may be of a state that isn't used
@@ -155,16 +187,31 @@ class _Run:
             if not outputs:  # with cut borders: nothing that is trained is in this piece
                 handed_back = []
                 continue
-            gradients = torch.autograd.grad(outputs, [*self.parameters, *leaves], grads, allow_unused=True)
+            inputs = [*self.parameters, *leaves, *([] if rows is None else [rows])]
+            gradients = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
             for parameter, gradient in zip(self.parameters, gradients, strict=False):
                 _add(sums, parameter, gradient)
-            handed_back = list(gradients[len(self.parameters) :])
+            handed_back = list(gradients[len(self.parameters) :][: len(leaves)])
+            if rows is not None:
+                self.gradients_of_embeds.append(gradients[-1])
         return [sums.pop(p).to(p.dtype) if p in sums else None for p in self.inputs]
 
-    def compute(self, i: int, state: State | None) -> tuple[Tensor, State]:
-        """The share of piece i in the loss, and the state at its end: [B] of rows, [1] of the last document."""
+    def _leaf_of_rows(self, i: int) -> Tensor | None:
+        """The rows of piece i as an input of a graph of its own; None where they need no gradient."""
+        if self.embeds is None or not self.embeds[i].requires_grad:
+            return None
+        assert not self.is_partitioned, "ZeRO's stage 3 with rows in the place of tokens"
+        return self.embeds[i].detach().requires_grad_()
+
+    def compute(self, i: int, state: State | None, rows: Tensor | None = None) -> tuple[Tensor, State]:
+        """The share of piece i in the loss, and the state at its end: [B] of rows, [1] of the last document.
+
+        `rows`: those of the piece in the place of tokens, if not the ones that were given.
+        """
         piece = self.pieces[i]
-        hidden, end = self.model.hidden(piece.tokens, self._start(piece, state), piece.cu_seqlens)
+        if rows is None and self.embeds is not None:
+            rows = self.embeds[i]
+        hidden, end = self.model.hidden(piece.tokens, self._start(piece, state), piece.cu_seqlens, rows)
         share = (piece.targets >= 0).sum() / self.counted.to(sum_dtype(self.counted.device))
         mean = self.head_loss(hidden, piece.targets)
         loss = mean * share.to(mean.dtype) * (1 if self.context is None else self.context.size)
