@@ -8,7 +8,8 @@ import torch
 from media_data import byte_tokenizer, coloured, tones
 from random_model import random_model
 from test_multimodal import tiny_encoder
-from training_runs import train, train_until
+from test_distributed import needs_deepspeed
+from training_runs import flags, train, train_process, train_until
 
 from src.cli import parse
 from src.config import RunConfig
@@ -225,3 +226,24 @@ def test_packed_rows_have_the_loss_of_their_conversations_alone(tmp_path, pictur
 def test_settings_that_do_not_go_together_are_refused(changed, flag):
     settings = {**PATCHES, "tokenizer": "world", "data_file": "x.jsonl", "image_size": "16", **changed}
     assert flag in {fault.flag for fault in RunConfig(**settings).faults()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("deepspeed_stage_2", marks=needs_deepspeed)])
+def test_two_processes_train_as_one_with_pictures_on_one_of_them_only(strategy, tmp_path, pictures, tokenizer):
+    """Some micro batches have no picture: their process takes part in the encoder's gradients with zeros."""
+    lines = pictures.read_text().splitlines()
+    text = {"conversations": [{"from": "human", "value": "Colour?"}, {"from": "gpt", "value": "none"}]}
+    data = pictures.with_name("some.jsonl")
+    data.write_text("\n".join([*lines[:3], *[json.dumps(text)] * 9]) + "\n")
+    changed = {**SIZES, **PATCHES, "tokenizer": tokenizer, "ctx_len": 64, "packing": 0, "adam_eps": 1e-8}
+    changed |= {"my_exit_tokens": 64 * 4 * 6, "epoch_steps": 6, "lr_init": 1e-3}
+    for processes in (1, 2):
+        several = {"devices": 2, "strategy": strategy} if processes == 2 else {}
+        process = train_process(flags(tmp_path / str(processes), data, **changed, micro_bsz=4 // processes, **several))
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    one, two = (tensors(tmp_path / str(processes) / "multimodal") for processes in (1, 2))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
