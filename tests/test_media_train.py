@@ -7,8 +7,9 @@ import pytest
 import torch
 from media_data import byte_tokenizer, coloured, tones
 from random_model import random_model
-from test_multimodal import tiny_encoder
+from safetensors.torch import load_file, save_file
 from test_distributed import needs_deepspeed
+from test_multimodal import tiny_encoder
 from training_runs import flags, train, train_process, train_until
 
 from src.cli import parse
@@ -71,7 +72,7 @@ def test_a_killed_run_continues_to_the_same_weights(parts, tmp_path, pictures, t
     assert ("blocks.0.att.key.weight" in whole) == (not parts)
 
 
-def test_only_the_projector_is_trained_and_the_base_is_a_reference(tmp_path, pictures, tokenizer, base):
+def test_only_the_projector_is_trained_and_the_base_is_a_reference(tmp_path, pictures, tokenizer, base, capsys):
     folder = tiny_encoder("clip", tmp_path / "clip")
     before = {path: path.read_bytes() for path in (base, folder / "model.safetensors")}
     seen = {}
@@ -99,6 +100,11 @@ def test_only_the_projector_is_trained_and_the_base_is_a_reference(tmp_path, pic
     assert torch.equal(model.media.projector.output.weight, trained["media.projector.output.weight"])
     samples = json.loads((tmp_path / "run/samples.json").read_text())
     assert all(sample["media"][0].startswith("data:image/png;base64,") for sample in samples)
+    # with other weights of the same encoder it would be another run
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    assert fit(tmp_path / "run", pictures, tokenizer, **changed) == 2
+    assert "--encoder" in capsys.readouterr().err
 
 
 def test_two_stages_and_cached_features(tmp_path, pictures, tokenizer, base):
@@ -151,6 +157,14 @@ def test_what_is_loaded_and_stays_is_written_and_is_the_same_in_a_run(tmp_path, 
     torch.testing.assert_close(torch.frombuffer(bytearray(cached), dtype=torch.float32).view_as(expected), expected)
     assert fit(tmp_path / "run", pictures, tokenizer, load_projector=other, **changed) == 2
     assert "--load_projector" in capsys.readouterr().err
+
+
+def test_a_resumed_run_needs_no_projector_to_begin_from(tmp_path, pictures, tokenizer, monkeypatch):
+    assert fit(tmp_path / "first", pictures, tokenizer, my_exit_tokens=128 * 2) == 0
+    settings = {**SIZES, **SHORT, **PATCHES, "tokenizer": tokenizer, "load_projector": tmp_path / "first"}
+    train_until(4, tmp_path / "run", pictures, monkeypatch, save_minutes=1e-6, **settings)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert train(tmp_path / "run", pictures, save_minutes=1e-6, **settings) == 0
 
 
 def test_sounds_train_and_are_read_again(tmp_path, tokenizer):
@@ -218,7 +232,7 @@ def test_packed_rows_have_the_loss_of_their_conversations_alone(tmp_path, pictur
         ({"patch_size": 0}, "patch_size"),
         ({"media_tokens": 5}, "media_tokens"),
         ({"quant": "nf4"}, "quant"),
-        ({"chunk_ctx": 256}, "chunk_ctx"),
+        ({"context_parallel": 2}, "context_parallel"),
         ({"cache_features": 1}, "cache_features"),
         ({"encoder": "", "media_folder": "x"}, "media_folder"),
     ],

@@ -7,9 +7,10 @@ and registers.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from src.dataset.media_files import Picture, Sound
 from src.errors import UserError
+from src.files import sha256_of
 from src.multimodal.mel import resample
 from src.multimodal.pooling import pool_frames, pool_grid
 
@@ -149,6 +151,17 @@ class HfEncoder:
         if _is_whisper(self.config):
             return model.encoder
         return getattr(model, "vision_model", model)
+
+
+@lru_cache(4)
+def files_sha256(folder: str) -> str:
+    """A hash of what an encoder's result depends on: its weights and the processor's settings. Read once in a process,
+    a second per GB. "" where there are no weights."""
+    path = Path(folder)
+    weights = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    files = [*weights, *path.glob("preprocessor_config.json")]
+    digests = [f"{file.name} {sha256_of(file)}" for file in files]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest() if weights else ""
 
 
 class TransformersEncoder(nn.Module):

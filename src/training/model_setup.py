@@ -97,7 +97,7 @@ def build_model(
     partitioned model is on the meta device, and the second result gives rank 0's values to build it from.
     """
     model, values = _build_language_model(config, sizes, hardware, resume)
-    add_front_end(model, config, hardware)
+    add_front_end(model, config, hardware, resume.state is not None)
     return model, values
 
 

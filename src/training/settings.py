@@ -25,16 +25,21 @@ from src.training.data import Samples
 from src.training.distributed.launch import launch_id
 from src.training.hardware.selection import Hardware
 from src.training.model_setup import find_vocab_size
-from src.training.objectives.front_end import frozen_sha256
+from src.training.objectives.front_end import frozen_sha256, loaded_encoder_sha256
 from src.training.reporting.environment import environment
 from src.training.schedule import RunLength
 
 # Flags declare in src/config/flags.py whether they may change within a run; these are derived settings, which no flag
 # sets directly.
-FIXED = {*settings_with("fixed"), "data", "base_sha256", "front_end_sha256"}
+FIXED = {*settings_with("fixed"), "data", "base_sha256", "front_end_sha256", "encoder_sha256"}
 FREE = {*settings_with("free"), "global_batch", "order_seed"}
 # the flags that derived settings come from, for messages
-FLAGS = {"data": "data_file", "base_sha256": "load_model", "front_end_sha256": "load_projector"}
+FLAGS = {
+    "data": "data_file",
+    "base_sha256": "load_model",
+    "front_end_sha256": "load_projector",
+    "encoder_sha256": "encoder",
+}
 
 
 def resolve_settings(
@@ -64,6 +69,7 @@ def resolve_settings(
         "data": samples.identity,
         **({"base_sha256": base_sha256} if base_sha256 else {}),
         **({"front_end_sha256": front_end} if (front_end := frozen_sha256(config)) else {}),
+        **({"encoder_sha256": encoder} if (encoder := loaded_encoder_sha256(config)) else {}),
     }
 
 

@@ -14,24 +14,28 @@ from src.errors import UserError
 from src.inference.adaptation import multimodal_folder
 from src.model import RWKV7
 from src.model.weights import Weights
-from src.multimodal.config import media_of
+from src.multimodal.config import HF, media_of
 from src.multimodal.feature_cache import open_features
 from src.multimodal.files import load_encoder_values, load_front_end_values, tensors_of
 from src.multimodal.front_end import PREFIX, attach_front_end, freeze_parts
+from src.multimodal.hf_encoder import files_sha256
 from src.multimodal.media_input import MediaInput
 from src.terminal import show
 from src.training.data import HeldOut, Samples, SftSamples
 from src.training.hardware.selection import Hardware
 
 
-def add_front_end(model: RWKV7, config: RunConfig, hardware: Hardware) -> None:
+def add_front_end(model: RWKV7, config: RunConfig, hardware: Hardware, is_resumed: bool) -> None:
     """Give `model` the front end of a run with --encoder, in the run's precision: new, or that of --load_projector.
-    What of it isn't trained is frozen. Raises UserError when the encoder or that folder can't be used."""
+    What of it isn't trained is frozen. Raises UserError when the encoder or that folder can't be used.
+
+    `is_resumed`: the values of what is trained come from a full state.
+    """
     media = media_of(config)
     if media is None:
         return
     front_end = attach_front_end(model, media)
-    if config.load_projector:
+    if config.load_projector and (not is_resumed or frozen_parts(config)):
         load_front_end_values(front_end, front_end_folder(config))
     freeze_parts(model, trained_parts(config))
     # what is trained beside an adapter is fp32, as the adapter (hardware/selection.py, engine_dtype)
@@ -53,18 +57,28 @@ def front_end_folder(config: RunConfig) -> Path:
     return folder
 
 
+def frozen_parts(config: RunConfig) -> set[str]:
+    """Those of encoder and projector that aren't trained."""
+    return {"encoder", "projector"} - set(trained_parts(config))
+
+
 def frozen_tensors(config: RunConfig) -> Weights:
     """Of the weights that --load_projector names those that aren't trained: what the run writes needs them, too."""
-    if not config.load_projector:
-        return {}
-    frozen = {"encoder", "projector"} - set(trained_parts(config))
-    return tensors_of(front_end_folder(config), frozen)
+    frozen = frozen_parts(config)
+    return tensors_of(front_end_folder(config), frozen) if config.load_projector and frozen else {}
 
 
 def frozen_sha256(config: RunConfig) -> str:
     """A hash of `frozen_tensors`: with others it would be another run. "" where there are none."""
     tensors = frozen_tensors(config)
     return base_sha256(tensors) if tensors else ""
+
+
+def loaded_encoder_sha256(config: RunConfig) -> str:
+    """A hash of the files of a frozen hf: encoder; "" where the run has none, or trains it."""
+    if not config.encoder.startswith(HF) or "encoder" in trained_parts(config):
+        return ""
+    return files_sha256(config.encoder.removeprefix(HF))
 
 
 def cache_features(samples: Samples, held_out: HeldOut | None, hardware: Hardware, local_rank: int) -> None:
