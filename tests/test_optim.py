@@ -124,9 +124,9 @@ def test_a_step_with_a_non_finite_gradient_is_skipped(dtype, value):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunked_steps_equal_unchunked_ones(dtype, monkeypatch):
     model, chunked_model = small_model(dtype), small_model(dtype)
-    optimizer = build(model)
+    optimizer = build(model, kernel="portable")  # the native step of bf16 on a CPU has no chunks
     monkeypatch.setattr(optim, "MAX_FP32_GRAD_NUMEL", 5000)
-    chunked = build(chunked_model)
+    chunked = build(chunked_model, kernel="portable")
     for seed in (1, 2):
         for each_model, each in ((model, optimizer), (chunked_model, chunked)):
             set_gradients(each_model, seed)
@@ -137,6 +137,24 @@ def test_chunked_steps_equal_unchunked_ones(dtype, monkeypatch):
         assert torch.equal(a, b)
         assert torch.equal(optimizer.master_of(a), chunked.master_of(b))
         assert all(torch.equal(optimizer.moments(a)[kind], moment) for kind, moment in chunked.moments(b).items())
+
+
+def test_the_native_step_is_that_of_plain_pytorch():
+    models = [small_model(torch.bfloat16) for _ in range(2)]
+    native, plain = build(models[0]), build(models[1], kernel="portable")
+    if not native._fused:
+        pytest.skip("no native library on this machine")
+    assert not plain._fused
+    for seed in (1, 2, 3):
+        for model, each in zip(models, (native, plain), strict=True):
+            set_gradients(model, seed, scale=1e-3 if seed == 3 else 1.0)
+            each.step()
+        assert native.grad_norm.item() == pytest.approx(plain.grad_norm.item(), rel=1e-5)
+    for a, b in zip(native.parameters, plain.parameters, strict=True):
+        torch.testing.assert_close(native.master_of(a), plain.master_of(b), rtol=1e-6, atol=1e-7)
+        assert torch.equal(a, native.master_of(a).bfloat16())
+        for kind, moment in plain.moments(b).items():
+            assert (native.moments(a)[kind] - moment).norm() <= 1e-5 * moment.norm()
 
 
 def test_the_loss_scale_is_divided_out_and_halved_at_an_overflow():

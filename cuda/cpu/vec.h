@@ -148,6 +148,19 @@ inline Float reciprocal(Float x) {
 #endif
 }
 
+inline Float sqrt(Float x) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX__)
+  return (Float)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE__)
+  return (Float)_mm_sqrt_ps((__m128)x);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
+  return x;
+#endif
+}
+
 inline Float sigmoid(Float x) { return 1.0f / (1.0f + exp(-x)); }
 
 inline Float from_bf16(const void* p) {
@@ -158,13 +171,18 @@ inline Float from_bf16(const void* p) {
 #endif
 }
 
-// Round to nearest, ties to even; a NaN stays a (quiet) NaN.
+// Round to nearest, ties to even; a NaN stays a (quiet) NaN. Numbers below 1e-38 may become zero.
 inline void to_bf16(void* p, Float x) {
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+  std::memcpy(p, &rounded, sizeof rounded);
+#else
   const Uint bits = (Uint)x;
   const Uint rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const Uint quiet = (bits >> 16) | 0x40u;
   const Ushort out = __builtin_convertvector((x == x) ? rounded : quiet, Ushort);
   std::memcpy(p, &out, sizeof out);
+#endif
 }
 
 struct Bf16 { uint16_t bits; };

@@ -19,7 +19,7 @@ from src.model.attention import Attention
 from src.model.init import initialise
 from src.model.recompute import recomputed
 from src.model.state import LayerState
-from src.ops import relu_squared, time_mix_inputs, time_mix_output, token_shift, wkv7
+from src.ops import linear, relu_squared, time_mix_inputs, time_mix_output, token_shift, wkv7
 
 # The official code's 1e-5 * head_size_divisor^2 with its divisor of 8: the same for every head size.
 GROUP_NORM_EPS = 64e-5
@@ -74,6 +74,17 @@ def shift_states(
         return shift, last_tokens(x, shift, cu_seqlens)
     assert shift is not None, "a part of a sequence is computed from a given state"
     return context.rows(x, shift, cu_seqlens)
+
+
+class Linear(nn.Linear):
+    """nn.Linear without a bias; the product is `src.ops.linear`."""
+
+    def __init__(self, in_features: int, out_features: int, kernel: str) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.kernel = kernel
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, kernel=self.kernel)
 
 
 class HeadNorm(nn.GroupNorm):
@@ -138,10 +149,10 @@ class TimeMix(nn.Module):
             self.register_parameter(f"{name}1", nn.Parameter(torch.empty(width, rank)))
             self.register_parameter(f"{name}2", nn.Parameter(torch.empty(rank, width)))
         self.r_k = nn.Parameter(torch.empty(self.n_head, self.head_size))
-        self.receptance = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
+        self.receptance = Linear(width, width, self.kernel)
+        self.key = Linear(width, width, self.kernel)
+        self.value = Linear(width, width, self.kernel)
+        self.output = Linear(width, width, self.kernel)
         self.ln_x = HeadNorm(self.n_head, width, eps=GROUP_NORM_EPS)
         self.register_parameter("time_state", None)
         self.context: SequenceContext | None = None
@@ -215,8 +226,8 @@ class ChannelMix(nn.Module):
         self.kernel = config.kernel
         self.context: SequenceContext | None = None
         self.x_k = nn.Parameter(torch.empty(1, 1, config.n_embd))
-        self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
-        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
+        self.key = Linear(config.n_embd, config.dim_ffn, self.kernel)
+        self.value = Linear(config.dim_ffn, config.n_embd, self.kernel)
         initialise(self, config, layer, prefix="ffn.")
 
     def forward(

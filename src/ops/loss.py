@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from src.ops import build
+from src.ops.product import linear, weight_gradient
 from src.ops.reference import L2WRAP
 
 ROWS = 4096  # rows of low-precision logits that plain PyTorch has in fp32 at a time
@@ -56,7 +57,7 @@ def linear_cross_entropy_l2wrap(
     _check_device(hidden, targets)
     if chunk == 0:
         # Nobody else has these logits, so their gradient may overwrite them.
-        return cross_entropy_l2wrap(hidden @ weight.t(), targets, ignore_index, overwrite=True)
+        return cross_entropy_l2wrap(linear(hidden, weight), targets, ignore_index, overwrite=True)
     want_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     rows = targets.flatten().contiguous()
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, rows, chunk, ignore_index, want_grad)
@@ -207,7 +208,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
                 # In fp32: a bf16 sum over many chunks would drop the small ones.
-                grad_weight += grad_logits.t() @ hidden[part]
+                grad_weight += weight_gradient(grad_logits, hidden[part])
         ctx.save_for_backward(grad_hidden, grad_weight, count)
         ctx.weight_dtype = weight.dtype
         return total / count

@@ -66,7 +66,8 @@ class TrainingModule(pl.LightningModule):
         if self.hardware.strategy == "deepspeed":
             self.optimizer = EngineAdamW(groups, **adam)
         else:
-            self.optimizer = MasterAdamW(groups, **adam, scale_loss=self.hardware.precision == "fp16")
+            scale_loss = self.hardware.precision == "fp16"
+            self.optimizer = MasterAdamW(groups, **adam, scale_loss=scale_loss, kernel=self.config.kernel)
         return self.optimizer
 
     @property

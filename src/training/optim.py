@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from src.config import RunConfig
 from src.model.init import row_of
+from src.ops.adamw import adamw_step_, fused_adamw, gradient_norm
 
 # fp16 only: halved at an overflow and doubled after so many good steps, as in torch.amp.GradScaler, with DeepSpeed's
 # default values, so that a run under ZeRO adapts its scale alike.
@@ -63,8 +65,9 @@ class MasterAdamW(torch.optim.Optimizer):
 
     One step: the global gradient norm in fp32; gradients times min(1, grad_clip / norm); AdamW on the masters; masters
     rounded to the parameters. Below fp32 this is done in chunks of parameters, so that a second, fp32 copy of all
-    gradients never exists. When the norm is not finite the whole step is skipped: weights, moments and step count stay
-    as they are, and `skipped_steps` grows by one. That is decided on the device; nothing here synchronises with it.
+    gradients never exists; in bf16 on a CPU natively, without any copy, unless `kernel` is a plain one. When the norm
+    is not finite the whole step is skipped: weights, moments and step count stay as they are, and `skipped_steps`
+    grows by one. On a GPU that is decided on the device; nothing here synchronises with it.
 
     `grad_norm` and `skipped_steps` are tensors on the parameters' device. With `scale_loss` (fp16) the caller
     multiplies its loss by `loss_scale`, which this class divides out and adapts.
@@ -79,10 +82,12 @@ class MasterAdamW(torch.optim.Optimizer):
         eps: float,
         grad_clip: float,
         scale_loss: bool = False,
+        kernel: str = "auto",
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self.grad_clip = grad_clip
         self.parameters = [p for group in self.param_groups for p in group["params"]]
+        self._fused = fused_adamw(self.parameters, kernel)
         device = self.parameters[0].device
         self.masters = [p if p.dtype == torch.float32 else _master(p) for p in self.parameters]
         self._master_of = dict(zip(self.parameters, self.masters, strict=True))
@@ -115,12 +120,35 @@ class MasterAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norms = torch._foreach_norm(gradients, 2, torch.float32)
-        self.grad_norm = torch.linalg.vector_norm(torch.stack(norms)) / self.loss_scale
+        if self._fused:
+            norm = gradient_norm(gradients)
+        else:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+        self.grad_norm = norm / self.loss_scale
         # a tensor, not a bool: reading it on the host would wait for the device
         found_inf = (~torch.isfinite(self.grad_norm)).float()
         clip = self.grad_clip / (self.grad_norm + 1e-6) if self.grad_clip else torch.ones_like(self.grad_norm)
         scale = self.loss_scale / clip.clamp(max=1.0)
+        if self._fused:
+            self._fused_step(scale.item())
+        else:
+            self._chunked_step(scale, found_inf)
+        self.skipped_steps = self.skipped_steps + found_inf
+        if self.scale_loss:
+            self._adapt_loss_scale(found_inf)
+        return loss
+
+    def _fused_step(self, scale: float) -> None:
+        if not math.isfinite(self.grad_norm.item()):
+            return
+        for group in self.param_groups:
+            settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    master, state = self._master_of[parameter], self.moments(parameter)
+                    adamw_step_(parameter, parameter.grad, master, state, **settings, scale=scale)
+
+    def _chunked_step(self, scale: Tensor, found_inf: Tensor) -> None:
         for chunk, adam in zip(self._chunks, self._adams, strict=True):
             pairs = [(p, self._master_of[p]) for p in chunk if p is not self._master_of[p]]
             for parameter, master in pairs:
@@ -135,10 +163,6 @@ class MasterAdamW(torch.optim.Optimizer):
                 torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
                 for _, master in pairs:
                     master.grad = None  # frees the fp32 gradients before those of the next chunk are made
-        self.skipped_steps = self.skipped_steps + found_inf
-        if self.scale_loss:
-            self._adapt_loss_scale(found_inf)
-        return loss
 
     def _adapt_loss_scale(self, found_inf: Tensor) -> None:
         # arithmetic in place of branches, which would need the values on the host

@@ -1,0 +1,72 @@
+"""Products with weights: PyTorch's, but for the weight's gradient in bf16 on a CPU with matrix units (AMX).
+
+That gradient sums over tokens. PyTorch's product then reads an operand across its rows, at half of the rate that its
+other products have; cuda/cpu/weight_gradient.cpp packs both operands once instead. Same mathematics: sums in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from src.config import PLAIN_KERNELS
+from src.ops import build
+
+
+def linear(x: Tensor, weight: Tensor, *, kernel: str = "auto") -> Tensor:
+    """x W^T: x [..., in], weight [out, in] -> [..., out]."""
+    return _Linear.apply(x, weight) if _fused(x, weight, kernel) else F.linear(x, weight)  # type: ignore[no-any-return]
+
+
+def weight_gradient(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b, the sum over tokens: a [T, M], b [T, N] -> [M, N]."""
+    if a.device.type == "cpu" and a.dtype == b.dtype == torch.bfloat16 and a.numel() and b.numel() and _matrix_units():
+        return torch.ops.rwkv7.weight_gradient(a, b)  # type: ignore[no-any-return]
+    return a.t() @ b
+
+
+def _fused(x: Tensor, weight: Tensor, kernel: str) -> bool:
+    return (
+        kernel not in PLAIN_KERNELS
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.bfloat16
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+        and _matrix_units()
+    )
+
+
+def _matrix_units() -> bool:
+    try:
+        build.load_native(_register)
+    except build.BuildError:
+        return False
+    return torch.ops.rwkv7.has_matrix_units(torch.empty(0))  # type: ignore[no-any-return]
+
+
+# As torch.compiler.assume_constant_result, without importing the compiler (see recurrence.py).
+_matrix_units._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _register() -> None:
+    torch.library.register_fake("rwkv7::weight_gradient", lambda a, b: a.new_empty(a.shape[1], b.shape[1]))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        return (
+            grad @ weight if ctx.needs_input_grad[0] else None,
+            weight_gradient(grad.flatten(0, -2), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None,
+        )
