@@ -45,12 +45,12 @@ model_of "$SETTING"
 
 find_python
 if [ -z "${CXX:-}" ] && ! command -v c++ >/dev/null && ! command -v g++ >/dev/null && ! command -v clang++ >/dev/null; then
-    say "Warning: no C++ compiler was found; training stops without one. Install it (apt install g++), or train with
---kernel reference, which needs no compiler but takes many times as long."
+    say "Warning: no C++ compiler was found: a CPU trains without the native kernels, which takes several times as long. Install one
+(apt install g++)."
 fi
 if sees_nvidia_gpu && [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] && ! command -v nvcc >/dev/null; then
-    say "Warning: an NVIDIA GPU was found, but no nvcc; training on the GPU stops without it. Install the CUDA toolkit of the
-major version that torch is built for, or train with --accelerator cpu."
+    say "Warning: an NVIDIA GPU was found, but no nvcc: it trains without the native kernels, which takes several times as long.
+Install the CUDA toolkit of the major version that torch is built for."
 fi
 
 # ---- data -----------------------------------------------------------------------------------------------------------

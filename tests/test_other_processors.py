@@ -1,8 +1,8 @@
-"""The CPU code on what this machine may not be: ARM, by a cross compiler and an emulator; clang, macOS and Windows by
-cross compilation; and under the sanitizers.
+"""The CPU code on what this machine may not be: ARM, by a cross compiler and an emulator; Windows, by a cross compiler
+and Wine; clang, with both C++ libraries; macOS by cross compilation; SSE2 alone; and under the sanitizers.
 
-On Debian and Ubuntu: `apt install g++-aarch64-linux-gnu qemu-user clang`; for macOS and Windows `pip install ziglang`,
-which is clang with the headers of other systems.
+On Debian and Ubuntu: `apt install clang libc++-dev libc++abi-dev g++-aarch64-linux-gnu qemu-user-static
+g++-mingw-w64-x86-64-posix wine64`; for macOS `pip install ziglang`, which is clang with the headers of other systems.
 """
 
 import importlib.util
@@ -19,11 +19,20 @@ from src.ops.recipe import CPU_FOLDER, cpu_recipe
 pytestmark = pytest.mark.slow
 DRIVER = Path(__file__).parent / "other_processors" / "wkv7_driver.cpp"
 KERNEL = CPU_FOLDER / "wkv7_cpu.cpp"
-ARM_COMPILER, ARM = "aarch64-linux-gnu-g++", "qemu-aarch64"
-needs_arm_compiler = pytest.mark.skipif(shutil.which(ARM_COMPILER) is None, reason=f"no {ARM_COMPILER}")
-needs_clang = pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++")
+ARM = ("qemu-aarch64", "qemu-aarch64-static")
+WINE = ("wine64", "/usr/lib/wine/wine64", "wine")  # the second is Debian's
+# compiler, its flags beside the library's own, and the programs one of which runs the result; (): this machine does
+TOOLS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "clang": ("clang++", (), ()),
+    "clang-libc++": ("clang++", ("-stdlib=libc++",), ()),
+    "arm64": ("aarch64-linux-gnu-g++", ("-static",), ARM),
+    "arm64-sve": ("aarch64-linux-gnu-g++", ("-static", "-mcpu=neoverse-v1"), ARM),  # SVE: another vectorizer
+    "arm64-clang": ("clang++", ("-static", "--target=aarch64-linux-gnu"), ARM),
+    "windows": ("x86_64-w64-mingw32-g++", ("-static",), WINE),
+}
+if platform.machine() in ("x86_64", "AMD64"):
+    TOOLS |= {"sse2": ("g++", ("-march=x86-64",), ()), "clang-sse2": ("clang++", ("-march=x86-64",), ())}
 needs_zig = pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="no ziglang")
-needs_emulator = pytest.mark.skipif(shutil.which(ARM) is None, reason=f"no {ARM}")
 
 
 def flags():
@@ -37,31 +46,38 @@ def run(*command):
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
-@needs_arm_compiler
-@pytest.mark.parametrize("processor", ["cortex-a72", "neoverse-v1"])  # NEON; SVE: other vectorizers
-@pytest.mark.parametrize("source", cpu_recipe().sources, ids=lambda path: path.name)
-def test_compiles_for_arm(source, processor, tmp_path):
-    run(ARM_COMPILER, *flags(), f"-mcpu={processor}", "-c", source, "-o", tmp_path / "object.o")
+def compiler(name):
+    """The command of TOOLS, which compiles with the library's flags; a test without the compiler is skipped."""
+    program, own, _ = TOOLS[name]
+    if shutil.which(program) is None:
+        pytest.skip(f"no {program}")
+    return (program, *flags(), *own)
 
 
-@needs_arm_compiler
-@needs_emulator
-def test_wkv7_on_arm_is_the_recurrence(tmp_path):
-    run(ARM_COMPILER, *flags(), "-static", f"-I{CPU_FOLDER}", DRIVER, KERNEL, "-o", tmp_path / "driver")
-    run(ARM, tmp_path / "driver")
+@pytest.mark.parametrize("name", TOOLS)
+def test_every_source_compiles(name, tmp_path):
+    command = compiler(name)
+    for source in cpu_recipe().sources:
+        run(*command, "-O1", "-c", source, "-o", tmp_path / "object.o")
 
 
-@needs_clang
-def test_wkv7_of_clang_is_the_recurrence(tmp_path):
-    run("clang++", *flags(), f"-I{CPU_FOLDER}", DRIVER, KERNEL, "-o", tmp_path / "driver")
-    run(tmp_path / "driver")
+@pytest.mark.parametrize("name", TOOLS)
+def test_wkv7_is_the_recurrence(name, tmp_path, monkeypatch):
+    emulators = TOOLS[name][2]
+    emulator = [path for path in map(shutil.which, emulators) if path][:1]
+    if emulators and not emulator:
+        pytest.skip(f"no {emulators[0]}")
+    run(*compiler(name), f"-I{CPU_FOLDER}", DRIVER, KERNEL, "-o", tmp_path / "driver.exe")
+    monkeypatch.setenv("WINEPREFIX", str(tmp_path / "wine"))
+    monkeypatch.setenv("WINEDEBUG", "-all")
+    run(*emulator, tmp_path / "driver.exe")
 
 
 @needs_zig
-@pytest.mark.parametrize("target", ["aarch64-macos", "x86_64-macos", "aarch64-linux-gnu"])
+@pytest.mark.parametrize("target", ["aarch64-macos", "x86_64-macos", "x86_64-windows-gnu"])
 @pytest.mark.parametrize("source", cpu_recipe().sources, ids=lambda path: path.name)
 def test_compiles_with_clang_and_libcxx(source, target, tmp_path):
-    """Apple's compiler is clang with libc++, and without OpenMP."""
+    """Apple's compiler is clang with libc++, and without OpenMP; Windows: clang without MSVC."""
     run(sys.executable, "-m", "ziglang", "c++", "-target", target, *flags(), "-c", source, "-o", tmp_path / "object.o")
 
 

@@ -88,7 +88,7 @@ def _summed_loss(model: RWKV7, batch: Tensor) -> float:
     # Chunks of rows bound the memory of the logits; the sum over them is taken in float64.
     rows, targets = hidden.flatten(0, 1).split(LOGIT_ROWS), batch[:, 1:].flatten().split(LOGIT_ROWS)
     parts = [F.cross_entropy(model.head(x).float(), y, reduction="sum") for x, y in zip(rows, targets, strict=True)]
-    return float(torch.stack(parts).double().sum())
+    return float(torch.stack(parts).cpu().double().sum())  # mps has no float64
 
 
 def read_texts(path: Path, flag: str) -> Iterator[str]:

@@ -24,6 +24,7 @@ from src.files import atomic_write
 from src.inference.scoring import LOGIT_ROWS
 from src.inference.windows import Tokens, stack_windows, windows
 from src.model import RWKV7, State
+from src.ops.devices import sum_dtype
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,8 +78,8 @@ def _summed_losses(model: RWKV7, batch: Tensor) -> npt.NDArray[np.float64]:
         hidden, state = model.hidden(inputs, state)
         pieces = zip(hidden.flatten(0, 1).split(LOGIT_ROWS), targets.flatten().split(LOGIT_ROWS), strict=True)
         losses = [F.cross_entropy(model.head(x).float(), y, reduction="none") for x, y in pieces]
-        parts.append(torch.cat(losses).view(targets.shape).double().sum(0))
-    return torch.cat(parts).cpu().numpy()
+        parts.append(torch.cat(losses).view(targets.shape).to(sum_dtype(batch.device)).sum(0))
+    return torch.cat(parts).cpu().double().numpy()
 
 
 def position_table(results: Sequence[tuple[str, PositionLoss]]) -> str:

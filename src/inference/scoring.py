@@ -92,7 +92,7 @@ def _score_tokens(model: RWKV7, hidden: Tensor, targets: Tensor) -> tuple[Tensor
     log_p, greedy = [], []
     for x, y in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
         logits = model.head(x).float()  # [rows, V]
-        # float64 for the sum over a text: in fp32 thousands of terms would cost digits
-        log_p.append(torch.log_softmax(logits, dim=-1).gather(1, y.unsqueeze(1)).squeeze(1).double())
+        log_p.append(torch.log_softmax(logits, dim=-1).gather(1, y.unsqueeze(1)).squeeze(1))
         greedy.append(logits.argmax(-1) == y)
-    return torch.cat(log_p).cpu(), torch.cat(greedy).cpu()
+    # float64 for the sum over a text: in fp32 thousands of terms would cost digits. On the CPU: mps has no float64.
+    return torch.cat(log_p).cpu().double(), torch.cat(greedy).cpu()

@@ -240,8 +240,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--compare",
         default="",
-        choices=["", "grad_cp", "compile"],
-        help="steps with and without this in turn, in this run: the median of their ratios",
+        choices=["", "grad_cp", "compile", "kernel"],
+        help="steps with and without this, or with --kernel portable, in turn, in this run: the median of their ratios",
     )
     parser.add_argument("--peak_tflops", type=float, default=0.0)
     return parser.parse_args()
@@ -302,12 +302,13 @@ def main() -> None:
         print(f"memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB, {faults} page faults a step")
     if args.compare:
         own = getattr(config, args.compare)
-        other = Step(dataclasses.replace(config, **{args.compare: 1 - own}), vocab)
+        changed = "portable" if args.compare == "kernel" else type(own)(1 - int(own))
+        other = Step(dataclasses.replace(config, **{args.compare: changed}), vocab)
         for _ in range(args.warmup):
             other.timed()
         ratios = [step.timed() / other.timed() for _ in range(args.steps)]
         print(
-            f"--{args.compare} {own} takes {statistics.median(ratios):.3f} times as long as --{args.compare} {1 - own} "
+            f"--{args.compare} {own} takes {statistics.median(ratios):.3f} times as long as --{args.compare} {changed} "
             f"({min(ratios):.3f} to {max(ratios):.3f}, {args.steps} pairs of steps)"
         )
     if args.profile:
