@@ -367,25 +367,27 @@ def test_documents_of_several_items_are_read(tmp_path: Path) -> None:
 
 
 def test_nine_gigabytes_are_read_and_written(tmp_path: Path) -> None:
-    """Pointers exceed 2^32 and 2^33 bytes; the holes of a sparse file take no disk space."""
-    size = 1_500_000_000
+    """Pointers exceed 2^32 and 2^33 bytes; the holes of a sparse file take no disk space, and are not read."""
+    hole, sizes = 1_500_000_000, [1_500_000_000, 2] * 3
     with BinIdxWriter(tmp_path / "big", "uint16") as out:
         for number in range(3):
-            out._bin.seek((number + 1) * size * 2 - 2)
-            out._bin.write(struct.pack("<H", 65533 + number))
-        out._sizes.write(struct.pack("<3i", size, size, size))
-        out.n_documents = 3
+            out._bin.seek(2 * ((number + 1) * hole + number * 2))
+            out._bin.write(struct.pack("<2H", number, 65533 + number))
+        out._sizes.write(struct.pack("<6i", *sizes))
+        out.n_documents = len(sizes)
     dataset = MMapIndexedDataset(tmp_path / "big")
-    assert dataset.n_tokens == 3 * size
-    assert [int(dataset[i][-1]) for i in range(3)] == [65533, 65534, 65535]
-    assert [int(dataset[i][0]) for i in range(3)] == [0, 0, 0]
+    assert dataset.n_tokens == sum(sizes)
+    expected = [[number, 65533 + number] for number in range(3)]
+    assert [dataset[i].tolist() for i in (1, 3, 5)] == expected
+    assert [dataset.tokens[end - 2 : end].tolist() for end in np.cumsum(sizes)[1::2]] == expected
+    assert [dataset.tokens[start : start + 2].tolist() for start in np.cumsum([0, *sizes])[0:5:2]] == [[0, 0]] * 3
     idx = tmp_path / "big.idx"
-    _, sizes, pointers, bounds = split_index(idx.read_bytes())
-    overflowed = np.array([0, *np.cumsum(sizes[:-1] * np.int64(2))]).astype("<i4").astype("<i8")
+    _, written, pointers, bounds = split_index(idx.read_bytes())
+    overflowed = np.array([0, *np.cumsum(written[:-1] * np.int64(2))]).astype("<i4").astype("<i8")
     assert (overflowed != pointers).any()
-    idx.write_bytes(join_index(sizes, overflowed, bounds))
+    idx.write_bytes(join_index(written, overflowed, bounds))
     dataset = MMapIndexedDataset(tmp_path / "big")
-    assert [int(dataset[i][-1]) for i in range(3)] == [65533, 65534, 65535]
+    assert [dataset[i].tolist() for i in (1, 3, 5)] == expected
 
 
 def test_files_are_exchanged_with_megatron(tmp_path: Path) -> None:
