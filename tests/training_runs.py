@@ -107,11 +107,16 @@ class Killed(BaseException):
 
 
 def train_until(step, out, data, monkeypatch, **changed):
-    """Train, and die like a killed process before `step` is taken."""
+    """Train, and die like a killed process before `step` is taken, when the last state has been saved."""
     original = trainer.SetLearningRate.on_train_batch_start
 
     def dying(self, trainer, module, batch, batch_idx):
         if self.control.step == step:
+            # The last state is on the disk, however slow that is: a save that finds the lock of its folder released, as
+            # this process releases it on its way out, would fail.
+            for thread in threading.enumerate():
+                if thread.name == "state-writer":
+                    thread.join()
             raise Killed
         original(self, trainer, module, batch, batch_idx)
 
@@ -119,6 +124,3 @@ def train_until(step, out, data, monkeypatch, **changed):
         patch.setattr(trainer.SetLearningRate, "on_train_batch_start", dying)
         with pytest.raises(Killed):
             train(out, data, **changed)
-    for thread in threading.enumerate():  # a process that dies takes its writer along; here it may still be at work
-        if thread.name == "state-writer":
-            thread.join()
