@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm_process
 from packaging.requirements import Requirement
 from safetensors.torch import save_file
 
@@ -314,10 +315,21 @@ def tree(tmp_path):
     return tmp_path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warm_python(tmp_path_factory):
+    """For the commands of the scripts; the modules that a warmed process has are those that `tree` copies."""
+    with (
+        warm_process.python_for_scripts(tmp_path_factory.mktemp("python")) as python,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("PYTHON", str(python))
+        yield python
+
+
 def run_script(tree, *arguments, script="demo-training-run.sh", **environment):
     return subprocess.run(
         ["/bin/sh", script, *arguments], cwd=tree, text=True, timeout=570, capture_output=True,
-        env={**os.environ, "PYTHON": sys.executable, **environment},
+        env={**os.environ, **environment},
     )  # fmt: skip
 
 
@@ -340,7 +352,8 @@ def test_run_from_data_to_sample_and_again(tree):
     assert done.stdout[sample:].split("\n")[1].startswith("def ")
     final = (folder / "rwkv-final.pth").stat()
 
-    again = run_script(tree, "demo", "--random_seed", "3", **settings)
+    # with an interpreter of its own: the tree has all that a run needs
+    again = run_script(tree, "demo", "--random_seed", "3", **settings, PYTHON=sys.executable)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "complete" in again.stdout
     assert "Loss on held-out text" not in again.stdout
@@ -495,9 +508,9 @@ exit ${{STATUS:-0}}
 class RecordedTraining:
     """Runs of a script with a train.py that does nothing but record its flags and exit with STATUS."""
 
-    def __init__(self, tree):
+    def __init__(self, tree, python):
         self.tree = tree
-        (tree / "python").write_text(PYTHON.format(python=sys.executable))
+        (tree / "python").write_text(PYTHON.format(python=python))
         (tree / "python").chmod(0o755)
         (tree / "tokenizer").mkdir()
         (tree / "tokenizer" / "tokenizer.json").write_text("{}")
@@ -520,8 +533,8 @@ class RecordedTraining:
 
 
 @pytest.fixture
-def recorded(tree):
-    return RecordedTraining(tree)
+def recorded(tree, warm_python):
+    return RecordedTraining(tree, warm_python)
 
 
 def test_data_files_with_dots_are_runs_of_their_own(recorded):
@@ -678,7 +691,8 @@ def test_mini_trains_on_the_files_that_minimind_has_had(recorded):
 
 @pytest.mark.slow
 def test_both_demos_on_the_real_corpus(tree):
-    sizes = {"N_LAYER": "2", "N_EMBD": "64", "EPOCH_STEPS": "10"}
+    """With interpreters of their own."""
+    sizes = {"N_LAYER": "2", "N_EMBD": "64", "EPOCH_STEPS": "10", "PYTHON": sys.executable}
     done = run_script(tree, MY_EXIT_TOKENS="60000", **sizes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "What it writes after" in done.stdout

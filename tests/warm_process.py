@@ -23,7 +23,8 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,60 @@ def run(
     if check:
         done.check_returncode()
     return done
+
+
+CLIENT = """#!{python} -IS
+import os, pickle, socket, sys
+words = sys.argv[1:]
+if words[0] != "-m" and not words[0].endswith(".py"):
+    os.execv({python!r}, [{python!r}, *words])
+connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+connection.connect({address!r})
+socket.send_fds(connection, [pickle.dumps((words, os.getcwd(), dict(os.environ)))], [0, 1, 2])
+os._exit(int(connection.recv(8)))
+"""
+
+
+@contextmanager
+def python_for_scripts(folder: Path) -> Iterator[Path]:
+    """An executable in `folder` for scripts that call Python: `FILE.py ...` and `-m MODULE ...` are forked, anything
+    else starts a new interpreter. What the warmed process has imported of this project is from this checkout, in
+    whatever folder the script runs."""
+    if sys.platform != "linux":
+        yield Path(sys.executable)
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind("")  # a name that the system chooses
+        listener.listen()
+        client = folder / "python"
+        client.write_text(CLIENT.format(python=sys.executable, address=listener.getsockname()))
+        client.chmod(0o755)
+        threading.Thread(target=_serve_scripts, args=(listener,), daemon=True).start()
+        yield client
+        listener.shutdown(socket.SHUT_RDWR)  # ends the thread
+
+
+def _serve_scripts(listener: socket.socket) -> None:
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        threading.Thread(target=_run_for_script, args=(connection,), daemon=True).start()
+
+
+def _run_for_script(connection: socket.socket) -> None:
+    with connection:
+        message, (stdin, stdout, stderr), _, _ = socket.recv_fds(connection, MESSAGE_BYTES, 3)
+        words, folder, environment = pickle.loads(message)
+        try:
+            command = [sys.executable, *words]
+            process = Popen(command, cwd=folder, env=environment, stdin=stdin, stdout=stdout, stderr=stderr)
+        finally:
+            for descriptor in (stdin, stdout, stderr):
+                os.close(descriptor)
+        code = process.wait()
+        connection.send(str(code if code >= 0 else 128 - code).encode())
 
 
 def take_terminal() -> None:
