@@ -430,5 +430,5 @@ def test_other_instruction_sets_compute_the_same(instruction_set):
         "sys.exit(pytest.main(sys.argv[1:]))"
     )
     arguments = ["-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in TESTS_OF_OPS)]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = warm_process.run([sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from training_runs import CTX, ROOT, VOCAB, flags, losses, train, train_until
+import warm_process
+from training_runs import CTX, ROOT, VOCAB, flags, losses, train, train_until, without_figures
 
 from src.cli import parse
 from src.config import RunConfig
@@ -373,14 +374,10 @@ def test_two_processes_find_what_one_finds(tmp_path, data, held, strategy):
         load_model=_weights(tmp_path, data),
         **short,
     )
-    done = subprocess.run(
-        [sys.executable, "train.py", *argv],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        text=True,
-        capture_output=True,
-        timeout=200,
-    )
+    done = warm_process.run(
+        [sys.executable, "train.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        capture_output=True, timeout=200, ranks=True, preexec_fn=without_figures,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("held-out loss") == 4, done.stdout  # before, twice on the way, at the end: one voice
     again = tmp_path / "again"
@@ -448,13 +445,9 @@ def test_a_signal_to_one_of_two_processes_stops_the_validation_of_both(tmp_path,
         **RUN,
     )
     done = subprocess.run(
-        [sys.executable, str(program), *argv],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        text=True,
-        capture_output=True,
-        timeout=200,
-    )
+        [sys.executable, str(program), *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        capture_output=True, timeout=200,
+    )  # fmt: skip
     assert done.returncode == 128 + signal.SIGTERM, done.stdout[-3000:] + done.stderr[-3000:]
     assert "same command continues" in done.stdout
     assert validations(out)["steps"] == [10]
