@@ -1,6 +1,7 @@
 """torch.compile of a block: one graph, compiled in the first steps only, the same numbers; what backward keeps."""
 
 import importlib
+import itertools
 import re
 import warnings
 from dataclasses import replace
@@ -43,16 +44,24 @@ def block_gradients(call, x, v_first, bounds, parameters):
     return [out, *torch.autograd.grad(out.square().sum() + v_first_out.sum(), [x, *parameters])]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bounds", [None, [0, 5, 17, 24]], ids=["rows", "packed"])
-@pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("fused", [True, False], ids=["fused on a CPU", "plain, as on a GPU"])
-def test_a_block_is_one_graph_with_the_same_numbers(fused, layer, bounds, dtype, monkeypatch):
+# Fused on a CPU or plain, as on a GPU; the layer; packed rows; fp32. PAIRS has every two of them in all four ways; the
+# rest is slow.
+BLOCKS = list(itertools.product((True, False), (0, 1), (False, True), (True, False)))
+PAIRS = {(True, 0, False, True), (True, 1, True, False), (False, 0, True, False), (False, 1, False, False),
+         (False, 1, True, True)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fused", "layer", "packed", "fp32"),
+    [pytest.param(*block, marks=[] if block in PAIRS else pytest.mark.slow) for block in BLOCKS],
+)
+def test_a_block_is_one_graph_with_the_same_numbers(fused, layer, packed, fp32, monkeypatch):
     if not fused:
         monkeypatch.setattr(importlib.import_module("src.ops.elementwise"), "NATIVE_DTYPES", ())
+    dtype = torch.float32 if fp32 else torch.bfloat16
     block = busy(Block(CONFIG, layer)).to(dtype)
-    bounds = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
-    x = torch.randn(1 if bounds is not None else 2, 24, 64).to(dtype).requires_grad_()
+    bounds = torch.tensor([0, 5, 17, 24], dtype=torch.int32) if packed else None
+    x = torch.randn(1 if packed else 2, 24, 64).to(dtype).requires_grad_()
     v_first = torch.randn(x.shape).to(dtype) if layer else None
     parameters = [p for p in block.parameters() if p.requires_grad]
     plain = block_gradients(block, x, v_first, bounds, parameters)
@@ -126,10 +135,10 @@ def test_a_mistake_in_the_call_is_the_error_without_compilation():
             model.blocks[1](x, v_first, None, None)
 
 
-@pytest.mark.parametrize("grad_cp", [False, True])
+@pytest.mark.parametrize("grad_cp", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_packed_rows_soon_compile_nothing_new(grad_cp):
     """The number of documents changes at every step: compiled for the first number, once for any, and once for one."""
-    model = busy(RWKV7(replace(CONFIG, n_layer=5, grad_cp=grad_cp)))
+    model = busy(RWKV7(replace(CONFIG, n_layer=3, grad_cp=grad_cp)))
     counter = CompileCounterWithBackend("aot_eager")
     model.compile_blocks(backend=counter, fullgraph=True)
     for step, cuts in enumerate([[3, 9], [5], [], [2, 4, 11, 13], [1, 8, 15], [7], []]):
