@@ -194,7 +194,9 @@ def spills(target, source, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("target", ["80", "90", "100", "120"])
+@pytest.mark.parametrize(
+    "target", ["90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("80", "100", "120"))]
+)
 @pytest.mark.parametrize(("source", "kernels"), [("wkv7_chunked.cu", 2), ("cross_entropy.cu", 6)])
 def test_nvcc_keeps_kernels_in_registers(target, source, kernels, tmp_path):
     report = spills(target, source, tmp_path)
