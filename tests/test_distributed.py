@@ -73,18 +73,29 @@ def assert_same_engine(result, name):
 # ---- every strategy against one process ------------------------------------------------------------------------------
 
 
+FIT = {**SGD, "steps": 5}
+PIECES, SHARED = {"chunk_ctx": 4, "kernel": "auto"}, {"context_parallel": 2, "kernel": "auto"}
+# Under the other stages as well in the slow tests: an engine, and one that partitions the parameters, are the kinds.
+QUICK_PIECES, QUICK_SHARED = ("ddp", "deepspeed_stage_3"), ("ddp", "deepspeed_stage_2")
+
+
+def each_strategy(quick):
+    marks = {name: [] if name in quick else [pytest.mark.slow] for name in ("ddp", *STAGES)}
+    return [pytest.param(n, marks=[*m, *([] if n == "ddp" else [needs_deepspeed])]) for n, m in marks.items()]
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """A few steps of SGD with accumulation and without clipping under each strategy, and in one process."""
     folder = tmp_path_factory.mktemp("quick")
-    fit = {**SGD, "steps": 5}
+    fit = FIT
     names = ["ddp", *(STAGES if zero.is_usable() else ())]
     fits = {name: {**fit, "strategy": name} for name in names}
     fits.update({f"stop of rank {rank}": {"strategy": "ddp", "steps": 9, "stop": [rank, 2]} for rank in (0, 1)})
     for name in names:
         fits[f"checkpointed {name}"] = {**fits[name], "grad_cp": 1, "kernel": "auto", "count": True}
-    fits.update({f"shared {name}": {**fits[name], "context_parallel": 2, "kernel": "auto"} for name in names})
-    fits.update({f"in pieces {name}": {**fits[name], "chunk_ctx": 4, "kernel": "auto"} for name in names})
+    fits.update({f"shared {name}": {**fits[name], **SHARED} for name in names if name in QUICK_SHARED})
+    fits.update({f"in pieces {name}": {**fits[name], **PIECES} for name in names if name in QUICK_PIECES})
     if zero.is_usable():
         fits["stage 3, released"] = {
             **fits["checkpointed deepspeed_stage_3"],
@@ -102,6 +113,13 @@ def quick(tmp_path_factory):
     results = launch(folder, 2, fits)
     # of processes that share samples, two see as many of them as one
     return {**results, **launch(folder, 1, {"one": with_one_process(fit), "alone": fit})}
+
+
+@pytest.fixture(scope="module")
+def other_stages(tmp_path_factory):
+    fits = {f"shared {name}": {**FIT, **SHARED, "strategy": name} for name in STAGES if name not in QUICK_SHARED}
+    fits |= {f"in pieces {name}": {**FIT, **PIECES, "strategy": name} for name in STAGES if name not in QUICK_PIECES}
+    return launch(tmp_path_factory.mktemp("others"), 2, fits)
 
 
 @pytest.mark.parametrize("name", ["ddp", *(pytest.param(name, marks=needs_deepspeed) for name in STAGES)])
@@ -141,18 +159,20 @@ def test_activation_checkpointing_changes_no_result(quick, name):
     assert largest_difference(one["weights"], other["weights"]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["ddp", *(pytest.param(name, marks=needs_deepspeed) for name in STAGES)])
-def test_samples_in_pieces_change_no_result(quick, name):
+@pytest.mark.parametrize("name", each_strategy(QUICK_PIECES))
+def test_samples_in_pieces_change_no_result(quick, name, request):
     """The gradients of all pieces reach the strategy once a micro step."""
-    one, other = quick["one"], quick[f"in pieces {name}"]
+    results = quick if name in QUICK_PIECES else request.getfixturevalue("other_stages")
+    one, other = quick["one"], results[f"in pieces {name}"]
     assert_same_engine(other, name)
     assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert largest_difference(one["weights"], other["weights"]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["ddp", *(pytest.param(name, marks=needs_deepspeed) for name in STAGES)])
-def test_processes_that_share_samples_change_no_result(quick, name):
-    one, other = quick["alone"], quick[f"shared {name}"]
+@pytest.mark.parametrize("name", each_strategy(QUICK_SHARED))
+def test_processes_that_share_samples_change_no_result(quick, name, request):
+    results = quick if name in QUICK_SHARED else request.getfixturevalue("other_stages")
+    one, other = quick["alone"], results[f"shared {name}"]
     assert_same_engine(other, name)
     assert other["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert largest_difference(one["weights"], other["weights"]) < 1e-5
