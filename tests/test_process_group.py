@@ -206,7 +206,7 @@ from tests.ranks import join_ranks
 
 group = join_ranks(2)
 if group.rank == 0:
-    time.sleep(4)  # draws its figures, while the other rank has left with the run's exit code
+    time.sleep(2.5)  # draws its figures, while the other rank has left with the run's exit code
 group.shutdown()
 sys.exit(124)
 """
