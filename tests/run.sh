@@ -25,6 +25,7 @@ python=$(sh demo-training-prepare.sh environment $files)
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-# Two processes with one thread each are faster on two cores than one process with two.
-OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "$python" -m pytest -n 2 "$@"
+# Two processes with one thread each are faster on two cores than one process with two. Each has one half of the files, and
+# then what is left of the other's: a fixture that the tests of a file share is made once.
+OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "$python" -m pytest -n 2 --dist worksteal "$@"
 if [ $all = 1 ]; then sh tests/torch_versions.sh; fi
