@@ -340,7 +340,9 @@ def test_a_client_that_goes_away_frees_its_place(address: str, served: ServedMod
     with HTTP.stream("POST", f"{address}/v1/completions", json=body | {"stream": True}) as stream:
         next(stream.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
-        HTTP.post(f"{address}/v1/completions", json=body | {"prompt": "the" * 3000}, timeout=0.05)
+        HTTP.post(
+            f"{address}/v1/completions", json=body | {"prompt": "the" * 3000}, timeout=httpx.Timeout(60, read=0.05)
+        )
     while served.engine.statistics.running:
         time.sleep(0.01)
     assert served.engine.statistics.cancellations > before
