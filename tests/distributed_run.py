@@ -26,6 +26,7 @@ from src.adapt.adapter import add_adapter
 from src.adapt.config import adapter_of
 from src.adapt.quantize import quantize_base
 from src.config import RunConfig
+from src.dataset.loader import train_dataloader
 from src.inference.load import load_weights
 from src.model import RWKV7
 from src.model.weights import save_weights
@@ -38,7 +39,6 @@ from src.training.checkpoint.restore import load_full_state
 from src.training.checkpoint.storage import StateWriter, state_folders
 from src.training.console import is_rank_zero
 from src.training.control import STOP, RunControl
-from src.training.data import train_dataloader
 from src.training.distributed import zero
 from src.training.distributed.context_parallel import data_parallel
 from src.training.distributed.sharded_init import initial_values

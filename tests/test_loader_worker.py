@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from training_runs import CTX, flags, from_a_terminal_without_figures, metrics, newest_state, train_process
 
-from src.training.data import _leave_signals_to_main_process
+from src.dataset.loader import _leave_signals_to_main_process
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a worker as a Linux machine with a GPU has it")
 RUN = {"accumulate_grad_batches": 10, "my_exit_tokens": CTX * 4 * 10 * 3000, "epoch_steps": 1000, "save_minutes": 0}
@@ -95,5 +95,5 @@ def test_the_run_itself_can_still_end_it():
     process.join(timeout=1)
     assert process.is_alive()
     process.terminate()
-    process.join(timeout=10)
+    process.join(timeout=60)
     assert process.exitcode == 0

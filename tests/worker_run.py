@@ -7,10 +7,11 @@ One batch is fetched ahead, so that every micro step needs the worker. With --fa
 import sys
 
 import train
-from src.training import data, module
+from src.dataset import loader
+from src.training import module
 
 
-class LoaderWithWorker(data.DataLoader):
+class LoaderWithWorker(loader.DataLoader):
     def __init__(self, dataset, **settings):
         super().__init__(dataset, **{**settings, "num_workers": 1, "persistent_workers": True, "prefetch_factor": 1})
 
@@ -21,7 +22,7 @@ def failing_step(self, batch, batch_idx):
     return training_step(self, batch, batch_idx)
 
 
-data.DataLoader = LoaderWithWorker
+loader.DataLoader = LoaderWithWorker
 training_step = module.TrainingModule.training_step
 if sys.argv[1] == "--fail":
     del sys.argv[1]

@@ -36,6 +36,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from src.config import ModelConfig, RunConfig
+from src.dataset.loader import train_dataloader
 from src.dataset.watched_file import DataFileError
 from src.model import RWKV7
 from src.run_folder import LOG, METRICS, TRACE, VALIDATION
@@ -55,7 +56,7 @@ from src.training.checkpoint.storage import STATE_BYTES_PER_PARAMETER, StateWrit
 from src.training.checkpoint.watch_files import WatchFiles
 from src.training.console import is_rank_zero, log
 from src.training.control import STOP, TIME_LIMIT_EXIT_CODE, GracefulStop, RunControl
-from src.training.data import HeldOut, Samples, train_dataloader
+from src.training.data import HeldOut, Samples
 from src.training.distributed.context_parallel import data_parallel
 from src.training.distributed.process_group import ProcessGroup
 from src.training.distributed.sharded_init import NamedTensors
