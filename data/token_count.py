@@ -44,8 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     # After the command line is parsed: torch takes seconds to import.
+    from src.dataset.encode_conversation import chat_tokenizer
     from src.dataset.sft import SftRows
-    from src.dataset.sft_cache import chat_tokenizer, open_conversations
+    from src.dataset.sft_cache import open_conversations
     from src.dataset.unusable_lines import unusable_warning
 
     with exit_on_user_error(parser):

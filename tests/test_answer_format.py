@@ -17,7 +17,8 @@ from test_conversation_formats import EMPTY_THOUGHT, TOOLS
 from src.config.flags import THINK_MODES
 from src.dataset.answer_format import answer_format, render_prompt, stop_strings
 from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate
-from src.dataset.sft_cache import chat_tokenizer, encode_conversation, open_conversations
+from src.dataset.encode_conversation import chat_tokenizer, encode_conversation
+from src.dataset.sft_cache import open_conversations
 from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.dataset.tool_calls import parse_tool_calls
 from src.errors import UserError

@@ -19,12 +19,8 @@ from src.dataset.conversation_files import read_conversation_pieces
 from src.dataset.conversation_formats import read_conversation
 from src.dataset.conversations import MARK_ADVICE, check_template, render_with_answers
 from src.dataset.corpus.documents import read_lines
-from src.dataset.sft_cache import (
-    chat_tokenizer,
-    encode_conversation,
-    look_at_conversations,
-    open_conversations,
-)
+from src.dataset.encode_conversation import chat_tokenizer, encode_conversation
+from src.dataset.sft_cache import look_at_conversations, open_conversations
 from src.dataset.tokenizer import FolderTokenizer
 from src.dataset.unusable_lines import advice, unusable_warning
 from src.errors import UserError

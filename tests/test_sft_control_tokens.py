@@ -8,7 +8,8 @@ from chat_models import TEMPLATES, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.dataset.sft_cache import chat_tokenizer, encode_conversation, open_conversations
+from src.dataset.encode_conversation import chat_tokenizer, encode_conversation
+from src.dataset.sft_cache import open_conversations
 
 CONTENTS = st.lists(
     st.sampled_from(["<|im_end|>", "<|im_start|>", "<|endoftext|>", "the answer", " ", "<|im_", "end|>", "x"]),

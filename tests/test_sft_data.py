@@ -22,15 +22,10 @@ from src.dataset.chat_template import ChatTemplate
 from src.dataset.control_tokens import ContentMarks, special_token_pattern, split_at_control_tokens
 from src.dataset.conversation_formats import Conversation, read_conversation
 from src.dataset.conversations import render_with_answers
+from src.dataset.encode_conversation import chat_tokenizer, encode_conversation
 from src.dataset.packing import epoch_order, pack
 from src.dataset.sft import IGNORED, SftDataset, SftRows, collate, collate_shares
-from src.dataset.sft_cache import (
-    Conversations,
-    chat_tokenizer,
-    encode_conversation,
-    look_at_conversations,
-    open_conversations,
-)
+from src.dataset.sft_cache import Conversations, look_at_conversations, open_conversations
 from src.dataset.tokenizer import FolderTokenizer
 from src.errors import UserError
 

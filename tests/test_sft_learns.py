@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 from src.adapt.adapter import add_adapter
 from src.adapt.config import AdapterConfig
 from src.dataset import BinIdxWriter, magic_prime
+from src.dataset.encode_conversation import chat_tokenizer
 from src.dataset.pretrain import PretrainDataset
 from src.dataset.sft import SftDataset, SftRows, collate_shares
-from src.dataset.sft_cache import chat_tokenizer, open_conversations
+from src.dataset.sft_cache import open_conversations
 from src.dataset.tokenizer import FolderTokenizer
 from src.model import RWKV7, ModelConfig
 from src.ops.loss import cross_entropy_l2wrap

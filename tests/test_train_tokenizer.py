@@ -7,7 +7,7 @@ import pytest
 
 from data import make_data, train_tokenizer
 from src.dataset import MMapIndexedDataset
-from src.dataset.sft_cache import chat_tokenizer
+from src.dataset.encode_conversation import chat_tokenizer
 from src.dataset.tokenizer import load_tokenizer
 
 TEXTS = [

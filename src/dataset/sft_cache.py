@@ -14,7 +14,6 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Collection
 from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,17 +26,13 @@ from tqdm import tqdm
 from src.config import PLACEHOLDER
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset, with_ending
 from src.dataset.chat_template import RWKV_TEMPLATE
-from src.dataset.control_tokens import ContentMarks
 from src.dataset.conversation_files import check_conversation_file, read_conversation_pieces
-from src.dataset.conversation_formats import Conversation, conversation_of
-from src.dataset.conversations import MARK_ADVICE, RenderedConversation, check_template, render_with_answers
-from src.dataset.corpus.documents import InvalidLine, invalid_line, parse_json, read_lines
+from src.dataset.conversations import MARK_ADVICE, check_template
+from src.dataset.corpus.documents import InvalidLine, invalid_line, read_lines
 from src.dataset.corpus.text_input import Piece
+from src.dataset.encode_conversation import chat_tokenizer, encode_conversation
 from src.dataset.media_files import MediaError, MissingPackageError
-from src.dataset.media_parts import take_media
 from src.dataset.media_reader import MediaReader, UnusableMediaError
-from src.dataset.media_tokens import encode_with_media
-from src.dataset.tokenizer import Tokenizer, load_tokenizer
 from src.dataset.unusable_lines import advice, by_reason
 from src.dataset.workers import map_in_order, usable_cores
 from src.errors import UserError
@@ -50,7 +45,6 @@ _SHOWN_INVALID_LINES = 3
 # PLACEHOLDER as a token of the cache, where ~PLACEHOLDER would be a token 0 with a loss; no vocabulary is as large
 MEDIA_CODE = 1 << 30
 _SHOWN_UNUSED = 10  # kinds; some sets have a field per line
-_LONGEST_NAME = 40  # of a field that is counted and printed
 
 
 class Conversations(NamedTuple):
@@ -92,27 +86,6 @@ class Conversations(NamedTuple):
         return largest
 
 
-def chat_tokenizer(folder: str, think: str = "") -> Tokenizer:
-    """The tokenizer for conversations, its template with a mode of THINK_MODES or "" (as the data are).
-
-    UserError for --tokenizer without a usable chat template, and for a mode that the template lacks.
-    """
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "no chat template",
-            flag="tokenizer",
-            given=folder,
-            expected="world, or a tokenizer folder with a chat template",
-        )
-    tokenizer.chat_template = tokenizer.chat_template.thinking(think)
-    try:
-        check_template(tokenizer.chat_template, tokenizer.special_tokens)
-    except UserError as error:
-        raise UserError(error.problem, flag="tokenizer", given=folder, advice=error.advice) from error
-    return tokenizer
-
-
 _cached_tokenizer = lru_cache(1)(chat_tokenizer)  # loaded before the workers are forked, which then share it
 
 
@@ -128,69 +101,6 @@ class _TokenizedPiece(NamedTuple):
     end: int  # bytes of input read, as of `Piece`
     media: list[bytes]  # of each conversation, as in the cache
     broken: list[str]  # files that can't be used
-
-
-class EncodedConversation(NamedTuple):
-    """Ids of a conversation, a mask of the tokens with a loss, the number of turns, `Conversations.unused` and
-    `Conversations.media_of`."""
-
-    ids: list[int]
-    is_answer: npt.NDArray[np.bool_]
-    turns: int
-    unused: Counter[str]
-    media: list[tuple[str, int]]
-
-
-def encode_conversation(
-    tokenizer: Tokenizer, line: bytes, parse_special: bool = False, reader: MediaReader | None = None
-) -> EncodedConversation:
-    """Encodes a JSON line, its media as `reader` reads them. UserError, its `problem` the reason, when the line is not
-    a usable conversation.
-
-    Special tokens in contents, such as `<|im_end|>`, are text like any other; with `parse_special` they are tokens.
-    """
-    assert tokenizer.chat_template is not None
-    try:
-        entry, names = parse_json(line), list[str]()
-        if reader is not None:
-            entry, names = take_media(entry, reader.kind)
-        conversation = conversation_of(entry)
-        if parse_special:
-            rendered = render_with_answers(tokenizer.chat_template, tokenizer.special_tokens, conversation)
-            literals: Collection[int] = ()
-        else:
-            rendered, literals = _render_as_text(tokenizer, conversation)
-    except RecursionError:  # JSON may be parsed at a depth that can't be walked through
-        raise UserError("fields that are nested too deeply") from None
-    # last, as it decodes the files: most lines that are unusable are so for another reason
-    media = [(name, reader.count(reader.read(name))) for name in names] if reader is not None else []
-    if media:
-        counts = [count for _, count in media]
-        ids, is_answer = encode_with_media(tokenizer, rendered.text, counts, literals, rendered.answers)
-    else:
-        ids, is_answer = tokenizer.encode_marked(rendered.text, rendered.answers, literals)
-    if not is_answer[1:].any():  # the first token is never a target
-        raise UserError("no answer")
-    unused = Counter(f"field {field[:_LONGEST_NAME]!r}" for field in conversation.unused_fields)
-    if rendered.omitted_thoughts:
-        unused["earlier thought (left out by the chat template)"] = rendered.omitted_thoughts
-    return EncodedConversation(ids, is_answer, len(conversation.messages), unused, media)
-
-
-def _render_as_text(tokenizer: Tokenizer, conversation: Conversation) -> tuple[RenderedConversation, Collection[int]]:
-    """The rendered conversation, and the first characters of the special tokens in it that stand in its contents."""
-    template, special_tokens = tokenizer.chat_template, tokenizer.special_tokens
-    assert template is not None
-    contents = [conversation.messages, conversation.tools]
-    marks = ContentMarks(special_tokens, [template.source, json.dumps(contents, ensure_ascii=False)])
-    messages = [marks.add_to_message(message) for message in conversation.messages]
-    tools = marks.add_to_strings(conversation.tools)
-    rendered = render_with_answers(template, special_tokens, conversation._replace(messages=messages, tools=tools))
-    text, literals = marks.remove(rendered.text)
-    if json.dumps(marks.mark)[1:-1] in text:  # `tojson(ensure_ascii=true)` wrote the mark as an escape sequence
-        raise UserError("a special token in a value that the chat template writes with escape sequences")
-    answers = marks.spans_without_marks(rendered.text, rendered.answers)
-    return rendered._replace(text=text, answers=answers), literals
 
 
 def _tokenize_piece(
