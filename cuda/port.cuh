@@ -152,6 +152,8 @@ DEVICE uint32_t pack(Half low, Half high) {
 
 DEVICE float exact_exp(float x) { return expf(x); }
 DEVICE float exact_log(float x) { return logf(x); }
+DEVICE float exact_expm1(float x) { return expm1f(x); }
+DEVICE float square_root(float x) { return sqrtf(x); }
 DEVICE float fast_exp2(float x) {
 #if PORT_DEVICE && defined(__CUDA_ARCH__)
   float y;
@@ -241,6 +243,18 @@ DEVICE uint32_t load4(const void* from) {
   uint32_t value;
   std::memcpy(&value, from, 4);
   return value;
+#endif
+}
+
+// Two words, the first at the lower address.
+DEVICE void load8(const void* from, uint32_t& first, uint32_t& second) {
+#if PORT_DEVICE
+  const uint2 words = *static_cast<const uint2*>(from);
+  first = words.x, second = words.y;
+#else
+  host_cuda::check_aligned(from, 8, "loads two words");
+  std::memcpy(&first, from, 4);
+  std::memcpy(&second, static_cast<const char*>(from) + 4, 4);
 #endif
 }
 

@@ -57,7 +57,7 @@ PAIRS = {(True, 0, False, True), (True, 1, True, False), (False, 0, True, False)
 )
 def test_a_block_is_one_graph_with_the_same_numbers(fused, layer, packed, fp32, monkeypatch):
     if not fused:
-        monkeypatch.setattr(importlib.import_module("src.ops.elementwise"), "NATIVE_DTYPES", ())
+        monkeypatch.setattr(importlib.import_module("src.ops.elementwise"), "NATIVE_DTYPES", {})
     dtype = torch.float32 if fp32 else torch.bfloat16
     block = busy(Block(CONFIG, layer)).to(dtype)
     bounds = torch.tensor([0, 5, 17, 24], dtype=torch.int32) if packed else None

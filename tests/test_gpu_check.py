@@ -14,8 +14,8 @@ from src.ops import wkv7
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "tools" / "gpu_check.sh"
-FIRST_PARTS = ["machine", "build", "errors", "times", "step", "step-compiled"]
-LATER_PARTS = ["tests", "memcheck", "racecheck", "profile-kernels", "profile-step", "low-rank"]
+FIRST_PARTS = ["machine", "build", "errors", "times", "op-errors", "op-times", "step", "step-compiled", "step-graph"]
+LATER_PARTS = ["tests", "memcheck", "racecheck", "profile-kernels", "profile-ops", "profile-step", "low-rank"]
 TOOLS = ("nvidia-smi", "nvcc", "python", "compute-sanitizer", "ncu", "nsys")
 
 
@@ -120,7 +120,7 @@ def test_missing_tools_skip_their_parts(machine):
     done = machine.check()
     assert done.returncode == 0
     skipped = {name for name, status in machine.statuses().items() if status == "skipped"}
-    assert skipped == {"tests", "memcheck", "racecheck", "profile-kernels", "profile-step"}
+    assert skipped == {"tests", "memcheck", "racecheck", "profile-kernels", "profile-ops", "profile-step"}
     assert "pytest is not installed" in done.stdout
 
 
@@ -147,7 +147,7 @@ MAY_BE_MISSING = "deepspeed wandb pyrwkv_tokenizer pytest hypothesis prompt_tool
 def test_benchmarks_need_no_further_packages():
     # None in sys.modules makes an import fail, as if nothing were installed under that name.
     missing = f"sys.modules.update(dict.fromkeys({MAY_BE_MISSING.split()!r}))"
-    script = f"import sys\n{missing}\nimport wkv7_gpu, train_step, low_rank"
+    script = f"import sys\n{missing}\nimport wkv7_gpu, step_ops_gpu, train_step, low_rank"
     environment = {**os.environ, "PYTHONPATH": str(TESTS / "bench")}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -202,6 +202,27 @@ def test_kernel_benchmark_computes_its_reference_on_the_cpu_once(wkv7_gpu, monke
     wkv7_gpu.expected.cache_clear()
     wkv7_gpu.report_errors("cpu", ("recurrent", "auto"))
     assert calls == ["cpu"] * len(wkv7_gpu.KINDS)
+
+
+def test_benchmark_of_the_other_ops(monkeypatch, capsys):
+    """On a CPU, whose ops have the same schemas; an error over its bound is printed, and the others follow."""
+    monkeypatch.syspath_prepend(str(TESTS / "bench"))
+    import step_ops_gpu
+
+    monkeypatch.setattr(step_ops_gpu, "DTYPES", (torch.bfloat16,))
+    assert step_ops_gpu.report_errors("cpu", 9, 64)
+    names = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [*(op.name for op in step_ops_gpu.OPS), "adamw"]
+    relu = step_ops_gpu.relu_squared
+    monkeypatch.setattr(
+        step_ops_gpu, "relu_squared", lambda x, kernel: relu(x, kernel=kernel) * (1 + (kernel == "auto"))
+    )
+    assert not step_ops_gpu.report_errors("cpu", 9, 64)
+    over = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if "OVER ITS BOUND" in line]
+    assert over == ["relu_squared"]
+    step_ops_gpu.report_times("cpu", [(40, 64)], repetitions=2)
+    table = capsys.readouterr().out.splitlines()[2:]
+    assert [line.count("|") for line in table] == [8] * (2 + 2 * len(step_ops_gpu.OPS) + 1)
 
 
 def test_step_benchmark_draws_its_weights_without_decompositions(monkeypatch):

@@ -17,7 +17,7 @@ from src.cli import parse
 from src.config import RunConfig
 from src.dataset.binidx import BinIdxWriter
 from src.model import RWKV7, ModelConfig
-from src.ops import loss, recurrence
+from src.ops import elementwise, loss, recurrence
 from src.ops.build import BuildError, load_native
 from src.training.hardware.selection import Hardware
 from src.training.module import TrainingModule
@@ -36,14 +36,15 @@ SETTINGS = [
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Native ops for wkv7 and the loss (by their registered shapes), plain PyTorch elementwise, fused AdamW."""
+    """Native ops (by their registered shapes) and fused AdamW."""
     try:
-        load_native(recurrence._register)
-        load_native(loss._register)
+        for module in (recurrence, loss, elementwise):
+            load_native(module._register)
     except BuildError as error:
         pytest.skip(str(error))
     monkeypatch.setattr(recurrence, "_choose", lambda *args: "recurrent")
     monkeypatch.setattr(loss, "_native", lambda *args: True)
+    monkeypatch.setattr(elementwise, "NATIVE_DTYPES", {"meta": elementwise.NATIVE_DTYPES["cuda"]})
     optimizer = sys.modules[torch.optim.Optimizer.__module__]
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["cuda", "meta"])
 
@@ -72,7 +73,9 @@ class Step:
     """Optimizer steps, on tensors without values where no device is given, of the objects that train.py trains with."""
 
     def __init__(self, packed=False, layers=3, device="meta", **changed):
-        config = RunConfig(n_layer=layers, n_embd=128, ctx_len=CTX, micro_bsz=BATCH, weight_decay=0.1, **changed)
+        # each step by itself: what waits in it is looked for
+        settings = {"n_layer": layers, "n_embd": 128, "ctx_len": CTX, "micro_bsz": BATCH, "weight_decay": 0.1}
+        config = RunConfig(**{**settings, "cuda_graph": "off", **changed})
         with torch.device(device):
             model = RWKV7(config.model_config(VOCAB)).bfloat16()
             self.module = TrainingModule(model, config, Hardware("gpu", 1, 1, "bf16", "plain"))
@@ -248,15 +251,47 @@ def test_gpu_step_waits_for_nothing(forbid, setting, compiled):
         {},
         {"grad_cp": 1, "head_chunk": 24},
         {"compile": 1, "grad_cp": 1},
+        {"cuda_graph": "off"},
         {"strategy": "deepspeed_stage_2_offload", "grad_cp": 1},
     ],
-    ids=["plain", "lean", "compiled", "deepspeed"],
+    ids=["plain", "lean", "compiled", "without a graph", "deepspeed"],
 )
 def test_gpu_run(monkeypatch, tmp_path, tokens, forbid, changed):
     """A run from its flags to its weights; but under DeepSpeed its loop waits for nothing either."""
-    in_each_step(monkeypatch, lambda number: forbid(3 <= number < 10 and "strategy" not in changed))
+    in_each_step(monkeypatch, lambda number: forbid(4 <= number < 10 and "strategy" not in changed))
     assert train(tokens, tmp_path / "run", accelerator="gpu", **changed) == 0
     assert all(tensor.isfinite().all() for tensor in torch.load(tmp_path / "run" / "rwkv-final.pth").values())
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("compiled", ["0", "1"], ids=["plain", "compiled"])
+def test_gpu_steps_in_a_graph_are_those_without(compiled):
+    """Losses of ten steps whose learning rate and batch change, and what is replayed."""
+    curves = []
+    for cuda_graph in ("off", "on"):
+        torch.manual_seed(0)
+        step = Step(device="cuda", cuda_graph=cuda_graph)
+        if compiled == "1":
+            step.module.model.compile_blocks()
+        losses, replayed = [], []
+        for number in range(10):
+            tokens = torch.randint(VOCAB, (BATCH, CTX + 1), generator=torch.Generator().manual_seed(number)).cuda()
+            for group in step.optimizer.param_groups:
+                group["lr"] = 1e-3 * (number + 1)
+            step.batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+            def closure(step=step, losses=losses):
+                loss = step.module.training_step(step.batch, 0)["loss"]
+                step.module.optimizer_zero_grad(0, 0, step.optimizer)
+                step.module.backward(loss)
+                losses.append(loss.detach().clone())
+
+            step.optimizer.step(closure)
+            replayed.append(step.module.graph is not None and step.module.graph.replayed)
+        assert replayed == [cuda_graph == "on" and number >= 3 for number in range(10)]
+        curves.append(torch.stack(losses))
+    torch.testing.assert_close(*curves, rtol=1e-3, atol=1e-3)
 
 
 @gpu
@@ -264,7 +299,7 @@ def test_gpu_run(monkeypatch, tmp_path, tokens, forbid, changed):
 @pytest.mark.parametrize("grad_cp", [0, 1])
 def test_gpu_memory_is_as_planned(grad_cp):
     model = ModelConfig(8, 512, 6400, grad_cp=bool(grad_cp))
-    config = RunConfig(n_layer=8, n_embd=512, ctx_len=512, micro_bsz=8, grad_cp=grad_cp, compile="1")
+    config = RunConfig(n_layer=8, n_embd=512, ctx_len=512, micro_bsz=8, grad_cp=grad_cp, compile="1", cuda_graph="off")
     with torch.device("cuda"):
         module = TrainingModule(RWKV7(model).bfloat16(), config, Hardware("gpu", 1, 1, "bf16", "plain"))
         optimizer = module.configure_optimizers()

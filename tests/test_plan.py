@@ -42,7 +42,7 @@ def test_parameter_count(config):
 @pytest.fixture(autouse=True)
 def _plain_elementwise(monkeypatch):
     """Elementwise ops as on a GPU: the fused ones of a CPU keep less for backward."""
-    monkeypatch.setattr(importlib.import_module("src.ops.elementwise"), "NATIVE_DTYPES", ())
+    monkeypatch.setattr(importlib.import_module("src.ops.elementwise"), "NATIVE_DTYPES", {})
 
 
 def saved_for_backward(config, tokens, dtype, adapter=None):

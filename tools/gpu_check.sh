@@ -78,9 +78,12 @@ part build 300 "$python" tests/bench/wkv7_gpu.py build
 case "$failed " in *" build "*) finish ;; esac
 part errors 120 "$python" tests/bench/wkv7_gpu.py errors
 part times 180 "$python" tests/bench/wkv7_gpu.py times
+part op-errors 120 "$python" tests/bench/step_ops_gpu.py errors
+part op-times 180 "$python" tests/bench/step_ops_gpu.py times
 step="$python tests/bench/train_step.py --device cuda --profile 1"
 part step 180 $step --config 0.1b
 part step-compiled 300 $step --config 0.1b --compile 1
+part step-graph 300 $step --config 0.1b --compile 1 --cuda_graph on
 part step-lean 300 $step --config 0.1b --compile 1 --grad_cp 1 --head_chunk 4096
 part step-batch-64 300 $step --config 0.1b --compile 1 --micro_bsz 64
 part step-0.4b 300 $step --config 0.4b --compile 1
@@ -104,8 +107,10 @@ for tool in memcheck racecheck; do
 done
 if command -v ncu > /dev/null; then
     part profile-kernels 300 ncu --set full --import-source yes -k "regex:wkv7|cross_entropy" -f -o "$out/kernels" "$python" tests/bench/wkv7_gpu.py once
+    part profile-ops 300 ncu --set full --import-source yes -k "regex:token_shift|inputs_|output_|relu_squared|add_tiles|adamw" -f -o "$out/ops" "$python" tests/bench/step_ops_gpu.py once
 else
     skip profile-kernels "ncu (Nsight Compute) is not installed"
+    skip profile-ops "ncu (Nsight Compute) is not installed"
 fi
 if command -v nsys > /dev/null; then
     part profile-step 300 nsys profile -f true -o "$out/step" "$python" tests/bench/train_step.py --device cuda --config 0.1b --steps 3

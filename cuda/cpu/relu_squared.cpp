@@ -1,6 +1,7 @@
 // relu(x)^2 and its gradient 2 relu(x) dy on a CPU, each in one pass over memory.
 #include <cstring>
 
+#include "../elementwise.h"
 #include "dense.h"
 
 namespace relu_squared {
@@ -11,8 +12,8 @@ using vec::Float;
 using vec::kLanes;
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkv7, m) {
-  m.def("relu_squared(Tensor x) -> Tensor");
-  m.def("relu_squared_backward(Tensor dy, Tensor x) -> Tensor");
+  m.def(kReluSquared);
+  m.def(kReluSquaredBackward);
 }
 
 inline Float positive(Float x) { return x < 0.0f ? Float{} : x; }  // keeps NaN

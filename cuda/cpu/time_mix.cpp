@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../elementwise.h"
 #include "dense.h"
 
 namespace time_mix {
@@ -29,18 +30,10 @@ using Optional = std::optional<Tensor>;
 constexpr float kSmallestNorm = 1e-12f;
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkv7, m) {
-  m.def(
-      "time_mix_inputs(Tensor k, Tensor v, Tensor a, Tensor? v_first, Tensor? residual, Tensor k_k, Tensor k_a, Tensor a0, Tensor? v0, int head_size)"
-      " -> (Tensor key, Tensor value, Tensor remove, Tensor replace)");
-  m.def(
-      "time_mix_inputs_backward(Tensor dkey, Tensor dvalue, Tensor dremove, Tensor dreplace, Tensor k, Tensor v, Tensor a, Tensor? v_first,"
-      " Tensor? residual, Tensor k_k, Tensor k_a, Tensor a0, Tensor? v0, int head_size)"
-      " -> (Tensor dk, Tensor dv, Tensor da, Tensor dv_first, Tensor dresidual, Tensor dk_k, Tensor dk_a, Tensor da0, Tensor dv0)");
-  m.def(
-      "time_mix_output(Tensor y, Tensor r, Tensor k, Tensor v, Tensor g, Tensor r_k, Tensor weight, Tensor bias, float eps, int head_size) -> Tensor");
-  m.def(
-      "time_mix_output_backward(Tensor dout, Tensor y, Tensor r, Tensor k, Tensor v, Tensor g, Tensor r_k, Tensor weight, Tensor bias, float eps,"
-      " int head_size) -> (Tensor dy, Tensor dr, Tensor dk, Tensor dv, Tensor dg, Tensor dr_k, Tensor dweight, Tensor dbias)");
+  m.def(kTimeMixInputs);
+  m.def(kTimeMixInputsBackward);
+  m.def(kTimeMixOutput);
+  m.def(kTimeMixOutputBackward);
 }
 
 Tensor nothing(const Tensor& x) { return torch::stable::new_empty(x, {0}); }

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../elementwise.h"
 #include "dense.h"
 
 namespace token_shift {
@@ -25,14 +26,12 @@ using vec::kLanes;
 using Optional = std::optional<Tensor>;
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkv7, m) {
-  m.def("token_shift_1(Tensor x, Tensor? last, Tensor? cu_seqlens, Tensor mix) -> Tensor");
-  m.def("token_shift_1_backward(Tensor d, Tensor x, Tensor? last, Tensor? cu_seqlens, Tensor mix) -> (Tensor dx, Tensor dlast, Tensor dmix)");
-  m.def(
-      "token_shift_6(Tensor x, Tensor? last, Tensor? cu_seqlens, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor g)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "token_shift_6_backward(Tensor dr, Tensor dw, Tensor dk, Tensor dv, Tensor da, Tensor dg, Tensor x, Tensor? last, Tensor? cu_seqlens,"
-      " Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor g) -> (Tensor dx, Tensor dlast, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(kTokenShift1);
+  m.def(kTokenShift1Backward);
+  m.def(kTokenShift3);
+  m.def(kTokenShift3Backward);
+  m.def(kTokenShift6);
+  m.def(kTokenShift6Backward);
 }
 
 template <class T>
@@ -193,6 +192,19 @@ std::tuple<Tensor, Tensor, Tensor> backward_1(Tensor d, Tensor x, Optional last,
   return {out[0], out[1], out[2]};
 }
 
+std::tuple<Tensor, Tensor, Tensor> forward_3(Tensor x, Optional last, Optional cu_seqlens, Tensor r, Tensor k, Tensor v) {
+  const auto out = by_dtype(x, [&](auto* t) { return run_forward<3, std::remove_pointer_t<decltype(t)>>(x, last, cu_seqlens, {r, k, v}); });
+  return {out[0], out[1], out[2]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_3(Tensor dr, Tensor dk, Tensor dv, Tensor x, Optional last, Optional cu_seqlens, Tensor r,
+                                                              Tensor k, Tensor v) {
+  const auto out = by_dtype(x, [&](auto* t) {
+    return run_backward<3, std::remove_pointer_t<decltype(t)>>({dr, dk, dv}, x, last, cu_seqlens, {r, k, v});
+  });
+  return {out[0], out[1], out[2], out[3], out[4]};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_6(Tensor x, Optional last, Optional cu_seqlens, Tensor r, Tensor w, Tensor k,
                                                                      Tensor v, Tensor a, Tensor g) {
   const auto out = by_dtype(x, [&](auto* t) {
@@ -213,6 +225,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
 STABLE_TORCH_LIBRARY_IMPL(rwkv7, CPU, m) {
   m.impl("token_shift_1", TORCH_BOX(&forward_1));
   m.impl("token_shift_1_backward", TORCH_BOX(&backward_1));
+  m.impl("token_shift_3", TORCH_BOX(&forward_3));
+  m.impl("token_shift_3_backward", TORCH_BOX(&backward_3));
   m.impl("token_shift_6", TORCH_BOX(&forward_6));
   m.impl("token_shift_6_backward", TORCH_BOX(&backward_6));
 }

@@ -467,6 +467,13 @@ class Flags:
         choices=("auto", "0", "1"),
         within_run="free",
     )
+    cuda_graph: str = flag(
+        "auto",
+        "speed",
+        "start the kernels of a step together, as a CUDA graph; auto: where one GPU trains on rows of one length",
+        choices=("auto", "on", "off"),
+        within_run="free",
+    )
     profile: int = flag(
         0,
         "speed",

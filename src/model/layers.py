@@ -19,7 +19,7 @@ from src.model.attention import Attention
 from src.model.init import initialise
 from src.model.recompute import recomputed
 from src.model.state import LayerState
-from src.ops import linear, relu_squared, time_mix_inputs, time_mix_output, token_shift, wkv7
+from src.ops import linear, relu_squared, shifted_products, time_mix_inputs, time_mix_output, token_shift, wkv7
 
 # The official code's 1e-5 * head_size_divisor^2 with its divisor of 8: the same for every head size.
 GROUP_NORM_EPS = 64e-5
@@ -187,20 +187,19 @@ class TimeMix(nn.Module):
         """
         if wkv is None and self.time_state is not None:
             wkv = self.initial_wkv(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, x.dtype)
-        mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         shift, last = shift_states(x, shift, cu_seqlens, self.context)
-        xr, xw, xk, xv, xa, xg = token_shift(x, shift, cu_seqlens, mixes, kernel=self.kernel)  # [B, T, C] each
+        (xr, xk, xv), thin_w, thin_a, thin_g, thin_v = self._shifted(x, shift, cu_seqlens)
 
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = self.w0 + torch.tanh(xw @ self.w1) @ self.w2  # raw: the kernel computes decay = exp(-exp(-0.5) sigmoid(w))
-        a = (xa @ self.a1) @ self.a2  # a0 and the sigmoid are applied in time_mix_inputs, as v0 is for the residual
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        w = self.w0 + torch.tanh(thin_w) @ self.w2  # raw: the kernel computes decay = exp(-exp(-0.5) sigmoid(w))
+        a = thin_a @ self.a2  # a0 and the sigmoid are applied in time_mix_inputs, as v0 is for the residual
+        g = torch.sigmoid(thin_g) @ self.g2
         residual = None
         if self.first:
             v_first = v
         else:
             assert v_first is not None, "a TimeMix of layer > 0 needs v_first, the values of layer 0"
-            residual = (xv @ self.v1) @ self.v2
+            residual = thin_v @ self.v2
 
         k, v, remove, replace = time_mix_inputs(
             *(k, v, a, None if self.first else v_first, residual),
@@ -216,6 +215,31 @@ class TimeMix(nn.Module):
         )
         out = self.ln_x(y.view(x.shape), r, k, v, g, self.r_k, self.kernel)
         return self.output(out), v_first, last, wkv
+
+    def _shifted(
+        self, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor, Tensor]:
+        """Inputs of r, k, v [B, T, C], and those of w, a, g, v after their first low-rank factor [B, T, D].
+
+        Layer 0 has no low-rank values; what stands for them isn't used.
+        """
+        if gathers_products(x):
+            wide = token_shift(x, shift, cu_seqlens, (self.x_r, self.x_k, self.x_v), kernel=self.kernel)
+            pairs = [(self.x_w, self.w1), (self.x_a, self.a1), (self.x_g, self.g1)]
+            if not self.first:
+                pairs.append((self.x_v, self.v1))
+            thin = shifted_products(x, shift, cu_seqlens, pairs)
+            return wide, thin[0], thin[1], thin[2], thin[-1]
+        mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        xr, xw, xk, xv, xa, xg = token_shift(x, shift, cu_seqlens, mixes, kernel=self.kernel)
+        thin_g = xg @ self.g1
+        return (xr, xk, xv), xw @ self.w1, xa @ self.a1, thin_g, thin_g if self.first else xv @ self.v1
+
+
+def gathers_products(x: Tensor) -> bool:
+    """Whether the first low-rank factors are one product: in compiled code of a GPU, where memory is what a step waits
+    for, and where the small operations around the product become two kernels."""
+    return x.device.type == "cuda" and torch.compiler.is_compiling()
 
 
 class ChannelMix(nn.Module):

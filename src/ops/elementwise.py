@@ -1,9 +1,8 @@
 """A block's elementwise work: token shift with mixes, a time mix before and after its recurrence, squared ReLU.
 
-On a CPU in fp32 and bf16 each is one pass over memory forward and one backward (token_shift.cpp, time_mix.cpp and
-relu_squared.cpp in cuda/cpu), where plain PyTorch needs up to dozens. Everywhere else it is plain PyTorch
-(src/ops/reference.py), which torch.compile fuses: on a GPU, in other dtypes, without a native library (wkv7 warns
-with the reason) and with the kernels "portable" and "reference".
+Each is one pass over memory forward and one backward (token_shift, time_mix and relu_squared in cuda/ for a GPU and in
+cuda/cpu/), where plain PyTorch needs up to dozens. In other dtypes and sizes, without a native library (wkv7 warns with
+the reason) and with the kernels "portable" and "reference" it is plain PyTorch (src/ops/reference.py).
 """
 
 from __future__ import annotations
@@ -16,7 +15,9 @@ from torch import Tensor
 from src.config import PLAIN_KERNELS
 from src.ops import build, reference
 
-NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+NATIVE_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+# On a GPU a head is summed up by the lanes of a warp, four channels each. What isn't listed is plain PyTorch there.
+CUDA_HEAD_SIZES = (16, 32, 64, 128)
 
 
 def token_shift(
@@ -26,11 +27,12 @@ def token_shift(
 
     `last` [B, C] is x[-1], before the first token (None: zeros); with `cu_seqlens` [D, C] of each document.
     """
-    # One for the channel mix, six for the time mix: an op for each, since a schema has a fixed number of outputs.
-    if _fused(x, kernel) and len(mixes) in (1, 6):
+    # One for the channel mix, three or six for the time mix: an op for each, as a schema has a fixed number of outputs.
+    if len(mixes) in (1, 3, 6) and _fused(x, kernel):
         if len(mixes) == 1:
             return (torch.ops.rwkv7.token_shift_1(x, last, cu_seqlens, *mixes),)
-        return torch.ops.rwkv7.token_shift_6(x, last, cu_seqlens, *mixes)
+        op = torch.ops.rwkv7.token_shift_3 if len(mixes) == 3 else torch.ops.rwkv7.token_shift_6
+        return op(x, last, cu_seqlens, *mixes)
     return reference.token_shift_reference(x, last, cu_seqlens, mixes)  # any number of mixes
 
 
@@ -55,7 +57,7 @@ def time_mix_inputs(
 
     Without v_first (layer 0) values stay as they are.
     """
-    if _fused(k, kernel):
+    if _fused(k, kernel, head_size):
         if v_first is None:
             # The op gives no values here: an output may not be one of its inputs.
             key, _, remove, replace = torch.ops.rwkv7.time_mix_inputs(
@@ -81,7 +83,7 @@ def time_mix_output(
     kernel: str = "auto",
 ) -> Tensor:
     """(group_norm(y) weight + bias + (sum over the head of r k r_k) v) g; y, r, k, v, g [B, T, C], one group a head."""
-    if _fused(y, kernel):
+    if _fused(y, kernel, head_size):
         return torch.ops.rwkv7.time_mix_output(y, r, k, v, g, r_k, weight, bias, eps, head_size)
     return reference.time_mix_output_reference(y, r, k, v, g, r_k, weight, bias, eps, head_size)
 
@@ -91,48 +93,50 @@ def relu_squared(x: Tensor, *, kernel: str = "auto") -> Tensor:
     return torch.ops.rwkv7.relu_squared(x) if _fused(x, kernel) else reference.relu_squared_reference(x)
 
 
-def _fused(x: Tensor, kernel: str) -> bool:
-    # On a GPU torch.compile fuses the plain form. Empty tensors have no first element for the native code to point at.
-    return (
-        kernel not in PLAIN_KERNELS
-        and x.device.type == "cpu"
-        and x.dtype in NATIVE_DTYPES
-        and x.numel() > 0
-        and _native()
-    )
+def _fused(x: Tensor, kernel: str, head_size: int = 64) -> bool:
+    device = x.device.type
+    if kernel in PLAIN_KERNELS or x.dtype not in NATIVE_DTYPES.get(device, ()):
+        return False
+    # Empty tensors have no first element for the native code to point at.
+    if x.numel() == 0 or (device == "cuda" and head_size not in CUDA_HEAD_SIZES):
+        return False
+    return _native(device)
 
 
-def _native() -> bool:
+def _native(device: str) -> bool:
     try:
         build.load_native(_register)
     except build.BuildError:
         return False
-    return True
+    return device != "cuda" or build.why_no_cuda() is None
 
 
 # As torch.compiler.assume_constant_result, without importing the compiler (see recurrence.py).
 _native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _register() -> None:
-    # Schemas stand in cuda/cpu; here are the shapes that torch.compile and meta tensors need, and the gradients.
+def _register(namespace: str = "rwkv7") -> None:
+    # Schemas are in cuda/elementwise.h; here are the shapes that torch.compile and meta tensors need, and gradients.
     for name, shapes, backward in (
         ("token_shift_1", _like_first, _shift_backward),
+        ("token_shift_3", lambda x, *_: tuple(_like_first(x) for _ in range(3)), _shift_backward),
         ("token_shift_6", lambda x, *_: tuple(_like_first(x) for _ in range(6)), _shift_backward),
         ("time_mix_inputs", _inputs_shapes, _inputs_backward),
         ("time_mix_output", _like_first, _output_backward),
         ("relu_squared", _like_first, _relu_backward),
     ):
-        torch.library.register_fake(f"rwkv7::{name}", shapes)
-        torch.library.register_autograd(f"rwkv7::{name}", backward, setup_context=_setup_context)
-        torch.library.register_autograd(f"rwkv7::{name}_backward", _no_double_backward)
-    torch.library.register_fake("rwkv7::token_shift_1_backward", lambda d, *inputs: _shift_shapes(*inputs))
-    torch.library.register_fake("rwkv7::token_shift_6_backward", lambda *args: _shift_shapes(*args[6:]))
-    torch.library.register_fake("rwkv7::time_mix_inputs_backward", _inputs_backward_shapes)
-    torch.library.register_fake(
-        "rwkv7::time_mix_output_backward", lambda d, *inputs: tuple(_like_first(x) for x in inputs[:8])
-    )
-    torch.library.register_fake("rwkv7::relu_squared_backward", lambda dy, x: _like_first(x))
+        torch.library.register_fake(f"{namespace}::{name}", shapes)
+        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=_setup_context)
+        torch.library.register_autograd(f"{namespace}::{name}_backward", _no_double_backward)
+    for name, shapes in (
+        ("token_shift_1", lambda d, *inputs: _shift_shapes(*inputs)),
+        ("token_shift_3", lambda *args: _shift_shapes(*args[3:])),
+        ("token_shift_6", lambda *args: _shift_shapes(*args[6:])),
+        ("time_mix_inputs", _inputs_backward_shapes),
+        ("time_mix_output", lambda d, *inputs: tuple(_like_first(x) for x in inputs[:8])),
+        ("relu_squared", lambda dy, x: _like_first(x)),
+    ):
+        torch.library.register_fake(f"{namespace}::{name}_backward", shapes)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -157,7 +161,8 @@ def _shift_shapes(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None, *mi
 
 def _shift_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     x, last, cu_seqlens, *mixes = ctx.saved_tensors
-    op = torch.ops.rwkv7.token_shift_1_backward if len(mixes) == 1 else torch.ops.rwkv7.token_shift_6_backward
+    ops = torch.ops.rwkv7
+    op = {1: ops.token_shift_1_backward, 3: ops.token_shift_3_backward, 6: ops.token_shift_6_backward}[len(mixes)]
     dx, dlast, *dmixes = op(*grads, x, last, cu_seqlens, *mixes)
     return (dx, None if last is None else dlast, None, *dmixes)  # integers have no gradient
 

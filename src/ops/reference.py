@@ -64,15 +64,19 @@ def token_shift_reference(
     x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None, mixes: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """x[t] + (x[t-1] - x[t]) * mix for each mix. Contract: `src.ops.elementwise.token_shift`."""
+    xx = rows_before(x, last, cu_seqlens) - x
+    return tuple(x + xx * mix for mix in mixes)
+
+
+def rows_before(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """x[t-1] of x [B, T, C]; before a sequence or document its row of `last`, or zeros."""
     if cu_seqlens is None:
         before = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last.unsqueeze(1)
-        xx = torch.cat([before, x[:, :-1]], dim=1) - x
-    else:
-        # what an empty document starts from goes to row T, which is dropped
-        starts = torch.where(cu_seqlens[1:] > cu_seqlens[:-1], cu_seqlens[:-1], x.shape[1]).long()
-        before = x.new_zeros(starts.shape[0], x.shape[2]) if last is None else last
-        xx = F.pad(x, (0, 0, 1, 0)).index_copy(1, starts, before.unsqueeze(0))[:, :-1] - x
-    return tuple(x + xx * mix for mix in mixes)
+        return torch.cat([before, x[:, :-1]], dim=1)
+    # what an empty document starts from goes to row T, which is dropped
+    starts = torch.where(cu_seqlens[1:] > cu_seqlens[:-1], cu_seqlens[:-1], x.shape[1]).long()
+    before = x.new_zeros(starts.shape[0], x.shape[2]) if last is None else last
+    return F.pad(x, (0, 0, 1, 0)).index_copy(1, starts, before.unsqueeze(0))[:, :-1]
 
 
 def time_mix_inputs_reference(

@@ -15,6 +15,7 @@ from src.training.distributed.context_parallel import ContextParallel
 from src.training.distributed.engine_adamw import EngineAdamW
 from src.training.distributed.sharded_init import NamedTensors, partition
 from src.training.hardware.selection import Hardware, engine_settings
+from src.training.hardware.step_graph import StepGraph, captures_steps
 from src.training.objectives import OBJECTIVES, Objective
 from src.training.objectives.segments import Segments
 from src.training.optim import MasterAdamW, adam_arguments, parameter_groups
@@ -41,6 +42,8 @@ class TrainingModule(pl.LightningModule):
         segments = Segments(config.chunk_ctx, config.ctx_len, config.bptt, context)
         self.objective: Objective = OBJECTIVES[objective](model.head, config.head_chunk, segments)
         self.optimizer: MasterAdamW | EngineAdamW  # set by Lightning's call of configure_optimizers
+        self.captures_steps = captures_steps(config, hardware)
+        self.graph: StepGraph | None = None
 
     def configure_model(self) -> None:
         if self.values is not None:
@@ -50,9 +53,22 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Any]:
         """`loss` for backward, scaled where the optimizer scales (fp16), and the objective's `metrics`, without
-        gradients."""
+        gradients. With a CUDA graph backward and the optimizer's step may have been done with it."""
+        return self._step(batch) if self.graph is None else self.graph(batch)
+
+    def _step(self, batch: tuple[Tensor, ...]) -> dict[str, Any]:
         loss, metrics = self.objective(self.model, batch)
         return {"loss": loss * self.optimizer.loss_scale, "metrics": metrics}
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Of a loss that `training_step` returned; nothing after a replayed graph, which has done it."""
+        if self.graph is None or not self.graph.replayed:
+            loss.backward(*args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Lightning calls it between `training_step` and `backward`: after a replay the gradients are there already."""
+        if self.graph is None or not self.graph.replayed:
+            optimizer.zero_grad()
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """Loss summed over the tokens of held-out data that count, and their number: float64 [2]."""
@@ -68,6 +84,8 @@ class TrainingModule(pl.LightningModule):
         else:
             scale_loss = self.hardware.precision == "fp16"
             self.optimizer = MasterAdamW(groups, **adam, scale_loss=scale_loss, kernel=self.config.kernel)
+            if self.captures_steps and self.optimizer.can_be_captured:
+                self.graph = StepGraph(self._step, self.optimizer)
         return self.optimizer
 
     @property

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from src.config import RunConfig
 from src.model.init import row_of
-from src.ops.adamw import adamw_step_, fused_adamw, gradient_norm
+from src.ops import adamw
 
 # fp16 only: halved at an overflow and doubled after so many good steps, as in torch.amp.GradScaler, with DeepSpeed's
 # default values, so that a run under ZeRO adapts its scale alike.
@@ -64,13 +64,12 @@ class MasterAdamW(torch.optim.Optimizer):
     """AdamW with decoupled decay and an fp32 master copy of parameters that are bf16 or fp16.
 
     One step: the global gradient norm in fp32; gradients times min(1, grad_clip / norm); AdamW on the masters; masters
-    rounded to the parameters. Below fp32 this is done in chunks of parameters, so that a second, fp32 copy of all
-    gradients never exists; in bf16 on a CPU natively, without any copy, unless `kernel` is a plain one. When the norm
-    is not finite the whole step is skipped: weights, moments and step count stay as they are, and `skipped_steps`
-    grows by one. On a GPU that is decided on the device; nothing here synchronises with it.
+    rounded to the parameters: natively in one pass on a GPU and, in bf16, on a CPU, unless `kernel` is a plain one.
+    When the norm is not finite the whole step is skipped: weights, moments and step count stay as they are, and
+    `skipped_steps` grows by one. On a GPU that is decided on the device; nothing here synchronises with it.
 
-    `grad_norm` and `skipped_steps` are tensors on the parameters' device. With `scale_loss` (fp16) the caller
-    multiplies its loss by `loss_scale`, which this class divides out and adapts.
+    `grad_norm` and `skipped_steps` are tensors on the parameters' device, the same ones at every step. With
+    `scale_loss` (fp16) the caller multiplies its loss by `loss_scale`, which this class divides out and adapts.
     """
 
     def __init__(
@@ -87,89 +86,79 @@ class MasterAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self.grad_clip = grad_clip
         self.parameters = [p for group in self.param_groups for p in group["params"]]
-        self._fused = fused_adamw(self.parameters, kernel)
         device = self.parameters[0].device
         self.masters = [p if p.dtype == torch.float32 else _master(p) for p in self.parameters]
         self._master_of = dict(zip(self.parameters, self.masters, strict=True))
-        self._chunks = _chunks(self.parameters)
-        # one AdamW per chunk, so that fp32 gradients need to exist for one chunk at a time
-        self._adams = [
-            torch.optim.AdamW(
-                [
-                    {**group, "params": [self._master_of[p] for p in group["params"] if p in chunk]}
-                    for group in self.param_groups
-                ],
-                fused=True,
-            )
-            for chunk in map(set, self._chunks)
-        ]
-        self._adam_of = {
-            master: adam for adam in self._adams for group in adam.param_groups for master in group["params"]
-        }
+        self._adam: _AdamOnGpu | _AdamInChunks
+        if adamw.adamw_on_gpu(self.parameters, kernel):
+            self._adam = _AdamOnGpu(self.param_groups, self._master_of)
+        elif adamw.fused_adamw(self.parameters, kernel):
+            self._adam = _AdamOnCpu(self.param_groups, self._master_of)
+        else:
+            self._adam = _AdamInChunks(self.param_groups, self._master_of)
         self.grad_norm = torch.zeros((), device=device)
         self.skipped_steps = torch.zeros((), device=device)
         self.scale_loss = scale_loss
         self.loss_scale = torch.full((), 2.0**LOSS_SCALE_POWER if scale_loss else 1.0, device=device)
         self._good_steps = torch.zeros((), device=device)
+        self._hold = torch.zeros((), device=device)  # 1: `update` leaves everything but the gradient norm as it is
+        self.is_updated = False  # by the graph that the closure replayed (hardware/step_graph.py)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Take one step, with the `lr` of each group. Returns what `closure` (forward and backward) returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        if self._fused:
-            norm = gradient_norm(gradients)
-        else:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
-        self.grad_norm = norm / self.loss_scale
+        if not self.is_updated:
+            self.set_rates()
+            self.update()
+        self.is_updated = False
+        return loss
+
+    def set_rates(self) -> None:
+        """Bring each group's `lr`, which the schedule sets, to where `update` reads it."""
+        self._adam.set_rates(self.param_groups)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """The step itself, on tensors that stay the same ones; the rates are those that `set_rates` took."""
+        self.grad_norm.copy_(self.gradient_norm())
         # a tensor, not a bool: reading it on the host would wait for the device
         found_inf = (~torch.isfinite(self.grad_norm)).float()
         clip = self.grad_clip / (self.grad_norm + 1e-6) if self.grad_clip else torch.ones_like(self.grad_norm)
-        scale = self.loss_scale / clip.clamp(max=1.0)
-        if self._fused:
-            self._fused_step(scale.item())
-        else:
-            self._chunked_step(scale, found_inf)
-        self.skipped_steps = self.skipped_steps + found_inf
+        self._adam.update(
+            self.param_groups, self.loss_scale / clip.clamp(max=1.0), torch.maximum(found_inf, self._hold)
+        )
+        self.skipped_steps += found_inf * (1 - self._hold)
         if self.scale_loss:
             self._adapt_loss_scale(found_inf)
-        return loss
 
-    def _fused_step(self, scale: float) -> None:
-        if not math.isfinite(self.grad_norm.item()):
-            return
-        for group in self.param_groups:
-            settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    master, state = self._master_of[parameter], self.moments(parameter)
-                    adamw_step_(parameter, parameter.grad, master, state, **settings, scale=scale)
+    def gradient_norm(self) -> Tensor:
+        """The global norm of the gradients in fp32, the loss scale divided out."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return self._adam.norm(gradients) / self.loss_scale
 
-    def _chunked_step(self, scale: Tensor, found_inf: Tensor) -> None:
-        for chunk, adam in zip(self._chunks, self._adams, strict=True):
-            pairs = [(p, self._master_of[p]) for p in chunk if p is not self._master_of[p]]
-            for parameter, master in pairs:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-            # The fused AdamW divides gradients by grad_scale and changes nothing where found_inf is 1, inside its one
-            # pass over memory; torch.amp.GradScaler sets the same two attributes.
-            adam.grad_scale, adam.found_inf = scale, found_inf  # type: ignore[attr-defined]
-            for group, inner in zip(self.param_groups, adam.param_groups, strict=True):
-                inner["lr"] = group["lr"]  # the schedule sets it in this optimizer's groups
-            adam.step()
-            if pairs:
-                torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
-                for _, master in pairs:
-                    master.grad = None  # frees the fp32 gradients before those of the next chunk are made
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Replays of a captured `update` set the gradient norm and change nothing else."""
+        self._hold.fill_(1)
+        try:
+            yield
+        finally:
+            self._hold.fill_(0)
 
     def _adapt_loss_scale(self, found_inf: Tensor) -> None:
         # arithmetic in place of branches, which would need the values on the host
-        self._good_steps = (self._good_steps + 1) * (1 - found_inf)
-        grow = (self._good_steps >= LOSS_SCALE_GROWTH_STEPS).float()
-        self._good_steps = self._good_steps * (1 - grow)
-        self.loss_scale = (self.loss_scale * (1 - 0.5 * found_inf) * (1 + grow)).clamp(min=1.0)
+        good_steps = (self._good_steps + 1) * (1 - found_inf)
+        grow = (good_steps >= LOSS_SCALE_GROWTH_STEPS).float()
+        self._good_steps.copy_(good_steps * (1 - grow))
+        self.loss_scale.copy_((self.loss_scale * (1 - 0.5 * found_inf) * (1 + grow)).clamp(min=1.0))
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether `update` may become part of a CUDA graph: all that changes from step to step is on the device."""
+        return isinstance(self._adam, _AdamOnGpu)
 
     def master_of(self, parameter: nn.Parameter) -> nn.Parameter:
         """The fp32 copy that is optimized; the parameter itself in an fp32 model."""
@@ -177,8 +166,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Adam's state of a parameter, fp32: `exp_avg`, `exp_avg_sq` (like the parameter), `step`; zeros at first."""
-        master = self._master_of[parameter]
-        return adam_state(self._adam_of[master], master)
+        return self._adam.state_of(self._master_of[parameter])
 
     def counters(self) -> dict[str, float]:
         """The numbers that belong to no parameter. With masters and moments they are all that a resumed run needs."""
@@ -197,6 +185,126 @@ class MasterAdamW(torch.optim.Optimizer):
         if self.scale_loss and "loss_scale" in counters:
             self.loss_scale.fill_(counters["loss_scale"])
             self._good_steps.fill_(counters["good_steps"])
+
+
+Groups = list[dict[str, Any]]
+MasterOf = dict[nn.Parameter, nn.Parameter]
+
+
+class _AdamOnGpu:
+    """The native op on a GPU: gradients and weights in the model's dtype, rates and counts on the device."""
+
+    def __init__(self, groups: Groups, master_of: MasterOf) -> None:
+        self.master_of = master_of
+        device = next(iter(master_of)).device
+        self._steps = torch.zeros(1, device=device)
+        self._rates = torch.zeros(len(groups), device=device)
+        self._states = {
+            master: {
+                "step": self._steps[0],  # one number for all: a step is taken or skipped as a whole
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+            for master in master_of.values()
+        }
+
+    def state_of(self, master: nn.Parameter) -> dict[str, Tensor]:
+        return self._states[master]
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        return _norm(gradients)
+
+    def set_rates(self, groups: Groups) -> None:
+        for rate, group in zip(self._rates, groups, strict=True):
+            rate.fill_(group["lr"])  # the value travels with the kernel's arguments: no copy, which could wait
+
+    def update(self, groups: Groups, scale: Tensor, found_inf: Tensor) -> None:
+        for i, group in enumerate(groups):
+            trained = [p for p in group["params"] if p.grad is not None]
+            masters = [self.master_of[p] for p in trained]
+            states = [self._states[master] for master in masters]
+            adamw.adamw_(
+                trained,
+                [p.grad for p in trained],
+                masters,  # type: ignore[arg-type]
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                steps=self._steps,
+                lr=self._rates[i : i + 1],
+                grad_scale=scale,
+                found_inf=found_inf,
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+        self._steps += 1 - found_inf
+
+
+class _AdamInChunks:
+    """PyTorch's fused AdamW on the masters. Below fp32 in chunks of parameters, so that a second, fp32 copy of all
+    gradients never exists."""
+
+    def __init__(self, groups: Groups, master_of: MasterOf) -> None:
+        self.master_of = master_of
+        self._chunks = _chunks(list(master_of))
+        # one AdamW per chunk, so that fp32 gradients need to exist for one chunk at a time
+        self._adams = [
+            torch.optim.AdamW(
+                [{**group, "params": [master_of[p] for p in group["params"] if p in chunk]} for group in groups],
+                fused=True,
+            )
+            for chunk in map(set, self._chunks)
+        ]
+        self._adam_of = {
+            master: adam for adam in self._adams for group in adam.param_groups for master in group["params"]
+        }
+
+    def state_of(self, master: nn.Parameter) -> dict[str, Tensor]:
+        return adam_state(self._adam_of[master], master)
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        return _norm(gradients)
+
+    def set_rates(self, groups: Groups) -> None:
+        for adam in self._adams:
+            for group, inner in zip(groups, adam.param_groups, strict=True):
+                inner["lr"] = group["lr"]
+
+    def update(self, groups: Groups, scale: Tensor, found_inf: Tensor) -> None:
+        for chunk, adam in zip(self._chunks, self._adams, strict=True):
+            pairs = [(p, self.master_of[p]) for p in chunk if p is not self.master_of[p]]
+            for parameter, master in pairs:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+            # The fused AdamW divides gradients by grad_scale and changes nothing where found_inf is 1, inside its one
+            # pass over memory; torch.amp.GradScaler sets the same two attributes.
+            adam.grad_scale, adam.found_inf = scale, found_inf  # type: ignore[attr-defined]
+            adam.step()
+            if pairs:
+                torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+                for _, master in pairs:
+                    master.grad = None  # frees the fp32 gradients before those of the next chunk are made
+
+
+class _AdamOnCpu(_AdamInChunks):
+    """The native step of bf16 weights, which needs no chunks. The state is where PyTorch's AdamW has it."""
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        return adamw.gradient_norm(gradients)
+
+    def update(self, groups: Groups, scale: Tensor, found_inf: Tensor) -> None:
+        if found_inf.item():
+            return
+        for group in groups:
+            settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    master = self.master_of[parameter]
+                    state = self.state_of(master)
+                    adamw.adamw_step_(parameter, parameter.grad, master, state, **settings, scale=scale.item())
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
 
 
 def adam_state(adam: torch.optim.AdamW, weights: nn.Parameter) -> dict[str, Tensor]:

@@ -63,6 +63,7 @@ def settings(args: argparse.Namespace) -> tuple[RunConfig, int]:
         grad_cp=args.grad_cp,
         head_chunk=args.head_chunk,
         compile=args.compile,
+        cuda_graph=args.cuda_graph,
         kernel=args.kernel,
         precision=args.precision or ("bf16" if args.device != "cpu" and torch.cuda.is_available() else "fp32"),
         accelerator={"cuda": "gpu"}.get(args.device, args.device),
@@ -106,11 +107,12 @@ class Step:
         self.multiplied = sum(p.numel() for name, p in model.named_parameters() if name != "emb.weight")
 
     def run(self) -> None:
+        # as Lightning calls them: after a replayed CUDA graph the module and the optimizer have nothing left to do
         loss = self.module.training_step(self.batch, 0)["loss"]
-        loss.backward()
+        self.module.optimizer_zero_grad(0, 0, self.optimizer)
+        self.module.backward(loss)
         with torch.profiler.record_function("part:optimizer"):
             self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def timed(self) -> float:
         self.wait()
@@ -228,6 +230,7 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("n_layer", "n_embd", "vocab_size", "ctx_len", "micro_bsz"):
         parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help="instead of the configuration's")
     parser.add_argument("--compile", choices=("auto", "0", "1"), default="0")
+    parser.add_argument("--cuda_graph", choices=("auto", "on", "off"), default="off")
     parser.add_argument("--grad_cp", type=int, default=0)
     parser.add_argument("--head_chunk", type=int, default=0)
     parser.add_argument("--kernel", default="auto")
@@ -260,7 +263,8 @@ def main() -> None:
     print(
         f"L{config.n_layer}-D{config.n_embd}, V {vocab}, ctx {config.ctx_len}, batch {config.micro_bsz}, "
         f"{hardware.precision}, "
-        f"compile {config.compile}, grad_cp {config.grad_cp}, head_chunk {config.head_chunk}, {where}"
+        f"compile {config.compile}, cuda_graph {config.cuda_graph}, grad_cp {config.grad_cp}, "
+        f"head_chunk {config.head_chunk}, {where}"
     )
     begin = time.perf_counter()
     for _ in range(args.warmup):

@@ -19,6 +19,10 @@ class EngineAdamW(torch.optim.AdamW):
     The engine calls `step` once per group, with flattened parameters, after it has computed the global gradient norm.
     Clipping and skipping (a norm that is not finite) follow from that norm on the device, through AdamW's `grad_scale`
     and `found_inf`: no step waits for the device.
+
+    PyTorch's fused AdamW, not the op of src/ops/adamw.py that steps on bf16 gradients: the engine makes fp32 gradients
+    of its partition before `step` and rounds the fp32 weights after it, in functions of its own. These passes are over
+    a rank's partition only: with N ranks 1 / N of the parameters.
     """
 
     def __init__(

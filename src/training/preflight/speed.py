@@ -28,7 +28,7 @@ RECENT_STEPS = 50  # the last rows of metrics.csv, whose median is the speed
 # Settings that decide how long a step takes: a speed measured with other values of these is not that of this run.
 SPEED_SETTINGS = (
     *("n_layer", "n_embd", "head_size", "dim_ffn", "ctx_len", "micro_bsz", "grad_cp", "head_chunk"),
-    *("chunk_ctx", "context_parallel", "kernel", "strategy", "compile"),
+    *("chunk_ctx", "context_parallel", "kernel", "strategy", "compile", "cuda_graph"),
 )
 # A check should take seconds. The speed per token hardly depends on the number of samples, so a step that would take
 # longer than STEP_SECONDS is timed with fewer.
