@@ -128,7 +128,7 @@ def _register(namespace: str = "rwkv7") -> None:
         torch.library.register_fake(f"{namespace}::{name}", shapes)
         torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=_setup_context)
         torch.library.register_autograd(f"{namespace}::{name}_backward", _no_double_backward)
-    for name, shapes in (
+    for name, backward_shapes in (
         ("token_shift_1", lambda d, *inputs: _shift_shapes(*inputs)),
         ("token_shift_3", lambda *args: _shift_shapes(*args[3:])),
         ("token_shift_6", lambda *args: _shift_shapes(*args[6:])),
@@ -136,7 +136,7 @@ def _register(namespace: str = "rwkv7") -> None:
         ("time_mix_output", lambda d, *inputs: tuple(_like_first(x) for x in inputs[:8])),
         ("relu_squared", lambda dy, x: _like_first(x)),
     ):
-        torch.library.register_fake(f"{namespace}::{name}_backward", shapes)
+        torch.library.register_fake(f"{namespace}::{name}_backward", backward_shapes)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
