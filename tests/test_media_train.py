@@ -133,6 +133,15 @@ def test_two_stages_and_cached_features(tmp_path, pictures, tokenizer, base):
     merged, of_base = read_weights(tmp_path / "merged.pth"), read_weights(base)
     assert merged.keys() == of_base.keys()
     assert not torch.equal(merged["blocks.0.att.key.weight"], of_base["blocks.0.att.key.weight"])
+    # all in one folder, without the base and the run
+    assert export([str(tmp_path / "stage2"), str(tmp_path / "one"), "--format", "multimodal"]) == 0
+    base.rename(base.with_name("moved.pth"))
+    weights, adaptation = find_model(tmp_path / "one")
+    model = load_model(weights, "as is", adaptation=adaptation)
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in model.state_dict().items() if name in merged)
+    projector = read_weights(tmp_path / "stage2/multimodal" / TENSORS)["projector.output.weight"]
+    assert torch.equal(model.media.projector.output.weight, projector.to(model.emb.weight.dtype))
+    assert find_tokenizer(weights, 259, adaptation=adaptation).vocab_size == 259
 
 
 def test_what_is_loaded_and_stays_is_written_and_is_the_same_in_a_run(tmp_path, pictures, tokenizer, base, capsys):

@@ -279,3 +279,41 @@ def test_what_is_no_encoder_is_refused(tmp_path):
     t.GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="a model of type gpt2"):
         HfEncoder(str(tmp_path)).kind  # noqa: B018
+
+
+@pytest.mark.parametrize("encoder", ["patches", "logmel"])
+def test_media_stay_apart_while_a_model_learns_what_they_are_not_needed_for(encoder):
+    """A step of Adam has the size of the learning rate in every weight, however small the gradient: what pulls all rows
+    in one direction must not leave them alike."""
+    torch.manual_seed(0)
+    spec = Patches(16, 24, 8, 64) if encoder == "patches" else LogMel(64)
+    media = [picture(seed=i) if encoder == "patches" else sound(0.2, hertz=300.0 * 1.03**i) for i in range(64)]
+    prepared = [spec.prepare(medium) for medium in media]
+    network, projector = spec.build(), PROJECTORS["linear"](64, 32)
+    torch.nn.init.orthogonal_(projector.output.weight)
+    features = network(torch.cat(prepared), torch.tensor([len(part) for part in prepared])).detach()
+    optimizer = torch.optim.Adam(projector.parameters(), lr=3e-3)
+    direction = torch.randn(32)
+
+    def share():
+        """Of the squares of rows, after a norm as ln0: what differs between media in the same place."""
+        with torch.no_grad():
+            rows = torch.nn.functional.layer_norm(projector(features), (32,)).unflatten(0, (len(media), -1))
+            return float((rows - rows.mean(0)).square().mean() / rows.square().mean())
+
+    assert share() > 0.4
+    if encoder == "logmel":  # of tones without beginning and end the tokens have nearly all in common
+        return
+    for _ in range(60):
+        optimizer.zero_grad()
+        (projector(features) @ direction).mean().backward()
+        optimizer.step()
+    assert share() > 0.2
+
+
+def test_tokens_follow_the_longer_side_of_a_picture():
+    numbers = torch.arange(6.0).view(1, 6, 1)
+    wide, high, square = (Patches(h, w, 8, 12).build() for h, w in ((16, 24), (24, 16), (24, 24)))
+    assert wide._in_order(numbers).flatten().tolist() == [0, 3, 1, 4, 2, 5]
+    assert high._in_order(numbers).flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert square._in_order(torch.arange(9.0).view(1, 9, 1)).flatten().tolist() == list(range(9))

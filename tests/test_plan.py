@@ -1,11 +1,13 @@
 """The formulas of plan.py, compared with the memory that PyTorch and the engines allocate."""
 
 import importlib
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
 import torch
 from random_model import random_model
+from test_multimodal import tiny_encoder
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
@@ -13,15 +15,20 @@ from src.adapt.adapter import add_adapter
 from src.adapt.config import AdapterConfig
 from src.adapt.quantize import quantize_base
 from src.cli import parse
+from src.config import RunConfig
 from src.model import RWKV7, ModelConfig
 from src.model.cost import parameter_count
+from src.multimodal.config import media_of
+from src.multimodal.front_end import FrontEnd
 from src.ops.build import load_native
 from src.ops.recurrence import _register
 from src.training import optim
 from src.training.objectives.head_loss import HeadLoss
 from src.training.optim import MasterAdamW, parameter_groups
 from src.training.preflight import plan
+from src.training.preflight.front_end_memory import front_end_size
 from src.training.preflight.piece_memory import Cut
+from src.training.preflight.plan import Memory, with_front_end
 from src.training.run import run
 
 
@@ -311,3 +318,21 @@ def test_plan_takes_the_vocabulary_of_the_weights(capsys, tmp_path):
     flags = ["--load_model", str(tmp_path / "base.pth"), "--tokenizer", "world", "--my_exit_tokens", "99999"]
     assert run(*parse(["--plan", *flags])) == 0
     assert "vocabulary 65,792" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoder", ["patches", "hf"])
+def test_a_front_end_is_counted(encoder, tmp_path):
+    """Its weights, and of what is trained gradients and optimizer; a frozen base beside a projector has neither."""
+    folder = tiny_encoder("clip", tmp_path / "clip") if encoder == "hf" else None
+    model = ModelConfig(n_layer=2, n_embd=32, vocab_size=64, head_size=16)
+    config = RunConfig(encoder=f"hf:{folder}" if folder else "patches", encoder_dim=16, projector="linear")
+    media = media_of(config)
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in FrontEnd(media, 32).named_children()}
+    size = front_end_size(config, 32)
+    assert size == ((counts["projector"], counts["encoder"]) if folder else (sum(counts.values()), 0))
+    plain = Memory(100, 100, 100, 100, 100, 100)
+    with_media = with_front_end(plain, config, model, "bf16")
+    base = 0 if folder else 100
+    assert with_media.weights == 100 + 2 * sum(counts.values())
+    assert (with_media.gradients, with_media.optimizer) == (base + 2 * size.trained, base + 12 * size.trained)
+    assert with_front_end(plain, replace(config, encoder=""), model, "bf16") == plain

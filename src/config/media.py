@@ -18,6 +18,7 @@ SETTINGS = (
     *("projector", "train_parts", "load_projector", "media_folder", "media_tokens", "image_size", "patch_size"),
     *("encoder_dim", "max_seconds", "broken_media", "cache_features", "media_workers"),
 )
+SMALLEST_PATCH = 4  # pixels
 IMAGE_SIZE = re.compile(r"(\d{1,4})(?:x(\d{1,4}))?")
 
 
@@ -118,8 +119,8 @@ def _size_faults(flags: Flags) -> Iterator[UserError]:
     if flags.encoder != "patches":
         return
     patch = flags.patch_size
-    if patch & (patch - 1):
-        yield UserError(flag="patch_size", given=patch, expected="a power of two")
+    if patch < SMALLEST_PATCH or patch & (patch - 1):
+        yield UserError(flag="patch_size", given=patch, expected=f"a power of two, at least {SMALLEST_PATCH}")
     size = image_size(flags.image_size)
     if size is None or not all(size) or any(patch and side % patch for side in size):
         yield UserError(

@@ -4,6 +4,7 @@
     python -m src.inference.export BASE MERGED.pth --adapter ADAPTER [--state STATE]
     python -m src.inference.export BASE OUT --adapter ADAPTER --format gguf-lora | st-lora
     python -m src.inference.export BASE OUT --state STATE --format st-state
+    python -m src.inference.export RUN OUT --format multimodal
     python -m src.inference.export --list        the formats, and the programs that read them
 
 MODEL may itself be in any of these formats (of an ollama folder its model.gguf), so this converts in both directions:
@@ -27,11 +28,13 @@ from src.errors import UserError
 from src.inference.adaptation import Adaptation, model_name
 from src.inference.arguments import MODEL_HELP, adaptation_from, add_adapter_arguments
 from src.inference.evaluate import read_tokens, stack_windows, windows
+from src.inference.formats import multimodal
 from src.inference.formats.adapters import ADAPTER_FORMATS, AdapterFormat, convert_adapter
 from src.inference.formats.convert import FORMATS, check_states, convert_model, unmerged_model
 from src.inference.formats.format import Format
-from src.inference.load import DTYPES, find_model, find_tokenizer, load_model
+from src.inference.load import DTYPES, find_model, find_tokenizer, load_model, load_weights
 from src.model import RWKV7
+from src.model.weights import config_from_weights, split_states
 from src.run_folder import RUN
 from src.terminal import prepare_output, show
 
@@ -46,7 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         weights, found = find_model(options.model, adaptation_from(options))
-        adaptation = replace(found, media="")  # no format has a place for encoder and projector
+        if options.format == multimodal.NAME:
+            _write_multimodal(options, weights, found)
+            return 0
+        adaptation = replace(found, media="")  # the other formats have no place for encoder and projector
         format = options.format or _format_of(options.out)
         # before seconds are spent on loading the model
         _check_out(options.out, format, [weights, *found.paths])
@@ -92,6 +98,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _write_multimodal(options: argparse.Namespace, weights: Path, found: Adaptation) -> None:
+    for flag in ("type", "data"):
+        if given := getattr(options, flag):
+            raise UserError(
+                f"doesn't go with --format {multimodal.NAME}", flag=flag, given=given, advice="leave it out"
+            )
+    vocab_size = config_from_weights(split_states(load_weights(weights))[0], str(weights)).vocab_size
+    tokenizer = find_tokenizer(weights, vocab_size, options.tokenizer, found)
+    multimodal.write_multimodal(weights, found, options.out, options.dtype, tokenizer)
+    show(f"wrote {options.out} ({multimodal.NAME}) from {model_name(weights, found)}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m src.inference.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -100,7 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write, or folder, as --list says")
     parser.add_argument("--list", action=_List, help="show the formats and the programs that read them")
     parser.add_argument(
-        "--format", choices=ALL_FORMATS, default=None, help="default: by OUT's suffix; without one, fla"
+        "--format",
+        choices=(*ALL_FORMATS, multimodal.NAME),
+        default=None,
+        help="default: by OUT's suffix; without one, fla",
     )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: that of MODEL")
     types = dict.fromkeys(type for format in ALL_FORMATS.values() for type in format.types)
@@ -129,7 +150,7 @@ def format_list() -> str:
         types = f", --type {'|'.join(format.types)}" if format.types else ", --dtype"
         lines.append(f"{name:12} {format.summary} ({format.suffix or 'folder'}{types})")
         lines += [f"{'':12}   {program.name}: {program.command}" for program in format.programs]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{multimodal.NAME:12} {multimodal.SUMMARY} (folder, --dtype)"])
 
 
 def _format_of(out: Path) -> str:

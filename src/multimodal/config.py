@@ -57,7 +57,7 @@ class MediaConfig:
             config = cls(**{**values, "image_size": (height, width)})
             numbers = (config.tokens, height, width, config.patch_size, config.encoder_dim)
             is_known = config.encoder in ("patches", "logmel") or str(config.encoder).startswith(HF)
-            sizes = all(type(n) is int and 0 <= n < 1 << 16 for n in numbers) and config.patch_size > 1
+            sizes = all(type(n) is int and 0 <= n < 1 << 16 for n in numbers) and config.patch_size > 3
             if not (is_known and sizes and config.projector in PROJECTORS and 0 < float(config.max_seconds) < 1e6):
                 raise ValueError("a value out of range")
             return config

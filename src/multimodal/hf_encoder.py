@@ -148,6 +148,16 @@ class HfEncoder:
             raise UserError(
                 f"can't be loaded ({_first_line(error)})", flag="encoder", given=f"hf:{self.folder}"
             ) from error
+        return self._part(model)
+
+    def skeleton(self) -> nn.Module:
+        """The encoder without its values, on the current device: with the meta device its sizes alone."""
+        self.config  # noqa: B018 (for its error)
+        transformers = _transformers()
+        return self._part(transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(self.folder)))
+
+    def _part(self, model: Any) -> Any:
+        """The encoder of a model of several parts."""
         if _is_whisper(self.config):
             return model.encoder
         return getattr(model, "vision_model", model)

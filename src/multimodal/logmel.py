@@ -1,6 +1,7 @@
 """The encoder `logmel`: a small network for sounds that is trained from its beginning with the model.
 
-log-mel frames [n, 80], 10 ms each  ->  convolutions of stride 2, three of them  ->  norm: a token per 80 ms
+log-mel frames [n, 80], 10 ms each  ->  three times: convolution of stride 2, norm, GELU  ->  Linear, norm
+  ->  less what all tokens of the sound have in common  ->  norm: a token per 80 ms
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from src.dataset.media_files import Picture, Sound
 from src.multimodal.mel import MELS, RATE, frame_count, log_mel, resample
-from src.multimodal.pooling import pool_frames
+from src.multimodal.pooling import WEIGHT_SCALE, less_common, pool_frames
 
 HALVINGS = 3
 
@@ -54,18 +55,21 @@ class LogMelEncoder(nn.Module):
         self.spec = spec
         channels = [MELS, *[spec.width] * HALVINGS]
         self.convolutions = nn.ModuleList(
-            nn.Conv1d(before, after, 3, stride=2, padding=1) for before, after in pairwise(channels)
+            nn.Conv1d(before, after, 3, stride=2, padding=1, bias=False) for before, after in pairwise(channels)
         )
-        self.mix = nn.Linear(spec.width, spec.width)
+        self.norms = nn.ModuleList(nn.LayerNorm(spec.width) for _ in range(HALVINGS))
+        self.mix = nn.Linear(spec.width, spec.width, bias=False)
+        self.mix_norm = nn.LayerNorm(spec.width, elementwise_affine=False)
         self.norm = nn.LayerNorm(spec.width)
+        for layer in (*self.convolutions, self.mix):
+            nn.init.normal_(layer.weight, std=WEIGHT_SCALE)
 
     def forward(self, media: Tensor, lengths: Tensor) -> Tensor:
         # one by one, so that a sound's tokens don't depend on what else is in the batch
         return torch.cat([self._encode(frames) for frames in media.to(self.mix.weight.dtype).split(lengths.tolist())])
 
     def _encode(self, frames: Tensor) -> Tensor:
-        x = frames.t()[None]
-        for convolution in self.convolutions:
-            x = torch.nn.functional.gelu(convolution(x))
-        x = pool_frames(self.mix(x.transpose(1, 2)), self.spec.tokens)
-        return self.norm(x)[0]
+        x = frames[None]
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = torch.nn.functional.gelu(norm(convolution(x.transpose(1, 2)).transpose(1, 2)))
+        return self.norm(less_common(pool_frames(self.mix_norm(self.mix(x)), self.spec.tokens)))[0]

@@ -1,8 +1,11 @@
 """The encoder `patches`: a small network for pictures that is trained from its beginning with the model.
 
-    x [3, H, W], standardised  ->  windows around each patch  ->  Linear, ReLU, Linear  ->  + position  ->  norm
+    x [3, H, W], standardised  ->  two convolutions, maximum over 2 x 2  ->  windows around each patch
+      ->  Linear, norm, ReLU, Linear, norm  ->  + position  ->  less what all tokens have in common  ->  norm
 
-The windows have twice the side of a patch, so that what lies on the border of two is seen whole by both.
+The windows have twice the side of a patch, so that what lies on the border of two is seen whole by both. Tokens follow
+one another along the longer side of the picture, from left to right or from top to bottom, so that a model that reads
+them once meets what is written in its order. Where the sides are equal, row by row.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.dataset.media_files import Picture, Sound, fit_picture
-from src.multimodal.pooling import pool_grid
+from src.multimodal.pooling import WEIGHT_SCALE, less_common, pool_grid
 
-HIDDEN_FACTOR = 2  # of the layer between, times the width
-POSITION_SCALE = 0.5  # of the initial positions; features begin at a scale of about 1
+LOCAL_CHANNELS = 24, 48  # of the two convolutions
+CELLS = 2  # places of the convolutions' map along the side of a patch
+# Of the initial positions, beside features of 1: with more, all pictures would begin alike.
+POSITION_SCALE = 0.3
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,18 @@ class PatchEncoder(nn.Module):
     def __init__(self, spec: Patches) -> None:
         super().__init__()
         self.spec = spec
-        # two products of matrices: on a CPU some twenty times as fast as convolutions with few channels
-        self.window = nn.Linear(3 * (2 * spec.patch_size) ** 2, HIDDEN_FACTOR * spec.width)
-        self.output = nn.Linear(HIDDEN_FACTOR * spec.width, spec.width)
+        first, second = LOCAL_CHANNELS
+        stride = spec.patch_size // (2 * CELLS)
+        kernel = max(3, 2 * stride)
+        self.edges = nn.Conv2d(3, first, kernel, stride, (kernel - stride) // 2)
+        self.shapes = nn.Conv2d(first, second, 3, padding=1)
+        self.shapes_norm = nn.GroupNorm(1, second)
+        self.window = nn.Conv2d(second, spec.width, 2 * CELLS, CELLS, CELLS // 2, bias=False)
+        self.window_norm = nn.LayerNorm(spec.width)
+        self.output = nn.Linear(spec.width, spec.width, bias=False)
+        self.output_norm = nn.LayerNorm(spec.width, elementwise_affine=False)
+        for layer in (self.edges, self.shapes, self.window, self.output):
+            nn.init.normal_(layer.weight, std=WEIGHT_SCALE)
         rows, columns = spec.grid
         self.position = nn.Parameter(torch.randn(rows * columns, spec.width) * POSITION_SCALE)
         self.norm = nn.LayerNorm(spec.width)
@@ -72,8 +86,15 @@ class PatchEncoder(nn.Module):
         x = media.to(self.position.dtype)
         x = x - x.mean(dim=(1, 2, 3), keepdim=True)
         x = x / (x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1)
-        patch = self.spec.patch_size
-        # windows of twice the side of a patch, centred on it: [M, rows * columns, 3 (2 patch)^2]
-        x = F.unfold(x, 2 * patch, padding=patch // 2, stride=patch).transpose(1, 2)
-        x = self.output(torch.relu(self.window(x))) + self.position
-        return self.norm(pool_grid(x, *self.spec.grid, self.spec.tokens)).flatten(0, 1)
+        x = torch.relu(self.shapes_norm(self.shapes(torch.relu(self.edges(x)))))
+        x = self.window(F.max_pool2d(x, 2)).flatten(2).transpose(1, 2)  # [M, rows * columns, width]
+        x = self.output_norm(self.output(torch.relu(self.window_norm(x)))) + self.position
+        x = self._in_order(pool_grid(x, *self.spec.grid, self.spec.tokens))
+        return self.norm(less_common(x)).flatten(0, 1)
+
+    def _in_order(self, x: Tensor) -> Tensor:
+        """[M, tokens, width], row by row -> along the longer side."""
+        rows, columns = self.spec.grid
+        if columns <= rows or self.spec.tokens:  # fewer tokens are a square
+            return x
+        return x.unflatten(1, (rows, columns)).transpose(1, 2).flatten(1, 2)

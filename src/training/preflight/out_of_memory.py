@@ -73,6 +73,7 @@ def estimate(config: RunConfig, model: ModelConfig, hardware: Hardware) -> Memor
         adapter=adapter_of(config),
         quant=config.quant,
     )
+    memory = plan.with_front_end(memory, config, model, hardware.precision)
     is_fragmented = hardware.accelerator == "cpu" and not config.grad_cp
     return replace(memory, fragmentation=FRAGMENTATION_SHARE * memory.total) if is_fragmented else memory
 

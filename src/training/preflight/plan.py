@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from src.adapt.config import AdapterConfig, adapter_of
-from src.config import PLAIN_KERNELS, STRATEGIES, ModelConfig, RunConfig
+from src.config import PLAIN_KERNELS, STRATEGIES, ModelConfig, RunConfig, keeps_base
 from src.model.cost import parameter_count, training_flops_per_token
 from src.ops.loss import ROWS
 from src.ops.portable_layout import CHUNK
@@ -40,6 +40,7 @@ from src.training.preflight.adapter_memory import (
     trained_part,
 )
 from src.training.preflight.cluster_plan import describe_communication, describe_states
+from src.training.preflight.front_end_memory import front_end_bytes, front_end_size
 from src.training.preflight.piece_memory import Cut, cut_of, describe_pieces, kept_beside
 from src.training.preflight.traffic import GATHERED_AT_A_TIME
 
@@ -205,6 +206,17 @@ def memory(
     )
 
 
+def with_front_end(m: Memory, config: RunConfig, model: ModelConfig, precision: str) -> Memory:
+    """`m` of a run's language model, and its encoder and projector. Where these alone are trained the model has neither
+    gradients nor an optimizer; its activations are then a bound."""
+    if not config.encoder:
+        return m
+    if keeps_base(config) and adapter_of(config) is None:
+        m = replace(m, gradients=0.0, optimizer=0.0, step=0.0, on_cpu=0.0)
+    weights, gradients, optimizer = front_end_bytes(config, model.n_embd, BYTES[precision])
+    return replace(m, weights=m.weights + weights, gradients=m.gradients + gradients, optimizer=m.optimizer + optimizer)
+
+
 def _adapter_memory(
     c: ModelConfig,
     strategy: str,
@@ -265,6 +277,7 @@ def describe(config: RunConfig, model: ModelConfig, exit_tokens: int, processes:
         f"grad_cp {config.grad_cp}, head_chunk {config.head_chunk}",
         *describe_pieces(config, model, BYTES[precision]),
         *([f"      trains  {_describe_trained(config, model)}"] if adapter_of(config) is not None else []),
+        *([f"     encoder  {_describe_front_end(config, model)}"] if config.encoder else []),
         f"     compute  {training_flops_per_token(model) * exit_tokens:.3g} floating-point operations",
     ]
     if config.plan > 0:
@@ -295,6 +308,11 @@ def _describe_trained(config: RunConfig, model: ModelConfig) -> str:
     return f"{adapter.kind}, {part.adapter + part.whole:,} parameters; the frozen base is stored {base}"
 
 
+def _describe_front_end(config: RunConfig, model: ModelConfig) -> str:
+    size = front_end_size(config, model.n_embd)
+    return f"{config.encoder} with its projector, {size.trained:,} parameters trained, {size.frozen:,} frozen"
+
+
 def _memory_table(config: RunConfig, model: ModelConfig, processes: int, precision: str) -> Iterator[str]:
     """One line for each strategy that differs from the others with so many processes; ">" marks the run's."""
     yield f"{'--strategy':>28}  weights  gradients  optimizer    step  activations  logits  pieces    total  on the CPU"
@@ -318,6 +336,7 @@ def _memory_table(config: RunConfig, model: ModelConfig, processes: int, precisi
             adapter=adapter_of(config),
             quant=config.quant,
         )
+        m = with_front_end(m, config, model, precision)
         mark = ">" if name == config.strategy or (name == "ddp" and config.strategy == "auto") else " "
         parts = (m.weights, m.gradients, m.optimizer, m.step, m.activations, m.logits, m.pieces, m.total, m.on_cpu)
         cells = (f"{value / GIB:{width}.2f}" for value, width in zip(parts, widths, strict=True))
