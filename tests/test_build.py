@@ -338,6 +338,12 @@ def test_without_a_library_there_is_one_warning_and_the_right_answer(tmp_path, s
     assert expected in by_name
 
 
+def test_on_windows_nothing_is_compiled_and_wsl_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(BuildError, match=r"not built on Windows.*WSL"):
+        cpu_recipe()
+
+
 def test_a_missing_compiler_comes_with_the_commands_to_install_one(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")

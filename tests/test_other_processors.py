@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,11 @@ def flags():
 
 
 def run(*command):
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    # Not by a pipe, which Wine's servers hold open when the program has ended.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        done = subprocess.run([str(word) for word in command], stdout=output, stderr=subprocess.STDOUT)
+        output.seek(0)
+        assert done.returncode == 0, output.read()[-3000:]
 
 
 def compiler(name):
@@ -74,11 +78,12 @@ def test_wkv7_is_the_recurrence(name, tmp_path, monkeypatch):
 
 
 @needs_zig
-@pytest.mark.parametrize("target", ["aarch64-macos", "x86_64-macos", "x86_64-windows-gnu"])
-@pytest.mark.parametrize("source", cpu_recipe().sources, ids=lambda path: path.name)
-def test_compiles_with_clang_and_libcxx(source, target, tmp_path):
+@pytest.mark.parametrize("target", ["aarch64-macos", "x86_64-macos", "x86_64-windows-gnu", "aarch64-windows-gnu"])
+def test_every_source_compiles_with_clang_and_libcxx(target, tmp_path):
     """Apple's compiler is clang with libc++, and without OpenMP; Windows: clang without MSVC."""
-    run(sys.executable, "-m", "ziglang", "c++", "-target", target, *flags(), "-c", source, "-o", tmp_path / "object.o")
+    command = (sys.executable, "-m", "ziglang", "c++", "-target", target, *flags(), "-O1")
+    for source in cpu_recipe().sources:
+        run(*command, "-c", source, "-o", tmp_path / "object.o")
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")

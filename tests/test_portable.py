@@ -66,6 +66,20 @@ def test_is_exact_for_equal_keys(decay, dtype):
     check([x.detach().to(dtype).requires_grad_() for x in inputs], state)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 33, 512, 4096])
+@pytest.mark.parametrize("decay", [SLOW, FAST], ids=["slow", "fast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=DTYPES.get)
+def test_is_exact_for_correlated_keys_at_any_length(dtype, decay, tokens):
+    """Keys around one direction, with learning rates of up to 1."""
+    inputs, state = problem(1, tokens, 1, 64, decay=decay)
+    with torch.no_grad():
+        key = torch.nn.functional.normalize(torch.randn(64) + 0.3 * torch.randn(1, tokens, 1, 64), dim=-1)
+        for i, x in ((2, key), (4, -key), (5, key * torch.rand_like(key))):
+            inputs[i].copy_(x)
+    check([x.detach().to(dtype).requires_grad_() for x in inputs], state)
+
+
 @pytest.mark.parametrize("decay", [SLOW, MIXED, FAST])
 def test_is_exact_over_many_chunks(decay):
     """Against itself in float64, which the tests above compare with the recurrence."""

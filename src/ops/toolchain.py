@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ class BuildError(RuntimeError):
 
 def find_compiler() -> str:
     """The C++ compiler: $CXX, or the first of c++, g++, clang++ on the PATH."""
+    if sys.platform == "win32":  # the sources compile there, but how they are linked with torch was never tried
+        raise BuildError("the native kernels are not built on Windows", advice="run in WSL (docs/platforms.md)")
     name_in_environment = os.environ.get("CXX", "")
     if name_in_environment:
         path = shutil.which(name_in_environment)
