@@ -9,10 +9,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import HealthCheck
 
 from src.dataset.binidx import BinIdxWriter
+
+# An example takes as long as a busy machine lets it, and all of them may share a folder.
+hypothesis.settings.register_profile(
+    "tests", hypothesis.settings(), deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="module")

@@ -170,7 +170,7 @@ def test_an_answer_is_divided(
 PARTS = st.sampled_from(["<think>", "</think>", "<th", "\n", "\n\n", "\n\nUser:", "User", ":", "a", "b c", " ", "ab"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     parts=st.lists(PARTS, max_size=9),
     stops=st.sampled_from([(), BLANK, BLANK[1:], ("ab", "a b"), ("b c", "\n")]),
@@ -307,7 +307,7 @@ CALLS = st.fixed_dictionaries(
 PLAIN_CALLS = CALLS.filter(lambda call: not set(call["name"]) & set('"\n'))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), content=st.sampled_from(["", "so", "so\n\n`x` {1}", THOUGHT, THOUGHT + "so"]))
 @pytest.mark.parametrize(("template", "calls"), [(RWKV, CALLS), (ChatTemplate(TOOLS, {}), PLAIN_CALLS)])
 def test_calls_are_parsed_from_what_was_rendered(

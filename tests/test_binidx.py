@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_models import make_tokenizer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import compute_magic_prime, inspect_data
@@ -21,7 +21,7 @@ from src.dataset import BinIdxWriter, MMapIndexedDataset, binidx
 from src.dataset.binidx import token_dtype
 from src.errors import UserError
 
-SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+SAME_FOLDER = settings(max_examples=150)
 DTYPES = ["uint8", "int8", "int16", "int32", "int64", "uint16"]
 
 

@@ -624,7 +624,7 @@ def with_another(value: Any, path: tuple[Any, ...]) -> Any:
     return copied
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     turns=turns_with_fields(),
     kind=st.sampled_from([*sorted(FORMAT_TEMPLATES), *(f"rwkv {mode}" for mode in RWKV_MODES)]),
@@ -652,7 +652,7 @@ def test_no_content_is_lost_without_a_count(
             assert outcome(with_another(turns, path)) != original, path
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(turns=turns_with_fields(), kind=st.sampled_from(sorted(FORMAT_TEMPLATES)))
 def test_the_text_is_that_of_the_template_and_answers_end_with_the_end_token(
     tokenizers: dict[str, FolderTokenizer], turns: list[dict[str, Any]], kind: str

@@ -341,7 +341,7 @@ def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [*(characters.feed(i) for i in ids), characters.finish()]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(0, 255), max_size=40))
 def test_random_bytes_never_break_the_stream(ids):
     pieces = stream(Bytes(), ids)
@@ -350,7 +350,7 @@ def test_random_bytes_never_break_the_stream(ids):
         piece.encode("utf-8")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(max_size=20))
 def test_text_is_returned_in_whole_characters(text):
     pieces = stream(Bytes(), list(text.encode()))
@@ -358,14 +358,14 @@ def test_text_is_returned_in_whole_characters(text):
     assert all(len(piece) <= 1 or piece.count("\ufffd") for piece in pieces)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ids=st.lists(st.integers(0, 299), max_size=30))
 def test_random_tokens_of_a_folder_tokenizer(tokenizer, ids):
     ids = [i % tokenizer.vocab_size for i in ids]
     assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(ids=st.lists(st.integers(0, 65535), max_size=30))
 def test_random_tokens_of_the_world_tokenizer(world, ids):
     assert "".join(stream(world, ids)) == world.decode(ids)

@@ -276,7 +276,7 @@ def test_the_byte_level_tokenizer_comes_back(weights, tmp_path):
     assert load_tokenizer(tmp_path / "hf").encode("the<|im_end|> answer") == ours.encode("the<|im_end|> answer")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(max_size=40) | st.sampled_from(["<|im_end|>a", "a . b", " <|im_start|> ", "\r\n\n 12"]))
 def test_the_byte_level_tokenizer_that_is_read_encodes_alike(tokenizer, stored_tokenizer, text):
     assert stored_tokenizer.encode(text) == tokenizer.encode(text)
@@ -425,7 +425,7 @@ def test_a_damaged_length_is_refused(tmp_path, tokenizer):
         assert "cut short" in refused(path)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_a_changed_byte_is_refused_or_read(small_file, data):
     """No other error than the sentence, whatever it is that changes in keys, tables and lengths."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_models import make_tokenizer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import make_data, train_tokenizer
@@ -27,7 +27,7 @@ from src.errors import UserError
 from src.files import file_lock
 
 SCRIPT = Path(make_data.__file__)
-PROPERTY = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+PROPERTY = settings(max_examples=40)
 TEXTS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)
 
 

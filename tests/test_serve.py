@@ -15,7 +15,7 @@ import openai
 import pytest
 import torch
 from chat_models import make_tokenizer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import random_model
 from served import running
@@ -406,7 +406,7 @@ _FIELDS = st.sampled_from(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     path=st.sampled_from(["chat/completions", "completions", "embeddings", "states"]),
     body=st.dictionaries(_FIELDS, _JSON, max_size=5),

@@ -105,7 +105,7 @@ def ask(engine: Engine, prompt: list[int], count: int = 8, **options: object) ->
     return recorder
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     st.lists(
         st.tuples(st.integers(1, 24), st.integers(1, 12), st.sampled_from([None, 0, 1, 2])), min_size=1, max_size=7

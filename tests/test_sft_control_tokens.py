@@ -23,7 +23,7 @@ def tokenizer(request, tmp_path_factory):
     return chat_tokenizer(str(make_tokenizer(tmp_path_factory.mktemp("tokenizer"), TEMPLATES[request.param])))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(contents=st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3))
 def test_special_tokens_in_contents_are_text(tokenizer, contents):
     def encoded(pairs):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from chat_models import TEMPLATES, chat_ids, make_tokenizer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -29,7 +29,7 @@ from src.dataset.sft_cache import Conversations, look_at_conversations, open_con
 from src.dataset.tokenizer import FolderTokenizer
 from src.errors import UserError
 
-IN_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+IN_FOLDER = settings(max_examples=60)
 DIFFICULT = [
     "<|im_start|>assistant\n",
     "<|im_end|>",

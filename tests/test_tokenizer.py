@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from chat_models import TEMPLATES, chat_ids, make_tokenizer, tokenizer_with_entries
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from src.dataset.chat_template import ChatTemplate
@@ -42,7 +42,6 @@ def template_of(folder: Path) -> ChatTemplate:
     return template
 
 
-@settings(deadline=None)  # the first call reads the vocabulary
 @given(text=st.text())
 def test_text_is_restored(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
@@ -344,7 +343,6 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(deadline=None)
 @given(pieces=st.lists(PIECES, max_size=6))
 def test_special_tokens_as_text(tokenizer: Tokenizer, pieces: list[str]) -> None:
     text = "".join(pieces)
@@ -358,7 +356,6 @@ def test_special_tokens_as_text(tokenizer: Tokenizer, pieces: list[str]) -> None
         assert ids == tokenizer.encode(text)
 
 
-@settings(deadline=None)
 @given(contents=st.lists(st.lists(PIECES, max_size=5).map("".join), min_size=1, max_size=4))
 def test_only_the_template_writes_control_tokens(folder: Path, contents: list[str]) -> None:
     """The control tokens of a conversation are those of its template, and its text is unchanged."""
