@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) adamw(Step p) {
   const bool aligned = is_multiple(x.master, 16) && is_multiple(x.exp_avg, 16) && is_multiple(x.exp_avg_sq, 16) &&
                        is_multiple(gradient, kVector * sizeof(T)) && is_multiple(parameter, kVector * sizeof(T));
   const int64_t vectors_end = aligned ? begin + (end - begin) / kVector * kVector : begin;
-#pragma unroll
+#pragma unroll 2
   for (int i = 0; i < kVectors; i++) {
     const int64_t at = begin + (int64_t(i) * kThreads + threadIdx.x) * kVector;
     if (at >= vectors_end) break;

@@ -1,6 +1,6 @@
 """Memory traffic of a compiled block, counted and not measured: what each kernel of torch.compile's reads and writes.
 
-    python tests/bench/step_bytes.py [--n_embd 768] [--tokens 512]
+    python tests/bench/step_bytes.py [--n_embd 768] [--tokens 8192]
 
 For a block after the first in bf16, forward and backward, with its elementwise work as plain PyTorch, which the
 compiler fuses, as the native ops of src/ops/elementwise.py, and with these and the first low-rank factors as one
@@ -33,7 +33,7 @@ KINDS = ("elementwise", "products", "wkv7")
 
 def kind_of(node: Any) -> str:
     names = [getattr(inner.node, "python_kernel_name", None) or "" for inner in node.get_nodes()]
-    if any("wkv7" in name for name in names):
+    if any("wkv7_" in name for name in names):
         return "wkv7"
     return "products" if any(name.endswith(("mm", "bmm")) for name in names) else "elementwise"
 
@@ -70,7 +70,7 @@ def count(config: ModelConfig, tokens: int, native: bool, gathered: bool) -> lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n_embd", type=int, default=768)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=8192)
     args = parser.parse_args()
     # counted only where something logs it, and never for code that comes from a cache
     compile_fx.inductor_metrics_log.setLevel(logging.INFO)
