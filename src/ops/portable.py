@@ -55,7 +55,8 @@ def wkv7_portable(
         # Elsewhere reading the bounds would wait for the device.
         if bounds != sorted(bounds) or bounds[1] != 0 or bounds[-2] != bounds[-1]:
             raise RuntimeError(f"cu_seqlens must run from 0 to {r.shape[1]} and not decrease, got {bounds[1:-1]}")
-    if cu_seqlens is None and r.shape[1] == 1:  # decoding: a chunk of one token is the formula itself
+    # Decoding: a chunk of one token is the formula itself. Its gradient by autograd has fewer digits for a large w.
+    if cu_seqlens is None and r.shape[1] == 1 and not torch.is_grad_enabled():
         return wkv7_reference(r, w, k, v, a, b, state)
     y, final_state = _Chunked.apply(r, w, k, v, a, b, state, cu_seqlens)
     return y, final_state
