@@ -17,6 +17,9 @@
 #define PORT_DEVICE 1
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#if !defined(__HIPCC__)
+#include "tensor_map.h"
+#endif
 #else
 #define PORT_DEVICE 0
 #include "host_cuda.h"
@@ -36,6 +39,13 @@
 #define PORT_HAS_TENSOR_CORES 1
 #endif
 
+// wgmma, TMA, mbarriers and setmaxnreg as sm_90a has them: that target, and the host twins.
+#if !PORT_DEVICE || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PORT_WARPGROUPS 1
+#else
+#define PORT_WARPGROUPS 0
+#endif
+
 // The target that is compiled for, 800 for sm_80; 0 where there is none (the host, AMD): for what a compiler needs for one target only.
 #if defined(__CUDA_ARCH__)
 #define PORT_TARGET __CUDA_ARCH__
@@ -44,6 +54,10 @@
 #endif
 
 #define DEVICE __device__ __forceinline__
+
+#if defined(__HIPCC__) && !defined(__grid_constant__)
+#define __grid_constant__
+#endif
 
 namespace port {
 
@@ -163,6 +177,15 @@ DEVICE float fast_exp2(float x) {
   return exp2f(x);
 #endif
 }
+DEVICE float fast_inverse(float x) {
+#if PORT_DEVICE && defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
 DEVICE float fast_divide(float x, float y) {
 #if PORT_DEVICE
   return __fdividef(x, y);
@@ -185,6 +208,7 @@ DEVICE void opaque(int& x) {
 DEVICE uint4 load16(const void* from) {
 #if !PORT_DEVICE
   host_cuda::check_aligned(from, 16, "loads a vector");
+  host_cuda::note_load(from, 16);
 #endif
   return *static_cast<const uint4*>(from);
 }
@@ -193,6 +217,9 @@ DEVICE void store16(void* to, uint4 value) {
   host_cuda::check_aligned(to, 16, "stores a vector");
 #endif
   *static_cast<uint4*>(to) = value;
+#if !PORT_DEVICE
+  host_cuda::note_store(to, 16);
+#endif
 }
 // 16 bytes of T as floats.
 DEVICE void load_floats(float (&to)[4], const float* from) {
@@ -223,6 +250,7 @@ DEVICE void store8(void* to, uint32_t first, uint32_t second) {
   host_cuda::check_aligned(to, 8, "stores two words");
   std::memcpy(to, &first, 4);
   std::memcpy(static_cast<char*>(to) + 4, &second, 4);
+  host_cuda::note_store(to, 8);
 #else
   *static_cast<uint2*>(to) = {first, second};
 #endif
@@ -231,6 +259,7 @@ DEVICE void store4(void* to, uint32_t value) {
 #if !PORT_DEVICE
   host_cuda::check_aligned(to, 4, "stores a word");
   std::memcpy(to, &value, 4);
+  host_cuda::note_store(to, 4);
 #else
   *static_cast<uint32_t*>(to) = value;
 #endif
@@ -240,11 +269,28 @@ DEVICE uint32_t load4(const void* from) {
   return *static_cast<const uint32_t*>(from);
 #else
   host_cuda::check_aligned(from, 4, "loads a word");
+  host_cuda::note_load(from, 4);
   uint32_t value;
   std::memcpy(&value, from, 4);
   return value;
 #endif
 }
+struct Pair {
+  float first, second;
+};
+DEVICE Pair load_pair(const void* from) {  // two floats, 8 bytes aligned
+#if PORT_DEVICE
+  const float2 pair = *static_cast<const float2*>(from);
+  return {pair.x, pair.y};
+#else
+  host_cuda::check_aligned(from, 8, "loads two words");
+  host_cuda::note_load(from, 8);
+  Pair pair;
+  std::memcpy(&pair, from, 8);
+  return pair;
+#endif
+}
+DEVICE void store_pair(void* to, float first, float second) { store8(to, float_to_bits(first), float_to_bits(second)); }
 
 // Two words, the first at the lower address.
 DEVICE void load8(const void* from, uint32_t& first, uint32_t& second) {
@@ -275,6 +321,13 @@ DEVICE void require(bool holds, const char* message) {
   }
 #else
   if (!holds) host_cuda::stop(message);
+#endif
+}
+
+// The end of a kernel that was compiled for a target that lacks what it needs: no launch should come here.
+DEVICE void wrong_target() {
+#if PORT_DEVICE && !defined(__HIPCC__) && defined(__CUDA_ARCH__)
+  __trap();
 #endif
 }
 
@@ -382,6 +435,7 @@ struct MatrixLoad {
 };
 template <bool kTransposed>
 inline void load_lanes(MatrixLoad** lanes) {
+  for (int lane = 0; lane < kWarpSize; lane++) host_cuda::note_load(lanes[lane]->row, 16);
   for (int m = 0; m < 4; m++)
     for (int lane = 0; lane < kWarpSize; lane++) {
       const int g = lane / 4, q = lane % 4;
@@ -444,10 +498,234 @@ inline void prefetch(const void* from) { host_cuda::touch(from); }
 #endif
 #endif  // PORT_TENSOR_CORES
 
+// --- Warpgroups (sm_90a): four warps, products of 64 x N x 16, tiles by TMA, mbarriers --------------------------------------
+//
+// A tile is rows of 128 bytes (64 numbers of bf16) from an address that is a multiple of 1024, with the 16-byte pieces of each eight rows permuted:
+// piece p of row i lies where piece p ^ (i % 8) would (TMA's and wgmma's 128-byte swizzle). wgmma and TMA see shared memory through the asynchronous
+// proxy: after stores that they read or overwrite, each storing thread fences, before the barrier behind which the tile is used.
+// Stores and loads of shared memory that host runs should check go through the functions of this file.
+//
+// Accumulators of D[64 x N] += A[64 x 16] B[16 x N]: of warp w (in its group) and lane 4 g + q, d[4 j + 2 h + e] is row 16 w + g + 8 h, column
+// 8 j + 2 q + e. A in registers: a[0] rows g, columns 2q 2q+1; a[1] rows g+8; a[2], a[3] columns 2q+8 2q+9. So accumulators, rounded, are an A.
+
+// A tensor [tokens, heads, 64] of bf16, of which TMA fetches rows. Filled by describe_rows on the host, a __grid_constant__ parameter of kernels.
+struct Rows {
+#if PORT_DEVICE && !defined(__HIPCC__)
+  TensorMap map;
+#else
+  const bf16* from;
+  int64_t tokens;
+  int heads, rows;
+#endif
+};
+
+// `rows`: of a tile. 0 or the runtime's error number.
+inline int describe_rows(Rows& to, const void* from, int64_t tokens, int heads, int rows) {
+#if defined(__HIPCC__)
+  return (void)to, (void)from, (void)tokens, (void)heads, (void)rows, -1;
+#elif PORT_DEVICE
+  return encode_tensor_map(to.map, from, tokens, heads, rows);
+#else
+  to = {static_cast<const bf16*>(from), tokens, heads, rows};
+  return 0;
+#endif
+}
+
+#if PORT_WARPGROUPS
+
+// Where a tile lies, for wgmma; 2 more for each 16 columns to the right, 128 more for each 16 rows down.
+DEVICE uint64_t tile_descriptor(const void* tile) {
+#if PORT_DEVICE
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(tile));
+#else
+  const uint32_t address = host_cuda::kSharedBase + uint32_t(static_cast<const char*>(tile) - host_cuda::block_now->shared.get());
+#endif
+  constexpr uint64_t kLayout = uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(1) << 16;  // 128-byte swizzle; bytes between eight rows
+  return kLayout | (address >> 4 & 0x3fff);
+}
+
+#if PORT_DEVICE
+#define PORT_SUMS4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define PORT_SUMS16(d, i) PORT_SUMS4(d, i), PORT_SUMS4(d, i + 4), PORT_SUMS4(d, i + 8), PORT_SUMS4(d, i + 12)
+#define PORT_NAMES16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define PORT_NAMES32 PORT_NAMES16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+
+// d += A B^T for A of 64 x 16 and B of kN x 16, or d = A B^T where not `add`. "Transposed": the tile has K in its rows.
+template <bool kTransposed, int kN>
+DEVICE void group_product(float (&d)[kN / 2], const uint32_t* a, uint64_t b, bool add) {
+  static_assert(kN == 32 || kN == 64);
+  if constexpr (kN == 64)
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" PORT_NAMES32
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
+        : PORT_SUMS16(d, 0), PORT_SUMS16(d, 16)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(kTransposed)));
+  else
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" PORT_NAMES16
+        "}, {%16, %17, %18, %19}, %20, p, 1, 1, %22;\n}"
+        : PORT_SUMS16(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(kTransposed)));
+}
+template <bool kTransposedA, bool kTransposedB, int kN>
+DEVICE void group_product(float (&d)[kN / 2], uint64_t a, uint64_t b, bool add) {
+  static_assert(kN == 32 || kN == 64);
+  if constexpr (kN == 64)
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" PORT_NAMES32
+        "}, %32, %33, p, 1, 1, %35, %36;\n}"
+        : PORT_SUMS16(d, 0), PORT_SUMS16(d, 16)
+        : "l"(a), "l"(b), "r"(int(add)), "n"(int(kTransposedA)), "n"(int(kTransposedB)));
+  else
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" PORT_NAMES16
+        "}, %16, %17, p, 1, 1, %19, %20;\n}"
+        : PORT_SUMS16(d, 0)
+        : "l"(a), "l"(b), "r"(int(add)), "n"(int(kTransposedA)), "n"(int(kTransposedB)));
+}
+#undef PORT_SUMS4
+#undef PORT_SUMS16
+#undef PORT_NAMES16
+#undef PORT_NAMES32
+// Before the first product, and after registers of one were in use otherwise.
+DEVICE void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Accumulators are to be where they are now: the compiler may not move work on them across this, into products under way.
+template <int kCount>
+DEVICE void pin(float (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(x[i])::"memory");
+}
+DEVICE void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kLeft>
+DEVICE void group_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+}
+// A barrier of `threads` threads of the block; numbers 1 to 15.
+DEVICE void sync_group(int number, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
+// This thread's stores so far become visible to TMA and wgmma.
+DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+DEVICE uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+DEVICE void mbarrier_init(uint64_t* at, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(at)), "r"(count) : "memory");
+}
+DEVICE void mbarrier_arrive(uint64_t* at) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(at)) : "memory");
+}
+// Arrives, and lets the phase end no sooner than `bytes` have come by TMA.
+DEVICE void mbarrier_expect(uint64_t* at, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(at)), "r"(bytes) : "memory");
+}
+// Until the phase of this parity has ended; the first phase's is 0.
+DEVICE void mbarrier_wait(uint64_t* at, unsigned parity) {
+  uint32_t ended;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(ended)
+        : "r"(shared_address(at)), "r"(parity)
+        : "memory");
+  } while (!ended);
+}
+// Starts loading the tile of a head's rows from `token` on; its bytes count for the mbarrier.
+DEVICE void load_rows(void* tile, const Rows& rows, int head, int token, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+                   shared_address(tile)),
+               "l"(&rows.map), "r"(0), "r"(head), "r"(token), "r"(shared_address(barrier))
+               : "memory");
+}
+// This warpgroup's registers per thread, from now on.
+template <int kCount>
+DEVICE void registers_decrease() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+DEVICE void registers_increase() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+// Four 8 x 8 matrices of bf16 as load_matrices gives them, to the rows that the lanes name.
+DEVICE void store_matrices(bf16* row, const uint32_t* from) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(from[0]), "r"(from[1]), "r"(from[2]),
+               "r"(from[3])
+               : "memory");
+}
+// The same, each transposed; `from` in the order in which accumulators are: the second and third matrix change places.
+DEVICE void store_matrices_transposed(bf16* row, const uint32_t* from) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(from[0]), "r"(from[2]),
+               "r"(from[1]), "r"(from[3])
+               : "memory");
+}
+#else
+template <bool kTransposed, int kN>
+inline void group_product(float (&d)[kN / 2], const uint32_t* a, uint64_t b, bool add, int line = __builtin_LINE()) {
+  host_cuda::group_product({line, kN, 0, b, {a[0], a[1], a[2], a[3]}, d, true, false, kTransposed, add, 0});
+}
+template <bool kTransposedA, bool kTransposedB, int kN>
+inline void group_product(float (&d)[kN / 2], uint64_t a, uint64_t b, bool add, int line = __builtin_LINE()) {
+  host_cuda::group_product({line, kN, a, b, {}, d, false, kTransposedA, kTransposedB, add, 0});
+}
+inline void group_fence() { host_cuda::group_fence(); }
+template <int kCount>
+inline void pin(float (&)[kCount]) {}
+inline void group_commit() { host_cuda::group_commit(); }
+template <int kLeft>
+inline void group_wait(int line = __builtin_LINE()) {
+  host_cuda::group_wait(kLeft, line);
+}
+inline void sync_group(int number, int threads, int line = __builtin_LINE()) { host_cuda::group_barrier(number, threads, line); }
+inline void fence_async_proxy() { host_cuda::fence_async_proxy(); }
+inline void mbarrier_init(uint64_t* at, int count) { host_cuda::mbarrier_init(at, count); }
+inline void mbarrier_arrive(uint64_t* at) { host_cuda::mbarrier_arrive(at, 0); }
+inline void mbarrier_expect(uint64_t* at, int bytes) { host_cuda::mbarrier_arrive(at, bytes); }
+inline void mbarrier_wait(uint64_t* at, unsigned parity, int line = __builtin_LINE()) { host_cuda::mbarrier_wait(at, parity, line); }
+inline void load_rows(void* tile, const Rows& from, int head, int token, uint64_t* barrier) {
+  std::vector<const void*> rows;
+  for (int i = 0; i < from.rows; i++)
+    rows.push_back(token + i < from.tokens ? from.from + (int64_t(token + i) * from.heads + head) * 64 : nullptr);
+  host_cuda::tma_load(tile, std::move(rows), barrier);
+}
+template <int kCount>
+inline void registers_decrease(int line = __builtin_LINE()) {
+  host_cuda::set_registers(kCount, line);
+}
+template <int kCount>
+inline void registers_increase(int line = __builtin_LINE()) {
+  host_cuda::set_registers(kCount, line);
+}
+struct MatrixStore {
+  bf16* row;
+  uint32_t from[4];
+};
+template <bool kTransposed>
+inline void store_lanes(MatrixStore** lanes) {
+  for (int m = 0; m < 4; m++)
+    for (int lane = 0; lane < kWarpSize; lane++) {
+      const int g = lane / 4, q = lane % 4;
+      const bf16 low{uint16_t(lanes[lane]->from[m])}, high{uint16_t(lanes[lane]->from[m] >> 16)};
+      lanes[m * 8 + (kTransposed ? 2 * q : g)]->row[kTransposed ? g : 2 * q] = low;
+      lanes[m * 8 + (kTransposed ? 2 * q + 1 : g)]->row[kTransposed ? g : 2 * q + 1] = high;
+    }
+}
+inline void store_matrices(bf16* row, const uint32_t* from, int line = __builtin_LINE()) {
+  host_cuda::check_aligned(row, 16, "stores a matrix row");
+  MatrixStore it{row, {from[0], from[1], from[2], from[3]}};
+  host_cuda::collective("store_matrices", line, it, store_lanes<false>);
+  host_cuda::note_store(row, 16);
+}
+inline void store_matrices_transposed(bf16* row, const uint32_t* from, int line = __builtin_LINE()) {
+  host_cuda::check_aligned(row, 16, "stores a matrix row");
+  MatrixStore it{row, {from[0], from[2], from[1], from[3]}};
+  host_cuda::collective("store_matrices_transposed", line, it, store_lanes<true>);
+  host_cuda::note_store(row, 16);
+}
+#endif
+
+#endif  // PORT_WARPGROUPS
+
 // --- Launches -----------------------------------------------------------------------------------------------------------
 
 #if PORT_DEVICE
-#define SHARED_MEMORY(name) alignas(128) extern __shared__ unsigned char name[]
+#define SHARED_MEMORY(name) alignas(1024) extern __shared__ unsigned char name[]
 
 // Returns 0 or the runtime's error number. `stream` is a cudaStream_t as an integer: callers need no CUDA header.
 template <class... Parameters, class... Arguments>
@@ -475,12 +753,22 @@ int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, siz
       },
       parameters);
 }
+// For kernels of warpgroups, whose asynchronous accesses host runs check.
+template <class... Parameters, class... Arguments>
+int launch_warpgroups(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared_bytes, int64_t stream,
+                      const Arguments&... arguments) {
+  return launch(kernel, blocks, threads, shared_bytes, stream, arguments...);
+}
 #else
 #define SHARED_MEMORY(name) unsigned char* name = reinterpret_cast<unsigned char*>(host_cuda::block_now->shared.get())
 
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared_bytes, int64_t, Arguments... arguments) {
   return host_cuda::launch(blocks, threads, shared_bytes, [=] { kernel(arguments...); });
+}
+template <class... Parameters, class... Arguments>
+int launch_warpgroups(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared_bytes, int64_t, Arguments... arguments) {
+  return host_cuda::launch(blocks, threads, shared_bytes, [=] { kernel(arguments...); }, true);
 }
 #endif
 

@@ -24,6 +24,7 @@ extern "C" {
                                void* dw, void* dk, void* dv, void* da, void* db, float* dstate, int64_t stream);
 ENTRY_POINTS(recurrent)
 ENTRY_POINTS(chunked)
+ENTRY_POINTS(wgmma)
 }
 
 namespace wkv7_cuda {
@@ -35,6 +36,16 @@ using Optional = std::optional<Tensor>;
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// The kernels by the number that the ops take.
+struct Kernel {
+  const char* name;
+  decltype(&wkv7_recurrent_saved_state_bytes) saved_state_bytes, saved_sa_bytes;
+  decltype(&wkv7_recurrent_forward) forward;
+  decltype(&wkv7_recurrent_backward) backward;
+};
+#define KERNEL(name) {#name, wkv7_##name##_saved_state_bytes, wkv7_##name##_saved_sa_bytes, wkv7_##name##_forward, wkv7_##name##_backward}
+constexpr Kernel kKernels[] = {KERNEL(recurrent), KERNEL(chunked), KERNEL(wgmma)};
+
 // What both directions need: dense inputs, sizes, and the device made current for as long as this lives.
 struct Call {
   OnDevice device;
@@ -42,13 +53,14 @@ struct Call {
   Optional state, cu_seqlens;
   int dtype, head_size, heads, documents;
   int64_t tokens_each, tokens;
-  bool chunked;
+  const Kernel* kernel;
 
   Call(const Tensor& r_, const Tensor& w_, const Tensor& k_, const Tensor& v_, const Tensor& a_, const Tensor& b_, const Optional& state_,
-       const Optional& cu_seqlens_, bool chunked_)
+       const Optional& cu_seqlens_, int64_t kernel_)
       : device(r_), r(dense(r_)), w(dense(w_)), k(dense(k_)), v(dense(v_)), a(dense(a_)), b(dense(b_)) {
     dtype = dtype_number(r);
-    chunked = chunked_;
+    STD_TORCH_CHECK(kernel_ >= 0 && kernel_ < 3, "wkv7: there is no kernel ", kernel_);
+    kernel = &kKernels[kernel_];
     tokens_each = r.size(1);
     tokens = r.size(0) * r.size(1);
     // The kernels count tokens in 32 bits.
@@ -71,10 +83,10 @@ struct Call {
 
   // What forward keeps for backward.
   int64_t saved_state_bytes() const {
-    return (chunked ? wkv7_chunked_saved_state_bytes : wkv7_recurrent_saved_state_bytes)(head_size, documents, tokens, heads);
+    return kernel->saved_state_bytes(head_size, documents, tokens, heads);
   }
   int64_t saved_sa_bytes() const {
-    return (chunked ? wkv7_chunked_saved_sa_bytes : wkv7_recurrent_saved_sa_bytes)(head_size, documents, tokens, heads);
+    return kernel->saved_sa_bytes(head_size, documents, tokens, heads);
   }
 
   Tensor like() const { return torch::stable::new_empty(r, r.sizes(), r.scalar_type()); }
@@ -84,28 +96,28 @@ struct Call {
   const int32_t* bounds() const { return cu_seqlens ? static_cast<const int32_t*>(cu_seqlens->const_data_ptr()) : nullptr; }
 
   void check(int code, const char* op) const {
-    STD_TORCH_CHECK(code != -1, op, ": no ", chunked ? "chunked" : "recurrent", " kernel for head size ", head_size,
-                    " and this dtype (recurrent: 32, 64, 128; chunked: bfloat16 and 64)");
+    STD_TORCH_CHECK(code != -1, op, ": no ", kernel->name, " kernel for head size ", head_size,
+                    " and this dtype (recurrent: 32, 64, 128; chunked and wgmma: bfloat16 and 64)");
     check_launch(code, op);
   }
 };
 
-Forward forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state, Optional cu_seqlens, bool save, bool chunked) {
-  const Call c(r, w, k, v, a, b, state, cu_seqlens, chunked);
+Forward forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state, Optional cu_seqlens, bool save, int64_t kernel) {
+  const Call c(r, w, k, v, a, b, state, cu_seqlens, kernel);
   const Tensor y = c.like(), final_state = c.states();
-  const Tensor saved_state = c.floats(save ? c.saved_state_bytes() : 0), saved_sa = c.floats(save ? c.saved_sa_bytes() : 0);
-  const auto run = c.chunked ? wkv7_chunked_forward : wkv7_recurrent_forward;
-  c.check(run(c.dtype, c.head_size, c.documents, c.tokens_each, c.heads, c.r.const_data_ptr(), c.w.const_data_ptr(), c.k.const_data_ptr(),
+  // The kernel by warpgroups needs its saved_sa, scratch memory, also when nothing is kept.
+  const Tensor saved_state = c.floats(save ? c.saved_state_bytes() : 0), saved_sa = c.floats(save || kernel == 2 ? c.saved_sa_bytes() : 0);
+  c.check(c.kernel->forward(c.dtype, c.head_size, c.documents, c.tokens_each, c.heads, c.r.const_data_ptr(), c.w.const_data_ptr(), c.k.const_data_ptr(),
               c.v.const_data_ptr(), c.a.const_data_ptr(), c.b.const_data_ptr(), c.state_pointer(), c.bounds(), y.mutable_data_ptr(),
               static_cast<float*>(final_state.mutable_data_ptr()), save ? saved_state.mutable_data_ptr() : nullptr,
-              save ? saved_sa.mutable_data_ptr() : nullptr, c.device.stream),
+              saved_sa.numel() ? saved_sa.mutable_data_ptr() : nullptr, c.device.stream),
           "wkv7 forward");
   return {y, final_state, saved_state, saved_sa};
 }
 
 Backward backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state,
-                  Optional cu_seqlens, Tensor saved_state, Tensor saved_sa, bool chunked) {
-  const Call c(r, w, k, v, a, b, state, cu_seqlens, chunked);
+                  Optional cu_seqlens, Tensor saved_state, Tensor saved_sa, int64_t kernel) {
+  const Call c(r, w, k, v, a, b, state, cu_seqlens, kernel);
   wkv7::check_saved("saved_state", saved_state, c.saved_state_bytes() / 4);
   wkv7::check_saved("saved_sa", saved_sa, c.saved_sa_bytes() / 4);
   wkv7::check_dy(dy, c.r);
@@ -118,8 +130,7 @@ Backward backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tensor k
   const Tensor dr = c.like(), dw = c.like(), dk = c.like(), dv = c.like(), da = c.like(), db = c.like();
   // Empty where there was no initial state: a schema has no optional outputs.
   const Tensor dstate = state ? c.states() : c.floats(0);
-  const auto run = c.chunked ? wkv7_chunked_backward : wkv7_recurrent_backward;
-  c.check(run(c.dtype, c.head_size, c.documents, c.tokens_each, c.heads, dy_dense.const_data_ptr(),
+  c.check(c.kernel->backward(c.dtype, c.head_size, c.documents, c.tokens_each, c.heads, dy_dense.const_data_ptr(),
               dfinal ? static_cast<const float*>(dfinal->const_data_ptr()) : nullptr, c.r.const_data_ptr(), c.w.const_data_ptr(),
               c.k.const_data_ptr(), c.v.const_data_ptr(), c.a.const_data_ptr(), c.b.const_data_ptr(), c.bounds(), saved_state.const_data_ptr(),
               saved_sa.const_data_ptr(), dr.mutable_data_ptr(), dw.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr(),

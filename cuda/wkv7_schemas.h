@@ -2,17 +2,18 @@
 // implementations check only what it can't know: values of cu_seqlens (on a CPU), tensors from autograd, sizes without a kernel.
 //
 // saved_state and saved_sa are what forward keeps for backward; each implementation has its own layout (empty when save is false).
-// Which of two CUDA kernels is a bool, not a name: a str argument through the stable ABI of torch 2.10 to 2.13 leaks 48 bytes at each call.
+// kernel: 0 recurrent, 1 chunked, 2 by warpgroups (CUDA only); KERNEL_NUMBERS in src/ops/recurrence_op.py. A number, not a name: a str argument
+// through the stable ABI of torch 2.10 to 2.13 leaks 48 bytes at each call.
 // w is the raw decay, dw its gradient; states are fp32 [sequences, H, N (value), N (key)].
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
 constexpr const char* kWkv7Forward =
-    "wkv7_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? cu_seqlens, bool save, bool chunked)"
+    "wkv7_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? cu_seqlens, bool save, int kernel)"
     " -> (Tensor y, Tensor final_state, Tensor saved_state, Tensor saved_sa)";
 constexpr const char* kWkv7Backward =
     "wkv7_backward(Tensor dy, Tensor? dfinal_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state,"
-    " Tensor? cu_seqlens, Tensor saved_state, Tensor saved_sa, bool chunked)"
+    " Tensor? cu_seqlens, Tensor saved_state, Tensor saved_sa, int kernel)"
     " -> (Tensor dr, Tensor dw, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dstate)";
 
 namespace wkv7 {

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from src.ops import recurrence, wkv7
 from src.ops.build import build as build_library
 from src.ops.cuda import cuda_recipe, gpu_targets
-from src.ops.recurrence import CHUNKED_SEGMENT, CHUNKED_SLOT, CUDA_WINDOW
+from src.ops.recurrence_op import KERNEL_NUMBERS, kept_floats
 from src.ops.rocm import rocm_recipe
 from src.ops.toolchain import BuildError, find_hipcc, find_nvcc, version_of
 
@@ -36,7 +36,7 @@ def host_op(tmp_path_factory):
     if compiler() is None:
         pytest.skip("no C++ compiler")
     folder = shared_folder(tmp_path_factory)
-    for name in ("recurrent", "chunked"):
+    for name in KERNEL_NUMBERS:
         ctypes.CDLL(str(build(folder, CUDA / f"wkv7_{name}.cu")), mode=ctypes.RTLD_GLOBAL)
     build_ops(folder, CUDA / "wkv7_cuda.cpp")
     return torch.ops.rwkv7_host
@@ -46,19 +46,19 @@ class HostWkv7(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, cu_seqlens, state, *inputs):
         y, final_state, *saved = torch.ops.rwkv7_host.wkv7_forward(
-            *inputs, state, cu_seqlens, True, kernel == "chunked"
+            *inputs, state, cu_seqlens, True, KERNEL_NUMBERS[kernel]
         )
-        ctx.chunked = kernel == "chunked"
+        ctx.kernel = KERNEL_NUMBERS[kernel]
         ctx.save_for_backward(*inputs, state, cu_seqlens, *saved)
         return y, final_state
 
     @staticmethod
     def backward(ctx, dy, dfinal_state):
-        *grads, dstate = torch.ops.rwkv7_host.wkv7_backward(dy, dfinal_state, *ctx.saved_tensors, ctx.chunked)
+        *grads, dstate = torch.ops.rwkv7_host.wkv7_backward(dy, dfinal_state, *ctx.saved_tensors, ctx.kernel)
         return None, None, dstate, *grads
 
 
-@pytest.mark.parametrize("kernel", ["recurrent", "chunked"])
+@pytest.mark.parametrize("kernel", KERNEL_NUMBERS)
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 def test_op_gives_values_and_gradients(host_op, kernel, packed):
     shape = {"cu_seqlens": [0, 5, 20]} if packed else {}
@@ -70,7 +70,7 @@ def test_op_gives_values_and_gradients(host_op, kernel, packed):
         joint[:, :, i, :, 1:] = x[name]
         leaves.append(joint[:, :, i, :, 1:].detach().requires_grad_())
     state = x["state"].clone().requires_grad_()
-    y, final_state = HostWkv7.apply(kernel == "chunked", x.get("cu_seqlens"), state, *leaves)
+    y, final_state = HostWkv7.apply(kernel, x.get("cu_seqlens"), state, *leaves)
     dy, dfinal_state = incoming(x)
     grads = torch.autograd.grad([y, final_state], [*leaves, state], [dy, dfinal_state])
     true = answer(x, dy, dfinal_state)
@@ -79,43 +79,50 @@ def test_op_gives_values_and_gradients(host_op, kernel, packed):
         assert error(value.detach(), true[name]) < 5e-3, name
 
 
-@pytest.mark.parametrize("chunked", [False, True], ids=["recurrent", "chunked"])
-def test_op_is_lean_and_keeps_its_schema(host_op, chunked):
+@pytest.mark.parametrize("number", KERNEL_NUMBERS.values(), ids=KERNEL_NUMBERS)
+def test_op_is_lean_and_keeps_its_schema(host_op, number):
     x = problem(1, 17, 1, 64, torch.bfloat16)
     inputs = [x[name] for name in NAMES]
-    assert host_op.wkv7_forward(*inputs, None, None, False, chunked)[2].numel() == 0
-    torch.library.opcheck(host_op.wkv7_forward.default, (*inputs, None, None, True, chunked), test_utils="test_schema")
+    assert host_op.wkv7_forward(*inputs, None, None, False, number)[2].numel() == 0
+    torch.library.opcheck(host_op.wkv7_forward.default, (*inputs, None, None, True, number), test_utils="test_schema")
 
 
 @pytest.mark.parametrize(
-    ("kernel", "head_size"), [("recurrent", 32), ("recurrent", 64), ("recurrent", 128), ("chunked", 64)]
+    ("kernel", "head_size"), [("recurrent", 32), ("recurrent", 64), ("recurrent", 128), ("chunked", 64), ("wgmma", 64)]
 )
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 def test_kept_tensors_have_the_sizes_registered_for_torch_compile(host_op, kernel, head_size, packed):
     x = problem(1 if packed else 3, 100, 2, head_size, torch.bfloat16, cu_seqlens=[0, 1, 50, 100] if packed else None)
     inputs = [x[name] for name in NAMES]
-    real = host_op.wkv7_forward(*inputs, None, x.get("cu_seqlens"), True, kernel == "chunked")
+    real = host_op.wkv7_forward(*inputs, None, x.get("cu_seqlens"), True, KERNEL_NUMBERS[kernel])
     documents = 3
     tokens, heads = x["r"].shape[0] * x["r"].shape[1], x["r"].shape[2]
-    slots, floats = (CHUNKED_SEGMENT, CHUNKED_SLOT) if kernel == "chunked" else (CUDA_WINDOW[head_size], head_size**2)
-    assert real[2].numel() == (tokens // slots + documents) * heads * floats
-    assert real[3].numel() == (0 if kernel == "chunked" else tokens * heads * head_size)
+    sizes = kept_floats(KERNEL_NUMBERS[kernel], tokens, documents, heads, head_size)
+    assert (real[2].numel(), real[3].numel()) == sizes
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_size", "chunked"),
-    [(torch.float32, 64, True), (torch.bfloat16, 32, True), (torch.bfloat16, 48, False), (torch.float64, 64, False)],
-    ids=["chunked fp32", "chunked N = 32", "N = 48", "float64"],
+    ("dtype", "head_size", "kernel"),
+    [
+        *((torch.float32, 64, kernel) for kernel in ("chunked", "wgmma")),
+        *((torch.bfloat16, 32, kernel) for kernel in ("chunked", "wgmma")),
+        *((dtype, size, "recurrent") for dtype, size in ((torch.bfloat16, 48), (torch.float64, 64))),
+    ],
 )
-def test_op_refuses_inputs_without_a_kernel(host_op, dtype, head_size, chunked):
+def test_op_refuses_inputs_without_a_kernel(host_op, dtype, head_size, kernel):
     x = problem(1, 4, 1, head_size, dtype)
-    with pytest.raises(
-        RuntimeError, match=f"no {'chunked' if chunked else 'recurrent'} kernel for head size {head_size}"
-    ):
-        host_op.wkv7_forward(*(x[name] for name in NAMES), None, None, False, chunked)
+    with pytest.raises(RuntimeError, match=f"no {kernel} kernel for head size {head_size}"):
+        host_op.wkv7_forward(*(x[name] for name in NAMES), None, None, False, KERNEL_NUMBERS[kernel])
 
 
-@pytest.mark.parametrize("kernel", ["recurrent", "chunked"])
+def test_op_refuses_a_kernel_that_is_none(host_op):
+    x = problem(1, 4, 1, 64, torch.bfloat16)
+    for number in (-1, 3):
+        with pytest.raises(RuntimeError, match=f"no kernel {number}"):
+            host_op.wkv7_forward(*(x[name] for name in NAMES), None, None, False, number)
+
+
+@pytest.mark.parametrize("kernel", KERNEL_NUMBERS)
 @pytest.mark.parametrize(("name", "change"), [
     ("saved_state", lambda x: x[:-1]), ("saved_state", lambda x: x.half()), ("saved_state", lambda x: x[:0]),
     ("saved_sa", lambda x: torch.cat([x, x.new_zeros(1)])), ("saved_sa", lambda x: x.bfloat16()),
@@ -123,12 +130,12 @@ def test_op_refuses_inputs_without_a_kernel(host_op, dtype, head_size, chunked):
 ])  # fmt: skip
 def test_backward_refuses_what_forward_did_not_keep(host_op, kernel, name, change):
     x = problem(2, 20, 1, 64, torch.bfloat16)
-    inputs, chunked = [x[letter] for letter in NAMES], kernel == "chunked"
-    y, final_state, saved_state, saved_sa = host_op.wkv7_forward(*inputs, None, None, True, chunked)
+    inputs, number = [x[letter] for letter in NAMES], KERNEL_NUMBERS[kernel]
+    y, final_state, saved_state, saved_sa = host_op.wkv7_forward(*inputs, None, None, True, number)
     kept = {"dfinal_state": final_state, "saved_state": saved_state, "saved_sa": saved_sa}
 
     def backward(dfinal_state, saved_state, saved_sa):
-        return host_op.wkv7_backward(y, dfinal_state, *inputs, None, None, saved_state, saved_sa, chunked)
+        return host_op.wkv7_backward(y, dfinal_state, *inputs, None, None, saved_state, saved_sa, number)
 
     backward(**kept)
     with pytest.raises(RuntimeError, match=name):
@@ -187,6 +194,7 @@ def spills(target, source, tmp_path):
     command = ["nvcc", *options, "-c", CUDA / source, "-o", tmp_path / "x.o"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    assert "C751" not in done.stderr  # wgmma that the compiler serialises
     report = re.findall(
         r"Function properties for (\w+)\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
     )
@@ -205,6 +213,13 @@ def spills(target, source, tmp_path):
 def test_nvcc_keeps_kernels_in_registers(target, source, kernels, tmp_path):
     report = spills(target, source, tmp_path)
     assert len(report) == kernels
+    assert not any(report.values()), report
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_nvcc_keeps_the_warpgroup_kernels_in_registers(tmp_path):
+    report = spills("90a", "wkv7_wgmma.cu", tmp_path)
+    assert len(report) == 5
     assert not any(report.values()), report
 
 
@@ -234,6 +249,7 @@ def test_the_whole_library_builds_for_a_gpu_within_a_minute(tmp_path, monkeypatc
     for entry in (
         "wkv7_recurrent_backward",
         "wkv7_chunked_backward",
+        "wkv7_wgmma_backward",
         "cross_entropy_l2wrap_backward",
         "token_shift_backward",
     ):
@@ -312,10 +328,10 @@ def targets(monkeypatch, listed, present=()):
 @pytest.mark.parametrize(
     ("listed", "present", "expected"),
     [
-        ("", [(9, 0), (8, 0), (9, 0)], ["sm_80", "sm_90"]),
-        ("8.0;9.0+PTX", [], ["sm_80", "sm_90", "compute_90"]),
+        ("", [(9, 0), (8, 0), (9, 0)], ["sm_80", "sm_90a"]),
+        ("8.0;9.0+PTX", [], ["sm_80", "sm_90a", "compute_90"]),
         ("5.2 6.1 8.0", [(8, 6)], ["sm_80"]),  # sm_80's code runs on 8.6
-        ("7.5 8.0", [(9, 0)], ["sm_75", "sm_80", "sm_90"]),
+        ("7.5 8.0", [(9, 0)], ["sm_75", "sm_80", "sm_90a"]),
         ("7.5+PTX", [(9, 0)], ["sm_75", "compute_75"]),
         ("8.6", [(8, 0)], ["sm_86", "sm_80"]),
         ("10.0f", [(12, 0)], ["sm_100f", "sm_120"]),
@@ -412,7 +428,13 @@ def test_gpu_captures_into_a_graph_and_compiles(kernel):
     assert torch.equal(captured, plain)
     compiled = torch.compile(lambda *tensors: wkv7(*tensors, kernel=kernel)[0])
     assert torch.equal(compiled(*inputs), plain)
-    checks = (*(x.requires_grad_() for x in inputs), None, None, True, kernel == "chunked")
+    checks = (
+        *(x.requires_grad_() for x in inputs),
+        None,
+        None,
+        True,
+        KERNEL_NUMBERS[recurrence._choose("cuda", None, torch.bfloat16, 64, kernel)],
+    )
     # not the values of compiled outputs: what is kept has room that no document fills
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.rwkv7.wkv7_forward.default, checks, test_utils=utils)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from host_cuda.harness import CUDA, ORDERS, HostLibrary, Wkv7, build, compiler, shared_folder
+from host_cuda.harness import CUDA, GROUP_ORDERS, ORDERS, HostLibrary, Wkv7, build, compiler, shared_folder
 from host_cuda.problems import answer, error, incoming, problem
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
@@ -71,7 +71,7 @@ kernel.forward({**x, "v": x["v"][:, :20].clone()})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["recurrent", "chunked"])
+@pytest.mark.parametrize("name", ["recurrent", "chunked", "wgmma"])
 def test_address_sanitizer_finds_nothing_out_of_bounds(name, tmp_path_factory):
     runtime = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(runtime).is_file():
@@ -123,7 +123,7 @@ def test_recurrent_without_saving_gives_the_same(recurrent):
     assert torch.equal(kept["final_state"], lean["final_state"])
 
 
-@pytest.fixture(params=["recurrent", "chunked"])
+@pytest.fixture(params=["recurrent", "chunked", "wgmma"])
 def kernel(request):
     return request.getfixturevalue(request.param)
 
@@ -158,7 +158,7 @@ def test_decreasing_bounds_write_nothing_outside(kernel):
     assert saved["final_state"].isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["recurrent", "chunked"])
+@pytest.mark.parametrize("name", ["recurrent", "chunked", "wgmma"])
 def test_debug_build_stops_at_wrong_bounds(name, tmp_path_factory):
     library = build(shared_folder(tmp_path_factory), CUDA / f"wkv7_{name}.cu", "-DPORT_DEBUG", "-O1")
     kernel = Wkv7(HostLibrary(library), name)
@@ -173,7 +173,7 @@ def test_a_head_size_without_kernel_is_refused(recurrent):
         recurrent.forward(problem(1, 4, 1, 48, FP32))
 
 
-# --- The chunked kernel -------------------------------------------------------------------------------------
+# --- The kernels for tensor cores: chunked, and by warpgroups --------------------------------------------------
 
 CHUNKED = {"all": 5e-3, "final_state": 5e-3}
 CORRELATED = {**CHUNKED, "da": 7e-3, "db": 7e-3}
@@ -184,25 +184,36 @@ def chunked(tmp_path_factory):
     return Wkv7(HostLibrary(build(shared_folder(tmp_path_factory), CUDA / "wkv7_chunked.cu")), "chunked")
 
 
+@pytest.fixture(scope="module")
+def wgmma(tmp_path_factory):
+    return Wkv7(HostLibrary(build(shared_folder(tmp_path_factory), CUDA / "wkv7_wgmma.cu")), "wgmma")
+
+
 @pytest.mark.parametrize("kind", ["usual", "fast", "slow", "correlated"])
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 48, 49, 200])
-def test_chunked_error_at_any_length_and_decay(chunked, length, kind):
-    _, errors = outcome(chunked, problem(1, length, 2, 64, BF16, kind=kind, state=True))
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [*(("chunked", n) for n in (1, 15, 16, 17, 48, 49, 200)), *(("wgmma", n) for n in (1, 31, 32, 33, 65, 200))],
+)
+def test_tensor_core_error_at_any_length_and_decay(request, name, length, kind):
+    kernel = request.getfixturevalue(name)
+    _, errors = outcome(kernel, problem(1, length, 2, 64, BF16, kind=kind, state=True))
     assert_within(errors, CORRELATED if kind == "correlated" else CHUNKED)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["chunked", "wgmma"])
 @pytest.mark.parametrize("kind", ["usual", "fast", "slow", "correlated"])
 @pytest.mark.parametrize("length", [1024, 4096])
-def test_chunked_error_of_long_sequences(chunked, length, kind):
-    _, errors = outcome(chunked, problem(1, length, 1, 64, BF16, kind=kind))
+def test_tensor_core_error_of_long_sequences(request, name, length, kind):
+    _, errors = outcome(request.getfixturevalue(name), problem(1, length, 1, 64, BF16, kind=kind))
     assert_within(errors, CORRELATED if kind == "correlated" else CHUNKED)
 
 
+@pytest.mark.parametrize("name", ["chunked", "wgmma"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_chunked_with_states_and_packed_documents(chunked, shape):
+def test_tensor_core_kernels_with_states_and_packed_documents(request, name, shape):
     batch = 1 if "cu_seqlens" in shape else 2
-    _, errors = outcome(chunked, problem(batch, 37, 2, 64, BF16, **shape))
+    _, errors = outcome(request.getfixturevalue(name), problem(batch, 37, 2, 64, BF16, **shape))
     assert_within(errors, CHUNKED)
 
 
@@ -227,13 +238,18 @@ def test_chunked_keeps_the_low_parts_of_states(chunked, shifted, length):
     assert_within(errors, {"all": 6e-3, "dw": 2e-2, "db": 2e-2})
 
 
-def test_chunked_gives_equal_bits_in_every_lane_order(chunked):
-    x = problem(1, 105, 1, 64, BF16, cu_seqlens=[0, 70, 70, 105], state=True)
+@pytest.mark.parametrize(("name", "orders"), [("chunked", ORDERS), ("wgmma", {**ORDERS, **GROUP_ORDERS})])
+def test_tensor_core_kernels_give_equal_bits_in_every_order(request, name, orders):
+    kernel = request.getfixturevalue(name)
+    x = problem(1, 165, 1, 64, BF16, cu_seqlens=[0, 130, 130, 165], state=True)
+    dy, dfinal_state = incoming(x)
     runs = []
-    for order in ORDERS:
-        chunked.host.order(order)
-        runs.append(outcome(chunked, x)[0])
-    chunked.host.order("forward")
+    for order in orders:
+        kernel.host.order(order)
+        saved = kernel.forward(x)
+        gradients = kernel.backward(x, saved, dy, dfinal_state)
+        runs.append({"y": saved["y"], "final_state": saved["final_state"], **gradients})
+    kernel.host.order("forward")
     for name, first in runs[0].items():
         assert first.isfinite().all(), name
         assert all(torch.equal(run[name], first) for run in runs), name
@@ -255,6 +271,61 @@ def test_chunked_does_not_grow_in_barriers_or_products(chunked):
     assert backward["shuffles"] == 4 * 3 * 4 * 66  # of a segment: 3 chunks, 4 warps
 
 
-def test_chunked_keeps_little_for_backward(chunked):
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """The kernel by warpgroups with documents cut into parts of 64 tokens and more, where they are cut."""
+    folder = shared_folder(tmp_path_factory)
+    return Wkv7(HostLibrary(build(folder, CUDA / "wkv7_wgmma.cu", "-DWKV7_LEAST_PART=64")), "wgmma")
+
+
+@pytest.mark.parametrize("kind", ["usual", "fast", "slow", "correlated"])
+@pytest.mark.parametrize(("batch", "length"), [(1, 300), (2, 256)])
+def test_cut_documents(cut, batch, length, kind):
+    x = problem(batch, length, 1, 64, BF16, kind=kind, state=batch == 1)
+    assert cut.saved_bytes(x)[1] == 3 * batch * 4 * 64 * 64 * 4  # four parts; 300 is not a multiple of their lengths
+    _, errors = outcome(cut, x)
+    assert_within(errors, CORRELATED if kind == "correlated" else CHUNKED)
+
+
+def test_cut_documents_twice_backward_and_in_every_order(cut):
+    """Backward writes over forward's scratch memory: a second one must give the same."""
+    x = problem(1, 257, 1, 64, BF16, state=True)
+    dy, dfinal_state = incoming(x)
+    first = None
+    for order in (*ORDERS, *GROUP_ORDERS):
+        cut.host.order(order)
+        saved = cut.forward(x)
+        for _ in range(2):
+            got = {"y": saved["y"], "final_state": saved["final_state"], **cut.backward(x, saved, dy, dfinal_state)}
+            first = first or got
+            assert all(torch.equal(got[name], first[name]) for name in first)
+    cut.host.order("forward")
+
+
+def test_packed_documents_are_not_cut(cut, wgmma):
+    x = problem(1, 300, 1, 64, BF16, state=True, cu_seqlens=[0, 300])
+    assert torch.equal(cut.forward(x)["y"], wgmma.forward(x)["y"])
+
+
+def test_wgmma_does_not_grow_in_barriers_or_products(wgmma):
+    """Per chunk of 32 tokens, by one warpgroup each: a change that costs more is seen here."""
+    x = problem(1, 32 * 4, 1, 64, BF16)
+    dy, dfinal_state = incoming(x)
+    wgmma.host.take_counts()
+    saved = wgmma.forward(x)
+    forward = wgmma.host.take_counts()
+    wgmma.backward(x, saved, dy, dfinal_state)
+    backward = wgmma.host.take_counts()
+    assert forward["block_barriers"] == 1 + 4 * (3 + 1)  # prepare and state
+    assert backward["block_barriers"] == 1 + 4 * (3 + 0 + 2)  # prepare, recur and collect
+    assert (forward["group_products"], backward["group_products"]) == (4 * 36, 4 * 92)
+    assert (forward["matrix_products"], backward["matrix_products"]) == (4 * 12, 4 * 12)
+    assert backward["shuffles"] == 4 * 4 * 30
+
+
+@pytest.mark.parametrize("name", ["chunked", "wgmma"])
+def test_tensor_core_kernels_keep_little_for_backward(request, name):
     x = problem(1, 4096, 1, 64, BF16)
-    assert sum(chunked.saved_bytes(x)) <= 300 * 4096
+    assert (
+        sum(request.getfixturevalue(name).saved_bytes(x)) <= 300 * 4096 + (name == "wgmma") * 3 * 8 * 64 * 64 * 4
+    )  # parts

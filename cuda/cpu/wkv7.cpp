@@ -47,9 +47,9 @@ struct CpuInputs {
   Optional state, cu_seqlens;
 
   CpuInputs(const Tensor& r_, const Tensor& w_, const Tensor& k_, const Tensor& v_, const Tensor& a_, const Tensor& b_,
-            const Optional& state_, const Optional& cu_seqlens_, bool chunked)
+            const Optional& state_, const Optional& cu_seqlens_, int64_t kernel)
       : r(dense_rows(r_)), w(dense_rows(w_)), k(dense_rows(k_)), v(dense_rows(v_)), a(dense_rows(a_)), b(dense_rows(b_)) {
-    STD_TORCH_CHECK(!chunked, "wkv7: the chunked kernel does not exist on a CPU");
+    STD_TORCH_CHECK(kernel == 0, "wkv7: the chunked kernel does not exist on a CPU");
     STD_TORCH_CHECK(r.size(3) % 16 == 0, "wkv7: no CPU kernel for head size ", r.size(3), ", which is not a multiple of 16");
     if (cu_seqlens_) {
       cu_seqlens = torch::stable::contiguous(*cu_seqlens_);
@@ -90,8 +90,8 @@ void in_parallel(int64_t units, const F& run) {
 }
 
 Forward cpu_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state, Optional cu_seqlens, bool save,
-                    bool chunked) {
-  const CpuInputs in(r, w, k, v, a, b, state, cu_seqlens, chunked);
+                    int64_t kernel) {
+  const CpuInputs in(r, w, k, v, a, b, state, cu_seqlens, kernel);
   wkv7_cpu::Forward p;
   in.fill(p);
   const Tensor y = in.like(in.r.scalar_type()), final_state = in.states(p.documents);
@@ -104,8 +104,8 @@ Forward cpu_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, 
 }
 
 Backward cpu_backward(Tensor dy, Optional dfinal_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Optional state,
-                      Optional cu_seqlens, Tensor saved_state, Tensor saved_sa, bool chunked) {
-  const CpuInputs in(r, w, k, v, a, b, state, cu_seqlens, chunked);
+                      Optional cu_seqlens, Tensor saved_state, Tensor saved_sa, int64_t kernel) {
+  const CpuInputs in(r, w, k, v, a, b, state, cu_seqlens, kernel);
   check_dy(dy, in.r);
   wkv7_cpu::Backward p;
   in.fill(p);

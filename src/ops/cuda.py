@@ -65,8 +65,10 @@ def gpu_targets() -> tuple[str, ...]:
     options: list[str] = []
     for (major, minor), variant, ptx in targets:
         # Both halves are named: arch=sm_90 alone would add PTX, which takes longer to build and is never used.
+        # Code for sm_90a runs on every GPU of capability 9.0 there is, and only it has warpgroups' instructions.
         number = f"{major}{minor}{variant}"
-        options += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        code = "90a" if number == "90" else number
+        options += ["-gencode", f"arch=compute_{code},code=sm_{code}"]
         if ptx:
             options += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
     return tuple(options)

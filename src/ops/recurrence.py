@@ -6,6 +6,7 @@ tensors' device. Here: the checks of the arguments, and the choice of the implem
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 from src.config import KERNELS, PLAIN_KERNELS
 from src.ops import build
 from src.ops.portable import wkv7_portable
-from src.ops.recurrence_op import CHUNKED_SEGMENT, CHUNKED_SLOT, CPU_SEGMENT, CUDA_WINDOW, run_native
+from src.ops.recurrence_op import CUDA_WINDOW, KERNEL_NUMBERS, run_native
 from src.ops.recurrence_op import register_op as _register
 from src.ops.reference import wkv7_reference
 from src.ops.toolchain import BuildError
 
-__all__ = ["CHUNKED_SEGMENT", "CHUNKED_SLOT", "CPU_SEGMENT", "CUDA_WINDOW", "describe_kernel", "wkv7"]
+__all__ = ["describe_kernel", "has_warpgroups", "wkv7"]
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,7 +64,7 @@ def wkv7(
         return wkv7_reference(r, w, k, v, a, b, state, cu_seqlens)
     if implementation == "portable":
         return wkv7_portable(r, w, k, v, a, b, state, cu_seqlens)
-    return run_native((r, w, k, v, a, b), state, cu_seqlens, implementation == "chunked")
+    return run_native((r, w, k, v, a, b), state, cu_seqlens, KERNEL_NUMBERS[implementation])
 
 
 def describe_kernel(device: str, dtype: torch.dtype, head_size: int, kernel: str) -> str:
@@ -87,7 +88,7 @@ def describe_kernel(device: str, dtype: torch.dtype, head_size: int, kernel: str
         return "native kernel, exact recurrence"
     unfit = _why_not_chunked(where.index, dtype, head_size)
     if kernel == "chunked" or (kernel == "auto" and unfit is None):
-        return "CUDA kernel, chunked on tensor cores"
+        return f"CUDA kernel, chunked on tensor cores{' by warpgroups' if has_warpgroups(where.index) else ''}"
     return "CUDA kernel, exact recurrence" + (f" ({unfit.problem})" if kernel == "auto" and unfit else ", as requested")
 
 
@@ -135,7 +136,9 @@ def _check(
 
 
 def _choose(device: str, index: int | None, dtype: torch.dtype, head_size: int, kernel: str) -> str:
-    """'recurrent', 'chunked', 'portable' or 'reference'. Builds and loads the native library on the first call.
+    """'recurrent', 'chunked', 'wgmma' (chunked, by warpgroups), 'portable' or 'reference'.
+
+    Builds and loads the native library on the first call.
 
     Raises BuildError when a kernel asked by name is not available; warns once where 'auto' falls back to 'portable'.
     """
@@ -145,8 +148,8 @@ def _choose(device: str, index: int | None, dtype: torch.dtype, head_size: int, 
     if error is None:
         if kernel == "auto":
             fits = device == "cuda" and _why_not_chunked(index, dtype, head_size) is None
-            return "chunked" if fits else "recurrent"
-        return kernel
+            kernel = "chunked" if fits else "recurrent"
+        return "wgmma" if kernel == "chunked" and has_warpgroups(index) else kernel
     if kernel != "auto":
         raise error
     # Once for each reason: wkv7 is called in every layer of every step.
@@ -217,6 +220,17 @@ def _why_not_built(device: str) -> BuildError | None:
         return build.why_no_cuda() if device == "cuda" else None
     except BuildError as failure:
         return failure
+
+
+def has_warpgroups(index: int | None) -> bool:
+    """Whether the chunked kernel of that GPU is the one for warpgroups: sm_90, which no other GPU's code has.
+
+    It has run on no GPU yet, only on its host twins (tests/host_cuda): until it has, RWKV7_WGMMA=0 in the environment
+    takes the kernel of the other GPUs instead. Backward must see what forward saw.
+    """
+    if torch.version.hip or not torch.cuda.is_available() or os.environ.get("RWKV7_WGMMA") == "0":
+        return False
+    return torch.cuda.get_device_capability(index) == (9, 0)
 
 
 def _why_not_chunked(index: int | None, dtype: torch.dtype, head_size: int) -> BuildError | None:

@@ -22,10 +22,40 @@ CHUNKED_SEGMENT, CHUNKED_SLOT = (
     48,
     8704 // 4,
 )  # for the chunked kernel; and fp32 numbers in a kept state; cuda/wkv7_chunked.cu
+WGMMA_SEGMENT, WGMMA_SLOT = 32, 8192 // 4  # for the kernel by warpgroups; kTokens and kSlotBytes, cuda/wgmma_state.cuh
+KERNEL_NUMBERS = {"recurrent": 0, "chunked": 1, "wgmma": 2}  # as cuda/wkv7_schemas.h has them
+
+
+WGMMA_LEAST_PART = 512  # tokens, of a document that is cut for want of heads; WKV7_LEAST_PART, cuda/wgmma_state.cuh
+
+
+def wgmma_parts(tokens: int, sequences: int, heads: int) -> int:
+    """Into how many parts the kernel by warpgroups cuts each document, to have work for a whole GPU; Cut there."""
+    length = tokens // sequences
+    count = min(2 * 132 // (sequences * heads), length // WGMMA_LEAST_PART)
+    if count < 4:
+        return 1
+    part = -(-length // (count * WGMMA_SEGMENT)) * WGMMA_SEGMENT
+    return -(-length // part)
+
+
+def kept_floats(kernel: int, tokens: int, sequences: int, heads: int, head_size: int) -> tuple[int, int]:
+    """fp32 numbers of saved_state and saved_sa, as a CUDA kernel keeps them.
+
+    There is room for every document's partial last slot, whatever the bounds are: sizes must not depend on their
+    values.
+    """
+    if kernel == KERNEL_NUMBERS["wgmma"]:
+        parts = sequences * wgmma_parts(tokens, sequences, heads)
+        between = 3 * parts * heads * head_size**2 if parts > sequences else 0
+        return (tokens // WGMMA_SEGMENT + parts) * heads * WGMMA_SLOT, between
+    if kernel == KERNEL_NUMBERS["chunked"]:
+        return (tokens // CHUNKED_SEGMENT + sequences) * heads * CHUNKED_SLOT, 0
+    return (tokens // CUDA_WINDOW[head_size] + sequences) * heads * head_size**2, tokens * heads * head_size
 
 
 def run_native(
-    inputs: tuple[Tensor, ...], state: Tensor | None, cu_seqlens: Tensor | None, chunked: bool
+    inputs: tuple[Tensor, ...], state: Tensor | None, cu_seqlens: Tensor | None, kernel: int
 ) -> tuple[Tensor, Tensor]:
     """(y, final_state) of the native op; what backward needs is kept only if an input requires a gradient."""
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state) if x is not None)
@@ -33,9 +63,9 @@ def run_native(
     # What needs no gradient is not recorded either, but computed again.
     cache = _active.cache if save and not torch.compiler.is_compiling() else None
     if cache is not None and cache.recorded is not None:
-        y, final_state, _, _ = _Replayed.apply(*inputs, state, cu_seqlens, save, chunked, next(cache.recorded))
+        y, final_state, _, _ = _Replayed.apply(*inputs, state, cu_seqlens, save, kernel, next(cache.recorded))
         return y, final_state
-    outputs = torch.ops.rwkv7.wkv7_forward(*inputs, state, cu_seqlens, save, chunked)
+    outputs = torch.ops.rwkv7.wkv7_forward(*inputs, state, cu_seqlens, save, kernel)
     if cache is not None:
         # Detached: with their history they would keep the whole graph alive.
         cache.outputs.append(tuple(x.detach() for x in outputs))
@@ -110,19 +140,18 @@ def _forward_shapes(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     save: bool,
-    chunked: bool,
+    kernel: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, H, N = r.shape
     y = r.new_empty(B, T, H, N)
     final_state = r.new_empty(_sequences(r, cu_seqlens), H, N, N, dtype=torch.float32)
+    if r.device.type == "cuda":
+        states, sums = kept_floats(kernel, B * T, _sequences(r, cu_seqlens), H, N)
+        if not save:  # the kernel by warpgroups has its scratch memory there
+            states, sums = 0, sums if kernel == KERNEL_NUMBERS["wgmma"] else 0
+        return y, final_state, r.new_empty(states, dtype=torch.float32), r.new_empty(sums, dtype=torch.float32)
     if not save:
         return y, final_state, r.new_empty(0, dtype=torch.float32), r.new_empty(0, dtype=torch.float32)
-    if r.device.type == "cuda":
-        # Room for every document's partial last slot, whatever the bounds are: sizes must not depend on their values.
-        slots, floats = (CHUNKED_SEGMENT, CHUNKED_SLOT) if chunked else (CUDA_WINDOW[N], N * N)
-        states = (B * T // slots + _sequences(r, cu_seqlens)) * H * floats
-        sums = 0 if chunked else B * T * H * N
-        return y, final_state, r.new_empty(states, dtype=torch.float32), r.new_empty(sums, dtype=torch.float32)
     # On a CPU: the state before every segment but the first; in a packed row as many as any bounds can need.
     kept = B * ((T - 1) // CPU_SEGMENT) if cu_seqlens is None else T // CPU_SEGMENT
     return y, final_state, r.new_empty(kept, H, N, N, dtype=torch.float32), r.new_empty(B, T, H, N, dtype=torch.float32)
@@ -141,19 +170,19 @@ def _backward_shapes(
     cu_seqlens: Tensor | None,
     saved_state: Tensor,
     saved_sa: Tensor,
-    chunked: bool,
+    kernel: int,
 ) -> tuple[Tensor, ...]:
     dstate = r.new_empty(0, dtype=torch.float32) if state is None else r.new_empty(state.shape, dtype=torch.float32)
     return (*(r.new_empty(r.shape) for _ in range(6)), dstate)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    r, w, k, v, a, b, state, cu_seqlens, save, chunked = inputs
+    r, w, k, v, a, b, state, cu_seqlens, save, kernel = inputs
     _, _, saved_state, saved_sa = output
     ctx.mark_non_differentiable(saved_state, saved_sa)
     ctx.set_materialize_grads(False)  # training drops the final state: no zeros are made for its gradient
     ctx.save = save
-    ctx.chunked = chunked
+    ctx.kernel = kernel
     if save:
         ctx.save_for_backward(r, w, k, v, a, b, state, cu_seqlens, saved_state, saved_sa)
 
@@ -165,7 +194,7 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, *_: None
     if dy is None:  # only the final state was used
         dy = torch.zeros_like(r)
     *grads, dstate = torch.ops.rwkv7.wkv7_backward(
-        dy, dfinal_state, r, w, k, v, a, b, state, cu_seqlens, saved_state, saved_sa, ctx.chunked
+        dy, dfinal_state, r, w, k, v, a, b, state, cu_seqlens, saved_state, saved_sa, ctx.kernel
     )
     return (*grads, None if state is None else dstate, None, None, None)
 

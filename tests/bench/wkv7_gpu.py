@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from host_cuda.problems import INPUTS, answer, error, incoming, problem
 
 from src.ops import build, wkv7
-from src.ops.recurrence import describe_kernel
+from src.ops.recurrence import describe_kernel, has_warpgroups
+from src.ops.recurrence_op import KERNEL_NUMBERS
 
 SHAPES = [(8, 4096, 64), (16, 512, 12), (8, 4096, 32), (1, 32768, 32)]  # B, T, H
 KERNELS = ("chunked", "recurrent")
@@ -166,7 +167,7 @@ def measure(shape: tuple[int, int, int], kernel: str, device: str, cache_bytes: 
     """Times, memory and error at B, T, H = shape (bf16, head size 64)."""
     describe_kernel(device, torch.bfloat16, N, kernel)  # loads the ops
     token_heads = shape[0] * shape[1] * shape[2]
-    chunked = kernel == "chunked"
+    number = KERNEL_NUMBERS["wgmma" if kernel == "chunked" and has_warpgroups(None) else kernel]
 
     def inputs() -> list[torch.Tensor]:
         r, w, k, v, key = (torch.randn(*shape, N, device=device) for _ in range(5))
@@ -176,12 +177,12 @@ def measure(shape: tuple[int, int, int], kernel: str, device: str, cache_bytes: 
     sets = [inputs() for _ in range(sets_beyond(cache_bytes, FORWARD_BYTES * token_heads))]
     dys = [torch.randn(*shape, N, device=device).bfloat16() for _ in sets]
     forward, backward = torch.ops.rwkv7.wkv7_forward, torch.ops.rwkv7.wkv7_backward
-    forwards: list[Run] = [lambda x=x: forward(*x, None, None, True, chunked) for x in sets]
+    forwards: list[Run] = [lambda x=x: forward(*x, None, None, True, number) for x in sets]
     saved = [run()[2:] for run in forwards]  # type: ignore[index]
     kept = sum(x.numel() * x.element_size() for x in saved[0]) / token_heads
     together = zip(dys, sets, saved, strict=True)
     backwards: list[Run] = [
-        lambda dy=dy, x=x, s=s: backward(dy, None, *x, None, None, *s, chunked) for dy, x, s in together
+        lambda dy=dy, x=x, s=s: backward(dy, None, *x, None, None, *s, number) for dy, x, s in together
     ]
     forward_ms = median_ms(forwards, repetitions, device)
     backward_ms = median_ms(backwards, repetitions, device)

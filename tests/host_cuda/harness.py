@@ -40,6 +40,10 @@ ORDERS = {
     **{"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "another random": (2, 2)},
     **{"last warp ahead": (3, 0), "last but one ahead": (3, 1)},
 }
+GROUP_ORDERS = {  # of warpgroups
+    **{"groups at random": (4, 1), "again": (4, 2), "and again": (4, 3)},
+    **{"first group ahead": (5, 0), "second group ahead": (5, 1), "third group ahead": (5, 2)},
+}
 BAND = 64  # sentinel elements on each side of an output
 SENTINEL = 12345.0
 
@@ -129,7 +133,7 @@ class HostLibrary:
         self.library.host_cuda_last_fault.restype = ctypes.c_char_p
 
     def order(self, name: str) -> None:
-        self.library.host_cuda_order(*ORDERS[name])
+        self.library.host_cuda_order(*{**ORDERS, **GROUP_ORDERS}[name])
 
     def call(self, entry: str, *arguments: object) -> None:
         """Calls an entry point; AssertionError for a fault that the host run finds (mismatched collective,
@@ -142,11 +146,10 @@ class HostLibrary:
 
     def take_counts(self) -> dict[str, int]:
         """What the launches since the last call have done, summed over blocks."""
-        five = (ctypes.c_long * 5)()
-        self.library.host_cuda_take_counts(five)
-        return dict(
-            zip(("block_barriers", "warp_barriers", "shuffles", "matrix_loads", "matrix_products"), five, strict=True)
-        )
+        six = (ctypes.c_long * 6)()
+        self.library.host_cuda_take_counts(six)
+        names = ("block_barriers", "warp_barriers", "shuffles", "matrix_loads", "matrix_products", "group_products")
+        return dict(zip(names, six, strict=True))
 
 
 class Wkv7:

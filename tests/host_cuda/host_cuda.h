@@ -2,13 +2,14 @@
 //
 // One OS thread executes one block at a time. A block's threads are fibers: each runs until it meets a barrier, a warp
 // collective or its end, then the scheduler picks the next one in the order that the test asked for (forward, reverse,
-// random, or one warp as far as it can go before any other moves). A kernel without races gives the same bits in every order. The lane that arrives last at a collective
-// computes it for the whole warp.
+// random, one warp as far as it can go before any other moves, or warpgroups of 128 threads that take turns at random). A kernel without races
+// gives the same bits in every order. The lane that arrives last at a collective computes it for the whole warp.
 //
 // Found here: threads that wait for each other forever, lanes that meet in different collectives, reads of memory that
 // no thread wrote (shared memory starts as NaN; so does the target of an asynchronous copy until it has been waited for),
 // misaligned vector accesses and, in a build with AddressSanitizer, accesses outside of any buffer.
-// Not seen here: bank conflicts, coalescing, occupancy, errors of the fast mathematical functions, missing proxy fences.
+// Of launches with launch_warpgroups also what host_warpgroups.h lists: mistakes with TMA, mbarriers, proxy fences and wgmma.
+// Not seen here: bank conflicts, coalescing, occupancy, errors of the fast mathematical functions.
 #pragma once
 #include <sys/mman.h>
 
@@ -18,6 +19,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -44,9 +47,11 @@ struct alignas(16) uint4 {
 namespace host_cuda {
 
 constexpr int kWarp = 32;
+constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr size_t kStackBytes = 256 * 1024;
 
-enum Order { kForward = 0, kReverse = 1, kRandom = 2, kAhead = 3 };  // kAhead: the warp `seed` from the end
+// kAhead: the warp `seed` from the end; kGroupAhead: the warpgroup `seed`; kGroups: warpgroups take turns at random.
+enum Order { kForward = 0, kReverse = 1, kRandom = 2, kAhead = 3, kGroups = 4, kGroupAhead = 5 };
 
 struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -59,7 +64,8 @@ struct Counts {
   std::atomic<long> shuffles{0};
   std::atomic<long> matrix_loads{0};
   std::atomic<long> matrix_products{0};
-  void clear() { block_barriers = warp_barriers = shuffles = matrix_loads = matrix_products = 0; }
+  std::atomic<long> group_products{0};  // wgmma instructions, of a warpgroup
+  void clear() { block_barriers = warp_barriers = shuffles = matrix_loads = matrix_products = group_products = 0; }
 };
 inline Counts& counts() {
   static Counts all;
@@ -154,7 +160,7 @@ class Stacks {  // of one OS thread, kept between launches; a guard page below e
 
 // --- Threads, warps, blocks ------------------------------------------------------------------------------------------
 
-enum Wait { kReady, kAtCollective, kAtBlockBarrier, kDone };
+enum Wait { kReady, kAtCollective, kAtBlockBarrier, kAtBarrier, kDone };
 
 struct Copy {
   void* to;
@@ -170,6 +176,7 @@ struct Thread {
   Wait wait = kReady;
   const char* what = "";
   int line = 0;
+  int meets = 0;                           // how many lanes the collective that it waits in has
   void* arguments = nullptr;               // of the collective that it waits in
   std::vector<std::vector<Copy>> copies;   // committed groups of asynchronous copies, oldest first
   std::vector<Copy> uncommitted;
@@ -191,6 +198,7 @@ struct Block {
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   std::string fault;
+  struct AsyncBlock* async = nullptr;  // of a launch with launch_warpgroups: host_warpgroups.h
 
   static void entry() {
     Block* block = block_now;
@@ -201,6 +209,7 @@ struct Block {
     Thread* thread = thread_now;
     if (!thread->copies.empty() || !thread->uncommitted.empty())
       block->fail(*thread, "ends with an asynchronous copy that it never waited for");
+    block->end_of_thread(*thread);
     thread->wait = kDone;
     block->leave(true);
   }
@@ -237,6 +246,9 @@ struct Block {
     fault = "block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ") " + name(t) + " " + message;
   }
 
+  void end_of_thread(Thread& thread);
+  bool transfer(bool in_any_order, unsigned roll);  // completes one transfer of TMA; false when there is none
+
   void run(Stacks& stacks) {
     for (size_t i = 0; i < threads.size(); i++) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -254,7 +266,15 @@ struct Block {
         const int at = order == kReverse ? n - 1 - i : i;
         if (threads[at].wait == kReady) ready.push_back(at);
       }
-      if (ready.empty()) break;
+      // TMA is as late as it can be: it moves when no thread can. In random orders now and then before.
+      const bool random = order == kRandom || order == kGroups;
+      if (async && random && dice() % 16 == 0 && transfer(true, dice())) continue;  // others may be ready now
+      if (ready.empty()) {
+        bool ended = true;
+        for (const Thread& t : threads) ended &= t.wait == kDone;
+        if (async && !ended && transfer(random, random ? dice() : 0)) continue;
+        break;
+      }
       // In random order a thread may run far ahead of the others: pick one, not a permutation of all.
       if (order == kRandom) {
         for (int left = static_cast<int>(ready.size()); left > 0 && fault.empty(); left--) {
@@ -279,9 +299,16 @@ struct Block {
           if (threads[at].warp == warp) enter(threads[at], stacks.at(at));
         }
       } else {
+        int only = -1;  // the warpgroup whose lanes run now
+        if (order == kGroups) only = ready[dice() % ready.size()] / kGroup;
+        if (order == kGroupAhead) {
+          only = threads[ready.front()].warp * kWarp / kGroup;
+          for (int at : ready)
+            if (at / kGroup == static_cast<int>(settings().seed)) only = at / kGroup;
+        }
         for (int at : ready) {
           if (!fault.empty()) break;
-          enter(threads[at], stacks.at(at));
+          if (only < 0 || at / kGroup == only) enter(threads[at], stacks.at(at));
         }
       }
     }
@@ -320,36 +347,45 @@ inline void block_barrier(int line) {
   block->leave();
 }
 
-// All 32 lanes meet; the last one computes, given every lane's arguments.
-template <class Arguments, class Compute>
+// All 32 lanes meet; the last one computes, given every lane's arguments. With kLanes = 128: all of a warpgroup.
+template <int kLanes = kWarp, class Arguments, class Compute>
 void collective(const char* what, int line, Arguments& arguments, Compute compute) {
   Block* block = block_now;
   Thread* self = thread_now;
   self->what = what;
   self->line = line;
+  self->meets = kLanes;
   self->arguments = &arguments;
   self->wait = kAtCollective;
-  Thread* warp = &block->threads[self->warp * kWarp];
-  Arguments* lanes[kWarp];
-  for (int i = 0; i < kWarp; i++) {
+  Thread* warp = &block->threads[self->warp * kWarp / kLanes * kLanes];
+  Arguments* lanes[kLanes];
+  for (int i = 0; i < kLanes; i++) {
     Thread& t = warp[i];
-    if (t.wait == kAtCollective && (t.what != what || t.line != line)) {
+    const bool here = t.wait == kAtCollective && (t.meets == kLanes || t.warp == self->warp);  // others are in one of their own warp
+    if (here && (t.what != what || t.line != line)) {
       block->fail(*self, std::string("is in ") + what + " (line " + std::to_string(line) + ") while lane " + std::to_string(i) + " is in " + t.what +
                              " (line " + std::to_string(t.line) + ")");
       block->leave();
     }
     lanes[i] = static_cast<Arguments*>(t.arguments);
   }
-  for (int i = 0; i < kWarp; i++)
-    if (warp[i].wait != kAtCollective) return block->leave();  // a lane has not arrived yet
+  for (int i = 0; i < kLanes; i++)
+    if (warp[i].wait != kAtCollective || warp[i].meets != kLanes) return block->leave();  // a lane has not arrived yet
   compute(lanes);
-  for (int i = 0; i < kWarp; i++) warp[i].wait = kReady;
+  for (int i = 0; i < kLanes; i++) warp[i].wait = kReady;
   block->leave();  // lanes go on in the scheduler's order, not the last one first
 }
 
+void begin_async(Block& block);
+void end_async(Block& block);
+
 template <class Kernel>
-int launch(Dim3 grid, Dim3 size, size_t shared_bytes, Kernel kernel) {
+int launch(Dim3 grid, Dim3 size, size_t shared_bytes, Kernel kernel, bool warpgroups = false) {
   last_fault().clear();
+  if (warpgroups && size.x % kGroup) {
+    last_fault() = "a block of " + std::to_string(size.x) + " threads: expected a multiple of 128";
+    return 1;
+  }
   if (size.x % kWarp || size.y != 1 || size.z != 1 || size.x == 0 || size.x > 1024) {
     last_fault() = "a block of " + std::to_string(size.x) + " threads: expected one dimension, a multiple of 32, at most 1024";
     return 1;
@@ -373,13 +409,15 @@ int launch(Dim3 grid, Dim3 size, size_t shared_bytes, Kernel kernel) {
       }
       block.shared_bytes = shared_bytes;
       void* memory = nullptr;
-      if (posix_memalign(&memory, 128, shared_bytes ? shared_bytes : 1)) std::abort();
+      if (posix_memalign(&memory, 1024, shared_bytes ? shared_bytes : 1)) std::abort();
       block.shared.reset(static_cast<char*>(memory));
       std::memset(memory, 0xff, shared_bytes);  // NaN in fp32, bf16 and fp16
       block.kernel = &kernel;
       block.body = [](void* k) { (*static_cast<Kernel*>(k))(); };
       block_now = &block;
+      if (warpgroups) begin_async(block);
       block.run(stacks);
+      if (warpgroups) end_async(block);
       block_now = nullptr;
       if (!block.fault.empty()) {
         std::lock_guard<std::mutex> hold(guard);
@@ -436,6 +474,8 @@ inline void stop(const char* message) {
 
 }  // namespace host_cuda
 
+#include "host_warpgroups.h"
+
 // --- CUDA's keywords -----------------------------------------------------------------------------------------------------
 
 #define __global__
@@ -443,6 +483,7 @@ inline void stop(const char* message) {
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define threadIdx (host_cuda::thread_now->index)
 #define blockIdx (host_cuda::block_now->index)
 #define blockDim (host_cuda::block_now->size)
@@ -452,10 +493,10 @@ inline void stop(const char* message) {
 extern "C" {
 __attribute__((weak, visibility("default"))) void host_cuda_order(int order, unsigned seed) { host_cuda::settings() = {order, seed}; }
 __attribute__((weak, visibility("default"))) const char* host_cuda_last_fault() { return host_cuda::last_fault().c_str(); }
-__attribute__((weak, visibility("default"))) void host_cuda_take_counts(long* five) {
+__attribute__((weak, visibility("default"))) void host_cuda_take_counts(long* six) {
   host_cuda::Counts& c = host_cuda::counts();
-  const long all[5] = {c.block_barriers, c.warp_barriers, c.shuffles, c.matrix_loads, c.matrix_products};
-  std::memcpy(five, all, sizeof all);
+  const long all[6] = {c.block_barriers, c.warp_barriers, c.shuffles, c.matrix_loads, c.matrix_products, c.group_products};
+  std::memcpy(six, all, sizeof all);
   c.clear();
 }
 }

@@ -30,7 +30,15 @@ from src.config import PLAIN_KERNELS, STRATEGIES, ModelConfig, RunConfig, keeps_
 from src.model.cost import parameter_count, training_flops_per_token
 from src.ops.loss import ROWS
 from src.ops.portable_layout import CHUNK
-from src.ops.recurrence import CHUNKED_SEGMENT, CHUNKED_SLOT, CPU_SEGMENT, CUDA_WINDOW
+from src.ops.recurrence import has_warpgroups
+from src.ops.recurrence_op import (
+    CHUNKED_SEGMENT,
+    CHUNKED_SLOT,
+    CPU_SEGMENT,
+    CUDA_WINDOW,
+    WGMMA_SEGMENT,
+    WGMMA_SLOT,
+)
 from src.training import optim
 from src.training.preflight.adapter_memory import (
     base_bytes,
@@ -59,7 +67,8 @@ def kept_by_recurrence(c: ModelConfig, precision: str, on_gpu: bool = False) -> 
         return 4 * c.n_embd * (2 + c.head_size / CHUNK)
     # the conditions under which src/ops/recurrence.py takes the chunked kernel
     if on_gpu and precision == "bf16" and c.head_size == 64 and c.kernel in ("auto", "chunked"):
-        return 4 * c.n_head * CHUNKED_SLOT / CHUNKED_SEGMENT
+        slot, segment = (WGMMA_SLOT, WGMMA_SEGMENT) if has_warpgroups(None) else (CHUNKED_SLOT, CHUNKED_SEGMENT)
+        return 4 * c.n_head * slot / segment
     # One state [C, head_size] is kept every so many tokens; backward recomputes those between.
     interval = CUDA_WINDOW.get(c.head_size, CPU_SEGMENT) if on_gpu else CPU_SEGMENT
     return 4 * c.n_embd * (1 + c.head_size / interval)
