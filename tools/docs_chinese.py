@@ -20,6 +20,7 @@ HEADINGS = {
     "lr at its last step": "最后一步的学习率",
     "name": "名称",
     "shape": "形状",
+    "size": "大小",
     "decay or lr x2": "decay 或 lr x2",
     "initial value": "初始值",
     "parameters": "参数量",

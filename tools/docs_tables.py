@@ -54,6 +54,14 @@ RELEASED = {
     "2.9B": (32, 2560, (96, 96, 64, 320)),
     "7.2B": (32, 4096, (128, 128, 96, 480)),
 }
+# Their files in bf16, of "World" and of a "G1" as people use them in 2026 (newer ones appear every few months).
+RELEASED_FILES = {
+    "0.1B": ("RWKV-x070-World-0.1B-v2.8-20241210-ctx4096.pth", "rwkv7-g1d-0.1b-20260129-ctx8192.pth"),
+    "0.4B": ("RWKV-x070-World-0.4B-v2.9-20250107-ctx4096.pth", "rwkv7-g1d-0.4b-20260210-ctx8192.pth"),
+    "1.5B": ("RWKV-x070-World-1.5B-v3-20250127-ctx4096.pth", "rwkv7-g1f-1.5b-20260419-ctx8192.pth"),
+    "2.9B": ("RWKV-x070-World-2.9B-v3-20250211-ctx4096.pth", "rwkv7-g1i-2.9b-20260805-ctx16384.pth"),
+    "7.2B": ("", "rwkv7-g1f-7.2b-20260414-ctx8192.pth"),
+}
 KIND_TITLES = {
     "full": "all weights",
     "lora": "LoRA",
@@ -158,6 +166,20 @@ def cluster(chinese: bool) -> str:
     return table([*sizes, "`--lr_init`", "ZeRO stage", "GPUs", "`--micro_bsz`", "GiB per GPU"], rows, chinese)
 
 
+def _released_config(name: str) -> ModelConfig:
+    layers, width, (w, a, v, g) = RELEASED[name]
+    return ModelConfig(layers, width, 65536, d_decay_lora=w, d_aaa_lora=a, d_mv_lora=v, d_gate_lora=g, grad_cp=True)
+
+
+def released(chinese: bool) -> str:
+    """Files of released models and their size, two bytes for a number."""
+    rows = []
+    for name, files in RELEASED_FILES.items():
+        numbers = sum(p.numel() for p in _meta_model(_released_config(name)).parameters())
+        rows.append([name, f"{2 * numbers / 1e9:.2f} GB", *(f"`{file}`" if file else "" for file in files)])
+    return table(["model", "size", "`BlinkDL/rwkv-7-world`", "`BlinkDL/rwkv7-g1`"], rows, chinese)
+
+
 def adapted_memory(chinese: bool) -> str:
     """GiB of one device by model and kind of training: what `train.py --plan` prints as total."""
     adapters: dict[str, tuple[AdapterConfig | None, str]] = {"all weights": (None, "none")}
@@ -167,9 +189,7 @@ def adapted_memory(chinese: bool) -> str:
         adapters[f"state, {name}"] = AdapterConfig("state"), base
     rows = []
     for name, (layers, width, (w, a, v, g)) in RELEASED.items():
-        config = ModelConfig(
-            layers, width, 65536, d_decay_lora=w, d_aaa_lora=a, d_mv_lora=v, d_gate_lora=g, grad_cp=True
-        )
+        config = _released_config(name)
         totals = [
             plan.memory(config, "auto", 1, "bf16", Cut(1, 1024), on_gpu=True, adapter=adapter, quant=quant).total / GIB
             for adapter, quant in adapters.values()
@@ -212,6 +232,7 @@ TABLES: dict[str, tuple[str, Callable[[bool], str]]] = {
     "cluster": ("docs/cluster.md", cluster),
     "adapted_memory": ("docs/adapting.md", adapted_memory),
     "supported": ("docs/adapting.md", supported),
+    "released": ("docs/adapting.md", released),
     "weights": ("docs/model.md", weights),
     "source": ("docs/source.md", docs_tree.source),
 }
