@@ -181,13 +181,14 @@ def build_callbacks(context: RunContext, resume: ResumePoint) -> Callbacks:
     peak = peak_tokens_per_second(context.sizes, context.hardware)
     reporter = Reporter(control, length, [*sinks, non_finite], position.mini_epoch_losses, peak)
     check_folder = context.check_folder
-    weights = SaveWeights(
-        control, length, config.epoch_save, proj_dir, non_finite, context.samples.prime, context.results
-    )
     expected_seconds = expected_save_seconds(held_count(config, context.sizes), config.time_limit)
+    writer = StateWriter(proj_dir, config.keep_resume, expected_seconds, check_folder, context.hardware.devices)
+    weights = SaveWeights(
+        control, length, config.epoch_save, proj_dir, non_finite, context.samples.prime, context.results, writer.wait
+    )
     checkpoint = CheckpointCallback(
         control,
-        writer=StateWriter(proj_dir, config.keep_resume, expected_seconds, check_folder, context.hardware.devices),
+        writer=writer,
         position=position,
         length=length,
         reporter=reporter,
@@ -195,6 +196,7 @@ def build_callbacks(context: RunContext, resume: ResumePoint) -> Callbacks:
         non_finite=non_finite,
         settings=context.settings,
         save_minutes=config.save_minutes,
+        has_state=resume.state is not None,
     )
     watch_files = WatchFiles(
         control, context.samples, context.held_out, check_folder, save=checkpoint.save_between_steps

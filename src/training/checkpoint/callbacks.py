@@ -39,11 +39,12 @@ class SaveWeights(StepCallback):
         non_finite: NonFiniteMonitor,
         prime: int = 0,
         results: Results | None = None,
+        wait_for_state: Callable[[], None] = lambda: None,
     ) -> None:
         """`prime` is the number of samples of a pass; 0 where the order has no magic prime (conversations). `results`:
-        None for plain weights."""
+        None for plain weights. `wait_for_state` returns once no full state is being written any more."""
         super().__init__(control)
-        self.results = results or Results()
+        self.results, self.wait_for_state = results or Results(), wait_for_state
         self.length, self.epoch_save, self.proj_dir = length, epoch_save, proj_dir
         self.non_finite = non_finite
         # The official trainer counts magic_prime // 40320 mini-epochs and saves the last of them. -1 is no mini-epoch.
@@ -67,6 +68,8 @@ class SaveWeights(StepCallback):
             log(f"note: {name} is not written, since the last {self.non_finite.skipped_in_row} steps were skipped")
             return
         assert isinstance(pl_module, TrainingModule)
+        # Weights without any full state can only be continued with a fresh optimizer.
+        self.wait_for_state()
         self.results.write(pl_module, self.proj_dir / name)
 
 
@@ -124,7 +127,8 @@ class RestoreState(pl.Callback):
 
 
 class CheckpointCallback(StepCallback):
-    """Saves the full state when the clock, a mini-epoch's weights or a stop asks for it.
+    """Saves the full state when the clock, a mini-epoch's weights or a stop asks for it, and one step before the first
+    numbered weights of a run that has no state yet.
 
     rwkv-final.pth (adapter, state.pth) is written after the last state is on the disk: a folder that has it is complete
     in every part.
@@ -142,8 +146,11 @@ class CheckpointCallback(StepCallback):
         non_finite: NonFiniteMonitor,
         settings: dict[str, Any],
         save_minutes: float,
+        has_state: bool = False,
     ) -> None:
+        """`has_state`: the run resumes from a full state."""
         super().__init__(control)
+        self._has_state = has_state
         self.writer, self.position, self.length = writer, position, length
         self.reporter, self.weights, self.non_finite, self.settings = reporter, weights, non_finite, settings
         self.save_seconds = save_minutes * 60
@@ -156,7 +163,8 @@ class CheckpointCallback(StepCallback):
         if self._owner is None:  # the moments exist since this step
             self.writer.prepare(self._own_parts(pl_module))
         self._reserve_time()
-        if self.control.is_agreed(SAVE, STOP) or self.weights.saves_at(step):
+        is_first = not self._has_state and self.weights.saves_at(step + 1)
+        if self.control.is_agreed(SAVE, STOP) or self.weights.saves_at(step) or is_first:
             self.reporter.flush()  # the skipped steps up to this one are known then
             # A state among skipped steps has passed samples that a roll-back would leave out; only a stop can't wait
             # for a better one.
@@ -198,6 +206,7 @@ class CheckpointCallback(StepCallback):
         )
         state = SavedState(position, self.settings, module.optimizer.counters(), time.time(), logs)
         self.writer.write(step, state.payload(), self._own_parts(module))
+        self._has_state = True
         self._saved_at = time.monotonic()
 
     def _own_parts(self, module: pl.LightningModule) -> list[Part]:
