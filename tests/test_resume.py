@@ -17,6 +17,7 @@ from training_runs import (
     CTX,
     PIPE,
     VOCAB,
+    Killed,
     flags,
     from_a_terminal_without_figures,
     log_lines,
@@ -42,6 +43,7 @@ from src.training.checkpoint.manifest import DamagedStateError
 from src.training.checkpoint.parts import whole_part
 from src.training.checkpoint.reader import StateReader
 from src.training.checkpoint.restore import weights_of_state
+from src.training.checkpoint.results import Results
 from src.training.checkpoint.resume import ResumePoint, find_resume_point, peek_resume_point
 from src.training.checkpoint.state import Position
 from src.training.checkpoint.storage import state_folders
@@ -226,6 +228,26 @@ def wait_until(happened):
     pytest.fail("did not happen within a minute")
 
 
+def test_a_state_is_on_the_disk_before_the_first_numbered_weights(tmp_path, data, whole, monkeypatch):
+    """A run that dies while it writes them continues with its moments, to the bits of the run that never died."""
+    original = Results.write
+
+    def die(self, module, path, *rest, **named):
+        if path.name == "rwkv-0.pth":
+            original(self, module, path, *rest, **named)
+            raise Killed
+        original(self, module, path, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Results, "write", die)
+        with pytest.raises(Killed):
+            train(tmp_path / "run", data, save_minutes=0, **RUN)
+    assert (tmp_path / "run" / "rwkv-0.pth").exists()
+    assert newest_state(tmp_path / "run").position.step == 19
+    assert train(tmp_path / "run", data, **RUN) == 0
+    assert_same_run(tmp_path / "run", whole["fp32"])
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path, data, monkeypatch, capfd):
     from src.training.module import TrainingModule
 
@@ -233,7 +255,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, data, monkeypatch, capfd):
 
     def step(self, batch, batch_idx):
         if batch_idx == 25:
-            wait_until(lambda: [folder.name for folder in state_folders(tmp_path / "run")] == ["step-00000020"])
+            wait_until(lambda: state_folders(tmp_path / "run")[0].name == "step-00000020")
             stop = signal.getsignal(signal.SIGINT).__self__
             os.kill(os.getpid(), signal.SIGINT)
             wait_until(lambda: stop.received)  # two signals at once would be delivered as one
@@ -249,7 +271,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, data, monkeypatch, capfd):
     finally:
         signal.signal(signal.SIGINT, before)
     assert "interrupted; the same command continues" in capfd.readouterr().err
-    assert [folder.name for folder in state_folders(tmp_path / "run")] == ["step-00000020"]
+    assert state_folders(tmp_path / "run")[0].name == "step-00000020"
     assert train(tmp_path / "run", data, **RUN) == 0
 
 
