@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from src.model import RWKV7, ModelConfig
-from src.ops import reference, relu_squared, time_mix_inputs, time_mix_output, token_shift
+from src.ops import add_layer_norm, reference, relu_squared, time_mix_inputs, time_mix_output, token_shift
 
 module = importlib.import_module("src.ops.elementwise")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -50,6 +50,34 @@ def compare(op, inputs, dtype=torch.float32):
         assert torch.isfinite(g).all()
         scale = e.norm().clamp(min=1e-30)
         assert (g - e).norm() / scale <= 2 * (p - e).norm() / scale + 1e-7
+
+
+def norm(x, added, weight, bias, kernel="auto"):
+    total, out = add_layer_norm(x, added, weight, bias, 1e-5, kernel=kernel)
+    return (total, out) if added is not None else (out,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 5, 48), (3, 70, 64)], ids=str)
+@pytest.mark.parametrize("adds", [True, False], ids=["sum", "one"])
+def test_add_layer_norm(adds, shape, dtype, native):
+    x, added = (3 + torch.randn(shape, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(shape[-1], requires_grad=True) for _ in range(2))
+    compare(norm, [x, added if adds else None, weight, bias], dtype)
+
+
+def test_add_layer_norm_where_only_one_output_is_used(native):
+    x, added, weight, bias = (torch.randn(*s, requires_grad=True) for s in ((2, 3, 16), (2, 3, 16), (16,), (16,)))
+    total, out = add_layer_norm(x, added, weight, bias, 1e-5)
+    for got in torch.autograd.grad(total.sum(), (x, added), retain_graph=True):
+        assert torch.equal(got, torch.ones_like(x))
+    plain = torch.nn.functional.layer_norm(x + added, (16,), weight, bias)
+    for got, wanted in zip(
+        torch.autograd.grad(out.square().sum(), (x, added)),
+        torch.autograd.grad(plain.square().sum(), (x, added)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def shift(x, last, bounds, *mixes, kernel="auto"):
@@ -191,6 +219,7 @@ OPS = {
     "inputs": (lambda *t: time_mix_inputs(*t, 32), [*[ROWS] * 5, *[VECTOR] * 4]),
     "output": (lambda *t: time_mix_output(*t, 64e-5, 32), [*[ROWS] * 5, (2, 32), (64,), (64,)]),
     "relu-squared": (relu_squared, [ROWS]),
+    "norm": (norm, [ROWS, ROWS, (64,), (64,)]),
 }
 
 
@@ -235,6 +264,7 @@ def test_opcheck(native):
     output = [leaf(2, 9, 32) for _ in range(5)] + [leaf(2, 16), leaf(32), leaf(32)]
     torch.library.opcheck(native.time_mix_output.default, (*output, 64e-5, 16))
     torch.library.opcheck(native.relu_squared.default, (leaf(3, 20),))
+    torch.library.opcheck(native.add_layer_norm.default, (x, leaf(2, 9, 32), leaf(32), leaf(32), 1e-5))
 
 
 @pytest.mark.parametrize("kernel", ["auto", "reference"])

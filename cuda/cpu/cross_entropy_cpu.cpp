@@ -42,33 +42,42 @@ inline float exp(float x) { return vec::exp(vec::splat(x))[0]; }
 // The largest number and its first index. A NaN is passed over here; the sum of exponentials brings it out.
 template <class T>
 Largest largest_of(const T* z, int64_t V) {
-  Float best[4] = {vec::splat(-INFINITY), vec::splat(-INFINITY), vec::splat(-INFINITY), vec::splat(-INFINITY)};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= V; i += 4 * kLanes)
-#pragma GCC unroll 4
-    for (int u = 0; u < 4; ++u) {
-      const Float x = vec::load(z + i + u * kLanes);
-      best[u] = x > best[u] ? x : best[u];
-    }
-  float value = -INFINITY;
+  constexpr int64_t kPart = 512;  // numbers: only in the part that has the largest is its index searched
   // Not std::fmax: g++ 12 for ARM fails on a loop of it (internal compiler error in its vectoriser).
   const auto larger = [](float a, float b) { return b > a ? b : a; };
-  for (; i < V; ++i) value = larger(value, number(z + i));
-  for (int u = 0; u < 4; ++u)
-    for (int lane = 0; lane < kLanes; ++lane) value = larger(value, best[u][lane]);
-  int64_t where = 0;
+  float value = -INFINITY;
+  int64_t part = 0;
+  for (int64_t begin = 0; begin < V; begin += kPart) {
+    const int64_t end = begin + kPart < V ? begin + kPart : V;
+    Float best[4] = {vec::splat(-INFINITY), vec::splat(-INFINITY), vec::splat(-INFINITY), vec::splat(-INFINITY)};
+    int64_t i = begin;
+    for (; i + 4 * kLanes <= end; i += 4 * kLanes)
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        const Float x = vec::load(z + i + u * kLanes);
+        best[u] = x > best[u] ? x : best[u];
+      }
+    float largest = -INFINITY;
+    for (; i < end; ++i) largest = larger(largest, number(z + i));
+    best[0] = best[1] > best[0] ? best[1] : best[0];
+    best[2] = best[3] > best[2] ? best[3] : best[2];
+    best[0] = best[2] > best[0] ? best[2] : best[0];
+    for (int lane = 0; lane < kLanes; ++lane) largest = larger(largest, best[0][lane]);
+    if (largest > value) value = largest, part = begin;
+  }
+  int64_t where = part;
   while (where < V && number(z + where) != value) ++where;
   return {value, where < V ? where : 0};
 }
 
 template <class T>
 float sum_of_exponentials(const T* z, int64_t V, float largest) {
-  Float sum[2] = {};
+  Float sum[4] = {};
   int64_t i = 0;
-  for (; i + 2 * kLanes <= V; i += 2 * kLanes)
-#pragma GCC unroll 2
-    for (int u = 0; u < 2; ++u) sum[u] += vec::exp(vec::load(z + i + u * kLanes) - largest);
-  float total = vec::sum(sum[0] + sum[1]);
+  for (; i + 4 * kLanes <= V; i += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) sum[u] += vec::exp(vec::load(z + i + u * kLanes) - largest);
+  float total = vec::sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
   for (; i < V; ++i) total += exp(number(z + i) - largest);
   return total;
 }

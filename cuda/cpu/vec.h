@@ -119,11 +119,16 @@ inline float sum(Float v) {
 
 // exp(x) to about 1 ulp, x cut to [-87, 88]; NaN stays NaN.
 inline Float exp(Float x) {
+#if defined(__AVX512F__)  // of two operands of which one is NaN, min and max give the second
+  x = (Float)_mm512_max_ps((__m512)splat(-87.0f), _mm512_min_ps((__m512)splat(88.0f), (__m512)x));
+  const Float n = (Float)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
   x = x > 88.0f ? splat(88.0f) : x;
   x = x < -87.0f ? splat(-87.0f) : x;
   const float rounding = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
   const Float shifted = x * 1.44269504f + rounding;
   const Float n = shifted - rounding;
+#endif
   Float f = x - n * 0.693359375f;  // ln 2 in two parts, the first exact in few bits
   f = f + n * 2.12194440e-4f;
   Float p = splat(1.9875691500e-4f);  // minimax polynomial of (e^f - 1 - f) / f^2 on |f| <= ln(2)/2 (Cephes expf)
@@ -133,8 +138,12 @@ inline Float exp(Float x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * (f * f) + f + 1.0f;
+#if defined(__AVX512F__)
+  return (Float)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   const Uint exponent = ((Uint)shifted - 0x4B400000u + 127u) << 23;  // bits of `rounding` are 0x4B400000
   return p * (Float)exponent;
+#endif
 }
 
 // 1 / x of a normal number: off by at most 1.5 ulp with AVX-512, rounded correctly elsewhere; 0 beyond 2^126 while FlushDenormals lives. Of 0
@@ -161,7 +170,7 @@ inline Float sqrt(Float x) {
 #endif
 }
 
-inline Float sigmoid(Float x) { return 1.0f / (1.0f + exp(-x)); }
+inline Float sigmoid(Float x) { return reciprocal(1.0f + exp(-x)); }
 
 inline Float from_bf16(const void* p) {
 #if defined(__AVX512F__)  // one instruction where g++ makes five of __builtin_convertvector
@@ -188,6 +197,18 @@ inline void to_bf16(void* p, Float x) {
 struct Bf16 { uint16_t bits; };
 inline Float load(const Bf16* p) { return from_bf16(p); }
 inline void store(Bf16* p, Float v) { to_bf16(p, v); }
+
+// Rounds a cache line's worth of numbers and stores it past the caches.
+inline void stream_line(Bf16* to, const float* from) {
+#if defined(__AVX512BF16__)
+  const __m512bh line = _mm512_cvtne2ps_pbh((__m512)load(from + kLanes), (__m512)load(from));
+  stream(reinterpret_cast<float*>(to), load_as<Float>(&line));
+#else
+  alignas(kLine) Bf16 line[kLine / sizeof(Bf16)];
+  for (int64_t i = 0; i < kLine / 2; i += kLanes) store(line + i, load(from + i));
+  stream_line(static_cast<void*>(to), static_cast<const void*>(line));
+#endif
+}
 
 // Numbers below 1e-38 count as zero while this lives: a state that fades away would otherwise cost 30 times the time.
 class FlushDenormals {

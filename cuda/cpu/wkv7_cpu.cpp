@@ -142,9 +142,13 @@ void write(T* tensor, const Problem& p, const Unit& u, int64_t t, int64_t count,
     T* to = tensor + u.row(p, t + i);
     if (p.N % line == 0 && vec::starts_line(to)) {
       for (int64_t c = 0; c < p.N; c += line) {
-        alignas(vec::kLine) T whole[line];
-        for (int64_t l = 0; l < line; l += kLanes) store(whole + l, vec::load(from + c + l));
-        vec::stream_line(to + c, whole);
+        if constexpr (std::is_same_v<T, Bf16>) {
+          vec::stream_line(to + c, from + c);
+        } else {
+          alignas(vec::kLine) T whole[line];
+          for (int64_t l = 0; l < line; l += kLanes) store(whole + l, vec::load(from + c + l));
+          vec::stream_line(to + c, static_cast<const void*>(whole));
+        }
       }
     } else {
       for (int64_t c = 0; c < p.N; c += kLanes) store(to + c, vec::load(from + c));

@@ -77,8 +77,8 @@ class TorchStep:
         v_first: Tensor | None = None
         for layer, layer_state in enumerate(state.layers):
             out, v_first = self._time_mix(layer, x, v_first, layer_state)
-            x = x + out
-            x = x + self._channel_mix(layer, x, layer_state)
+            x, normed = self._blocks[layer].ln2(x, out)
+            x = x + self._channel_mix(layer, normed, layer_state)
         return model.head(model.ln_out(x)).float()
 
     def _time_mix(self, layer: int, x: Tensor, v_first: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor]:
@@ -114,10 +114,8 @@ class TorchStep:
         return att.output(y * g), v_first
 
     def _channel_mix(self, layer: int, x: Tensor, state: LayerState) -> Tensor:
-        """ChannelMix.forward after ln2, for one token: x [B, C] -> out [B, C]. Updates `state`."""
-        block = self._blocks[layer]
-        ffn = block.ffn
-        x = block.ln2(x)
+        """ChannelMix.forward for one token: x [B, C] -> out [B, C]. Updates `state`."""
+        ffn = self._blocks[layer].ffn
         xx = state.ffn_shift - x
         state.ffn_shift.copy_(x)
         k = ffn.key(torch.addcmul(x, xx, ffn.x_k.view(-1))).relu_()

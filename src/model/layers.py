@@ -19,7 +19,16 @@ from src.model.attention import Attention
 from src.model.init import initialise
 from src.model.recompute import recomputed
 from src.model.state import LayerState
-from src.ops import linear, relu_squared, shifted_products, time_mix_inputs, time_mix_output, token_shift, wkv7
+from src.ops import (
+    add_layer_norm,
+    linear,
+    relu_squared,
+    shifted_products,
+    time_mix_inputs,
+    time_mix_output,
+    token_shift,
+    wkv7,
+)
 
 # The official code's 1e-5 * head_size_divisor^2 with its divisor of 8: the same for every head size.
 GROUP_NORM_EPS = 64e-5
@@ -85,6 +94,25 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, kernel=self.kernel)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm over the channels; computed by `src.ops.add_layer_norm`."""
+
+    def __init__(self, width: int, kernel: str) -> None:
+        super().__init__(width, eps=LAYER_NORM_EPS)
+        self.kernel = kernel
+
+    def forward(self, input: Tensor) -> Tensor:
+        return add_layer_norm(input, None, self.weight, self.bias, self.eps, kernel=self.kernel)[1]
+
+
+class ResidualNorm(LayerNorm):
+    """(x + out, layer norm of that): a residual connection and the norm after it."""
+
+    def forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """x, out [B, T, C]."""
+        return add_layer_norm(x, out, self.weight, self.bias, self.eps, kernel=self.kernel)
 
 
 class HeadNorm(nn.GroupNorm):
@@ -274,9 +302,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         if layer == 0:
-            self.ln0 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
-        self.ln1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
-        self.ln2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+            self.ln0 = LayerNorm(config.n_embd, config.kernel)
+        self.ln1 = LayerNorm(config.n_embd, config.kernel)
+        self.ln2 = ResidualNorm(config.n_embd, config.kernel)
         self.att: TimeMix
         if config.block_kind(layer) == "attention":
             self.att = Attention(config, layer)  # type: ignore[assignment] # it is called as a TimeMix is
@@ -301,6 +329,6 @@ class Block(nn.Module):
         if self.first:
             x = self.ln0(x)
         out, v_first, att_shift, wkv = self.att(self.ln1(x), v_first, att_shift, wkv, cu_seqlens)
-        x = x + out
-        out, ffn_shift = self.ffn(self.ln2(x), ffn_shift, cu_seqlens)
+        x, normed = self.ln2(x, out)
+        out, ffn_shift = self.ffn(normed, ffn_shift, cu_seqlens)
         return x + out, v_first, LayerState(att_shift, wkv, ffn_shift)

@@ -19,7 +19,7 @@ from src.config import PLACEHOLDER, ModelConfig
 from src.errors import UserError
 from src.model.compiled import compile_with_fallback
 from src.model.init import initialise
-from src.model.layers import LAYER_NORM_EPS, Block, Linear, SequenceContext, TimeMix
+from src.model.layers import Block, LayerNorm, Linear, SequenceContext, TimeMix
 from src.model.state import LayerState, State
 from src.model.weights import Weights, config_from_weights, fit_weights, read_weights, split_states
 
@@ -53,7 +53,7 @@ class RWKV7(nn.Module):
         self.register_module("media", None)
         self.emb = Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_out = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.ln_out = LayerNorm(config.n_embd, config.kernel)
         self.head = Linear(config.n_embd, config.vocab_size, config.kernel)
         for name in ("emb", "ln_out", "head"):  # TimeMix and ChannelMix have initialised their own parameters
             initialise(getattr(self, name), config, prefix=f"{name}.")

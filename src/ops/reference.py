@@ -137,6 +137,14 @@ def cross_entropy_l2wrap_reference(logits: Tensor, targets: Tensor, ignore_index
     return nll + (half_square - half_square.detach())
 
 
+def add_layer_norm_reference(
+    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(s, (s - mean) / sqrt(variance + eps) weight + bias) of s = x + added (None: x)."""
+    total = x if added is None else x + added
+    return total, torch.nn.functional.layer_norm(total, weight.shape, weight, bias, eps)
+
+
 def relu_squared_reference(x: Tensor) -> Tensor:
     """max(x, 0)^2."""
     return torch.relu(x).square()

@@ -1,6 +1,7 @@
 """Decoding and prefill speed on a CPU, compared with the PyPI package `rwkv`: the same weights, process and threads.
 
     python tests/bench/inference.py [--n_layer 12 --n_embd 768 --vocab_size 65536] [--threads 2] [--prompt 128]
+    python tests/bench/inference.py --dtype bf16 --prompt 512     prefill in bf16; the package in its faster precision
 
 Each round measures the copy bandwidth, the package, this project and the bandwidth again, in immediate succession.
 Machines are shared, so only ratios within a round are meaningful. Rounds whose two bandwidths differ by more than a
@@ -12,6 +13,8 @@ quarter are dropped; medians are printed.
 - --weights bf16: the values of a file saved in bf16 (released models, runs in bf16), loaded as fp32 by both. The native
   step detects that they fit bf16 and reads 12 bits per weight (16 for several sequences); arithmetic is in fp32. With
   --weights fp32 (a run in fp32) both read 32 bits.
+- --dtype bf16: this project computes in bf16, as with `--dtype bf16`. Only prefill is compared: with the package in
+  fp32 or in bf16, whichever is faster in the round. The logits' error is that against fp32 arithmetic, as a norm.
 - The package is compiled by TorchScript; both of its code paths run until they are compiled before they are timed.
 """
 
@@ -64,6 +67,36 @@ def bytes_per_token(decoder: Decoder) -> int:
     """Of the native step's weights: each is read once, except for the embedding, of which a step reads one row."""
     weights = decoder.native_weights
     return sum(t.numel() * t.element_size() for t in (weights.head, *weights.layers))
+
+
+@torch.no_grad()
+def compare_prefill(options: argparse.Namespace) -> list[dict[str, float]]:
+    """Prefill in bf16."""
+    model = random_model(n_layer=options.n_layer, n_embd=options.n_embd, vocab_size=options.vocab_size).bfloat16()
+    prompt = [i * 7919 % options.vocab_size for i in range(options.prompt)]
+    exact = Decoder(model.float()).prefill([prompt])  # in place: the values stay those of bf16
+    decoder = Decoder(model.bfloat16())
+    packages = {}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(model.state_dict(), f"{folder}/weights.pth")
+        for precision in ("fp32", "bf16"):
+            packages[precision] = RWKV(model=f"{folder}/weights", strategy=f"cpu {precision}")
+    for package in packages.values():  # the first call profiles, the second one compiles
+        for _ in range(2):
+            package.forward(prompt, None)
+    error = (decoder.prefill([prompt]) - exact).norm() / exact.norm()
+    print(f"relative error of the logits after {len(prompt)} tokens: {error:.1e}", flush=True)
+    rounds = []
+    for _ in range(options.rounds):
+        times = {
+            f"rwkv {name}": seconds(lambda p=package: p.forward(prompt, None)) for name, package in packages.items()
+        }
+        ours = median_time(lambda: decoder.prefill([prompt]), 3)
+        best = min(times.values())
+        row = {f"{name} tok/s": len(prompt) / taken for name, taken in times.items()}
+        rounds.append(row | {"ours prefill tok/s": len(prompt) / ours, "prefill ratio": best / ours})
+        print(", ".join(f"{k} {v:.2f}" for k, v in rounds[-1].items()), flush=True)
+    return rounds
 
 
 @torch.no_grad()
@@ -139,17 +172,19 @@ def main() -> None:
         default="bf16",
         help="bf16: fp32 numbers as a file saved in bf16 gives them",
     )
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: prefill in bf16 arithmetic")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="decoding steps per round")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rounds = compare(options)
+    rounds = compare(options) if options.dtype == "fp32" else compare_prefill(options)
     if not rounds:
         sys.exit("every round was disturbed: the machine is too busy for a measurement")
     size = f"L{options.n_layer}-D{options.n_embd}, V {options.vocab_size}"
-    setting = f"{options.weights} weights, {options.threads} threads, prompt {options.prompt}"
-    print(f"\n{size}, fp32 arithmetic, {setting}; medians of {len(rounds)} rounds")
+    weights = options.weights if options.dtype == "fp32" else "bf16"
+    setting = f"{weights} weights, {options.threads} threads, prompt {options.prompt}"
+    print(f"\n{size}, {options.dtype} arithmetic, {setting}; medians of {len(rounds)} rounds")
     for name in rounds[0]:
         print(f"  {name:26} {statistics.median(row[name] for row in rounds):8.2f}")
 

@@ -21,23 +21,25 @@ from src.config import RunConfig
 # (tests/bench/train_step.py): products 2.4 times as fast, step 1.9; 3.5 and 2.0.
 MIN_GAIN = 1.5
 MIN_N_EMBD = 512  # below it products are not what a step's time is spent on
-ROWS, REPETITIONS = 512, 5
+REPETITIONS = 5
+LARGEST_PRODUCT = 5e9  # operations: fp32 takes some hundredths of a second for it
 # Without bf16 instructions a bf16 product can take a hundred times as long as an fp32 one: a few rows show it.
 FEW_ROWS = 16
 
 
 def cpu_precision(config: RunConfig, processes: int) -> tuple[str, str]:
-    """(precision, note for the user); the note is empty for the default, fp32."""
+    """(precision, note for the user); the note is empty where fp32 was not measured."""
     if recorded := _recorded_precision(config):
         note = f"{recorded}, the precision that this run began in (--precision changes it)"
         return recorded, note if recorded != "fp32" else ""
     # several processes might measure differently, and their gradients have to be of one dtype
     if processes > 1 or config.n_embd < MIN_N_EMBD:
         return "fp32", ""
-    gain = bf16_gain(config.n_embd)
-    if gain < MIN_GAIN:
-        return "fp32", ""
-    return "bf16", f"bf16, measured {gain:.1f} times as fast as fp32 on this CPU (--precision fp32 overrides this)"
+    fp32, bf16 = product_rates(config.n_embd, config.micro_bsz * config.ctx_len)
+    speeds = f"this CPU multiplies the run's matrices at {fp32:.0f} GFLOP/s in fp32 and {bf16:.0f} in bf16"
+    if bf16 < MIN_GAIN * fp32:
+        return "fp32", f"fp32: {speeds}"
+    return "bf16", f"bf16: {speeds} (--precision fp32 overrides this)"
 
 
 def _recorded_precision(config: RunConfig) -> str:
@@ -50,13 +52,18 @@ def _recorded_precision(config: RunConfig) -> str:
     return settings.get("precision", "") if settings.get("accelerator") == "cpu" else ""
 
 
-def bf16_gain(width: int) -> float:
-    """Time of an fp32 product [512, C] x [C, 4C] on this CPU over that of a bf16 one; takes hundredths of a second."""
-    few = _gain(width, FEW_ROWS, 1)
-    return few if few < 1 / MIN_GAIN else _gain(width, ROWS, REPETITIONS)
+def product_rates(width: int, tokens: int) -> tuple[float, float]:
+    """GFLOP/s of this CPU in fp32 and in bf16, at the product [tokens, C] x [C, 4C]; takes tenths of a second.
+
+    Of a large product only some rows are computed.
+    """
+    few = _rates(width, FEW_ROWS, 1)
+    if few[1] < few[0] / MIN_GAIN:
+        return few
+    return _rates(width, min(tokens, max(FEW_ROWS, round(LARGEST_PRODUCT / (8 * width * width)))), REPETITIONS)
 
 
-def _gain(width: int, rows: int, repetitions: int) -> float:
+def _rates(width: int, rows: int, repetitions: int) -> tuple[float, float]:
     operands = {
         dtype: (torch.full((rows, width), 0.5, dtype=dtype), torch.full((width, 4 * width), 0.5, dtype=dtype))
         for dtype in (torch.float32, torch.bfloat16)
@@ -68,5 +75,6 @@ def _gain(width: int, rows: int, repetitions: int) -> float:
             x @ weight
             if repetition:  # the first one warms up
                 seconds[dtype].append(time.perf_counter() - start)
-    fp32, bf16 = (statistics.median(s) for s in seconds.values())  # a median ignores one disturbed product
-    return fp32 / bf16
+    # a median ignores one disturbed product
+    fp32, bf16 = (8 * rows * width * width / 1e9 / statistics.median(s) for s in seconds.values())
+    return fp32, bf16
