@@ -1,5 +1,6 @@
 """Every CUDA kernel forward and backward, at sizes small enough for compute-sanitizer (used by tools/gpu_check.sh)."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from src.training.optim import MasterAdamW
 SHAPES: list[dict[str, list[int]]] = [{}, {"cu_seqlens": [0, 5, 5, 53, 70]}]
 
 
-def run_wkv7(kernel: str, head_size: int, dtype: torch.dtype) -> None:
+def run_wkv7(kernel: str, head_size: int, dtype: torch.dtype, length: int = 70) -> None:
     for shape in SHAPES:
-        x = problem(1, 70, 2, head_size, dtype, state=True, cu_seqlens=shape.get("cu_seqlens"))
+        x = problem(1, length, 2, head_size, dtype, state=True, cu_seqlens=shape.get("cu_seqlens"))
         dy, dfinal_state = (t.cuda() for t in incoming(x))
         leaves = [x[name].cuda().requires_grad_() for name in (*INPUTS, "state")]
         bounds = x["cu_seqlens"].cuda() if shape else None
@@ -70,6 +71,9 @@ def main() -> None:
             run_loss(dtype, chunk)
         run_elementwise(dtype)
         run_adamw(dtype)
+    run_wkv7("chunked", 64, torch.bfloat16)
+    run_wkv7("chunked", 64, torch.bfloat16, length=2100)  # where a GPU has warpgroups the kernel cuts this into parts
+    os.environ["RWKV7_WGMMA"] = "0"
     run_wkv7("chunked", 64, torch.bfloat16)
     torch.cuda.synchronize()
     print("every kernel ran")

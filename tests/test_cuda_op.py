@@ -188,7 +188,7 @@ def test_launch_errors_name_their_cause(tmp_path):
 def spills(target, source, tmp_path):
     """Bytes that each kernel spills to memory, by its mangled name, as nvcc reports it."""
     known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, timeout=60).stdout.split()
-    if f"sm_{target}" not in known:
+    if f"sm_{target.rstrip('a')}" not in known:
         pytest.skip(f"this nvcc doesn't know sm_{target}")
     options = ["-std=c++17", "-O3", "-gencode", f"arch=compute_{target},code=sm_{target}", "-Xptxas", "-v"]
     command = ["nvcc", *options, "-c", CUDA / source, "-o", tmp_path / "x.o"]

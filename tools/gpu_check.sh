@@ -78,6 +78,9 @@ part build 300 "$python" tests/bench/wkv7_gpu.py build
 case "$failed " in *" build "*) finish ;; esac
 part errors 120 "$python" tests/bench/wkv7_gpu.py errors
 part times 180 "$python" tests/bench/wkv7_gpu.py times
+# The same with the chunked kernel that all GPUs have, where this one takes that for warpgroups.
+part errors-mma 120 env RWKV7_WGMMA=0 "$python" tests/bench/wkv7_gpu.py errors
+part times-mma 180 env RWKV7_WGMMA=0 "$python" tests/bench/wkv7_gpu.py times
 part op-errors 120 "$python" tests/bench/step_ops_gpu.py errors
 part op-times 180 "$python" tests/bench/step_ops_gpu.py times
 step="$python tests/bench/train_step.py --device cuda --profile 1"

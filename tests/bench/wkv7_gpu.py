@@ -38,11 +38,9 @@ TENSOR_BYTES = 2 * N  # of one bf16 tensor, per token and head
 FORWARD_BYTES, BACKWARD_BYTES = 7 * TENSOR_BYTES, 13 * TENSOR_BYTES
 BOUND, CORRELATED_BOUND = 5e-3, 7e-3  # of a relative error; correlated keys are the worst case for da and db
 KINDS = ("usual", "fast", "slow", "correlated")
-LENGTHS = (
-    1,
-    49,
-    200,
-)  # a token, a segment and one more, several segments; the float64 loop on a CPU takes seconds there
+# A token, a segment and one more, several segments; a document that warpgroups cut into parts. The float64 loop on a
+# CPU takes seconds there.
+LENGTHS = (1, 49, 200, 2100)
 
 Run = Callable[[], object]
 
