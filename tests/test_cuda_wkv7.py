@@ -158,7 +158,9 @@ def test_decreasing_bounds_write_nothing_outside(kernel):
     assert saved["final_state"].isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["recurrent", "chunked", "wgmma"])
+@pytest.mark.parametrize(
+    "name", ["chunked", *(pytest.param(n, marks=pytest.mark.slow) for n in ("recurrent", "wgmma"))]
+)
 def test_debug_build_stops_at_wrong_bounds(name, tmp_path_factory):
     library = build(shared_folder(tmp_path_factory), CUDA / f"wkv7_{name}.cu", "-DPORT_DEBUG", "-O1")
     kernel = Wkv7(HostLibrary(library), name)

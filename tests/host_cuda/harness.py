@@ -6,18 +6,21 @@ beyond the end, is seen.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from src.ops.build import STABLE_ABI
+from src.ops.build import STABLE_ABI, cache_folder
+from src.ops.toolchain import version_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "cuda"
@@ -46,6 +49,7 @@ GROUP_ORDERS = {  # of warpgroups
 }
 BAND = 64  # sentinel elements on each side of an output
 SENTINEL = 12345.0
+WEEK = 7 * 24 * 3600  # seconds
 
 Tensors = dict[str, torch.Tensor]
 
@@ -61,22 +65,41 @@ def compiler() -> str | None:
 
 
 def build(folder: Path, source: Path, *extra: str, shared: bool = True) -> Path:
-    """Compiles `source` into `folder` once, however many test processes ask for it."""
+    """Compiles `source` into `folder` once, however many test processes ask for it; a file that an earlier test run
+    compiled of the same sources is copied."""
+    cxx = compiler()
+    assert cxx is not None
     sources = [source, *sorted(CUDA.glob("*.cu*")), *sorted(CUDA.glob("*.h")), *sorted(HERE.glob("*.h"))]
-    content = b"".join(path.read_bytes() for path in sources) + repr(extra).encode()
+    tools = (extra, FLAGS, version_of(cxx), torch.__version__)
+    content = b"".join(path.read_bytes() for path in sources) + repr(tools).replace(str(ROOT), "").encode()
     out = folder / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}{'.so' if shared else ''}"
+    kept = cache_folder().parent / "rwkv7-host-cuda" / out.name
     with open(folder / f"{source.stem}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not out.exists():
             partial = out.with_suffix(".building")
-            kind = ["-shared", "-fPIC", "-ftls-model=initial-exec"] if shared else []
-            cxx = compiler()
-            assert cxx is not None
-            command = [cxx, "-x", "c++", *FLAGS, *kind, *extra, str(source), "-o", str(partial)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0, done.stderr[-4000:]
+            if kept.exists():
+                shutil.copy(kept, partial)
+            else:
+                kind = ["-shared", "-fPIC", "-ftls-model=initial-exec"] if shared else []
+                command = [cxx, "-x", "c++", *FLAGS, *kind, *extra, str(source), "-o", str(partial)]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+                assert done.returncode == 0, done.stderr[-4000:]
+                _keep(partial, kept)
             partial.rename(out)
     return out
+
+
+def _keep(built: Path, kept: Path) -> None:
+    """Copies a file for later test runs, and deletes those of the same source that are a week old."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    for old in kept.parent.glob(f"{kept.name.rpartition('-')[0]}-*"):
+        with contextlib.suppress(FileNotFoundError):  # another test run was first
+            if time.time() - old.stat().st_mtime > WEEK:
+                old.unlink()
+    temporary = kept.with_name(f".{kept.name}.{os.getpid()}")
+    shutil.copy(built, temporary)
+    temporary.rename(kept)
 
 
 def build_ops(folder: Path, source: Path) -> None:
