@@ -198,7 +198,8 @@ def in_each_step(monkeypatch, call):
 
 
 def test_the_loop_reads_nothing_back(monkeypatch, tmp_path, tokens):
-    """Lightning's loop, optimizer and callbacks, from the fourth step of a run to the last but one."""
+    """Lightning's loop, optimizer and callbacks, from the fourth step of a run to the last but two: a state is saved one
+    step before the first weights."""
     seen, starts = Calls(), []
     fit = pl.Trainer.fit
 
@@ -210,8 +211,8 @@ def test_the_loop_reads_nothing_back(monkeypatch, tmp_path, tokens):
     in_each_step(monkeypatch, lambda number: starts.append(len(seen.calls)))
     assert train(tokens, tmp_path / "run", accelerator="cpu", precision="fp32") == 0
     assert len(starts) == 12
-    within = seen.calls[starts[3] : starts[-1]]
-    assert len(within) > 8 * 100
+    within = seen.calls[starts[3] : starts[-2]]
+    assert len(within) > 7 * 100
     assert [name for name, _ in within if name in READS] == []
     assert [name for name, _ in seen.calls if name in READS] != []  # what is saved at the end
 
