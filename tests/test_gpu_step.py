@@ -198,8 +198,8 @@ def in_each_step(monkeypatch, call):
 
 
 def test_the_loop_reads_nothing_back(monkeypatch, tmp_path, tokens):
-    """Lightning's loop, optimizer and callbacks, from the fourth step of a run to the last but two: a state is saved one
-    step before the first weights."""
+    """Lightning's loop, optimizer and callbacks, from the fourth step of a run to the last but two: a state is saved
+    one step before the first weights."""
     seen, starts = Calls(), []
     fit = pl.Trainer.fit
 
