@@ -3,13 +3,13 @@
 import os
 import sys
 
-from src.training.distributed.failure import is_supervised
-from src.training.distributed.launch import Launch, launch
+from src.training.distributed.launch import launch
 from src.training.distributed.process_group import ProcessGroup, join
+from src.training.distributed.ranks import is_supervised
 
 
 def join_ranks(processes: int, timeout: float = 60) -> ProcessGroup:
     """The group of this rank, one of `processes`. In the first process: starts them all, and ends with their code."""
     if processes > 1 and not is_supervised(os.environ):
-        sys.exit(launch(Launch(devices=processes)))
+        sys.exit(launch(processes))
     return join("cpu", timeout)

@@ -3,18 +3,22 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from training_runs import ROOT
 
 from src.config import RunConfig
 from src.errors import UserError
 from src.run_folder import write_run
-from src.training.distributed import launch
-from src.training.distributed.failure import Cause, cause_of, is_supervised, record_failure
-from src.training.distributed.restarts import describe, may_restart
+from src.training.distributed import launch, ranks
+from src.training.distributed.failure import Cause, cause_of, record_failure
+from src.training.distributed.ranks import is_supervised
+from src.training.distributed.restarts import RestartPolicy, describe, may_restart
 from src.training.run import _has_restarted
 
 
@@ -108,6 +112,25 @@ def test_after_the_last_restart_the_run_ends_and_can_be_continued():
     assert line == "RANK: was killed; the same command continues the run"
 
 
+def test_a_stop_of_the_user_starts_no_rank_again_and_its_failures_are_told(capfd):
+    policy = RestartPolicy(max_restarts=3, is_elastic=True, stop_signal=signal.SIGTERM)
+    assert policy.restarts_left(Cause(0, 143, "ended with code 143"), 2, 3) == 0
+    assert policy.restarts_left(Cause(0, -signal.SIGTERM, "was killed before it had begun"), 2, 3) == 0
+    assert capfd.readouterr().err == ""
+    assert policy.exit_code == 143
+    assert policy.restarts_left(Cause(0, 1, "the state can't be written"), 2, 3) == 0
+    assert "the state can't be written; the same command continues the run" in capfd.readouterr().err
+    assert policy.exit_code == 1
+
+
+def test_a_machine_that_joins_or_leaves_costs_no_restart(capfd):
+    policy = RestartPolicy(max_restarts=3, is_elastic=True)
+    assert policy.restarts_left(Cause(0, 143, "ended with code 143"), 2, 3) == 4  # torch takes one of them
+    assert "a machine joins or leaves" in capfd.readouterr().err
+    policy = RestartPolicy(max_restarts=3)
+    assert policy.restarts_left(Cause(0, 143, "ended with code 143"), 2, 3) == 0
+
+
 def test_the_error_file_has_the_form_of_torch(failure, tmp_path):
     """torchrun shows it, too."""
     failed = failure(0, 1, 50, "boom")
@@ -126,10 +149,10 @@ def test_only_the_attempts_of_a_command_after_the_first_leave_restart_out(monkey
     config = RunConfig(proj_dir=str(tmp_path), restart=True)
     monkeypatch.setenv("ROLE_NAME", "train.py")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "x")
-    monkeypatch.setenv(launch.LAUNCHED_AT, "12.5")
+    monkeypatch.setenv(ranks.LAUNCHED_AT, "12.5")
     write_run(tmp_path, {"launch": "12.5"})
     assert not _has_restarted(config)
-    monkeypatch.setenv(launch.ATTEMPT, "1")
+    monkeypatch.setenv(ranks.RESTARTED, "1")
     assert _has_restarted(config)
     write_run(tmp_path, {"launch": "7.5"})  # of the run before: the first attempt failed before it was archived
     assert not _has_restarted(config)
@@ -154,14 +177,34 @@ def test_a_place_of_the_meeting_that_is_nowhere_is_told(monkeypatch):
     for name in (
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
         "TORCHELASTIC_SIGNALS_TO_HANDLE",
-        launch.LAUNCHED_AT,
-        launch.AGENT,
+        ranks.LAUNCHED_AT,
+        ranks.AGENT,
     ):
         monkeypatch.setenv(name, "removed at the end of the test")
     with pytest.raises(
         UserError, match=r"^--rdzv_endpoint nowhere.invalid:29500: nowhere.invalid can't be found from "
     ):
-        launch.launch(launch.Launch(devices=1, fewest_nodes=2, most_nodes=2, endpoint="nowhere.invalid:29500"))
+        launch.launch(1, (2, 2), "nowhere.invalid:29500")
+
+
+@pytest.mark.parametrize(("endpoint", "here"), [("127.0.0.1:1", "127.0.0.1"), ("[::1]:1", "::1")])
+def test_the_machine_of_the_endpoint_is_known_by_that_name(endpoint, here):
+    assert launch._address_here(endpoint) == (here, True)
+
+
+def test_another_machine_is_known_by_its_address_towards_the_endpoint():
+    try:
+        address, is_host = launch._address_here("192.0.2.1:1")  # of no machine (RFC 5737); nothing is sent
+    except UserError:
+        pytest.skip("no network")
+    assert not is_host
+    assert address != "192.0.2.1"
+
+
+def test_one_process_does_not_load_the_agent():
+    program = "import sys, src.training.run; print([name for name in sys.modules if 'elastic.agent' in name])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_a_stopped_rank_is_killed_after_its_time_in_rounds(monkeypatch, tmp_path):

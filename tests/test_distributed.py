@@ -20,7 +20,6 @@ from src.model import RWKV7, ModelConfig
 from src.model.weights import IDLE_IN_LAYER_0
 from src.training.distributed import zero
 from src.training.distributed.engine_adamw import EngineAdamW
-from src.training.distributed.launch import meeting_point
 from src.training.distributed.ranks import RankInfo, export_ranks, rank_from_launcher
 from src.training.distributed.sharded_init import initial_values
 from src.training.hardware import selection
@@ -436,7 +435,7 @@ LAUNCHERS = {
         "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
     },
     "srun": {
-        "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
         "SLURM_STEP_NODELIST": "node[0-1]", "SLURM_JOB_ID": "901234",
     },
 }  # fmt: skip
@@ -449,7 +448,6 @@ def test_ranks_are_read_from_the_environment_of_launchers(launcher):
     assert info == RankInfo(
         rank=5, world_size=8, local_rank=1, local_world_size=4, master_addr="node0", master_port=port
     )
-    assert info.node_rank == 1
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -469,11 +467,12 @@ def test_only_rank_zero_writes_initial_weights_and_checks(tmp_path, monkeypatch,
 def test_ranks_without_a_launcher():
     assert rank_from_launcher({}) is None
     assert rank_from_launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None  # a batch script
-    assert meeting_point(RANKS, 2) == "node0:1234"
-    with pytest.raises(UserError) as error:
-        meeting_point({"MASTER_ADDR": "node0"}, 2)
-    assert (error.value.flag, error.value.given) == ("num_nodes", 2)
-    assert error.value.problem == "MASTER_PORT is not set"
+    assert selection.meeting_point(RANKS, 2) == "node0:1234"
+    assert selection.meeting_point({"MASTER_ADDR": "fd00::1", "MASTER_PORT": "1234"}, 2) == "[fd00::1]:1234"
+    for port in ("", "x", "70000"):
+        with pytest.raises(UserError, match="MASTER_ADDR is 'node0' and MASTER_PORT '") as error:
+            selection.meeting_point({"MASTER_ADDR": "node0", "MASTER_PORT": port}, 2)
+        assert (error.value.flag, error.value.given) == ("num_nodes", 2)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -492,15 +491,16 @@ def test_lightning_reads_the_ranks_of_every_launcher(monkeypatch, launcher):
     ("launcher", "changed", "sentence"),
     [
         ("torchrun", {"RANK": "two"}, "the environment variable RANK is 'two'; expected a whole number"),
-        ("torchrun", {"RANK": "8"}, "RANK is 8 and WORLD_SIZE 8"),
-        ("torchrun", {"RANK": "-1"}, "RANK is -1 and WORLD_SIZE 8"),
-        ("torchrun", {"LOCAL_RANK": "4"}, "LOCAL_RANK is 4, of 4 processes on this machine"),
-        ("deepspeed", {"WORLD_SIZE": "9"}, "WORLD_SIZE is 9, with 4 processes on this machine"),
+        ("torchrun", {"RANK": "8"}, "RANK is 8, WORLD_SIZE is 8, LOCAL_RANK is 1"),
+        ("torchrun", {"RANK": "-1"}, "RANK is -1, WORLD_SIZE is 8"),
+        ("torchrun", {"LOCAL_RANK": "4"}, "LOCAL_RANK is 4, LOCAL_WORLD_SIZE is 4"),
+        ("deepspeed", {"WORLD_SIZE": "9"}, "WORLD_SIZE is 9, LOCAL_RANK is 1, LOCAL_SIZE is 4"),
         ("torchrun", {"MASTER_PORT": "0"}, "MASTER_PORT 0: the processes could not find each other"),
         ("torchrun", {"MASTER_PORT": "70000"}, "expected a port, 1 to 65535"),
         ("mpirun", {"OMPI_COMM_WORLD_SIZE": ""}, "OMPI_COMM_WORLD_SIZE is ''"),
-        ("srun", {"SLURM_STEP_NUM_NODES": "3"}, "SLURM_STEP_NUM_TASKS is 8 and SLURM_STEP_NUM_NODES 3"),
-        ("srun", {"SLURM_PROCID": "8"}, "SLURM_PROCID is 8 and SLURM_STEP_NUM_TASKS 8"),
+        ("srun", {"SLURM_STEP_TASKS_PER_NODE": "4,2"}, "variable SLURM_STEP_TASKS_PER_NODE is '4,2'"),
+        ("srun", {"SLURM_STEP_TASKS_PER_NODE": "3(x2)"}, "SLURM_STEP_TASKS_PER_NODE is 3(x2)"),
+        ("srun", {"SLURM_PROCID": "8"}, "SLURM_PROCID is 8, SLURM_STEP_NUM_TASKS is 8"),
         ("srun", {"SLURM_JOB_ID": "4_1"}, "the environment variable SLURM_JOB_ID is '4_1'"),
         ("srun", {"SLURM_LOCALID": "x"}, "the environment variable SLURM_LOCALID is 'x'"),
     ],

@@ -27,7 +27,7 @@ from warm_process import MESSAGE_BYTES, PR_SET_PDEATHSIG, ROOT, WarmProcess, prc
 IMPORTED = (
     "numpy", "torch", "torch.profiler", "pytorch_lightning", "safetensors.torch", "tokenizers", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "src.cli", "src.training.run",
-    "src.inference.generate", "API_DEMO_CHAT", "training_runs",
+    "src.training.distributed.launch", "src.inference.generate", "API_DEMO_CHAT", "training_runs",
 )  # fmt: skip
 RANK_STARTER = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
 # as the tests were started: Ctrl-C is ignored in background jobs of a shell

@@ -10,7 +10,7 @@ in tests/test_cli.py.
 
 # Others import from here only: which file of the package declares a name may change.
 from src.config.adapter import adapter_kind, split_list
-from src.config.checks import VAL_EVERY, number_pair
+from src.config.checks import ENDPOINT, VAL_EVERY, number_pair
 from src.config.flags import MINI_EPOCH_SAMPLES, PRECISIONS, STRATEGIES
 from src.config.media import image_size, keeps_base, kind_of_training, trained_parts
 from src.config.model import KERNELS, PLACEHOLDER, PLAIN_KERNELS, ModelConfig, low_rank_size
@@ -19,6 +19,7 @@ from src.config.setting import GROUPS, default_text
 from src.config.support import TARGETS, WHOLE_PARTS, refusal
 
 __all__ = [
+    "ENDPOINT",
     "GROUPS",
     "KERNELS",
     "MINI_EPOCH_SAMPLES",

@@ -18,7 +18,7 @@ from src.errors import UserError
 SFT_ONLY = ("sft_loss", "packing", "truncate", "special_tokens", "think")
 NODES = re.compile(r"[1-9][0-9]{0,5}(:[1-9][0-9]{0,5})?")
 ENDPOINT = re.compile(
-    r"[^\s:]+:0*([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+    r"([^\s:\[\]]+|\[[0-9A-Fa-f:.]+\]):0*([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 )
 NUMBER_PAIR = re.compile(r"\d+(\.\d+)?,\d+(\.\d+)?")
 # --val_every: a number of mini-epochs, or of steps.
@@ -59,7 +59,9 @@ def form_faults(flags: Flags) -> Iterator[UserError]:
     if not NODES.fullmatch(flags.num_nodes) or not _in_order(flags.num_nodes):
         yield UserError(flag="num_nodes", given=flags.num_nodes, expected='a number of nodes, or "2:4": from 2 to 4')
     if flags.rdzv_endpoint and not ENDPOINT.fullmatch(flags.rdzv_endpoint):
-        yield UserError(flag="rdzv_endpoint", given=flags.rdzv_endpoint, expected="HOST:PORT, a port of 1 to 65535")
+        yield UserError(
+            flag="rdzv_endpoint", given=flags.rdzv_endpoint, expected="HOST:PORT or [IPv6]:PORT, a port of 1 to 65535"
+        )
     if not VAL_EVERY.fullmatch(flags.val_every):
         yield UserError(
             flag="val_every",

@@ -47,10 +47,10 @@ from src.training.checkpoint.storage import state_folders
 from src.training.console import is_rank_zero, log, log_error, warn_on_error
 from src.training.data import HeldOut, Samples, SftSamples, open_samples
 from src.training.distributed.agreement import refuse_other_starts
-from src.training.distributed.failure import is_supervised, record_failure
-from src.training.distributed.launch import Launch, attempt, launch, launch_id, launched_at, meeting_point
+from src.training.distributed.failure import record_failure
 from src.training.distributed.process_group import ProcessGroup, join
-from src.training.distributed.ranks import rank_from_launcher
+from src.training.distributed.ranks import is_restarted, is_supervised, launch_id, launched_at, rank_from_launcher
+from src.training.distributed.restarts import RestartPolicy
 from src.training.figures.loss_figure import write_loss_figure
 from src.training.figures.report_page import write_report
 from src.training.hardware.allocator import set_up_malloc
@@ -58,6 +58,7 @@ from src.training.hardware.selection import (
     Hardware,
     choose_hardware,
     count_processes,
+    meeting_point,
     with_global_batch,
     with_length,
 )
@@ -113,7 +114,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
         if trains and config.data_type == "binidx" and not is_supervised(os.environ):
             open_samples(config)  # a mistake in the data is reported before other processes are started
         if trains and info is None and math.prod(count_processes(config)) > 1:
-            return launch(_plan_launch(config))
+            return _launch(config)
         hardware = choose_hardware(config)
         if config.train_stage == 1:
             hardware = replace(hardware, devices=1, num_nodes=1)  # one process writes; of a launcher's, the first
@@ -161,7 +162,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
 
 def _has_restarted(config: RunConfig) -> bool:
     """Whether the ranks were started again after an attempt that had begun the new run of --restart."""
-    if not attempt():
+    if not is_restarted():
         return False
     if not is_supervised(os.environ):  # torchrun's attempts have nothing in common that run.json could record
         return True
@@ -183,18 +184,17 @@ def _fail(
     return code
 
 
-def _plan_launch(config: RunConfig) -> Launch:
+def _launch(config: RunConfig) -> int:
+    from src.training.distributed.launch import launch  # torch's agent, which a single process does without
+
     devices, nodes = count_processes(config)
-    endpoint = config.rdzv_endpoint or (meeting_point(os.environ, nodes) if nodes > 1 else "")
-    return Launch(
-        devices=devices,
-        fewest_nodes=config.fewest_nodes,
-        most_nodes=nodes,
-        endpoint=endpoint,
+    policy = RestartPolicy(
         max_restarts=0 if config.dry_run else config.max_restarts,
-        dist_timeout=config.dist_timeout,
+        is_elastic=config.fewest_nodes < nodes,
         where_it_continues=partial(_where_it_continues, Path(config.proj_dir)),
     )
+    endpoint = config.rdzv_endpoint or (meeting_point(os.environ, nodes) if nodes > 1 else "")
+    return launch(devices, (config.fewest_nodes, nodes), endpoint, policy)
 
 
 def _where_it_continues(proj_dir: Path, step: int) -> str:
@@ -226,7 +226,7 @@ def _run_mode(config: RunConfig, hardware: Hardware, process_group: ProcessGroup
     lock = RunLock(proj_dir)  # held by rank 0: one run has one lock, however many processes
     try:
         process_group.broadcast_from_rank_zero(
-            partial(_acquire_folder, proj_dir, lock, config.dist_timeout / 2 if attempt() else 0)
+            partial(_acquire_folder, proj_dir, lock, config.dist_timeout / 2 if is_restarted() else 0)
         )
         _refuse_other_folder(lock)
         if config.train_stage == 1:

@@ -22,7 +22,7 @@ from src.run_folder import FINAL, TOKENIZER, VALIDATION
 from src.training.checkpoint.resume import ResumePoint
 from src.training.console import log
 from src.training.data import Samples
-from src.training.distributed.launch import launch_id
+from src.training.distributed.ranks import launch_id
 from src.training.hardware.selection import Hardware
 from src.training.model_setup import find_vocab_size
 from src.training.objectives.front_end import frozen_sha256, loaded_encoder_sha256

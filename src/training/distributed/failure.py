@@ -10,20 +10,16 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from typing import TYPE_CHECKING
 
 from src.files import atomic_write
 from src.training.console import log_error
 
-ROLE = "train.py"  # torchelastic's ROLE_NAME: of the ranks whose agent is launch.py's, not torchrun's
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure  # a rank doesn't need the agent
+
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 CAUSE_SECONDS = 5  # a rank that was killed less than this after an exception elsewhere was killed before it
-
-
-def is_supervised(environment: Mapping[str, str]) -> bool:
-    """Whether the agent of launch.py started this process: it prints the error that ends a run, once."""
-    return environment.get("ROLE_NAME") == ROLE and bool(environment.get(ERROR_FILE))
 
 
 def record_failure(

@@ -27,14 +27,11 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from src.errors import UserError
-from src.training.console import log
-from src.training.distributed.failure import is_supervised
-from src.training.distributed.launch import watch_parent
-from src.training.distributed.ranks import RankInfo, export_ranks, rank_from_launcher
+from src.training.distributed.ranks import RankInfo, export_ranks, is_supervised, rank_from_launcher
+from src.training.distributed.watch import watch_parent, watch_steps
 
 GRACE_SECONDS = 4.0  # in which rank 0 fails with the error of another rank, if it is the same mistake
 END_SECONDS = 20.0  # for a process that fails to leave: destroying a group may wait for ranks that are gone
-STANDSTILL_SECONDS = 60.0
 LEAVE_SECONDS = 60.0  # for rank 0 to see that all others have left
 
 T = TypeVar("T")
@@ -98,25 +95,8 @@ class DistributedProcessGroup(ProcessGroup):
         so that flags that are on their way never meet another collective."""
         self._cpu_group = dist.new_group(backend="gloo", timeout=timeout)
         if self.rank == 0:
-            threading.Thread(target=self.watch_steps, args=(timeout,), daemon=True, name="steps").start()
-
-    def watch_steps(self, timeout: timedelta) -> None:
-        """In a thread of rank 0: say when no step has ended for long, once each time, before a collective operation
-        times out."""
-        begin, longest, ended, step, is_told = time.monotonic(), 0.0, 0, self.step, False
-        while True:
-            time.sleep(1)
-            now = time.monotonic()
-            if self.step != step:
-                ended, step = ended + 1, self.step
-                longest = max(longest, now - begin if ended > 2 else 0)  # the first includes the start
-                begin, is_told = now, False
-            elif ended > 2 and not is_told and now - begin >= max(STANDSTILL_SECONDS, 5 * longest):
-                is_told = True
-                log(
-                    f"note: no step has ended for {now - begin:.0f} s: a process saves, validates or hangs. "
-                    f"One that waits {timeout.total_seconds():.0f} s for others in one operation fails (--dist_timeout)"
-                )
+            args = (lambda: self.step, timeout.total_seconds())
+            threading.Thread(target=watch_steps, args=args, daemon=True, name="steps").start()
 
     def broadcast_from_rank_zero(self, compute: Callable[[], T]) -> T:
         outcome: list[Any] = [None, None]

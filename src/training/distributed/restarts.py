@@ -2,10 +2,52 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from src.terminal import show
+from src.training.console import log_error
 from src.training.distributed.failure import Cause
 
 STOPS = {129, 130, 143}  # exit codes: by a signal of the user, or of an agent that makes room for another machine
 NO_RESTART = {2, 124, *STOPS}  # a mistake of the user; --time_limit
+
+
+@dataclass
+class RestartPolicy:
+    """What follows from a failure of ranks: whether all start again, what the user is told, the exit code."""
+
+    max_restarts: int = 0
+    is_elastic: bool = False  # whether machines may join and leave
+    where_it_continues: Callable[[int], str] = lambda step: ""  # what the user is told about a failure in a step
+    stop_signal: int = 0  # of the user: no rank is started again
+    last: Cause | None = None
+
+    def restarts_left(self, cause: Cause, world_size: int, left: int) -> int:
+        """How many of the restarts that were `left` are now; 0 ends the run. The user is told about the failure."""
+        before, self.last = self.last, cause
+        if self.is_elastic and cause.exit_code in STOPS and not self.stop_signal:
+            log_error("a machine joins or leaves: all processes start again")
+            return left + 1  # torch counts this one, too
+        if self.stop_signal or not may_restart(cause, before):
+            left = 0
+        if self.stop_signal and cause.exit_code == -signal.SIGTERM:  # it hadn't begun to train
+            return left
+        if cause.traceback:
+            show(cause.traceback, file=sys.stderr)
+        rank = f"rank {cause.rank} of {world_size} ({socket.gethostname()})"
+        if told := describe(cause, before, rank, left - 1, self.max_restarts, self.where_it_continues(cause.step)):
+            log_error(told)
+        return left
+
+    @property
+    def exit_code(self) -> int:
+        """Of a run that has failed or was stopped."""
+        code = self.last.exit_code if self.last else 0
+        return code if code > 0 else (128 + self.stop_signal if self.stop_signal else 1)
 
 
 def is_repeated(cause: Cause, before: Cause | None) -> bool:

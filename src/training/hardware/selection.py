@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from src.adapt.config import adapter_of
-from src.config import RunConfig, kind_of_training, refusal
+from src.config import ENDPOINT, RunConfig, kind_of_training, refusal
 from src.dataset.workers import usable_cores
 from src.errors import UserError
 from src.ops.devices import default_precision, device_name, find_device
 from src.training.distributed import zero
 from src.training.distributed.ddp import OrderedDDPStrategy
-from src.training.distributed.failure import is_supervised
-from src.training.distributed.ranks import rank_from_launcher
+from src.training.distributed.ranks import is_supervised, rank_from_launcher
 from src.training.hardware.cpu_precision import cpu_precision
 
 # tf32 stores fp32: it changes only how products are computed (TrainingModule.on_train_start)
@@ -135,6 +135,21 @@ def _choose_accelerator(config: RunConfig) -> str:
 def count_processes(config: RunConfig) -> tuple[int, int]:
     """(processes per machine, machines) that a start without a launcher asks for."""
     return _processes(config, _choose_accelerator(config))
+
+
+def meeting_point(environment: Mapping[str, str], num_nodes: int) -> str:
+    """HOST:PORT of the first of several machines that are started by hand, where --rdzv_endpoint doesn't tell it."""
+    address, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
+    endpoint = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    if not ENDPOINT.fullmatch(endpoint):
+        raise UserError(
+            f"MASTER_ADDR is {address!r} and MASTER_PORT {port!r} in the environment",
+            flag="num_nodes",
+            given=num_nodes,
+            expected="without a launcher, a place where the nodes meet",
+            advice="give --rdzv_endpoint HOST:PORT of one of them, or start the run with torchrun, srun or deepspeed",
+        )
+    return endpoint
 
 
 def _processes(config: RunConfig, accelerator: str) -> tuple[int, int]:
