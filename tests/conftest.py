@@ -124,6 +124,7 @@ def two_machines() -> Iterator[list[str]]:
         f"ip link add {names[0]} type veth peer name {names[1]}",
         *(f"ip link set {name} netns {name}" for name in names),
         *(f"ip -n {name} addr add 10.77.0.{i}/24 dev {name}" for i, name in enumerate(names, start=1)),
+        *(f"ip -n {name} addr add fd77::{i}/64 dev {name} nodad" for i, name in enumerate(names, start=1)),
         *(f"ip -n {name} link set {device} up" for name in names for device in (name, "lo")),
     ]
     try:

@@ -123,6 +123,18 @@ def test_a_stop_of_the_user_starts_no_rank_again_and_its_failures_are_told(capfd
     assert policy.exit_code == 1
 
 
+def test_a_disk_that_stays_full_ends_the_run_unless_a_state_was_saved_in_between(capfd):
+    newest = "from the state of step 8"
+    policy = RestartPolicy(max_restarts=3, where_it_continues=lambda step: newest)
+    full = [Cause(rank, 1, f".step-{n}.tmp: No space left", "", n, is_os_error=True) for rank, n in enumerate((9, 12))]
+    assert policy.restarts_left(full[0], 2, 3) == 3
+    assert policy.restarts_left(full[1], 2, 2) == 0
+    assert "the same error again in step 13, so the processes are not started again" in capfd.readouterr().err
+    policy.restarts_left(full[0], 2, 3)
+    newest = "from the state of step 12"
+    assert policy.restarts_left(full[1], 2, 2) == 2
+
+
 def test_a_machine_that_joins_or_leaves_costs_no_restart(capfd):
     policy = RestartPolicy(max_restarts=3, is_elastic=True)
     assert policy.restarts_left(Cause(0, 143, "ended with code 143"), 2, 3) == 4  # torch takes one of them

@@ -417,6 +417,7 @@ def test_all_faults_at_once(capsys):
         (["--num_nodes", "2:"], "num_nodes", "2:"),
         (["--rdzv_endpoint", "node0"], "rdzv_endpoint", "node0"),
         (["--rdzv_endpoint", "node0:70000"], "rdzv_endpoint", "node0:70000"),
+        (["--rdzv_endpoint", "fd00::1:29500"], "rdzv_endpoint", "fd00::1:29500"),
         (["--lr_init", "nan"], "lr_init", "nan"),
         (["--lr_init", "x"], "lr_init", "'x'"),
         (["--lr_init"], "lr_init", "None"),

@@ -143,15 +143,19 @@ def assert_same_run(run: Path, machines, alone):
     expected_run, expected_samples = alone
     assert [int(row["step"]) for row in metrics(run)] == list(range(STEPS))
     assert machines.samples() == expected_samples
-    assert losses(run) == pytest.approx(losses(expected_run), abs=1e-5)
+    difference = max(abs(a - b) for a, b in zip(losses(run), losses(expected_run), strict=True))
+    print(f"largest difference of a loss: {difference:.1e}")
+    assert difference <= 1e-5
     assert [row["lr"] for row in metrics(run)] == [row["lr"] for row in metrics(expected_run)]
     assert losses(run)[-1] < losses(run)[0] - 0.5
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_when_a_machine_is_cut_off_and_when_it_comes_back(tmp_path, machines, alone):
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_run_goes_on_when_a_machine_is_cut_off_and_when_it_comes_back(tmp_path, machines, alone, comes_back):
     first, second = machines.names
-    machines.hold.touch()
+    if comes_back:
+        machines.hold.touch()
     stays, leaves = machines.start(first), machines.start(second)
     machines.wait_for_step(12, stays, leaves)
     subprocess.run(["ip", "-n", second, "link", "set", second, "down"], check=True)
@@ -160,12 +164,13 @@ def test_a_run_goes_on_when_a_machine_is_cut_off_and_when_it_comes_back(tmp_path
     machines.wait_for_step(reached + 4, stays)
     assert time.monotonic() - cut_at < 75, machines.all_output()
     assert leaves.wait(timeout=120) == 1, machines.all_output()  # it says why, and ends
-    subprocess.run(["ip", "-n", second, "link", "set", second, "up"], check=True)
-    comes_back = machines.start(second)
-    machines.wait_for("a machine joins", stays, comes_back)
-    machines.hold.unlink()
+    if comes_back:
+        subprocess.run(["ip", "-n", second, "link", "set", second, "up"], check=True)
+        joins = machines.start(second)
+        machines.wait_for("a machine joins", stays, joins)
+        machines.hold.unlink()
     assert stays.wait(timeout=300) == 0, machines.all_output()
-    assert comes_back.wait(timeout=60) == 0, machines.all_output()
+    assert not comes_back or joins.wait(timeout=60) == 0, machines.all_output()
     assert_same_run(tmp_path / "run", machines, alone)
 
 

@@ -5,6 +5,7 @@
 Without another command the run ends with the weights, losses and log lines of the run that was never disturbed.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -13,42 +14,58 @@ from pathlib import Path
 
 import torch
 from training_runs import CTX, flags, log_lines, losses
+from warm_process import Popen
 
 from src.run_folder import STATES
 from tests.faults.campaign import Outcome, run_cases
 from tests.faults.ranks import RANKS, start
 from tests.faults.runs import SECONDS, finish, summary, workshop
 
-STEPS = 30
+STEPS, ATTEMPTS = 30, 5
 
 
-def argv(run: Path) -> list[str]:
+def argv(run: Path, save_minutes: float = 0.005) -> list[str]:
     return flags(
         run, workshop().data, devices=RANKS, n_layer=1, n_embd=16, micro_bsz=1, my_exit_tokens=CTX * RANKS * STEPS,
-        epoch_steps=10, epoch_save=1, save_minutes=0.005, dist_timeout=30,
+        epoch_steps=10, epoch_save=1, save_minutes=save_minutes, dist_timeout=30,
     )  # fmt: skip
 
 
 def case(number: int, chance: random.Random) -> Outcome:
-    whole, run, in_save = _undisturbed(), workshop().new_folder(f"kills-{number}"), number % 3 == 0
-    rank, after = chance.randrange(RANKS), chance.randrange(STEPS - 2)
-    what = f"rank {rank}, {'during a save ' if in_save else ''}after step {after}"
-    numbers = workshop().new_folder(f"numbers-{number}")
-    process = start(argv(run), {"pids": str(numbers)})
-    reached = _wait(lambda: _steps(run) > after, process)
-    if in_save:
-        reached = reached and _wait(lambda: any((run / STATES).glob(".step-*.tmp")), process)
-    if reached:
-        os.kill(int((numbers / str(rank)).read_text()), signal.SIGKILL)
-    ended = finish(process, SECONDS)
-    if not reached:
-        return Outcome("not reached", detail=f"{what}\n{ended.output}")
+    """A run may end before its moment has come: another moment is chosen then, in a run of its own."""
+    whole, in_save = _undisturbed(), number % 3 == 0
+    for attempt in range(ATTEMPTS):
+        run, rank, after = (
+            workshop().new_folder(f"kills-{number}"),
+            chance.randrange(RANKS),
+            chance.randrange(STEPS - 2),
+        )
+        what = f"rank {rank}, {'during a save ' if in_save else ''}after step {after}, attempt {attempt}"
+        process = start(argv(run, *[1e-6] * in_save), {"pids": str(workshop().new_folder(f"numbers-{number}"))})
+        is_killed = _kill(run, number, rank, after, in_save, process)
+        ended = finish(process, SECONDS)
+        if is_killed:
+            break
+    else:
+        return Outcome("not reached", (f"{what}: not reached",), ended.output)
     wrong = summary(ended) if ended.code != 0 else _difference(run, whole)
     if not wrong and f"rank {rank} of {RANKS} (" not in ended.output:
         wrong = "nothing was said"
     return Outcome(
         "killed during a save" if in_save else "killed", (f"{what}: {wrong}",) if wrong else (), ended.output
     )
+
+
+def _kill(run: Path, number: int, rank: int, after: int, in_save: bool, process: Popen) -> bool:
+    """Whether the rank was killed at that moment, before the run had ended."""
+    reached = _wait(lambda: _steps(run) > after, process)
+    if in_save:
+        reached = reached and _wait(lambda: any((run / STATES).glob(".step-*.tmp")), process)
+    if reached:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int((workshop().folder / f"numbers-{number}" / str(rank)).read_text()), signal.SIGKILL)
+            return True
+    return False
 
 
 def _wait(condition, process) -> bool:

@@ -39,6 +39,7 @@ def record_failure(
         "exit_code": code,
         "step": step,
         "can_restart": can_restart,
+        "is_os_error": isinstance(error, OSError),
     }
     # whole or not there: the agent would fail on half a file of a process that is killed
     try:
@@ -50,7 +51,8 @@ def record_failure(
 
 @dataclass(frozen=True)
 class Cause:
-    """The failure that the others follow from. `step`: the furthest that a rank reports, -1 if none does."""
+    """The failure that the others follow from. `step`: the furthest that a rank reports, -1 if none does.
+    `resume_point`: where the run continued if it were started now."""
 
     rank: int
     exit_code: int
@@ -58,6 +60,8 @@ class Cause:
     traceback: str = ""
     step: int = -1
     can_restart: bool = True
+    is_os_error: bool = False
+    resume_point: str = ""
 
 
 def cause_of(failures: Mapping[int, ProcessFailure], reasons: Mapping[int, str]) -> Cause:
@@ -79,7 +83,8 @@ def cause_of(failures: Mapping[int, ProcessFailure], reasons: Mapping[int, str])
     step = max((extra["step"] for extra in extras.values() if extra), default=-1)
     if extra := extras[rank]:
         message = failure.error_file_data["message"]["message"]
-        return Cause(rank, extra["exit_code"], message, extra["py_callstack"], step, extra["can_restart"])
+        shown, can_restart, is_os_error = extra["py_callstack"], extra["can_restart"], extra["is_os_error"]
+        return Cause(rank, extra["exit_code"], message, shown, step, can_restart, is_os_error)
     if failure.exitcode < 0:
         message = f"was killed by signal {-failure.exitcode} ({failure.signal_name()})"
     else:

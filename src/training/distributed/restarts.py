@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from src.terminal import show
 from src.training.console import log_error
@@ -28,6 +29,7 @@ class RestartPolicy:
 
     def restarts_left(self, cause: Cause, world_size: int, left: int) -> int:
         """How many of the restarts that were `left` are now; 0 ends the run. The user is told about the failure."""
+        cause = replace(cause, resume_point=self.where_it_continues(-1))
         before, self.last = self.last, cause
         if self.is_elastic and cause.exit_code in STOPS and not self.stop_signal:
             log_error("a machine joins or leaves: all processes start again")
@@ -51,8 +53,13 @@ class RestartPolicy:
 
 
 def is_repeated(cause: Cause, before: Cause | None) -> bool:
-    """Whether the same rank has failed with the same error in the same step as the time before."""
-    return before is not None and (before.rank, before.message, before.step) == (cause.rank, cause.message, cause.step)
+    """Whether ranks have failed in the same way as the time before: the same rank with the same error in the same step.
+    Or by the same error of the file system, where no state was saved since: a full disk stays full."""
+    if before is None:
+        return False
+    if cause.is_os_error and before.is_os_error and cause.resume_point == before.resume_point:
+        return _without_numbers(cause.message) == _without_numbers(before.message)
+    return (before.rank, before.message, before.step) == (cause.rank, cause.message, cause.step)
 
 
 def may_restart(cause: Cause, before: Cause | None) -> bool:
@@ -73,3 +80,8 @@ def describe(cause: Cause, before: Cause | None, rank: str, left: int, max_resta
     if is_repeated(cause, before):
         return f"{what}; the same error again in step {cause.step + 1}, so the processes are not started again"
     return f"{what}; the same command continues the run" if may_restart(cause, before) else what
+
+
+def _without_numbers(message: str) -> str:
+    """Steps and numbers of processes differ, in the names of files too."""
+    return re.sub(r"\d+", "", message)
