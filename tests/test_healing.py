@@ -99,12 +99,16 @@ def test_a_rank_that_stands_still_is_replaced(start, whole, tmp_path, rank, faul
 
 
 @pytest.mark.slow
-def test_ranks_end_when_their_agent_is_killed(start, tmp_path):
+def test_ranks_end_when_their_agent_is_killed(start, tmp_path, monkeypatch):
     note = tmp_path / "note"
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     process = start(
         tmp_path / "run", planned(tmp_path, 1, "step", "pause"), my_exit_tokens=CTX * RANKS * 100_000, save_minutes=30
     )
     wait_for(lambda: note.exists() and note.read_text())
+    assert list(temporary.glob("train-ranks-*"))
     process.kill()
     os.kill(int(note.read_text()), signal.SIGCONT)
     begin = time.monotonic()
@@ -112,5 +116,6 @@ def test_ranks_end_when_their_agent_is_killed(start, tmp_path):
     assert time.monotonic() - begin < 75
     assert "stops: the process that started it has ended" in output
     assert "the state is saved" in output
+    assert not list(temporary.iterdir())
     with pytest.raises(ProcessLookupError):
         os.kill(int(note.read_text()), 0)
