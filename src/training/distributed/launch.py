@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -124,7 +123,8 @@ class Agent(LocalElasticAgent):
         pids = super()._start_workers(worker_group)
         os.environ[RESTARTED] = "1"  # for those that are started from now on
         assert self._pcontext is not None
-        self._pcontext.close = partial(self._pcontext.close, timeout=GRACE_SECONDS)  # type: ignore[method-assign]
+        close = self._pcontext.close
+        setattr(self._pcontext, "close", lambda death_sig=None, timeout=GRACE_SECONDS: close(death_sig, timeout))  # noqa: B010
         return pids
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
@@ -143,8 +143,7 @@ class Agent(LocalElasticAgent):
 
     def _end_stopped_ranks(self) -> None:
         """Kill ranks that are stopped. Rounds are counted: the clock goes on while the agent itself is stopped."""
-        assert self._pcontext is not None
-        for pid in self._pcontext.pids().values():
+        for pid in (self._pcontext.pids() if self._pcontext else {}).values():
             try:
                 is_stopped = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
             except OSError:  # it has ended, or there is no /proc

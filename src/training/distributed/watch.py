@@ -44,7 +44,7 @@ def watch_steps(current_step: Callable[[], int], dist_timeout: float) -> None:
         if current_step() != step:
             ended, step = ended + 1, current_step()
             longest = max(longest, now - begin if ended > 2 else 0)  # the first includes the start
-            begin, is_told = now, is_told and ended < 2  # a slow start is told once
+            begin, is_told = now, is_told and ended <= 2  # a slow start is told once
         elif not is_told and now - begin >= max(STANDSTILL_SECONDS, 5 * longest):
             is_told = True
             log(
