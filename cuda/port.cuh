@@ -324,7 +324,7 @@ DEVICE void require(bool holds, const char* message) {
 #endif
 }
 
-// The end of a kernel that was compiled for a target that lacks what it needs: no launch should come here.
+// The end of a kernel that was compiled for a target that lacks what it needs, or whose shared memory lies wrong: no launch should come here.
 DEVICE void wrong_target() {
 #if PORT_DEVICE && !defined(__HIPCC__) && defined(__CUDA_ARCH__)
   __trap();
@@ -606,6 +606,12 @@ DEVICE void sync_group(int number, int threads) { asm volatile("bar.sync %0, %1;
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 DEVICE uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+// Tiles are laid out from the beginning of shared memory, by its address: it must be a multiple of 1024, as SHARED_MEMORY asks for.
+DEVICE void check_tiles(const void* shared) {
+  int address = int(shared_address(shared));
+  opaque(address);  // the compiler believes what SHARED_MEMORY says
+  if (address % 1024) wrong_target();
+}
 DEVICE void mbarrier_init(uint64_t* at, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(at)), "r"(count) : "memory");
 }
@@ -673,6 +679,7 @@ inline void group_wait(int line = __builtin_LINE()) {
   host_cuda::group_wait(kLeft, line);
 }
 inline void sync_group(int number, int threads, int line = __builtin_LINE()) { host_cuda::group_barrier(number, threads, line); }
+inline void check_tiles(const void* shared) { host_cuda::check_aligned(shared, 1024, "lays out tiles"); }
 inline void fence_async_proxy() { host_cuda::fence_async_proxy(); }
 inline void mbarrier_init(uint64_t* at, int count) { host_cuda::mbarrier_init(at, count); }
 inline void mbarrier_arrive(uint64_t* at) { host_cuda::mbarrier_arrive(at, 0); }

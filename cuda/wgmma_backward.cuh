@@ -318,6 +318,7 @@ __global__ void __launch_bounds__(kPart ? kPartBackwardThreads : kBackwardThread
   using At = Stage<true>;
   using Memory = BackwardMemory;
   SHARED_MEMORY(memory);
+  check_tiles(memory);
   const Part at(p.cu_seqlens, p.tokens_each, p.heads, p.parts, p.part_tokens, p.all);
   const Place place;
   const int chunks = (at.end - at.begin + kTokens - 1) / kTokens;

@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(kForwardThreads, 2) wkv7_wgmma_forward(const _
   using At = Stage<false>;
   using Memory = ForwardMemory;
   SHARED_MEMORY(memory);
+  check_tiles(memory);
   const Part at(p.cu_seqlens, p.tokens_each, p.heads, p.parts, p.part_tokens, p.all);
   const Place place;
   const int chunks = (at.end - at.begin + kTokens - 1) / kTokens;
