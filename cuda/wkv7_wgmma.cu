@@ -4,14 +4,21 @@
 //   a' = a P_{t-1},  r' = r P_t,  b' = b / P_t,  k' = k / P_t                       rows t of 32 x 64 matrices
 //   A_ab = a' b'^T   A_ak = a' k'^T (strictly lower triangles)   A_rb = r' b'^T   A_rk = r' k'^T (lower)   T = (I - A_ab)^-1
 //   X^T = S a'^T + V^T A_ak^T     U^T = X^T T^T     Y^T = S r'^T + U^T A_rb^T + V^T A_rk^T     S <- (S + U^T b' + V^T k') diag(P_32)
-// so that every product has the 64 value rows of the state, or two stacked chunks of 32 tokens, as the M = 64 of wgmma.
+// so that every product has the 64 value rows of the state, or two stacked chunks of 32 tokens, as the M = 64 of wgmma. Backward, from D = dS at the chunk's
+// end, with E = D diag(P_32):
+//   dU^T = E b'^T + dY^T A_rb     Z^T = dU^T T     dV^T = E k'^T + dY^T A_rk + Z^T A_ak     D at the chunk's start = E + Z^T a' + dY^T r'
+//   [da'; dr']^T = S^T [Z; dY]^T + [b'; k']^T M^T    [db'; dk']^T = E^T [U; V]^T + [a'; r']^T M     M = [Z; dY] [U; V]^T, its triangles as in A_ab .. A_rk
+//   dlog(decay_t) = colsum(E * S) + sum over all s of (b' (U E) + k' (V E))_s - (a' da')_t + sum over s >= t of (a' da' + r' dr' - b' db' - k' dk')_s
 //
 // A block is one head of one document, walked chunk by chunk. Its warpgroups, two chunks of shared memory and the mbarriers between them:
 //   prepare   waits for TMA (`arrived`); everything that doesn't depend on the state, ending with T                           -> `ready`
-//   state     (forward) waits for `ready`; X, U, Y and S, which stays in its registers; fetches the chunk after the next into the chunk's place
+//   state     (forward) X, U, Y and S, which stays in its registers
+//   recur     (backward) U, dU, Z, dV and D, which stays in its registers                                                     -> `handed`
+//   collect   (backward, a chunk behind) M and the other gradients
+// The last of them fetches the chunk after the next into the place of the one that it is through with.
 // bf16 holds 8 bits, so what is used where errors would add up is split into a high and a low bf16 part ("pair"): b', k', T, A, X, U,
 // dU, Z and the triangles of Z U^T and so on. S and E are single operands, and U where it is added to S. Measured effect: tests/test_cuda_wkv7.py.
-// Forward keeps for backward that operand: S at the start of each chunk, rounded, in the order of registers (256 bytes per token and head).
+// Forward keeps for backward S at the start of each chunk, as the operand that it was there (256 bytes per token and head).
 //
 // A document that is cut into parts (Cut): with H the state that a part makes of zero and G = prod_t (diag(decay_t) + a_t b_t^T) its transition, S at the
 // next part's start is S G + H; both are a forward pass without outputs, G from the identity and v = 0. Then all parts run like documents. Backward, with
@@ -58,7 +65,8 @@ __global__ void __launch_bounds__(kForwardThreads, 2) wkv7_wgmma_forward(const _
     mbarrier_expect(barrier, kForwardFetched);
     load_rows(stage + At::w, p.w, at.head, token, barrier), load_rows(stage + At::a, p.a, at.head, token, barrier);
     load_rows(stage + At::b, p.b, at.head, token, barrier), load_rows(stage + At::k, p.k, at.head, token, barrier);
-    load_rows(stage + At::r, p.r, at.head, token, barrier), load_rows(stage + At::v, p.v, at.head, kPart && at.is_transition ? p.all * p.part_tokens : token, barrier);  // beyond all tokens there are zeros
+    load_rows(stage + At::r, p.r, at.head, token, barrier);
+    load_rows(stage + At::v, p.v, at.head, kPart && at.is_transition ? p.all * p.part_tokens : token, barrier);  // there are zeros beyond all tokens
   };
   if (threadIdx.x == 0) {
     for (int i = 0; i < 4; i++) mbarrier_init(arrived + i, 1);
