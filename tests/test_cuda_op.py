@@ -371,14 +371,23 @@ def test_a_missing_or_wrong_nvcc_comes_with_what_to_install(tmp_path, monkeypatc
 
 
 def test_the_choice_follows_the_device_of_the_tensors(monkeypatch):
-    """The first GPU has no tensor cores for bf16, the second has; which one is current doesn't matter."""
+    """The first GPU has no tensor cores for bf16, the others have, and the second has warpgroups too; which one is
+    current doesn't matter."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: [(7, 5), (9, 0)][index or 0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: [(7, 5), (9, 0), (8, 9)][index or 0])
     monkeypatch.setattr(recurrence.build, "load_native", lambda register: None)
     monkeypatch.setattr(recurrence.build, "why_no_cuda", lambda: None)
-    choices = [recurrence._choose("cuda", index, torch.bfloat16, 64, "auto") for index in (None, 0, 1)]
-    assert choices == ["recurrent", "recurrent", "chunked"]
-    assert "tensor cores" in recurrence.describe_kernel("cuda:1", torch.bfloat16, 64, "auto")
+
+    def choices(kernel, *indices):
+        return [recurrence._choose("cuda", index, torch.bfloat16, 64, kernel) for index in indices]
+
+    assert choices("auto", None, 0, 1, 2) == ["recurrent", "recurrent", "wgmma", "chunked"]
+    assert choices("chunked", 1, 2) == ["wgmma", "chunked"]
+    assert choices("recurrent", 1, 2) == ["recurrent", "recurrent"]
+    assert "tensor cores by warpgroups" in recurrence.describe_kernel("cuda:1", torch.bfloat16, 64, "auto")
+    assert recurrence.describe_kernel("cuda:2", torch.bfloat16, 64, "auto").endswith("tensor cores")
+    monkeypatch.setenv("RWKV7_WGMMA", "0")
+    assert choices("auto", 1) == ["chunked"]
     error = build_error(lambda: recurrence.describe_kernel("cuda", torch.bfloat16, 64, "chunked"))
     assert (error.kernel, error.problem.count("7.5")) == ("chunked", 1)
     assert str(error).count("--kernel") == 1
