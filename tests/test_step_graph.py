@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 from src.config import RunConfig
 from src.errors import UserError
 from src.training import module
-from src.training.hardware.selection import Hardware
-from src.training.hardware.step_graph import WARM_UP_STEPS, StepGraph, captures_steps
+from src.training.hardware.selection import Hardware, captures_steps
+from src.training.hardware.step_graph import WARM_UP_STEPS, StepGraph
 from src.training.optim import MasterAdamW
 
 tokens = _tokens

@@ -14,8 +14,8 @@ from src.model import RWKV7
 from src.training.distributed.context_parallel import ContextParallel
 from src.training.distributed.engine_adamw import EngineAdamW
 from src.training.distributed.sharded_init import NamedTensors, partition
-from src.training.hardware.selection import Hardware, engine_settings
-from src.training.hardware.step_graph import StepGraph, captures_steps
+from src.training.hardware.selection import Hardware, captures_steps, engine_settings
+from src.training.hardware.step_graph import StepGraph
 from src.training.objectives import OBJECTIVES, Objective
 from src.training.objectives.segments import Segments
 from src.training.optim import MasterAdamW, adam_arguments, parameter_groups

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from src.adapt.config import adapter_of
-from src.config import ENDPOINT, RunConfig, kind_of_training, refusal
+from src.config import ENDPOINT, PLAIN_KERNELS, RunConfig, kind_of_training, refusal
 from src.dataset.workers import usable_cores
 from src.errors import UserError
 from src.ops.devices import default_precision, device_name, find_device
@@ -111,9 +111,40 @@ def choose_hardware(config: RunConfig) -> Hardware:
     for base in (precision, config.quant):
         if row := refusal(kind_of_training(config), base, shared):
             raise row.error(getattr(config, row.flag))
-    return Hardware(
+    hardware = Hardware(
         accelerator, devices, num_nodes, precision, strategy, stage, offload, tuple(notes), config.context_parallel
     )
+    captures_steps(config, hardware)  # raises where --cuda_graph can't have what it asks for
+    return hardware
+
+
+def captures_steps(config: RunConfig, hardware: Hardware) -> bool:
+    """Whether this run's steps are captured. Raises UserError where --cuda_graph on asks for what can't be."""
+    reason = _why_not(config, hardware)
+    if config.cuda_graph == "on" and reason:
+        raise UserError(
+            reason, flag="cuda_graph", given="on", advice="use auto, which captures the steps of runs that allow it"
+        )
+    return config.cuda_graph != "off" and not reason
+
+
+def _why_not(config: RunConfig, hardware: Hardware) -> str:
+    """What keeps the steps of a run from being captured; '' where nothing does."""
+    for hinders, reason in (
+        (hardware.device_type != "cuda", "only an NVIDIA GPU has CUDA graphs"),
+        (torch.version.hip is not None, "not tried on AMD's GPUs"),
+        (hardware.strategy != "plain", "several processes exchange gradients within a step"),
+        (config.accumulate_grad_batches > 1, "a step of several micro batches isn't captured"),
+        (config.data_type == "sft" or config.document_states, "the number of documents changes from step to step"),
+        (bool(config.chunk_ctx), "a sample in pieces is several passes"),
+        (bool(config.lora_dropout), "dropout is seeded before each step"),
+        (bool(config.encoder), "the number of pictures or sounds changes from step to step"),
+        (config.kernel in PLAIN_KERNELS, f"--kernel {config.kernel} waits for the device"),
+        (hardware.precision == "fp16", "the loss scale of fp16 changes the loss from step to step"),
+    ):
+        if hinders:
+            return reason
+    return ""
 
 
 def _choose_accelerator(config: RunConfig) -> str:
