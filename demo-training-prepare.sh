@@ -2,7 +2,8 @@
 # What a run needs before it starts: Python environment, data, initial weights. Existing files are kept.
 #
 #   sh demo-training-prepare.sh                      for the demo: no download besides Python packages
-#   sh demo-training-prepare.sh minipile | mini | cluster    for another setting (described in demo-training-run.sh)
+#   sh demo-training-prepare.sh digits | tones | minipile | mini | cluster
+#                                                    for another setting (described in demo-training-run.sh)
 #   sh demo-training-prepare.sh environment [FILE ...]   the environment alone, with the packages that the
 #                                                    files list, too; prints the Python to use
 #
@@ -22,6 +23,13 @@ case ${1:-} in
 esac
 case $SETTING in
 demo) DATA_FILE=${DATA_FILE:-data/demo} ;;          # the sources of Python's standard library
+digits | tones) # pictures of handwritten digits, or sounds of chords, and questions about them
+    DATA_FILE=${DATA_FILE:-data/$SETTING/train.jsonl}
+    if [ "$SETTING" = digits ]; then # the scans are in a package
+        printf '%s\n' 'scikit-learn>=1.3' 'pillow>=10' >data/digits-packages.txt
+        REQUIREMENTS="$REQUIREMENTS data/digits-packages.txt"
+    fi
+    ;;
 minipile) DATA_FILE=${DATA_FILE:-data/minipile} ;;  # 1.5 G tokens of the Pile
 mini) # MiniMind's pretrain_t2t or its small pretrain_t2t_mini; earlier versions of the set had pretrain_hq instead
     for name in pretrain_hq pretrain_t2t pretrain_t2t_mini; do
@@ -36,7 +44,7 @@ environment)
     say "$python"
     exit
     ;;
-*) fail "$SETTING: no such setting; expected demo, minipile, mini or cluster, then flags of train.py (python train.py --help)" ;;
+*) fail "$SETTING: no such setting; expected demo, digits, tones, minipile, mini or cluster, then flags of train.py (python train.py --help)" ;;
 esac
 LOW_RANK=
 model_of "$SETTING"
@@ -57,6 +65,8 @@ fi
 
 if [ "$DATA_FILE" = data/demo ]; then
     "$python" data/demo_corpus.py
+elif [ "$DATA_FILE" = "data/$SETTING/train.jsonl" ]; then
+    "$python" data/demo_media.py "$SETTING"
 elif [ "$DATA_FILE" = data/minipile ]; then
     "$python" data/fetch_minipile.py
 elif is_given --plan "$@"; then
@@ -71,6 +81,9 @@ fi
 
 # ---- initial weights ------------------------------------------------------------------------------------------------
 
+case $SETTING in
+digits | tones) PROJ_DIR=${PROJ_DIR:-out/$SETTING} ;;
+esac
 PROJ_DIR=${PROJ_DIR:-out/L$N_LAYER-D$N_EMBD-x070}
 proj_dir_flag "$@"
 # shellcheck disable=SC2086 # several flags
@@ -78,7 +91,11 @@ set -- --proj_dir "$PROJ_DIR" $LOW_RANK --n_layer "$N_LAYER" --n_embd "$N_EMBD" 
     --tokenizer "$TOKENIZER" --data_file "$DATA_FILE" "$@"
 
 # Only into a folder without weights: new initial weights next to those of a run would start another run. Those of a
-# large model are made where it is trained, without being in the memory of one process.
-if [ "$SETTING" != cluster ] && ! ls "$PROJ_DIR"/rwkv-*.pth >/dev/null 2>&1; then
+# large model are made where it is trained, without being in the memory of one process, and those with an encoder, too.
+case $SETTING in
+digits | tones | cluster) draws=0 ;;
+*) draws=1 ;;
+esac
+if [ $draws = 1 ] && ! ls "$PROJ_DIR"/rwkv-*.pth >/dev/null 2>&1; then
     "$python" train.py --train_stage 1 "$@" --check 0 --dry_run 0
 fi

@@ -3,6 +3,9 @@
 #
 #   sh demo-training-run.sh             the demo: a small model on the sources of Python's standard library, ten minutes
 #                                       on two CPU cores
+#   sh demo-training-run.sh digits      pictures of handwritten digits and questions about them, some minutes on two cores:
+#                                       held-out accuracy beside that without the pictures, and a picture of examples
+#   sh demo-training-run.sh tones       the same with sounds of chords
 #   sh demo-training-run.sh minipile    the published run: L12-D768, 1.5 G tokens, for a GPU
 #   sh demo-training-run.sh mini        the 34.2 M model L8-D512 on MiniMind's pretrain_t2t or pretrain_t2t_mini (or a
 #                                       DATA_FILE of your own), for a GPU
@@ -31,6 +34,19 @@ demo)
     # - and not :-, because an empty VAL_DATA_FILE means no held-out data
     VAL_DATA_FILE=${VAL_DATA_FILE-data/demo-heldout} PROMPT=${PROMPT:-def }
     ;;
+digits | tones)
+    M_BSZ=${M_BSZ:-4} CTX_LEN=${CTX_LEN:-256} MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-1500000} MAGIC_PRIME=${MAGIC_PRIME:-0}
+    SINGLE_TOKENS=${SINGLE_TOKENS:-600000}
+    LR_INIT=${LR_INIT:-1e-3} LR_FINAL=${LR_FINAL:-1e-4} WARMUP_STEPS=${WARMUP_STEPS:-20}
+    EPOCH_STEPS=${EPOCH_STEPS:-1000} EPOCH_SAVE=${EPOCH_SAVE:-100}
+    VAL_DATA_FILE=${VAL_DATA_FILE-${DATA_FILE%/*}/heldout.jsonl}
+    case $SETTING in
+    digits) set -- --encoder patches --image_size 16x48 "$@" ;;
+    tones) set -- --encoder logmel "$@" ;;
+    esac
+    set -- --data_type sft --projector linear "$@"
+    stage=0
+    ;;
 minipile) # batch, length, prime and learning rates are those of the published run, so that its losses can be compared
     M_BSZ=${M_BSZ:-16} CTX_LEN=${CTX_LEN:-512} MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-1498226207}
     MAGIC_PRIME=${MAGIC_PRIME:-2926181}
@@ -56,20 +72,52 @@ esac
 TRAIN_MINUTES=${TRAIN_MINUTES:-0} WEIGHT_DECAY=${WEIGHT_DECAY:-0.001} GRAD_CP=${GRAD_CP:-0}
 run_settings
 
-was_complete=0
-if [ -f "$PROJ_DIR/rwkv-final.pth" ]; then was_complete=1; fi
+# is_complete: whether the training in the folder has ended
+is_complete() { [ -f "$PROJ_DIR/rwkv-final.pth" ] || [ -f "$PROJ_DIR/multimodal/multimodal.json" ]; }
 
-"$python" train.py --load_model 0 --train_stage $stage --wandb "$WANDB" \
-    --ctx_len "$CTX_LEN" --micro_bsz "$M_BSZ" --my_exit_tokens "$MY_EXIT_TOKENS" \
-    --train_minutes "$TRAIN_MINUTES" --magic_prime "$MAGIC_PRIME" --lr_init "$LR_INIT" --lr_final "$LR_FINAL" \
-    --warmup_steps "$WARMUP_STEPS" --weight_decay "$WEIGHT_DECAY" \
-    --epoch_steps "$EPOCH_STEPS" --epoch_save "$EPOCH_SAVE" --grad_cp "$GRAD_CP" \
-    --val_data_file "$VAL_DATA_FILE" --val_windows 64 \
-    --devices "$GPU_PER_NODE" --num_nodes "$N_NODE" --strategy "$STRATEGY" "$@"
+was_complete=0
+if is_complete; then was_complete=1; fi
+
+# train FLAGS: with those of the setting, which later ones override
+train() {
+    "$python" train.py --load_model 0 --train_stage $stage --wandb "$WANDB" \
+        --ctx_len "$CTX_LEN" --micro_bsz "$M_BSZ" --my_exit_tokens "$MY_EXIT_TOKENS" \
+        --train_minutes "$TRAIN_MINUTES" --magic_prime "$MAGIC_PRIME" --lr_init "$LR_INIT" --lr_final "$LR_FINAL" \
+        --warmup_steps "$WARMUP_STEPS" --weight_decay "$WEIGHT_DECAY" \
+        --epoch_steps "$EPOCH_STEPS" --epoch_save "$EPOCH_SAVE" --grad_cp "$GRAD_CP" \
+        --val_data_file "$VAL_DATA_FILE" --val_windows 64 \
+        --devices "$GPU_PER_NODE" --num_nodes "$N_NODE" --strategy "$STRATEGY" "$@"
+}
+
+if [ "$SETTING" = digits ] && [ "$DATA_FILE" = data/digits/train.jsonl ]; then
+    single=$PROJ_DIR-single
+    if [ ! -f "$single/multimodal/multimodal.json" ]; then
+        say "First single digits, into $single: what they look like"
+        train "$@" --proj_dir "$single" --data_file data/digits/single.jsonl --val_data_file '' \
+            --my_exit_tokens "$SINGLE_TOKENS" --lr_final "$LR_INIT"
+    fi
+    # not there after --check or --dry_run
+    if [ -d "$single/multimodal" ]; then set -- "$@" --load_model "$single"; fi
+fi
+train "$@"
 
 if [ "$python" = .venv/bin/python ]; then say "To run commands yourself: . .venv/bin/activate"; fi
 # Nothing to show if it was complete before, or if it took no steps (--check).
-if [ $was_complete = 1 ] || [ ! -f "$PROJ_DIR/rwkv-final.pth" ]; then exit; fi
+if [ $was_complete = 1 ] || ! is_complete; then exit; fi
+
+case $SETTING in
+digits | tones)
+    say "" "Answers to held-out questions:"
+    folder=${DATA_FILE%/*} medium="--sound data/tones/files/heldout-0.wav"
+    if [ "$SETTING" = digits ]; then
+        medium="--image data/digits/files/heldout-0.png"
+        "$python" -m src.inference.evaluate "$PROJ_DIR" --answers "$folder/two-digits.jsonl"
+    fi
+    "$python" -m src.inference.evaluate "$PROJ_DIR" --answers "$folder/heldout.jsonl" --examples "$PROJ_DIR/examples.png"
+    say "" "To ask it more: $python API_DEMO_CHAT.py $PROJ_DIR $medium"
+    exit
+    ;;
+esac
 
 if [ -n "$VAL_DATA_FILE" ]; then
     say "

@@ -20,6 +20,9 @@ model_of() {
         N_LAYER=${N_LAYER:-4} N_EMBD=${N_EMBD:-256} VOCAB_SIZE=${VOCAB_SIZE:-6400}
         TOKENIZER=${TOKENIZER:-data/demo_tokenizer}
         ;;
+    digits | tones) # still smaller: it learns to see or to hear within minutes; its words are those of its questions
+        N_LAYER=${N_LAYER:-2} N_EMBD=${N_EMBD:-128} VOCAB_SIZE=${VOCAB_SIZE:-0} TOKENIZER=${TOKENIZER:-data/$1/tokenizer}
+        ;;
     minipile) # of the published run, with the vocabulary of RWKV World
         N_LAYER=${N_LAYER:-12} N_EMBD=${N_EMBD:-768} VOCAB_SIZE=${VOCAB_SIZE:-65536}
         TOKENIZER=${TOKENIZER:-world}

@@ -295,7 +295,7 @@ def test_unknown_setting_is_refused_at_once(scripts):
     done = scripts.prepare("minipil")
     assert done.returncode == 1
     assert done.stderr.startswith("minipil: ")
-    assert "expected demo, minipile, mini or cluster" in done.stderr
+    assert "expected demo, digits, tones, minipile, mini or cluster" in done.stderr
     assert scripts.pip_calls() == []
 
 
