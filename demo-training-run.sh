@@ -107,14 +107,16 @@ if [ $was_complete = 1 ] || ! is_complete; then exit; fi
 
 case $SETTING in
 digits | tones)
-    say "" "Answers to held-out questions:"
+    say "
+Answers to held-out questions:"
     folder=${DATA_FILE%/*} medium="--sound data/tones/files/heldout-0.wav"
     if [ "$SETTING" = digits ]; then
         medium="--image data/digits/files/heldout-0.png"
         "$python" -m src.inference.evaluate "$PROJ_DIR" --answers "$folder/two-digits.jsonl"
     fi
     "$python" -m src.inference.evaluate "$PROJ_DIR" --answers "$folder/heldout.jsonl" --examples "$PROJ_DIR/examples.png"
-    say "" "To ask it more: $python API_DEMO_CHAT.py $PROJ_DIR $medium"
+    say "
+To ask it more: $python API_DEMO_CHAT.py $PROJ_DIR $medium"
     exit
     ;;
 esac
