@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from src.dataset.answer_format import render_prompt, stop_strings
 from src.dataset.chat_template import Message
 from src.dataset.conversation_files import check_conversation_file, read_conversation_pieces
@@ -170,7 +172,8 @@ def draw_examples(questions: list[Question], answers: list[str], model: RWKV7, p
         if isinstance(medium, Picture):
             axes.imshow(medium.pixels, interpolation="nearest")
         else:
-            axes.specgram(medium.samples, NFFT=256, Fs=medium.rate)
+            with np.errstate(divide="ignore"):  # silence has no logarithm
+                axes.specgram(medium.samples, NFFT=256, Fs=medium.rate)
         axes.set_title("\n".join(by_file[file]), fontsize=8, loc="left")
         axes.set_axis_off()
     figure.savefig(path, dpi=120)
