@@ -22,7 +22,7 @@ struct BackwardMemory {  // of a block, in bytes
   static constexpr int carry = diagonal + Scratch::kDiagonalBytes, decay = carry + Scratch::kCarryBytes, barriers = decay + 2 * N * 4;
   static constexpr int bytes = barriers + 6 * 8;
 };
-constexpr int kBackwardThreads = 3 * kGroupThreads, kPartBackwardThreads = 2 * kGroupThreads, kBackwardFetched = 7 * kTile;
+constexpr int kBackwardThreads = 3 * kGroupThreads, kPartBackwardThreads = 2 * kGroupThreads;
 
 #if PORT_WARPGROUPS
 
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kPart ? kPartBackwardThreads : kBackwardThread
     unsigned char* const stage = memory + turn % 2 * At::bytes;
     uint64_t* const barrier = arrived + turn % 2;
     const int token = at.begin + (chunks - 1 - turn) * kTokens;
-    mbarrier_expect(barrier, kBackwardFetched);
+    mbarrier_expect(barrier, 7 * kTile);
     load_rows(stage + At::w, p.w, at.head, token, barrier), load_rows(stage + At::a, p.a, at.head, token, barrier);
     load_rows(stage + At::b, p.b, at.head, token, barrier), load_rows(stage + At::k, p.k, at.head, token, barrier);
     load_rows(stage + At::r, p.r, at.head, token, barrier), load_rows(stage + At::v, p.v, at.head, token, barrier);

@@ -45,7 +45,7 @@ struct ForwardMemory {  // of a block, in bytes
   static constexpr int t_transposed = 2 * At::bytes, y = t_transposed + kTile, diagonal = y + kTile, carry = diagonal + Scratch::kDiagonalBytes;
   static constexpr int decay = carry + Scratch::kCarryBytes, barriers = decay + 2 * N * 4, bytes = barriers + 4 * 8;
 };
-constexpr int kForwardThreads = 2 * kGroupThreads, kForwardFetched = 6 * kTile;
+constexpr int kForwardThreads = 2 * kGroupThreads;
 
 template <bool kPart>
 __global__ void __launch_bounds__(kForwardThreads, 2) wkv7_wgmma_forward(const __grid_constant__ Forward p) {
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kForwardThreads, 2) wkv7_wgmma_forward(const _
     unsigned char* const stage = memory + chunk % 2 * At::bytes;
     uint64_t* const barrier = arrived + chunk % 2;
     const int token = at.begin + chunk * kTokens;
-    mbarrier_expect(barrier, kForwardFetched);
+    mbarrier_expect(barrier, 6 * kTile);
     load_rows(stage + At::w, p.w, at.head, token, barrier), load_rows(stage + At::a, p.a, at.head, token, barrier);
     load_rows(stage + At::b, p.b, at.head, token, barrier), load_rows(stage + At::k, p.k, at.head, token, barrier);
     load_rows(stage + At::r, p.r, at.head, token, barrier);
