@@ -14,10 +14,14 @@ from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
 from src.dataset.chat_template import RWKV_TEMPLATE, ChatTemplate
 from src.dataset.tokenizer import load_tokenizer
 from src.errors import UserError
-from src.inference.evaluate import encode_texts, heldout_loss, last_words, main, read_texts, text_bytes, windows
+from src.inference.evaluate import main
+from src.inference.evaluation_data import encode_texts, read_texts, text_bytes
 from src.inference.generation import generate
 from src.inference.harness import HarnessMethods, harness_model
+from src.inference.heldout_loss import heldout_loss
+from src.inference.last_words import last_words
 from src.inference.scoring import score_continuations
+from src.inference.windows import windows
 
 
 @pytest.fixture(scope="module")

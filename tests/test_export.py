@@ -13,12 +13,13 @@ from chat_models import make_tokenizer
 from random_model import random_model
 
 from src.errors import UserError
-from src.inference.evaluate import encode_texts, heldout_loss, read_texts
+from src.inference.evaluation_data import encode_texts, read_texts
 from src.inference.export import ALL_FORMATS, main
 from src.inference.formats.convert import FORMATS, convert_model
 from src.inference.formats.fla import fla_name, from_fla, rwkv_name, to_fla
 from src.inference.formats.format import VerificationError
 from src.inference.formats.parity import compare, logits_by_block
+from src.inference.heldout_loss import heldout_loss
 from src.inference.load import find_tokenizer, find_weights, load_model, load_weights
 from src.model.weights import IDLE_IN_LAYER_0, fit_weights, read_weights
 

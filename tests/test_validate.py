@@ -18,7 +18,7 @@ from training_runs import CTX, ROOT, VOCAB, flags, losses, train, train_until, w
 from src.cli import parse
 from src.config import RunConfig
 from src.dataset.binidx import BinIdxWriter, MMapIndexedDataset
-from src.inference.evaluate import heldout_loss
+from src.inference.heldout_loss import heldout_loss
 from src.model import RWKV7
 from src.run_log import read_columns, read_curves
 from src.training import control, validation

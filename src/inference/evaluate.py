@@ -12,134 +12,35 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from src.dataset.binidx import MMapIndexedDataset, with_ending
-from src.dataset.corpus.documents import EMPTY_LINE, EMPTY_TEXT, read_documents
-from src.dataset.corpus.text_input import JSON_LINES, Piece, read_pieces
+from src.dataset.corpus.text_input import JSON_LINES
 from src.dataset.needle import NeedleMaker
 from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.inference.adaptation import NOTHING, Adaptation, model_name
 from src.inference.answers import answers_report
 from src.inference.arguments import adaptation_from, add_model_arguments, picture_from
-from src.inference.last_words import MAX_EXPONENT, last_words
+from src.inference.evaluation_data import is_binidx, read_texts, read_tokens, text_bytes
+from src.inference.heldout_loss import heldout_loss
+from src.inference.last_words import last_words
 from src.inference.load import UnknownTokenizerError, find_model, find_tokenizer, load_model
 from src.inference.needle import find_needles, needle_table
 from src.inference.position_loss import PositionLoss, loss_by_position, position_table, write_by_position
-from src.inference.scoring import LOGIT_ROWS
-from src.inference.windows import Tokens, stack_windows, windows
+from src.inference.windows import windows
 from src.model import RWKV7
 from src.terminal import prepare_output, show
 
 BY_POSITION = "by_position.png"
-
-
-@dataclass(frozen=True)
-class HeldOutLoss:
-    """`loss`: mean cross entropy in nats over `tokens` predicted tokens."""
-
-    loss: float
-    tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < MAX_EXPONENT else math.inf
-
-    def bits_per_byte(self, n_bytes: int) -> float:
-        """loss * tokens / (ln 2 * n_bytes), where the predicted text has `n_bytes`: comparable between tokenizers."""
-        return self.loss * self.tokens / (math.log(2) * n_bytes) if n_bytes else math.nan
-
-
-def heldout_loss(
-    model: RWKV7,
-    data: MMapIndexedDataset | Tokens,
-    ctx_len: int,
-    max_windows: int | None = None,
-    micro_bsz: int = 8,
-) -> HeldOutLoss:
-    """Mean cross entropy over independent windows of `data` (binidx, or a flat array of ids), without gradients.
-
-    The windows depend on the length of `data` only, and each starts from the model's initial state, as in training.
-    Raises UserError for ids outside the model's vocabulary.
-    """
-    tokens = data.tokens if isinstance(data, MMapIndexedDataset) else data
-    selected = list(windows(len(tokens), ctx_len, max_windows))
-    total, count = 0.0, 0
-    for first in range(0, len(selected), micro_bsz):
-        batch = stack_windows(tokens, selected[first : first + micro_bsz], model.config.vocab_size)
-        total += _summed_loss(model, batch)
-        count += batch.shape[0] * (batch.shape[1] - 1)
-    return HeldOutLoss(total / count, count)
-
-
-@torch.no_grad()
-def _summed_loss(model: RWKV7, batch: Tensor) -> float:
-    """Summed cross entropy of batch[:, 1:], each token given those before it in its row; batch int64 [B, T+1]."""
-    batch = batch.to(model.emb.weight.device)
-    hidden, _ = model.hidden(batch[:, :-1])
-    # Chunks of rows bound the memory of the logits; the sum over them is taken in float64.
-    rows, targets = hidden.flatten(0, 1).split(LOGIT_ROWS), batch[:, 1:].flatten().split(LOGIT_ROWS)
-    parts = [F.cross_entropy(model.head(x).float(), y, reduction="sum") for x, y in zip(rows, targets, strict=True)]
-    return float(torch.stack(parts).cpu().double().sum())  # mps has no float64
-
-
-def read_texts(path: Path, flag: str) -> Iterator[str]:
-    """The documents of a file, empty ones left out: the "text" of each line of a .jsonl (.gz, .zst), or the whole file.
-
-    Raises UserError with `flag` when the file can't be read, and with the line when one isn't valid.
-    """
-    name = str(path)
-    try:
-        # Read by the functions that prepare training data, so that equal files give equal tokens.
-        is_json_lines = name.lower().endswith(JSON_LINES)
-        for piece in read_pieces([name], "text") if is_json_lines else [Piece(name, 1, 0, [path.read_bytes()], 0)]:
-            for _, text in read_documents(piece, "text"):
-                if isinstance(text, str):
-                    yield text
-                elif text.reason not in (EMPTY_LINE, EMPTY_TEXT):
-                    raise UserError(f"{text.reason}: {text.excerpt}", flag=flag, given=text.location)
-    except OSError as error:
-        raise UserError(
-            f"can't be read ({error.strerror})", flag=flag, given=path, advice="check its permissions"
-        ) from error
-
-
-def encode_texts(texts: Iterable[str], tokenizer: Tokenizer) -> Tokens:
-    """The ids of all texts, int64, each text followed by 0, as the end of a document is marked in training data."""
-    return np.fromiter((token for text in texts for token in (*tokenizer.encode_as_text(text), 0)), np.int64)
-
-
-def is_binidx(path: Path) -> bool:
-    """Whether `--data` names token ids: any existing X.bin makes X binidx. Raises UserError when there is no file."""
-    binidx = path.suffix in (".bin", ".idx") or with_ending(path, ".bin").is_file()
-    if not binidx and not path.is_file():
-        expected = "binidx data (X, X.bin), a text file or a .jsonl of texts"
-        raise UserError("no such file", flag="data", given=path, expected=expected)
-    return binidx
-
-
-def read_tokens(path: Path, tokenizer: Tokenizer | None) -> Tokens:
-    """The ids in binidx data, or those of a file of texts by `tokenizer`: of a .jsonl or of a single document.
-
-    Raises UserError, about --data, when the file can't be read, or holds texts and there is no tokenizer.
-    """
-    if is_binidx(path):
-        # Mapped, not read: only the selected windows are.
-        dataset = MMapIndexedDataset(path)
-        for warning in dataset.warnings:
-            show(f"WARNING: {warning}", file=sys.stderr)
-        return dataset.tokens
-    if tokenizer is None:
-        raise UserError("a file of texts", flag="data", given=path, advice="name the model's --tokenizer, too")
-    return encode_texts(read_texts(path, "data"), tokenizer)
+# the flags of each measure beside those of the model
+FLAGS = {
+    "by_position": ("data", "ctx_len", "max_windows", "micro_bsz", "compare", "picture"),
+    "needle": ("data", "needle_texts"),
+    "answers": ("media_folder", "examples", "max_windows"),
+    "last_word": (),
+    "data": ("ctx_len", "max_windows", "micro_bsz"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,29 +85,32 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("ctx_len", "max_windows", "micro_bsz", "needle_texts"):
             if getattr(options, name) is not None and getattr(options, name) < 1:
                 raise UserError(flag=name, given=getattr(options, name), expected="at least 1")
-        show(_report_of(options)(options))
+        measure = _measure_of(options, parser)
+        show(REPORTS[measure](options))
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     return 0
 
 
-def _report_of(options: argparse.Namespace) -> Callable[[argparse.Namespace], str]:
-    """The measure that is asked for. Raises UserError for flags that would be ignored."""
+def _measure_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """The measure that is asked for, one of FLAGS. Raises UserError for flags that it would ignore."""
     if options.by_position and options.needle:
         raise UserError("cannot be combined with --by_position", flag="needle", given=options.needle)
     for name, given in (("by_position", options.by_position), ("needle", options.needle)):
         if given and not options.data:
             raise UserError("needs --data", flag=name, advice="leave --last_word and --answers out")
-    if options.compare and not options.by_position:
-        raise UserError("needs --by_position", flag="compare", given=options.compare[0])
-    for name in ("media_folder", "examples"):
-        if getattr(options, name) and not options.answers:
-            raise UserError("needs --answers", flag=name, given=getattr(options, name), advice="leave it out")
-    if options.answers:
-        return _answers_report
-    if options.last_word:
-        return _last_word_report
-    return _by_position_report if options.by_position else _needle_report if options.needle else _loss_report
+    measure = next((name for name in FLAGS if getattr(options, name)), "data")
+    for name in dict.fromkeys(name for flags in FLAGS.values() for name in flags):
+        given = getattr(options, name)
+        if name not in (measure, *FLAGS[measure]) and given != parser.get_default(name):
+            users = [f"--{other}" for other, flags in FLAGS.items() if name in flags]
+            raise UserError(
+                f"isn't used by --{measure}, but by {' and '.join(users)}",
+                flag=name,
+                given=given[0] if isinstance(given, list) else given,
+                advice="leave it out",
+            )
+    return measure
 
 
 def _open(name: str, options: argparse.Namespace, given: Adaptation) -> tuple[str, RWKV7, Tokenizer | None]:
@@ -293,12 +197,13 @@ def _answers_report(options: argparse.Namespace) -> str:
     return answers_report(options, model, tokenizer)
 
 
-def text_bytes(ids: Tokens, tokenizer: Tokenizer) -> int:
-    """The length in bytes of the text that `ids` decode to."""
-    # 0 ends a document and has no bytes. Where the vocabulary uses it for text as well, the two can't be distinguished.
-    text = ids if tokenizer.text_of_0 else ids[ids != 0]
-    return len(tokenizer.decode_bytes(text.tolist()))
-
+REPORTS: dict[str, Callable[[argparse.Namespace], str]] = {
+    "by_position": _by_position_report,
+    "needle": _needle_report,
+    "answers": _answers_report,
+    "last_word": _last_word_report,
+    "data": _loss_report,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

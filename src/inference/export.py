@@ -27,12 +27,13 @@ from src.dataset.tokenizer import Tokenizer
 from src.errors import UserError
 from src.inference.adaptation import Adaptation, model_name
 from src.inference.arguments import MODEL_HELP, adaptation_from, add_adapter_arguments
-from src.inference.evaluate import read_tokens, stack_windows, windows
+from src.inference.evaluation_data import read_tokens
 from src.inference.formats import multimodal
 from src.inference.formats.adapters import ADAPTER_FORMATS, AdapterFormat, convert_adapter
 from src.inference.formats.convert import FORMATS, check_states, convert_model, unmerged_model
 from src.inference.formats.format import Format
 from src.inference.load import DTYPES, find_model, find_tokenizer, load_model, load_weights
+from src.inference.windows import stack_windows, windows
 from src.model import RWKV7
 from src.model.weights import config_from_weights, split_states
 from src.run_folder import RUN
