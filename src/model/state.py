@@ -59,6 +59,11 @@ class State:
         """All tensors, layer by layer, in the order of `LayerState`."""
         return [tensor for layer in self.layers for tensor in layer]
 
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> State:
+        """The state whose `tensors()` these are."""
+        return cls([LayerState(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)])
+
     def last(self) -> State:
         """The state of the last sequence or document: tensors [1, ...]."""
         return State([LayerState(*(t[-1:].clone() for t in layer)) for layer in self.layers])

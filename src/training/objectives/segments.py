@@ -42,8 +42,8 @@ ALL = -1
 class Segments:
     """How samples are cut: in pieces of `chunk_ctx` positions of their `ctx_len` (0: not at all).
 
-    `bptt`: so many pieces at a sample's end are connected by gradients, with bptt - 1 borders between them; ALL of
-    them, or with 1 none: each piece then has the gradient of its own loss only.
+    `bptt`: gradients cross the bptt - 1 borders between so many pieces at a sample's end, ALL: every border. A piece
+    before them, or with bptt 1 every piece, has the gradient of its own loss only.
 
     With `context`, each of several processes computes its part of every piece.
     """
@@ -118,7 +118,7 @@ class _Run:
         self.bptt, self.context = segments.bptt, segments.context
         self.pieces = segments.split(batch)
         self.counted = (batch[1] >= 0).sum().clamp(min=1)
-        self.borders: list[State] = []  # the state at the end of each piece but the last
+        self.borders: list[Tensor] = []  # of each tensor of a state, those at the end of each piece but the last
         # those of a front end get their gradients from that of `embeds`
         of_media = set(model.media.parameters()) if model.media is not None else set()
         self.parameters = [p for p in model.parameters() if p.requires_grad and p not in of_media]
@@ -157,16 +157,25 @@ class _Run:
             loss, state = self.compute(i, state)
             losses.append(loss)
             if keep and i + 1 < len(self.pieces):
-                self.borders.append(state)
+                self._keep(i, state)
         return torch.stack(losses).sum()
+
+    def _keep(self, i: int, state: State) -> None:
+        # In one block for all pieces: small tensors that stay, allocated between large ones that don't, would split the
+        # gaps which the activations of the next piece need, and the heap would grow by a multiple of the states.
+        if i == 0:
+            self.borders = [tensor.new_empty(len(self.pieces) - 1, *tensor.shape) for tensor in state.tensors()]
+        for kept, tensor in zip(self.borders, state.tensors(), strict=True):
+            kept[i] = tensor
 
     def backward(self, grad_loss: Tensor) -> list[Tensor | None]:
         """The gradients of `inputs`; those of partitioned parameters are accumulated here."""
-        assert len(self.borders) == len(self.pieces) - 1, "backward through the same pieces a second time"
+        assert self.borders, "backward through the same pieces a second time"
+        borders, self.borders = self.borders, []
         sums: dict[nn.Parameter, Tensor] = {}
         handed_back: list[Tensor | None] = []
         for i in reversed(range(len(self.pieces))):
-            state = self.borders.pop() if i > 0 else None
+            state = State.of([kept[i - 1] for kept in borders]) if i > 0 else None
             # of several processes all take part in what crosses a border
             continues = self.pieces[i].continues or self.context is not None
             crosses = continues and (self.bptt == ALL or len(self.pieces) - i < self.bptt)
@@ -189,11 +198,11 @@ class _Run:
                 continue
             inputs = [*self.parameters, *leaves, *([] if rows is None else [rows])]
             gradients = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
-            for parameter, gradient in zip(self.parameters, gradients, strict=False):
-                _add(sums, parameter, gradient)
+            _add(sums, self.parameters, gradients)
             handed_back = list(gradients[len(self.parameters) :][: len(leaves)])
             if rows is not None:
                 self.gradients_of_embeds.append(gradients[-1])
+            del outputs, grads, gradients, leaves, inputs, rows  # not beside those of the next piece
         return [sums.pop(p).to(p.dtype) if p in sums else None for p in self.inputs]
 
     def _leaf_of_rows(self, i: int) -> Tensor | None:
@@ -242,13 +251,17 @@ class _Run:
             yield
 
 
-def _add(sums: dict[nn.Parameter, Tensor], parameter: nn.Parameter, gradient: Tensor | None) -> None:
-    if gradient is None:  # no document begins in the piece, so its initial states aren't used
-        return
-    if parameter in sums:
-        sums[parameter] += gradient
-    else:  # in fp32: a bf16 sum over many pieces would drop the small ones
-        sums[parameter] = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+def _add(
+    sums: dict[nn.Parameter, Tensor], parameters: list[nn.Parameter], gradients: tuple[Tensor | None, ...]
+) -> None:
+    """Add the gradients of a piece, the first of which are those of `parameters`."""
+    for parameter, gradient in zip(parameters, gradients, strict=False):
+        if gradient is None:  # no document begins in the piece, so its initial states aren't used
+            continue
+        if parameter in sums:
+            sums[parameter] += gradient
+        else:  # in fp32: a bf16 sum over many pieces would drop the small ones
+            sums[parameter] = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 @contextmanager
