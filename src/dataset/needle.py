@@ -22,6 +22,7 @@ FACT = "\nThe pass key is {number}. Remember it: {number}.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
 ANSWER = " {number}"
 DIGITS = 5
+NEAR = 4  # tokens: the shortest distance in texts to train on
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,17 @@ class NeedleMaker:
 
     def document(self, number: int, length: int) -> Ids:
         """Text `number` of `length` tokens to train on: the fact at its beginning, and the question with its answer
-        again and again after it, at distances that grow by half."""
+        again and again after it, at distances that grow by half.
+
+        In one half of the texts the first distance is short; in the other it is anywhere up to `length`, so that there
+        is no answer on the way that could be remembered instead of the fact.
+        """
         draw = random.Random(f"{self.seed} document {number}")
         fact, answer = self._fact(draw)
         start = draw.randrange(len(self.filler))
         ids = [*self._take(start, draw.randrange(32)), *fact]
-        place, gap = start, 4
+        room = length - len(ids) - len(self.question) - len(answer)
+        place, gap = start, NEAR if draw.random() < 0.5 else draw.randint(NEAR, max(NEAR, 2 * room // 3))
         while len(ids) < length:
             taken = draw.randint(gap, gap + gap // 2)
             ids += [*self._take(place, taken), *self.question, *answer]
