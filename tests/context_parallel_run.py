@@ -28,9 +28,9 @@ SIZES = ModelConfig(n_layer=2, n_embd=32, vocab_size=VOCAB, head_size=16)
 BOUNDS = torch.tensor([0, 3, 3, 24, 25, 47, 48], dtype=torch.int32)
 
 
-def gradients(context, packed=False, chunk_ctx=0, bptt=-1, adapter="", double=False, long=False):
+def gradients(context, packed=False, chunk_ctx=0, bptt=-1, adapter="", double=False, long=False, grad_cp=False):
     torch.manual_seed(0)
-    config = ModelConfig(**{**SIZES.__dict__, "kernel": "reference" if double else "auto"})
+    config = ModelConfig(**{**SIZES.__dict__, "kernel": "reference" if double else "auto", "grad_cp": grad_cp})
     model = RWKV7(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -21,6 +21,8 @@ CASES = {
     "pieces": {"chunk_ctx": 12},
     "packed pieces": {"packed": True, "chunk_ctx": 12},
     "packed pieces in float64": {"packed": True, "chunk_ctx": 12, "double": True},
+    "recomputed": {"packed": True, "grad_cp": True},
+    "recomputed pieces": {"chunk_ctx": 12, "grad_cp": True},
     "truncated pieces": {"chunk_ctx": 12, "bptt": 1},
     "states": {"adapter": "state"},
     "packed states": {"adapter": "state", "packed": True, "chunk_ctx": 12},
@@ -68,8 +70,10 @@ def test_the_bytes_received_are_those_of_the_formula(results, processes):
     received = {case: result["received"] for case, result in results(processes).items()}
     assert received["rows"] == bytes_received(SIZES, processes, sequences=2, dtype_bytes=4)
     assert received["packed"] == bytes_received(SIZES, processes, sequences=1, dtype_bytes=4)
+    assert received["recomputed"] == bytes_received(SIZES, processes, sequences=1, dtype_bytes=4, passes=2)
     # two pieces, each computed forward twice
     assert received["pieces"] == 2 * bytes_received(SIZES, processes, sequences=2, dtype_bytes=4, passes=2)
+    assert received["recomputed pieces"] == 2 * bytes_received(SIZES, processes, 2, dtype_bytes=4, passes=3)
 
 
 def test_processes_of_a_group_read_the_same_samples():

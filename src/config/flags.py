@@ -454,8 +454,8 @@ class Flags:
     bptt: int = flag(
         -1,
         "speed",
-        "with --chunk_ctx: how many pieces at the end of a sample are connected by gradients; -1: all; 1: none, "
-        "truncated as in RWKV-PEFT",
+        "with --chunk_ctx: gradients connect this many pieces at the end of a sample, across the borders between them; "
+        "-1: all; 1: across none, truncated as in RWKV-PEFT",
         at_least=-1,
     )
     kernel: str = flag("auto", "speed", "implementation of the recurrence", choices=KERNELS, within_run="free")

@@ -20,7 +20,9 @@ def piece_faults(flags: Flags) -> Iterator[UserError]:
             advice=f"for example {_divisor_near(length, chunk)}",
         )
     if flags.bptt == 0:
-        yield UserError(flag="bptt", given=0, expected="-1 (all pieces), or how many are connected: 1, 2, ...")
+        yield UserError(
+            flag="bptt", given=0, expected="-1 (all pieces), or how many at the end are connected: 1, 2, ..."
+        )
     elif flags.bptt != -1 and not chunk:
         yield UserError("needs --chunk_ctx", flag="bptt", given=flags.bptt, advice="leave it out")
     parts = flags.context_parallel
@@ -42,14 +44,10 @@ def piece_faults(flags: Flags) -> Iterator[UserError]:
         )
     if parts > 1 and flags.compile == "1":
         yield UserError(
-            "blocks that exchange their states aren't compiled", flag="compile", given=1, advice="leave it out"
-        )
-    if parts > 1 and flags.grad_cp:
-        yield UserError(
-            "a block that exchanges its states isn't recomputed by itself",
-            flag="grad_cp",
+            "with --context_parallel, processes exchange states inside of each block, which a compiled graph can't",
+            flag="compile",
             given=1,
-            advice="use --chunk_ctx, with which pieces are",
+            advice="leave it out",
         )
 
 

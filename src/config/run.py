@@ -62,7 +62,7 @@ class RunConfig(Flags):
 
     def compiles(self, device_type: str) -> bool:
         """Whether --compile asks for torch.compile on a device of this type ("cuda", "cpu")."""
-        if self.context_parallel > 1:  # blocks communicate
+        if self.context_parallel > 1:  # blocks communicate, which a compiled graph can't
             return False
         # Compiling takes 10 to 17 s. On a CPU it gains about 10 %, which short runs do not earn back. Of other devices
         # these two have Triton, which generates the fused code.

@@ -63,7 +63,8 @@ def received_bytes(c: ModelConfig, config: RunConfig, dtype_bytes: int) -> int:
     cut = cut_of(config)
     packed = config.data_type == "sft" or config.document_states
     sequences = 1 if packed else cut.samples
-    passes = 2 if cut.pieces > 1 else 1
+    # the pieces are computed again for backward, and what --grad_cp computes again exchanges again
+    passes = 1 + (cut.pieces > 1) + config.grad_cp
     one = bytes_received(c, cut.shared_by, sequences, dtype_bytes, passes)
     return cut.pieces * config.accumulate_grad_batches * one
 
