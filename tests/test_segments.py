@@ -1,6 +1,9 @@
 """Samples in pieces (--chunk_ctx): loss and gradients of one pass, whatever is trained and however it is packed."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from src.training.objectives.head_loss import HeadLoss
 from src.training.objectives.next_token import NextToken
 from src.training.objectives.segments import Segments
 from src.training.preflight.out_of_memory import estimate, suggest_settings
-from src.training.preflight.piece_memory import border_bytes, describe_pieces
+from src.training.preflight.piece_memory import TOKEN_BYTES, border_bytes, describe_pieces
 from src.training.preflight.plan import GIB
 
 VOCAB, CTX = 50, 24
@@ -250,6 +253,19 @@ def test_what_is_kept_at_a_border_is_as_planned():
         state = model.hidden(torch.zeros(3, 5, dtype=torch.long))[1]
         kept = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors())
         assert kept == 3 * border_bytes(model.config, size)
+
+
+@pytest.mark.slow
+def test_the_peak_memory_of_a_step_grows_by_what_is_kept_at_the_borders():
+    """Of the process, from 4 pieces to 96; a second piece's gradients or a fragmented heap would be tens of MB."""
+    bench = Path(__file__).parent / "bench/long_context.py"
+    piece, few, many = 256, 4, 96
+    peaks = [
+        int(subprocess.run([sys.executable, bench, "peak", str(n * piece), str(piece)], stdout=subprocess.PIPE).stdout)
+        for n in (few, many)
+    ]
+    grown = (many - few) * (border_bytes(ModelConfig(4, 256, 6400), 4) + TOKEN_BYTES * piece)
+    assert peaks[1] - peaks[0] < 1.1 * grown + (4 << 20)
 
 
 def test_pieces_are_proposed_where_nothing_else_fits():

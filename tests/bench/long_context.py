@@ -25,7 +25,7 @@ from src.training.preflight.piece_memory import TOKEN_BYTES, border_bytes
 VOCAB, PIECE = 6400, 2048
 LENGTHS = (16384, 131072, 1 << 20)
 MIB = 1 << 20
-PAIRS = 9
+PAIRS = 5
 
 
 def step(model, length, chunk):
@@ -61,7 +61,7 @@ def compare_memory(piece, lengths):
         )
 
 
-def compare_time(length=4096, chunk=512):
+def compare_time(length=4096, chunk=PIECE):
     model = RWKV7(ModelConfig(4, 256, VOCAB))
     checkpointed = RWKV7(ModelConfig(4, 256, VOCAB, grad_cp=True))
     step(model, length, chunk), step(checkpointed, length, 0)
