@@ -177,9 +177,9 @@ def test_states_at_the_borders_are_fp32_below_it(monkeypatch):
     seen = []
     hidden = RWKV7.hidden
 
-    def recording(model, tokens, state=None, cu_seqlens=None):
+    def recording(model, tokens, state=None, *rest):
         seen.extend(layer.wkv.dtype for layer in state.layers)
-        return hidden(model, tokens, state, cu_seqlens)
+        return hidden(model, tokens, state, *rest)
 
     monkeypatch.setattr(RWKV7, "hidden", recording)
     loss_and_gradients(busy_model(torch.bfloat16), a_batch(False), 6)
