@@ -260,7 +260,7 @@ def test_adapters_in_the_notations_of_rwkv_peft():
         ("--chunk_ctx 512 --context_parallel 3", "context_parallel", "a divisor of --chunk_ctx 512"),
         ("--context_parallel 2 --compile 1", "compile", "a compiled graph can't"),
         ("--data_type sft --tokenizer world --document_states 1", "document_states", "its own state in any case"),
-        ("--chunk_ctx 512 --encoder siglip", "chunk_ctx", "are computed whole"),
+        ("--context_parallel 2 --encoder siglip", "context_parallel", "aren't divided among processes"),
         ("--peft adalora", "peft", "expected one of none, lora, pissa, miss, dora"),
         ("--peft lora --train_type state", "peft", "leave one of them out"),
         ("--peft lora --lora_targets key,gate", "lora_targets", "gate matches nothing"),
