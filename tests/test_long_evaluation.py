@@ -103,7 +103,7 @@ def test_the_command_draws_and_scores(model, folder, tmp_path, capsys):
     assert main([weights, "--data", data, "--by_position", "--ctx_len", "64", "--compare", weights,
                  "--picture", str(picture)]) == 0  # fmt: skip
     out = capsys.readouterr().out
-    assert "32 - 63" in out
+    assert "32 - 64" in out
     assert "<svg" in picture.read_text()
     assert main([weights, "--data", data, "--tokenizer", str(folder), "--needle", "8, 20", "--needle_texts", "2"]) == 0
     assert "       20      0%" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """Loss by position in the context: what a model gains from each doubling of what it has read.
 
 Positions are counted from 1, the first token that is predicted from one before it. They are grouped by doubling:
-1 .. 15, 16 .. 31, 32 .. 63, ... up to the length of the windows. A model that was trained with a short context often
+1 .. 15, 16 .. 31, 32 .. 63, ... up to the length of the windows, which ends the last range. A model that was trained with a short context often
 gets worse beyond it; one that uses a long context gets better to its end.
 """
 
@@ -58,7 +58,7 @@ def loss_by_position(
     for first in range(0, len(selected), micro_bsz):
         batch = stack_windows(tokens, selected[first : first + micro_bsz], model.config.vocab_size)
         sums += _summed_losses(model, batch)
-    edges = [1, *(edge for k in range(40) if (edge := FIRST_EDGE << k) <= length), length + 1]
+    edges = [1, *(edge for k in range(40) if (edge := FIRST_EDGE << k) < length), length + 1]
     pairs = list(pairwise(edges))
     means = tuple(float(sums[b - 1 : e - 1].mean()) / len(selected) for b, e in pairs)
     counts = tuple((e - b) * len(selected) for b, e in pairs)
