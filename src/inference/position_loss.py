@@ -1,7 +1,7 @@
 """Loss by position in the context: what a model gains from each doubling of what it has read.
 
 Positions are counted from 1, the first token that is predicted from one before it. They are grouped by doubling:
-1 .. 15, 16 .. 31, 32 .. 63, ... up to the length of the windows, which ends the last range. A model that was trained with a short context often
+1 .. 15, 16 .. 31, 32 .. 63, ... up to the length of the windows. A model that was trained with a short context often
 gets worse beyond it; one that uses a long context gets better to its end.
 """
 
