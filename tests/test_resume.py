@@ -440,7 +440,9 @@ def test_what_a_changed_setting_means(tmp_path, data, monkeypatch, capfd):
         assert f"--{next(iter(changed))}" in output or "don't fit" in output
         assert "Traceback" not in output
     assert train(out, data, weight_decay=0.01, **RUN) == 0
-    assert "--weight_decay was 0.0 at the last start, is 0.01 now" in capfd.readouterr().out
+    output = capfd.readouterr().out
+    assert "--weight_decay was 0.0 at the last start, is 0.01 now" in output
+    assert output.count("at the last start") == 1  # what didn't change is as run.json records it
 
 
 def test_other_data_under_the_same_name_is_refused(tmp_path, data, monkeypatch, capfd):

@@ -54,7 +54,7 @@ def resolve_settings(
     """Every setting with its resolved value. `base_sha256`: of the weights that an adapter changes."""
     return {
         **config.as_settings(),
-        **dataclasses.asdict(sizes),
+        **{name: value for name, value in dataclasses.asdict(sizes).items() if name != "blocks"},  # not by a flag
         "grad_cp": int(config.grad_cp),  # a field of both; recorded as 0 or 1, as the flag is given
         "magic_prime": samples.prime,
         "my_exit_tokens": length.exit_tokens,
