@@ -107,7 +107,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
         if config.plan >= 0:
             return _plan(config)
         if config.accelerator == "cpu" or not torch.cuda.is_available():
-            set_up_malloc(lean=bool(config.grad_cp))
+            set_up_malloc(lean=bool(config.grad_cp or config.chunk_ctx))
         if config.check:
             return check(config, notes) if is_rank_zero() else 0  # started by a launcher, each process would repeat it
         trains = config.train_stage != 1

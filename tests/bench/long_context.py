@@ -40,7 +40,7 @@ def step(model, length, chunk):
 
 def peak(length, piece):
     """Bytes of this process at most, with a step of `length` tokens in it."""
-    set_up_malloc(lean=False)  # as in a run with --chunk_ctx
+    set_up_malloc(lean=True)  # as in a run with --chunk_ctx
     step(RWKV7(ModelConfig(4, 256, VOCAB)), length, piece)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
