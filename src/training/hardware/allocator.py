@@ -18,10 +18,10 @@ def set_up_malloc(lean: bool) -> None:
     price is fragmentation: before glibc 2.38 an aligned block doesn't fit into the gap that one of the same size has
     left (its bug 14581).
 
-    `lean` is for runs that recompute activations (--grad_cp 1, --chunk_ctx): they allocate and free far more than they hold, and
-    fragmentation would double their peak. There every larger tensor is mapped individually, and returned when it is
-    freed. L8-D512, 4 x 512 tokens in fp32: 1.35 GB at the peak instead of 2.10 and steps of 5.4 s instead of 3.6; 2.45
-    GB and 2.9 s without --grad_cp.
+    `lean` is for runs that recompute activations (--grad_cp 1, --chunk_ctx): they allocate and free far more than
+    they hold, and fragmentation would double their peak. There every larger tensor is mapped individually, and
+    returned when it is freed. L8-D512, 4 x 512 tokens in fp32: 1.35 GB at the peak instead of 2.10 and steps of 5.4 s
+    instead of 3.6; 2.45 GB and 2.9 s without --grad_cp.
     """
     if platform.libc_ver()[0] != "glibc":
         return
