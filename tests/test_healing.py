@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,5 +118,12 @@ def test_ranks_end_when_their_agent_is_killed(start, tmp_path, monkeypatch):
     assert "stops: the process that started it has ended" in output
     assert "the state is saved" in output
     assert not list(temporary.iterdir())
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(note.read_text()), 0)
+    wait_for(lambda: has_ended(int(note.read_text())), seconds=10)
+
+
+def has_ended(pid):
+    """It may not be waited for yet: its parent, the agent, is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
