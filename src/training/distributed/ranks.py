@@ -18,6 +18,7 @@ from src.errors import UserError
 
 ROLE = "train.py"  # torchelastic's ROLE_NAME: of the ranks whose agent is launch.py's, not torchrun's
 LAUNCHED_AT, RESTARTED, AGENT = "TRAIN_LAUNCHED_AT", "TRAIN_RESTARTED", "TRAIN_AGENT"  # variables from agent to rank
+RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # torchrun's
 # Names of (rank, world size, local rank, local world size) by launcher. The first row whose names are all set holds.
 LAUNCHER_VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun
@@ -84,7 +85,7 @@ def is_supervised(environment: Mapping[str, str]) -> bool:
 
 def is_restarted() -> bool:
     """In a rank: whether the ranks of this machine were started before."""
-    return RESTARTED in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return RESTARTED in os.environ or os.environ.get(RESTART_COUNT, "0") != "0"
 
 
 def launch_id() -> str:
