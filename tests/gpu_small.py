@@ -72,9 +72,9 @@ def main() -> None:
         run_elementwise(dtype)
         run_adamw(dtype)
     run_wkv7("chunked", 64, torch.bfloat16)
-    run_wkv7("chunked", 64, torch.bfloat16, length=2100)  # where a GPU has warpgroups the kernel cuts this into parts
-    os.environ["RWKV7_WGMMA"] = "0"
+    os.environ["RWKV7_WGMMA"] = "1"
     run_wkv7("chunked", 64, torch.bfloat16)
+    run_wkv7("chunked", 64, torch.bfloat16, length=2100)  # where a GPU has warpgroups the kernel cuts this into parts
     torch.cuda.synchronize()
     print("every kernel ran")
 

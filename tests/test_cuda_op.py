@@ -381,13 +381,13 @@ def test_the_choice_follows_the_device_of_the_tensors(monkeypatch):
     def choices(kernel, *indices):
         return [recurrence._choose("cuda", index, torch.bfloat16, 64, kernel) for index in indices]
 
+    assert choices("auto", None, 0, 1, 2) == ["recurrent", "recurrent", "chunked", "chunked"]
+    monkeypatch.setenv("RWKV7_WGMMA", "1")
     assert choices("auto", None, 0, 1, 2) == ["recurrent", "recurrent", "wgmma", "chunked"]
     assert choices("chunked", 1, 2) == ["wgmma", "chunked"]
     assert choices("recurrent", 1, 2) == ["recurrent", "recurrent"]
     assert "tensor cores by warpgroups" in recurrence.describe_kernel("cuda:1", torch.bfloat16, 64, "auto")
     assert recurrence.describe_kernel("cuda:2", torch.bfloat16, 64, "auto").endswith("tensor cores")
-    monkeypatch.setenv("RWKV7_WGMMA", "0")
-    assert choices("auto", 1) == ["chunked"]
     error = build_error(lambda: recurrence.describe_kernel("cuda", torch.bfloat16, 64, "chunked"))
     assert (error.kernel, error.problem.count("7.5")) == ("chunked", 1)
     assert str(error).count("--kernel") == 1

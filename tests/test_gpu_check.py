@@ -14,7 +14,7 @@ from src.ops import wkv7
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "tools" / "gpu_check.sh"
-FIRST_PARTS = ["machine", "build", "errors", "times", "errors-mma", "times-mma", "op-errors", "op-times", "step"]
+FIRST_PARTS = ["machine", "build", "errors", "times", "errors-wgmma", "times-wgmma", "op-errors", "op-times", "step"]
 FIRST_PARTS += ["step-compiled", "step-graph"]
 LATER_PARTS = ["tests", "memcheck", "racecheck", "profile-kernels", "profile-ops", "profile-step", "low-rank"]
 TOOLS = ("nvidia-smi", "nvcc", "python", "compute-sanitizer", "ncu", "nsys")
@@ -83,7 +83,7 @@ def test_errors_over_their_bound_do_not_keep_the_times_from_running(machine):
     machine.imitate("python", 'case "$*" in *"wkv7_gpu.py errors") echo OVER; exit 1;; esac')
     done = machine.check()
     assert done.returncode == 1
-    assert {name for name, status in machine.statuses().items() if status != "passed"} == {"errors", "errors-mma"}
+    assert {name for name, status in machine.statuses().items() if status != "passed"} == {"errors", "errors-wgmma"}
     assert "OVER" in machine.output("errors")
     assert machine.statuses()["times"] == "passed"
 
@@ -95,7 +95,7 @@ def test_the_same_command_continues_where_it_was_interrupted(machine):
     done = machine.check()
     assert done.returncode == 0
     calls = [line for line in (machine.out / "calls").read_text().splitlines() if "import pytest" not in line]
-    assert calls == 2 * ["tests/bench/wkv7_gpu.py times"]  # of times and times-mma
+    assert calls == 2 * ["tests/bench/wkv7_gpu.py times"]  # of times and times-wgmma
     assert "step: passed in" in done.stdout
 
 

@@ -78,9 +78,9 @@ part build 300 "$python" tests/bench/wkv7_gpu.py build
 case "$failed " in *" build "*) finish ;; esac
 part errors 120 "$python" tests/bench/wkv7_gpu.py errors
 part times 180 "$python" tests/bench/wkv7_gpu.py times
-# The same with the chunked kernel that all GPUs have, where this one takes that for warpgroups.
-part errors-mma 120 env RWKV7_WGMMA=0 "$python" tests/bench/wkv7_gpu.py errors
-part times-mma 180 env RWKV7_WGMMA=0 "$python" tests/bench/wkv7_gpu.py times
+# The same with the kernel for warpgroups, where this GPU has them.
+part errors-wgmma 120 env RWKV7_WGMMA=1 "$python" tests/bench/wkv7_gpu.py errors
+part times-wgmma 180 env RWKV7_WGMMA=1 "$python" tests/bench/wkv7_gpu.py times
 part op-errors 120 "$python" tests/bench/step_ops_gpu.py errors
 part op-times 180 "$python" tests/bench/step_ops_gpu.py times
 step="$python tests/bench/train_step.py --device cuda --profile 1"
@@ -97,6 +97,7 @@ part step-2.9b 480 $step --config 2.9b --compile 1 --grad_cp 1 --head_chunk 4096
 
 if "$python" -c "import pytest" 2> /dev/null; then
     part tests 900 "$python" -m pytest -q -m gpu tests
+    part tests-wgmma 600 env RWKV7_WGMMA=1 "$python" -m pytest -q -m gpu tests/test_cuda_op.py
 else
     skip tests "pytest is not installed"
 fi

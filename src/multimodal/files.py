@@ -27,7 +27,8 @@ from src.multimodal.front_end import FrontEnd, attach_front_end
 
 RECORD, TENSORS = "multimodal.json", "media.safetensors"
 LANGUAGE_MODEL, ADAPTER, STATE = "rwkv.pth", "adapter", "state.pth"
-FORMAT, VERSION = "rwkv7-multimodal", 1
+FORMAT, VERSION = "rwkv7-multimodal", 2
+OWN_ENCODERS_CHANGED = 2  # the version since which `patches` and `logmel` have the parameters that they have
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,15 @@ def read_record(folder: Path) -> MediaRecord:
         raise UserError(
             f"format version {version}", given=path, expected=f"at most {VERSION}", advice="update this program"
         )
-    return MediaRecord(MediaConfig.from_payload(content.get("media"), path), *texts)
+    config = MediaConfig.from_payload(content.get("media"), path)
+    if version < OWN_ENCODERS_CHANGED and not config.encoder.startswith(HF):
+        raise UserError(
+            f"holds an encoder {config.encoder!r} of an earlier version",
+            given=path,
+            expected=f"format version {OWN_ENCODERS_CHANGED}",
+            advice="train it again: its parameters have changed",
+        )
+    return MediaRecord(config, *texts)
 
 
 def tensors_of(folder: Path, parts: Collection[str]) -> Weights:

@@ -33,6 +33,7 @@ def _fused(x: Tensor, weight: Tensor, kernel: str) -> bool:
     return (
         kernel not in PLAIN_KERNELS
         and x.device.type == "cpu"
+        and x.dim() > 1
         and x.dtype == weight.dtype == torch.bfloat16
         and weight.requires_grad
         and torch.is_grad_enabled()

@@ -225,10 +225,10 @@ def _why_not_built(device: str) -> BuildError | None:
 def has_warpgroups(index: int | None) -> bool:
     """Whether the chunked kernel of that GPU is the one for warpgroups: sm_90, which no other GPU's code has.
 
-    It has run on no GPU yet, only on its host twins (tests/host_cuda): until it has, RWKV7_WGMMA=0 in the environment
-    takes the kernel of the other GPUs instead. Backward must see what forward saw.
+    It has run on no GPU yet, only on its host twins (tests/host_cuda): until it has, it is chosen only with
+    RWKV7_WGMMA=1 in the environment. Backward must see what forward saw.
     """
-    if torch.version.hip or not torch.cuda.is_available() or os.environ.get("RWKV7_WGMMA") == "0":
+    if torch.version.hip or not torch.cuda.is_available() or os.environ.get("RWKV7_WGMMA") != "1":
         return False
     return torch.cuda.get_device_capability(index) == (9, 0)
 

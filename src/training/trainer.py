@@ -184,7 +184,7 @@ def build_callbacks(context: RunContext, resume: ResumePoint) -> Callbacks:
     expected_seconds = expected_save_seconds(held_count(config, context.sizes), config.time_limit)
     writer = StateWriter(proj_dir, config.keep_resume, expected_seconds, check_folder, context.hardware.devices)
     weights = SaveWeights(
-        control, length, config.epoch_save, proj_dir, non_finite, context.samples.prime, context.results, writer.wait
+        control, length, config.epoch_save, proj_dir, non_finite, context.samples.prime, context.results
     )
     checkpoint = CheckpointCallback(
         control,

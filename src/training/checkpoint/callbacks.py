@@ -39,12 +39,12 @@ class SaveWeights(StepCallback):
         non_finite: NonFiniteMonitor,
         prime: int = 0,
         results: Results | None = None,
-        wait_for_state: Callable[[], None] = lambda: None,
     ) -> None:
         """`prime` is the number of samples of a pass; 0 where the order has no magic prime (conversations). `results`:
-        None for plain weights. `wait_for_state` returns once no full state is being written any more."""
+        None for plain weights."""
         super().__init__(control)
-        self.results, self.wait_for_state = results or Results(), wait_for_state
+        self.results = results or Results()
+        self.ensure_state: Callable[[pl.LightningModule], None] = lambda module: None  # CheckpointCallback sets it
         self.length, self.epoch_save, self.proj_dir = length, epoch_save, proj_dir
         self.non_finite = non_finite
         # The official trainer counts magic_prime // 40320 mini-epochs and saves the last of them. -1 is no mini-epoch.
@@ -68,8 +68,8 @@ class SaveWeights(StepCallback):
             log(f"note: {name} is not written, since the last {self.non_finite.skipped_in_row} steps were skipped")
             return
         assert isinstance(pl_module, TrainingModule)
-        # Weights without any full state can only be continued with a fresh optimizer.
-        self.wait_for_state()
+        # Weights without any full state can only be continued with a fresh optimizer, and an adapter not at all.
+        self.ensure_state(pl_module)
         self.results.write(pl_module, self.proj_dir / name)
 
 
@@ -151,6 +151,7 @@ class CheckpointCallback(StepCallback):
         """`has_state`: the run resumes from a full state."""
         super().__init__(control)
         self._has_state = has_state
+        weights.ensure_state = self.ensure_state
         self.writer, self.position, self.length = writer, position, length
         self.reporter, self.weights, self.non_finite, self.settings = reporter, weights, non_finite, settings
         self.save_seconds = save_minutes * 60
@@ -184,6 +185,13 @@ class CheckpointCallback(StepCallback):
                 self.weights.proj_dir / final,
                 accept=lambda tensors: refuse_unusable(tensors, counters, restarted_at_sample, final),
             )
+
+    def ensure_state(self, module: pl.LightningModule) -> None:
+        """Returns once a full state of this run is on the disk: an earlier one, or else one of this step."""
+        if not self._has_state:  # the step before was skipped, or there was none
+            self.reporter.flush()
+            self._save(module)
+        self.writer.wait()
 
     def save_between_steps(self, module: pl.LightningModule) -> None:
         """Save the full state of the last complete step, and wait for it: where no further step is possible."""

@@ -39,7 +39,8 @@ def record_failure(
         "exit_code": code,
         "step": step,
         "can_restart": can_restart,
-        "is_os_error": isinstance(error, OSError),
+        # of the file system: those of connections pass
+        "is_os_error": isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)),
     }
     # whole or not there: the agent would fail on half a file of a process that is killed
     try:

@@ -97,9 +97,9 @@ class Agent(LocalElasticAgent):
 
     def run_to_end(self) -> int:
         """Run the ranks; returns the exit code."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
             if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # nohup's SIGHUP stays ignored
-                signal.signal(number, self._pass_on)
+                signal.signal(number, self._suspend if number == signal.SIGTSTP else self._pass_on)
         result = self.run(ROLE)
         if not self._policy.stop_signal:  # a machine that leaves an elastic run doesn't end it
             self._rdzv_handler.shutdown()
@@ -158,6 +158,12 @@ class Agent(LocalElasticAgent):
         self._policy.stop_signal = self._policy.stop_signal or number
         if not self._send(number):
             raise SystemExit(128 + number)
+
+    def _suspend(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-Z: the ranks, which have sessions of their own, stop and continue with this process."""
+        self._send(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._send(signal.SIGCONT)
 
     def _send(self, number: int) -> bool:
         """Send a signal to the ranks that run; whether any does."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from lightning_fabric.plugins.environments import SLURMEnvironment
 
 from src.errors import UserError
+from src.training.distributed.failure import ERROR_FILE
 
 ROLE = "train.py"  # torchelastic's ROLE_NAME: of the ranks whose agent is launch.py's, not torchrun's
 LAUNCHED_AT, RESTARTED, AGENT = "TRAIN_LAUNCHED_AT", "TRAIN_RESTARTED", "TRAIN_AGENT"  # variables from agent to rank
@@ -80,7 +81,7 @@ def export_ranks(info: RankInfo, environment: MutableMapping[str, str]) -> None:
 
 def is_supervised(environment: Mapping[str, str]) -> bool:
     """Whether the agent of launch.py started this process: it prints the error that ends a run, once."""
-    return environment.get("ROLE_NAME") == ROLE and "TORCHELASTIC_ERROR_FILE" in environment
+    return environment.get("ROLE_NAME") == ROLE and bool(environment.get(ERROR_FILE))
 
 
 def is_restarted() -> bool:

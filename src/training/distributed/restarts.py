@@ -78,7 +78,9 @@ def describe(cause: Cause, before: Cause | None, rank: str, left: int, max_resta
         more = f"{left} more restart{'s' * (left != 1)} (--max_restarts {max_restarts})"
         return f"{what}; all processes start again, {where}; {more}"
     if is_repeated(cause, before):
-        return f"{what}; the same error again in step {cause.step + 1}, so the processes are not started again"
+        assert before is not None
+        place = f" in step {cause.step + 1}" if cause.step == before.step else ", and no state was saved since"
+        return f"{what}; the same error again{place}, so the processes are not started again"
     return f"{what}; the same command continues the run" if may_restart(cause, before) else what
 
 
