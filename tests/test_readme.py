@@ -141,7 +141,7 @@ FOREIGN_FLAGS = {
     *("hostfile", "tool", "help", "version"),
     "include",  # huggingface-cli
     *("lora", "no-repack"),  # llama.cpp
-    "all",  # tests/run.sh
+    *("all", "durations"),  # tests/run.sh, pytest
     "add-host",  # docker
     "all-files",  # pre-commit
 }
