@@ -1,5 +1,6 @@
 """Rows of embeddings in the place of tokens, encoders and projectors."""
 
+import json
 import math
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 
 from src.config import PLACEHOLDER
 from src.dataset.media_files import Picture, Sound
+from src.errors import UserError
 from src.multimodal.config import MediaConfig
+from src.multimodal.files import RECORD, MediaRecord, read_record, write_front_end
 from src.multimodal.front_end import attach_front_end
 from src.multimodal.hf_encoder import HfEncoder
 from src.multimodal.logmel import LogMel
@@ -317,3 +320,17 @@ def test_tokens_follow_the_longer_side_of_a_picture():
     assert wide._in_order(numbers).flatten().tolist() == [0, 3, 1, 4, 2, 5]
     assert high._in_order(numbers).flatten().tolist() == [0, 1, 2, 3, 4, 5]
     assert square._in_order(torch.arange(9.0).view(1, 9, 1)).flatten().tolist() == list(range(9))
+
+
+@pytest.mark.parametrize(("encoder", "is_read"), [("hf:clip", True), ("patches", False), ("logmel", False)])
+def test_encoders_whose_parameters_have_changed_are_told_from_those_of_earlier_versions(tmp_path, encoder, is_read):
+    record = MediaRecord(MediaConfig(encoder))
+    write_front_end(tmp_path, record, {})
+    assert read_record(tmp_path) == record
+    content = json.loads((tmp_path / RECORD).read_text())
+    (tmp_path / RECORD).write_text(json.dumps({**content, "version": 1}))
+    if is_read:
+        assert read_record(tmp_path) == record
+    else:
+        with pytest.raises(UserError, match="train it again"):
+            read_record(tmp_path)
