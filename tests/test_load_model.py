@@ -27,7 +27,7 @@ def base(tmp_path):
     (tmp_path / "base").mkdir()
     weights = RWKV7(ModelConfig(vocab_size=64, **SIZES)).state_dict()
     torch.save(weights, tmp_path / "base" / "rwkv-1.pth")
-    torch.save({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "base" / "rwkv-init.pth")
+    torch.save({name: tensor + 0.01 for name, tensor in weights.items()}, tmp_path / "base" / "rwkv-init.pth")
     return tmp_path / "base"
 
 
