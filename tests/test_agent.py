@@ -129,7 +129,8 @@ def test_a_disk_that_stays_full_ends_the_run_unless_a_state_was_saved_in_between
     full = [Cause(rank, 1, f".step-{n}.tmp: No space left", "", n, is_os_error=True) for rank, n in enumerate((9, 12))]
     assert policy.restarts_left(full[0], 2, 3) == 3
     assert policy.restarts_left(full[1], 2, 2) == 0
-    assert "the same error again, and no state was saved since, so the processes are not started again" in capfd.readouterr().err
+    told = "the same error again, and no state was saved since, so the processes are not started again"
+    assert told in capfd.readouterr().err
     policy.restarts_left(full[0], 2, 3)
     newest = "from the state of step 12"
     assert policy.restarts_left(full[1], 2, 2) == 2

@@ -16,7 +16,8 @@ TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "tools" / "gpu_check.sh"
 FIRST_PARTS = ["machine", "build", "errors", "times", "errors-wgmma", "times-wgmma", "op-errors", "op-times", "step"]
 FIRST_PARTS += ["step-compiled", "step-graph"]
-LATER_PARTS = ["tests", "tests-wgmma", "memcheck", "racecheck", "profile-kernels", "profile-ops", "profile-step", "low-rank"]
+LATER_PARTS = ["tests", "tests-wgmma", "memcheck", "racecheck"]
+LATER_PARTS += ["profile-kernels", "profile-ops", "profile-step", "low-rank"]
 TOOLS = ("nvidia-smi", "nvcc", "python", "compute-sanitizer", "ncu", "nsys")
 
 
