@@ -24,7 +24,7 @@ __all__ = ["describe_kernel", "has_warpgroups", "wkv7"]
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_warned: set[str] = set()  # reasons for the portable kernel that the user was told
+_warned: set[str] = set()  # reasons for the portable kernel that were reported
 
 
 def wkv7(

@@ -164,6 +164,7 @@ class CheckpointCallback(StepCallback):
         if self._owner is None:  # the moments exist since this step
             self.writer.prepare(self._own_parts(pl_module))
         self._reserve_time()
+        # A run that dies while it writes its first weights then takes their step again, with its validation.
         is_first = not self._has_state and self.weights.saves_at(step + 1)
         if self.control.is_agreed(SAVE, STOP) or self.weights.saves_at(step) or is_first:
             self.reporter.flush()  # the skipped steps up to this one are known then

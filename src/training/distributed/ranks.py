@@ -1,4 +1,4 @@
-"""What the launcher of this process (our own agent, torchrun, srun, DeepSpeed's launcher, mpirun) told it: its rank.
+"""The rank of this process, as its launcher gives it: our own agent, torchrun, srun, DeepSpeed's launcher, mpirun.
 
 Every launcher tells it in environment variables of its own. `export_ranks` sets those of torchrun for all of them,
 which torch.distributed and Lightning's TorchElasticEnvironment read.

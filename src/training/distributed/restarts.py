@@ -1,4 +1,4 @@
-"""Which failures of ranks are worth another attempt, and what the user is told about one."""
+"""Which failures of ranks are worth another attempt, and the message about one."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ NO_RESTART = {2, 124, *STOPS}  # a mistake of the user; --time_limit
 
 @dataclass
 class RestartPolicy:
-    """What follows from a failure of ranks: whether all start again, what the user is told, the exit code."""
+    """What follows from a failure of ranks: whether all start again, the message, the exit code."""
 
     max_restarts: int = 0
     is_elastic: bool = False  # whether machines may join and leave
-    where_it_continues: Callable[[int], str] = lambda step: ""  # what the user is told about a failure in a step
+    where_it_continues: Callable[[int], str] = lambda step: ""  # of the message about a failure in a step
     stop_signal: int = 0  # of the user: no rank is started again
     last: Cause | None = None
 
     def restarts_left(self, cause: Cause, world_size: int, left: int) -> int:
-        """How many of the restarts that were `left` are now; 0 ends the run. The user is told about the failure."""
+        """How many of the restarts that were `left` are now; 0 ends the run. Reports the failure."""
         cause = replace(cause, resume_point=self.where_it_continues(-1))
         before, self.last = self.last, cause
         if self.is_elastic and cause.exit_code in STOPS and not self.stop_signal:
@@ -41,8 +41,8 @@ class RestartPolicy:
         if cause.traceback:
             show(cause.traceback, file=sys.stderr)
         rank = f"rank {cause.rank} of {world_size} ({socket.gethostname()})"
-        if told := describe(cause, before, rank, left - 1, self.max_restarts, self.where_it_continues(cause.step)):
-            log_error(told)
+        if message := describe(cause, before, rank, left - 1, self.max_restarts, self.where_it_continues(cause.step)):
+            log_error(message)
         return left
 
     @property
@@ -69,7 +69,7 @@ def may_restart(cause: Cause, before: Cause | None) -> bool:
 
 def describe(cause: Cause, before: Cause | None, rank: str, left: int, max_restarts: int, where: str) -> str:
     """The line about a failure of `rank` ("rank 1 of 4 (host)"), after which `left` restarts are left, -1 if the run
-    ends. `where` says where it continues. Empty after a stop, which rank 0 has told."""
+    ends. `where` says where it continues. Empty after a stop, which rank 0 has reported."""
     if cause.exit_code in NO_RESTART - {2}:
         return ""
     # a mistake that rank 0 found is one of all ranks

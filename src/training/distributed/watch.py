@@ -37,16 +37,16 @@ def watch_parent() -> None:
 
 def watch_steps(current_step: Callable[[], int], dist_timeout: float) -> None:
     """Say when no step has ended for long, once each time, before a collective operation times out."""
-    begin, longest, ended, step, is_told = time.monotonic(), 0.0, 0, current_step(), False
+    begin, longest, ended, step, is_reported = time.monotonic(), 0.0, 0, current_step(), False
     while True:
         time.sleep(1)
         now = time.monotonic()
         if current_step() != step:
             ended, step = ended + 1, current_step()
             longest = max(longest, now - begin if ended > 2 else 0)  # the first includes the start
-            begin, is_told = now, is_told and ended <= 2  # a slow start is told once
-        elif not is_told and now - begin >= max(STANDSTILL_SECONDS, 5 * longest):
-            is_told = True
+            begin, is_reported = now, is_reported and ended <= 2  # a slow start is reported once
+        elif not is_reported and now - begin >= max(STANDSTILL_SECONDS, 5 * longest):
+            is_reported = True
             log(
                 f"note: no step has ended for {now - begin:.0f} s: a process {'' if ended > 2 else 'starts, '}saves, "
                 f"validates or hangs. One that waits {dist_timeout:.0f} s for others in one operation fails "

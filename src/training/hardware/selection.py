@@ -209,7 +209,7 @@ def _processes(config: RunConfig, accelerator: str) -> tuple[int, int]:
 
 def with_global_batch(config: RunConfig, hardware: Hardware) -> tuple[RunConfig, list[str]]:
     """With --num_nodes FEWEST:MOST: the accumulated micro batches that give, on the processes there are, the global
-    batch of MOST nodes, or the nearest to it; and what the user is told where it isn't the same."""
+    batch of MOST nodes, or the nearest to it; and a message where it isn't the same."""
     if config.fewest_nodes == config.most_nodes:
         return config, []
     micro_batches = config.most_nodes * hardware.devices * config.accumulate_grad_batches
