@@ -1,7 +1,6 @@
 """Adapters in two processes under DDP, ZeRO 1 and 2, compiled, over quantised bases: the steps of one process."""
 
 import pytest
-import torch
 from test_distributed import launch, needs_deepspeed, tensors_of_kind, with_one_process
 
 KINDS = {
@@ -12,23 +11,30 @@ KINDS = {
     "state": {"train_type": "state"},
 }
 STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2")
-# the largest difference between the adapters after four steps of Adam with lr 0.01: rounding only
-TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
+TOLERANCE = 1e-4  # of relative_difference; rounding alone gives up to 3e-5 after four steps of Adam with lr 0.01
 pytestmark = [pytest.mark.slow, needs_deepspeed]
 
 
-def assert_alike(one, other, tolerance):
+def relative_difference(one, other, kinds=("master", "exp_avg", "exp_avg_sq")):
+    """The largest of all trained tensors and their moments: the norm of the difference, in norms of the tensor.
+
+    Not of single numbers: where a gradient is nearly 0, Adam follows the sign of its rounding. The moments tell a wrong
+    scale of the gradient, which Adam's steps don't.
+    """
+    differences = {}
+    for kind in kinds:
+        expected, found = tensors_of_kind(one["state"], kind), tensors_of_kind(other["state"], kind)
+        assert expected.keys() == found.keys()
+        for name, tensor in expected.items():
+            differences[f"{name}/{kind}"] = float((found[name] - tensor).norm() / tensor.norm())
+    return max(differences.values())
+
+
+def largest_difference(one, other):
+    """Of single numbers of the trained tensors."""
     one, other = tensors_of_kind(one["state"], "master"), tensors_of_kind(other["state"], "master")
     assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(other[name], tensor, rtol=0, atol=tolerance, msg=name)
-
-
-def relative_difference(one, other):
-    """Of all masters together; where some gradients are nearly 0, Adam follows the sign of their rounding."""
-    one, other = tensors_of_kind(one["state"], "master"), tensors_of_kind(other["state"], "master")
-    difference = sum(float((other[name] - tensor).square().sum()) for name, tensor in one.items())
-    return (difference / sum(float(tensor.square().sum()) for tensor in one.values())) ** 0.5
+    return max(float((other[name] - tensor).abs().max()) for name, tensor in one.items())
 
 
 @pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
@@ -39,11 +45,15 @@ def test_two_processes_take_the_steps_of_one(quant, tmp_path):
         flags = {**flags, "quant": quant, "adam_eps": 1e-8, "kernel": "auto", "grad_cp": quant == "int8"}
         fits |= {f"{kind} {strategy}": {**flags, "strategy": strategy} for strategy in STRATEGIES}
     several = launch(tmp_path, 2, fits, timeout=1200)
-    alone = launch(tmp_path, 1, {kind: with_one_process(fits[f"{kind} ddp"]) for kind in KINDS}, timeout=1200)
+    singles = {kind: with_one_process(fits[f"{kind} ddp"]) for kind in KINDS}
+    singles |= {f"{kind} of one": {**fit, "micro_bsz": 2} for kind, fit in singles.items()}  # its part, not averaged
+    alone = launch(tmp_path, 1, singles, timeout=1200)
     for name, result in several.items():
         assert ("DeepSpeed" in result["engine"]) == ("deepspeed" in name)
         assert not any(key.rsplit("/", 1)[0] in result["frozen"] for key in result["state"])
-        assert_alike(alone[name.split()[0]], result, TOLERANCE["fp32"])
+        kind = name.split()[0]
+        assert relative_difference(alone[kind], result) < TOLERANCE, name
+        assert relative_difference(alone[f"{kind} of one"], result) > 1000 * TOLERANCE, name  # what it would notice
 
 
 def test_engines_train_adapters_of_bfloat16_bases_in_fp32(tmp_path):
@@ -58,7 +68,7 @@ def test_engines_train_adapters_of_bfloat16_bases_in_fp32(tmp_path):
     for kind in kinds:
         one, other = several[f"{kind} ddp"], several[f"{kind} deepspeed_stage_2"]
         if kind != "norms":
-            assert_alike(one, other, TOLERANCE["bf16"])
+            assert largest_difference(one, other) < 1e-2
             continue
         assert relative_difference(one, other) < 0.1
 
@@ -85,4 +95,4 @@ def test_compiled_blocks_take_the_same_steps(quant, tmp_path):
     for kind in KINDS:
         for grad_cp in (0, 1):
             assert results[f"{kind} {grad_cp} 1"]["graphs"] > 0
-            assert_alike(results[f"{kind} {grad_cp} 0"], results[f"{kind} {grad_cp} 1"], 1e-4)
+            assert relative_difference(results[f"{kind} {grad_cp} 0"], results[f"{kind} {grad_cp} 1"]) < TOLERANCE
