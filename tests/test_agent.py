@@ -1,14 +1,15 @@
 """What the agent of several ranks decides: which failure is the cause, who is told what, who is started again."""
 
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import PContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from training_runs import ROOT
 
@@ -42,42 +43,36 @@ def failure(tmp_path, monkeypatch):
 
 def test_the_first_exception_is_the_cause(failure):
     failures = {0: failure(0, 1, 50.3, "connection closed", step=7), 1: failure(1, 1, 50.1, "boom", step=6)}
-    cause = cause_of(failures, {})
+    cause = cause_of(failures)
     assert (cause.rank, cause.message, cause.step, cause.can_restart, cause.traceback) == (1, "boom", 7, True, "")
 
 
 def test_a_rank_that_was_killed_is_the_cause_and_not_those_that_notice(failure):
     failures = {0: failure(0, 1, 50.1, "connection closed"), 1: failure(1, -9, 50.6), 2: failure(2, -15, 51)}
-    cause = cause_of(failures, {})
+    cause = cause_of(failures)
     assert (cause.rank, cause.exit_code, cause.step) == (1, -9, 5)
     assert cause.message == "was killed by signal 9 (SIGKILL)"
 
 
 def test_a_rank_that_the_agent_killed_at_the_end_is_not_the_cause(failure):
     failures = {0: failure(0, 1, 50.1, "boom"), 1: failure(1, -9, 61), 2: failure(2, -15, 51)}
-    assert cause_of(failures, {}).message == "boom"
-
-
-def test_a_rank_that_was_killed_because_it_stood_still_is_the_cause(failure):
-    failures = {0: failure(0, 1, 50.1, "timed out"), 1: failure(1, -9, 61)}
-    cause = cause_of(failures, {101: "was stopped"})
-    assert (cause.rank, cause.message) == (1, "was stopped")
+    assert cause_of(failures).message == "boom"
 
 
 def test_an_error_that_nobody_expected_keeps_its_traceback(failure):
-    cause = cause_of({0: failure(0, 1, 50, "boom", is_expected=False, can_restart=False)}, {})
+    cause = cause_of({0: failure(0, 1, 50, "boom", is_expected=False, can_restart=False)})
     assert cause.traceback.endswith("ValueError: boom\n")
     assert not cause.can_restart
 
 
 def test_a_mistake_keeps_its_exit_code_when_the_agent_ends_the_rank_before_it_has_left(failure):
     failures = {1: failure(1, 1, 50.4, "connection closed"), 0: failure(0, -15, 50.1, "--ctx_len 0", recorded=2)}
-    cause = cause_of(failures, {})
+    cause = cause_of(failures)
     assert (cause.rank, cause.exit_code, cause.message) == (0, 2, "--ctx_len 0")
 
 
 def test_an_exit_code_without_an_error_file_is_told(failure):
-    assert cause_of({3: failure(3, 7, 50)}, {}).message == "ended with code 7"
+    assert cause_of({3: failure(3, 7, 50)}).message == "ended with code 7"
 
 
 @pytest.mark.parametrize(
@@ -181,9 +176,10 @@ def test_only_the_ranks_of_our_own_agent_leave_their_errors_to_it():
 
 def test_what_the_agent_overrides_is_what_torch_calls():
     """Hooks of torch's SimpleElasticAgent: another torch may have moved them."""
-    for name in ("_start_workers", "_restart_workers", "_monitor_workers"):
+    for name in ("_restart_workers", "_monitor_workers"):
         assert name in vars(launch.Agent), name
         assert hasattr(LocalElasticAgent, name), f"this torch has no {name}: restarts would follow no rule of ours"
+    assert list(inspect.signature(PContext.close).parameters) == ["self", "death_sig", "timeout"]  # ours as the default
 
 
 def test_a_place_of_the_meeting_that_is_nowhere_is_told(monkeypatch):
@@ -197,20 +193,19 @@ def test_a_place_of_the_meeting_that_is_nowhere_is_told(monkeypatch):
     with pytest.raises(
         UserError, match=r"^--rdzv_endpoint nowhere.invalid:29500: nowhere.invalid can't be found from "
     ):
-        launch.launch(1, (2, 2), "nowhere.invalid:29500")
+        launch.launch(1, RestartPolicy(), (2, 2), "nowhere.invalid:29500")
 
 
 @pytest.mark.parametrize(("endpoint", "here"), [("127.0.0.1:1", "127.0.0.1"), ("[::1]:1", "::1")])
 def test_the_machine_of_the_endpoint_is_known_by_that_name(endpoint, here):
-    assert launch._address_here(endpoint) == (here, True)
+    assert launch._address_here(endpoint) == here
 
 
 def test_another_machine_is_known_by_its_address_towards_the_endpoint():
     try:
-        address, is_host = launch._address_here("192.0.2.1:1")  # of no machine (RFC 5737); nothing is sent
+        address = launch._address_here("192.0.2.1:1")  # of no machine (RFC 5737); nothing is sent
     except UserError:
         pytest.skip("no network")
-    assert not is_host
     assert address != "192.0.2.1"
 
 
@@ -218,19 +213,3 @@ def test_one_process_does_not_load_the_agent():
     program = "import sys, src.training.run; print([name for name in sys.modules if 'elastic.agent' in name])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-
-
-def test_a_stopped_rank_is_killed_after_its_time_in_rounds(monkeypatch, tmp_path):
-    """Rounds of the agent, not seconds: while the whole machine sleeps, no rank is to blame."""
-    killed, states = [], iter("SSTSTTTTTTTTT")
-    agent = SimpleNamespace(
-        _pcontext=SimpleNamespace(pids=lambda: {0: 77}), _stopped_rounds=launch.Counter(), _reasons={}
-    )
-    monkeypatch.setattr(launch, "STOPPED_SECONDS", 2)  # four rounds
-    monkeypatch.setattr(launch.os, "kill", lambda pid, number: killed.append((pid, number)))
-    monkeypatch.setattr(launch.Path, "read_text", lambda path: f"77 (a name) T) {next(states)} 1 2")
-    for number in range(12):
-        launch.Agent._end_stopped_ranks(agent)
-        assert bool(killed) == (number >= 8), number
-    assert killed[0] == (77, signal.SIGKILL)
-    assert agent._reasons == {77: "was stopped (SIGSTOP) for 2 s"}

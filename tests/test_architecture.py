@@ -211,7 +211,7 @@ def test_importing_does_nothing():
 
 
 # torch's agent does the rest. Policy (restarts.py) and what a failure leaves (failure.py) are not among them.
-PROCESS_FILES, PROCESS_LINES = ("launch", "ranks", "watch"), 197
+PROCESS_FILES, PROCESS_LINES = ("launch", "ranks", "watch"), 150
 
 
 def test_lines_that_start_find_and_watch_processes_do_not_grow():

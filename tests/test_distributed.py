@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import warm_process
-from lightning_fabric.plugins.environments import TorchElasticEnvironment
+from lightning_fabric.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 
 from src.cli import parse
@@ -20,7 +20,7 @@ from src.model import RWKV7, ModelConfig
 from src.model.weights import IDLE_IN_LAYER_0
 from src.training.distributed import zero
 from src.training.distributed.engine_adamw import EngineAdamW
-from src.training.distributed.ranks import RankInfo, export_ranks, rank_from_launcher
+from src.training.distributed.ranks import LAUNCHER_VARIABLES, cluster_environment
 from src.training.distributed.sharded_init import initial_values
 from src.training.hardware import selection
 from src.training.preflight.traffic import step_traffic
@@ -441,22 +441,40 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def launched_by(monkeypatch):
+    """Sets what a launcher sets, and nothing that another one would."""
+    ours = {name for names in LAUNCHER_VARIABLES for name in names}
+    for name in (*ours, "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "removed at the end of the test")
+        monkeypatch.delenv(name)
+
+    def set_variables(launcher, **changed):
+        for name, value in {**LAUNCHERS[launcher], **changed}.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_ranks_are_read_from_the_environment_of_launchers(launcher):
-    info = rank_from_launcher(LAUNCHERS[launcher])
-    port = 16234 if launcher == "srun" else 1234
-    assert info == RankInfo(
-        rank=5, world_size=8, local_rank=1, local_world_size=4, master_addr="node0", master_port=port
-    )
+def test_lightning_reads_the_ranks_of_every_launcher(launched_by, launcher):
+    """From torchrun's variables, which are set for all of them; the second time from those alone."""
+    launched_by(launcher)
+    for _ in range(2):
+        environment = cluster_environment()
+        assert (environment.global_rank(), environment.world_size(), environment.local_rank()) == (5, 8, 1)
+        assert (environment.node_rank(), environment.main_address) == (1, "node0")
+        assert environment.main_port == (16234 if launcher == "srun" else 1234)
+        assert os.environ["LOCAL_WORLD_SIZE"] == "4"
+        environment.validate_settings(num_devices=4, num_nodes=2)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("flag", ["train_stage", "check"])
-def test_only_rank_zero_writes_initial_weights_and_checks(tmp_path, monkeypatch, capfd, launcher, flag):
+def test_only_rank_zero_writes_initial_weights_and_checks(tmp_path, monkeypatch, launched_by, capfd, launcher, flag):
     """The other ranks exit at once and print nothing; no process group is set up."""
     monkeypatch.setattr(rank_zero_only, "rank", 0)  # what Lightning assumes under a launcher that it doesn't know
-    for name, value in LAUNCHERS[launcher].items():
-        monkeypatch.setenv(name, value)
+    launched_by(launcher)
     sizes = ["--n_layer", "1", "--n_embd", "32", "--head_size", "16", "--vocab_size", "64", "--ctx_len", "16"]
     where = ["--proj_dir", str(tmp_path / "run"), "--data_file", str(tmp_path / "none"), "--accelerator", "cpu"]
     assert run(*parse([*where, *sizes, f"--{flag}", "1"])) == 0
@@ -464,9 +482,13 @@ def test_only_rank_zero_writes_initial_weights_and_checks(tmp_path, monkeypatch,
     assert not (tmp_path / "run").exists()
 
 
-def test_ranks_without_a_launcher():
-    assert rank_from_launcher({}) is None
-    assert rank_from_launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None  # a batch script
+def test_ranks_without_a_launcher(launched_by, monkeypatch):
+    assert cluster_environment() is None
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # a batch script, which Lightning takes for one of eight
+    assert cluster_environment() is None
+    assert SLURMEnvironment.detect()
+    assert "RANK" not in os.environ
     assert selection.meeting_point(RANKS, 2) == "node0:1234"
     assert selection.meeting_point({"MASTER_ADDR": "fd00::1", "MASTER_PORT": "1234"}, 2) == "[fd00::1]:1234"
     for port in ("", "x", "70000"):
@@ -475,28 +497,16 @@ def test_ranks_without_a_launcher():
         assert (error.value.flag, error.value.given) == ("num_nodes", 2)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_lightning_reads_the_ranks_of_every_launcher(monkeypatch, launcher):
-    """From torchrun's variables, which are set for all of them."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "removed at the end of the test")
-    export_ranks(rank_from_launcher(LAUNCHERS[launcher]), os.environ)
-    environment = TorchElasticEnvironment()
-    assert (environment.global_rank(), environment.world_size(), environment.local_rank()) == (5, 8, 1)
-    assert (environment.node_rank(), environment.main_address) == (1, "node0")
-    environment.validate_settings(num_devices=4, num_nodes=2)
-
-
 @pytest.mark.parametrize(
     ("launcher", "changed", "sentence"),
     [
-        ("torchrun", {"RANK": "two"}, "the environment variable RANK is 'two'; expected a whole number"),
+        ("torchrun", {"RANK": "two"}, "the environment variable RANK is 'two'; expected a whole number from 0"),
         ("torchrun", {"RANK": "8"}, "RANK is 8, WORLD_SIZE is 8, LOCAL_RANK is 1"),
-        ("torchrun", {"RANK": "-1"}, "RANK is -1, WORLD_SIZE is 8"),
+        ("torchrun", {"RANK": "-1"}, "the environment variable RANK is '-1'; expected a whole number from 0"),
         ("torchrun", {"LOCAL_RANK": "4"}, "LOCAL_RANK is 4, LOCAL_WORLD_SIZE is 4"),
         ("deepspeed", {"WORLD_SIZE": "9"}, "WORLD_SIZE is 9, LOCAL_RANK is 1, LOCAL_SIZE is 4"),
-        ("torchrun", {"MASTER_PORT": "0"}, "MASTER_PORT 0: the processes could not find each other"),
-        ("torchrun", {"MASTER_PORT": "70000"}, "expected a port, 1 to 65535"),
+        ("torchrun", {"MASTER_PORT": "0"}, "MASTER_PORT is '0'; expected a whole number from 1 to 65535"),
+        ("torchrun", {"MASTER_PORT": "70000"}, "MASTER_PORT is '70000'; expected a whole number from 1 to 65535"),
         ("mpirun", {"OMPI_COMM_WORLD_SIZE": ""}, "OMPI_COMM_WORLD_SIZE is ''"),
         ("srun", {"SLURM_STEP_TASKS_PER_NODE": "4,2"}, "variable SLURM_STEP_TASKS_PER_NODE is '4,2'"),
         ("srun", {"SLURM_STEP_TASKS_PER_NODE": "3(x2)"}, "SLURM_STEP_TASKS_PER_NODE is 3(x2)"),
@@ -505,9 +515,10 @@ def test_lightning_reads_the_ranks_of_every_launcher(monkeypatch, launcher):
         ("srun", {"SLURM_LOCALID": "x"}, "the environment variable SLURM_LOCALID is 'x'"),
     ],
 )
-def test_variables_of_a_launcher_that_make_no_sense_are_named(launcher, changed, sentence):
+def test_variables_of_a_launcher_that_make_no_sense_are_named(launched_by, launcher, changed, sentence):
+    launched_by(launcher, **changed)
     with pytest.raises(UserError) as error:
-        rank_from_launcher({**LAUNCHERS[launcher], **changed})
+        cluster_environment()
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -545,7 +556,7 @@ def test_a_missing_or_untested_deepspeed_is_refused(monkeypatch, version):
         ({"plan": 0, "devices": "8", "accelerator": "gpu"}, {}, 8),
     ],
 )
-def test_a_length_in_batches_counts_those_of_all_processes(flags, launched, processes, monkeypatch):
+def test_a_length_in_batches_counts_those_of_all_processes(flags, launched, processes, launched_by, monkeypatch):
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     config = RunConfig(**{"accelerator": "cpu", "ctx_len": 64, "micro_bsz": 4, **flags})
@@ -562,9 +573,8 @@ def test_fp16_is_refused_where_deepspeed_does_not_compute_in_it(monkeypatch):
         selection.choose_hardware(replace(config, precision="fp16"))
 
 
-def test_the_launcher_decides_how_many_processes_there_are(monkeypatch):
-    for name, value in LAUNCHERS["torchrun"].items():
-        monkeypatch.setenv(name, value)
+def test_the_launcher_decides_how_many_processes_there_are(launched_by):
+    launched_by("torchrun")
     hardware = selection.choose_hardware(RunConfig(accelerator="cpu"))
     assert (hardware.devices, hardware.num_nodes, hardware.strategy) == (4, 2, "ddp")
     with pytest.raises(UserError, match=r"^--devices 3: .*4"):

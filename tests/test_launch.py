@@ -157,22 +157,14 @@ def test_a_signal_stops_all_ranks_after_saving(tmp_path, data, uninterrupted):
     assert_same_run(tmp_path, uninterrupted)
 
 
-SHORT_STOP = """
-import sys, train
-from src.training.distributed import launch
-launch.STOPPED_SECONDS = 6
-sys.exit(train.main())
-"""
-
-
 def test_a_suspended_run_goes_on_when_it_is_continued(tmp_path, data, uninterrupted):
-    """Ctrl-Z and fg: the ranks, in sessions of their own, stop with their agent, and longer than one of them may."""
-    process = start([sys.executable, "-c", SHORT_STOP, *settings(tmp_path, data, 2, devices=2)])
+    """Ctrl-Z and fg: the ranks, in sessions of their own, stop with their agent."""
+    process = start(train_command(*settings(tmp_path, data, 2, devices=2)))
     wait_for(lambda: state_folders(tmp_path) or process.poll() is not None)
     for _ in range(2):
         process.send_signal(signal.SIGTSTP)
         wait_for(lambda: all(state_of(pid) == "T" for pid in ranks_of(process).values()))
-        time.sleep(9)
+        time.sleep(3)
         process.send_signal(signal.SIGCONT)
         time.sleep(1)
     output = finish(process)

@@ -182,6 +182,7 @@ def test_three_ranks_add_gradients_in_the_same_order_in_every_step():
 def test_a_standstill_is_told_after_a_minute_and_not_while_steps_end(monkeypatch):
     """Steps of a second, of which the sixth takes 75 s, as a validation does, until the eleventh, which hangs."""
     now, told, group = [0.0], [], SimpleNamespace(step=0)
+    monkeypatch.setenv("RANK", "1")
 
     def sleep(seconds):
         now[0] += seconds
@@ -190,18 +191,19 @@ def test_a_standstill_is_told_after_a_minute_and_not_while_steps_end(monkeypatch
         group.step = min(5, int(now[0])) if now[0] < 80 else min(10, int(now[0]) - 74)
 
     monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
-    monkeypatch.setattr(watch, "log", lambda sentence: told.append((now[0], sentence)))
+    monkeypatch.setattr(watch, "log_error", lambda sentence: told.append((now[0], sentence)))
     with pytest.raises(StopIteration):
         watch.watch_steps(lambda: group.step, 600)
     assert [seconds for seconds, _ in told] == [pytest.approx(65, abs=2), pytest.approx(84 + 5 * 75, abs=8)]
     told = [sentence for _, sentence in told]
-    assert told[0].startswith("note: no step has ended for 60 s: a process saves, validates or hangs.")
+    assert told[0].startswith("rank 1: no step has ended for 60 s: a process starts, saves, validates or hangs.")
     assert "600 s" in told[0]
 
 
 def test_a_start_that_stands_still_is_told_once(monkeypatch):
     """Steps of 70 s, the first after 100 s: told before the first ends, and again when the eighth hangs."""
     now, told = [0.0], []
+    monkeypatch.setenv("RANK", "0")
 
     def sleep(seconds):
         now[0] += seconds
@@ -209,7 +211,7 @@ def test_a_start_that_stands_still_is_told_once(monkeypatch):
             raise StopIteration
 
     monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
-    monkeypatch.setattr(watch, "log", lambda sentence: told.append((now[0], sentence)))
+    monkeypatch.setattr(watch, "log_error", lambda sentence: told.append((now[0], sentence)))
     with pytest.raises(StopIteration):
         watch.watch_steps(lambda: min(7, max(0, int((now[0] - 30) / 70))), 600)
     assert [seconds for seconds, _ in told] == [pytest.approx(60, abs=2), pytest.approx(520 + 5 * 70, abs=8)]

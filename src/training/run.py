@@ -49,7 +49,7 @@ from src.training.data import HeldOut, Samples, SftSamples, open_samples
 from src.training.distributed.agreement import refuse_other_starts
 from src.training.distributed.failure import record_failure
 from src.training.distributed.process_group import ProcessGroup, join
-from src.training.distributed.ranks import is_restarted, is_supervised, launch_id, launched_at, rank_from_launcher
+from src.training.distributed.ranks import cluster_environment, is_restarted, is_supervised, launch_id, launched_at
 from src.training.distributed.restarts import RestartPolicy
 from src.training.figures.loss_figure import write_loss_figure
 from src.training.figures.report_page import write_report
@@ -100,8 +100,8 @@ def run(config: RunConfig, notes: list[str]) -> int:
     try:
         # Lightning reads ranks from single variables such as RANK, which other programs leave behind, and doesn't know
         # every launcher's.
-        info = rank_from_launcher(os.environ)
-        rank_zero_only.rank = info.rank if info else 0  # type: ignore[attr-defined]
+        environment = cluster_environment()
+        rank_zero_only.rank = environment.global_rank() if environment else 0  # type: ignore[attr-defined]
         batches = config.batches
         config = with_length(with_known_sizes(resolve_load_model(config), config.given), batches)
         if config.plan >= 0:
@@ -113,7 +113,7 @@ def run(config: RunConfig, notes: list[str]) -> int:
         trains = config.train_stage != 1
         if trains and config.data_type == "binidx" and not is_supervised(os.environ):
             open_samples(config)  # a mistake in the data is reported before other processes are started
-        if trains and info is None and math.prod(count_processes(config)) > 1:
+        if trains and environment is None and math.prod(count_processes(config)) > 1:
             return _launch(config)
         hardware = choose_hardware(config)
         if config.train_stage == 1:
@@ -185,7 +185,10 @@ def _fail(
 
 
 def _launch(config: RunConfig) -> int:
-    from src.training.distributed.launch import launch  # torch's agent, which a single process does without
+    from src.training.distributed.launch import (
+        HERE,
+        launch,
+    )  # torch's agent, which a single process does without
 
     devices, nodes = count_processes(config)
     policy = RestartPolicy(
@@ -193,8 +196,8 @@ def _launch(config: RunConfig) -> int:
         is_elastic=config.fewest_nodes < nodes,
         where_it_continues=partial(_where_it_continues, Path(config.proj_dir)),
     )
-    endpoint = config.rdzv_endpoint or (meeting_point(os.environ, nodes) if nodes > 1 else "")
-    return launch(devices, (config.fewest_nodes, nodes), endpoint, policy)
+    endpoint = config.rdzv_endpoint or (meeting_point(os.environ, nodes) if nodes > 1 else HERE)
+    return launch(devices, policy, (config.fewest_nodes, nodes), endpoint)
 
 
 def _where_it_continues(proj_dir: Path, step: int) -> str:

@@ -65,8 +65,8 @@ class Cause:
     resume_point: str = ""
 
 
-def cause_of(failures: Mapping[int, ProcessFailure], reasons: Mapping[int, str]) -> Cause:
-    """The cause among failures by rank; `reasons` says why the agent itself ended a process, by its number.
+def cause_of(failures: Mapping[int, ProcessFailure]) -> Cause:
+    """The cause among failures by rank.
 
     A process that was killed leaves no file. The others notice by their collectives, which fail: later, in any case.
     """
@@ -76,8 +76,7 @@ def cause_of(failures: Mapping[int, ProcessFailure], reasons: Mapping[int, str])
         rank
         for rank, failure in failures.items()
         # SIGTERM is what the agent sends to those that are left
-        if (failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and began[rank] <= first + CAUSE_SECONDS)
-        or failure.pid in reasons
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and began[rank] <= first + CAUSE_SECONDS
     ]
     rank = killed[0] if killed else min(began, key=lambda rank: began[rank])
     failure, extras = failures[rank], {r: _extra(f) for r, f in failures.items()}
@@ -90,7 +89,7 @@ def cause_of(failures: Mapping[int, ProcessFailure], reasons: Mapping[int, str])
         message = f"was killed by signal {-failure.exitcode} ({failure.signal_name()})"
     else:
         message = f"ended with code {failure.exitcode}"
-    return Cause(rank, failure.exitcode, reasons.get(failure.pid, message), step=step)
+    return Cause(rank, failure.exitcode, message, step=step)
 
 
 def _began(failure: ProcessFailure) -> float:

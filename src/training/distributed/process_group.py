@@ -20,14 +20,13 @@ import torch.distributed as dist
 from lightning_fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
-    TorchElasticEnvironment,
 )
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from src.errors import UserError
-from src.training.distributed.ranks import RankInfo, export_ranks, is_supervised, rank_from_launcher
+from src.training.distributed.ranks import cluster_environment, is_supervised
 from src.training.distributed.watch import watch_parent, watch_steps
 
 GRACE_SECONDS = 4.0  # in which rank 0 fails with the error of another rank, if it is the same mistake
@@ -84,9 +83,8 @@ class ProcessGroup:
 class DistributedProcessGroup(ProcessGroup):
     """The process group of one of several processes."""
 
-    def __init__(self, info: RankInfo, store: dist.Store) -> None:
-        self.info, self.rank, self.world_size = info, info.rank, info.world_size
-        self.environment = TorchElasticEnvironment()
+    def __init__(self, environment: ClusterEnvironment, store: dist.Store) -> None:
+        self.environment, self.rank, self.world_size = environment, environment.global_rank(), environment.world_size()
         self._store = store
         self._cpu_group: dist.ProcessGroup | None = None
 
@@ -94,7 +92,7 @@ class DistributedProcessGroup(ProcessGroup):
         """Called when torch.distributed is initialised. The group is of its own even where gloo is the default backend,
         so that flags that are on their way never meet another collective."""
         self._cpu_group = dist.new_group(backend="gloo", timeout=timeout)
-        if self.rank == 0:
+        if self.rank in (0, self.world_size - 1):  # each sees the other stand still
             args = (lambda: self.step, timeout.total_seconds())
             threading.Thread(target=watch_steps, args=args, daemon=True, name="steps").start()
 
@@ -186,50 +184,49 @@ def _picklable(error: Exception) -> Exception:
 
 def join(accelerator: str, timeout_seconds: float) -> ProcessGroup:
     """The process group of this process among those that a launcher started; waits for all of them."""
-    info = rank_from_launcher(os.environ)
-    if info is None:
+    environment = cluster_environment()
+    if environment is None:
         return ProcessGroup()
-    export_ranks(info, os.environ)  # for Lightning, DeepSpeed and torch.distributed
-    rank_zero_only.rank = info.rank  # type: ignore[attr-defined]
+    rank_zero_only.rank = rank = environment.global_rank()  # type: ignore[attr-defined]
     watch_parent()
-    if info.world_size == 1:
+    if (world_size := environment.world_size()) == 1:
         return ProcessGroup()
     try:
-        return _connect(info, accelerator, timedelta(seconds=timeout_seconds))
+        return _connect(environment, accelerator, timedelta(seconds=timeout_seconds))
     except RuntimeError as error:
         raise OSError(
-            f"rank {info.rank} of {info.world_size} could not connect to {info.master_addr}:{info.master_port} "
+            f"rank {rank} of {world_size} could not connect to {environment.main_address}:{environment.main_port} "
             f"({str(error).splitlines()[0]}); check that every machine was started and reaches that address"
         ) from error
 
 
-def _connect(info: RankInfo, accelerator: str, timeout: timedelta) -> ProcessGroup:
+def _connect(environment: ClusterEnvironment, accelerator: str, timeout: timedelta) -> ProcessGroup:
     # for the groups that DeepSpeed makes without naming a time-out
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     store = next(dist.rendezvous("env://", timeout=timeout))[0]
-    group = DistributedProcessGroup(info, dist.PrefixStore("run", store))
+    group = DistributedProcessGroup(environment, dist.PrefixStore("run", store))
     dist.init_process_group(
         "nccl" if accelerator == "gpu" else "gloo",
         store=dist.PrefixStore("group", store),
-        rank=info.rank,
-        world_size=info.world_size,
+        rank=group.rank,
+        world_size=group.world_size,
         timeout=timeout,
-        device_id=torch.device("cuda", info.local_rank) if accelerator == "gpu" else None,
+        device_id=torch.device("cuda", environment.local_rank()) if accelerator == "gpu" else None,
     )
     group.connect(timeout)
     if accelerator == "cpu":
-        num_threads = _cores_per_process(info)  # a collective: before the condition, or ranks could differ in it
+        num_threads = _cores_per_process(environment)  # a collective: before the condition, or ranks could differ in it
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(num_threads)
     return group
 
 
-def _cores_per_process(info: RankInfo) -> int:
+def _cores_per_process(environment: ClusterEnvironment) -> int:
     """Cores that this process may use, divided by the processes of this machine that may use them too: a launcher may
     have pinned each process to its own. Every rank takes part."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores_by_rank: list[Any] = [None] * info.world_size
+    cores_by_rank: list[Any] = [None] * environment.world_size()
     dist.all_gather_object(cores_by_rank, cores)
-    first = info.rank - info.local_rank
-    on_this_node = cores_by_rank[first : first + info.local_world_size]
+    first = environment.global_rank() - environment.local_rank()
+    on_this_node = cores_by_rank[first : first + int(os.environ["LOCAL_WORLD_SIZE"])]
     return max(1, len(cores) // sum(not cores.isdisjoint(others) for others in on_this_node))

@@ -1,7 +1,9 @@
 """The rank of this process, as its launcher gives it: our own agent, torchrun, srun, DeepSpeed's launcher, mpirun.
 
-Every launcher tells it in environment variables of its own. `export_ranks` sets those of torchrun for all of them,
-which torch.distributed and Lightning's TorchElasticEnvironment read.
+Lightning's environments tell it, as far as they can: TorchElasticEnvironment reads torchrun's variables, and gets to
+read those of the other launchers under torchrun's names. SLURMEnvironment takes a batch script for one of its tasks and
+refuses `srun --ntasks`; MPIEnvironment needs mpi4py, which nothing else here does; and none of them tells how many
+processes a machine has, or which variable makes no sense.
 """
 
 from __future__ import annotations
@@ -9,10 +11,9 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping, MutableMapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
-from lightning_fabric.plugins.environments import SLURMEnvironment
+from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from src.errors import UserError
 from src.training.distributed.failure import ERROR_FILE
@@ -30,53 +31,32 @@ LAUNCHER_VARIABLES = (
 )
 
 
-class RankInfo(NamedTuple):
-    """The rank of this process among all processes of the run, and where rank 0 listens."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    master_addr: str
-    master_port: int
-
-
-def rank_from_launcher(environment: Mapping[str, str]) -> RankInfo | None:
-    """The rank that a launcher gave this process; None without a launcher, or where it started only one process.
+def cluster_environment() -> TorchElasticEnvironment | None:
+    """What the launcher of this process tells, as Lightning reads it; None without a launcher, or where it started only
+    one process. Sets torchrun's variables where another launcher has set others.
 
     Raises UserError when the variables are no numbers or contradict each other.
     """
     # all four: some of these variables are set by other programs too
-    names = next((names for names in LAUNCHER_VARIABLES if all(name in environment for name in names)), None)
-    if names is None:
+    if not (names := next((row for row in LAUNCHER_VARIABLES if all(name in os.environ for name in row)), None)):
         return None
-    rank, world_size, local_rank, local_world_size = (_number(environment, name) for name in names)
-    if world_size == 1 and not is_supervised(environment):  # no reason to set up a process group
+    rank, world_size, local_rank, per_machine = numbers = [_number(name) for name in names]
+    if world_size == 1 and not is_supervised(os.environ):  # no reason to set up a process group
         return None
-    address, port = "127.0.0.1", 29500
-    if names[0] == "SLURM_PROCID":
-        address = SLURMEnvironment.resolve_root_node_address(environment.get("SLURM_STEP_NODELIST", address))
-        # the same on every node, and two jobs on one node don't collide
-        port = 15000 + _number(environment, "SLURM_JOB_ID", 0) % 10000
-    address, port = environment.get("MASTER_ADDR") or address, _number(environment, "MASTER_PORT", port)
-    if not (0 <= rank < world_size and 0 <= local_rank < local_world_size and world_size % local_world_size == 0):
+    if not (rank < world_size and local_rank < per_machine and world_size % per_machine == 0):
         raise UserError(
             "the environment variables of the launcher contradict each other: "
-            + ", ".join(f"{name} is {environment[name]}" for name in names),
+            + ", ".join(f"{name} is {os.environ[name]}" for name in names),
             expected="ranks below the numbers of processes, and as many processes on every machine",
             advice="unset those that another program left behind",
         )
-    if not 1 <= port <= 65535:
-        problem = f"MASTER_PORT {port}: the processes could not find each other"
-        advice = "name one (torchrun on one machine: --standalone)"
-        raise UserError(problem, expected="a port, 1 to 65535", advice=advice)
-    return RankInfo(rank, world_size, local_rank, local_world_size, address, port)
-
-
-def export_ranks(info: RankInfo, environment: MutableMapping[str, str]) -> None:
-    """Set what torchrun would set for this rank."""
-    environment.update({name.upper(): str(value) for name, value in info._asdict().items()})
-    environment["GROUP_RANK"] = str(info.rank // info.local_world_size)
+    # under srun nobody sets these: the same on every node, and two jobs on one node don't collide
+    os.environ.setdefault("MASTER_PORT", str(15000 + _number("SLURM_JOB_ID") % 10000))
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
+    os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
+    _number("MASTER_PORT", least=1, most=65535)
+    os.environ.update(zip(LAUNCHER_VARIABLES[0], map(str, numbers), strict=True), GROUP_RANK=str(rank // per_machine))
+    return TorchElasticEnvironment()
 
 
 def is_supervised(environment: Mapping[str, str]) -> bool:
@@ -99,10 +79,11 @@ def launched_at() -> float:
     return float(launch_id() or time.monotonic())
 
 
-def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = environment.get(name, "" if default is None else str(default))
+def _number(name: str, least: int = 0, most: int = 999_999_999) -> int:
+    text = os.environ.get(name, "0")
     # int() takes "4_1", an array job's id, for 41
-    if not (found := re.fullmatch(r"(-?[0-9]{1,9})(\(x[0-9]+\))?", text)):
-        advice = "it is set by a launcher, or by hand where there is none; unset it for a run of one process"
-        raise UserError(f"the environment variable {name} is {text!r}", expected="a whole number", advice=advice)
+    if not (found := re.fullmatch(r"([0-9]{1,9})(\(x[0-9]+\))?", text)) or not least <= int(found[1]) <= most:
+        expected = f"a whole number from {least} to {most}"
+        advice = "set by a launcher (torchrun on one machine: --standalone) or by hand; one process needs none of them"
+        raise UserError(f"the environment variable {name} is {text!r}", expected=expected, advice=advice)
     return int(found[1])

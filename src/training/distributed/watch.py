@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from src.training.console import log, log_error
-from src.training.distributed.failure import ERROR_FILE
+from src.training.console import log_error
 from src.training.distributed.ranks import AGENT, is_supervised
 
 PARENT_SECONDS = 50  # for a rank to save its state when its agent has been killed
@@ -26,8 +23,6 @@ def watch_parent() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         log_error(f"rank {os.environ.get('RANK', 0)} stops: the process that started it has ended")
-        if is_supervised(os.environ):  # the agent's folder: RUN/ATTEMPT/RANK/error.json
-            shutil.rmtree(Path(os.environ[ERROR_FILE]).parents[3], ignore_errors=True)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(PARENT_SECONDS)
         os._exit(1)  # the main thread may be in a collective that never returns
@@ -47,8 +42,7 @@ def watch_steps(current_step: Callable[[], int], dist_timeout: float) -> None:
             begin, is_reported = now, is_reported and ended <= 2  # a slow start is reported once
         elif not is_reported and now - begin >= max(STANDSTILL_SECONDS, 5 * longest):
             is_reported = True
-            log(
-                f"note: no step has ended for {now - begin:.0f} s: a process {'' if ended > 2 else 'starts, '}saves, "
-                f"validates or hangs. One that waits {dist_timeout:.0f} s for others in one operation fails "
-                "(--dist_timeout)"
+            log_error(
+                f"rank {os.environ['RANK']}: no step has ended for {now - begin:.0f} s: a process starts, saves, "
+                f"validates or hangs. One that waits {dist_timeout:.0f} s for others fails (--dist_timeout)"
             )

@@ -16,7 +16,7 @@ from src.errors import UserError
 from src.ops.devices import default_precision, device_name, find_device
 from src.training.distributed import zero
 from src.training.distributed.ddp import OrderedDDPStrategy
-from src.training.distributed.ranks import is_supervised, rank_from_launcher
+from src.training.distributed.ranks import cluster_environment, is_supervised
 from src.training.hardware.cpu_precision import cpu_precision
 
 # tf32 stores fp32: it changes only how products are computed (TrainingModule.on_train_start)
@@ -88,7 +88,7 @@ def choose_hardware(config: RunConfig) -> Hardware:
     if accelerator == "gpu" and devices > (visible := torch.cuda.device_count()):
         raise UserError(flag="devices", given=devices, expected=f"at most {visible}, the GPUs that torch sees")
     # under a launcher the count may be of those that this process was given, not of the machine's
-    is_ours = is_supervised(os.environ) or rank_from_launcher(os.environ) is None
+    is_ours = is_supervised(os.environ) or cluster_environment() is None
     if accelerator == "cpu" and devices > (cores := usable_cores()) and is_ours:
         notes.append(
             f"--devices {devices}: only {cores} core{'s' * (cores > 1)} can be used, which the processes share; "
@@ -185,8 +185,9 @@ def meeting_point(environment: Mapping[str, str], num_nodes: int) -> str:
 
 def _processes(config: RunConfig, accelerator: str) -> tuple[int, int]:
     """(processes per machine, machines): what a launcher has started, else what the flags say."""
-    if rank := rank_from_launcher(os.environ):
-        devices, num_nodes = rank.local_world_size, rank.world_size // rank.local_world_size
+    if launched := cluster_environment():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        num_nodes = launched.world_size() // devices
         for flag, given, started in (
             ("devices", config.devices, devices),
             ("num_nodes", config.num_nodes, num_nodes),
@@ -198,7 +199,7 @@ def _processes(config: RunConfig, accelerator: str) -> tuple[int, int]:
                     f"the launcher started {started}",
                     flag=flag,
                     given=given,
-                    advice=f"leave the flag out, or start as many ({rank.world_size} processes are running in total)",
+                    advice=f"leave the flag out, or start as many ({launched.world_size()} processes run in total)",
                 )
         return devices, num_nodes
     if config.devices == "auto":
