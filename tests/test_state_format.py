@@ -296,6 +296,32 @@ def test_a_snapshot_does_not_change_with_the_weights(tmp_path, monkeypatch):
     assert StateReader(state_folders(tmp_path)[0]).tensors()["weight/master"].tolist() == [1, 1, 1, 1]
 
 
+def test_a_disk_that_does_not_answer_fails_the_save_of_several_processes(tmp_path, monkeypatch):
+    """A single process waits for it; of several, others would wait for this one."""
+    answers = threading.Event()
+    original = storage._write_file
+
+    def late(path, content):
+        answers.wait(60)
+        return original(path, content)
+
+    monkeypatch.setattr(storage, "_write_file", late)
+    writer = StateWriter(tmp_path, keep=2)
+    writer.wait()
+    assert writer._stall_seconds == math.inf
+    writer._stall_seconds = 0.3  # as where there are others
+    writer.write(1, {}, [whole_part("weight/master", torch.ones(4))])
+    writer.check()
+    with pytest.raises(OSError, match=r"could not be saved under .*rank 0: no answer in \d+ s"):
+        writer.wait()
+    with pytest.raises(OSError, match="no answer"):
+        writer.check()
+    answers.set()
+    writer.wait()
+    writer.check()
+    assert StateReader(state_folders(tmp_path)[0]).tensors()["weight/master"].tolist() == [1, 1, 1, 1]
+
+
 def test_a_save_takes_the_time_of_a_copy(tmp_path):
     """CPU time of the thread that trains: hashing and writing take several times as much. Pages are touched before."""
     tensors = [torch.randn(1 << 20) for _ in range(24)]  # 96 MB

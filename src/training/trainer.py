@@ -182,7 +182,10 @@ def build_callbacks(context: RunContext, resume: ResumePoint) -> Callbacks:
     reporter = Reporter(control, length, [*sinks, non_finite], position.mini_epoch_losses, peak)
     check_folder = context.check_folder
     expected_seconds = expected_save_seconds(held_count(config, context.sizes), config.time_limit)
-    writer = StateWriter(proj_dir, config.keep_resume, expected_seconds, check_folder, context.hardware.devices)
+    writer = StateWriter(
+        proj_dir, config.keep_resume, expected_seconds, check_folder, context.hardware.devices,
+        config.dist_timeout,
+    )  # fmt: skip
     weights = SaveWeights(
         control, length, config.epoch_save, proj_dir, non_finite, context.samples.prime, context.results
     )

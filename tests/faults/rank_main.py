@@ -23,7 +23,7 @@ PHASES = {
     "agree": ("src.training.run", "_run_mode", 1),
     "build": ("src.training.trainer", "build_model", 1),
     "first step": ("src.training.module.TrainingModule", "training_step", 1),
-    "step": ("src.training.module.TrainingModule", "training_step", 9),
+    "step": ("src.training.module.TrainingModule", "training_step", 6),
     "save": ("src.training.checkpoint.callbacks.CheckpointCallback", "_save", 2),
     "write": ("src.training.checkpoint.storage.StateWriter", "_write_shards", 2),  # in the thread
     "publish": ("src.training.checkpoint.storage.StateWriter", "_on_rank_zero", 4),

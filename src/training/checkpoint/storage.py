@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import queue
@@ -61,14 +62,18 @@ class StateWriter:
         expected_seconds: float = 0.0,
         check_folder: Callable[[], None] = lambda: None,
         processes: int = 1,
+        stall_seconds: float = 600.0,
     ) -> None:
         """Every rank takes part. `expected_seconds`: what a save is expected to take as long as none was measured.
         `check_folder` raises where the folder is another run's; it is called before anything is written under a final
-        name. `processes` share this machine's memory."""
+        name. `processes` share this machine's memory. `stall_seconds`: how long a file may take before the save has
+        failed, of several processes; a single one keeps nobody waiting, and waits for its disk for ever."""
         self.root, self.keep, self._expected_seconds = proj_dir / STATES, keep, expected_seconds
         self.group = SideGroup()
         self.bytes_written = 0  # by this rank, of tensors, in the last save
         self._check_folder = check_folder
+        self._stall_seconds = stall_seconds if self.group.world_size > 1 else math.inf
+        self._progress_at = math.inf  # when this rank's thread last got on; inf: there is none, or it waits for others
         self._buffers = SnapshotBuffers(processes)
         self._copies: queue.Queue[tuple[list[Part], Tensor] | RuntimeError | None]
         self._failure: BaseException | None = None
@@ -104,7 +109,9 @@ class StateWriter:
     def wait(self) -> None:
         """Until the save under way is on the disk. Raises the error of one that failed."""
         if self._thread is not None:
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(1.0)
+                self._refuse_stall()
             self._thread = None
         self.check()
 
@@ -113,6 +120,11 @@ class StateWriter:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+        self._refuse_stall()
+
+    def _refuse_stall(self) -> None:
+        if (seconds := time.monotonic() - self._progress_at) > self._stall_seconds:
+            raise _save_failure(self.root, TimeoutError(f"rank {self.group.rank}: no answer in {seconds:.0f} s"))
 
     def close(self) -> None:
         """After the last save, on every rank."""
@@ -133,9 +145,12 @@ class StateWriter:
                     shutil.rmtree(temporary, ignore_errors=True)
             except BaseException as second:
                 self._failure = second
+        self._progress_at = math.inf
 
     def _save(self, step: int, payload: dict[str, Any], temporary: Path) -> None:
         begin = time.monotonic()
+        self.group.meet(self._stall_seconds)  # all begin after the same step
+        self._progress_at = time.monotonic()  # from here on each watches itself
         temporary = self._on_rank_zero(lambda: self._make_folder(temporary))
         entries = self._on_every_rank(lambda: self._write_shards(temporary))
         files = {name: entry for of_rank in entries for name, entry in of_rank.items()}
@@ -150,7 +165,9 @@ class StateWriter:
             result = compute()
         except Exception as raised:
             error = raised
+        self._progress_at = math.inf
         outcomes = self.group.exchange((result, error and _portable(error)))
+        self._progress_at = time.monotonic()
         for rank, (_, other) in enumerate(outcomes):
             if other is not None:
                 raise error or (OSError(f"rank {rank}: {other}") if isinstance(other, OSError) else other)
@@ -174,6 +191,7 @@ class StateWriter:
             if isinstance(copy, RuntimeError):
                 raise copy
             shard, buffer = copy
+            self._progress_at = time.monotonic()
             name = f"rank{self.group.rank}-{len(files):04d}.safetensors"
             data = memoryview(buffer.numpy().data)[: sum(part.size for part in shard)]
             header = header_of(shard)

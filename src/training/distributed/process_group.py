@@ -31,7 +31,7 @@ from src.training.distributed.watch import watch_parent, watch_steps
 
 GRACE_SECONDS = 4.0  # in which rank 0 fails with the error of another rank, if it is the same mistake
 END_SECONDS = 20.0  # for a process that fails to leave: destroying a group may wait for ranks that are gone
-LEAVE_SECONDS = 60.0  # for rank 0 to see that all others have left
+LEAVE_SECONDS = 30.0  # for all others to leave a run that is complete
 
 T = TypeVar("T")
 
@@ -156,15 +156,19 @@ class DistributedProcessGroup(ProcessGroup):
 
     def shutdown(self) -> None:
         """All leave together, rank 0 last: an agent takes a rank that has left with a code for a failed one and ends
-        the others, and the store may be in rank 0's process."""
+        the others, and the store may be in rank 0's process. Raises TimeoutError where one hangs: the others are
+        started again then, find the run complete, and leave."""
         if self.rank == 0:
             self._store.set("done", "1")
             deadline = time.monotonic() + LEAVE_SECONDS
-            while time.monotonic() < deadline and self._store.add("left", 0) < self.world_size - 1:
+            staying = list(range(1, self.world_size))
+            while staying := [rank for rank in staying if not self._store.check([f"left {rank}"])]:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"the run is complete, but rank {staying[0]} doesn't end")
                 time.sleep(0.02)
         else:
             self._store.wait(["done"], timedelta(days=1))  # rank 0 may draw figures; where it dies, this raises
-            self._store.add("left", 1)
+            self._store.set(f"left {self.rank}", "1")
         dist.destroy_process_group()
 
 

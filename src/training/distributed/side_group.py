@@ -26,6 +26,14 @@ class SideGroup:
         self.rank, self.world_size = rank_and_world_size()
         self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.world_size > 1 else None
 
+    def meet(self, seconds: float) -> None:
+        """Wait for all ranks to come here, so long at most; raises TimeoutError where one doesn't."""
+        if self._group is not None:
+            try:
+                dist.monitored_barrier(self._group, timedelta(seconds=seconds))
+            except RuntimeError as error:
+                raise TimeoutError(f"a rank has not come within {seconds:.0f} s ({error})") from error
+
     def exchange(self, value: T) -> list[T]:
         """The values of all ranks, by rank. Waits for all of them; raises RuntimeError when one is gone."""
         if self._group is None:
