@@ -87,10 +87,12 @@ class DistributedProcessGroup(ProcessGroup):
         self.environment, self.rank, self.world_size = environment, environment.global_rank(), environment.world_size()
         self._store = store
         self._cpu_group: dist.ProcessGroup | None = None
+        self._timeout = timedelta()
 
     def connect(self, timeout: timedelta) -> None:
         """Called when torch.distributed is initialised. The group is of its own even where gloo is the default backend,
         so that flags that are on their way never meet another collective."""
+        self._timeout = timeout
         self._cpu_group = dist.new_group(backend="gloo", timeout=timeout)
         if self.rank in (0, self.world_size - 1):  # each sees the other stand still
             args = (lambda: self.step, timeout.total_seconds())
@@ -167,7 +169,11 @@ class DistributedProcessGroup(ProcessGroup):
                     raise TimeoutError(f"the run is complete, but rank {staying[0]} doesn't end")
                 time.sleep(0.02)
         else:
-            self._store.wait(["done"], timedelta(days=1))  # rank 0 may draw figures; where it dies, this raises
+            deadline = time.monotonic() + self._timeout.total_seconds()
+            while not self._store.check(["done"]):  # rank 0 writes weights and draws figures; where it dies, this raises
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"rank 0 has not ended within {self._timeout.total_seconds():.0f} s")
+                time.sleep(0.1)
             self._store.set(f"left {self.rank}", "1")
         dist.destroy_process_group()
 
