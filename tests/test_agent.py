@@ -59,6 +59,11 @@ def test_a_rank_that_the_agent_killed_at_the_end_is_not_the_cause(failure):
     assert cause_of(failures).message == "boom"
 
 
+def test_a_rank_that_the_agent_ended_is_not_the_cause_though_its_time_has_no_fractions(failure):
+    failures = {0: failure(0, -15, 50.9), 1: failure(1, 1, 50.7, "timed out")}
+    assert cause_of(failures).message == "timed out"
+
+
 def test_an_error_that_nobody_expected_keeps_its_traceback(failure):
     cause = cause_of({0: failure(0, 1, 50, "boom", is_expected=False, can_restart=False)})
     assert cause.traceback.endswith("ValueError: boom\n")

@@ -182,6 +182,7 @@ def build_callbacks(context: RunContext, resume: ResumePoint) -> Callbacks:
     reporter = Reporter(control, length, [*sinks, non_finite], position.mini_epoch_losses, peak)
     check_folder = context.check_folder
     expected_seconds = expected_save_seconds(held_count(config, context.sizes), config.time_limit)
+    context.process_group.any_rank([False]).wait()  # all have come: in the writer's own group, they wait for long
     writer = StateWriter(
         proj_dir, config.keep_resume, expected_seconds, check_folder, context.hardware.devices,
         config.dist_timeout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -73,10 +74,7 @@ def cause_of(failures: Mapping[int, ProcessFailure]) -> Cause:
     began = {rank: _began(failure) for rank, failure in failures.items()}
     first = min(began.values())
     killed = [
-        rank
-        for rank, failure in failures.items()
-        # SIGTERM is what the agent sends to those that are left
-        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and began[rank] <= first + CAUSE_SECONDS
+        rank for rank, failure in failures.items() if failure.exitcode < 0 and began[rank] <= first + CAUSE_SECONDS
     ]
     rank = killed[0] if killed else min(began, key=lambda rank: began[rank])
     failure, extras = failures[rank], {r: _extra(f) for r, f in failures.items()}
@@ -94,7 +92,9 @@ def cause_of(failures: Mapping[int, ProcessFailure]) -> Cause:
 
 def _began(failure: ProcessFailure) -> float:
     path = Path(failure.error_file)
-    return path.stat().st_mtime if path.is_file() else failure.timestamp
+    if path.is_file():
+        return path.stat().st_mtime
+    return math.inf if failure.exitcode == -signal.SIGTERM else failure.timestamp  # the agent ends those that are left
 
 
 def _extra(failure: ProcessFailure) -> dict:

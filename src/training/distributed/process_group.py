@@ -170,7 +170,8 @@ class DistributedProcessGroup(ProcessGroup):
                 time.sleep(0.02)
         else:
             deadline = time.monotonic() + self._timeout.total_seconds()
-            while not self._store.check(["done"]):  # rank 0 writes weights and draws figures; where it dies, this raises
+            # rank 0 writes weights and draws figures; where it dies, this raises
+            while not self._store.check(["done"]):
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"rank 0 has not ended within {self._timeout.total_seconds():.0f} s")
                 time.sleep(0.1)
