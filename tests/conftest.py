@@ -46,7 +46,7 @@ def pytest_collection_finish() -> None:
 def no_figures() -> Iterator[None]:
     """Runs of train.py in this process end without drawing figures, which takes longer than the run."""
     with pytest.MonkeyPatch.context() as patch:
-        if training_run := sys.modules.get("src.training.run"):
+        if training_run := sys.modules.get("src.training.training_run"):
             patch.setattr(training_run, "write_loss_figure", lambda run, path: path)
             patch.setattr(training_run, "write_report", lambda run: run / "report.html")
         yield
@@ -55,12 +55,12 @@ def no_figures() -> Iterator[None]:
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of train.py in this process draw their figures."""
-    from src.training import run
+    from src.training import training_run
     from src.training.figures.loss_figure import write_loss_figure
     from src.training.figures.report_page import write_report
 
-    monkeypatch.setattr(run, "write_loss_figure", write_loss_figure)
-    monkeypatch.setattr(run, "write_report", write_report)
+    monkeypatch.setattr(training_run, "write_loss_figure", write_loss_figure)
+    monkeypatch.setattr(training_run, "write_report", write_report)
 
 
 class Synced:

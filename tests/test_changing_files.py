@@ -29,7 +29,7 @@ RUN = {"my_exit_tokens": CTX * 4 * 30, "epoch_steps": 10, "epoch_save": 1}
 def _no_figures(monkeypatch):
     """They take most of the time of a tiny run."""
     for name in ("write_loss_figure", "write_report"):
-        monkeypatch.setattr(f"src.training.run.{name}", lambda *arguments: "")
+        monkeypatch.setattr(f"src.training.training_run.{name}", lambda *arguments: "")
 
 
 def during(monkeypatch, step, act):

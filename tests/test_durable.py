@@ -21,7 +21,7 @@ LOGS = ("train_log.txt", "metrics.csv", "val.csv")
 def _no_figures(monkeypatch):
     """They take most of the time of a tiny run."""
     for name in ("write_loss_figure", "write_report"):
-        monkeypatch.setattr(f"src.training.run.{name}", lambda *arguments: "")
+        monkeypatch.setattr(f"src.training.training_run.{name}", lambda *arguments: "")
 
 
 def test_logs_are_on_the_disk_before_the_state_that_is_past_them(tmp_path, data, monkeypatch):

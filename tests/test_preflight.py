@@ -187,7 +187,7 @@ def test_a_start_without_problems_warns_of_nothing_and_loses_no_time(tmp_path, d
         warn_at_start(*args)
         seconds.append(time.thread_time() - began)
 
-    monkeypatch.setattr("src.training.run.warn_at_start", timed)
+    monkeypatch.setattr("src.training.training_run.warn_at_start", timed)
     assert call(tmp_path / "run", data) == 0
     assert "WARNING" not in capfd.readouterr().out
     assert seconds[0] < 2.0
@@ -406,7 +406,7 @@ def test_out_of_memory_before_the_first_step_is_a_message(tmp_path, data, capfd,
     def fails(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
 
-    monkeypatch.setattr(f"src.training.{'trainer' if step == 'build_model' else 'run'}.{step}", fails)
+    monkeypatch.setattr(f"src.training.{'trainer' if step == 'build_model' else 'training_run'}.{step}", fails)
     assert call(tmp_path / "run", data) == 1
     error = capfd.readouterr().err
     assert error.startswith("train.py: out of memory")

@@ -505,7 +505,7 @@ def test_a_run_completes_when_figures_and_samples_fail(tmp_path, data, monkeypat
     def fail(*_):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("src.training.run.write_loss_figure", fail)
+    monkeypatch.setattr("src.training.training_run.write_loss_figure", fail)
     monkeypatch.setattr("src.training.reporting.generations.generate_samples", fail)
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     assert train(tmp_path / "run", data, vocab_size=400, tokenizer=tokenizer) == 0

@@ -13,8 +13,7 @@ import warm_process
 
 from src.cli import parse
 from src.run_folder import REPORT
-from src.training import run as training_run
-from src.training import trainer
+from src.training import trainer, training_run
 from src.training.checkpoint.reader import StateReader
 from src.training.checkpoint.state import SavedState
 from src.training.checkpoint.storage import state_folders
