@@ -24,13 +24,14 @@ are. Every operator is one of PyTorch's core ATen set, or the in-place form of o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from src.ops.portable_layout import CHUNK, Packing, from_chunks, pack, to_chunks
+from src.ops.portable_layout import CHUNK, Packing, from_chunks, pack, to_chunks, write
 from src.ops.portable_scan import scan
 from src.ops.reference import wkv7_reference
 
@@ -65,7 +66,7 @@ def wkv7_portable(
 class _Prepared(NamedTuple):
     """What a chunk needs besides the state; S sequences side by side, rows of a and b before those of r and k."""
 
-    decays: Tensor  # [C, S, 2 L, N]: P_{t-1} for a, then P_t for r
+    decays: Tensor  # [C, B, H, L + 1, N]: 1, P_1, ..., P_L
     reads: Tensor  # [C, S, 2 L, N]: [a'; r']
     writes: Tensor  # [C, S, 2 L, N]: [b'; k']
     products: Tensor  # [C, S, 2 L, 2 L]: [A_ab A_ak; A_rb A_rk]
@@ -74,17 +75,21 @@ class _Prepared(NamedTuple):
     @property
     def total(self) -> Tensor:
         """P_L, [C, S, 1, N]."""
-        return self.decays[:, :, -1:]
+        return self.decays[:, :, :, CHUNK:].flatten(1, 2)
+
+    @property
+    def shared(self) -> Tensor:
+        """W = (I - A_ab)^-1 a', [C, S, L, N]."""
+        return _bmm(self.inverse, self.reads[:, :, :CHUNK])
 
 
 def _prepare(r: Tensor, w: Tensor, k: Tensor, a: Tensor, b: Tensor, packing: Packing | None) -> _Prepared:
-    rate = torch.sigmoid(_dense(w, packing, padding=-math.inf))
-    decays = _decays(rate)
-    L = CHUNK
-    reads = _pair(a, r, packing) * decays
-    writes = (_pair(b, k, packing).unflatten(2, (2, L)) / decays[:, :, None, L:]).flatten(2, 3)
-    products = _bmm(reads, _transposed(writes)).mul_(_mask(rate))
-    return _Prepared(decays, reads, writes, products, _inverse(products[:, :, :L, :L]))
+    decays = _decays(to_chunks(w, packing, padding=-math.inf))
+    before, until = decays[:, :, :, :CHUNK], decays[:, :, :, 1:]
+    reads = _pair(torch.mul, (a, before), (r, until), packing)
+    writes = _pair(torch.div, (b, until), (k, until), packing)
+    products = _bmm(reads, _transposed(writes)).mul_(_mask(reads))
+    return _Prepared(decays, reads, writes, products, _inverse(products[:, :, :CHUNK, :CHUNK]))
 
 
 class _Chunked(torch.autograd.Function):
@@ -95,19 +100,22 @@ class _Chunked(torch.autograd.Function):
         r, w, k, v, a, b, state, cu_seqlens = inputs
         packing = None if cu_seqlens is None else pack(cu_seqlens, r.shape[1])
         p = _prepare(r, w, k, a, b, packing)
-        V = _dense(v, packing)
+        UV = _with_room(to_chunks(v, packing))
+        U, V = UV[:, :, :CHUNK], UV[:, :, CHUNK:]
+        U.copy_(_bmm(p.inverse, _bmm(p.products[:, :, :CHUNK, CHUNK:], V)))
+        p.reads[:, :, :CHUNK].copy_(p.shared)  # [W; r']: a' isn't needed any more
         start = _zeros(r, cu_seqlens) if state is None else state
-        chunks = (p.reads, p.writes, p.inverse, _bmm(p.products[:, :, :CHUNK, CHUNK:], V), V, p.total)
+        S, after, read = _through_chunks(p.reads, p.writes, UV, p.total, start, packing, reverse=False)
+        U.add_(read[:, :, :CHUNK])
+        last = p.total.shape[0] - 1
         if packing is None:
-            S, UV, y, after = scan(*chunks, start.flatten(0, 1), None, None, False)
-            final_state = (after[-1] * p.total[-1]).view(start.shape)
+            final_state = (after[last] * p.total[last]).view(start.shape)
         else:
-            S, UV, y, after = scan(*chunks, start, packing.is_first, packing.document, False)
             final_state = after.index_select(0, packing.last) * p.total.index_select(0, packing.last)
-        y = y + _bmm(p.products[:, :, CHUNK:], UV)
+        y = read[:, :, CHUNK:], _bmm(p.products[:, :, CHUNK:], UV)
         ctx.save_for_backward(r, w, k, a, b, state, cu_seqlens, S, UV)
         ctx.set_materialize_grads(False)  # training drops the final state: no zeros are made for its gradient
-        return from_chunks(y, r, packing), final_state
+        return _rows(torch.add, *y, r, packing), final_state
 
     @staticmethod
     @once_differentiable
@@ -115,30 +123,58 @@ class _Chunked(torch.autograd.Function):
         r, w, k, a, b, state, cu_seqlens, S, UV = ctx.saved_tensors
         packing = None if cu_seqlens is None else pack(cu_seqlens, r.shape[1])
         p = _prepare(r, w, k, a, b, packing)
-        dY = _dense(torch.full_like(r, 0.0) if dy is None else dy, packing)
+        ZdY = _with_room(to_chunks(torch.full_like(r, 0.0) if dy is None else dy, packing))
+        Z, dY = ZdY[:, :, :CHUNK], ZdY[:, :, CHUNK:]
+        Z.copy_(_bmm(_transposed(p.products[:, :, CHUNK:, :CHUNK]), dY))  # A_rb^T dY, of dU
         end = _zeros(r, cu_seqlens) if dfinal_state is None else dfinal_state
-        inner = _bmm(_transposed(p.products[:, :, CHUNK:, :CHUNK]), dY)  # A_rb^T dY
-        chunks = (p.writes, p.reads, _transposed(p.inverse), inner, dY, p.total)
+        reads = torch.cat([p.shared, p.reads[:, :, CHUNK:]], 2)
         if packing is None:
             end = end.flatten(0, 1) * p.total[-1]
-            E, ZdY, dV, D = scan(*chunks, end, None, None, True)
-            dstate = None if state is None else D[0].view(state.shape)
         else:
             end = end * p.total.index_select(0, packing.last)
-            E, ZdY, dV, D = scan(*chunks, end, packing.is_last, packing.document, True)
-            dstate = None if state is None else D.index_select(0, packing.first)
-        dV = dV + _bmm(_transposed(p.products[:, :, :, CHUNK:]), ZdY)
+        E, D, written = _through_chunks(p.writes, reads, ZdY, p.total, end, packing, reverse=True)
+        Z.copy_(_bmm(_transposed(p.inverse), Z + written[:, :, :CHUNK]))
+        dv = written[:, :, CHUNK:], _bmm(_transposed(p.products[:, :, :, CHUNK:]), ZdY)
+        dstate = None
+        if state is not None:
+            dstate = D[0].clone().view(state.shape) if packing is None else D.index_select(0, packing.first)
         Q = _bmm(ZdY, _transposed(UV)).mul_(_mask(UV))
         dreads = _bmm(ZdY, S).add_(_bmm(Q, p.writes))
         dwrites = _bmm(UV, E).add_(_bmm(_transposed(Q), p.reads))
-        dw = _decay_gradient(dreads * p.reads, dwrites * p.writes, (D * S).sum(2, keepdim=True))
-        raw = _dense(w, packing, padding=-math.inf)
+        dw = _decay_gradient(p.reads.mul_(dreads), p.writes.mul_(dwrites), (D * S).sum(2, keepdim=True))
+        raw = _accumulate(to_chunks(w, packing, padding=-math.inf))
         # sigmoid(-w) and not 1 - sigmoid(w), which has no digits left for a large w.
-        dw = dw.mul_(torch.sigmoid(raw)).mul_(torch.sigmoid(-raw)).mul_(LOG_DECAY)
-        da, dr = dreads.mul_(p.decays).split_with_sizes((CHUNK, CHUNK), 2)
-        db, dk = (x / p.decays[:, :, CHUNK:] for x in dwrites.split_with_sizes((CHUNK, CHUNK), 2))
-        gradients = (from_chunks(x, r, packing) for x in (dr, dw, dk, dV, da, db))
+        slope = torch.sigmoid(raw).mul_(torch.sigmoid(-raw)).mul_(LOG_DECAY).flatten(1, 2)
+        before, until = (p.decays[:, :, :, i : i + CHUNK].flatten(1, 2) for i in range(2))
+        da, dr = (torch.mul, dreads[:, :, :CHUNK], before), (torch.mul, dreads[:, :, CHUNK:], until)
+        db, dk = ((torch.div, x, until) for x in dwrites.split_with_sizes((CHUNK, CHUNK), 2))
+        gradients = (_rows(*x, r, packing) for x in (dr, (torch.mul, dw, slope), dk, (torch.add, *dv), da, db))
         return (*gradients, dstate, None)
+
+
+def _through_chunks(
+    left: Tensor,
+    right: Tensor,
+    rows: Tensor,
+    total: Tensor,
+    start: Tensor,
+    packing: Packing | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence of the module's docstring; for the gradient with `reverse`, and a, r in the place of b, k.
+
+    left = [l; m], right = [g; h], rows = [u; x], each [C, S, 2 L, N]. X before and after each chunk [C, S, N, N], with
+    X <- X + (u + l X^T)^T g + x^T h = X (I + l^T g) + rows^T right,  and left X^T [C, S, 2 L, N].
+    """
+    step = _bmm(_transposed(left[:, :, :CHUNK]), right[:, :, :CHUNK])
+    step.diagonal(dim1=2, dim2=3).add_(1.0)
+    added = _bmm(_transposed(rows), right)
+    if packing is None:
+        before, after = scan(step, added, total, start.flatten(0, 1) if start.dim() == 4 else start, None, None, reverse)
+    else:
+        is_start = packing.is_last if reverse else packing.is_first
+        before, after = scan(step, added, total, start, is_start, packing.document, reverse)
+    return before, after, _bmm(left, _transposed(before))
 
 
 def _decay_gradient(reads: Tensor, writes: Tensor, through: Tensor) -> Tensor:
@@ -149,8 +185,8 @@ def _decay_gradient(reads: Tensor, writes: Tensor, through: Tensor) -> Tensor:
     token reads before its decay, the receptance after it.
     """
     removed = reads[:, :, :CHUNK]
-    difference = writes - reads
     before, _ = _triangles(CHUNK, reads)
+    difference = writes.sub_(reads)
     return _times(before, difference[:, :, :CHUNK] + difference[:, :, CHUNK:]).sub_(removed).add_(through)
 
 
@@ -161,22 +197,19 @@ def _zeros(r: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.full((sequences, H, N, N), 0.0, dtype=_accumulate(r[:0]).dtype, device=r.device)
 
 
-def _decays(rate: Tensor) -> Tensor:
-    """[P_{t-1}; P_t] [C, S, 2 L, N] of rate = sigmoid(w) [C, S, L, N].
+def _decays(w: Tensor) -> Tensor:
+    """[1, P_1, ..., P_L] [C, B, H, L + 1, N] of w [C, B, H, L, N].
 
-    exp() of a sum over the whole chunk would have the sum's rounding error as its relative one, a few 1e-7. So only
-    sums of a few tokens are exponents, and their exponentials are multiplied.
+    Products of the tokens' decays, of which each has an error of its own; exp() of a sum over the whole chunk would
+    have the sum's rounding error as its relative one, a few 1e-7.
     """
-    blocks, size = CHUNK // DECAY_BLOCK, DECAY_BLOCK
-    before, until = _triangles(size, rate)
-    rate = rate.unflatten(2, (blocks, size)).flatten(1, 2)
-    within = _times(LOG_DECAY * torch.cat([before, until]), rate).exp_().unflatten(1, (-1, blocks))
-    total = within[:, :, :, -1:]
-    starts = [torch.full_like(total[:, :, 0], 1.0)]
-    for block in range(blocks - 1):
-        starts.append(starts[-1] * total[:, :, block])
-    within = within.mul_(torch.cat(starts, 2).unsqueeze(3)).unflatten(3, (2, size))
-    return within.permute(0, 1, 3, 2, 4, 5).flatten(2, 4)
+    decays = torch.constant_pad_nd(_accumulate(w), (0, 0, 1, 0), -math.inf).sigmoid_().mul_(LOG_DECAY).exp_()
+    blocks = decays[:, :, :, 1:].unflatten(3, (-1, DECAY_BLOCK))
+    for token in range(1, DECAY_BLOCK):
+        blocks[..., token, :].mul_(blocks[..., token - 1, :])
+    for block in range(1, CHUNK // DECAY_BLOCK):
+        blocks[:, :, :, block].mul_(blocks[:, :, :, block - 1, -1:])
+    return decays
 
 
 def _inverse(strict: Tensor) -> Tensor:
@@ -224,14 +257,32 @@ def _mask(like: Tensor) -> Tensor:
     return torch.cat([torch.cat([before, before], 1), torch.cat([until, until], 1)], 0)
 
 
-def _dense(x: Tensor, packing: Packing | None, padding: float = 0.0) -> Tensor:
-    """[B, T, H, N] -> dense [C, S, L, N] in fp32 (float64 for float64)."""
-    return _accumulate(to_chunks(x, packing, padding)).flatten(1, 2).contiguous()
+def _with_room(x: Tensor) -> Tensor:
+    """[C, S, 2 L, N] in fp32 (float64 for float64): L rows without values, and below them x [C, B, H, L, N]."""
+    rows = _empty_pair(x)
+    rows[:, :, :, CHUNK:].copy_(x)
+    return rows.flatten(1, 2)
 
 
-def _pair(x: Tensor, y: Tensor, packing: Packing | None) -> Tensor:
-    """x and y [B, T, H, N] -> [C, S, 2 L, N], of their dtype."""
-    return torch.cat([to_chunks(x, packing), to_chunks(y, packing)], 3).flatten(1, 2)
+def _pair(
+    function: Callable[..., Tensor], upper: tuple[Tensor, Tensor], lower: tuple[Tensor, Tensor], packing: Packing | None
+) -> Tensor:
+    """function(rows [B, T, H, N], decays [C, B, H, L, N]) of both -> [C, S, 2 L, N]."""
+    pair = _empty_pair(upper[1])
+    write(pair[:, :, :, :CHUNK], function, to_chunks(upper[0], packing), upper[1])
+    write(pair[:, :, :, CHUNK:], function, to_chunks(lower[0], packing), lower[1])
+    return pair.flatten(1, 2)
+
+
+def _empty_pair(like: Tensor) -> Tensor:
+    C, B, H, L, N = like.shape
+    return torch.empty((C, B, H, 2 * L, N), dtype=_accumulate(like[:0]).dtype, device=like.device)
+
+
+def _rows(function: Callable[..., Tensor], x: Tensor, y: Tensor, like: Tensor, packing: Packing | None) -> Tensor:
+    """function(x, y) of [C, S, L, N] -> [B, T, H, N]."""
+    sequences = like.shape[0], like.shape[2]
+    return from_chunks(function, x.unflatten(1, sequences), y.unflatten(1, sequences), like, packing)
 
 
 def _accumulate(x: Tensor) -> Tensor:

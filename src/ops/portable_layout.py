@@ -7,6 +7,7 @@ on shapes alone: T // CHUNK + D of a packed row, so some at its end may be empty
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,16 +80,30 @@ def to_chunks(x: Tensor, packing: Packing | None, padding: float = 0.0) -> Tenso
     # A compiled graph pads always: it shall serve every length.
     elif torch.compiler.is_compiling() or T % CHUNK:
         x = torch.constant_pad_nd(x, (0, 0, 0, 0, 0, -T % CHUNK), padding)
-    return x.view(B, x.shape[1] // CHUNK, CHUNK, H, N).permute(1, 0, 3, 2, 4)
+    return _as_chunks(x)
 
 
-def from_chunks(x: Tensor, like: Tensor, packing: Packing | None) -> Tensor:
-    """[C, S, CHUNK, N] -> dense [B, T, H, N], shape and dtype of `like`."""
+def _as_chunks(rows: Tensor) -> Tensor:
+    """[B, C * CHUNK, H, N] as a view [C, B, H, CHUNK, N]."""
+    B, slots, H, N = rows.shape
+    return rows.view(B, slots // CHUNK, CHUNK, H, N).permute(1, 0, 3, 2, 4)
+
+
+def from_chunks(
+    function: Callable[..., Tensor], x: Tensor, y: Tensor, like: Tensor, packing: Packing | None
+) -> Tensor:
+    """function(x, y) of [C, B, H, CHUNK, N] -> dense [B, T, H, N], shape and dtype of `like`. One pass over memory."""
     B, T, H, N = like.shape
-    chunks = x.shape[0]
-    x = x.view(chunks, B, H, CHUNK, N).permute(1, 0, 3, 2, 4)
-    # One pass where the dtype changes. Dense in any case: the caller joins heads by a view.
-    x = x.to(like.dtype, memory_format=torch.contiguous_format).contiguous().view(B, chunks * CHUNK, H, N)
+    rows = torch.empty((B, x.shape[0] * CHUNK, H, N), dtype=like.dtype, device=like.device)
+    write(_as_chunks(rows), function, x, y)
     if packing is not None:
-        return x.index_select(1, packing.slot_of)
-    return x if x.shape[1] == T else x[:, :T].contiguous()
+        return rows.index_select(1, packing.slot_of)
+    return rows if rows.shape[1] == T else rows[:, :T].contiguous()
+
+
+def write(out: Tensor, function: Callable[..., Tensor], x: Tensor, y: Tensor) -> None:
+    """out <- function(x, y), elementwise, where `out` may be any view."""
+    if torch.compiler.is_compiling():  # it takes no views, and makes one pass of this
+        out.copy_(function(x, y))
+    else:
+        function(x, y, out=out)
