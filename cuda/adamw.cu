@@ -5,16 +5,13 @@
 //
 // Per parameter of 16 bits: 2 bytes of gradient and 12 of master and moments read, 12 and 2 of the parameter written: 28. Where found_inf is not 0
 // nothing is changed. One launch serves up to kMost tensors, whose addresses are arguments of the kernel.
-#include "port.cuh"
+#include "row_tiles.cuh"
 
 namespace {
 
-using namespace port;
-
-constexpr int kNoSuchKernel = -1;
-constexpr int kThreads = 256, kVector = 4, kVectors = 4;  // elements of an access, and accesses of a thread
-constexpr int kBlock = kThreads * kVector * kVectors;     // elements of a block
-constexpr int kMost = 56;                                 // tensors of a launch: a kernel's arguments have 4 KB
+constexpr int kThreads = 256, kVectors = 4;            // accesses of a thread, of kVector elements each
+constexpr int kBlock = kThreads * kVector * kVectors;  // elements of a block
+constexpr int kMost = 56;                              // tensors of a launch: a kernel's arguments have 4 KB
 
 struct One {
   void* parameter;  // null: the master is the parameter
@@ -52,18 +49,6 @@ DEVICE void update(const Step& p, const Factors& f, float gradient, float& maste
   master = master * f.keep - f.rate * m / (square_root(v) * f.inverse_root + p.eps);
 }
 
-template <class T>
-DEVICE void load_gradients(float (&to)[kVector], const T* from) {
-  if constexpr (sizeof(T) == 4) {
-    load_floats(to, from);
-  } else {
-    uint32_t words[2];
-    load8(from, words[0], words[1]);
-#pragma unroll
-    for (int i = 0; i < kVector; i++) to[i] = to_float(T{uint16_t(words[i / 2] >> (16 * (i % 2)))});
-  }
-}
-
 DEVICE bool is_multiple(const void* at, int bytes) { return reinterpret_cast<uintptr_t>(at) % bytes == 0; }
 
 template <class T>
@@ -90,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) adamw(Step p) {
     const int64_t at = begin + (int64_t(i) * kThreads + threadIdx.x) * kVector;
     if (at >= vectors_end) break;
     float g[kVector], master[kVector], m[kVector], v[kVector];
-    load_gradients(g, gradient + at);
+    load_vector<T>(g, gradient, at);
     load_floats(master, x.master + at);
     load_floats(m, x.exp_avg + at);
     load_floats(v, x.exp_avg_sq + at);
@@ -99,8 +84,7 @@ __global__ void __launch_bounds__(kThreads) adamw(Step p) {
     store_floats(x.master + at, master);
     store_floats(x.exp_avg + at, m);
     store_floats(x.exp_avg_sq + at, v);
-    if constexpr (sizeof(T) == 2)
-      store8(parameter + at, pack(from_float<T>(master[0]), from_float<T>(master[1])), pack(from_float<T>(master[2]), from_float<T>(master[3])));
+    if constexpr (sizeof(T) == 2) store_vector<T>(parameter, at, master);
   }
   for (int64_t at = vectors_end + threadIdx.x; at < end; at += kThreads) {
     float master = x.master[at], m = x.exp_avg[at], v = x.exp_avg_sq[at];

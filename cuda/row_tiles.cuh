@@ -1,4 +1,4 @@
-// What the elementwise kernels share: blocks that own a tile of rows by channels, vectors of four channels, and sums over all rows.
+// What the elementwise kernels share: vectors of four numbers, blocks that own a tile of rows by channels, and sums over all rows.
 //
 // x [rows, width] is cut into tiles of 64 rows by 128 channels. A tile is a block of 8 warps; each warp walks down 8 rows, each lane keeps 4 channels,
 // so vectors of parameters and sums over rows stay in registers, and a row's 128 channels are one access of whole sectors. Sums over all rows are

@@ -95,7 +95,9 @@ def test_what_serves_and_trains_models_says_that_it_does_not_take_a_hybrid(model
         RWKV7.from_checkpoint(path)
     with pytest.raises(UserError, match="hybrid"):  # train.py --load_model
         fit_weights(model.state_dict(), RWKV7(ModelConfig(**SIZES)), "hybrid.pth")
-    with pytest.raises(UserError, match="constant size"):
-        State.zeros(CONFIG, 1)
+    states = lambda: State.zeros(CONFIG, 1), lambda: model.initial_state(1), lambda: model.set_initial_states({})
+    for take in states:
+        with pytest.raises(UserError, match="constant size"):
+            take()
     with pytest.raises(ValueError, match="cu_seqlens"):
         model(tokens_of(1, 4), cu_seqlens=torch.tensor([0, 2, 4], dtype=torch.int32))

@@ -20,7 +20,7 @@ from src.errors import UserError
 from src.model.compiled import compile_with_fallback
 from src.model.init import initialise
 from src.model.layers import Block, LayerNorm, Linear, SequenceContext, TimeMix
-from src.model.state import LayerState, State
+from src.model.state import LayerState, State, refuse_attention
 from src.model.weights import Weights, config_from_weights, fit_weights, read_weights, split_states
 
 
@@ -93,7 +93,11 @@ class RWKV7(nn.Module):
         return x.masked_scatter(places.unsqueeze(-1), embeds.to(x.dtype))
 
     def initial_state(self, sequences: int) -> State:
-        """What a call without a state begins from, as a state: token shifts of zeros, tuned initial states or zeros."""
+        """What a call without a state begins from, as a state: token shifts of zeros, tuned initial states or zeros.
+
+        Raises UserError for a model with blocks of attention, which has no state of constant size.
+        """
+        refuse_attention(self.config)
         layers = []
         for block in self.blocks:
             att = block.get_submodule("att")
@@ -115,8 +119,9 @@ class RWKV7(nn.Module):
     def set_initial_states(self, states: Weights, source: str = "the state") -> None:
         """Begin from `states` (blocks.N.att.time_state [H, N value, N key]) instead of zeros; {}: from zeros.
 
-        Raises UserError unless there is one for each block, of its shape.
+        Raises UserError unless there is one for each block, of its shape, and for a model with blocks of attention.
         """
+        refuse_attention(self.config)
         for i, block in enumerate(self.blocks):
             att, name = block.get_submodule("att"), f"blocks.{i}.att.time_state"
             assert isinstance(att, TimeMix)

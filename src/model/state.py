@@ -12,6 +12,16 @@ from src.config import ModelConfig
 from src.errors import UserError
 
 
+def refuse_attention(config: ModelConfig) -> None:
+    """Raises UserError for a model with blocks of attention."""
+    if "attention" in config.blocks:
+        raise UserError(
+            "blocks of attention have no state of constant size",
+            expected="a model of RWKV blocks alone",
+            advice="call the model itself, first without a state (docs/layers.md)",
+        )
+
+
 class LayerState(NamedTuple):
     """The state of one block for B sequences (or D packed documents)."""
 
@@ -36,12 +46,7 @@ class State:
 
         Raises UserError for a model with blocks of attention, which has no state of constant size.
         """
-        if "attention" in config.blocks:
-            raise UserError(
-                "blocks of attention have no state of constant size",
-                expected="a model of RWKV blocks alone",
-                advice="call the model itself, first without a state (docs/layers.md)",
-            )
+        refuse_attention(config)
         # A model called without a state computes the same; a decoder needs these, to overwrite them.
         n = config.head_size
         return cls(

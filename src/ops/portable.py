@@ -5,20 +5,23 @@ of a [L, N] matrix for tokens:
 
     a' = a P_{t-1},  r' = r P_t,  b' = b / P_t,  k' = k / P_t
     [A_ab A_ak; A_rb A_rk] = [a'; r'] [b'; k']^T, of which the rows of a keep what is strictly before them
-    U = (I - A_ab)^-1 (a' S^T + A_ak V)                     what the removal keys read of the state, the "sa" of a token
+    W = (I - A_ab)^-1 a'
+    U = W S^T + (I - A_ab)^-1 A_ak V                        what the removal keys read of the state, the "sa" of a token
     Y = r' S^T + A_rb U + A_rk V
     S <- (S + [U; V]^T [b'; k']) diag(P_L)
 
 and backward with D the gradient of the state after the chunk, E = D diag(P_L):
 
-    Z = (I - A_ab)^-T (b' E^T + A_rb^T dY)
+    dU = b' E^T + A_rb^T dY,   Z = (I - A_ab)^-T dU
     dV = k' E^T + A_ak^T Z + A_rk^T dY
-    D <- E + [Z; dY]^T [a'; r']                             the same step as S's, with other operands
+    D <- E + dU^T W + dY^T r'                               the same step as S's, with other operands
     Q = [Z; dY] [U; V]^T, masked as above
     [da'; dr'] = [Z; dY] S + Q [b'; k'],   [db'; dk'] = [U; V] E + Q^T [a'; r']
 
-All chunks are computed at once but for the two recurrences over them, S and D. Arithmetic is fp32 whatever the inputs
-are. Every operator is one of PyTorch's core ATen set, or the in-place form of one, and no shape depends on values.
+All chunks are computed at once but for the two recurrences over them, S and D. In these U and dU are replaced by their
+formulas, so a chunk takes one product of a matrix that is known before (`_through_chunks`): their loop is short, and
+everything else is in few large operations. Arithmetic is fp32 whatever the inputs are. Every operator is one of
+PyTorch's core ATen set, or the in-place or `out` form of one, and no shape depends on values.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from src.ops.portable_scan import scan
 from src.ops.reference import wkv7_reference
 
 LOG_DECAY = -math.exp(-0.5)  # log decay = LOG_DECAY * sigmoid(w)
-DECAY_BLOCK = 4  # tokens whose log decays are summed
+DECAY_BLOCK = 4  # tokens whose decays are multiplied first, side by side with the other blocks
 BLOCK = 8  # of the inverse: within it row by row, beyond it by products
 
 
@@ -105,11 +108,11 @@ class _Chunked(torch.autograd.Function):
         U.copy_(_bmm(p.inverse, _bmm(p.products[:, :, :CHUNK, CHUNK:], V)))
         p.reads[:, :, :CHUNK].copy_(p.shared)  # [W; r']: a' isn't needed any more
         start = _zeros(r, cu_seqlens) if state is None else state
-        S, after, read = _through_chunks(p.reads, p.writes, UV, p.total, start, packing, reverse=False)
+        begin = start.flatten(0, 1) if packing is None else start
+        S, after, read = _through_chunks(p.reads, p.writes, UV, p.total, begin, packing, reverse=False)
         U.add_(read[:, :, :CHUNK])
-        last = p.total.shape[0] - 1
         if packing is None:
-            final_state = (after[last] * p.total[last]).view(start.shape)
+            final_state = (after[-1] * p.total[-1]).view(start.shape)
         else:
             final_state = after.index_select(0, packing.last) * p.total.index_select(0, packing.last)
         y = read[:, :, CHUNK:], _bmm(p.products[:, :, CHUNK:], UV)
@@ -128,10 +131,7 @@ class _Chunked(torch.autograd.Function):
         Z.copy_(_bmm(_transposed(p.products[:, :, CHUNK:, :CHUNK]), dY))  # A_rb^T dY, of dU
         end = _zeros(r, cu_seqlens) if dfinal_state is None else dfinal_state
         reads = torch.cat([p.shared, p.reads[:, :, CHUNK:]], 2)
-        if packing is None:
-            end = end.flatten(0, 1) * p.total[-1]
-        else:
-            end = end * p.total.index_select(0, packing.last)
+        end = end.flatten(0, 1) * p.total[-1] if packing is None else end * p.total.index_select(0, packing.last)
         E, D, written = _through_chunks(p.writes, reads, ZdY, p.total, end, packing, reverse=True)
         Z.copy_(_bmm(_transposed(p.inverse), Z + written[:, :, :CHUNK]))
         dv = written[:, :, CHUNK:], _bmm(_transposed(p.products[:, :, :, CHUNK:]), ZdY)
@@ -170,7 +170,7 @@ def _through_chunks(
     step.diagonal(dim1=2, dim2=3).add_(1.0)
     added = _bmm(_transposed(rows), right)
     if packing is None:
-        before, after = scan(step, added, total, start.flatten(0, 1) if start.dim() == 4 else start, None, None, reverse)
+        before, after = scan(step, added, total, start, None, None, reverse)
     else:
         is_start = packing.is_last if reverse else packing.is_first
         before, after = scan(step, added, total, start, is_start, packing.document, reverse)

@@ -73,7 +73,7 @@ def _count_up(places: Tensor, length: int) -> Tensor:
 
 def to_chunks(x: Tensor, packing: Packing | None, padding: float = 0.0) -> Tensor:
     """[B, T, H, N] -> a view or copy [C, B, H, CHUNK, N] of it, with `padding` in slots that have no token."""
-    B, T, H, N = x.shape
+    T = x.shape[1]
     if packing is not None:
         padded = torch.constant_pad_nd(x, (0, 0, 0, 0, 0, 1), padding)
         x = padded.index_select(1, packing.token_at)
@@ -89,9 +89,7 @@ def _as_chunks(rows: Tensor) -> Tensor:
     return rows.view(B, slots // CHUNK, CHUNK, H, N).permute(1, 0, 3, 2, 4)
 
 
-def from_chunks(
-    function: Callable[..., Tensor], x: Tensor, y: Tensor, like: Tensor, packing: Packing | None
-) -> Tensor:
+def from_chunks(function: Callable[..., Tensor], x: Tensor, y: Tensor, like: Tensor, packing: Packing | None) -> Tensor:
     """function(x, y) of [C, B, H, CHUNK, N] -> dense [B, T, H, N], shape and dtype of `like`. One pass over memory."""
     B, T, H, N = like.shape
     rows = torch.empty((B, x.shape[0] * CHUNK, H, N), dtype=like.dtype, device=like.device)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.wkv7 import problem
 
 from src.ops import portable
-from src.ops.portable_layout import CHUNK, from_chunks
+from src.ops.portable_layout import CHUNK, to_chunks
 from src.training.hardware.allocator import set_up_malloc
 
 SHAPES = ((4, 512, 8, 64), (1, 4096, 12, 64))
@@ -47,13 +47,13 @@ class Inverse(torch.autograd.Function):
 
 def by_autograd(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
     L = CHUNK
-    rate = torch.sigmoid(portable._dense(w, None))
+    R, raw, K, V, A, Bm = (to_chunks(x, None).flatten(1, 2) for x in (r, w, k, v, a, b))
+    rate = torch.sigmoid(raw)
     total = torch.cumsum(rate, 2)
     until, before = torch.exp(portable.LOG_DECAY * total), torch.exp(portable.LOG_DECAY * (total - rate))
-    reads = portable._pair(a, r, None) * torch.cat([before, until], 2)
-    writes = portable._pair(b, k, None) / torch.cat([until, until], 2)
+    reads = torch.cat([A * before, R * until], 2)
+    writes = torch.cat([Bm / until, K / until], 2)
     products = (reads @ writes.transpose(2, 3)) * portable._mask(rate)
-    V = portable._dense(v, None)
     inverse = Inverse.apply(products[:, :, :L, :L])
     X, rows = portable._zeros(r, None).flatten(0, 1), []
     # unbind: the gradient of an index would be as large as what it is taken from, for each chunk
@@ -63,7 +63,8 @@ def by_autograd(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor
         UV = torch.cat([solve @ (Q[:, :L] + inner), value], 1)
         X = (X + UV.transpose(1, 2) @ write) * scale
         rows.append(Q[:, L:] + product @ UV)
-    return from_chunks(torch.stack(rows), r, None)
+    B, T, H, N = r.shape
+    return torch.stack(rows).view(T // L, B, H, L, N).permute(1, 0, 3, 2, 4).reshape(r.shape)
 
 
 KINDS = {
