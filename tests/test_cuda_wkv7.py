@@ -207,7 +207,7 @@ def test_tensor_core_error_at_any_length_and_decay(request, name, length, kind):
 def test_one_token_has_the_error_of_its_rounded_operands(request, name, seed):
     """y = q v and dv = D k + q dy, with q = r . k: a single sum, whose cancellation no other token or head averages
     out. Both kernels multiply r and k rounded to bf16, so q is as exact as its summands are large, not as itself: for
-    seeds 0 and 2 q is 0.2 and 0.3, and the errors of dv, 6e-3 and more, are beyond CHUNKED, on mma.sync and on wgmma."""
+    seeds 0 and 2 q is 0.2 and 0.3, and the errors of dv are 6e-3 and more, beyond CHUNKED."""
     x = problem(1, 1, 1, 64, BF16, kind="correlated", seed=seed)
     dy, dfinal_state = incoming(x)
     kernel = request.getfixturevalue(name)
