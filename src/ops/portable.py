@@ -146,9 +146,16 @@ class _Chunked(torch.autograd.Function):
         # sigmoid(-w) and not 1 - sigmoid(w), which has no digits left for a large w.
         slope = torch.sigmoid(raw).mul_(torch.sigmoid(-raw)).mul_(LOG_DECAY).flatten(1, 2)
         before, until = (p.decays[:, :, :, i : i + CHUNK].flatten(1, 2) for i in range(2))
-        da, dr = (torch.mul, dreads[:, :, :CHUNK], before), (torch.mul, dreads[:, :, CHUNK:], until)
-        db, dk = ((torch.div, x, until) for x in dwrites.split_with_sizes((CHUNK, CHUNK), 2))
-        gradients = (_rows(*x, r, packing) for x in (dr, (torch.mul, dw, slope), dk, (torch.add, *dv), da, db))
+        da, dr = dreads.split_with_sizes((CHUNK, CHUNK), 2)
+        db, dk = dwrites.split_with_sizes((CHUNK, CHUNK), 2)
+        gradients = (
+            _rows(torch.mul, dr, until, r, packing),
+            _rows(torch.mul, dw, slope, r, packing),
+            _rows(torch.div, dk, until, r, packing),
+            _rows(torch.add, *dv, r, packing),
+            _rows(torch.mul, da, before, r, packing),
+            _rows(torch.div, db, until, r, packing),
+        )
         return (*gradients, dstate, None)
 
 
