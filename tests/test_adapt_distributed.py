@@ -70,7 +70,7 @@ def test_engines_train_adapters_of_bfloat16_bases_in_fp32(tmp_path):
         if kind != "norms":
             assert largest_difference(one, other) < 1e-2
             continue
-        assert relative_difference(one, other) < 0.1
+        assert relative_difference(one, other, ["master"]) < 0.1
 
 
 def test_fp16_in_two_processes(tmp_path):
