@@ -48,9 +48,10 @@ def test_settings_of_adam_are_those_of_the_flags():
     assert adam_arguments(config) == {"lr": 1e-3, "betas": (0.8, 0.95), "eps": 1e-9, "grad_clip": 0.3}
 
 
-def test_three_steps_match_the_formula_in_float64():
+@pytest.mark.parametrize("eps", [1e-18, 0.1])
+def test_three_steps_match_the_formula_in_float64(eps):
     model = small_model()
-    optimizer = build(model)
+    optimizer = build(model, eps=eps)
     names = {id(p): n for n, p in model.named_parameters()}
     theta = {n: p.detach().double() for n, p in model.named_parameters() if p.requires_grad}
     m = {n: torch.zeros_like(t) for n, t in theta.items()}
@@ -67,7 +68,7 @@ def test_three_steps_match_the_formula_in_float64():
                 m[n] = 0.9 * m[n] + 0.1 * g
                 v[n] = 0.99 * v[n] + 0.01 * g * g
                 theta[n] *= 1 - lr * group["weight_decay"]
-                theta[n] -= lr * (m[n] / (1 - 0.9**step)) / (torch.sqrt(v[n] / (1 - 0.99**step)) + 1e-18)
+                theta[n] -= lr * (m[n] / (1 - 0.9**step)) / (torch.sqrt(v[n] / (1 - 0.99**step)) + eps)
         optimizer.step()
         assert optimizer.grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
     for n, p in model.named_parameters():
@@ -139,9 +140,10 @@ def test_chunked_steps_equal_unchunked_ones(dtype, monkeypatch):
         assert all(torch.equal(optimizer.moments(a)[kind], moment) for kind, moment in chunked.moments(b).items())
 
 
-def test_the_native_step_is_that_of_plain_pytorch():
+@pytest.mark.parametrize("eps", [1e-18, 0.1])
+def test_the_native_step_is_that_of_plain_pytorch(eps):
     models = [small_model(torch.bfloat16) for _ in range(2)]
-    native, plain = build(models[0]), build(models[1], kernel="portable")
+    native, plain = build(models[0], eps=eps), build(models[1], eps=eps, kernel="portable")
     if not isinstance(native._adam, optim._AdamOnCpu):
         pytest.skip("no native library on this machine")
     assert not isinstance(plain._adam, optim._AdamOnCpu)

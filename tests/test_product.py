@@ -15,8 +15,8 @@ def _matrix_units():
     torch.manual_seed(0)
 
 
-# one number; parts of a block; several chunks of tokens (2048), of columns of a (1024) and of b (2048)
-SIZES = [(1, 1, 1), (7, 33, 40), (64, 32, 96), (2100, 70, 33), (4200, 40, 64), (70, 1030, 2100)]
+# one number; parts of a block; several chunks of tokens (2048), whole ones too, of columns of a (1024) and of b (2048)
+SIZES = [(1, 1, 1), (7, 33, 40), (64, 32, 96), (2100, 70, 33), (4096, 33, 40), (4200, 40, 64), (70, 1030, 2100)]
 
 
 @pytest.mark.parametrize(("tokens", "outputs", "inputs"), SIZES, ids=str)
