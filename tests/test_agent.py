@@ -76,6 +76,13 @@ def test_a_mistake_keeps_its_exit_code_when_the_agent_ends_the_rank_before_it_ha
     assert (cause.rank, cause.exit_code, cause.message) == (0, 2, "--ctx_len 0")
 
 
+def test_a_mistake_that_all_ranks_find_is_rank_zeros(failure):
+    failures = {0: failure(0, 2, 50.4, "--ctx_len 0"), 1: failure(1, 2, 50.1, "--ctx_len 0")}
+    assert cause_of(failures).rank == 0
+    failures = {0: failure(0, 1, 50.4, "connection closed"), 1: failure(1, 2, 50.1, "--data_file x: no such file")}
+    assert cause_of(failures).rank == 1
+
+
 def test_an_exit_code_without_an_error_file_is_told(failure):
     assert cause_of({3: failure(3, 7, 50)}).message == "ended with code 7"
 

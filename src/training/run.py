@@ -30,7 +30,7 @@ from src.training.checkpoint.storage import state_folders
 from src.training.console import is_rank_zero, log, log_error
 from src.training.data import open_samples
 from src.training.distributed.agreement import refuse_other_starts
-from src.training.distributed.failure import record_failure
+from src.training.distributed.failure import USER_ERROR, record_failure
 from src.training.distributed.process_group import ProcessGroup, join
 from src.training.distributed.ranks import cluster_environment, is_restarted, is_supervised, launch_id, launched_at
 from src.training.distributed.restarts import RestartPolicy
@@ -50,7 +50,7 @@ from src.training.preflight.dry_run import dry_run
 from src.training.preflight.out_of_memory import OutOfMemory, is_out_of_memory
 from src.training.training_run import draw_seed, how_to_continue, train
 
-FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes; 130 is what shells report for Ctrl-C
+FAILURE, INTERRUPTED = 1, 130  # exit codes, beside USER_ERROR; 130 is what shells report for Ctrl-C
 
 
 def run(config: RunConfig, notes: list[str]) -> int:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure  # a rank doesn't need the agent
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+USER_ERROR = 2  # the exit code for a mistake of the user
 CAUSE_SECONDS = 5  # a rank that was killed less than this after an exception elsewhere was killed before it
 
 
@@ -77,7 +78,10 @@ def cause_of(failures: Mapping[int, ProcessFailure]) -> Cause:
         rank for rank, failure in failures.items() if failure.exitcode < 0 and began[rank] <= first + CAUSE_SECONDS
     ]
     rank = killed[0] if killed else min(began, key=lambda rank: began[rank])
-    failure, extras = failures[rank], {r: _extra(f) for r, f in failures.items()}
+    extras = {r: _extra(f) for r, f in failures.items()}
+    if all(extras.get(r, {}).get("exit_code") == USER_ERROR for r in (0, rank)):
+        rank = 0  # all find it, and another one was faster
+    failure = failures[rank]
     step = max((extra["step"] for extra in extras.values() if extra), default=-1)
     if extra := extras[rank]:
         message = failure.error_file_data["message"]["message"]
