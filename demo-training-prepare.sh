@@ -26,8 +26,7 @@ demo) DATA_FILE=${DATA_FILE:-data/demo} ;;          # the sources of Python's st
 digits | tones) # pictures of handwritten digits, or sounds of chords, and questions about them
     DATA_FILE=${DATA_FILE:-data/$SETTING/train.jsonl}
     if [ "$SETTING" = digits ]; then # the scans are in a package
-        printf '%s\n' 'scikit-learn>=1.3' 'pillow>=10' >data/digits-packages.txt
-        REQUIREMENTS="$REQUIREMENTS data/digits-packages.txt"
+        REQUIREMENTS="$REQUIREMENTS data/requirements-digits.txt"
     fi
     ;;
 minipile) DATA_FILE=${DATA_FILE:-data/minipile} ;;  # 1.5 G tokens of the Pile
