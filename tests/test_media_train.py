@@ -16,8 +16,11 @@ from src.cli import parse
 from src.config import RunConfig
 from src.dataset.binidx import MMapIndexedDataset
 from src.errors import UserError
+from src.inference.chat import Conversation
+from src.inference.decoder import Decoder
 from src.inference.export import main as export
 from src.inference.load import find_model, find_tokenizer, find_weights, load_model
+from src.inference.sampling import Sampling
 from src.model.weights import read_weights
 from src.multimodal.config import media_of
 from src.multimodal.files import LANGUAGE_MODEL, TENSORS, read_record
@@ -176,13 +179,24 @@ def test_a_resumed_run_needs_no_projector_to_begin_from(tmp_path, pictures, toke
     assert train(tmp_path / "run", pictures, save_minutes=1e-6, **settings) == 0
 
 
-def test_sounds_train_and_are_read_again(tmp_path, tokenizer):
-    data = tones(tmp_path / "tones", 8)
-    assert fit(tmp_path / "run", data, tokenizer, encoder="logmel", ctx_len=256, my_exit_tokens=256 * 2 * 3) == 0
+@pytest.mark.parametrize("encoder", ["logmel", "whisper", "clip", "siglip"])
+def test_what_was_trained_is_read_again_and_answers(encoder, tmp_path, pictures, tokenizer, base):
+    data, file = (pictures, "0.png") if encoder in ("clip", "siglip") else (tones(tmp_path / "tones", 8), "0.wav")
+    changed = {"encoder": encoder, "ctx_len": 256, "my_exit_tokens": 256 * 2 * 3}
+    if encoder != "logmel":
+        changed |= {"encoder": f"hf:{tiny_encoder(encoder, tmp_path / encoder)}", "load_model": base}
+        changed |= {"train_parts": "projector,model", "media_tokens": 4}
+    assert fit(tmp_path / "run", data, tokenizer, **changed) == 0
     weights, adaptation = find_model(tmp_path / "run")
     assert weights.name == LANGUAGE_MODEL
-    model = load_model(weights, adaptation=adaptation)
-    assert model.media.spec.kind == "sound"
+    model, trained = load_model(weights, "fp32", adaptation=adaptation), tensors(tmp_path / "run/multimodal")
+    kind = model.media.spec.kind
+    assert kind == ("image" if data == pictures else "sound")
+    assert torch.equal(model.media.projector.output.weight, trained["projector.output.weight"])
+    words = find_tokenizer(weights, 259, adaptation=adaptation)
+    chat = Conversation(Decoder(model), words, words.chat_template, Sampling(temperature=0), seed=0, max_new_tokens=5)
+    chat.attach(kind, data.parent / file)
+    assert "".join(piece.text for piece in chat.ask("What?"))
 
 
 def test_packed_rows_have_the_loss_of_their_conversations_alone(tmp_path, pictures, tokenizer):
