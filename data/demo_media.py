@@ -38,12 +38,14 @@ HELD_OUT, SINGLE, TRAIN = "heldout", "single", "train"  # names of sets
 SIZES = {"digits": {HELD_OUT: 600, SINGLE: 10_000, TRAIN: 16_000}, "tones": {HELD_OUT: 300, TRAIN: 5_000}}
 
 HEIGHT, WIDTH, SIDE = 16, 48, 8  # of a picture, and side of a scan
+# Of each training scan, at random: without, a model read 98 % of the numbers that it was trained on and 87 % of others.
+VARIANTS, DEFORMATION, SHIFT = 10, 0.1, 0.5  # how many, changes of the matrix's entries, and pixels
 HELD_OUT_SHARE = 5  # one scan of so many is held out
 NUMBER, DIGITS, LARGER = "Which number is this?", "How many digits?", "Which is larger, first or last?"
 
 RATE, SECONDS, STRIKE = 16_000, 1.2, 0.4  # Hz, and the length of a sound and of what is heard of a strike
 CHORDS = {"major": (0, 4, 7), "minor": (0, 3, 7), "diminished": (0, 3, 6), "augmented": (0, 4, 8)}  # semitones
-LOWEST, ROOTS = 659.26, 12  # Hz of the lowest root, an E, and semitones above it
+LOWEST, ROOTS = 659.26, 4  # Hz of the lowest root, an E, and semitones above it
 CHORD, BEATS, RHYTHM = "Which chord is this?", "How many beats?", "Which rhythm is it?"
 RHYTHMS = ("even", "faster", "slower")
 Turns = list[tuple[str, str]]  # questions and answers
@@ -72,18 +74,32 @@ def read_scans() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     return np.round(data.images * (255 / 16)).astype(np.uint8), data.target.astype(np.int64)
 
 
+def deform(scan: npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """The scan [SIDE, SIDE] a little larger or smaller, turned, slanted and moved by fractions of a pixel: as somebody
+    else might have written it."""
+    from PIL import Image
+
+    matrix = np.eye(2) + rng.uniform(-DEFORMATION, DEFORMATION, (2, 2))
+    middle = np.full(2, SIDE / 2)
+    shift = middle - matrix @ middle + rng.uniform(-SHIFT, SHIFT, 2)
+    places = np.column_stack([matrix, shift]).ravel().tolist()
+    image = Image.fromarray(scan).transform((SIDE, SIDE), Image.Transform.AFFINE, places, Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
 def draw_digits(
-    scans: npt.NDArray[np.uint8], digits: npt.NDArray[np.int64], count: int, rng: np.random.Generator
+    scans: npt.NDArray[np.uint8], digits: npt.NDArray[np.int64], count: int, rng: np.random.Generator, step: int = 1
 ) -> tuple[npt.NDArray[np.uint8], str]:
-    """A picture [HEIGHT, WIDTH] of `count` scans from left to right, and the number that it shows."""
+    """A picture [HEIGHT, WIDTH] of `count` scans from left to right, at multiples of `step` pixels, and the number that
+    it shows."""
     chosen = rng.integers(0, len(scans), count)
     # what is left of the width is shared out as gaps: scans don't overlap
-    gaps = np.diff(np.sort(rng.integers(0, WIDTH - SIDE * count + 1, count)), prepend=0)
+    gaps = step * np.diff(np.sort(rng.integers(0, (WIDTH - SIDE * count) // step + 1, count)), prepend=0)
     picture = np.zeros((HEIGHT, WIDTH), np.uint8)
     left = 0
     for scan, gap in zip(chosen, gaps, strict=True):
         left += int(gap)
-        top = int(rng.integers(0, HEIGHT - SIDE + 1))
+        top = step * int(rng.integers(0, (HEIGHT - SIDE) // step + 1))
         picture[top : top + SIDE, left : left + SIDE] = scans[scan]
         left += SIDE
     return picture, "".join(str(digit) for digit in digits[chosen])
@@ -96,16 +112,21 @@ def digit_questions(number: str) -> Turns:
 
 
 def digit_examples(name: str, size: int) -> Iterator[Example]:
-    """Of SINGLE: one digit, which number it is. A model that has to learn what digits look like, and which of them to
-    name first, learns neither for a long time."""
+    """Of SINGLE: one digit, which number it is, half of them in the middle of a patch. A model that has to learn what
+    digits look like at any place, and which of them to name first, learns neither for a long time."""
     from PIL import Image
 
     scans, digits = read_scans()
     part = (np.random.default_rng(0).permutation(len(scans)) % HELD_OUT_SHARE == 0) == (name == HELD_OUT)
     rng = np.random.default_rng(size)
+    scans, digits = scans[part], digits[part]
+    if name != HELD_OUT:
+        scans = np.stack([deform(scan, rng) for _ in range(VARIANTS) for scan in scans])
+        digits = np.tile(digits, VARIANTS)
     for i in range(size):
         count = 1 if name == SINGLE else int(rng.integers(2, 5))
-        picture, number = draw_digits(scans[part], digits[part], count, rng)
+        step = SIDE if name == SINGLE and i % 2 else 1
+        picture, number = draw_digits(scans, digits, count, rng, step)
         file = io.BytesIO()
         Image.fromarray(picture).save(file, format="PNG", compress_level=1)
         turns = digit_questions(number)

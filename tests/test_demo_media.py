@@ -32,7 +32,8 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_pictures_show_the_numbers_that_are_asked_for(small, capsys):
+def test_pictures_show_the_numbers_that_are_asked_for(small, capsys, monkeypatch):
+    monkeypatch.setattr(demo_media, "deform", lambda scan, rng: scan)  # brightnesses tell which scan it is
     folder = small("digits")
     seen = {}
     for name in ("train", "single", "heldout"):
@@ -63,6 +64,35 @@ def test_pictures_show_the_numbers_that_are_asked_for(small, capsys):
     assert len(tokenizer.encode("1234")) == 4
     small("digits")
     assert "exist already" in capsys.readouterr().out
+
+
+def test_scans_are_deformed_in_training_only(small):
+    """A held-out picture has the values of its scans, which are uniform; a deformed one has others at its border."""
+    folder = small("digits")
+
+    def whole(name):
+        """The share of scans that fill a square of their side."""
+        pictures = [np.asarray(Image.open(path)) for path in (folder / "files").glob(f"{name}-*.png")]
+        return np.mean([np.unique(p[p > 0], return_counts=True)[1].max() % 64 == 0 for p in pictures])
+
+    assert whole("heldout") == 1
+    assert whole("train") < 1
+
+
+def test_a_deformed_scan_is_the_scan_a_little_changed():
+    rng = np.random.default_rng(0)
+    scan = np.zeros((8, 8), np.uint8)
+    scan[2:6, 2:6] = 200
+    versions = np.stack([demo_media.deform(scan, rng) for _ in range(200)]).astype(float)
+    assert versions.shape == (200, 8, 8)
+    assert len(np.unique(versions, axis=0)) == 200
+    # around the same place, as large on average, and nowhere brighter
+    np.testing.assert_allclose(versions.mean(0)[3:5, 3:5], 200, atol=2)
+    assert abs(versions.sum((1, 2)).mean() / scan.sum() - 1) < 0.1
+    centre = (versions * np.arange(8)).sum((1, 2)) / versions.sum((1, 2))
+    assert abs(centre.mean() - 3.5) < 0.1
+    assert centre.std() > 0.1
+    assert versions.max() <= 200
 
 
 def test_sounds_and_their_lines(small):

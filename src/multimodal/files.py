@@ -27,8 +27,8 @@ from src.multimodal.front_end import FrontEnd, attach_front_end
 
 RECORD, TENSORS = "multimodal.json", "media.safetensors"
 LANGUAGE_MODEL, ADAPTER, STATE = "rwkv.pth", "adapter", "state.pth"
-FORMAT, VERSION = "rwkv7-multimodal", 2
-OWN_ENCODERS_CHANGED = 2  # the version since which `patches` and `logmel` have the parameters that they have
+FORMAT, VERSION = "rwkv7-multimodal", 3
+CHANGED = {"patches": 3, "logmel": 2}  # the version since which they have the parameters that they have
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ def read_record(folder: Path) -> MediaRecord:
             f"format version {version}", given=path, expected=f"at most {VERSION}", advice="update this program"
         )
     config = MediaConfig.from_payload(content.get("media"), path)
-    if version < OWN_ENCODERS_CHANGED and not config.encoder.startswith(HF):
+    if version < (needed := CHANGED.get(config.encoder, 0)):
         raise UserError(
             f"holds an encoder {config.encoder!r} of an earlier version",
             given=path,
-            expected=f"format version {OWN_ENCODERS_CHANGED}",
+            expected=f"format version {needed}",
             advice="train it again: its parameters have changed",
         )
     return MediaRecord(config, *texts)

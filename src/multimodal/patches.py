@@ -1,7 +1,8 @@
 """The encoder `patches`: a small network for pictures that is trained from its beginning with the model.
 
-    x [3, H, W], standardised  ->  two convolutions, maximum over 2 x 2  ->  windows around each patch
-      ->  Linear, norm, ReLU, Linear, norm  ->  + position  ->  less what all tokens have in common  ->  norm
+    x [3, H, W], standardised  ->  convolution, maximum over 2 x 2  ->  convolution, Linear at each place
+      ->  maximum over 2 x 2  ->  windows around each patch  ->  Linear, norm, ReLU, Linear, norm
+      ->  + position  ->  less what all tokens have in common  ->  norm
 
 The windows have twice the side of a patch, so that what lies on the border of two is seen whole by both. Tokens follow
 one another along the longer side of the picture, from left to right or from top to bottom, so that a model that reads
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from src.dataset.media_files import Picture, Sound, fit_picture
 from src.multimodal.pooling import WEIGHT_SCALE, less_common, pool_grid
 
-LOCAL_CHANNELS = 24, 48  # of the two convolutions
+LOCAL_CHANNELS = 16, 48, 64  # of the two convolutions, and of what follows at each place
 CELLS = 2  # places of the convolutions' map along the side of a patch
 # Of the initial positions, beside features of 1: with more, all pictures would begin alike.
 POSITION_SCALE = 0.3
@@ -65,17 +66,21 @@ class PatchEncoder(nn.Module):
     def __init__(self, spec: Patches) -> None:
         super().__init__()
         self.spec = spec
-        first, second = LOCAL_CHANNELS
-        stride = spec.patch_size // (2 * CELLS)
+        first, second, third = LOCAL_CHANNELS
+        stride = spec.patch_size // (2 * CELLS)  # of the map of places
+        self.pooled = min(2, stride)  # the smallest patches have a place per pixel
+        stride //= self.pooled
         kernel = max(3, 2 * stride)
         self.edges = nn.Conv2d(3, first, kernel, stride, (kernel - stride) // 2)
         self.shapes = nn.Conv2d(first, second, 3, padding=1)
         self.shapes_norm = nn.GroupNorm(1, second)
-        self.window = nn.Conv2d(second, spec.width, 2 * CELLS, CELLS, CELLS // 2, bias=False)
+        self.kinds = nn.Conv2d(second, third, 1)
+        self.kinds_norm = nn.GroupNorm(1, third)
+        self.window = nn.Conv2d(third, spec.width, 2 * CELLS, CELLS, CELLS // 2, bias=False)
         self.window_norm = nn.LayerNorm(spec.width)
         self.output = nn.Linear(spec.width, spec.width, bias=False)
         self.output_norm = nn.LayerNorm(spec.width, elementwise_affine=False)
-        for layer in (self.edges, self.shapes, self.window, self.output):
+        for layer in (self.edges, self.shapes, self.kinds, self.window, self.output):
             nn.init.normal_(layer.weight, std=WEIGHT_SCALE)
         rows, columns = spec.grid
         self.position = nn.Parameter(torch.randn(rows * columns, spec.width) * POSITION_SCALE)
@@ -86,7 +91,9 @@ class PatchEncoder(nn.Module):
         x = media.to(self.position.dtype)
         x = x - x.mean(dim=(1, 2, 3), keepdim=True)
         x = x / (x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1)
-        x = torch.relu(self.shapes_norm(self.shapes(torch.relu(self.edges(x)))))
+        x = F.max_pool2d(torch.relu(self.edges(x)), self.pooled)
+        x = torch.relu(self.shapes_norm(self.shapes(x)))
+        x = torch.relu(self.kinds_norm(self.kinds(x)))
         x = self.window(F.max_pool2d(x, 2)).flatten(2).transpose(1, 2)  # [M, rows * columns, width]
         x = self.output_norm(self.output(torch.relu(self.window_norm(x)))) + self.position
         x = self._in_order(pool_grid(x, *self.spec.grid, self.spec.tokens))
