@@ -1,4 +1,5 @@
-"""Many numbered cases: a tally on disk that adds up over several starts, and a command that repeats what broke."""
+"""Many numbered cases: a tally on disk that adds up over several starts, a text file of what broke beside it, and a
+command that repeats it."""
 
 import argparse
 import json
@@ -76,10 +77,14 @@ def run_cases(
     try:
         for _ in range(-(-options.count // unit)):
             begin, number = time.monotonic(), tally.cases
-            tally.add(number, case(number, random.Random(f"{tally.seed} {number}")))
+            outcome = case(number, random.Random(f"{tally.seed} {number}"))
+            tally.add(number, outcome)
             tally.seconds += time.monotonic() - begin
             if options.file:
                 tally.save(options.file)
+                if outcome.reasons:  # what a case depends on beside its number may not repeat
+                    with options.file.with_suffix(".broken.txt").open("a") as file:
+                        file.write(f"case {number}: {outcome.kind}\n{outcome.detail}\n")
     except KeyboardInterrupt:
         print("stopped; the same command goes on" if options.file else "stopped")
     print(f"{name}: {tally.cases} cases, {tally.tried} tried, {tally.seconds:.0f} s, seed {tally.seed}")
