@@ -180,6 +180,28 @@ def test_a_storage_larger_than_its_bytes_in_the_file_is_refused(weights, tmp_pat
     assert "8589934588 bytes" in refused(path).problem
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_tensor_beyond_its_storage_is_refused(weights, tmp_path, zipped):
+    """The first of its sizes, 40 x 64, replaced by 2^31 - 1: torch makes the storage as large as the tensor."""
+    path = tmp_path / "m.pth"
+    torch.save({"head.weight": weights["head.weight"]}, path, _use_new_zipfile_serialization=zipped)
+    old, new = b"K\x28K\x40\x86", b"J" + struct.pack("<i", (1 << 31) - 1) + b"K\x40\x86"
+    if zipped:
+        rewritten(path, lambda name, content: content.replace(old, new) if name.endswith("data.pkl") else content)
+    else:
+        path.write_bytes(path.read_bytes().replace(old, new))
+    assert "a tensor of shape (2147483647, 64) in 10240 bytes" in refused(path).problem
+
+
+def test_parts_of_a_storage_are_read(tmp_path):
+    path = tmp_path / "m.pth"
+    whole = torch.arange(24.0).view(4, 6)
+    kinds = {"columns": whole[:, 1::2].t(), "last": whole[3, 5], "none": whole[4:], "bytes": whole.to(torch.uint16)}
+    torch.save(kinds, path)
+    read = read_torch_file(path, mmap=False)
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in kinds.items())
+
+
 def test_a_text_longer_than_the_file_takes_no_memory(weights, tmp_path):
     """The length of a name in an old file replaced by 2^31 - 1: a plain read() would allocate as much."""
     path = tmp_path / "m.pth"

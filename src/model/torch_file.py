@@ -35,9 +35,11 @@ INSTRUCTIONS = frozenset(  # those that torch.load knows
     "SHORT_BINSTRING BINPERSID BINGET LONG_BINGET BINPUT LONG_BINPUT LONG1".split()
 )
 _REBUILD = "torch._utils _rebuild_"
-# Functions of torch.save for tensors with values in a storage of the file, and containers.
+# Functions of torch.save for tensors with values in a storage of the file, and what else is around them.
+TENSORS = {_REBUILD + kind for kind in ("tensor", "tensor_v2", "tensor_v3")}
 HARMLESS = {
-    *(_REBUILD + kind for kind in ("tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state")),
+    *TENSORS,
+    *(_REBUILD + kind for kind in ("parameter", "parameter_with_state")),
     *("torch.serialization _get_layout", "torch per_tensor_affine", "torch per_channel_affine"),
     *("collections OrderedDict", "collections Counter", "torch Size", "torch device", "__builtin__ set"),
 }
@@ -155,7 +157,7 @@ def _check_pickle(file: IO[bytes], path: Path, check_storage: Callable[[str, int
     start = file.tell()
     _check_instructions(file, path)
     file.seek(start)
-    unpickler = _PlainUnpickler(file, check_storage)
+    unpickler = _PlainUnpickler(file, path, check_storage)
     content = unpickler.load()
     if unpickler.other_kinds:
         raise _other_tensor(content, unpickler.other_kinds[0], path)
@@ -225,6 +227,12 @@ class _Plain(dict):  # type: ignore[type-arg]  # a dict, as state dicts are
         pass  # the versions of modules, which torch puts next to a state dict
 
 
+class _Storage(_Plain):
+    def __init__(self, value_bytes: int, n_bytes: int) -> None:
+        super().__init__()
+        self.value_bytes, self.n_bytes = value_bytes, n_bytes
+
+
 class _OtherTensor:
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -234,11 +242,12 @@ class _OtherTensor:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Creates plain objects only, and hands (key, bytes) of each storage to `check_storage`."""
+    """Creates plain objects only, and hands (key, bytes) of each storage to `check_storage`. Raises UserError for a
+    tensor that goes beyond its storage: torch would make that larger."""
 
-    def __init__(self, file: IO[bytes], check_storage: Callable[[str, int], None]) -> None:
+    def __init__(self, file: IO[bytes], path: Path, check_storage: Callable[[str, int], None]) -> None:
         super().__init__(file)
-        self._check_storage = check_storage
+        self._path, self._check_storage = path, check_storage
         self.other_kinds: list[str] = []
 
     def find_class(self, module: str, name: str) -> Any:
@@ -246,6 +255,8 @@ class _PlainUnpickler(pickle.Unpickler):
         if kind := OTHER_TENSORS.get(full):
             self.other_kinds.append(kind)
             return lambda *_: _OtherTensor(kind)
+        if full in TENSORS:
+            return self._tensor
         # The types of storages and values can be called to allocate memory; their sizes and names can't.
         return _Plain if full in HARMLESS else STORAGES.get(full, full)
 
@@ -254,6 +265,16 @@ class _PlainUnpickler(pickle.Unpickler):
         if not isinstance(key, str) or not isinstance(value_bytes, int) or not isinstance(n_values, int):
             raise pickle.UnpicklingError("not a storage")
         self._check_storage(key, value_bytes * n_values)
+        return _Storage(value_bytes, value_bytes * n_values)
+
+    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *others: Any) -> _Plain:
+        if not isinstance(storage, _Storage):
+            raise pickle.UnpicklingError("not a storage")
+        dtype = others[2] if len(others) > 2 else ""  # of a storage of bytes
+        value_bytes = getattr(torch, dtype.partition(" ")[2]).itemsize if dtype else storage.value_bytes
+        values = 0 if 0 in shape else 1 + offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+        if values * value_bytes > storage.n_bytes:
+            raise _too_large(self._path, f"a tensor of shape {_shown(str(shape))} in {storage.n_bytes} bytes")
         return _Plain()
 
 
