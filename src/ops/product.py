@@ -1,7 +1,8 @@
-"""Products with weights: PyTorch's, but for the weight's gradient in bf16 on a CPU with matrix units (AMX).
+"""Products with weights: PyTorch's, but in training in bf16 on a CPU with matrix units (AMX).
 
-That gradient sums over tokens. PyTorch's product then reads an operand across its rows, at half of the rate that its
-other products have; cuda/cpu/weight_gradient.cpp packs both operands once instead. Same mathematics: sums in fp32.
+The weight's gradient sums over tokens. PyTorch's product then reads an operand across its rows, at half of the rate
+that its other products have; cuda/cpu/weight_gradient.cpp packs both operands instead. The other two products write
+their results past the caches and fetch what they read next (cuda/cpu/product.cpp). Same mathematics: sums in fp32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from src.config import PLAIN_KERNELS
 from src.ops import build
+
+MIN_ROWS = 64  # of a product for which packing the weight is worth it
+MAX_INNER = 4096  # products that one sum adds up: of a packed weight so long 128 columns stay in the cache
 
 
 def linear(x: Tensor, weight: Tensor, *, kernel: str = "auto") -> Tensor:
@@ -55,19 +59,30 @@ _matrix_units._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _register() -> None:
     torch.library.register_fake("rwkv7::weight_gradient", lambda a, b: a.new_empty(a.shape[1], b.shape[1]))
+    torch.library.register_fake(
+        "rwkv7::product", lambda x, w, turned: x.new_empty(x.shape[0], w.shape[0 if turned else 1])
+    )
+
+
+def _product(x: Tensor, weight: Tensor, turned: bool) -> Tensor:
+    """x W^T of W [out, in] where `turned`, else x W of W [in, out]."""
+    if x.numel() < MIN_ROWS * x.shape[-1] or not 0 < x.shape[-1] <= MAX_INNER:
+        return F.linear(x, weight) if turned else x @ weight
+    rows = torch.ops.rwkv7.product(x.flatten(0, -2), weight, turned)
+    return rows.view(*x.shape[:-1], rows.shape[1])  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight)
+        return _product(x, weight, turned=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         return (
-            grad @ weight if ctx.needs_input_grad[0] else None,
+            _product(grad, weight, turned=False) if ctx.needs_input_grad[0] else None,
             weight_gradient(grad.flatten(0, -2), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None,
         )

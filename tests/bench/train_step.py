@@ -10,8 +10,9 @@ Printed, medians over the steps:
   tokens/s    ctx_len * micro_bsz / seconds of a step
   ratio       6 * P * tokens/s / product rate; P: parameters that are multiplied, all but emb. The product rate is the
               median over the step's own product shapes, [tokens, C] x [C, C], [C, 4C], [4C, C] and [C, V], with the
-              same threads, measured before and after each step in the same process. Steps whose two rates differ by
-              over 25 % are dropped: machines are shared.
+              same threads, measured before and after each step in the same process: on a CPU with as many operations
+              in all as the step has, since processors multiply faster for some milliseconds than they can for longer.
+              Steps whose two rates differ by over 25 % are dropped: machines are shared.
   MFU         on a GPU, (6 * P + 24 * n_layer * n_embd * head_size) * tokens/s / the dense peak of its tensor cores
               (src/training/hardware/peak_flops.py, or --peak_tflops): the second term is the recurrence. What gradient
               checkpointing computes twice doesn't count.
@@ -48,7 +49,7 @@ CONFIGS = {  # n_layer, n_embd, vocab_size, ctx_len, micro_bsz, low-rank sizes w
     "1.5b": (24, 2048, 65536, 4096, 8, (96, 96, 64, 256)),
     "2.9b": (32, 2560, 65536, 4096, 4, (96, 96, 64, 320)),
 }
-PRODUCT_FLOPS = {"cpu": 4e9, "cuda": 2e12}  # of each shape in a measurement of the product rate: some milliseconds
+CUDA_PRODUCT_FLOPS = 2e12  # of each shape in a measurement of a GPU's product rate: some milliseconds
 clock = time.perf_counter  # with --cpu_time the time that the process computed
 PARTS = ("GEMM", "wkv7", "elementwise", "loss", "optimizer", "idle")
 
@@ -131,8 +132,12 @@ class Products:
     """The machine's rate at the step's own products, GFLOP/s: the median over their shapes. Outputs are allocated
     once."""
 
-    def __init__(self, tokens: int, width: int, vocab: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, tokens: int, width: int, vocab: int, device: torch.device, dtype: torch.dtype, flops: float
+    ) -> None:
+        """flops: of a step"""
         shapes = ((width, width), (width, 4 * width), (4 * width, width), (width, vocab))
+        self.flops = flops / len(shapes) if device.type == "cpu" else CUDA_PRODUCT_FLOPS
         self.operands = []
         for inner, outer in shapes:
             x, weight = (torch.randn(s, device=device, dtype=dtype) for s in ((tokens, inner), (inner, outer)))
@@ -141,7 +146,7 @@ class Products:
     def rate(self) -> float:
         rates = []
         for x, weight, out in self.operands:
-            repeats = max(1, round(PRODUCT_FLOPS[x.device.type] / (2 * out.numel() * x.shape[1])))
+            repeats = max(1, round(self.flops / (2 * out.numel() * x.shape[1])))
             if x.is_cuda:
                 torch.cuda.synchronize()
             start = clock()
@@ -284,7 +289,8 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
         step.timed()
         print(f"memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
-    products = Products(step.tokens, config.n_embd, vocab, device, hardware.dtype)
+    flops = 6 * step.multiplied * step.tokens  # of one step
+    products = Products(step.tokens, config.n_embd, vocab, device, hardware.dtype, flops)
     products.rate()
 
     kept, faults = [], resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -301,7 +307,6 @@ def main() -> None:
         )
     seconds = statistics.median(s for s, _ in kept)
     rate = statistics.median(r for _, r in kept)
-    flops = 6 * step.multiplied * step.tokens  # of one step
     ratio = statistics.median(flops / s / 1e9 / r for s, r in kept)
     print(
         f"tokens/s {step.tokens / seconds:.0f}, {1e3 * seconds:.1f} ms a step, {len(kept)} of {args.steps} steps kept"

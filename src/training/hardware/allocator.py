@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # of <malloc.h>
 GROWTH_BYTES = 64 << 20  # by which the heap grows at least
+MADV_HUGEPAGE = 14  # of <sys/mman.h>
 MAPPED_BYTES = 1 << 20  # smallest block that a lean run maps individually
 
 
@@ -16,7 +18,8 @@ def set_up_malloc(lean: bool) -> None:
     By default every tensor above 32 MB is mapped anew and unmapped after use, and each of its pages costs a fault: a
     fifth of the time of the demo's training step. So no block is mapped individually, and freed memory is kept. The
     price is fragmentation: before glibc 2.38 an aligned block doesn't fit into the gap that one of the same size has
-    left (its bug 14581).
+    left (its bug 14581). And the heap is made of huge pages where Linux leaves that to programs ("madvise"): what reads
+    and writes memory takes a tenth less time then.
 
     `lean` is for runs that recompute activations (--grad_cp 1, --chunk_ctx): they allocate and free far more than
     they hold, and fragmentation would double their peak. There every larger tensor is mapped individually, and
@@ -31,3 +34,23 @@ def set_up_malloc(lean: bool) -> None:
     libc = ctypes.CDLL(None)
     for parameter, value in settings:
         libc.mallopt(parameter, value)
+    if not lean:
+        _use_huge_pages(libc)
+
+
+def _use_huge_pages(libc: ctypes.CDLL) -> None:
+    """Mark what the heap will grow into, half of the machine's memory. None of it is taken before it is used."""
+    import resource  # Windows has none
+
+    limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    if any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits):
+        return  # addresses count there
+    page = os.sysconf("SC_PAGE_SIZE")
+    size = os.sysconf("SC_PHYS_PAGES") * page // 2
+    libc.malloc.restype = ctypes.c_void_p
+    start = libc.malloc(ctypes.c_size_t(size))
+    if start is None:  # Linux promises no memory that it may not have (vm.overcommit_memory 2)
+        return
+    skipped = -start % page
+    libc.madvise(ctypes.c_void_p(start + skipped), ctypes.c_size_t(size - skipped), MADV_HUGEPAGE)
+    libc.free(ctypes.c_void_p(start))  # the heap keeps it: its end is never given back
