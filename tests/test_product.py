@@ -21,7 +21,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-# one number; parts of a block; several chunks of tokens (512), whole ones too, parts of columns of a (256) and of b (512)
+# one number; parts of a block; chunks of tokens (512), whole ones too, parts of columns of a (256) and of b (512)
 SIZES = [(1, 1, 1), (7, 33, 40), (64, 32, 96), (1100, 70, 33), (1024, 33, 40), (4096, 33, 40), (70, 530, 1100)]
 
 
