@@ -207,7 +207,6 @@ __attribute__((noinline)) void read_chunk(Chunk& chunk, const Problem& p, const 
   }
   for (int64_t i = count; i < kChunk; ++i) {
     std::memcpy(chunk.decays + (i + 1) * N, chunk.decays + i * N, sizeof(float) * N);
-    if (backward) std::memcpy(chunk.inverses + i * N, chunk.inverses + (i - 1) * N, sizeof(float) * N);
     for (float* rows : {chunk.slopes, chunk.ar, chunk.ar + half, chunk.kb, chunk.kb + half, chunk.vuy, chunk.vuy + half})
       std::memset(rows + i * N, 0, sizeof(float) * N);
   }
