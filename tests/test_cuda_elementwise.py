@@ -104,6 +104,13 @@ def test_inputs_of_a_zero_key():
     assert all(torch.isfinite(g).all() for g in gradients)
 
 
+def test_inputs_of_keys_whose_norm_is_cut():
+    inputs = inputs_problem(1, (1, 5, 64))
+    with torch.no_grad():
+        inputs[0] *= 1e-14
+    compare(lambda *t, kernel="auto": time_mix_inputs(*t, 64, kernel=kernel), inputs)
+
+
 @dtypes
 def test_extreme_gates_are_finite(dtype):
     """Sigmoids of numbers so large that their exponential overflows."""

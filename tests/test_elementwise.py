@@ -158,6 +158,14 @@ def test_inputs_of_a_zero_key():
     assert all(torch.isfinite(g).all() for g in gradients)
 
 
+def test_inputs_of_keys_whose_norm_is_cut():
+    """Shorter than 1e-12, but not zero: the gradient through the norm would be seen."""
+    inputs = inputs_problem(1)
+    with torch.no_grad():
+        inputs[0] *= 1e-14
+    compare(lambda *t, kernel="auto": time_mix_inputs(*t, 64, kernel=kernel), inputs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_size", [16, 32, 64, 128])
 def test_output(head_size, dtype):
