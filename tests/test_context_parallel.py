@@ -70,10 +70,10 @@ def test_the_bytes_received_are_those_of_the_formula(results, processes):
     received = {case: result["received"] for case, result in results(processes).items()}
     assert received["rows"] == bytes_received(SIZES, processes, sequences=2, dtype_bytes=4)
     assert received["packed"] == bytes_received(SIZES, processes, sequences=1, dtype_bytes=4)
-    assert received["recomputed"] == bytes_received(SIZES, processes, sequences=1, dtype_bytes=4, passes=2)
-    # two pieces, each computed forward twice
-    assert received["pieces"] == 2 * bytes_received(SIZES, processes, sequences=2, dtype_bytes=4, passes=2)
-    assert received["recomputed pieces"] == 2 * bytes_received(SIZES, processes, 2, dtype_bytes=4, passes=3)
+    assert received["recomputed"] == bytes_received(SIZES, processes, sequences=1, dtype_bytes=4, forward=2)
+    # two pieces, of which the first is computed forward twice
+    assert received["pieces"] == bytes_received(SIZES, processes, 2, dtype_bytes=4, forward=3, backward=2)
+    assert received["recomputed pieces"] == bytes_received(SIZES, processes, 2, dtype_bytes=4, forward=5, backward=2)
 
 
 def test_processes_of_a_group_read_the_same_samples():

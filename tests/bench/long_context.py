@@ -1,7 +1,7 @@
 """What --chunk_ctx costs: memory of a step by length, against the formula, and time against one pass with --grad_cp 1.
 
 python tests/bench/long_context.py memory [PIECE LENGTH ...]    peak memory of a step in pieces at L4-D256
-python tests/bench/long_context.py time                         pairs of steps in one process: the median ratio
+python tests/bench/long_context.py time [PIECE ...]             pairs of steps in one process: the median ratio
 """
 
 import resource
@@ -61,7 +61,7 @@ def compare_memory(piece, lengths):
         )
 
 
-def compare_time(length=4096, chunk=PIECE):
+def compare_time(chunk, length=4096):
     model = RWKV7(ModelConfig(4, 256, VOCAB))
     checkpointed = RWKV7(ModelConfig(4, 256, VOCAB, grad_cp=True))
     step(model, length, chunk), step(checkpointed, length, 0)
@@ -83,4 +83,5 @@ if __name__ == "__main__":
     elif mode == "memory":
         compare_memory(numbers[0] if numbers else PIECE, numbers[1:] or LENGTHS)
     else:
-        compare_time()
+        for chunk in numbers or [PIECE]:
+            compare_time(chunk)

@@ -87,10 +87,12 @@ def data_parallel(rank: int, world_size: int, size: int) -> tuple[int, int]:
     return rank // size, world_size // size
 
 
-def bytes_received(c: ModelConfig, size: int, sequences: int, dtype_bytes: int, passes: int = 1) -> int:
-    """Bytes that a process receives in a micro step with `passes` forward passes, by the formula above."""
+def bytes_received(
+    c: ModelConfig, size: int, sequences: int, dtype_bytes: int, forward: int = 1, backward: int = 1
+) -> int:
+    """Bytes that a process receives in so many passes forward and backward, by the formula above."""
     rows, states = 2 * c.n_embd * dtype_bytes, 4 * c.n_embd * c.head_size
-    return (size - 1) * sequences * c.n_layer * (passes * (rows + 2 * states) + rows + states)
+    return (size - 1) * sequences * c.n_layer * (forward * (rows + 2 * states) + backward * (rows + states))
 
 
 def _continues(state: Tensor, cu_seqlens: Tensor | None) -> bool:

@@ -1,14 +1,18 @@
 """A long sample trained in pieces: the memory of one piece, the gradient of the whole.
 
-    forward    the pieces from first to last without a graph; the state at each border between two is kept
-    backward   the pieces from last to first: piece i is computed again from the state at its beginning, and of
-                   g * loss_i + <dS_i, S_i>           S_i: the state at its end (token-shift rows too)
-               the gradient is taken: for the parameters, which are summed over the pieces, and for the state at its
-               beginning, which is dS_{i-1}. There is none behind the last piece.
+    1.  the pieces from first to last but one, without a graph and without the head; the state at each border between
+        two is kept
+    2.  the pieces from last to first: piece i is computed from the state at its beginning, and of
+            loss_i + <dS_i, S_i>           S_i: the state at its end (token-shift rows too)
+        the gradient is taken: for the parameters, which are summed over the pieces, and for the state at its
+        beginning, which is dS_{i-1}. There is none behind the last piece.
 
     loss_i = (mean loss of the piece) * (its tokens that count) / (those of the sample)
 
 so that sums, L2Wrap and its scale are those of one pass. A state is fp32 at a border, as inside of a piece.
+
+Both happen in forward, and backward multiplies the gradients by that of the loss: otherwise the head, a large part of a
+small model, would be computed once for the loss and again for its gradient.
 
 Rows in the place of tokens are computed before, of all pieces at once, and their gradient is handed back to what made
 them.
@@ -82,7 +86,7 @@ class Segments:
         if len(run.pieces) == 1:
             return run.compute(0, None)[0]
         if not torch.is_grad_enabled():
-            return run.forward(keep=False)
+            return run.measure(keep=False)
         anchor = torch.ones((), device=batch[0].device, requires_grad=True)  # gives the loss a place in a graph
         return _Segmented.apply(anchor, run, embeds, *run.inputs)  # type: ignore[no-any-return]
 
@@ -94,13 +98,19 @@ class _Segmented(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, run: _Run, embeds: Tensor | None, *parameters: Tensor) -> Tensor:
         ctx.run = run
-        return run.forward(keep=True)
+        if run.is_partitioned:
+            return run.measure(keep=True)
+        run.keep_states()
+        return run.differentiate(torch.ones_like(anchor))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.run.backward(grad_loss)
-        return torch.zeros_like(grad_loss), None, ctx.run.gradient_of_embeds(), *gradients
+        run = ctx.run
+        if run.is_partitioned:
+            run.differentiate(grad_loss)
+            return torch.zeros_like(grad_loss), None, None, *(None for _ in run.inputs)
+        return torch.zeros_like(grad_loss), None, run.gradient_of_embeds(grad_loss), *run.gradients(grad_loss)
 
 
 class _Run:
@@ -124,8 +134,10 @@ class _Run:
         self.parameters = [p for p in model.parameters() if p.requires_grad and p not in of_media]
         self.embeds = self._divided(embeds)
         self.gradients_of_embeds: list[Tensor] = []  # of the pieces from the last to the first
-        # ZeRO's stage 3 takes the gradient of a parameter that it has gathered for backward: in that of a piece
+        # ZeRO's stage 3 takes the gradient of a parameter that it has gathered for backward: in that of a piece. So
+        # these are taken in backward, after a forward pass that measures the loss.
         self.is_partitioned = any(map(is_partitioned, self.parameters))
+        self.sums: dict[nn.Parameter, Tensor] = {}  # of the gradients of the pieces
         # dropout has to drop the same numbers again
         self.random = any(block.draws_random_numbers for block in model.blocks)
         self.generators: list[Any] = []
@@ -138,27 +150,45 @@ class _Run:
         counts = torch.stack([(piece.tokens == PLACEHOLDER).sum() for piece in self.pieces])
         return list(embeds.split(counts.tolist()))
 
-    def gradient_of_embeds(self) -> Tensor | None:
-        """After `backward`: that of all rows, None where they need none."""
-        return torch.cat(self.gradients_of_embeds[::-1]) if self.gradients_of_embeds else None
-
     @property
     def inputs(self) -> list[nn.Parameter]:
-        """The parameters whose gradients `backward` returns."""
+        """The parameters whose gradients the function returns: all but those of partitioned ones."""
         return [] if self.is_partitioned else self.parameters
 
+    def gradients(self, grad_loss: Tensor) -> list[Tensor | None]:
+        """After `differentiate`: those of `inputs`, None where the loss doesn't depend on one."""
+        return [(self.sums.pop(p) * grad_loss).to(p.dtype) if p in self.sums else None for p in self.inputs]
+
+    def gradient_of_embeds(self, grad_loss: Tensor) -> Tensor | None:
+        """After `differentiate`: that of all rows, None where they need none."""
+        parts = self.gradients_of_embeds[::-1]
+        return torch.cat(parts) * grad_loss if parts else None
+
     @torch.no_grad()
-    def forward(self, keep: bool) -> Tensor:
-        """The loss; with `keep` what `backward` needs is kept."""
+    def measure(self, keep: bool) -> Tensor:
+        """The loss; with `keep` what `differentiate` needs is kept."""
         losses, state = [], None
-        for i, piece in enumerate(self.pieces):
-            if keep and self.random:
-                self.generators.append((torch.get_rng_state(), get_device_states(piece.tokens)))
+        for i in range(len(self.pieces)):
+            if keep:
+                self._keep_generators(i)
             loss, state = self.compute(i, state)
             losses.append(loss)
             if keep and i + 1 < len(self.pieces):
                 self._keep(i, state)
         return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def keep_states(self) -> None:
+        """Keep what `differentiate` needs, without the loss."""
+        state = None
+        for i in range(len(self.pieces) - 1):
+            self._keep_generators(i)
+            _, state = self._hidden(i, state)
+            self._keep(i, state)
+
+    def _keep_generators(self, i: int) -> None:
+        if self.random:
+            self.generators.append((torch.get_rng_state(), get_device_states(self.pieces[i].tokens)))
 
     def _keep(self, i: int, state: State) -> None:
         # In one block for all pieces: small tensors that stay, allocated between large ones that don't, would split the
@@ -168,11 +198,11 @@ class _Run:
         for kept, tensor in zip(self.borders, state.tensors(), strict=True):
             kept[i] = tensor
 
-    def backward(self, grad_loss: Tensor) -> list[Tensor | None]:
-        """The gradients of `inputs`; those of partitioned parameters are accumulated here."""
-        assert self.borders, "backward through the same pieces a second time"
+    def differentiate(self, grad_loss: Tensor) -> Tensor:
+        """The loss. `sums` gets its gradients times `grad_loss`; those of partitioned parameters are accumulated."""
+        assert self.borders, "gradients of the same pieces a second time"
         borders, self.borders = self.borders, []
-        sums: dict[nn.Parameter, Tensor] = {}
+        losses: list[Tensor] = []
         handed_back: list[Tensor | None] = []
         for i in reversed(range(len(self.pieces))):
             state = State.of([kept[i - 1] for kept in borders]) if i > 0 else None
@@ -183,6 +213,7 @@ class _Run:
             rows = self._leaf_of_rows(i)
             with torch.enable_grad(), self._same_random_numbers(i):
                 loss, end = self.compute(i, state, rows)
+            losses.append(loss.detach())
             outputs = [loss, *(end.tensors() if handed_back else [])]
             grads = [grad_loss.to(loss.dtype), *handed_back]
             # a state may depend on nothing that is trained, and what is handed back may be of a state that isn't used
@@ -190,7 +221,7 @@ class _Run:
             outputs, grads = [x for x, _ in used], [g for _, g in used]
             del loss, end, state, used
             if i == 0 and self.is_partitioned:
-                with _added(sums):
+                with _added(self.sums):
                     torch.autograd.backward(outputs, grads)
                 break
             if not outputs:  # with cut borders: nothing that is trained is in this piece
@@ -198,12 +229,12 @@ class _Run:
                 continue
             inputs = [*self.parameters, *leaves, *([] if rows is None else [rows])]
             gradients = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
-            _add(sums, self.parameters, gradients)
+            _add(self.sums, self.parameters, gradients)
             handed_back = list(gradients[len(self.parameters) :][: len(leaves)])
             if rows is not None:
                 self.gradients_of_embeds.append(gradients[-1])
             del outputs, grads, gradients, leaves, inputs, rows  # not beside those of the next piece
-        return [sums.pop(p).to(p.dtype) if p in sums else None for p in self.inputs]
+        return torch.stack(losses[::-1]).sum()
 
     def _leaf_of_rows(self, i: int) -> Tensor | None:
         """The rows of piece i as an input of a graph of its own; None where they need no gradient."""
@@ -218,13 +249,18 @@ class _Run:
         `rows`: those of the piece in the place of tokens, if not the ones that were given.
         """
         piece = self.pieces[i]
+        hidden, end = self._hidden(i, state, rows)
+        share = (piece.targets >= 0).sum() / self.counted.to(sum_dtype(self.counted.device))
+        mean = self.head_loss(hidden, piece.targets)
+        return mean * share.to(mean.dtype) * (1 if self.context is None else self.context.size), end
+
+    def _hidden(self, i: int, state: State | None, rows: Tensor | None = None) -> tuple[Tensor, State]:
+        """What the head gets of piece i, and the state at its end."""
+        piece = self.pieces[i]
         if rows is None and self.embeds is not None:
             rows = self.embeds[i]
         hidden, end = self.model.hidden(piece.tokens, self._start(piece, state), piece.cu_seqlens, rows)
-        share = (piece.targets >= 0).sum() / self.counted.to(sum_dtype(self.counted.device))
-        mean = self.head_loss(hidden, piece.targets)
-        loss = mean * share.to(mean.dtype) * (1 if self.context is None else self.context.size)
-        return loss, end if piece.bounds is None or self.context is not None else end.last()
+        return hidden, end if piece.bounds is None or self.context is not None else end.last()
 
     def _start(self, piece: Piece, state: State | None) -> State:
         """What the sequences of a piece begin from: `state` those that continue, the others from initial states."""
@@ -240,7 +276,7 @@ class _Run:
 
     @contextmanager
     def _same_random_numbers(self, i: int) -> Iterator[None]:
-        if not self.random:
+        if i >= len(self.generators):  # nothing is random, or the piece is computed for the first time
             yield
             return
         on_cpu, (devices, states) = self.generators[i]

@@ -63,10 +63,11 @@ def received_bytes(c: ModelConfig, config: RunConfig, dtype_bytes: int) -> int:
     cut = cut_of(config)
     packed = config.data_type == "sft" or config.document_states
     sequences = 1 if packed else cut.samples
-    # the pieces are computed again for backward, and what --grad_cp computes again exchanges again
-    passes = 1 + (cut.pieces > 1) + config.grad_cp
-    one = bytes_received(c, cut.shared_by, sequences, dtype_bytes, passes)
-    return cut.pieces * config.accumulate_grad_batches * one
+    # Pieces but the last are computed once more for the states at their borders; of partitioned parameters that one is,
+    # too, for the loss. What --grad_cp computes again exchanges again.
+    again = cut.pieces - (not config.strategy.startswith("deepspeed_stage_3")) if cut.pieces > 1 else 0
+    forward, backward = cut.pieces * (1 + config.grad_cp) + again, cut.pieces
+    return config.accumulate_grad_batches * bytes_received(c, cut.shared_by, sequences, dtype_bytes, forward, backward)
 
 
 def describe_pieces(config: RunConfig, c: ModelConfig, dtype_bytes: int) -> list[str]:
