@@ -158,7 +158,7 @@ def draw_examples(questions: list[Question], answers: list[str], model: RWKV7, p
     by_file: dict[Path, list[str]] = {}
     for question, answer in zip(questions, answers, strict=True):
         if len(question.files) == 1:
-            mark = "" if answer == question.answer else f"   WRONG: {question.answer}"
+            mark = "" if answer == question.answer else f"   WRONG, it is {question.answer}"
             by_file.setdefault(question.files[0], []).append(f"{question.text}  {answer}{mark}")
     files = list(by_file)[:count]
     if not files:
