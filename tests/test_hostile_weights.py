@@ -214,6 +214,18 @@ def test_a_text_longer_than_the_file_takes_no_memory(weights, tmp_path):
         assert not isinstance(error, MemoryError)
 
 
+def test_a_key_longer_than_the_file_takes_no_memory(weights, tmp_path):
+    """The same in the list of keys, which stands behind the content of an old file."""
+    path = tmp_path / "m.pth"
+    torch.save({"head.weight": weights["head.weight"]}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    start = content.rindex(b"\x80\x02]q\x00X") + len(b"\x80\x02]q\x00X")
+    path.write_bytes(content[:start] + struct.pack("<I", (1 << 31) - 1) + content[start + 4 :])
+    error = refused(path)
+    while error := error.__cause__ or error.__context__:
+        assert not isinstance(error, MemoryError)
+
+
 def test_members_that_share_their_bytes_or_names_are_refused(weights, tmp_path):
     path = tmp_path / "m.pth"
     torch.save(weights, path)

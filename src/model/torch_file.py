@@ -66,7 +66,7 @@ STORAGES = {  # bytes of a value in each kind of storage
         for name in names
     },
 }
-_LEGACY_PICKLES = 4  # of torch before 1.6: magic number, protocol, machine, content
+_LEGACY_PICKLES = 5  # of torch before 1.6: magic number, protocol, machine, content, keys of storages
 
 
 def read_torch_file(path: Path, mmap: bool) -> Any:
