@@ -180,6 +180,19 @@ def test_a_storage_larger_than_its_bytes_in_the_file_is_refused(weights, tmp_pat
     assert "8589934588 bytes" in refused(path).problem
 
 
+@pytest.mark.parametrize("claim", [(1 << 31) - 1, -(1 << 31)])
+def test_claims_for_a_storage_of_an_old_file_are_not_made_up_for_by_others(weights, tmp_path, claim):
+    """Two tensors in one storage, of which the first claims a size that the second's, or another storage, hides."""
+    path = tmp_path / "m.pth"
+    whole = weights["head.weight"].flatten()
+    torch.save({"a": whole, "b": whole[:8], "c": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
+    old, content = b"M" + struct.pack("<H", 40 * 64), path.read_bytes()
+    assert content.count(old) > 1
+    path.write_bytes(content.replace(old, b"J" + struct.pack("<i", claim), 1))
+    problem = refused(path).problem
+    assert claim < 0 or "made to exhaust memory" in problem
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_tensor_beyond_its_storage_is_refused(weights, tmp_path, zipped):
     """The first of its sizes, 40 x 64, replaced by 2^31 - 1: torch makes the storage as large as the tensor."""

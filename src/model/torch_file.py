@@ -132,9 +132,13 @@ def _check_zip(path: Path) -> None:
 
 def _check_pickle_file(path: Path) -> None:
     storages: dict[str, int] = {}
+
+    def count_storage(key: str, n_bytes: int) -> None:
+        storages[key] = max(n_bytes, storages.get(key, 0))  # torch goes by the first of several claims for a key
+
     with _BoundedReader(io.FileIO(path)) as file:
         for _ in range(_LEGACY_PICKLES):
-            _check_pickle(file, path, storages.__setitem__)
+            _check_pickle(file, path, count_storage)
         size = file.size
     if (total := sum(storages.values())) > size:
         raise _too_large(path, f"its tensors have {total} bytes, the file {size}")
