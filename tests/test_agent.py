@@ -17,7 +17,7 @@ from src.config import RunConfig
 from src.errors import UserError
 from src.run_folder import write_run
 from src.training.distributed import launch, ranks
-from src.training.distributed.failure import Cause, cause_of, record_failure
+from src.training.distributed.failure import Cause, cause_of, record_failure, with_recorded
 from src.training.distributed.ranks import is_supervised
 from src.training.distributed.restarts import RestartPolicy, describe, may_restart
 from src.training.run import _has_restarted
@@ -57,6 +57,13 @@ def test_a_rank_that_was_killed_is_the_cause_and_not_those_that_notice(failure):
 def test_a_rank_that_the_agent_killed_at_the_end_is_not_the_cause(failure):
     failures = {0: failure(0, 1, 50.1, "boom"), 1: failure(1, -9, 61), 2: failure(2, -15, 51)}
     assert cause_of(failures).message == "boom"
+
+
+def test_a_rank_that_has_recorded_an_error_and_not_ended_yet_is_the_cause(failure, tmp_path):
+    noticed, first = failure(2, 1, 50.3, "connection closed"), failure(3, 1, 50.1, "boom")
+    files = {0: noticed.error_file, 1: first.error_file, 2: str(tmp_path / "none")}
+    cause = cause_of(with_recorded({2: noticed}, files, first_rank=2))
+    assert (cause.rank, cause.message) == (3, "boom")
 
 
 def test_a_rank_that_the_agent_ended_is_not_the_cause_though_its_time_has_no_fractions(failure):

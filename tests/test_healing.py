@@ -65,7 +65,9 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_it_had_not_been(s
 def test_an_error_that_comes_again_in_the_same_step_ends_the_run(start, tmp_path):
     ended = finish(start(tmp_path / "run", planned(tmp_path, 1, "first step", "raise", always=True)), 120)
     assert ended.code == 1, ended.output
-    first, second = [line for line in ended.output.splitlines() if line.startswith("train.py:")]
+    lines = [line for line in ended.output.splitlines() if line.startswith("train.py:")]
+    assert len(lines) == 2, ended.output
+    first, second = lines
     assert "): ValueError: a fault of the test; all processes start again, from the beginning; 2 more" in first
     assert "the same error again in step 1, so the processes are not started again" in second
     assert ended.output.count("Traceback (most recent call last)") == 2  # of each attempt, that of the first rank

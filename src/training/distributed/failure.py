@@ -67,6 +67,21 @@ class Cause:
     resume_point: str = ""
 
 
+def with_recorded(
+    failures: Mapping[int, ProcessFailure], error_files: Mapping[int, str], first_rank: int
+) -> dict[int, ProcessFailure]:
+    """The failures that the agent has seen, by rank, and those of ranks of its machine that have recorded an error and
+    not ended yet: the others, which they leave behind, may end before them. `error_files` by local rank."""
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    recorded = {
+        first_rank + local: ProcessFailure(local, pid=0, exitcode=1, error_file=path)
+        for local, path in error_files.items()
+        if Path(path).is_file()
+    }
+    return {**recorded, **failures}
+
+
 def cause_of(failures: Mapping[int, ProcessFailure]) -> Cause:
     """The cause among failures by rank.
 

@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from src.errors import UserError
 from src.training.console import log, log_error
-from src.training.distributed.failure import cause_of
+from src.training.distributed.failure import cause_of, with_recorded
 from src.training.distributed.ranks import AGENT, LAUNCHED_AT, RESTARTED, ROLE
 from src.training.distributed.restarts import RestartPolicy
 
@@ -120,8 +120,9 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED:
-            cause, ranks = cause_of(result.failures), worker_group.workers[0].world_size
-            self._remaining_restarts = self._policy.restarts_left(cause, ranks, self._remaining_restarts)
+            first, files = worker_group.workers[0], getattr(self._pcontext, "error_files", {})
+            cause = cause_of(with_recorded(result.failures, files, first.global_rank))
+            self._remaining_restarts = self._policy.restarts_left(cause, first.world_size, self._remaining_restarts)
         return result
 
     def pass_on(self, number: int, frame: FrameType | None) -> None:
