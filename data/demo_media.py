@@ -30,6 +30,7 @@ from src.dataset.corpus.command_line import add_output_folder, create_parser, ex
 from src.errors import UserError
 from src.files import atomic_write
 
+VERSION = "2"  # of the examples: raised with every change of them
 VOCAB_SIZE = 400  # at most; the words of the questions are a token each, and digits stay apart
 COUNTS = ("one", "two", "three", "four")
 TEXTS_FOR_TOKENIZER = 1000  # there are few different sentences
@@ -236,10 +237,14 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.out / options.demo
     with exit_on_user_error(parser):
-        if (folder / "tokenizer" / "tokenizer.json").is_file():
+        version = folder / "version"
+        if version.is_file() and version.read_text() == VERSION:
             print(f"The data of the demo exist already: {os.path.relpath(folder)}/")
             return
+        if folder.is_dir():
+            print(f"{os.path.relpath(folder)}/ is not complete or of another version of the demo: made anew")
         write(options.demo, folder)
+        version.write_text(VERSION)  # last: what is there is complete
     print(f"wrote {os.path.relpath(folder)}/")
 
 

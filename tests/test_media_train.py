@@ -10,7 +10,7 @@ from random_model import random_model
 from safetensors.torch import load_file, save_file
 from test_distributed import needs_deepspeed
 from test_multimodal import tiny_encoder
-from training_runs import flags, train, train_process, train_until
+from training_runs import flags, newest_state, train, train_process, train_until
 
 from src.cli import parse
 from src.config import RunConfig
@@ -25,6 +25,7 @@ from src.model.weights import read_weights
 from src.multimodal.config import media_of
 from src.multimodal.files import LANGUAGE_MODEL, TENSORS, read_record
 from src.multimodal.front_end import attach_front_end
+from src.multimodal.hf_encoder import files_sha256
 from src.training.data import SftSamples
 from src.training.module import TrainingModule
 
@@ -75,6 +76,20 @@ def test_a_killed_run_continues_to_the_same_weights(parts, tmp_path, pictures, t
     assert ("blocks.0.att.key.weight" in whole) == (not parts)
 
 
+def test_a_run_with_the_encoder_of_an_earlier_version_is_not_continued(
+    tmp_path, pictures, tokenizer, capsys, monkeypatch
+):
+    """Its states have other tensors, and are not to be taken for damaged."""
+    changed = {**PATCHES, **SHORT, **SIZES, "tokenizer": tokenizer, "save_minutes": 1e-6}
+    with monkeypatch.context() as patch:
+        patch.setattr("src.training.settings.CHANGED", {})  # earlier versions recorded none
+        train_until(4, tmp_path / "run", pictures, patch, **changed)
+    state = newest_state(tmp_path / "run")
+    assert train(tmp_path / "run", pictures, **changed) == 2
+    assert "--encoder of version 3: was of an earlier version" in capsys.readouterr().err
+    assert newest_state(tmp_path / "run") == state
+
+
 def test_only_the_projector_is_trained_and_the_base_is_a_reference(tmp_path, pictures, tokenizer, base, capsys):
     folder = tiny_encoder("clip", tmp_path / "clip")
     before = {path: path.read_bytes() for path in (base, folder / "model.safetensors")}
@@ -103,9 +118,11 @@ def test_only_the_projector_is_trained_and_the_base_is_a_reference(tmp_path, pic
     assert torch.equal(model.media.projector.output.weight, trained["media.projector.output.weight"])
     samples = json.loads((tmp_path / "run/samples.json").read_text())
     assert all(sample["media"][0].startswith("data:image/png;base64,") for sample in samples)
+    assert fit(tmp_path / "run", pictures, tokenizer, **changed) == 0  # complete
     # with other weights of the same encoder it would be another run
     weights = load_file(folder / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    files_sha256.cache_clear()  # a process reads them once
     assert fit(tmp_path / "run", pictures, tokenizer, **changed) == 2
     assert "--encoder" in capsys.readouterr().err
 

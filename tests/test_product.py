@@ -100,6 +100,7 @@ def test_linear_has_the_gradients_of_plain_pytorch():
     ):
         assert got.shape == wanted.shape
         torch.testing.assert_close(got, wanted, rtol=2**-7, atol=2**-7)
+    assert torch.equal(linear(x, weight).relu_(), y.relu())  # what it returns may be changed in place
 
 
 def test_without_matrix_units_products_are_those_of_pytorch(monkeypatch):

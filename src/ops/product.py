@@ -1,8 +1,9 @@
 """Products with weights: PyTorch's, but in training in bf16 on a CPU with matrix units (AMX).
 
 The weight's gradient sums over tokens. PyTorch's product then reads an operand across its rows, at half of the rate
-that its other products have; cuda/cpu/weight_gradient.cpp packs both operands instead. The other two products write
-their results past the caches and fetch what they read next (cuda/cpu/product.cpp). Same mathematics: sums in fp32.
+that its other products have; cuda/cpu/weight_gradient.cpp packs both operands instead. The other two products, of
+64 rows and more and up to 4,096 summands, write large results past the caches and fetch what they read next
+(cuda/cpu/product.cpp). Same mathematics: sums in fp32.
 """
 
 from __future__ import annotations
@@ -66,10 +67,11 @@ def _register() -> None:
 
 def _product(x: Tensor, weight: Tensor, turned: bool) -> Tensor:
     """x W^T of W [out, in] where `turned`, else x W of W [in, out]."""
-    if x.numel() < MIN_ROWS * x.shape[-1] or not 0 < x.shape[-1] <= MAX_INNER:
+    if x.numel() < MIN_ROWS * x.shape[-1] or not 0 < x.shape[-1] <= MAX_INNER or not weight.numel():
         return F.linear(x, weight) if turned else x @ weight
     rows = torch.ops.rwkv7.product(x.flatten(0, -2), weight, turned)
-    return rows.view(*x.shape[:-1], rows.shape[1])  # type: ignore[no-any-return]
+    # not a view, which couldn't be changed in place after a function of our own
+    return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[1]])  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):

@@ -17,6 +17,7 @@ from src.errors import UserError
 from src.files import sha256_of
 from src.model.cost import parameter_count
 from src.multimodal.config import media_of
+from src.multimodal.files import CHANGED
 from src.ops.recurrence import describe_kernel
 from src.run_folder import FINAL, TOKENIZER, VALIDATION
 from src.training.checkpoint.resume import ResumePoint
@@ -31,13 +32,14 @@ from src.training.schedule import RunLength
 
 # Flags declare in src/config/flags.py whether they may change within a run; these are derived settings, which no flag
 # sets directly.
-FIXED = {*settings_with("fixed"), "data", "base_sha256", "front_end_sha256", "encoder_sha256"}
+FIXED = {*settings_with("fixed"), "data", "base_sha256", "front_end_sha256", "encoder_sha256", "encoder_version"}
 FREE = {*settings_with("free"), "global_batch", "order_seed"}
 # the flags that derived settings come from, for messages
 FLAGS = {
     "data": "data_file",
     "base_sha256": "load_model",
     "front_end_sha256": "load_projector",
+    "encoder_version": "encoder",
     "encoder_sha256": "encoder",
 }
 
@@ -65,6 +67,7 @@ def resolve_settings(
         "global_batch": length.global_batch,
         "tokenizer": _tokenizer_identity(config.tokenizer),
         "encoder": _encoder_identity(config.encoder),
+        **({"encoder_version": f"of version {version}"} if (version := CHANGED.get(config.encoder)) else {}),
         "train_parts": ",".join(trained_parts(config)),
         "data": samples.identity,
         **({"base_sha256": base_sha256} if base_sha256 else {}),
@@ -91,7 +94,8 @@ def _encoder_identity(encoder: str) -> str:
 
 def compare_settings(before: dict[str, Any], now: dict[str, Any], proj_dir: Path) -> None:
     """Log what changed since the last start. Raises UserError when that would make it another run."""
-    # a setting that an earlier version did not record has not changed
+    before = {"encoder_version": "of an earlier version", **before}
+    # any other setting that an earlier version did not record has not changed
     changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
     if fixed := [name for name in changed if name in FIXED]:
         first, *others = fixed

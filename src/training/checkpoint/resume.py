@@ -150,6 +150,8 @@ def _refuse_other_kind(config: RunConfig, proj_dir: Path) -> None:
     """Raises UserError when the run in the folder trains something else than this command does."""
     before = {"peft": "none", "train_type": "none", "encoder": "", **read_run(proj_dir).get("settings", {})}
     for flag in ("peft", "train_type", "encoder"):
+        if flag == "encoder" and all(kind.startswith("hf:") for kind in (before[flag], config.encoder)):
+            continue  # folders are compared by their content, with the other settings
         if before[flag] != getattr(config, flag):
             raise UserError(
                 f"was {before[flag]} in the run of {proj_dir}",

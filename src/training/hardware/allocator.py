@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # of <malloc.h>
 GROWTH_BYTES = 64 << 20  # by which the heap grows at least
@@ -45,11 +46,14 @@ def _use_huge_pages(libc: ctypes.CDLL) -> None:
     limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
     if any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits):
         return  # addresses count there
+    overcommit = Path("/proc/sys/vm/overcommit_memory")
+    if not overcommit.is_file() or overcommit.read_text().strip() == "2":
+        return  # what is reserved counts there, and again in every fork
     page = os.sysconf("SC_PAGE_SIZE")
     size = os.sysconf("SC_PHYS_PAGES") * page // 2
     libc.malloc.restype = ctypes.c_void_p
     start = libc.malloc(ctypes.c_size_t(size))
-    if start is None:  # Linux promises no memory that it may not have (vm.overcommit_memory 2)
+    if start is None:
         return
     skipped = -start % page
     libc.madvise(ctypes.c_void_p(start + skipped), ctypes.c_size_t(size - skipped), MADV_HUGEPAGE)

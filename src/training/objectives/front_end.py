@@ -16,7 +16,7 @@ from src.model import RWKV7
 from src.model.weights import Weights
 from src.multimodal.config import HF, media_of
 from src.multimodal.feature_cache import open_features
-from src.multimodal.files import load_encoder_values, load_front_end_values, tensors_of
+from src.multimodal.files import load_encoder_values, load_front_end_values, read_record, tensors_of
 from src.multimodal.front_end import PREFIX, attach_front_end, freeze_parts
 from src.multimodal.hf_encoder import files_sha256
 from src.multimodal.media_input import MediaInput
@@ -54,6 +54,7 @@ def front_end_folder(config: RunConfig) -> Path:
         raise UserError(
             "no projector in it", flag="load_projector", given=config.load_projector, expected="a run with --encoder"
         )
+    read_record(folder)  # refuses one of an earlier version, with other parameters
     return folder
 
 
