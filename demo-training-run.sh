@@ -36,7 +36,7 @@ demo)
     ;;
 digits | tones)
     case $SETTING in # a model that knows single digits learns numbers faster with twice the rate that it began with
-    digits) MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-2100000} LR_INIT=${LR_INIT:-2e-3} ;;
+    digits) MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-1900000} LR_INIT=${LR_INIT:-2e-3} ;;
     tones) MY_EXIT_TOKENS=${MY_EXIT_TOKENS:-1500000} LR_INIT=${LR_INIT:-1e-3} ;;
     esac
     M_BSZ=${M_BSZ:-4} CTX_LEN=${CTX_LEN:-256} MAGIC_PRIME=${MAGIC_PRIME:-0}

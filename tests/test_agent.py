@@ -59,6 +59,11 @@ def test_a_rank_that_the_agent_killed_at_the_end_is_not_the_cause(failure):
     assert cause_of(failures).message == "boom"
 
 
+def test_a_rank_that_the_agent_ended_after_it_had_recorded_its_error_was_not_killed(failure):
+    failures = {0: failure(0, -15, 50.4, "connection closed", recorded=1), 1: failure(1, 1, 50.1, "boom")}
+    assert cause_of(failures).message == "boom"
+
+
 def test_a_rank_that_has_recorded_an_error_and_not_ended_yet_is_the_cause(failure, tmp_path):
     noticed, first = failure(2, 1, 50.3, "connection closed"), failure(3, 1, 50.1, "boom")
     files = {0: noticed.error_file, 1: first.error_file, 2: str(tmp_path / "none")}

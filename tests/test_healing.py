@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -100,17 +99,6 @@ def test_a_rank_that_stands_still_is_replaced(start, whole, tmp_path, rank, faul
     assert "all processes start again" in ended.output
     assert time.monotonic() - begin < 75  # with the rest of the run
     assert_same_run(tmp_path / "run", whole)
-
-
-def test_folders_of_agents_that_are_gone_are_removed(start, tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    (stale := tmp_path / f"train-ranks-{ended.pid}-abc").mkdir()
-    (other := tmp_path / f"train-ranks-{os.getpid()}-abc").mkdir()  # of an agent that lives
-    assert finish(start(tmp_path / "run", vocab_size=20), 120).code == 2
-    assert not stale.exists()
-    assert list(tmp_path.glob("train-ranks-*")) == [other]
 
 
 @pytest.mark.slow

@@ -89,11 +89,9 @@ def cause_of(failures: Mapping[int, ProcessFailure]) -> Cause:
     """
     began = {rank: _began(failure) for rank, failure in failures.items()}
     first = min(began.values())
-    killed = [
-        rank for rank, failure in failures.items() if failure.exitcode < 0 and began[rank] <= first + CAUSE_SECONDS
-    ]
-    rank = killed[0] if killed else min(began, key=lambda rank: began[rank])
     extras = {r: _extra(f) for r, f in failures.items()}
+    killed = [r for r, f in failures.items() if f.exitcode < 0 and not extras[r] and began[r] <= first + CAUSE_SECONDS]
+    rank = killed[0] if killed else min(began, key=lambda rank: began[rank])
     if all(extras.get(r, {}).get("exit_code") == USER_ERROR for r in (0, rank)):
         rank = 0  # all find it, and another one was faster
     failure = failures[rank]

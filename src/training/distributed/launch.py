@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 
 from torch.distributed.elastic.agent.server import WorkerGroup, WorkerSpec, WorkerState
@@ -57,11 +55,8 @@ def launch(devices: int, policy: RestartPolicy, nodes: tuple[int, int] = (1, 1),
         "c10d", endpoint, "train", *nodes, address, is_host=is_host, read_timeout=30, join_timeout=JOIN_SECONDS,
         last_call_timeout=5,
     )  # fmt: skip
-    for stale in Path(tempfile.gettempdir()).glob("train-ranks-*"):  # its agent and all ranks were killed together
-        if Path("/proc/self").exists() and not Path("/proc", stale.name.split("-")[2]).exists():
-            shutil.rmtree(stale, ignore_errors=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=f"train-ranks-{os.getpid()}-") as folder:
+        with tempfile.TemporaryDirectory(prefix="train-ranks-") as folder:
             spec = WorkerSpec(
                 role=ROLE,
                 local_world_size=devices,
@@ -115,6 +110,8 @@ class Agent(LocalElasticAgent):
         if worker_group.state == WorkerState.HEALTHY and self._pcontext is not None:
             log_error("a machine joins: all processes save their state and start again with it")
             self._pcontext.close(timeout=SAVE_SECONDS)
+        if self._policy.stop_signal:  # it came meanwhile
+            raise SystemExit(128 + self._policy.stop_signal)
         super()._restart_workers(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:

@@ -53,7 +53,7 @@ def cluster_environment() -> TorchElasticEnvironment | None:
     # under srun nobody sets these: the same on every node, and two jobs on one node don't collide
     os.environ.setdefault("MASTER_PORT", str(15000 + _number("SLURM_JOB_ID") % 10000))
     nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
-    os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
+    os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(nodes)
     _number("MASTER_PORT", least=1, most=65535)
     os.environ.update(zip(LAUNCHER_VARIABLES[0], map(str, numbers), strict=True), GROUP_RANK=str(rank // per_machine))
     return TorchElasticEnvironment()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -27,11 +28,15 @@ class SideGroup:
         self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.world_size > 1 else None
 
     def meet(self, seconds: float) -> None:
-        """Wait for all ranks to come here, so long at most; raises TimeoutError where one doesn't."""
+        """Wait for all ranks to come here, so long at most; raises TimeoutError where one doesn't, RuntimeError when
+        one is gone."""
         if self._group is not None:
+            begin = time.monotonic()
             try:
                 dist.monitored_barrier(self._group, timedelta(seconds=seconds))
             except RuntimeError as error:
+                if time.monotonic() - begin < seconds:
+                    raise
                 raise TimeoutError(f"a rank has not come within {seconds:.0f} s ({error})") from error
 
     def exchange(self, value: T) -> list[T]:

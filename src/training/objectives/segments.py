@@ -98,7 +98,7 @@ class _Segmented(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, run: _Run, embeds: Tensor | None, *parameters: Tensor) -> Tensor:
         ctx.run = run
-        if run.is_partitioned:
+        if run.in_backward:
             return run.measure(keep=True)
         run.keep_states()
         return run.differentiate(torch.ones_like(anchor))
@@ -107,10 +107,11 @@ class _Segmented(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         run = ctx.run
-        if run.is_partitioned:
+        scale = grad_loss
+        if run.in_backward:
             run.differentiate(grad_loss)
-            return torch.zeros_like(grad_loss), None, None, *(None for _ in run.inputs)
-        return torch.zeros_like(grad_loss), None, run.gradient_of_embeds(grad_loss), *run.gradients(grad_loss)
+            scale = torch.ones_like(grad_loss)  # what there is has it already
+        return torch.zeros_like(grad_loss), None, run.gradient_of_embeds(scale), *run.gradients(scale)
 
 
 class _Run:
@@ -137,6 +138,9 @@ class _Run:
         # ZeRO's stage 3 takes the gradient of a parameter that it has gathered for backward: in that of a piece. So
         # these are taken in backward, after a forward pass that measures the loss.
         self.is_partitioned = any(map(is_partitioned, self.parameters))
+        # Stage 3 expects its gradients in backward; fp16 needs the loss scale before anything is rounded.
+        self.in_backward = self.is_partitioned or any(p.dtype == torch.float16 for p in model.parameters())
+        self.is_taken = False
         self.sums: dict[nn.Parameter, Tensor] = {}  # of the gradients of the pieces
         # dropout has to drop the same numbers again
         self.random = any(block.draws_random_numbers for block in model.blocks)
@@ -157,6 +161,8 @@ class _Run:
 
     def gradients(self, grad_loss: Tensor) -> list[Tensor | None]:
         """After `differentiate`: those of `inputs`, None where the loss doesn't depend on one."""
+        assert not self.is_taken, "gradients of the same pieces a second time"
+        self.is_taken = True
         return [(self.sums.pop(p) * grad_loss).to(p.dtype) if p in self.sums else None for p in self.inputs]
 
     def gradient_of_embeds(self, grad_loss: Tensor) -> Tensor | None:
